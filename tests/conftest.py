@@ -1,0 +1,51 @@
+"""Fixtures that several test modules share: real files on disk, and the real data set where there is one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.orientations import axcodes2ornt
+
+ADRENAL = Path(__file__).parents[2] / "shared" / "data" / "adrenalmnist3d"
+
+
+@pytest.fixture(scope="session")
+def adrenal_archive() -> Path:
+    """AdrenalMNIST3D at 28 voxels, as MedMNIST publishes it (licence CC BY 4.0; not part of this repository)."""
+    archive = ADRENAL / "adrenalmnist3d.npz"
+    if not archive.exists():
+        pytest.skip(f"{archive} is missing: put MedMNIST's adrenalmnist3d.npz there")
+    return archive
+
+
+@pytest.fixture
+def write_scan(tmp_path: Path) -> Callable[..., Path]:
+    """Write voxels, or noise of a shape, to a NIfTI file below tmp_path with nibabel; returns its path.
+
+    axes: where each stored axis points to, spacing: along the stored axes, in mm.
+    """
+
+    def write(
+        name: str = "scan.nii.gz",
+        voxels: Any = (9, 10, 11),
+        *,
+        spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        axes: str = "RAS",
+        dtype: Any = np.float32,
+        seed: int = 0,
+        kind: Any = nib.Nifti1Image,
+    ) -> Path:
+        if isinstance(voxels, tuple):
+            voxels = np.random.default_rng(seed).normal(100, 30, voxels)
+        affine = np.diag([0.0, 0.0, 0.0, 1.0])
+        for axis, (world, direction) in enumerate(axcodes2ornt(axes)):
+            affine[int(world), axis] = direction * spacing[axis]
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(kind(voxels.astype(dtype), affine), path)
+        return path
+
+    return write

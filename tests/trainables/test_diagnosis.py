@@ -1,0 +1,343 @@
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainables.config import FineTuneConfig, build_config
+from trainables.diagnosis import VERDICTS, RunMonitor, diagnose, hanley_mcneil_error
+
+
+def run(raw, ema=None, *, positive=50, negative=200, **columns):
+    """Rows of a run: raw and averaged AUC by epoch (None: not finite) with their Hanley-McNeil intervals."""
+    rows = []
+    for index, (r, e) in enumerate(zip(raw, ema or raw, strict=True)):
+        row = {"epoch": index + 1, "updates": 99 * (index + 1), "skipped_updates": 0, "train_loss": 1.0}
+        row |= {"val_positive": positive, "val_negative": negative}
+        for name, auc in (("val_auc_raw", r), ("val_auc_ema", e), ("val_auc", e)):
+            error = None if auc is None else hanley_mcneil_error(auc, positive, negative)
+            row[name] = auc
+            row[f"{name}_low"] = None if auc is None else auc - 1.96 * error
+            row[f"{name}_high"] = None if auc is None else auc + 1.96 * error
+        for name, values in columns.items():
+            row[name] = values[index] if isinstance(values, list) else values
+        rows.append(row)
+    return rows
+
+
+def bare(values):
+    """Rows as an outside curve may have them: nothing but the epoch and one AUC."""
+    return [{"epoch": epoch, "val_auc": value} for epoch, value in enumerate(values, start=1)]
+
+
+RISE = [0.6, 0.68, 0.74, 0.78, 0.8, 0.82, 0.83, 0.84, 0.84, 0.85, 0.85, 0.84]
+LOW = [0.55, 0.52, 0.5, 0.51, 0.52]
+
+
+def test_a_run_that_rises_and_stays_is_healthy_and_so_is_one_without_rows():
+    assert diagnose(run(RISE)).verdict == "healthy"
+    assert diagnose([]).verdict == "healthy"
+    assert diagnose(run(RISE)).epoch is None
+    assert diagnose(run(RISE)).advice == ""
+
+
+@pytest.mark.parametrize("rows", [run, bare])
+def test_a_lasting_drop_is_a_collapse_after_three_epochs_and_not_before(rows):
+    for length, verdict in ((1, "healthy"), (2, "healthy"), (3, "collapsed"), (5, "collapsed")):
+        found = diagnose(rows(RISE + LOW[:length]), {"drw_start_epoch": 60})
+        assert found.verdict == verdict
+    assert found.epoch == 13
+    assert found.evidence["best_auc"] == 0.85
+    assert found.evidence["auc"] == 0.52
+    assert "0.850" in found.summary
+    assert "epoch 13" in found.summary
+    assert "backbone_lr=5e-05" in found.advice
+    assert found.settled
+
+
+@pytest.mark.parametrize("dip", [[0.4], [0.45, 0.5]], ids=["one epoch", "two epochs"])
+@pytest.mark.parametrize("rows", [run, bare])
+def test_dips_that_recover_are_no_collapse_at_any_moment(rows, dip):
+    monitor = RunMonitor({})
+    for row in rows([*RISE, *dip, 0.84, 0.85, *dip, 0.85, 0.85, *dip, 0.84]):
+        assert monitor.update(row).verdict == "healthy"
+
+
+def test_the_dips_measured_on_a_real_run_are_none():
+    # facts 1: raw AUC .877 -> .580 -> .905 over three evaluations
+    assert diagnose(bare([0.7, 0.8, 0.85, 0.86, 0.877, 0.58, 0.905, 0.89])).verdict == "healthy"
+
+
+def test_a_fall_that_is_being_regained_is_waited_for():
+    # re-weighting costs AUC first; half of it is back each epoch
+    back = [0.55, 0.7, 0.775, 0.81, 0.83, 0.84]
+    monitor = RunMonitor({})
+    assert {monitor.update(row).verdict for row in run(RISE + back)} == {"healthy"}
+
+
+def test_one_noisy_epoch_does_not_hide_a_collapse():
+    found = diagnose(run([*RISE, 0.55, 0.52, 0.66, 0.5, 0.53, 0.52]))
+    assert found.verdict == "collapsed"
+
+
+def test_the_documented_collapse_is_called_on_a_large_fold_and_not_on_a_tiny_one():
+    curve = [0.55, 0.62, 0.66, 0.69, 0.71, 0.72, 0.72, 0.66, 0.6, 0.55, 0.52, 0.51, 0.51, 0.51]
+    assert diagnose(run(curve, positive=50, negative=200)).verdict == "collapsed"
+    found = diagnose(run(curve, positive=4, negative=36))
+    assert found.verdict not in ("collapsed", "collapsed_after_drw")
+
+
+def test_a_drop_within_the_noise_of_a_small_fold_is_too_noisy_to_call():
+    wavering = [0.6, 0.7, 0.78, 0.84, 0.9, 0.91, 0.9, 0.74, 0.76, 0.73, 0.75, 0.74, 0.76, 0.73]
+    found = diagnose(run(wavering, positive=6, negative=20), {})
+    assert found.verdict == "too_noisy"
+    assert found.epoch == 8
+    assert found.evidence["drop"] < found.evidence["noise"]
+    assert "6 positive and 20 negative" in found.summary
+    assert diagnose(run(wavering, positive=100, negative=400), {}).verdict == "collapsed"
+
+
+def test_a_fold_without_one_class_is_named_and_not_called_non_finite():
+    found = diagnose(run([None] * 4, positive=0, negative=40))
+    assert found.verdict == "too_noisy"
+    assert "lacks a class" in found.summary
+
+
+def test_the_collapse_of_the_average_alone_is_a_lag_with_both_values():
+    raw = [*RISE, *[0.85] * 4]
+    found = diagnose(run(raw, RISE + LOW[:4]), {"ema_decay": 0.999, "ema_buffers": "copied", "ema_warmup": False})
+    assert (found.verdict, found.epoch, found.settled) == ("ema_lag", 13, True)
+    assert found.evidence["auc_raw"] == 0.85
+    assert found.evidence["auc_ema"] == 0.51
+    for change in ("ema_buffers=averaged", "ema_warmup=true", "ema_decay=0.995"):
+        assert change in found.advice
+
+
+def test_an_average_that_overflows_while_the_raw_network_is_sound_is_a_lag_not_a_broken_run():
+    # facts 1: EMA .999 with copied buffers was NaN from epoch 10 to 30, raw .75 to .89
+    found = diagnose(run([*RISE, *[0.85] * 3], [0.48, 0.6, 0.66, 0.7, 0.73, 0.76, 0.77, 0.78, 0.78, *[None] * 6]))
+    assert found.verdict == "ema_lag"
+    assert found.epoch == 10
+    assert found.evidence["auc_ema"] == "not finite"
+
+
+def test_an_average_without_warm_up_is_named_early_and_settled_only_when_it_does_not_catch_up():
+    config = {"epochs": 60, "ema_decay": 0.999, "ema_warmup": False}
+    monitor = RunMonitor(config)
+    verdicts = [monitor.update(row) for row in run([0.85] * 30, [0.5] * 30)]
+    assert [found.verdict for found in verdicts[:5]] == ["healthy"] * 4 + ["ema_lag"]
+    assert not verdicts[4].settled
+    assert "may still catch up" in verdicts[4].summary
+    assert [found.settled for found in verdicts].index(False) == 4
+    assert verdicts[-1].settled
+    assert verdicts[-1].evidence["initial_weight"] == pytest.approx(0.999 ** (99 * 30), abs=1e-4)
+    # facts 1: at chance until epoch 10, then there
+    late = run([0.9] * 30, [0.5] * 10 + [0.6, 0.7, 0.8] + [0.88] * 17)
+    assert diagnose(late, config).verdict == "healthy"
+
+
+def test_a_warming_average_is_given_its_first_epochs():
+    assert diagnose(run([0.7, 0.8, 0.85, 0.86], [0.5, 0.65, 0.84, 0.86])).verdict == "healthy"
+
+
+def test_a_collapse_after_the_class_weights_began_is_put_down_to_them():
+    drw = [False] * 12 + [True] * 5
+    found = diagnose(run(RISE + LOW, drw_active=drw), {"epochs": 60, "drw_start_epoch": 13})
+    assert found.verdict == "collapsed_after_drw"
+    assert found.evidence["drw_start_epoch"] == 13
+    assert "drw_start_epoch=48" in found.advice
+    assert "drw_beta=0.99" in found.advice
+    # Told by the config where the rows are silent, and not at all when it began long before
+    assert diagnose(run(RISE + LOW), {"drw_start_epoch": 13}).verdict == "collapsed_after_drw"
+    assert diagnose(run(RISE + LOW), {"drw_start_epoch": 3}).verdict == "collapsed"
+    assert diagnose(run(RISE + LOW, drw_active=True), {"drw_start_epoch": 1}).verdict == "collapsed"
+
+
+def test_scores_that_are_not_finite_twice_end_a_run_and_once_do_not():
+    assert diagnose(run([*RISE, None])).verdict == "healthy"
+    assert diagnose(run([*RISE, None, 0.85])).verdict == "healthy"
+    found = diagnose(run([*RISE, None, None]))
+    assert (found.verdict, found.epoch) == ("non_finite", 13)
+    assert "amp=bf16" in found.advice
+    assert diagnose(bare([0.6, 0.7, math.nan, math.nan])).verdict == "non_finite"
+
+
+def test_scores_and_loss_that_are_not_finite_end_a_run_at_once():
+    found = diagnose(run([*RISE, None], train_loss=[1.0] * 12 + [None]))
+    assert (found.verdict, found.epoch) == ("non_finite", 13)
+
+
+def test_a_run_whose_every_update_is_skipped_is_broken_though_its_scores_are_finite():
+    rows = run([0.5] * 4, updates=[5, 5, 5, 5], skipped_updates=[3, 99, 99, 99])
+    assert diagnose(rows[:1]).verdict == "healthy"
+    found = diagnose(rows)
+    assert (found.verdict, found.epoch, found.evidence["skipped_updates"]) == ("non_finite", 2, 99)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"val_auc_probability_ema": 0.6},
+        {"val_tied_raw": 0.8, "val_tied_ema": 0.0},
+    ],
+    ids=["probabilities rank otherwise", "scores are tied"],
+)
+def test_saturated_scores_are_told_by_probabilities_and_ties(columns):
+    found = diagnose(run(RISE, **columns), {"head": "linear", "s": 20})
+    assert (found.verdict, found.epoch) == ("saturated", 1 if "val_tied_raw" in columns else 2)
+    assert "head=cosine" in found.advice
+    assert "s=15" in found.advice
+
+
+def test_chance_level_is_a_finding_after_a_quarter_of_the_epochs_and_settled_after_half():
+    monitor = RunMonitor({"epochs": 60})
+    found = [monitor.update(row) for row in run([0.52, 0.5, 0.53, 0.51] * 10, train_auc=0.55)]
+    assert [entry.verdict for entry in found].index("never_learned") == 14
+    assert not found[20].settled
+    assert found[30].settled
+    assert "backbone_lr=0.0003" in found[30].advice
+    assert "pretrained_path" in found[30].advice
+
+
+def test_freezing_and_warm_up_hold_back_the_finding_that_nothing_was_learned():
+    rows = run([0.52, 0.5, 0.53, 0.51] * 4)
+    assert diagnose(rows, {"epochs": 60}).verdict == "never_learned"
+    assert diagnose(rows, {"epochs": 60, "freeze_backbone_epochs": 5, "warmup_epochs": 2.5}).verdict == "healthy"
+
+
+def test_a_small_fold_does_not_allow_to_say_that_nothing_was_learned():
+    assert diagnose(run([0.52, 0.5, 0.53, 0.51] * 5, positive=3, negative=20)).verdict == "healthy"
+
+
+def test_training_far_ahead_of_a_validation_that_stands_still_is_a_gap():
+    flat = [0.6, 0.65, 0.7, 0.72, *[0.71, 0.7, 0.71] * 4]
+    found = diagnose(run(flat, train_auc=[0.6, 0.7, 0.8, 0.9, *[0.99] * 12]), {})
+    assert found.verdict == "train_validation_gap"
+    assert found.evidence["train_auc"] == 0.99
+    assert "dropout=0.5" in found.advice
+    rising = [0.6 + 0.012 * epoch for epoch in range(16)]
+    assert diagnose(run(rising, train_auc=0.99)).verdict == "healthy"
+
+
+def test_a_loss_spike_is_told_until_the_loss_has_been_calm_again():
+    losses = [1.0, 0.9, 0.8, 0.8, 4.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
+    monitor = RunMonitor({})
+    found = [monitor.update(row) for row in run(RISE, train_loss=losses)]
+    assert [entry.verdict for entry in found] == ["healthy"] * 4 + ["loss_spike"] * 5 + ["healthy"] * 3
+    assert (found[4].epoch, found[4].evidence) == (5, {"loss": 4.0, "usual_loss": 0.9})
+
+
+def test_the_change_of_scale_at_the_start_of_class_weights_is_no_loss_spike():
+    losses = [0.2] * 6 + [1.0] * 6
+    drw = [False] * 6 + [True] * 6
+    assert diagnose(run(RISE, train_loss=losses, drw_active=drw)).verdict == "healthy"
+    assert diagnose(run(RISE, train_loss=losses, drw_active=False)).verdict == "loss_spike"
+
+
+def test_overrides_and_the_whole_config_give_the_same_diagnosis():
+    overrides = {"epochs": 30, "drw_start_epoch": 13, "s": 20.0}
+    rows = run(RISE + LOW)
+    assert diagnose(rows, overrides) == diagnose(rows, build_config(overrides))
+
+
+def test_advice_names_hyperparameters_that_exist_with_values_they_may_have():
+    """Every `name=value` of every advice builds a config; placeholders in angle brackets aside."""
+    before = {
+        "ema_decay": 0.999,
+        "ema_warmup": False,
+        "ema_buffers": "copied",
+        "max_m": 0.3,
+        "s": 20.0,
+        "head": "linear",
+    }
+    before |= {"grad_clip": 0.0, "drw_start_epoch": 13}
+    cases = [
+        run(RISE + LOW),
+        run([*RISE, *[0.85] * 5], RISE + LOW),
+        run([*RISE, None, None]),
+        run(RISE, val_tied_ema=0.9),
+        run([0.5] * 20),
+        run([*[0.7] * 12], train_auc=0.99),
+        run(RISE, train_loss=[1.0] * 11 + [9.0]),
+        run([0.6, 0.8, *[0.9] * 4, *[0.75] * 6], positive=6, negative=20),
+    ]
+    seen = set()
+    for rows in cases:
+        for config in (before, {}):
+            found = diagnose(rows, config)
+            seen.add(found.verdict)
+            changes = dict(
+                part.split("=", 1)
+                for part in found.advice.split("; ")[0].removeprefix("set ").split(", ")
+                if "=" in part
+            )
+            assert changes
+            for name, value in changes.items():
+                assert name in FineTuneConfig.model_fields
+                if not value.startswith("<"):
+                    build_config({**config, name: _parse(value.split(" ")[0])})
+    assert seen >= set(VERDICTS) - {"healthy", "collapsed"}
+
+
+def _parse(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text, text)
+
+
+def test_hanley_mcneil_gives_the_published_errors():
+    # facts 1: standard error of an AUC of .72 at these class counts
+    for positive, negative, error in ((4, 36, 0.151), (10, 30, 0.101), (20, 80, 0.069), (50, 200, 0.044)):
+        assert hanley_mcneil_error(0.72, positive, negative) == pytest.approx(error, abs=6e-4)
+    assert hanley_mcneil_error(1.0, 20, 80) > 0.005
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"val_auc": st.none() | st.floats(0, 1)},
+            optional={
+                name: st.none() | st.floats(0, 1) | st.just(math.nan)
+                for name in ("val_auc_raw", "val_auc_ema", "val_auc_low", "val_auc_high", "train_auc", "train_loss",
+                             "val_tied_raw", "val_auc_probability_ema")
+            }
+            | {"val_positive": st.integers(0, 40), "val_negative": st.integers(0, 40), "drw_active": st.booleans(),
+               "updates": st.integers(0, 9), "skipped_updates": st.integers(0, 3)},
+        ),
+        max_size=30,
+    )
+)  # fmt: skip
+def test_no_row_however_sparse_breaks_the_diagnosis(rows):
+    for epoch, row in enumerate(rows, start=1):
+        row["epoch"] = epoch
+    found = diagnose(rows, None)
+    assert found.verdict in VERDICTS
+    assert (found.epoch is None) == (found.verdict == "healthy")
+    assert all(not isinstance(value, float) or math.isfinite(value) for value in found.evidence.values())
+
+
+def test_a_diagnosis_follows_from_the_rows_alone_and_each_epoch_costs_the_same():
+    rng = random.Random(0)
+    rows = run([min(max(rng.gauss(0.75, 0.1), 0), 1) for _ in range(60)])
+    monitor = RunMonitor({})
+    for index, row in enumerate(rows, start=1):
+        assert monitor.update(row) == diagnose(rows[:index], {})
+
+
+@pytest.mark.parametrize(("epochs", "settled"), [(12, True), (200, False)])
+def test_a_lag_is_settled_at_once_when_the_run_has_no_time_to_catch_up(epochs, settled):
+    """Decay .999 at 14 updates an epoch leaves 84 % of the initial weights after 12 epochs, and 6 % after 200."""
+    config = build_config({"epochs": epochs, "ema_decay": 0.999, "ema_warmup": False, "ema_buffers": "copied"})
+    rows = [
+        {"epoch": epoch, "updates": 14 * epoch, "val_auc": 0.5, "val_auc_ema": 0.5, "val_auc_raw": 0.95}
+        | {"val_positive": 30, "val_negative": 60}
+        for epoch in range(1, 7)
+    ]
+    diagnosis = diagnose(rows, config)
+    assert diagnosis.verdict == "ema_lag"
+    assert diagnosis.settled is settled

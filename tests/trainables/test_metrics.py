@@ -1,0 +1,449 @@
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    roc_auc_score,
+    roc_curve,
+)
+
+from trainables.metrics import (
+    SCORE_METRICS,
+    auc_interval,
+    compare_auc,
+    hanley_mcneil_error,
+    ranking_scores,
+    score_metrics,
+)
+
+
+def cohort(num=120, classes=2, *, seed=0, signal=1.0, decimals=None) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 logits and labels; with few decimals there are ties."""
+    random = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), random.choice(classes, num - classes, p=_shares(classes))])
+    logits = random.normal(size=(num, classes)) + signal * np.eye(classes)[labels]
+    return (logits if decimals is None else logits.round(decimals)).astype(np.float32), labels
+
+
+def _shares(classes: int) -> np.ndarray:
+    shares = 0.6 ** np.arange(classes)  # imbalanced
+    return shares / shares.sum()
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def delong_by_pairs(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """The structural components of DeLong et al. 1988 over all pairs, and the AUC."""
+    difference = scores[labels == 1][:, None] - scores[labels == 0][None, :]
+    kernel = (difference > 0) + 0.5 * (difference == 0)
+    return kernel.mean(axis=1), kernel.mean(axis=0), kernel.mean()
+
+
+# Against outside oracles
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_two_class_metrics_equal_those_of_scikit_learn(seed, decimals):
+    logits, labels = cohort(seed=seed, decimals=decimals)
+    scale = 3.7
+    ours = score_metrics(logits, labels, scale=scale)
+    scores = (logits[:, 1].astype(np.float64) - logits[:, 0]) * scale
+    probabilities = softmax(scale * logits.astype(np.float64))[:, 1]
+    predicted = logits.argmax(axis=1)
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    expected = {
+        "auc": roc_auc_score(labels, scores),
+        "auprc": average_precision_score(labels, scores),
+        "accuracy": accuracy_score(labels, predicted),
+        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "balanced_accuracy_best": ((tpr + 1 - fpr) / 2).max(),
+        "sensitivity_at_90_specificity": tpr[fpr <= 0.1 + 1e-12].max(),
+        "brier": brier_score_loss(labels, probabilities),
+    }
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, abs=1e-9), name
+    assert tuple(ours) == SCORE_METRICS
+    assert all(type(value) is float for value in ours.values())
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_metrics_of_more_classes_equal_those_of_scikit_learn(classes):
+    logits, labels = cohort(200, classes, seed=classes)
+    scale = 2.0
+    ours = score_metrics(logits, labels, scale=scale)
+    probabilities = softmax(scale * logits.astype(np.float64))
+    onehot = np.eye(classes)[labels]
+    predicted = logits.argmax(axis=1)
+    expected = {
+        "auc": roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
+        "auprc": average_precision_score(onehot, probabilities, average="macro"),
+        "accuracy": accuracy_score(labels, predicted),
+        "balanced_accuracy": balanced_accuracy_score(labels, predicted),
+        "brier": ((probabilities - onehot) ** 2).sum(axis=1).mean() / 2,
+    }
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, abs=1e-9), name
+    assert ours["auc_low"] < ours["auc"] < ours["auc_high"]
+    assert 0.5 < ours["balanced_accuracy_best"] <= 1
+    assert math.isnan(ours["threshold"])  # one a class, not one
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_size=30).filter(
+        lambda rows: 0 < sum(label for _, label in rows) < len(rows)
+    )
+)
+def test_ranking_metrics_equal_scikit_learn_on_any_scores_with_ties(rows):
+    scores, labels = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    ours = score_metrics(np.stack([0 * scores, scores], axis=1), labels, scale=1.0)
+    assert ours["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert ours["auprc"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+
+    def balanced_accuracy(threshold: float) -> float:
+        called = scores >= threshold
+        return (called[labels == 1].mean() + (~called)[labels == 0].mean()) / 2
+
+    at_threshold = balanced_accuracy(ours["threshold"])
+    assert at_threshold == pytest.approx(ours["balanced_accuracy_best"], abs=1e-12)
+    best = max(balanced_accuracy(t) for t in [*scores, math.inf])
+    assert at_threshold == pytest.approx(best, abs=1e-12)
+    assert 0 <= ours["auc_low"] <= ours["auc"] <= ours["auc_high"] <= 1
+    if 0.5 <= ours["auc"] < 1:
+        assert ours["auc_low"] < ours["auc"] < ours["auc_high"]
+
+
+def test_calibration_error_is_the_weighted_gap_in_fifteen_bins():
+    logits, labels = cohort(300, 3, seed=5)
+    p = softmax(logits.astype(np.float64))
+    confidence, correct = p.max(axis=1), p.argmax(axis=1) == labels
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
+    assert score_metrics(logits, labels, scale=1.0)["ece"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_worked_values_of_a_small_cohort():
+    # scores -2, -1, -1, 1, 3 with labels 0, 0, 1, 0, 1: pairs 2/2, 1.5/2 ... of six: (0.5 + 1 + 0 + 3) / 6
+    logits = np.array([[0, -2], [0, -1], [0, -1], [0, 1], [0, 3]], dtype=np.float32)
+    ours = score_metrics(logits, [0, 0, 1, 0, 1], scale=1.0)
+    assert ours["auc"] == pytest.approx(4.5 / 6)
+    assert ours["tied"] == pytest.approx(2 / 5)
+    assert ours["logit_gap"] == pytest.approx(8 / 5)
+    assert ours["accuracy"] == pytest.approx(3 / 5)
+    assert ours["balanced_accuracy_best"] == pytest.approx(0.75)
+    assert ours["threshold"] == pytest.approx(2.0)  # half-way between 1 and 3
+    assert ours["sensitivity_at_90_specificity"] == pytest.approx(0.5)
+    assert ours["nonfinite"] == 0
+
+
+@pytest.mark.parametrize(("negatives", "sensitivity"), [(9, 0.0), (10, 0.5), (19, 0.5), (20, 1.0)])
+def test_ninety_per_cent_specificity_allows_one_false_positive_in_ten_and_includes_the_limit(negatives, sensitivity):
+    # ranked from the top: negative, positive, negative, positive, and the other negatives below
+    scores = np.array([5, 3, *np.linspace(-1, -2, negatives - 2), 4, 2])
+    labels = np.repeat([0, 1], [negatives, 2])
+    ours = score_metrics(np.stack([0 * scores, scores], axis=1), labels, scale=1.0)
+    assert ours["sensitivity_at_90_specificity"] == sensitivity
+
+
+def test_of_equally_good_thresholds_the_one_nearest_to_argmax_is_taken():
+    logits = np.array([[0, -9], [0, -6], [0, -5], [0, 4]], dtype=np.float32)
+    # -6 (positive) and 4 (positive) around -5 and -9 (negatives): cutting at -7.5 or at -0.5 is equally good
+    assert score_metrics(logits, [0, 1, 0, 1], scale=1.0)["threshold"] == pytest.approx(-0.5)
+
+
+# The interval
+
+
+@pytest.mark.parametrize("decimals", [None, 0])
+def test_the_interval_is_delongs_on_the_logit_scale(decimals):
+    logits, labels = cohort(90, seed=3, decimals=decimals)
+    scores = ranking_scores(logits, scale=1.0)
+    v10, v01, auc = delong_by_pairs(scores, labels)
+    error = math.sqrt(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01))
+    ends = [
+        1 / (1 + math.exp(-(math.log(auc / (1 - auc)) + sign * 1.959964 * error / (auc * (1 - auc)))))
+        for sign in (-1, 1)
+    ]
+    ours = auc_interval(scores, labels)
+    np.testing.assert_allclose(ours, [auc, *ends], atol=1e-7)
+    wider = auc_interval(scores, labels, confidence=0.99)
+    assert wider.low < ours.low
+    assert wider.high > ours.high
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_interval_agrees_with_a_bootstrap(classes):
+    logits, labels = cohort(300, classes, seed=7, signal=0.8)
+    scores = ranking_scores(logits, scale=1.0)
+    random = np.random.default_rng(0)
+    groups = [np.flatnonzero(labels == c) for c in range(classes)]
+    draws = []
+    for _ in range(400):
+        rows = np.concatenate([random.choice(group, len(group)) for group in groups])
+        draws.append(auc_interval(scores[rows], labels[rows]).auc)
+    ours = auc_interval(scores, labels)
+    np.testing.assert_allclose([ours.low, ours.high], np.quantile(draws, [0.025, 0.975]), atol=0.015)
+
+
+def test_two_classes_given_as_one_against_the_rest_have_the_same_interval():
+    logits, labels = cohort(80, seed=2)
+    scores = ranking_scores(logits, scale=1.0)
+    np.testing.assert_allclose(
+        auc_interval(np.stack([-scores, scores], axis=1), labels), auc_interval(scores, labels), atol=1e-12
+    )
+
+
+def test_the_interval_holds_the_true_auc_about_95_times_in_a_hundred():
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [80, 20])
+    shift = 1.1902  # of two unit normals with AUC .8
+    hits = 0
+    for _ in range(1000):
+        interval = auc_interval(random.normal(size=100) + shift * labels, labels)
+        hits += interval.low <= 0.8 <= interval.high
+    assert 925 <= hits <= 970
+
+
+def test_shuffled_labels_have_an_auc_of_one_half_within_the_interval():
+    logits, labels = cohort(150, seed=11, signal=2.0)
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        interval = auc_interval(ranking_scores(logits, scale=15.0), random.permutation(labels))
+        hits += interval.low <= 0.5 <= interval.high
+    assert 274 <= hits <= 297
+
+
+@pytest.mark.parametrize(
+    ("auc", "positives", "negatives", "error"),
+    [(0.72, 4, 36, 0.151), (0.72, 10, 30, 0.101), (0.72, 20, 80, 0.069), (0.72, 50, 200, 0.044)],
+)
+def test_the_error_to_expect_has_its_published_values(auc, positives, negatives, error):
+    assert hanley_mcneil_error(auc, positives, negatives) == pytest.approx(error, abs=6e-4)
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(1, 1), (1, 30), (4, 36), (50, 200)])
+def test_perfect_separation_and_equal_scores_have_an_interval_of_some_width(positives, negatives):
+    labels = np.repeat([0, 1], [negatives, positives])
+    perfect = auc_interval(labels.astype(float), labels)
+    assert perfect.auc == perfect.high == 1
+    assert 0.2 < perfect.low < 1 - 1 / (positives * negatives + 1)
+    inverted = auc_interval(-labels.astype(float), labels)
+    assert inverted.auc == inverted.low == 0
+    assert inverted.high == pytest.approx(1 - perfect.low)
+    constant = auc_interval(np.full(len(labels), 0.1), labels)
+    assert constant.auc == 0.5
+    assert constant.low < 0.46
+    assert constant.high > 0.54
+
+
+def test_perfect_separation_of_three_classes_is_as_uncertain_as_its_rarest_class():
+    labels = np.repeat([0, 1, 2], [30, 20, 4])
+    ours = auc_interval(np.eye(3)[labels] + np.linspace(0, 0.1, 54)[:, None], labels)
+    assert ours.auc == ours.high == 1
+    assert ours.low == auc_interval(labels == 2, labels == 2).low
+
+
+# Not a number
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [[3], slice(None)])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_scores_that_are_not_finite_never_become_a_number(bad, rows, classes):
+    logits, labels = cohort(50, classes)
+    logits[rows, 0] = bad
+    ours = score_metrics(logits, labels, scale=15.0)
+    assert ours.pop("nonfinite") == pytest.approx(0.02 if rows == [3] else 1.0)
+    assert all(math.isnan(value) for value in ours.values())
+    scores = ranking_scores(logits, scale=15.0)
+    assert all(math.isnan(value) for value in auc_interval(scores, labels))
+    good = ranking_scores(cohort(50, classes)[0], scale=15.0)
+    assert math.isnan(compare_auc(scores, good, labels).difference)
+
+
+@pytest.mark.parametrize(("classes", "present"), [(2, [0]), (2, [1]), (3, [0, 2])])
+def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(classes, present):
+    logits, _ = cohort(40, classes)
+    labels = np.resize(present, 40)
+    ours = score_metrics(logits, labels, scale=1.0)
+    stay = ("accuracy", "brier", "ece", "tied", "logit_gap", "nonfinite")
+    assert all(math.isfinite(ours[name]) for name in stay)
+    assert all(math.isnan(value) for name, value in ours.items() if name not in stay)
+    assert math.isnan(auc_interval(ranking_scores(logits, scale=1.0), labels).auc)
+    assert math.isnan(compare_auc(ranking_scores(logits, scale=1.0), ranking_scores(logits, scale=1.0), labels).p)
+
+
+def test_no_samples_have_no_metrics():
+    assert all(math.isnan(value) for value in score_metrics(np.zeros((0, 2)), [], scale=1.0).values())
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((3, 2)), [0, 1, 2], "label 2: must be a whole number from 0 to 1"),
+        (np.zeros((3, 2)), [0, 1, 0.5], "label 0.5"),
+        (np.zeros((3, 2)), [0, -1, 1], "label -1"),
+        (np.zeros((3, 2)), [0, 1], r"logits of shape \(3, 2\) with labels of shape \(2,\)"),
+        (np.zeros((3, 1)), [0, 1, 0], "C >= 2"),
+        (np.zeros(3), [0, 1, 0], "C >= 2"),
+    ],
+)
+def test_input_that_does_not_fit_is_named(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        score_metrics(logits, labels, scale=1.0)
+
+
+# Saturation
+
+
+@pytest.mark.parametrize("shift", [150.0, -150.0, 0.0])
+def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_is_the_same(shift):
+    logits, labels = cohort(200, seed=4, signal=1.0)
+    healthy = score_metrics(logits, labels, scale=1.0)
+    saturated_logits = logits * np.float32(20 if shift else 200)
+    saturated_logits[:, 1] += np.float32(shift)
+    saturated = score_metrics(saturated_logits, labels, scale=1.0)
+    assert healthy["auc_probability"] == pytest.approx(healthy["auc"], abs=1e-3)
+    assert saturated["auc"] == pytest.approx(healthy["auc"], abs=1e-4)
+    assert saturated["logit_gap"] > 100
+    if shift:  # all towards one class: nothing is left of the ranking
+        assert saturated["auc_probability"] < 0.55
+    else:  # both ways: what is left is the accuracy
+        assert saturated["auc_probability"] == pytest.approx(saturated["balanced_accuracy"], abs=0.02)
+        assert saturated["auc"] - saturated["auc_probability"] > 0.05
+
+
+def test_a_healthy_cosine_head_raises_no_alarm():
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [80, 20])
+    cosine = np.clip(0.3 * (2 * labels - 1) + 0.15 * random.normal(size=100), -0.4, 0.4)
+    ours = score_metrics(np.stack([-cosine, cosine], axis=1).astype(np.float32), labels, scale=15.0)
+    assert ours["logit_gap"] > 7
+    assert ours["auc"] - ours["auc_probability"] < 0.002
+
+
+def test_the_saturation_alarm_of_more_classes_falls_too():
+    logits, labels = cohort(200, 3, seed=4)
+    logits = logits * np.float32(20) + np.array([300, 0, 0], np.float32)
+    ours = score_metrics(logits, labels, scale=1.0)
+    assert ours["auc"] > 0.7
+    assert ours["auc_probability"] < 0.55
+
+
+def test_ranking_does_not_depend_on_the_scale_of_two_class_logits_however_large():
+    logits, labels = cohort(100, seed=9)
+    small = score_metrics(logits, labels, scale=1e-6)
+    large = score_metrics(logits, labels, scale=1e30)
+    for name in ("auc", "auc_low", "auc_high", "auprc", "balanced_accuracy_best", "tied"):
+        assert small[name] == pytest.approx(large[name], abs=1e-12), name
+    assert large["threshold"] == pytest.approx(small["threshold"] * 1e36)
+    assert math.isfinite(large["brier"])
+
+
+@pytest.mark.parametrize("scale", [15.0, 13.371, 1e-3])
+def test_equal_logit_differences_are_ties_at_any_scale(scale):
+    logits = np.random.default_rng(0).integers(-40, 40, (200, 2)).astype(np.float32) / 8
+    tied = np.unique(logits[:, 1] - logits[:, 0])
+    assert len(np.unique(ranking_scores(logits, scale=scale))) == len(tied)
+
+
+# Paired comparison
+
+
+def test_the_paired_comparison_is_delongs_test():
+    labels = np.repeat([0, 1], [60, 25])
+    random = np.random.default_rng(1)
+    a = random.normal(size=85) + labels
+    b = 0.7 * a + random.normal(size=85)
+    (v10a, v01a, auc_a), (v10b, v01b, auc_b) = (delong_by_pairs(s, labels) for s in (a, b))
+    s10, s01 = np.cov(v10a, v10b), np.cov(v01a, v01b)
+    contrast = np.array([1, -1])
+    error = math.sqrt(contrast @ (s10 / 25 + s01 / 60) @ contrast)
+    ours = compare_auc(a, b, labels)
+    assert (ours.auc_a, ours.auc_b) == pytest.approx((auc_a, auc_b))
+    assert ours.difference == pytest.approx(auc_a - auc_b)
+    assert ours.p == pytest.approx(math.erfc(abs(auc_a - auc_b) / error / math.sqrt(2)))
+    assert (ours.low, ours.high) == pytest.approx(
+        (ours.difference - 1.959964 * error, ours.difference + 1.959964 * error), abs=1e-6
+    )
+    reverse = compare_auc(b, a, labels)
+    assert (reverse.difference, reverse.low, reverse.high) == pytest.approx((-ours.difference, -ours.high, -ours.low))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_paired_interval_agrees_with_a_bootstrap(classes):
+    logits, labels = cohort(250, classes, seed=8)
+    random = np.random.default_rng(0)
+    a = ranking_scores(logits, scale=1.0)
+    b = ranking_scores(logits + random.normal(size=logits.shape), scale=1.0)
+    groups = [np.flatnonzero(labels == c) for c in range(classes)]
+    draws = []
+    for _ in range(400):
+        rows = np.concatenate([random.choice(group, len(group)) for group in groups])
+        draws.append(compare_auc(a[rows], b[rows], labels[rows]).difference)
+    ours = compare_auc(a, b, labels)
+    assert (ours.high - ours.low) / (2 * 1.96) == pytest.approx(np.std(draws), rel=0.12)
+
+
+def test_the_paired_test_rejects_as_often_as_it_says():
+    labels = np.repeat([0, 1], [80, 30])
+    random = np.random.default_rng(2)
+    rejected = 0
+    for _ in range(600):
+        common = random.normal(size=110) + labels
+        a, b = (common + random.normal(size=110) for _ in range(2))
+        rejected += compare_auc(a, b, labels).p < 0.05
+    assert 0.03 <= rejected / 600 <= 0.075
+
+
+def test_equal_scores_do_not_differ_and_too_few_samples_cannot_tell():
+    logits, labels = cohort(60)
+    scores = ranking_scores(logits, scale=1.0)
+    same = compare_auc(scores, 3 * scores, labels)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    opposite = compare_auc([0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1])
+    assert opposite.difference == 1
+    assert math.isnan(opposite.p)
+    single = compare_auc([0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [0, 0, 1])
+    assert single.difference == -0.5
+    assert math.isnan(single.low)
+    assert math.isnan(single.p)
+
+
+def test_scores_of_different_samples_are_refused():
+    with pytest.raises(ValueError, match="same samples"):
+        compare_auc([0.0, 1.0], [0.0, 1.0, 2.0], [0, 1])
+
+
+# Input
+
+
+def test_tensors_of_any_type_arrays_and_lists_give_the_same_metrics():
+    logits, labels = cohort(60, decimals=1)
+    logits = torch.from_numpy(logits).bfloat16()
+    expected = score_metrics(logits.float().numpy(), labels, scale=2.0)
+    for variant in (logits, logits.double().requires_grad_(), logits.tolist()):
+        ours = score_metrics(variant, torch.from_numpy(labels), scale=2.0)
+        np.testing.assert_equal(ours, expected)
+
+
+def test_metrics_load_no_torch():
+    code = "import sys, trainables.metrics; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

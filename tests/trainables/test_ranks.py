@@ -1,0 +1,180 @@
+"""Several ranks: the same numbers as one, and every way a rank can be lost."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from trainables.config import FineTuneConfig, build_config
+from trainables.finetune import finetune
+from trainables.manifest import read_manifest
+from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
+from trainables.saved_run import open_inputs
+from trainables.volumes import Recipe, prepare_cohort
+from tune_app.synthetic import write_cohort
+
+SETTINGS: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.125,
+    "volume_shape": 16,
+    "epochs": 2,
+    "drw_start_epoch": 2,
+    "batch_size": 3,
+    "dropout": 0.0,
+    "augmentation_strength": 0,
+    "flip_axes": "",
+    "num_folds": 2,
+    "optimizer": "sgd",
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Table and prepared cohort."""
+    folder = tmp_path_factory.mktemp("ranks")
+    table = write_cohort(folder / "c", subjects=16, side=(14, 18))
+    config = build_config(SETTINGS)
+    return str(table), str(prepare_cohort(read_manifest(table), Recipe.from_config(config), folder / "cache"))
+
+
+def run_rank(rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    *_, last = finetune(config, *open_inputs(config, table, cohort))
+    torch.save({"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def untimed(row: dict[str, Any]) -> dict[str, str]:
+    """The row without what depends on the clock, as text: NaN equals itself then."""
+    return {key: repr(value) for key, value in row.items() if not key.endswith(("_s", "memory_gib"))}
+
+
+def test_two_ranks_equal_one_on_the_same_global_batch(inputs: tuple[str, str], tmp_path: Path) -> None:
+    """Micro-batches of 3 over two ranks with 2 accumulation steps, and over one with 4: a partial last step included."""
+    table, cohort = inputs
+    alone = build_config(SETTINGS | {"gradient_accumulation_steps": 4})
+    shared = build_config(SETTINGS | {"gradient_accumulation_steps": 2})
+    torch.set_num_threads(1)
+    data, split = open_inputs(alone, table, cohort)
+    assert len(split.train) % 12, "shards must be uneven"
+    assert len(split.val) % 2, "the last validation volume must be padded for the second rank"
+    *_, one = finetune(alone, data, split)
+    mp.start_processes(
+        run_rank, (2, shared, table, cohort, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    two = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [untimed(row) for row in two[0]["rows"]] == [untimed(row) for row in two[1]["rows"]], "ranks must agree"
+    for name, value in one.state()["network"].items():
+        if "running" not in name and "num_batches" not in name:  # each rank follows the statistics of its own batches
+            torch.testing.assert_close(two[0]["network"][name], value, rtol=1e-4, atol=1e-6)
+            assert torch.equal(two[0]["network"][name], two[1]["network"][name])
+    for ours, theirs in zip(two[0]["rows"], one.state()["rows"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+        assert ours["grad_norm_max"] == pytest.approx(theirs["grad_norm_max"], rel=1e-4)
+        assert (ours["updates"], ours["val_positive"]) == (theirs["updates"], theirs["val_positive"])
+
+
+# With Ray --------------------------------------------------------------------------------------------------------------
+
+
+class Leader:
+    """Rank 0 of a gang in an actor, as in a Tune trial."""
+
+    def run(self, work: RankWork, world: int, deadline_s: float, seen: str) -> list[int]:
+        epochs = []
+        for result in gang(work, world, deadline_s=deadline_s):
+            epochs.append(result.epoch)
+            Path(seen).write_text(str(result.epoch))
+        return epochs
+
+
+@pytest.fixture
+def local_ray() -> Any:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def start_gang(
+    inputs: tuple[str, str], seen: Path, world: int, *, epochs: int, deadline_s: float = 300.0
+) -> tuple[Any, Any]:
+    group = ray.util.placement_group([{"CPU": 1}] * world)
+    assert group.wait(60)
+    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    leader = ray.remote(Leader).options(num_cpus=1, scheduling_strategy=place).remote()
+    work = RankWork(build_config(SETTINGS | {"epochs": epochs}), *inputs)
+    return leader.run.remote(work, world, deadline_s, str(seen)), group
+
+
+def rank_processes() -> list[psutil.Process]:
+    """Processes of the ranks 1 .. world - 1 of this Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("ray::_Rank" in part for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_until(condition: Any, what: str, deadline_s: float = 120.0) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {deadline_s} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_gang_runs_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path, local_ray: Any) -> None:
+    future, _ = start_gang(inputs, tmp_path / "epoch", 3, epochs=2)
+    assert ray.get(future, timeout=200) == [1, 2]
+    wait_until(lambda: not rank_processes(), "ranks gone")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("blow", "deadline_s", "message"),
+    [
+        (signal.SIGKILL, 300.0, r"rank 1 on node .* died"),
+        (signal.SIGSTOP, 5.0, "rank 1 does not answer"),
+    ],
+)
+def test_a_lost_rank_is_named_and_the_others_are_gone(
+    inputs: tuple[str, str], tmp_path: Path, local_ray: Any, blow: int, deadline_s: float, message: str
+) -> None:
+    seen = tmp_path / "epoch"
+    future, group = start_gang(inputs, seen, 2, epochs=5000, deadline_s=deadline_s)
+    wait_until(seen.exists, "the first epoch")
+    (process,) = rank_processes()
+    os.kill(process.pid, blow)
+    struck = time.monotonic()
+    with pytest.raises(RankError, match=message):
+        ray.get(future, timeout=120)
+    assert time.monotonic() - struck < 60
+    wait_until(lambda: not rank_processes(), "the other ranks gone", 20)
+    ray.util.remove_placement_group(group)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), ray.exceptions.OutOfMemoryError("node")],
+)
+def test_out_of_memory_is_told_apart_also_as_a_cause(error: BaseException) -> None:
+    wrapped = RankError("rank 1 on node x: OutOfMemoryError")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(error)
+    assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(RankError("rank 1 died"))
+    assert not is_out_of_memory(RuntimeError("out of memory, says the text"))

@@ -1,0 +1,11 @@
+"""One fine-tuning run, from a table of volumes to a row of metrics an epoch."""
+
+from importlib import metadata
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed distribution, None where there is none: a source tree on PYTHONPATH has none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,267 @@
+"""Every hyperparameter of a fine-tuning run: name, default, unit and check, once.
+
+The defaults are the after-values of the document this project started from; `search_spaces.fixes` holds the
+before-values. Nothing here loads torch or Ray, so that a study can be checked on any machine in milliseconds.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Scalar = str | int | float | bool | None
+"""What an override may be: a JSON scalar, so that it fits a Ray trial config, an Optuna parameter and a table cell."""
+
+DEPTHS = (10, 18, 34, 50, 101, 152, 200)
+"""Depths of the released MedicalNet checkpoints."""
+
+FORMER_NAMES = {
+    "lr": "backbone_lr",
+    "learning_rate": "backbone_lr",
+    "head_lr": "classifier_lr",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "accumulation": "gradient_accumulation_steps",
+    "drw_start": "drw_start_epoch",
+    "clip": "grad_clip",
+    "max_grad_norm": "grad_clip",
+    "margin": "max_m",
+    "scale": "s",
+    "freeze_epochs": "freeze_backbone_epochs",
+    "num_epochs": "epochs",
+    "lr_scheduler": "scheduler",
+    "mixed_precision": "amp",
+}
+"""Names used elsewhere for what is here called otherwise: spelling alone would not suggest the right one."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. `problems` holds one line a violation, all of them, in field order."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        return type(self), (self.problems,)  # the default would pass the joined text, and Ray pickles errors
+
+
+def _as_triple(value: object) -> object:
+    """A cube or an isotropic spacing may be given as one number, or as text `96,96,64` from a table or a flag."""
+    if isinstance(value, str):
+        try:
+            value = [float(part) for part in value.replace("x", ",").split(",")]
+        except ValueError:
+            return value
+        if len(value) == 1:
+            value = value[0]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return (value, value, value)
+    return value
+
+
+def _off(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+ShapeDHW = Annotated[tuple[int, int, int], BeforeValidator(_as_triple)]
+SpacingDHW = Annotated[tuple[float, float, float], BeforeValidator(_as_triple)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class FineTuneConfig(BaseModel):
+    """One fine-tuning run. Immutable; build it with `build_config`, which tells all violations together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    # Length and place
+    epochs: int = Field(60, ge=1, le=10_000)
+    """Passes over the training fold."""
+    fold: int = Field(0, ge=0)
+    """Which fold validates; the others train. A table's own `split` goes first unless `cross_validate`."""
+    num_folds: int = Field(5, ge=2, le=50)
+    """Folds made when the table does not name them."""
+    cross_validate: bool = False
+    """Makes folds over the table's train and val rows even where it has a split of its own; test rows are never touched."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seeds initialisation, order of volumes, dropout and augmentation; folds are seeded apart, so that seeds compare."""
+    deterministic: bool = False
+    """Deterministic GPU kernels: the same numbers each time, at a cost in speed. The CPU always repeats itself."""
+
+    # Data
+    volume_shape: ShapeDHW = (96, 96, 96)
+    """Voxels (D, H, W) the network sees; one number is a cube. Larger volumes are cropped, smaller ones padded."""
+    spacing_mm: SpacingDHW | None = None
+    """Spacing (D, H, W) volumes are resampled to. None: the smallest isotropic spacing at which each whole volume fits."""
+    intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
+    """zscore over all voxels; zscore_nonzero over voxels > 0 (MedicalNet's rule: on CT in HU it drops air and fat); window clips and scales to [-1, 1]."""
+    window_low: float = -1000.0
+    """Lower end of the intensity window, in the volume's own units; read by `intensity=window` only."""
+    window_high: float = 400.0
+    """Upper end of the intensity window, in the volume's own units; read by `intensity=window` only."""
+    in_channels: int = Field(1, ge=1, le=16)
+    """Channels of a volume. MedicalNet checkpoints have one."""
+    num_classes: int = Field(2, ge=2, le=1000)
+    """Classes; labels are 0 .. num_classes - 1. With two, class 1 is the positive one."""
+    augmentation_strength: float = Field(1.0, ge=0, le=3)
+    """Scales all random rotation, scale, shift, intensity and noise of training volumes; 0 switches them off."""
+    flip_axes: str = "x"
+    """Axes flipped at random in training, of x (left-right), y (back-front), z (feet-head); empty for none."""
+
+    # Network
+    depth: int = 50
+    """Depth of the 3D ResNet: 10, 18, 34, 50, 101, 152 or 200."""
+    width: float = Field(1.0, gt=0, le=4)
+    """Factor on the channels of every layer. Released checkpoints fit 1 only; smaller ones are for tests and the demo."""
+    geometry: Literal["strided", "dilated"] = "strided"
+    """strided: stride-2 stem and layers (output stride 32); dilated: MedicalNet's own (output stride 8, about 5 times the arithmetic)."""
+    head: Literal["cosine", "linear"] = "cosine"
+    """cosine: unit features times unit weights, as LDAM was published; linear: weights and bias, as in the document."""
+    dropout: float = Field(0.4, ge=0, lt=1)
+    """Share of pooled features dropped before the head, in training."""
+    pretrained_path: str | None = None
+    """MedicalNet checkpoint to start from; None starts from random weights."""
+
+    # Optimiser
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam: weight decay as L2 in the gradient; adamw: decoupled; sgd: Nesterov momentum 0.9."""
+    backbone_lr: Positive = 1e-4
+    """Peak learning rate of the pretrained backbone (`--lr`)."""
+    classifier_lr: Positive = 1e-3
+    """Peak learning rate of the new head; its ratio to `backbone_lr` stays constant over the schedule."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Weight decay of all parameters, biases and BatchNorm included, as in the document's optimizer."""
+    scheduler: Literal["cosine", "constant"] = "cosine"
+    """cosine: to zero at the last update of the last epoch; constant: no decay."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs over which both rates rise linearly from zero."""
+    batch_size: int = Field(6, ge=1)
+    """Volumes in a micro-batch of one rank."""
+    gradient_accumulation_steps: int = Field(2, ge=1)
+    """Micro-batches an optimiser update is made of."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest gradient norm over all parameters, after unscaling; 0 switches clipping off."""
+    amp: Annotated[Literal["off", "fp16", "bf16"], BeforeValidator(_off)] = "fp16"
+    """Half precision on a GPU. On a CPU the run is float32 whatever this says, and its first line says so."""
+    freeze_backbone_epochs: int = Field(0, ge=0)
+    """Epochs in which only the head trains; frozen BatchNorm layers keep their statistics."""
+    unfreeze_stage_epochs: int = Field(0, ge=0)
+    """After freezing: epochs between thawing layer 4, 3, 2, 1 and the stem; 0 thaws all at once."""
+    scale_lr_with_batch: bool = False
+    """Multiplies both rates by the number of ranks."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all ranks instead of over each rank's micro-batch."""
+
+    # Loss
+    loss: Literal["ldam", "cross_entropy", "focal"] = "ldam"
+    """ldam: label-distribution-aware margins; focal: gamma `focal_gamma`. The deferred weights apply to all three."""
+    max_m: Positive = 0.2
+    """Margin of the rarest class; class j gets max_m * (n_j / n_min)^(-1/4)."""
+    s: Positive = 15.0
+    """Factor on cosines and margins before the softmax, in training and in prediction."""
+    focal_gamma: float = Field(2.0, ge=0, le=10)
+    """Focusing exponent; read by `loss=focal` only."""
+    drw_start_epoch: int = Field(25, ge=1)
+    """First epoch (1-based) with class weights in the loss; beyond `epochs` they never start."""
+    drw_beta: float = Field(0.9999, ge=0, lt=1)
+    """Class weight (1 - beta) / (1 - beta^n): 0 weights nothing, towards 1 inverse frequency."""
+
+    # Averaged weights
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    """Decay of the averaged weights per optimiser update; 0 makes them the raw ones."""
+    ema_warmup: bool = True
+    """Decay min(ema_decay, (1 + update) / (10 + update)): without it the average keeps the initial weights for long."""
+    ema_buffers: Literal["averaged", "copied"] = "averaged"
+    """BatchNorm statistics of the average: averaged like the weights, or copied from the raw network (the documented collapse)."""
+
+    # Evaluation
+    validation_batch_size: int = Field(16, ge=1)
+    """Volumes in a validation batch of one rank."""
+    train_auc_volumes: int = Field(64, ge=0)
+    """Training volumes scored each epoch, without augmentation, for the train-validation gap; 0 for none."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = []
+        if self.depth not in DEPTHS:
+            problems.append(f"depth={self.depth}: MedicalNet has {', '.join(map(str, DEPTHS))}")
+        if min(self.volume_shape) < 8:
+            problems.append(f"volume_shape={self.volume_shape}: every side must be at least 8 voxels")
+        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
+            problems.append(f"spacing_mm={self.spacing_mm}: every value must be > 0")
+        if self.window_low >= self.window_high:
+            problems.append(f"window_low={self.window_low} must be below window_high={self.window_high}")
+        if set(self.flip_axes) - set("xyz") or len(set(self.flip_axes)) < len(self.flip_axes):
+            problems.append(f"flip_axes={self.flip_axes!r}: letters of x, y, z, each at most once, or empty")
+        if self.warmup_epochs >= self.epochs:
+            problems.append(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
+        if self.freeze_backbone_epochs > self.epochs:
+            problems.append(
+                f"freeze_backbone_epochs={self.freeze_backbone_epochs} must be at most epochs={self.epochs}"
+            )
+        if self.unfreeze_stage_epochs and not self.freeze_backbone_epochs:
+            problems.append(
+                f"unfreeze_stage_epochs={self.unfreeze_stage_epochs} needs freeze_backbone_epochs >= 1: nothing is frozen"
+            )
+        if self.fold >= self.num_folds:
+            problems.append(
+                f"fold={self.fold}: there are folds 0 to {self.num_folds - 1}; raise num_folds or lower fold"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def hash(self) -> str:
+        """Sixteen hex digits over all fields: equal hashes mean the same run on the same data."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
+    """Return the default config with `overrides` applied.
+
+    Raises ConfigError with every violation at once: unknown names (each with the nearest known one), wrong types,
+    values outside their range, and values that do not go together.
+    """
+    overrides = dict(overrides or {})
+    unknown = [_unknown(name) for name in overrides if name not in FineTuneConfig.model_fields]
+    known = {name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields}
+    try:
+        config = FineTuneConfig(**known)
+    except ValidationError as error:
+        raise ConfigError(unknown + _problems(error, known)) from None
+    if unknown:
+        raise ConfigError(unknown)
+    return config
+
+
+def _unknown(name: str) -> str:
+    guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
+    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (guesses[0] if guesses else None)
+    hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"
+    return f"unknown hyperparameter {name!r}; {hint}"
+
+
+def _problems(error: ValidationError, given: dict[str, Any]) -> list[str]:
+    """One line a violation. Pydantic checks fields together only once each is valid by itself: the valid ones are
+    checked again without the others, and what a left-out field would have decided is not told."""
+    problems: list[str] = []
+    bad: set[str] = set()
+    for item in error.errors(include_url=False):
+        message = item["msg"].removeprefix("Value error, ")
+        if item["loc"]:
+            name = str(item["loc"][0])
+            bad.add(name)
+            problems.append(f"{name}={item['input']!r}: {message[0].lower()}{message[1:]}")
+        else:
+            problems.extend(message.splitlines())
+    if bad:
+        try:
+            FineTuneConfig(**{name: value for name, value in given.items() if name not in bad})
+        except ValidationError as rest:
+            together = _problems(rest, {})
+            problems += [line for line in together if not any(f"{name}=" in line for name in bad)]
+    return problems

@@ -1,0 +1,265 @@
+"""The ranks of one run: this process is rank 0, the others are Ray actors in the other bundles of its placement group.
+
+`gang` looks like `finetune` from outside: it yields rank 0's EpochResults. Rank 0 trains in a thread, so that the
+calling thread stays free to notice a rank that died or hangs: a collective waiting for a lost rank can block for ever,
+and cannot be interrupted from within. The other ranks are owned by this process: when it is killed, as Tune does to
+stop a trial, Ray ends them with it.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from trainables.checkpoints import TrialFiles
+from trainables.config import FineTuneConfig
+from trainables.finetune import EpochResult, finetune
+from trainables.saved_run import open_inputs, saved_run
+
+START_S = 300.0
+"""Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
+ANSWER_S = 5.0
+"""Seconds a healthy rank may take to say where it is."""
+
+
+class RankError(RuntimeError):
+    """A rank that died, failed or hung; the message names rank, node and cause."""
+
+
+@dataclass(frozen=True)
+class RankWork:
+    """What each rank runs."""
+
+    config: FineTuneConfig
+    table: str
+    cohort: str
+    gpu: bool = False
+    threads: int = 1
+
+
+@dataclass
+class Position:
+    """How far a rank has come, and since when."""
+
+    epoch: int = 0
+    step: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def reached(self, epoch: int, step: int) -> None:
+        self.epoch, self.step, self.since = epoch, step, time.monotonic()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, is a device or a node without memory left."""
+    kinds = (torch.OutOfMemoryError, ray.exceptions.OutOfMemoryError, MemoryError)
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, kinds) or isinstance(getattr(current, "cause", None), kinds):
+            return True
+        current = current.__cause__
+    return False
+
+
+def gang(
+    work: RankWork,
+    world: int,
+    *,
+    group: PlacementGroup | None = None,
+    resume: Mapping[str, Any] | None = None,
+    deadline_s: float = 1800.0,
+) -> Iterator[EpochResult]:
+    """Run `work` over `world` ranks; yields rank 0's results, as `finetune` does.
+
+    Call it in a process that lives in bundle 0 of `group` (default: the current placement group), whose bundles
+    1 .. world - 1 are free. `deadline_s`: longest time without a finished step on rank 0.
+
+    Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress.
+    """
+    group = group or ray.util.get_current_placement_group()
+    assert group is not None, "a gang lives in a placement group"
+    assert group.bundle_count >= world, "one bundle a rank"
+    store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
+    remembered = None if resume is None else ray.put(dict(resume))
+    ranks = []
+    for rank in range(1, world):
+        bundle = group.bundle_specs[rank]
+        options = {
+            "num_cpus": bundle.get("CPU", 0),
+            "num_gpus": bundle.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        }
+        ranks.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote(work, rank, world))
+    futures = {actor.run.remote(store.host, store.port, remembered): i + 1 for i, actor in enumerate(ranks)}
+    leader = _Leader(work, world, store, resume)
+    try:
+        yield from _watched(leader, ranks, futures, deadline_s)
+    finally:
+        leader.stop()
+        for actor in ranks:
+            ray.kill(actor)
+
+
+def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
+    """Run `work` over `world` ranks of this machine, kept in `files`; yields the row of every epoch.
+
+    Starts a Ray of its own and stops it at the end.
+    """
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+    try:
+        bundle = {"CPU": 1.0, **({"GPU": 1.0} if work.gpu else {})}
+        group = ray.util.placement_group([bundle] * world, strategy="PACK")
+        if not group.wait(timeout_seconds=60):
+            raise RankError(f"{world} ranks of {bundle} do not fit this machine: {ray.available_resources()}")
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        options = {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
+        leader = ray.remote(_LocalLeader).options(**options).remote()
+        for row in leader.rows.remote(work, world, files):
+            yield ray.get(row)
+    finally:
+        ray.shutdown()
+
+
+class _LocalLeader:
+    def rows(self, work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
+        yield from saved_run(work.config, files, lambda resume: gang(work, world, resume=resume))
+
+
+def _watched(leader: "_Leader", ranks: list[Any], futures: dict[Any, int], deadline_s: float) -> Iterator[EpochResult]:
+    pending = dict(futures)
+    leader.start()
+    while True:
+        if pending:
+            ended, _ = ray.wait(list(pending), num_returns=1, timeout=0)
+            for future in ended:
+                rank = pending.pop(future)
+                try:
+                    ray.get(future)
+                except ray.exceptions.RayError as error:
+                    raise _rank_error(rank, error) from error
+        try:
+            result = leader.results.get(timeout=0.2)
+        except queue.Empty:
+            waited = time.monotonic() - leader.position.since
+            if waited > (deadline_s if leader.position.epoch else max(deadline_s, START_S)):
+                raise RankError(_who_hangs(leader, ranks, waited)) from None
+            continue
+        if result is None:
+            return
+        if isinstance(result, BaseException):
+            # A lost peer ends rank 0's collective too: give the peer's own end a moment to arrive, it says more.
+            ended, _ = ray.wait(list(pending), num_returns=1, timeout=ANSWER_S) if pending else ([], [])
+            for future in ended:
+                try:
+                    ray.get(future)
+                except ray.exceptions.RayError as error:
+                    raise _rank_error(pending[future], error) from error
+            raise result
+        yield result
+        leader.go_on()
+
+
+def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        return RankError(f"rank {rank} on node {error.ip}: {type(cause).__name__}: {cause}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown")
+    return RankError(f"rank {rank} on node {where} died: {lines[-1] if lines else type(error).__name__}")
+
+
+def _who_hangs(leader: "_Leader", ranks: list[Any], waited: float) -> str:
+    """Name the rank that is behind the others: the one that does not answer, or has come least far."""
+    behind = (leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())
+    for rank, actor in enumerate(ranks, start=1):
+        try:
+            epoch, step, node = ray.get(actor.where.remote(), timeout=ANSWER_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+            return f"rank {rank} does not answer, and no step ended for {waited:.0f} s: it hangs or its node is gone"
+        behind = min(behind, (epoch, step, rank, node))
+    epoch, step, rank, node = behind
+    return f"rank {rank} on node {node} hangs in epoch {epoch} after step {step}: no step ended for {waited:.0f} s"
+
+
+class _Leader:
+    """Rank 0 in a thread of this process; hands over one result at a time and waits to be told to go on."""
+
+    def __init__(self, work: RankWork, world: int, store: TCPStore, resume: Mapping[str, Any] | None) -> None:
+        self.results: queue.Queue[EpochResult | BaseException | None] = queue.Queue()
+        self.position = Position()
+        self._proceed = threading.Semaphore(0)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._train, args=(work, world, store, resume), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def go_on(self) -> None:
+        self._proceed.release()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._proceed.release()
+
+    def _train(self, work: RankWork, world: int, store: TCPStore, resume: Mapping[str, Any] | None) -> None:
+        try:
+            for result in _rank_epochs(work, 0, world, store, resume, self.position):
+                self.results.put(result)
+                self._proceed.acquire()
+                if self._stopped:
+                    return
+            self.results.put(None)
+        except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
+            self.results.put(error)
+
+
+class _Rank:
+    """One of the ranks 1 .. world - 1. A second thread answers `where` while the first trains."""
+
+    def __init__(self, work: RankWork, rank: int, world: int) -> None:
+        self.work, self.rank, self.world = work, rank, world
+        self.position = Position()
+
+    def where(self) -> tuple[int, int, str]:
+        return self.position.epoch, self.position.step, ray.util.get_node_ip_address()
+
+    def run(self, host: str, port: int, resume: Mapping[str, Any] | None) -> None:
+        store = TCPStore(host, port, self.world, is_master=False, timeout=timedelta(seconds=START_S))
+        for _ in _rank_epochs(self.work, self.rank, self.world, store, resume, self.position):
+            pass
+
+
+def _rank_epochs(
+    work: RankWork,
+    rank: int,
+    world: int,
+    store: TCPStore,
+    resume: Mapping[str, Any] | None,
+    position: Position,
+) -> Iterator[EpochResult]:
+    torch.set_num_threads(work.threads)
+    device = torch.device("cuda", 0) if work.gpu else torch.device("cpu")
+    if work.gpu:
+        torch.cuda.set_device(device)
+    cohort, split = open_inputs(work.config, work.table, work.cohort)
+    dist.init_process_group(
+        "nccl" if work.gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(days=1),  # the gang's own deadline names the rank that hangs; torch's would not
+        device_id=device if work.gpu else None,
+    )
+    try:
+        yield from finetune(work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""One Tune trial: runs `finetune()` in its own folder and reports each epoch's row.
+
+The trial's folder is the truth, not Ray's checkpoint store: a trial finds its checkpoint by its own name, so it goes on
+the same way after a failed worker, a killed driver or a lost cluster.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from trainables.checkpoints import TrialFiles
+from trainables.config import build_config
+from trainables.finetune import finetune
+from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
+from trainables.saved_run import Epochs, open_inputs, saved_run
+
+log = logging.getLogger("medtune.trial")
+
+MEMORY_SLACK = 0.8
+"""Of a trial's share of GPU memory that must be free at its start: CUDA contexts take some of the rest."""
+
+FATAL = "fatal"
+"""Key of a report that ends a trial for good: trying again would fail the same way."""
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What all trials of a study share; plain values, so that it travels to any node."""
+
+    study: str
+    """Folder of the study."""
+    table: str
+    """The manifest."""
+    cohort: str
+    """Folder of the prepared cohort."""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of every trial; the trial's own go first."""
+    checkpoint_epochs: int = 1
+    """Epochs between checkpoints."""
+    ranks: int = 1
+    """Ranks of a trial, each in a bundle of the trial's placement group."""
+    gpus_per_rank: float = 0.0
+    """GPUs of a rank: 1, a fraction of one shared with other trials, or 0."""
+    threads: int = 1
+    """CPU threads of a rank: without a limit every trial takes all cores and they slow each other down."""
+    deadline_s: float = 1800.0
+    """Seconds without a finished step after which a gang of ranks counts as hanging."""
+
+
+def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
+    """Run the trial `{"trial": id, "overrides": {...}}` to its end; Tune calls this in the trial's process.
+
+    Epochs in the checkpoint are reported again: the driver may have been killed before it read them, and it drops
+    those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
+    running out of memory is reported as the trial's end instead, since it would only happen again.
+    """
+    files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
+    files.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(files.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        _run(trial, setting, files)
+    except Exception as error:
+        log.exception("trial %s failed", trial["trial"])
+        if not is_out_of_memory(error):
+            raise
+        advice = "lower batch_size (and raise gradient_accumulation_steps), or give the trial more of a GPU"
+        first = str(error) if isinstance(error, RankError) else str(error).splitlines()[0]
+        tune.report({FATAL: f"out of memory: {first}; {advice}", "epoch": 0})
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def wait_for_device_memory(
+    share: float,
+    *,
+    timeout_s: float = 120.0,
+    memory: Callable[[], tuple[int, int]] = torch.cuda.mem_get_info,
+) -> None:
+    """Wait until the trial's share of the GPU's memory is free: a trial stopped just now may still hold it.
+
+    `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all. Raises MemoryError
+    after `timeout_s` with both figures: somebody else is using the GPU.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        free, total = memory()
+        wanted = MEMORY_SLACK * share * total
+        if free >= wanted:
+            return
+        if time.monotonic() > deadline:
+            gib = 2**30
+            raise MemoryError(
+                f"{free / gib:.1f} of {total / gib:.1f} GiB of GPU memory are free, this trial's share is "
+                f"{share:g} of it; waited {timeout_s:.0f} s: end the other program, or lower gpus_per_trial"
+            )
+        log.info("waiting for GPU memory: %.1f of %.1f GiB free", free / 2**30, total / 2**30)
+        time.sleep(min(2.0, timeout_s / 10))
+
+
+def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
+    config = build_config({**setting.base, **trial["overrides"]})
+    torch.set_num_threads(setting.threads)
+    epochs: Epochs
+    if setting.gpus_per_rank:
+        wait_for_device_memory(setting.gpus_per_rank)
+    if setting.ranks > 1:
+        work = RankWork(config, setting.table, setting.cohort, gpu=setting.gpus_per_rank > 0, threads=setting.threads)
+        epochs = lambda resume: gang(work, setting.ranks, resume=resume, deadline_s=setting.deadline_s)  # noqa: E731
+    else:
+        cohort, split = open_inputs(config, setting.table, setting.cohort)
+        device = torch.device("cuda" if setting.gpus_per_rank else "cpu")
+        epochs = lambda resume: finetune(config, cohort, split, device=device, resume=resume)  # noqa: E731
+    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs):
+        log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
+        tune.report(row)

@@ -1,0 +1,86 @@
+"""A run that keeps its place in a folder: goes on from the checkpoint there, saves as it goes, gives a row an epoch."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from trainables.checkpoints import TrialFiles, load_state, save_state, sweep_temporaries, write_json
+from trainables.config import FineTuneConfig
+from trainables.finetune import EpochResult
+from trainables.manifest import Split, read_manifest, split_rows
+from trainables.volumes import Cohort, open_cohort
+
+SAVING_PAUSE = 10
+"""Times as long as writing the last checkpoint took until the next: with Adam and the average, a ResNet-50's has 740 MB."""
+
+Epochs = Callable[[Mapping[str, Any] | None], Iterator[EpochResult]]
+"""Starts the run anew (None) or from a state, and gives its epochs: `finetune`, or a gang of ranks."""
+
+
+def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -> tuple[Cohort, Split]:
+    """Return the prepared cohort and which of its rows train and validate."""
+    manifest = read_manifest(Path(table), num_classes=config.num_classes)
+    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    return open_cohort(Path(cohort)), split
+
+
+def saved_run(
+    config: FineTuneConfig, files: TrialFiles, epochs: Epochs, *, checkpoint_epochs: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
+
+    Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
+    epochs are shorter than writing takes, as few more are skipped as keep it under a tenth of the time. A run killed at
+    any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers.
+    """
+    files.folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(files.folder)
+    write_json(files.config, config.model_dump(mode="json"))
+    resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
+    best = BestEpoch()
+    for row in resume["rows"] if resume else []:
+        best.improved_by(row)
+        yield row
+    saved, cost_s = time.monotonic(), 0.0
+    with closing(epochs(resume)) as results:  # type: ignore[type-var]  # generators close
+        for result in results:
+            if best.improved_by(result.metrics):
+                save_state(files.best, best_state(result))
+            began = time.monotonic()
+            worth_it = result.epoch % checkpoint_epochs == 0 and began - saved >= SAVING_PAUSE * cost_s
+            if worth_it or result.epoch == config.epochs:
+                save_state(files.checkpoint, result.state())
+                saved = time.monotonic()
+                cost_s = saved - began
+            yield result.metrics
+
+
+class BestEpoch:
+    """The best 3-epoch median of val_auc so far: one lucky epoch does not become the network that is exported."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.best = float("-inf")
+
+    def improved_by(self, row: Mapping[str, Any]) -> bool:
+        """Take the next epoch's row; True when the median of the last three epochs is the best yet.
+
+        Before there are three the lowest stands in, and is forgotten then; a score that is no number counts lowest.
+        """
+        value = row["val_auc"]
+        self.values.append(float("-inf") if value is None or value != value else value)
+        median = statistics.median_low(self.values[-3:])
+        if median <= self.best and len(self.values) != 3:
+            return False
+        self.best = median
+        return True
+
+
+def best_state(result: EpochResult) -> dict[str, Any]:
+    """The part of a run's state that prediction needs: averaged weights, config, its rows and the epoch's metrics."""
+    state = result.state()
+    kept = ("format", "config", "epoch", "average", "train_rows", "val_rows")
+    return {key: state[key] for key in kept} | {"row": state["rows"][-1]}
