@@ -1,0 +1,1 @@
+"""What to try: the documented fixes as data, their ablations, and the named search spaces."""
