@@ -1,0 +1,193 @@
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tune_app.backtest import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
+from tune_app.curves import Curve, CurveError, Truth, generate_curves
+from tune_app.scheduler import RAY_ASHA, Policy, PolicySpec
+
+
+def curve(trial, values, **columns):
+    rows = [{"epoch": epoch, "val_auc": value} for epoch, value in enumerate(values, start=1)]
+    for name, column in columns.items():
+        for row, value in zip(rows, column, strict=True):
+            row[name] = value
+    return Curve(trial, rows, {"epochs": len(values), "drw_start_epoch": 1000})
+
+
+def rise(top, epochs=12):
+    return [top - 0.3 * 0.6**epoch for epoch in range(epochs)]
+
+
+def test_epochs_arrive_as_workers_finish_them():
+    curves = [
+        curve("slow", [0.5] * 2, epoch_s=[3.0, 3.0]),
+        curve("fast", [0.5] * 3, epoch_s=[1.0, 1.0, 1.0]),
+        curve("next", [0.5] * 2, epoch_s=[0.5, 4.0]),
+    ]
+    arrivals = []
+
+    def note(c, row):
+        arrivals.append((c.trial, row["epoch"]))
+        return False
+
+    outcome = replay(curves, note, workers=2)
+    # at 1, 2, 3 (slow began earlier), 3, then next from 3 on: 3.5, 6 (slow), 7.5
+    assert arrivals == [("fast", 1), ("fast", 2), ("slow", 1), ("fast", 3), ("next", 1), ("slow", 2), ("next", 2)]
+    assert (outcome.epochs, outcome.stopped, outcome.makespan) == ([2, 3, 2], [False] * 3, 7.5)
+
+
+def test_a_worker_whose_trial_is_stopped_takes_the_next_one():
+    curves = [curve(name, [0.5] * 4) for name in "abc"]
+    arrivals = []
+
+    def stop_at_two(c, row):
+        arrivals.append((c.trial, row["epoch"]))
+        return row["epoch"] == 2 and c.trial != "c"
+
+    outcome = replay(curves, stop_at_two, workers=1)
+    assert arrivals == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 1), ("c", 2), ("c", 3), ("c", 4)]
+    assert (outcome.epochs, outcome.stopped, outcome.makespan) == ([2, 2, 4], [True, True, False], 8.0)
+
+
+def test_more_workers_than_trials_and_trials_without_rows_are_fine():
+    outcome = replay([curve("a", [0.5]), curve("none", []), curve("b", [0.5] * 2)], lambda c, row: False, workers=9)
+    assert (outcome.epochs, outcome.makespan) == ([1, 0, 2], 2.0)
+    with pytest.raises(ValueError, match="at least one"):
+        replay([], lambda c, row: False, workers=0)
+
+
+def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
+    # best is a late one that halving ends; good is what it finds instead
+    best = curve("best", [0.5] * 6 + [0.9] * 6, epoch_s=[3600.0] * 12)
+    good = curve("good", [0.8] * 12, epoch_s=[3600.0] * 12)
+    poor = curve("poor", [0.6] * 12, epoch_s=[3600.0] * 12)
+    policy = PolicySpec(grace_epochs=3, reduction_factor=3, finalists=0, actions={"collapsed": "ignore"})
+    table = backtest([good, best, poor], {"all": None, "halving": policy}, workers=1).set_index("policy")
+    assert list(table.loc["all", ["epochs", "epochs_share", "winner", "winner_rank", "auc_lost"]]) == [
+        36,
+        1,
+        "best",
+        1,
+        0,
+    ]
+    halved = table.loc["halving"]
+    assert (halved.epochs, halved.epochs_all, halved.stopped_by_halving, halved.winner) == (18, 36, 2, "good")
+    assert (halved.winner_rank, halved.best_auc, halved.found_auc) == (2, 0.9, 0.8)
+    assert halved.auc_lost == pytest.approx(0.1)
+    assert (halved.gpu_hours, halved.gpu_hours_saved, halved.makespan_hours) == (18, 18, 18)
+    assert halved.top_stopped == 1  # poor had nothing to gain
+    assert math.isnan(halved.true_auc_lost)
+
+
+def test_gpu_time_is_not_told_where_epochs_have_no_duration():
+    table = backtest([curve("a", rise(0.8)), curve("b", rise(0.7), epoch_s=[1.0] * 12)], {"all": None})
+    assert table[["gpu_hours", "gpu_hours_saved", "makespan_hours"]].isna().all(axis=None)
+
+
+def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered():
+    long_dip = rise(0.85) + [0.5] * 4 + [0.93] * 8
+    lost = rise(0.85) + [0.5] * 12
+    table = backtest([curve("recovers", long_dip), curve("collapses", lost)], {"d": PolicySpec(halving=False)})
+    row = table.iloc[0]
+    assert (row.stopped_by_diagnosis, row.wrongly_stopped, row.wrong_share) == (2, 1, 0.5)
+    assert row.collapsed == 0  # onsets are not known
+    assert math.isnan(row.caught_share)
+
+
+def test_a_collapse_counts_as_caught_from_its_true_onset_on():
+    late = Curve("late", curve("", rise(0.85) + [0.5] * 12).rows, {}, Truth("collapsing", 13, tuple([0.8] * 24)))
+    missed = Curve("missed", curve("", rise(0.85, 24)).rows, {}, Truth("collapsing", 3, tuple([0.8] * 24)))
+    fine = Curve("fine", curve("", rise(0.85, 24)).rows, {}, Truth("healthy", None, tuple([0.8] * 24)))
+    row = backtest([late, missed, fine], {"d": PolicySpec(halving=False)}).iloc[0]
+    assert (row.collapsed, row.caught_share, row.delay_median, row.delay_max) == (2, 0.5, 2, 2)
+    assert (row.wrongly_stopped, row.wrong_share) == (0, 0)
+
+
+def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay():
+    curves = [c for c in generate_curves(60, epochs=30, seed=4) if all(row["val_auc"] is not None for row in c.rows)]
+    assert len(curves) > 50
+    ours = Policy(RAY_ASHA, 30)
+    one = replay(curves, RayAsha(30), workers=4)
+    two = replay(curves, lambda c, row: ours.decide(c.trial, c.config, row), workers=4)
+    assert (one.epochs, one.stopped) == (two.epochs, two.stopped)
+    table = backtest(curves, {"ray": RAY, "policy": RAY_ASHA}, workers=4).drop(columns="policy")
+    assert table.iloc[0].equals(table.iloc[1])
+
+
+def test_studies_and_folders_of_curves_come_out_side_by_side(tmp_path):
+    study = tmp_path / "a study"
+    study.mkdir()
+    rows = [{"trial": f"0000{n}", **row} for n, top in enumerate((0.7, 0.8)) for row in curve("", rise(top)).rows]
+    (study / "epochs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "other.csv").write_text("epoch,val_auc\n1,0.5\n2,0.6\n")
+    table = backtest_studies([study, tmp_path / "other.csv"], {"all": None, "diagnosis": PolicySpec(halving=False)})
+    assert list(table.columns[:3]) == ["study", "policy", "trials"]
+    assert table[["study", "policy", "trials", "epochs_all"]].values.tolist() == [
+        ["a study", "all", 2, 24],
+        ["a study", "diagnosis", 2, 24],
+        ["other.csv", "all", 1, 2],
+        ["other.csv", "diagnosis", 1, 2],
+    ]
+    with pytest.raises(CurveError):
+        backtest_studies([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="no studies named"):
+        backtest_studies([])
+
+
+def test_curves_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="no curves"):
+        backtest([])
+    with pytest.raises(ValueError, match="trial a is there more than once"):
+        backtest([curve("a", [0.5]), curve("a", [0.6])])
+    with pytest.raises(KeyError, match="unknown objective"):
+        backtest([curve("a", [0.5])], objective="auc")
+
+
+# What the stopping policy is held to -----------------------------------------------------------------------------------
+
+STUDIES = 3
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """500 runs of 60 epochs, 50 positive and 200 negative validation volumes, three studies; seeds the rules never saw."""
+    tables = []
+    for seed in range(900, 900 + STUDIES):
+        tables.append(
+            backtest(generate_curves(500, seed=seed, positives=50, negatives=200), POLICIES).assign(seed=seed)
+        )
+    return pd.concat(tables).set_index(["policy", "seed"])
+
+
+@pytest.mark.slow
+def test_collapsing_runs_are_stopped_in_time_and_healthy_ones_are_not(compared):
+    only = compared.loc["diagnosis only"]
+    assert np.average(only.caught_share, weights=only.collapsed) >= 0.98
+    assert only.collapsed.sum() > 250
+    assert (
+        np.average(only.wrong_share, weights=only.trials - only.collapsed) <= 0.02
+    )  # of all kinds that do not collapse
+
+
+@pytest.mark.slow
+def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_collapse_rule():
+    stopped = total = 0
+    for seed in range(950, 952):
+        curves = generate_curves(500, seed=seed, positives=50, negatives=200, mix={"healthy": 0.7, "dipping": 0.3})
+        row = backtest(curves, {"diagnosis": PolicySpec(halving=False)}).iloc[0]
+        stopped, total = stopped + row.wrongly_stopped, total + row.trials
+    assert total == 1000
+    assert stopped / total <= 0.01
+
+
+@pytest.mark.slow
+def test_the_default_policy_spends_a_third_and_finds_what_rays_asha_misses(compared):
+    ours, rays = compared.loc["medtune default"], compared.loc["Ray ASHA as shipped"]
+    assert (ours.epochs_share <= 0.35).all()
+    assert ours.auc_lost.mean() <= 0.005
+    assert ours.auc_lost.mean() <= rays.auc_lost.mean()
+    assert ours.top_stopped.sum() < rays.top_stopped.sum()

@@ -1,0 +1,55 @@
+"""The benchmark: it runs on a CPU, tells what it measured, and its arithmetic is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainables.config import build_config
+from tune_app.bench import (
+    BenchError,
+    bench_data,
+    bench_train,
+    data_table,
+    forward_flop,
+    markdown_table,
+    parse_batches,
+    result_table,
+)
+
+
+def test_plain_and_ours_are_measured_side_by_side() -> None:
+    torch.set_num_threads(1)
+    result = bench_train(
+        sizes=[16], geometries=["strided"], batches=[(2, 2)], device="cpu", depth=10, width=0.125, steps=2,
+        variants=("plain", "plain_augmented", "ours"),
+    )  # fmt: skip
+    plain, augmented, ours = result["rows"]
+    assert [row["variant"] for row in result["rows"]] == ["plain", "plain_augmented", "ours"]
+    assert augmented["volumes_per_s"] > 0
+    assert plain["speedup"] == 1.0
+    assert ours["speedup"] == pytest.approx(ours["volumes_per_s"] / plain["volumes_per_s"])
+    assert ours["ms_per_step"] == pytest.approx(4000 / ours["volumes_per_s"])
+    json.dumps(result, allow_nan=False)
+    assert markdown_table(result).count("\n") == 4
+    assert result_table(result).row_count == 3
+
+
+def test_ways_of_reading_a_cohort_are_measured(tmp_path: Path) -> None:
+    result = bench_data(size=12, subjects=3, folder=tmp_path)
+    ways = [row["way"] for row in result["rows"]]
+    assert ways == ["decode", "persistent_first", "persistent_again", "prepare", "prepared"]
+    assert all(row["volumes_per_s"] > 0 for row in result["rows"])
+    assert data_table(result).row_count == 5
+
+
+def test_the_arithmetic_of_resnet_50_is_the_documented_one() -> None:
+    flop = forward_flop(build_config({"volume_shape": 96}))
+    assert flop / 1e9 == pytest.approx(34.2, abs=0.05)
+
+
+def test_batches_are_read_from_text_and_nonsense_is_told() -> None:
+    assert parse_batches("6x2, 24") == [(6, 2), (24, 1)]
+    with pytest.raises(BenchError, match=r"batch 'six'"):
+        parse_batches("six")

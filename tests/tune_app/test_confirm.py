@@ -1,0 +1,492 @@
+"""Confirmation: what is run again, when there is a winner, and the one look at the test rows."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from filelock import FileLock
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
+
+from search_spaces.fixes import all_fixes, baseline, documented_after
+from trainables.checkpoints import save_state
+from trainables.config import build_config
+from trainables.ema import AveragedWeights
+from trainables.losses import logit_scale
+from trainables.manifest import read_manifest
+from trainables.metrics import auc_interval
+from trainables.network import build_network
+from trainables.volumes import Recipe, open_cohort, prepare_cohort
+from tune_app.cli import app
+from tune_app.confirm import (
+    choose_candidates,
+    confirmation_spec,
+    confirmed_on_test,
+    judge,
+    print_confirmation,
+    same_plan,
+    score_test,
+    unfinished,
+)
+from tune_app.results import Study, load_study
+from tune_app.spec import SpecError, StudyFiles
+from tune_app.synthetic import write_cohort
+
+WriteStudy = Callable[..., Path]
+
+CANDIDATES = {"documented": documented_after(3), "defaults": all_fixes(3), "trial-00007": {"max_m": 0.3, "s": 10.0}}
+SMALL = {"epochs": 3, "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 4}
+
+
+@pytest.fixture
+def write_table(tmp_path: Path) -> Callable[..., Path]:
+    """Write a table of empty volumes, a subject each, every third positive; with splits where asked."""
+
+    def write(split: Callable[[int], str] | None = None, rows: int = 40) -> Path:
+        table = pd.DataFrame(
+            {"path": [f"{i}.nii" for i in range(rows)], "label": [int(i % 3 == 0) for i in range(rows)]}
+        )
+        table["subject"] = [f"s{i}" for i in range(rows)]
+        if split is not None:
+            table["split"] = [split(i // 3) for i in range(rows)]
+        for name in table["path"]:
+            (tmp_path / name).touch()
+        table.to_csv(tmp_path / "table.csv", index=False)
+        return tmp_path / "table.csv"
+
+    return write
+
+
+@pytest.fixture
+def a_confirmation(write_study: WriteStudy) -> Study:
+    """Four folds of two seeds, of which fold 0 chose the candidate."""
+    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 4, "epochs": 3}
+    return load_study(write_study("confirmation", **options, spec={"seen_folds": (0,), "config": SMALL}))
+
+
+def with_objective(study: Study, gain: dict[str, float], noise: float = 0.004) -> Study:
+    """The study with variants that differ by `gain`, and runs that differ by `noise` beside fold and seed."""
+    rng = np.random.default_rng(3)
+    trials = study.trials.copy()
+    trials["objective"] = [
+        0.75 + 0.02 * row.fold + gain.get(str(row.variant), 0.0) + rng.normal(0, noise) for row in trials.itertuples()
+    ]
+    return replace(study, trials=trials)
+
+
+def printed(study: Study) -> str:
+    text = io.StringIO()
+    print_confirmation(study, Console(file=text, width=80))
+    return text.getvalue()
+
+
+# The plan --------------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_whole_sound_runs_each_setting_once_and_none_that_runs_anyway(write_study: WriteStudy) -> None:
+    overrides: list[dict[str, Any]] = [
+        {"max_m": 0.3},
+        {"max_m": 0.3, "seed": 4},  # the same setting as before
+        documented_after(6),
+        {"s": 20.0},
+        {"s": 25.0},
+        {"s": 30.0},
+        {"s": 12.0},
+    ]
+    planned = [{"variant": "a", "overrides": each} for each in overrides]
+    study = load_study(write_study(kind="ablation", planned=planned, epochs=6))
+    trials = study.trials.copy()
+    trials["objective"] = [0.9, 0.95, 0.99, 0.97, 0.96, 0.98, 0.7]
+    trials.loc[3, "state"] = "stopped"
+    trials.loc[5, "verdict"] = "collapsed"
+    study = replace(study, trials=trials)
+    found = choose_candidates(study, 3)
+    assert list(found.overrides) == ["trial-00004", "trial-00001", "trial-00006"]
+    assert found.overrides["trial-00001"]["max_m"] == 0.3
+    assert "seed" not in found.overrides["trial-00001"]
+    assert "trial 00002 is the documented settings: run as such" in found.notes
+    few = choose_candidates(study, 9)
+    assert len(few.overrides) == 3
+    assert "trial 00000 is the same as trial 00001: run as such" in few.notes
+    assert "the search has 3 configurations to confirm, not 9" in few.notes
+
+
+def test_a_confirmation_runs_new_seeds_on_all_folds_beside_the_documented_settings(
+    write_study: WriteStudy, write_table: Callable[..., Path]
+) -> None:
+    root = write_study(trials=8, epochs=6, spec={"data": str(write_table())})
+    search = load_study(root)
+    spec, _ = confirmation_spec(search, top=2, seeds=2)
+    names = list(dict.fromkeys(trial.variant for trial in spec.planned))
+    assert names[:2] == ["documented", "defaults"]
+    assert len(names) == 4
+    assert spec.num_trials == 4 * 5 * 2
+    assert {trial.overrides["seed"] for trial in spec.planned} == {1, 2}, "the search ran seed 0"
+    assert spec.seen_folds == (0,)
+    assert spec.confirms == str(search.path)
+    assert spec.kind == "confirmation"
+    first = spec.planned[0]
+    assert {name: first.overrides[name] for name in documented_after(6)} == documented_after(6)
+    for trial in spec.planned[2:4]:
+        chosen = search.record(trial.variant.removeprefix("trial-"))["overrides"]
+        assert {name: trial.overrides[name] for name in chosen} == chosen
+
+
+def test_where_the_search_chose_by_the_tables_own_split_no_fold_is_unseen(
+    write_study: WriteStudy, write_table: Callable[..., Path]
+) -> None:
+    table = write_table(split=lambda i: ("train", "val", "test")[i % 3])
+    config = {"epochs": 6, "num_folds": 3}
+    search = load_study(write_study(trials=6, epochs=6, spec={"data": str(table), "config": config}))
+    spec, notes = confirmation_spec(search, top=1, seeds=1)
+    assert spec.seen_folds == ()
+    assert all(trial.overrides["cross_validate"] for trial in spec.planned)
+    assert any("the search chose by the table's own val rows" in note for note in notes)
+    own, notes = confirmation_spec(search, top=1, seeds=1, folds="own")
+    assert own.seen_folds == (0,), "the very rows that chose"
+    assert not any("val rows" in note for note in notes)
+
+
+def test_a_confirmation_that_has_hardly_begun_says_so_instead_of_failing(write_study: WriteStudy) -> None:
+    planned = [{"variant": name, "overrides": {}} for name in CANDIDATES]
+    study = load_study(write_study(kind="confirmation", planned=planned, epochs=3))
+    begun = replace(study, trials=study.trials[study.trials["variant"] == "documented"])
+    assert "the confirmation has not begun" in printed(begun)
+
+
+def test_what_cannot_be_confirmed_is_refused(write_study: WriteStudy, an_ablation: Path, a_search: Path) -> None:
+    with pytest.raises(SpecError, match="kind ablation: name the search"):
+        confirmation_spec(load_study(an_ablation))
+    with pytest.raises(SpecError, match="top=0: 1 or more"):
+        confirmation_spec(load_study(a_search), top=0)
+    root = write_study(trials=6, epochs=6)
+    with FileLock(StudyFiles(root).lock), pytest.raises(SpecError, match="still running"):
+        confirmation_spec(load_study(root))
+    study = load_study(root)
+    trials = study.trials.assign(state="stopped")
+    with pytest.raises(SpecError, match="no trial to confirm: 6 trials, 0 completed with a score"):
+        choose_candidates(replace(study, trials=trials), 3)
+
+
+def test_a_folder_that_holds_another_confirmation_is_not_gone_on_with(
+    a_confirmation: Study, write_study: WriteStudy, write_table: Callable[..., Path]
+) -> None:
+    files = StudyFiles(a_confirmation.path)
+    same_plan(files, a_confirmation.spec)
+    search = load_study(write_study(trials=8, epochs=6, spec={"data": str(write_table())}))
+    other, _ = confirmation_spec(search, top=1, seeds=1)
+    with pytest.raises(SpecError, match=r"other candidates, folds or seeds .*trial-00007; 4 folds x 2 seeds"):
+        same_plan(files, other)
+
+
+# When there is a winner ------------------------------------------------------------------------------------------------
+
+
+def test_a_winner_is_named_when_the_data_do(a_confirmation: Study) -> None:
+    found = judge(with_objective(a_confirmation, {"trial-00007": 0.08, "defaults": 0.01}))
+    assert found.winner == "trial-00007"
+    assert found.choice == "trial-00007"
+    assert found.not_told_apart == ()
+    assert found.folds == (1, 2, 3)
+    assert found.unseen
+    text = " ".join(printed(with_objective(a_confirmation, {"trial-00007": 0.08})).split())
+    assert "Winner: trial-00007, better than the documented settings by +0.0" in text
+    assert "after correction for 2 comparisons" in text
+    assert "Judged on folds 1, 2, 3; fold 0 chose the candidates and is not counted." in text
+    assert "max_m 0.3, s 10" in text
+
+
+def test_without_a_difference_there_is_no_winner_and_the_documented_settings_stay(a_confirmation: Study) -> None:
+    study = with_objective(a_confirmation, {}, noise=0.02)
+    found = judge(study)
+    assert found.winner is None
+    assert found.choice == "documented"
+    assert "No winner: the data cannot tell any of them from the documented settings" in " ".join(
+        printed(study).split()
+    )
+
+
+def test_a_difference_on_the_fold_that_chose_the_candidate_does_not_count(a_confirmation: Study) -> None:
+    study = with_objective(a_confirmation, {})
+    lucky = (study.trials["variant"] == "trial-00007") & (study.trials["fold"] == 0)
+    trials = study.trials.assign(objective=study.trials["objective"] + 0.3 * lucky.to_numpy(float))
+    effects = judge(replace(study, trials=trials)).effects.set_index("variant")
+    assert abs(effects.loc["trial-00007", "mean"]) < 0.02
+    assert effects.loc["trial-00007", "pairs"] == 6
+
+
+def test_folds_that_chose_count_where_fewer_than_two_others_were_run(a_confirmation: Study) -> None:
+    spec = a_confirmation.spec.model_copy(update={"seen_folds": (0, 1, 2)})
+    study = replace(with_objective(a_confirmation, {}), spec=spec)
+    assert judge(study).folds == (0, 1, 2, 3)
+    assert not judge(study).unseen
+    assert "also those that chose the candidates: too few others were run" in " ".join(printed(study).split())
+
+
+def test_the_best_of_several_has_to_hold_against_their_number(a_confirmation: Study) -> None:
+    study = with_objective(a_confirmation, {})
+    trials = study.trials.copy()
+    level = {"documented": (0.0, 0.0, 0.0), "defaults": (0.01, -0.01, 0.004), "trial-00007": (0.015, 0.025, 0.02)}
+    trials["objective"] = [
+        0.8 + (level[str(row.variant)][int(row.fold) - 1] if row.fold else 0.0) for row in trials.itertuples()
+    ]
+    study = replace(study, trials=trials)
+    found = judge(study)
+    row = found.effects.set_index("variant").loc["trial-00007"]
+    assert row["call"] == "better"
+    assert row["p"] < 0.05 < row["p_holm"]
+    assert found.winner is None
+    text = " ".join(printed(study).split())
+    assert "trial-00007 would be better if it were the only one compared" in text
+
+
+def test_what_is_not_told_apart_from_the_winner_is_named(a_confirmation: Study) -> None:
+    found = judge(with_objective(a_confirmation, {"trial-00007": 0.08, "defaults": 0.079}))
+    assert {found.winner, *found.not_told_apart} == {"trial-00007", "defaults"}
+
+
+def test_no_winner_is_named_before_the_end(write_study: WriteStudy) -> None:
+    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 3, "epochs": 3}
+    study = load_study(write_study(**options, unfinished=2))
+    assert unfinished(study) == 2
+    study = with_objective(study, {"trial-00007": 0.2})
+    assert judge(study).winner is None
+    assert "Not finished: 2 of 18 runs have not ended, and no winner is named before." in " ".join(
+        printed(study).split()
+    )
+
+
+def test_the_printed_confirmation_fits_80_columns(a_confirmation: Study) -> None:
+    for gain in ({}, {"trial-00007": 0.1}):
+        assert max(map(len, printed(with_objective(a_confirmation, gain)).splitlines())) <= 80
+
+
+def test_a_study_that_is_no_confirmation_is_not_judged(an_ablation: Path) -> None:
+    with pytest.raises(SpecError, match="kind ablation, not a confirmation"):
+        judge(load_study(an_ablation))
+
+
+# The test rows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cohort_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of real files in which every fourth subject is for the test."""
+    table = write_cohort(tmp_path_factory.mktemp("confirm") / "cohort", subjects=24, side=(16, 18), noise=0.3)
+    rows = pd.read_csv(table)
+    number = rows["subject"].str[-4:].astype(int)
+    rows["split"] = np.where(number % 3 == 0, "test", "train")
+    rows.to_csv(table, index=False)
+    return table
+
+
+@pytest.fixture
+def finished(write_study: WriteStudy, cohort_table: Path) -> Callable[..., Path]:
+    """Write a finished confirmation with a winner by 0.3, and averaged weights of every run."""
+
+    def write(name: str = "search", table: Path = cohort_table, gain: float = 0.3) -> Path:
+        search = write_study(name, trials=4, epochs=3)
+        spec = {"config": SMALL, "data": str(table), "confirms": str(search), "seen_folds": (0,)}
+        root = write_study(
+            f"{name}/confirmation",
+            kind="confirmation",
+            variants=CANDIDATES,
+            seeds=1,
+            folds=4,
+            epochs=3,
+            effect={"trial-00007": gain, "documented": -gain},
+            spec=spec,
+        )
+        files = StudyFiles(root)
+        manifest = read_manifest(table)
+        cohort = prepare_cohort(manifest, Recipe.from_config(build_config(SMALL)), table.parents[1] / "cache")
+        files.write({**files.read(), "cohort": cohort.name})
+        train = np.flatnonzero(manifest.rows["split"] != "test")
+        for number, trial in enumerate(files.read_spec().planned):
+            config = build_config(SMALL | trial.overrides)
+            torch.manual_seed(number)
+            network = small_network(config)
+            average = AveragedWeights(network, decay=0.9)
+            state = {"format": 1, "config": config.model_dump(mode="json"), "epoch": 2, "average": average.state_dict()}
+            rows = {"train_rows": torch.as_tensor(train[4:]), "val_rows": torch.as_tensor(train[:4])}
+            save_state(files.trial(f"{number:05d}").best, state | rows | {"row": {}})
+        return root
+
+    return write
+
+
+def small_network(config: Any) -> Any:
+    return build_network(
+        depth=10,
+        width=0.125,
+        geometry="strided",
+        head=config.head,
+        num_classes=2,
+        in_channels=1,
+        dropout=config.dropout,
+    ).eval()
+
+
+def test_the_test_rows_are_scored_once_with_the_winner_and_on_record(
+    finished: Callable[..., Path], cohort_table: Path
+) -> None:
+    root = finished()
+    cache = cohort_table.parents[1] / "cache"
+    record = score_test(root, cache=cache)
+    files = StudyFiles(root.parent)
+    assert json.loads(files.test.read_text())["scored"] == [record]
+    assert record["variant"] == "trial-00007"
+    assert record["winner"] is True
+    assert record["times"] == 1
+    assert record["study_hash"] == load_study(root).spec.hash()
+
+    # The ensemble by hand, from the same files
+    manifest = read_manifest(cohort_table)
+    rows = np.flatnonzero(manifest.rows["split"] == "test")
+    labels = manifest.rows["label"].to_numpy()[rows]
+    cohort = open_cohort(prepare_cohort(manifest, Recipe.from_config(build_config(SMALL)), cache))
+    volumes = torch.from_numpy(cohort.volumes[rows].astype(np.float32))
+    odds = []
+    for number, trial in enumerate(load_study(root).spec.planned):
+        if trial.variant != "trial-00007":
+            continue
+        config = build_config(SMALL | trial.overrides)
+        network = small_network(config)
+        state = torch.load(StudyFiles(root).trial(f"{number:05d}").best, weights_only=True)
+        network.load_state_dict(state["average"]["network"])
+        with torch.no_grad():
+            logits = network(volumes).double().numpy()
+        odds.append(logit_scale(config.loss, config.head, config.s) * (logits[:, 1] - logits[:, 0]))
+    assert len(odds) == 4
+    ensemble = np.mean(odds, axis=0)
+    assert record["auc"] == pytest.approx(roc_auc_score(labels, ensemble), abs=1e-9)
+    assert record["auc_low"] == pytest.approx(auc_interval(ensemble, labels).low, abs=1e-9)
+    assert record["mean_auc"] == pytest.approx(np.mean([roc_auc_score(labels, each) for each in odds]), abs=1e-9)
+    assert [run["auc"] for run in record["runs"]] == pytest.approx([roc_auc_score(labels, each) for each in odds])
+    assert record["documented"]["difference"] == pytest.approx(record["auc"] - record["documented"]["auc"])
+    assert record["positive"] == labels.sum()
+
+    text = " ".join(printed(load_study(root)).split())
+    assert f"ensemble of 4 runs: AUC {record['auc']:.3f} [95 % CI" in text
+    assert f"config {record['config_hash']}" in text
+
+
+def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
+    finished: Callable[..., Path], cohort_table: Path
+) -> None:
+    root = finished()
+    cache = cohort_table.parents[1] / "cache"
+    first = score_test(root, cache=cache)
+    weights = {path: path.read_bytes() for path in root.glob("trials/*/best.pt")}
+    for path in weights:
+        path.unlink()
+    assert score_test(root, cache=cache) == first, "nothing is scored: the weights are not even there"
+    said = io.StringIO()
+    confirmed_on_test(root.parent, root, cache=cache, again=False, notes=Console(file=said, width=200))
+    assert "The test rows were scored before" in said.getvalue()
+    with pytest.raises(SpecError, match="the averaged weights of trial 00002 are gone"):
+        score_test(root, cache=cache, again=True)
+    for path, content in weights.items():
+        path.write_bytes(content)
+    second = score_test(root, cache=cache, again=True)
+    assert second["times"] == 2
+    recorded = json.loads(StudyFiles(root.parent).test.read_text())["scored"]
+    assert recorded == [first, second]
+    assert "look number 2 at the test rows: the first one is the honest one" in " ".join(
+        printed(load_study(root)).split()
+    )
+
+
+def test_without_a_winner_the_documented_settings_are_scored(finished: Callable[..., Path], cohort_table: Path) -> None:
+    record = score_test(finished(gain=0.0), cache=cohort_table.parents[1] / "cache")
+    assert record["variant"] == "documented"
+    assert record["winner"] is False
+    assert "documented" not in record
+
+
+def test_what_must_not_be_scored_is_refused(
+    finished: Callable[..., Path], cohort_table: Path, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    cache = cohort_table.parents[1] / "cache"
+    with pytest.raises(SpecError, match="no confirmation here: `medtune confirm"):
+        confirmed_on_test(tmp_path, tmp_path / "confirmation", cache=cache, again=False, notes=Console())
+
+    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 3, "epochs": 3}
+    unended = write_study("unended", **options, unfinished=2)
+    with pytest.raises(SpecError, match=r"2 of 18 runs have not ended.*scored at the very end"):
+        score_test(unended, cache=cache)
+
+    root = finished("overlap")
+    path = StudyFiles(root).trial("00002").best
+    state = torch.load(path, weights_only=True)
+    save_state(path, state | {"train_rows": torch.arange(100)})
+    with pytest.raises(SpecError, match="trial 00002 was trained on test rows"):
+        score_test(root, cache=cache)
+
+    files = StudyFiles(finished("changed"))
+    files.write({**files.read(), "cohort": "another"})
+    with pytest.raises(SpecError, match="the data changed since the confirmation"):
+        score_test(files.root, cache=cache)
+
+    rows = pd.read_csv(cohort_table).drop(columns="split")
+    plain = cohort_table.with_name("plain.csv")
+    rows.to_csv(plain, index=False)
+    root = finished("plain")
+    files = StudyFiles(root)
+    info = files.read()
+    files.write({**info, "spec": {**info["spec"], "data": str(plain)}})
+    with pytest.raises(SpecError, match="no test rows: name them in a column `split`"):
+        score_test(root, cache=cache)
+    assert not StudyFiles(root.parent).test.exists(), "what was refused is no look"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_is_confirmed_and_tested_from_the_command_line(write_study: WriteStudy, cohort_table: Path) -> None:
+    config = SMALL | {"epochs": 2, "num_folds": 3, "train_auc_volumes": 0, "augmentation_strength": 0}
+    config |= {"gradient_accumulation_steps": 1}
+    space = {"search": {"max_m": {"low": 0.05, "high": 0.5}, "s": {"low": 4, "high": 40, "log": True}}}
+    planned = {"data": str(cohort_table), "config": config, "space": space, "policy": {"halving": False}}
+    planned |= {"cache": str(cohort_table.parents[1] / "cache")}
+    root = write_study(
+        "searched", kind="ablation", planned=[{"variant": "a", "overrides": {"max_m": 0.4}}], spec=planned
+    )
+    files = StudyFiles(root)
+    info = files.read()
+    files.write({**info, "spec": {**info["spec"], "kind": "search", "planned": []}})
+
+    def medtune(*words: str) -> Any:
+        return CliRunner().invoke(app, ["confirm", str(root), *words], env={"COLUMNS": "80"})
+
+    assert "no confirmation here" in str(medtune("--test").exception)
+    ran = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
+    assert ran.exit_code == 0, ran.output
+    study = load_study(files.confirmation)
+    assert study.trials["state"].tolist() == ["completed"] * 6
+    assert list(dict.fromkeys(study.trials["variant"])) == ["documented", "defaults", "trial-00000"]
+    assert "Judged on folds 1, 2; fold 0 chose the candidates" in ran.stdout
+    once_more = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
+    assert once_more.exit_code == 0, "a finished confirmation is shown, and nothing runs"
+    assert "Judged on folds 1, 2" in once_more.stdout
+    assert "--out starts another" in str(medtune("--top", "1", "--folds", "1,2", "--seeds", "2").exception)
+    tested = medtune("--test")
+    assert tested.exit_code == 0, tested.output
+    assert "single runs: mean AUC" in tested.stdout
+    record = files.test.read_bytes()
+    again = medtune("--test")
+    assert "scored before" in again.stderr
+    assert again.stdout == tested.stdout
+    assert files.test.read_bytes() == record
+    assert medtune("--again").exit_code == 2
+
+
+def test_the_documented_settings_are_the_reference_and_not_the_original_ones() -> None:
+    assert CANDIDATES["documented"] != baseline(3)

@@ -1,0 +1,345 @@
+"""Files in, one row each out: scored as in the study, or refused with a reason, and never the worse for its neighbours."""
+
+import csv
+import io
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trainables.metrics import auc_interval
+from tune_app import predict as module
+from tune_app.cli import app
+from tune_app.explain import explain
+from tune_app.model_folder import ModelFiles, ModelInfo
+from tune_app.predict import Model, Source, decide, find_scans, load_model, predict, run_predict
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model(exported_model: Path) -> Model:
+    return load_model(exported_model)
+
+
+@pytest.fixture
+def cohort(trained_study: Path) -> Path:
+    return trained_study.parent / "cohort"
+
+
+def info_of(folder: Path) -> ModelInfo:
+    return ModelInfo.model_validate_json(ModelFiles(folder).info.read_text())
+
+
+def said_of(model: Model, path: Path) -> tuple[str | None, tuple[str, ...]]:
+    (found,) = predict(model, [Source(str(path))])
+    assert (found.scored is None) == (found.problem is not None)
+    return found.problem, found.notes
+
+
+# What is refused -------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_like_the_training_files_is_scored(model: Model, write_scan: Callable[..., Path]) -> None:
+    assert said_of(model, write_scan(voxels=(16, 17, 18), axes="LPS")) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("scan", "message"),
+    [
+        ({"voxels": (16, 16, 16, 2)}, "2 channel(s), the model takes 1"),
+        ({"spacing": (1.0, 1.0, 5.0)}, "spacing 1x1x5 mm (RAS+), the model was trained on 0.8"),
+        ({"spacing": (0.2, 1.0, 1.0)}, "spacing 0.2x1x1 mm (RAS+), the model was trained on 0.8"),
+        ({"spacing": (5.0, 1.0, 1.0), "axes": "ILP"}, "spacing 1x1x5 mm (RAS+)"),
+        ({"voxels": np.ones((9, 9, 9))}, "constant"),
+        ({"voxels": np.full((9, 9, 9), np.nan)}, "not finite"),
+    ],
+)
+def test_scans_the_model_was_not_made_for_are_refused(
+    model: Model, write_scan: Callable[..., Path], scan: dict[str, Any], message: str
+) -> None:
+    if "spacing" in scan:
+        scan["voxels"] = (9, 9, 9)
+        write = write_scan(**{**scan, "axes": scan.get("axes", "RAS")})
+    else:
+        write = write_scan(**scan)
+    problem, _ = said_of(model, write)
+    assert problem is not None
+    assert message in problem
+
+
+def unoriented(path: Path) -> Path:
+    image = nib.load(path)
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nib.save(image, path)
+    assert not nib.load(path).header["sform_code"]
+    assert not nib.load(path).header["qform_code"]
+    return path
+
+
+def test_a_scan_without_orientation_is_refused_unless_training_had_some(
+    model: Model, write_scan: Callable[..., Path]
+) -> None:
+    scan = unoriented(write_scan(voxels=(16, 17, 18)))
+    problem, _ = said_of(model, scan)
+    assert problem is not None
+    assert "its header states no orientation" in problem
+    training = model.info.training.model_copy(update={"unoriented": 2})
+    tolerant = Model(model.folder, model.id, model.info.model_copy(update={"training": training}), model.networks, CPU)
+    assert said_of(tolerant, scan)[0] is None
+
+
+def test_what_is_unusual_but_not_refused_is_noted(model: Model, write_scan: Callable[..., Path]) -> None:
+    problem, notes = said_of(model, write_scan(voxels=(12, 12, 12), spacing=(1.6, 1.0, 1.0)))
+    assert problem is None
+    assert notes[0].startswith("spacing 1.6x1x1 mm outside training's 0.8")
+
+
+def test_files_that_cannot_be_read_are_told_apart(
+    model: Model, write_scan: Callable[..., Path], tmp_path: Path
+) -> None:
+    cut = write_scan("cut.nii.gz", voxels=(16, 16, 16))
+    cut.write_bytes(cut.read_bytes()[:300])
+    (tmp_path / "text.nii").write_text("patient notes")
+    (tmp_path / "empty").mkdir()
+    bad = [cut, tmp_path / "text.nii", tmp_path / "gone.nii.gz", tmp_path / "empty"]
+    found = list(predict(model, find_scans(bad, 2)))
+    assert [one.problem is not None for one in found] == [True] * 4
+    for one, word in zip(
+        found, ("truncated", "not a NIfTI file", "No such file", "no .nii or .nii.gz file"), strict=True
+    ):
+        assert one.problem is not None
+        assert word in one.problem
+
+
+def test_scores_that_are_not_finite_are_a_problem_and_no_number(model: Model, cohort: Path) -> None:
+    network = model.networks[0]
+    before = network.head.weight.clone()
+    network.head.weight.fill_(float("nan"))
+    (found,) = predict(model, find_scans([cohort], 2)[:1])
+    network.head.weight.copy_(before)
+    assert found.scored is None
+    assert found.problem is not None
+    assert "not finite" in found.problem
+
+
+# What is scored --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_files_cost_their_own_row_only(model: Model, cohort: Path, tmp_path: Path) -> None:
+    good = find_scans([cohort], 2)[:7]
+    alone = list(predict(model, good, batch_size=3))
+    mixed = [good[0], Source("gone.nii"), *good[1:4], Source("a", problem="no"), *good[4:], Source("b", problem="no")]
+    found = list(predict(model, mixed, batch_size=3))
+    assert [one.source for one in found] == mixed
+    assert sum(one.problem is not None for one in found) == 3
+    for one, other in zip([one for one in found if one.scored], alone, strict=True):
+        assert one.scored is not None
+        assert other.scored is not None
+        np.testing.assert_allclose(one.scored.log_odds_C, other.scored.log_odds_C, atol=1e-5)
+
+
+def test_the_decision_is_the_threshold_on_the_log_odds() -> None:
+    odds = np.array([[1.0, -1.0], [0.4, -0.4], [-2.0, 2.0]])
+    assert decide(odds, -0.4).tolist() == [0, 1, 1]
+    assert decide(np.array([[0.1, 0.3, -1.0], [2.0, 0.0, 0.0]]), None).tolist() == [1, 0]
+
+
+def test_batches_too_large_for_the_gpu_are_cut(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model.networks[0]
+    forward = network.forward
+    seen: list[int] = []
+
+    def small_gpu(volumes: torch.Tensor) -> torch.Tensor:
+        if len(volumes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(volumes))
+        return forward(volumes)
+
+    volumes = np.random.default_rng(0).normal(size=(7, 1, 16, 16, 16))
+    expected = model.logits(volumes)
+    monkeypatch.setattr(network, "forward", small_gpu)
+    np.testing.assert_allclose(model.logits(volumes), expected, atol=1e-5)
+    assert seen == [1, 2, 2, 2]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_scores_of_the_cpu(exported_ensemble: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU that torch can use")
+    volumes = np.random.default_rng(0).normal(size=(5, 1, 16, 16, 16)).astype(np.float16)
+    scores = [load_model(exported_ensemble, device) for device in ("cpu", "cuda")]
+    cpu, cuda = (model.predict(model.logits(volumes)) for model in scores)
+    np.testing.assert_allclose(cuda.log_odds_BC, cpu.log_odds_BC, atol=1e-4)
+    cams = [explain(model, volumes[0], 1, layer="layer1") for model in scores]
+    np.testing.assert_allclose(*cams, atol=1e-3)
+
+
+def test_nothing_is_unpickled(exported_model: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, forbidden)
+    assert next(predict(load_model(exported_model), find_scans([cohort], 2)[:1])).scored is not None
+
+
+# Finding files ---------------------------------------------------------------------------------------------------------
+
+
+def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
+    for name in ("b/2.nii.gz", "b/1.nii", "b/deep/3.nii.gz", "b/._1.nii", "b/.cache/4.nii", "b/notes.txt", "a.nii"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "table.csv").write_text("path,label\na.nii,1\nb/1.nii,\nb/2.nii.gz,7\n,0\n")
+    found = find_scans([tmp_path / "b"], 2)
+    assert [Path(one.path).name for one in found] == ["1.nii", "2.nii.gz", "3.nii.gz"]
+    table = find_scans([tmp_path / "table.csv"], 2)
+    assert [(Path(one.path).name, one.label) for one in table[:3]] == [
+        ("a.nii", 1),
+        ("1.nii", None),
+        ("2.nii.gz", None),
+    ]
+    assert table[3].problem == "no path in this row"
+    twice = find_scans([tmp_path / "a.nii", tmp_path / "b", tmp_path / "table.csv", tmp_path / "b" / "1.nii"], 2)
+    assert len(twice) == 5, "each once"
+    pd.read_csv(tmp_path / "table.csv").to_parquet(tmp_path / "table.parquet")
+    assert [one.label for one in find_scans([tmp_path / "table.parquet"], 2)] == [1, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("scan,label\na,1\n", "no column 'path'; its columns are scan, label"),
+        ("", "not a table"),
+        ("\x00\xff", "not a table"),
+    ],
+)
+def test_tables_that_are_none_have_their_row(tmp_path: Path, content: str, message: str) -> None:
+    table = tmp_path / "table.csv"
+    table.write_bytes(content.encode("latin-1"))
+    (found,) = find_scans([table, tmp_path / "table.csv"], 2)
+    assert found.problem is not None
+    assert message in found.problem
+
+
+# The command -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_csv_alone_to_stdout_and_says_the_rest_to_stderr(
+    exported_model: Path, cohort: Path, write_scan: Callable[..., Path]
+) -> None:
+    bad = write_scan("far.nii.gz", voxels=(9, 9, 9), spacing=(1.0, 1.0, 9.0))
+    scans = sorted((cohort / "volumes").iterdir())[:2]
+    done = CliRunner().invoke(app, ["predict", str(exported_model), str(scans[0]), str(bad), str(scans[1])])
+    assert done.exit_code == 1
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["path"] for row in rows] == [str(scans[0]), str(bad), str(scans[1])]
+    assert [bool(row["problem"]) for row in rows] == [False, True, False]
+    assert rows[1]["decision"] == rows[1]["score_1"] == ""
+    info = info_of(exported_model)
+    assert info.threshold is not None
+    for row in (rows[0], rows[2]):
+        score = float(row["score_1"])
+        assert float(row["score_0"]) == -score
+        assert row["decision"] == str(int(score >= info.threshold))
+        calibrated = 1 / (1 + np.exp(-info.calibration.slope * score - info.calibration.offsets[1]))
+        assert float(row["probability_1"]) == pytest.approx(calibrated, abs=1e-6)
+        assert float(row["probability_0"]) + float(row["probability_1"]) == pytest.approx(1)
+    assert f"error: scan {bad}: spacing 1x1x9 mm" in done.stderr
+    assert "2 scored, 1 not" in done.stderr
+
+
+def test_a_labelled_table_is_evaluated(exported_model: Path, cohort: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "new" / "scores.csv"
+    code = run_predict(
+        exported_model,
+        [cohort / "table.csv"],
+        out,
+        device="cpu",
+        batch_size=8,
+        explain=None,
+        explain_layer="layer4",
+        say=said.append,
+    )
+    assert code == 0
+    rows = pd.read_csv(out)
+    auc = auc_interval(rows["score_1"].to_numpy(), rows["label"].to_numpy())
+    assert f"AUC {auc.auc:.3f} [{auc.low:.3f}, {auc.high:.3f}]" in said[-1]
+    right = (rows["decision"] == rows["label"]).groupby(rows["label"]).mean()
+    assert f"{right[0]:.3f}, {right[1]:.3f}" in said[-1]
+    assert [path.name for path in out.parent.iterdir()] == ["scores.csv"]
+
+
+def test_an_ensemble_tells_how_far_its_members_are_apart(exported_ensemble: Path, cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    run_predict(
+        exported_ensemble,
+        [cohort],
+        out,
+        device="cpu",
+        batch_size=8,
+        explain=None,
+        explain_layer="layer4",
+        say=lambda text: None,
+    )
+    rows = pd.read_csv(out)
+    assert (rows["members_low"] <= rows["members_high"]).all()
+    # of two values the standard deviation is their distance over the root of two
+    np.testing.assert_allclose(rows["members_sd"], (rows["members_high"] - rows["members_low"]) / 2**0.5, atol=1e-7)
+    assert (rows["members_sd"] > 0).any()
+
+
+def test_what_was_scored_survives_an_interruption(
+    exported_model: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = module._scored
+    calls: list[int] = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return scored(*args)
+
+    monkeypatch.setattr(module, "_scored", interrupted)
+    said: list[str] = []
+    out = tmp_path / "scores.csv"
+    with pytest.raises(KeyboardInterrupt):
+        run_predict(
+            exported_model,
+            [cohort],
+            out,
+            device="cpu",
+            batch_size=2,
+            explain=None,
+            explain_layer="layer4",
+            say=said.append,
+        )
+    assert not out.exists()
+    assert len(pd.read_csv(tmp_path / "scores.csv.partial")) == 4
+    assert said[-1].endswith("scores.csv.partial")
+
+
+def test_a_damaged_model_is_one_line_on_stderr(exported_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(exported_model, tmp_path / "model"))
+    (model / "config.json").write_text("{}")
+    done = CliRunner().invoke(app, ["predict", str(model), str(tmp_path)])
+    assert done.exit_code == 1
+    assert type(done.exception).__name__ == "ModelError"
+    assert not done.stdout

@@ -1,0 +1,132 @@
+import json
+import math
+
+import pytest
+
+from tune_app.ray_scheduler import PolicyScheduler
+from tune_app.scheduler import Policy, PolicySpec
+
+
+class RaysTrial:
+    def __init__(self, name, **overrides):
+        self.config = {"trial": name, "overrides": overrides}
+
+
+def scheduler(spec, events, epochs=60, **options):
+    return PolicyScheduler(
+        Policy(spec, epochs),
+        record=lambda row: events.append(("row", row)),
+        log=lambda decision: events.append(("decision", decision)),
+        **options,
+    )
+
+
+def test_a_row_is_recorded_before_it_is_decided_on_and_without_what_ray_adds():
+    events = []
+    result = {"epoch": 1, "val_auc": 0.7, "train_loss": math.nan, "epoch_s": 2.0}
+    rays = {
+        "trial_id": "x_1",
+        "training_iteration": 9,
+        "pid": 3,
+        "node_ip": "10.0.0.1",
+        "hostname": "h",
+        "timestamp": 1,
+    }
+    rays |= {"date": "d", "time_total_s": 1.0, "time_this_iter_s": 1.0, "done": False, "config/trial": "00007"}
+    rays |= {
+        "time_since_restore": 1.0,
+        "iterations_since_restore": 1,
+        "checkpoint_dir_name": None,
+        "experiment_tag": "7",
+    }
+    assert scheduler(PolicySpec(), events).on_trial_result(None, RaysTrial("00007"), result | rays) == "CONTINUE"
+    (first, row), (second, decision) = events
+    assert (first, second) == ("row", "decision")
+    assert row.pop("time") > 1.7e9
+    assert row == {"trial": "00007", "epoch": 1, "val_auc": 0.7, "train_loss": None, "epoch_s": 2.0}
+    assert (decision.trial, decision.epoch) == ("00007", 1)
+
+
+def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_trial_stays_stopped():
+    events = []
+    ray = scheduler(PolicySpec(halving=False), events)
+    curve = [0.6, 0.7, 0.8, 0.85, 0.85, 0.85, 0.5, 0.5, 0.5]
+    answers = [
+        ray.on_trial_result(None, RaysTrial("00000"), {"epoch": epoch, "val_auc": value})
+        for epoch, value in enumerate(curve, start=1)
+    ]
+    assert answers == ["CONTINUE"] * 8 + ["STOP"]
+    assert len(events) == 18
+    for epoch, value in enumerate(curve, start=1):
+        assert ray.on_trial_result(None, RaysTrial("00000"), {"epoch": epoch, "val_auc": value}) == "STOP"
+    assert ray.on_trial_result(None, RaysTrial("00000"), {"done": True}) == "CONTINUE"
+    assert len(events) == 18
+
+
+def test_the_studys_own_settings_count_behind_the_trials():
+    events = []
+    ray = scheduler(PolicySpec(grace_epochs=5), events, base={"drw_start_epoch": 5, "epochs": 8})
+    for name, overrides in (("00000", {}), ("00001", {"drw_start_epoch": 40})):
+        for epoch in range(1, 6):
+            ray.on_trial_result(None, RaysTrial(name, **overrides), {"epoch": epoch, "val_auc": 0.7})
+    assert [event.reason for kind, event in events if kind == "decision" and event.epoch == 5] == ["drw_guard", "rung"]
+
+
+def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was():
+    rows, decisions = [], []
+    killed = scheduler(PolicySpec(grace_epochs=2), [], 20)
+    killed._record, killed._log = rows.append, decisions.append
+    for name, value in (("00000", 0.9), ("00001", 0.8)):
+        for epoch in (1, 2):
+            killed.on_trial_result(None, RaysTrial(name), {"epoch": epoch, "val_auc": value})
+    replayed = Policy(PolicySpec(grace_epochs=2), 20)
+    replayed.replay(json.loads(json.dumps(rows)), {"00000": {}, "00001": {}})
+    events = []
+    fresh = scheduler(PolicySpec(grace_epochs=2), events, 20)
+    fresh.policy = replayed
+    assert fresh.on_trial_result(None, RaysTrial("00000"), {"epoch": 2, "val_auc": 0.9}) == "CONTINUE"
+    assert events == []
+    fresh.on_trial_result(None, RaysTrial("00002"), {"epoch": 1, "val_auc": 0.5})
+    fresh.on_trial_result(None, RaysTrial("00002"), {"epoch": 2, "val_auc": 0.5})
+    decision = events[-1][1]
+    assert (decision.reason, decision.arrived) == ("finalist", 3)
+
+
+@pytest.mark.ray
+def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+    from ray import tune
+
+    def trial(config):
+        for epoch in range(1, 13):
+            collapsed = config["overrides"]["collapses"] and epoch > 6
+            tune.report({"epoch": epoch, "val_auc": 0.5 if collapsed else 0.8 + 0.001 * epoch})
+
+    rows, decisions = [], []
+    policy = Policy(PolicySpec(halving=False), 12)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        result = tune.run(
+            trial,
+            config={
+                "trial": tune.grid_search(["00000", "00001", "00002", "00003"]),
+                "overrides": tune.sample_from(lambda spec: {"collapses": spec.config["trial"] in ("00001", "00003")}),
+            },
+            scheduler=PolicyScheduler(policy, record=rows.append, log=decisions.append, base={"epochs": 12}),
+            storage_path=str(tmp_path),
+            reuse_actors=True,
+            verbose=0,
+            raise_on_failed_trial=True,
+        )
+    finally:
+        ray.shutdown()
+    assert {trial.status for trial in result.trials} == {"TERMINATED"}
+    epochs = {
+        name: [row["epoch"] for row in rows if row["trial"] == name] for name in ("00000", "00001", "00002", "00003")
+    }
+    assert epochs["00000"] == epochs["00002"] == list(range(1, 13))
+    assert epochs["00001"] == epochs["00003"] == list(range(1, 10))
+    assert {d.trial: d.verdict for d in decisions if d.stops} == {"00001": "collapsed", "00003": "collapsed"}
+    replayed = Policy(PolicySpec(halving=False), 12)
+    assert replayed.replay(rows, {name: {"epochs": 12} for name in epochs}) == decisions

@@ -1,0 +1,328 @@
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from trainables.diagnosis import VERDICTS
+from tune_app.scheduler import DEFAULT_ACTIONS, RAY_ASHA, Policy, PolicySpec, rung_cutoff, rung_epochs
+
+PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}
+SILENT = dict.fromkeys(VERDICTS, "ignore")
+
+
+def halving(**fields):
+    """A policy of halving alone: first rung 2, then 4, 8, ..."""
+    fields = {
+        "grace_epochs": 2,
+        "reduction_factor": 2,
+        "compared": "current",
+        "finalists": 0,
+        "actions": SILENT,
+    } | fields
+    return PolicySpec(**fields)
+
+
+def feed(policy, trial, values, config=PLAIN, first=1, **columns):
+    """Report one trial's epochs until it is stopped; returns the decisions."""
+    decisions = []
+    for epoch, value in enumerate(values, start=first):
+        row = {"trial": trial, "epoch": epoch, "val_auc": value}
+        row |= {name: column[epoch - 1] for name, column in columns.items()}
+        decisions.append(policy.decide(trial, config, row))
+        if decisions[-1].stops:
+            break
+    return decisions
+
+
+class RaysTrial:
+    def __init__(self, trial_id):
+        self.trial_id = trial_id
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize(
+    ("grace", "factor", "epochs"),
+    [(1, 4, 60), (1, 3, 30), (5, 2, 60), (3, 2.5, 40), (2, 3, 2), (4, 4, 16), (1, 1.5, 20)],
+)
+def test_with_our_additions_off_every_decision_is_rays_own(mode, grace, factor, epochs):
+    """Oracle: Ray's ASHAScheduler on the same sequences: interleaved trials, ties, epochs left out."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    stopped = compared = 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        ray = ASHAScheduler(
+            time_attr="epoch", metric="val_auc", mode=mode, max_t=epochs, grace_period=grace, reduction_factor=factor
+        )
+        spec = RAY_ASHA.model_copy(update={"grace_epochs": grace, "reduction_factor": factor})
+        ours = Policy(spec, epochs, mode)
+        running = {}
+        for number in range(30):
+            running[f"{number:05d}"] = 0
+            ray.on_trial_add(None, RaysTrial(f"{number:05d}"))
+        digits = rng.choice([1, 2, 6])
+        while running:
+            trial = rng.choice(list(running))
+            running[trial] += rng.choice([1, 1, 1, 2, 5]) if seed % 2 else 1
+            row = {"epoch": running[trial], "val_auc": round(rng.random(), digits)}
+            decision = ours.decide(trial, PLAIN, row)
+            assert decision.action.upper() == ray.on_trial_result(None, RaysTrial(trial), dict(row)), (seed, row)
+            compared += 1
+            if decision.stops:
+                stopped += 1
+                del running[trial]
+    assert stopped == 25 * 30
+    assert compared > stopped
+
+
+def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with():
+    from ray.tune.schedulers import ASHAScheduler
+
+    ray = ASHAScheduler(max_t=60)
+    assert [rung for rung, _ in ray._brackets[0]._rungs][::-1] == Policy(RAY_ASHA, 60).rungs
+
+
+def test_deciding_loads_neither_ray_nor_torch():
+    code = "import sys, tune_app.scheduler, tune_app.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
+    assert rung_epochs(6, 60, 2) == [6, 12, 24, 48]
+    assert rung_epochs(1, 64, 4) == [1, 4, 16, 64]
+    assert rung_epochs(60, 60, 2) == [60]
+    assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [6, 12, 24, 48]  # a tenth of the epochs
+    assert Policy(PolicySpec(), 4).rungs[0] == 1
+    assert Policy(PolicySpec(grace_epochs=30), 10).rungs == [10]
+
+
+def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes():
+    policy = Policy(halving(), 60)
+    good = feed(policy, "a", [0.9, 0.9, 0.9, 0.9])
+    assert [(d.reason, d.rung) for d in good] == [
+        ("between_rungs", None),
+        ("rung", 2),
+        ("between_rungs", None),
+        ("rung", 4),
+    ]
+    assert (good[1].cutoff, good[1].rank, good[1].arrived) == (None, 1, 1)
+    bad = feed(policy, "b", [0.99, 0.8])
+    assert (bad[-1].action, bad[-1].reason) == ("stop", "halving")
+    assert (bad[-1].value, bad[-1].cutoff, bad[-1].rank, bad[-1].arrived) == (0.8, 0.9, 2, 2)
+    assert "rank 2 of 2 at rung 2" in bad[-1].summary
+
+
+@pytest.mark.parametrize(
+    ("compared", "value"), [("current", 0.6), ("best", 0.95), ("smoothed", 0.6), ("best_median3", 0.7)]
+)
+def test_a_rung_compares_the_chosen_value(compared, value):
+    policy = Policy(halving(grace_epochs=6, compared=compared), 60)
+    assert feed(policy, "a", [0.95, 0.7, 0.7, 0.5, 0.6, 0.6])[-1].value == value
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_ranks_last_at_its_rung(missing):
+    policy = Policy(halving(compared="current"), 60)
+    first = feed(policy, "nan first", [0.9, missing])
+    assert (first[-1].action, first[-1].value) == ("continue", None)  # nothing to compare with
+    assert feed(policy, "also nan", [0.9, missing])[-1].action == "continue"
+    assert feed(policy, "poor", [0.1, 0.1])[-1].action == "continue"  # better than none
+    last = feed(policy, "nan last", [0.9, missing])[-1]
+    assert (last.action, last.reason, last.rank, last.arrived) == ("stop", "halving", 2, 4)
+
+
+def test_a_missing_value_is_best_or_median_of_what_was_there_before():
+    policy = Policy(halving(compared="best"), 60)
+    assert feed(policy, "a", [0.9, None])[-1].value == 0.9
+
+
+def test_the_cutoff_is_rays_percentile_and_never_between_a_number_and_none():
+    assert rung_cutoff([], 4) is None
+    assert rung_cutoff([0.1, 0.2, 0.3, 0.4, 0.5], 4) == pytest.approx(0.4)
+    assert rung_cutoff([-math.inf, -math.inf, 0.5], 2) == -math.inf
+    assert rung_cutoff([-math.inf, 0.2, 0.4], 2) == pytest.approx(0.2)
+    assert rung_cutoff([-math.inf, 0.5], 2) == -math.inf
+
+
+def test_no_rung_falls_into_the_epochs_after_the_class_weights_began():
+    policy = Policy(halving(grace_epochs=8, drw_guard_epochs=3), 60)
+    feed(policy, "a", [0.9] * 16)
+    config = {"epochs": 60, "drw_start_epoch": 7}
+    fallen = [0.9] * 6 + [0.2] * 3 + [0.95] * 4
+    decisions = feed(policy, "b", fallen, config)
+    assert [(d.epoch, d.reason) for d in decisions if d.reason != "between_rungs"] == [
+        (8, "drw_guard"),
+        (9, "drw_guard"),
+        (10, "rung"),
+    ]
+    assert decisions[9].value == 0.95
+    assert "waits for epoch 10" in decisions[7].summary
+    without = Policy(halving(grace_epochs=8, drw_guard_epochs=0), 60)
+    feed(without, "a", [0.9] * 16)
+    assert feed(without, "b", fallen, config)[-1].epoch == 8
+
+
+def test_the_rows_know_better_than_the_config_when_the_class_weights_began():
+    policy = Policy(halving(drw_guard_epochs=3), 60)
+    late = [False] * 3 + [True] * 9
+    decisions = feed(policy, "a", [0.9] * 12, {"drw_start_epoch": 2}, drw_active=late)
+    assert [d.epoch for d in decisions if d.reason == "drw_guard"] == [4, 5, 6]
+    always = feed(policy, "b", [0.9] * 12, {"drw_start_epoch": 2}, drw_active=[True] * 12)
+    assert not [d for d in always if d.reason == "drw_guard"]
+
+
+def test_the_default_start_of_class_weights_counts_where_the_overrides_are_silent_and_not_for_unknown_curves():
+    spec = halving(grace_epochs=26, drw_guard_epochs=3)
+    assert feed(Policy(spec, 60), "a", [0.9] * 26, {})[-1].reason == "drw_guard"
+    assert feed(Policy(spec, 60), "a", [0.9] * 26, None)[-1].reason == "rung"
+
+
+def test_finalists_train_to_the_end_whatever_their_rung_says():
+    spec = {"grace_epochs": 2, "reduction_factor": 4, "compared": "best"}
+    plain, policy = Policy(halving(**spec), 60), Policy(halving(**spec, finalists=2), 60)
+    for kind in (plain, policy):
+        feed(kind, "a", [0.9] * 8)
+        feed(kind, "b", [0.8] * 7)
+    assert feed(plain, "c", [0.85] * 8)[-1].reason == "halving"
+    decisions = feed(policy, "c", [0.85] * 8)
+    assert [(d.rung, d.reason) for d in decisions if d.rung] == [(2, "finalist"), (8, "finalist")]
+    assert "among the 2 best" in decisions[1].summary
+    assert feed(policy, "d", [0.84] * 8)[-1].reason == "halving"
+
+
+RISE = [0.6, 0.7, 0.78, 0.82, 0.84, 0.85, 0.85, 0.86]
+
+
+def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when():
+    policy = Policy(PolicySpec(halving=False), 60)
+    decisions = feed(policy, "a", RISE + [0.5] * 10)
+    last = decisions[-1]
+    assert (last.epoch, last.action, last.reason, last.verdict, last.verdict_epoch) == (
+        11,
+        "stop",
+        "diagnosis",
+        "collapsed",
+        9,
+    )
+    assert "0.850" in last.summary
+    assert not [d for d in decisions[:-1] if d.notable]
+    assert policy.stopped() == {"a": last}
+
+
+def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent():
+    curve = RISE + [0.5] * 6
+    assert feed(Policy(PolicySpec(halving=False, actions={"collapsed": "stop"}), 60), "a", curve)[-1].stops
+    warned = feed(Policy(PolicySpec(halving=False, actions={"collapsed": "warn"}), 60), "a", curve)
+    assert [d.epoch for d in warned if d.warning] == [11]  # once, not in every epoch
+    assert [d.verdict for d in warned][-1] == "collapsed"
+    silent = feed(Policy(PolicySpec(halving=False, actions={"collapsed": "ignore"}), 60), "a", curve)
+    assert not [d for d in silent if d.notable]
+
+
+def test_what_is_not_settled_is_told_and_not_stopped():
+    policy = Policy(PolicySpec(halving=False), 60)
+    decisions = []
+    for epoch in range(1, 31):
+        row = {"epoch": epoch, "val_auc": 0.5, "val_auc_ema": 0.5, "val_auc_raw": 0.85}
+        decisions.append(policy.decide("a", {"epochs": 60}, row))
+    assert [d.epoch for d in decisions if d.warning] == [5]
+    assert [d.epoch for d in decisions if d.reason == "diagnosis"] == [22]
+
+
+def test_the_last_epoch_is_completed_and_only_a_run_that_would_go_on_is_stopped():
+    spec = PolicySpec(halving=False)
+    own_end = feed(Policy(spec, 5), "a", [0.7] * 5, {"epochs": 5})[-1]
+    assert (own_end.reason, own_end.action) == ("completed", "continue")
+    longer = feed(Policy(spec, 5), "a", [0.7] * 9, {"epochs": 9})
+    assert (len(longer), longer[-1].reason, longer[-1].action) == (5, "completed", "stop")
+    capped = feed(Policy(PolicySpec(halving=False, max_epochs=3), 60), "a", [0.7] * 9, {"epochs": 60})
+    assert len(capped) == 3
+
+
+def test_rows_reported_again_change_nothing():
+    policy, once = Policy(PolicySpec(), 20), Policy(PolicySpec(), 20)
+    curves = {"a": RISE + [0.86] * 6, "b": [0.5] * 14, "c": RISE + [0.4] * 6}
+    first = [d for trial, values in curves.items() for d in feed(once, trial, values, {"epochs": 20})]
+    again = []
+    for trial, values in curves.items():
+        for upto in range(1, len(values) + 1):
+            for epoch in range(1, upto + 1):
+                if policy.known(trial, epoch):
+                    repeated = policy.decide(trial, {"epochs": 20}, {"epoch": epoch, "val_auc": 0.0})
+                    assert repeated.reason in ("known", "stopped_before")
+                else:
+                    again.append(policy.decide(trial, {"epochs": 20}, {"epoch": epoch, "val_auc": values[epoch - 1]}))
+    assert [d for d in again if d.reason != "stopped_before"] == first
+
+
+def test_a_stopped_trial_that_reports_on_is_stopped_again():
+    policy = Policy(halving(), 60)
+    feed(policy, "a", [0.9] * 2)
+    ended = feed(policy, "b", [0.5] * 2)[-1]
+    again = policy.decide("b", PLAIN, {"epoch": 3, "val_auc": 0.99})
+    assert (again.action, again.reason, again.summary) == ("stop", "stopped_before", ended.summary)
+
+
+def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_killed(tmp_path):
+    """The state is a function of the rows on disk: every restart begins with a fresh policy and the file."""
+    rng = random.Random(3)
+    configs = {f"{n:05d}": {"epochs": 40, "drw_start_epoch": rng.choice([5, 12, 40])} for n in range(40)}
+    arrivals = []
+    running = dict.fromkeys(configs, 0)
+    while running:
+        trial = rng.choice(list(running))
+        running[trial] += 1
+        value = rng.choice([None, 0.4, round(rng.random(), 3), round(0.6 + 0.3 * rng.random(), 3)])
+        arrivals.append({"trial": trial, "epoch": running[trial], "val_auc": value, "val_auc_raw": 0.8})
+        if running[trial] == 40:
+            del running[trial]
+
+    spec = PolicySpec(grace_epochs=3, reduction_factor=2)
+    never = Policy(spec, 40)
+    expected = [never.decide(row["trial"], configs[row["trial"]], row) for row in arrivals]
+    assert {d.reason for d in expected} >= {"rung", "halving", "drw_guard", "diagnosis", "stopped_before"}
+
+    file = tmp_path / "epochs.jsonl"
+    kills = sorted(rng.sample(range(1, len(arrivals)), 20))
+    decided = []
+    for start, end in zip([0, *kills], [*kills, len(arrivals)], strict=True):
+        policy = Policy(spec, 40)
+        stored = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert policy.replay(stored, configs) == expected[:start]
+        with file.open("a") as out:
+            for row in arrivals[start:end]:
+                out.write(json.dumps(row) + "\n")
+                decided.append(policy.decide(row["trial"], configs[row["trial"]], row))
+    assert decided == expected
+
+
+def test_a_decision_is_a_flat_row_of_json_with_what_it_was_based_on():
+    policy = Policy(halving(), 60)
+    feed(policy, "a", [0.9] * 2)
+    row = feed(policy, "b", [0.5] * 2)[-1].as_row()
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert list(row)[:6] == ["trial", "epoch", "action", "reason", "verdict", "verdict_epoch"]
+    assert (row["trial"], row["epoch"], row["rung"], row["value"], row["cutoff"]) == ("b", 2, 2, 0.5, 0.9)
+
+
+def test_the_policy_of_a_study_file_is_checked_and_completed():
+    assert PolicySpec(actions={"collapsed": "warn"}).actions == {**DEFAULT_ACTIONS, "collapsed": "warn"}
+    assert set(DEFAULT_ACTIONS) == set(VERDICTS)
+    assert PolicySpec(**json.loads(PolicySpec().model_dump_json())) == PolicySpec()
+    for wrong in (
+        {"reduction_factor": 1},
+        {"grace_epochs": 0},
+        {"compared": "mean"},
+        {"actions": {"collapse": "stop"}},
+        {"actions": {"collapsed": "kill"}},
+        {"actions": {"healthy": "stop"}},
+        {"grace": 3},
+    ):
+        with pytest.raises(ValidationError):
+            PolicySpec(**wrong)
+    with pytest.raises(ValueError, match="at least one epoch"):
+        Policy(PolicySpec(), 0)

@@ -1,0 +1,242 @@
+"""A study as its user meets it: run, killed, resumed, interrupted; with a real Ray and real NIfTI files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tune_app.results import load_study
+from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
+from tune_app.study import Recorder, log_callbacks, plan_resources, watching_only
+from tune_app.synthetic import write_cohort
+
+TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
+TINY += ["--set", "train_auc_volumes=0"]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
+
+
+def medtune(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user would, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def finished(process: subprocess.Popen[str], *, timeout_s: float = 240) -> str:
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, f"exit {process.returncode}\n{out}\n{err}"
+    return out
+
+
+def rows_of(root: Path) -> list[dict[str, Any]]:
+    path = StudyFiles(root).epochs
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_rows(process: subprocess.Popen[str], root: Path, count: int, *, deadline_s: float = 180) -> None:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        if StudyFiles(root).epochs.exists() and StudyFiles(root).epochs.read_bytes().count(b"\n") >= count:
+            return
+        if process.poll() is not None:
+            pytest.fail(f"ended with {process.returncode} before {count} rows: {process.communicate()}")
+        time.sleep(0.05)
+    pytest.fail(f"no {count} rows within {deadline_s} s")
+
+
+def check_whole(root: Path, *, trials: int, epochs: int) -> None:
+    """Every trial ended, with each of its epochs exactly once, and all records agree."""
+    study = load_study(root)
+    assert len(study.trials) == trials
+    assert set(study.trials["state"]) <= {"completed", "stopped"}
+    for trial, rows in study.epochs.groupby("trial"):
+        assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
+    completed = study.trials[study.trials["state"] == "completed"]
+    assert (completed["epochs_run"] == epochs).all()
+    assert Counter((row["trial"], row["epoch"]) for row in rows_of(root)).most_common(1)[0][1] == 1
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    record = optuna.load_study(study_name=None, storage=f"sqlite:///{StudyFiles(root).database}")
+    states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
+    expected = {"completed": "COMPLETE", "stopped": "PRUNED"}
+    assert states == {row.trial: expected[row.state] for row in study.trials.itertuples()}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Path) -> None:
+    root, cache = tmp_path / "study", tmp_path / "cache"
+    asked = ["run", "--data", table, "--trials", 4, "--epochs", 4, "--out", root, "--cache", cache, *TINY]
+    process = medtune(*asked, "--max-concurrent", 2)
+    wait_for_rows(process, root, 5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.communicate()
+    before = rows_of(root)
+    assert 0 < len(before) < 16
+
+    refused = medtune(*asked)
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert "holds a study already" in err
+    assert "Traceback" not in err
+
+    out = finished(medtune("resume", root))
+    check_whole(root, trials=4, epochs=4)
+    assert rows_of(root)[: len(before)] == before, "a row was rewritten"
+    assert "best: trial" in out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_study_that_can_be_resumed(table: Path, tmp_path: Path) -> None:
+    root = tmp_path / "study"
+    process = medtune(
+        "run", "--data", table, "--trials", 2, "--epochs", 5, "--out", root, "--cache", tmp_path / "cache", *TINY
+    )
+    wait_for_rows(process, root, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"medtune resume {root}" in err
+    assert "Traceback" not in err
+    finished(medtune("resume", root))
+    check_whole(root, trials=2, epochs=5)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_documents_own_command_line_runs(table: Path, tmp_path: Path) -> None:
+    line = """--fold 0 --lr 1e-4 --classifier-lr 1e-3 --batch_size 6 --epochs 60 --optimizer adam --loss LDAM
+        --scheduler cosine --max-m 0.2 --s 15 --drw-start-epoch 25 --grad-clip 1.0 --ema-decay 0.995 --dropout 0.4
+        --gradient_accumulation_steps 2 --multi_gpu --gpu --amp --freeze-backbone-epochs 0"""
+    words = line.replace("--epochs 60", "--epochs 2").split()
+    out = finished(
+        medtune("train", *words, "--data", table, "--out", tmp_path / "run", "--cache", tmp_path / "c", *TINY)
+    )
+    assert "1/2" in out
+    assert "2/2" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["backbone_lr"], config["classifier_lr"], config["loss"]) == (1e-4, 1e-3, "ldam")
+    again = finished(
+        medtune("train", *words, "--data", table, "--out", tmp_path / "run", "--cache", tmp_path / "c", *TINY)
+    )
+    assert again == out, "the finished run is told again from its checkpoint"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_archive: Path, tmp_path: Path) -> None:
+    """AdrenalMNIST3D, cut down to seconds: import, check, search, results as JSON, rows in TensorBoard's files."""
+    finished(medtune("data", "import", adrenal_archive, tmp_path / "adrenal", "--limit", 40))
+    table = tmp_path / "adrenal" / "table.csv"
+    assert "120 volumes" in finished(medtune("data", "check", table, "--set", "volume_shape=28"))
+    small = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=28", "--set", "train_auc_volumes=0"]
+    asked = ["--trials", 2, "--epochs", 2, "--log", "tensorboard", "--cache", tmp_path / "cache"]
+    finished(medtune("run", "--data", table, "--out", tmp_path / "study", *asked, *small))
+    check_whole(tmp_path / "study", trials=2, epochs=2)
+    shown = json.loads(finished(medtune("results", tmp_path / "study", "--format", "json")))
+    assert len(shown) == 2
+    assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
+    assert len(list(StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*"))) == 2
+
+
+# Without Ray -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "resources", "ranks", "per_rank", "concurrent"),
+    [
+        ({}, {"CPU": 2}, 1, 0, 2),
+        ({}, {"CPU": 16, "GPU": 4}, 1, 1, 4),
+        ({"gpus_per_trial": 2}, {"CPU": 16, "GPU": 4}, 2, 1, 2),
+        ({"gpus_per_trial": 0.25}, {"CPU": 16, "GPU": 1}, 1, 0.25, 4),
+        ({"gpus_per_trial": 0.25}, {"CPU": 3, "GPU": 1}, 1, 0.25, 3),
+        ({"ranks": 2}, {"CPU": 5}, 2, 0, 2),
+        ({"max_concurrent": 1}, {"CPU": 8}, 1, 0, 1),
+        ({"trials": 3}, {"CPU": 8}, 1, 0, 3),
+    ],
+)
+def test_resources_of_a_trial(
+    fields: dict[str, Any], resources: dict[str, float], ranks: int, per_rank: float, concurrent: int
+) -> None:
+    plan = plan_resources(build_spec({"data": "t.csv", **fields}), resources)
+    assert (plan.ranks, plan.gpus_per_rank, plan.concurrent) == (ranks, per_rank, concurrent)
+    assert len(plan.bundles) == ranks
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gpus_per_trial": 8}, "takes 8 CPU and 8 GPU, all of Ray has 16 CPU and 2 GPU"),
+        ({"cpus_per_rank": 32}, "takes 32 CPU"),
+        ({"ranks": 2, "gpus_per_trial": 0.5}, "a rank needs a GPU of its own"),
+        ({"ranks": 3, "gpus_per_trial": 2}, "as many of both"),
+    ],
+)
+def test_a_trial_that_can_never_be_scheduled_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        plan_resources(build_spec({"data": "t.csv", **fields}), {"CPU": 16.0, "GPU": 2.0})
+
+
+def test_all_violations_of_a_study_are_told_together() -> None:
+    with pytest.raises(SpecError) as caught:
+        build_spec({"data": "t.csv", "trails": 5, "space": "documentd", "gpus_per_trial": 1.5, "sampler": "magic"})
+    text = str(caught.value)
+    for part in ("'trails'; did you mean 'trials'", "1.5 GPUs a trial", "sampler"):
+        assert part in text
+    with pytest.raises(SpecError, match=r"unknown space 'documentd'.*did you mean 'documented'"):
+        build_spec({"data": "t.csv", "space": "documentd"})
+
+
+def test_a_line_cut_by_a_killed_writer_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_line(path, {"epoch": 1, "val_auc": float("nan")})
+    append_line(path, {"epoch": 2, "val_auc": 0.5})
+    whole = path.read_bytes()
+    assert mend_last_line(path) is None
+    path.write_bytes(whole + b'{"epoch": 3, "val')
+    assert mend_last_line(path) == '{"epoch": 3, "val'
+    assert path.read_bytes() == whole
+    assert json.loads(whole.splitlines()[0])["val_auc"] is None
+
+
+def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
+        log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+
+
+def test_variants_are_compared_on_whole_runs() -> None:
+    policy = watching_only(build_spec({"data": "t.csv"}).policy)
+    assert not policy.halving
+    assert "stop" not in policy.actions.values()
+
+
+def test_a_record_survives_the_recorder(tmp_path: Path) -> None:
+    spec = build_spec({"data": "t.csv", "config": {"epochs": 3}})
+    recorder = Recorder(spec, StudyFiles(tmp_path))
+    recorder.began("00000", {"s": 10.0}, None, node="here")
+    recorder.row({"trial": "00000", "time": 1.0, "epoch": 1, "val_auc": 0.6})
+    recorder.failed_once("00000")
+    again = Recorder(spec, StudyFiles(tmp_path))
+    assert again.records["00000"]["failures"] == 1
+    assert [row["epoch"] for row in again.rows["00000"]] == [1]
+    assert again.states() == {"running": 1}

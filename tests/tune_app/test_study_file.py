@@ -1,0 +1,93 @@
+"""The study file: what `medtune init` writes is every field, says what it means, and gives the defaults."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from trainables.config import FineTuneConfig, build_config
+from tune_app.cli import app
+from tune_app.scheduler import PolicySpec
+from tune_app.spec import SpecError, StudySpec, build_spec, read_study_file
+from tune_app.study_file import study_file, write_study_file
+
+
+def test_the_file_gives_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    write_study_file(path, data="table.csv", space="documented")
+    assert build_spec(read_study_file(path)) == StudySpec(data=str(tmp_path / "table.csv"))
+
+
+def test_every_field_stands_in_it_below_its_meaning() -> None:
+    text = study_file()
+    fields = yaml.safe_load(text)
+    assert set(fields) == set(StudySpec.model_fields)
+    assert set(fields["policy"]) == set(PolicySpec.model_fields)
+    said = " ".join(text.replace("#", " ").split())
+    for model in (StudySpec, PolicySpec, FineTuneConfig):
+        for name, info in model.model_fields.items():
+            assert info.description
+            meaning = re.sub(r"\bNone\b", "null", info.description)
+            assert " ".join(meaning.replace("#", " ").split()) in said, name
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_every_hyperparameter_can_be_set_by_removing_its_sign() -> None:
+    text = re.sub(r"^  #(?=\w+:)", "  ", study_file(), flags=re.MULTILINE)
+    config = yaml.safe_load(text)["config"]
+    assert set(config) == set(FineTuneConfig.model_fields)
+    assert build_config(config) == build_config({})
+
+
+def test_what_is_set_in_the_file_is_what_the_study_has_and_paths_start_at_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "study.yaml"
+    path.parent.mkdir()
+    text = study_file(data="../table.csv", space="narrow").replace("trials: 20", "trials: 7")
+    text = text.replace("  #epochs: 60", "  epochs: 9").replace(
+        "  #pretrained_path: null", "  pretrained_path: r50.pth"
+    )
+    path.write_text(text)
+    spec = build_spec(read_study_file(path))
+    assert spec.data == str(tmp_path / "table.csv")
+    assert (spec.space, spec.trials, spec.epochs) == ("narrow", 7, 9)
+    assert spec.config["pretrained_path"] == str(path.parent / "r50.pth")
+
+
+def test_the_space_in_the_comment_is_a_space() -> None:
+    lines = study_file().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("#   space:"))
+    block = [line.removeprefix("#   ") for line in lines[start:] if line.startswith("#   ")]
+    written = yaml.safe_load("\n".join(block[: next(i for i, line in enumerate(block) if "dropout" in line) + 1]))
+    space = build_spec({"data": "t.csv", **written}).resolved_space()
+    assert {"s", "head", "one_minus_ema_decay", "backbone_lr"} <= set(space.parameters)
+
+
+def test_a_file_that_is_there_is_kept_and_an_unknown_space_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("mine")
+    with pytest.raises(SpecError, match="there already; --force writes over it"):
+        write_study_file(path, data="t.csv", space="documented")
+    assert path.read_text() == "mine"
+    with pytest.raises(SpecError, match="did you mean 'documented'"):
+        write_study_file(path, data="t.csv", space="document", force=True)
+    write_study_file(path, data="t.csv", space="documented", force=True)
+    assert "medtune run study.yaml" in path.read_text()
+
+
+def test_init_writes_it_and_says_what_to_do_next(tmp_path: Path) -> None:
+    path = tmp_path / "my study.yaml"
+    result = CliRunner().invoke(app, ["init", str(path), "--data", "volumes.csv", "--space", "wide"])
+    assert result.exit_code == 0, result.output
+    assert f"medtune run '{path}'" in result.stdout
+    fields = yaml.safe_load(path.read_text())
+    assert (fields["data"], fields["space"]) == ("volumes.csv", "wide")
+
+
+@pytest.mark.parametrize("command", [["fixes"], ["spaces"], ["spaces", "wide"], ["spaces", "documented"]])
+def test_what_there_is_to_search_fits_80_columns(command: list[str]) -> None:
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout

@@ -1,0 +1,1 @@
+"""The search over fine-tuning runs, and all around it: command line, studies, results, reports."""

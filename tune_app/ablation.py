@@ -1,0 +1,342 @@
+"""Ablation: named variants over seeds and folds, and what each changes against its reference.
+
+All runs of a variant differ in seed and fold only, and so do the runs of two variants that are compared: differences
+are paired. Nothing is stopped early, because a comparison needs whole runs. What the differences say is computed in
+`Study.effects`; here it becomes a table and sentences, which also say what the data cannot tell.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
+from trainables.config import Scalar, build_config
+from trainables.manifest import Manifest, ManifestError, read_manifest, split_rows
+from tune_app.analysis import COLLAPSES
+from tune_app.objective import OBJECTIVES
+from tune_app.results import Study
+from tune_app.spec import PlannedTrial, SpecError, StudySpec, build_spec
+from tune_app.tables import format_value, printable
+
+PLANNED = ("fold", "seed", "cross_validate", "num_folds")
+"""Hyperparameters that the plan decides in every trial, so that runs are paired."""
+
+ADJUSTED_LEVEL = 0.05
+
+
+# The plan --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which folds a plan runs, and how the table is cut into them."""
+
+    numbers: tuple[int, ...]
+    num_folds: int
+    cross_validate: bool
+    """Folds over train and val rows of a table that has a split of its own."""
+    own_split: bool = False
+    """The table's own val rows validate: there are no folds."""
+
+    def overrides(self, fold: int) -> dict[str, Scalar]:
+        """Return what puts a trial on `fold`."""
+        return {"fold": fold, "cross_validate": self.cross_validate, "num_folds": self.num_folds}
+
+    @property
+    def text(self) -> str:
+        """The folds as people say them."""
+        if self.own_split:
+            return "the table's own split"
+        return f"{len(self.numbers)} fold{'s' if len(self.numbers) != 1 else ''}"
+
+
+def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
+    """Return the folds that `asked` names: `all`, `own` (the table's own val rows), or numbers such as `0,1`.
+
+    Folds are those of the table's fold column, or `num_folds` made ones; test rows are in none of them. Where the table
+    has val rows, folds are made over train and val rows together. Raises SpecError naming the folds there are, and
+    ManifestError when a fold lacks a class: before anything runs.
+    """
+    rows = manifest.rows
+    has_own = bool((rows["split"] == "val").any())
+    if asked.strip() == "own":
+        if not has_own:
+            raise SpecError([f"{manifest.table}: folds=own needs rows with split=val, and there are none: use all"])
+        return Folds((0,), num_folds, cross_validate=False, own_split=True)
+    given = rows.loc[rows["split"] != "test", "fold"]
+    there = tuple(range(num_folds))
+    if len(given) and given.notna().all():
+        there = tuple(sorted({int(number) for number in given}))
+        num_folds = max(there) + 1
+    numbers = there if asked.strip() == "all" else _numbers(asked)
+    if unknown := [str(number) for number in numbers if number not in there]:
+        raise SpecError([f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"])
+    folds = Folds(numbers, num_folds, cross_validate=has_own)
+    problems: list[str] = []
+    for number in numbers:
+        try:
+            split_rows(manifest, fold=number, num_folds=num_folds, cross_validate=has_own)
+        except ManifestError as error:
+            problems += error.problems
+    if problems:
+        raise ManifestError(list(dict.fromkeys(problems)))
+    return folds
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SpecError([f"folds={text!r}: all, own, or numbers such as 0,1,2"]) from None
+    if len(set(numbers)) < len(numbers):
+        raise SpecError([f"folds={text!r}: each fold once"])
+    return numbers
+
+
+def plan(chosen: Mapping[str, Mapping[str, Scalar]], folds: Folds, seeds: Iterable[int]) -> list[PlannedTrial]:
+    """Return variants x seeds x folds. Variants change fastest: whatever an interrupted plan has run is paired."""
+    return [
+        PlannedTrial(variant=name, overrides={**overrides, **folds.overrides(fold), "seed": seed})
+        for seed in seeds
+        for fold in folds.numbers
+        for name, overrides in chosen.items()
+    ]
+
+
+def read_variants(text: str, epochs: int) -> Variants:
+    """Return a named set of variants, or those of a YAML file that maps names to overrides, the reference first.
+
+    Raises SpecError for neither.
+    """
+    path = Path(text)
+    if text not in VARIANT_SETS and (path.suffix in (".yaml", ".yml") or path.is_file()):
+        return _written_variants(path)
+    try:
+        return variants(text, epochs)
+    except ValueError as error:
+        raise SpecError([f"{error}; or a YAML file of your own"]) from None
+
+
+def _written_variants(path: Path) -> Variants:
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
+    example = "write `reference: {}` and below it `other: {max_m: 0.3}`"
+    if not isinstance(written, dict) or len(written) < 2:
+        raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])
+    if bad := [str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)]:
+        raise SpecError([f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"])
+    return {str(name): dict(overrides or {}) for name, overrides in written.items()}
+
+
+def ablation_spec(
+    data: Path, chosen: Variants, *, seeds: int, folds: str = "all", config: Mapping[str, Any], **fields: Any
+) -> StudySpec:
+    """Return the study that runs every variant on every fold with every seed (0 .. seeds - 1).
+
+    `config` holds what all runs share, `fields` are those of StudySpec. Raises SpecError, also where `config` names
+    what the variants or the plan decide and would be without effect, and ManifestError for the table.
+    """
+    if seeds < 1:
+        raise SpecError([f"seeds={seeds}: 1 or more"])
+    decided = {name: "the variants" for overrides in chosen.values() for name in overrides}
+    decided |= {"fold": "folds", "cross_validate": "folds", "seed": "seeds"}
+    if clash := [f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided]:
+        raise SpecError(clash)
+    shared = build_config(config)
+    manifest = read_manifest(data, num_classes=shared.num_classes)
+    planned = plan(chosen, choose_folds(manifest, folds, shared.num_folds), range(seeds))
+    return build_spec({**fields, "kind": "ablation", "data": str(data), "config": dict(config), "planned": planned})
+
+
+# What came of it -------------------------------------------------------------------------------------------------------
+
+
+def comparisons(study: Study) -> list[pd.DataFrame]:
+    """Return the effects of the study's variants, a table for each reference; none before two variants have begun.
+
+    The reference is the first variant of the plan. Where a plan holds both the baseline and `all-fixes`, what is left
+    out of all fixes is read against these.
+    """
+    begun = set(study.trials["variant"].dropna())
+    names = [name for name in dict.fromkeys(trial.variant for trial in study.spec.planned) if name in begun]
+    if len(names) < 2:
+        return []
+    all_fixes = reference("leave-one-out")
+    without = [name for name in names if name.startswith("without-")]
+    if all_fixes not in names or not without or names[0] == all_fixes:
+        return [study.effects(baseline=names[0])]
+    rest = [name for name in names if name not in without]
+    groups = [(rest[0], rest)] if len(rest) > 1 else []
+    return [
+        only(study, group).effects(baseline=first) for first, group in [*groups, (all_fixes, [all_fixes, *without])]
+    ]
+
+
+def only(study: Study, names: Iterable[str] | None = None, folds: Iterable[int] | None = None) -> Study:
+    """Return the study with the trials of these variants and folds alone; None lets all through."""
+    from dataclasses import replace
+
+    trials = study.trials
+    if names is not None:
+        trials = trials[trials["variant"].isin(list(names))]
+    if folds is not None:
+        trials = trials[trials["fold"].isin(list(folds))]
+    return replace(study, trials=trials)
+
+
+def print_ablation(study: Study, console: Console) -> None:
+    """Print each variant's effect and what it means, 80 columns wide."""
+    console.print(_plan_text(study))
+    console.print(f"value: {OBJECTIVES[study.spec.objective].title}")
+    tables = comparisons(study)
+    for effects in tables:
+        console.print()
+        console.print(effects_table(effects))
+        console.print()
+        for line in [*effect_lines(effects), *last_epoch_lines(study, effects)]:
+            console.print(line, markup=False)
+    lines = [*run_lines(study), *(["no effects yet: two variants have to begin"] if not tables else [])]
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def _plan_text(study: Study) -> str:
+    planned = study.spec.planned
+    parts = [f"{len({trial.variant for trial in planned})} variants"]
+    for name in ("seed", "fold"):
+        count = len({trial.overrides.get(name) for trial in planned})
+        parts.append(f"{count} {name}{'s' if count != 1 else ''}")
+    ended = int(study.trials["state"].isin(["completed", "stopped", "failed"]).sum())
+    runs = f"{len(planned)} runs" if ended == len(planned) else f"{ended} of {len(planned)} runs"
+    return f"{runs}: {' x '.join(parts)}, {study.spec.epochs} epochs each"
+
+
+def effects_table(effects: pd.DataFrame) -> Table:
+    """Return the effects as a Rich table of at most 80 columns (names up to 23 characters)."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    table.add_column("variant", max_width=23, overflow="ellipsis", no_wrap=True, vertical="bottom")
+    for head in ("value", "difference [95 % CI]", "pairs", "col-\nlapsed"):
+        table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
+    table.add_column("", no_wrap=True)
+    for row in effects.to_dict("records"):
+        is_reference = row["variant"] == effects.attrs["baseline"]
+        table.add_row(
+            Text(printable(str(row["variant"]))),
+            format_value("auc", row["value"]),
+            "reference" if is_reference else difference_text(row),
+            "" if is_reference else str(row["pairs"]),
+            f"{row['collapsed']}/{row['runs']}" if row["collapsed"] else "-",
+            "" if is_reference else {"cannot tell": "unclear"}.get(str(row["call"]), str(row["call"])),
+        )
+    return table
+
+
+def difference_text(row: Mapping[Any, Any]) -> str:
+    """Return `+0.031 [+0.010, +0.052]`, without the interval where there is none."""
+    if pd.isna(row["mean"]):
+        return "-"
+    mean = f"{row['mean']:+.3f}"
+    return mean if pd.isna(row["low"]) else f"{mean} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
+def effect_lines(effects: pd.DataFrame) -> list[str]:
+    """Return in words what the effects say, and for which variants the data cannot tell."""
+    reference_name = effects.attrs["baseline"]
+    others = effects[effects["variant"] != reference_name].to_dict("records")
+    lines = []
+    for row in others:
+        if row["call"] == "cannot tell":
+            continue
+        line = (
+            f"{row['variant']} is {row['call']} than {reference_name}: "
+            f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        )
+        if len(others) > 1 and row["p_holm"] >= ADJUSTED_LEVEL:
+            line += f"; less sure as one of {len(others)} comparisons (Holm p {row['p_holm']:.2f})"
+        lines.append(line)
+    lines += _unclear_lines([row for row in others if row["call"] == "cannot tell"], reference_name)
+    return [*lines, f"({effects.attrs['how']})"]
+
+
+def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) -> list[str]:
+    lines = []
+    same = [str(row["variant"]) for row in unclear if row["low"] == row["high"] == 0]
+    if same:
+        lines.append(
+            f"{', '.join(same)} and {reference_name} score the same in every pair: no run reads what is changed."
+        )
+    measured = [row for row in unclear if not pd.isna(row["low"]) and str(row["variant"]) not in same]
+    if measured:
+        names = ", ".join(str(row["variant"]) for row in measured)
+        widest = max((row["high"] - row["low"]) / 2 for row in measured)
+        lines.append(
+            f"The data cannot tell {names} from {reference_name}: their intervals hold zero, and a difference of less "
+            f"than about {widest:.3f} would not show in so few runs."
+        )
+    single = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"]]
+    if single:
+        lines.append(
+            f"The data cannot tell {', '.join(single)} from {reference_name}: one pair has no interval. Give more "
+            "seeds or folds."
+        )
+    none = [str(row["variant"]) for row in unclear if not row["pairs"]]
+    if none:
+        lines.append(f"No completed pair yet with {reference_name}: {', '.join(none)}")
+    return lines
+
+
+def last_epoch_lines(study: Study, effects: pd.DataFrame) -> list[str]:
+    """Return what the last epoch says otherwise than the objective, which forgives a run that collapses late."""
+    reference_name = str(effects.attrs["baseline"])
+    if OBJECTIVES[study.spec.objective].reduction == "last":
+        return []
+    column = OBJECTIVES[study.spec.objective].column
+    last = only(study, effects["variant"]).effects(f"last_{column}", baseline=reference_name)
+    both = zip(effects.to_dict("records"), last.to_dict("records"), strict=True)
+    other = [f"{row['variant']} {difference_text(row)}" for first, row in both if row["call"] != first["call"]]
+    if not other:
+        return []
+    return [f"In the last epoch instead of the best, it reads otherwise for: {'; '.join(other)}"]
+
+
+def run_lines(study: Study) -> list[str]:
+    """Return what went wrong in the runs, a line a variant, and which runs are in no pair."""
+    lines = []
+    trials = study.trials
+    for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
+        own = trials[trials["variant"] == variant]
+        sick = own[own["verdict"].notna() & (own["verdict"] != "healthy")]
+        if sick.empty:
+            continue
+        told = []
+        for verdict, rows in sick.groupby("verdict", observed=True, sort=False):
+            since = rows["since_epoch"].dropna()
+            when = f" (since epoch {_range(since)})" if len(since) else ""
+            told.append(f"{len(rows)} {str(verdict).replace('_', ' ')}{when}")
+        collapsed = int(sick["verdict"].isin(COLLAPSES).sum())
+        lines.append(f"{variant}: {collapsed} of {len(own)} runs collapsed; {', '.join(told)}")
+    lines = ["Diagnoses:", *(f"  {line}" for line in lines)] if lines else []
+    failed = trials[trials["state"] == "failed"]
+    if len(failed):
+        lines.append(f"failed, and in no pair: {', '.join(f'{r.trial} ({r.variant})' for r in failed.itertuples())}")
+    empty = trials[(trials["state"] == "completed") & trials["objective"].isna()]
+    if len(empty):
+        names = ", ".join(f"{row.trial} ({row.variant})" for row in empty.itertuples())
+        lines.append(f"without a finite score, and in no pair: {names}; their variant looks better for it")
+    return lines
+
+
+def _range(values: pd.Series) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"

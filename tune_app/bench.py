@@ -1,0 +1,522 @@
+"""`medtune bench`: how fast volumes are read (`data`), and how fast they are trained on (`train`).
+
+`train`: whole training steps of a plain loop and of ours, side by side in one process.
+
+The plain loop is the usual script: volumes decoded once and kept in memory (as MONAI's CacheDataset keeps them), a
+DataLoader, contiguous tensors, fp16 autocast with GradScaler, gradient clipping, PyTorch's default Adam, an average updated
+a parameter at a time, a cosine schedule. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers:
+what is left out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune` itself with everything it does. Random volumes; scores mean nothing.
+"""
+
+import functools
+import gc
+import itertools
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import PersistentDataset
+from monai.networks.nets.resnet import ResNet
+from monai.transforms import (
+    Compose,
+    EnsureType,
+    EnsureTyped,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
+    RandAffine,
+    RandFlip,
+    RandGaussianNoise,
+    RandScaleIntensity,
+    RandShiftIntensity,
+    Resized,
+)
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from trainables.augment import INTENSITY_SCALE, INTENSITY_SHIFT, NOISE, ROTATION_DEG, SCALE
+from trainables.config import FineTuneConfig, build_config
+from trainables.finetune import _Run
+from trainables.losses import ldam_margins, sample_losses
+from trainables.manifest import Split, read_manifest
+from trainables.network import BLOCKS, PLANES, CosineHead, build_network, dilate
+from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort
+from tune_app.synthetic import write_cohort
+
+DISTINCT = 32
+"""Different volumes in the cohort; the rest repeats them, which costs the same to read."""
+
+WORKERS = {"plain": (0, 4), "plain_augmented": (8,)}
+"""Workers of the loader that are tried on a GPU; the fastest counts. On a CPU there is none."""
+
+
+class BenchError(ValueError):
+    """A measurement that was asked for in a way that cannot be."""
+
+
+def bench_train(
+    *,
+    sizes: Iterable[int],
+    geometries: Iterable[str],
+    batches: Iterable[tuple[int, int]],
+    device: str,
+    depth: int = 50,
+    width: float = 1.0,
+    steps: int = 24,
+    variants: Iterable[str] = ("plain", "eager", "ours"),
+    say: Callable[[str], None] = lambda text: None,
+    record: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Return {"machine": ..., "rows": [...]}: one row for each size, geometry, batch and variant.
+
+    `batches`: (batch size, accumulation steps). variants: `plain`; `plain_augmented`; `eager`, ours without CUDA graphs; `ours`. A row has
+    volumes_per_s, ms_per_step (medians over whole epochs of `steps` steps), gpu_ms_per_step (time with a kernel running,
+    by the profiler), gpu_busy (its share), peak_memory_gib, tflops, speedup (over plain), kernels (the longest, ms a step).
+    `record` is given the result so far after each row, `say` a line about it.
+    """
+    variants = list(variants)
+    if unknown := set(variants) - set(_VARIANTS):
+        raise BenchError(f"variants {', '.join(sorted(unknown))}: there are {', '.join(_VARIANTS)}")
+    place = torch.device(device)
+    machine = _machine(place)
+    rows: list[dict[str, Any]] = []
+    result = {"machine": machine, "steps_per_epoch": steps, "depth": depth, "width": width, "rows": rows}
+    for size, geometry, (batch, accumulation) in itertools.product(sizes, geometries, batches):
+        config = build_config(
+            {
+                "depth": depth,
+                "width": width,
+                "geometry": geometry,
+                "volume_shape": size,
+                "batch_size": batch,
+                "gradient_accumulation_steps": accumulation,
+                "epochs": 1000,
+                "drw_start_epoch": 2,
+                "train_auc_volumes": 0,
+            }
+        )
+        cohort, split = _cohort(config, steps * batch * accumulation)
+        gflop = 3 * forward_flop(config) / 1e9
+        plain = None
+        for variant in variants:
+            measured = _VARIANTS[variant](config, cohort, split, place)
+            row: dict[str, Any] = {
+                "size": size,
+                "geometry": geometry,
+                "batch": f"{batch}x{accumulation}",
+                "variant": variant,
+                "volumes_per_step": batch * accumulation,
+                **measured,
+                "gflop_per_volume": gflop,
+                "tflops": measured["volumes_per_s"] * gflop / 1e3,
+            }
+            plain = row if variant == "plain" else plain
+            row["speedup"] = None if plain is None else row["volumes_per_s"] / plain["volumes_per_s"]
+            if machine["matmul_tflops"]:
+                row["share_of_matmul"] = row["tflops"] / machine["matmul_tflops"]
+            rows.append(row)
+            say(
+                f"{size} {geometry} {row['batch']} {variant}: {row['volumes_per_s']:.0f} volumes/s, "
+                f"{row['ms_per_step']:.1f} ms a step"
+            )
+            record(result)
+            gc.collect()
+            if place.type == "cuda":
+                torch.cuda.empty_cache()
+    return result
+
+
+def parse_batches(text: str) -> list[tuple[int, int]]:
+    """`"6x2,24"` -> `[(6, 2), (24, 1)]`. Raises BenchError for anything else."""
+    parsed = []
+    for part in text.split(","):
+        batch, _, accumulation = part.strip().partition("x")
+        if not batch.isdigit() or not (accumulation or "1").isdigit():
+            raise BenchError(f"batch {part!r}: write BATCHxACCUMULATION, such as 6x2, or a batch size")
+        parsed.append((int(batch), int(accumulation or 1)))
+    return parsed
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """Return the rows as a Rich table."""
+    table = Table(title=f"{result['machine']['name']}, torch {result['machine']['torch']}")
+    for name in (
+        "voxels",
+        "geometry",
+        "batch",
+        "variant",
+        "volumes/s",
+        "ms/step",
+        "GPU busy",
+        "peak GiB",
+        "TFLOP/s",
+        "x",
+    ):
+        table.add_column(name, justify="left" if name in ("geometry", "variant") else "right")
+    for row in result["rows"]:
+        table.add_row(*_cells(row))
+    return table
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """Return the rows as a Markdown table, for a README."""
+    lines = [
+        "| voxels | geometry | batch | variant | volumes/s | ms/step | GPU busy | peak GiB | TFLOP/s | x plain |",
+        "|--:|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in result["rows"]]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        str(row["size"]),
+        row["geometry"],
+        row["batch"],
+        row["variant"],
+        f"{row['volumes_per_s']:.3g}" if row["volumes_per_s"] < 100 else f"{row['volumes_per_s']:.0f}",
+        f"{row['ms_per_step']:.1f}",
+        "" if row["gpu_busy"] is None else f"{row['gpu_busy']:.0%}",
+        f"{row['peak_memory_gib']:.1f}",
+        f"{row['tflops']:.3g}",
+        "" if row["speedup"] is None else f"{row['speedup']:.1f}",
+    ]
+
+
+def forward_flop(config: FineTuneConfig) -> float:
+    """Floating-point operations of all convolutions for one volume, forward; backward takes twice as many."""
+    total = 0
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv3d)
+        total += 2 * output[0].numel() * module.in_channels * math.prod(module.kernel_size)
+
+    with torch.device("meta"), torch.no_grad():
+        network = build_network(
+            depth=config.depth, width=config.width, geometry=config.geometry, head=config.head,
+            num_classes=config.num_classes, in_channels=config.in_channels, dropout=0.0,
+        ).eval()  # fmt: skip
+        for module in network.modules():
+            if isinstance(module, nn.Conv3d):
+                module.register_forward_hook(count)
+        network(torch.empty(1, config.in_channels, *config.volume_shape))
+    return float(total)
+
+
+def bench_data(
+    *, size: int, subjects: int, folder: Path, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Return {"machine": ..., "rows": [...]}: volumes a second of reading one cohort in four ways, each in one process.
+
+    `decode`: MONAI reads, turns, resizes and normalises each file, as a loader without a cache does in every epoch.
+    `persistent_first`, `persistent_again`: MONAI's PersistentDataset, filling its folder and reading from it. `prepare`,
+    `prepared`: our prepared cohort, made once (with all cores), and read in random order. Compressed NIfTI of about `size`
+    voxels a side, one to three a subject, written below `folder`; the files are in the page cache for all alike.
+    """
+    table = write_cohort(folder / "cohort", subjects=subjects, side=(size - size // 8, size + size // 8))
+    manifest = read_manifest(table)
+    items = [{"image": path} for path in manifest.rows["path"]]
+    usual = [
+        LoadImaged("image", ensure_channel_first=True),
+        Orientationd("image", axcodes="RAS", labels=None),
+        Resized("image", (size,) * 3, mode="trilinear"),
+        NormalizeIntensityd("image"),
+        EnsureTyped("image", track_meta=False),
+    ]
+    rows = []
+
+    def measure(way: str, work: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started
+        rows.append({"way": way, "volumes_per_s": len(items) / seconds, "seconds": seconds})
+        say(f"{way}: {len(items) / seconds:.3g} volumes/s")
+
+    plain = Compose(usual)
+    measure("decode", lambda: [plain(item) for item in items])
+    persistent = PersistentDataset(items, usual, cache_dir=folder / "persistent")
+    measure("persistent_first", lambda: [persistent[i] for i in range(len(items))])
+    measure("persistent_again", lambda: [persistent[i] for i in range(len(items))])
+    recipe = Recipe.from_config(build_config({"volume_shape": size}))
+    measure("prepare", lambda: prepare_cohort(manifest, recipe, folder / "prepared"))
+    cohort = open_cohort(prepare_cohort(manifest, recipe, folder / "prepared"))
+    order = np.random.default_rng(0).permutation(len(items))
+    measure("prepared", lambda: [torch.from_numpy(np.array(cohort.volumes[i])).float() for i in order])
+    return {"machine": _machine(torch.device("cpu")), "size": size, "volumes": len(items), "rows": rows}
+
+
+def data_table(result: dict[str, Any]) -> Table:
+    """Return the rows of `bench_data` as a Rich table."""
+    table = Table(title=f"{result['volumes']} volumes of {result['size']} voxels a side")
+    table.add_column("way")
+    table.add_column("volumes/s", justify="right")
+    for row in result["rows"]:
+        table.add_row(row["way"], f"{row['volumes_per_s']:.3g}")
+    return table
+
+
+# Ours ------------------------------------------------------------------------------------------------------------------
+
+
+def _ours(
+    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, graphs: bool
+) -> dict[str, Any]:
+    _reset_peak(device)
+    started = time.perf_counter()
+    run = _Run(config, cohort, split, device, graphs=graphs)
+    first = run.train_one_epoch(None)
+    started_up = time.perf_counter() - started
+    epochs = [run.train_one_epoch(None) for _ in range(3)]
+    peak = epochs[-1]["peak_memory_gib"]
+    rate = statistics.median(row["volumes_per_s"] for row in epochs)
+    profile = _profile(run.train_part, run.steps_per_epoch, device)
+    return {
+        **_rates(rate, config, profile),
+        "peak_memory_gib": peak,
+        "start_up_s": started_up,
+        "first_epoch_s": first["epoch_s"],
+        "validation_volumes_per_s": 2 * len(split.val) / epochs[-1]["validation_s"],
+        "micro_batches_at_once": run.at_once,
+        "precision": run.precision.name,
+    }
+
+
+# The plain loop --------------------------------------------------------------------------------------------------------
+
+
+class _InMemory(Dataset[tuple[Tensor, int]]):
+    """Decoded float32 volumes in a list, as MONAI's CacheDataset holds them, and its random transforms."""
+
+    def __init__(self, cohort: Cohort, rows: np.ndarray, transform: Callable[[Tensor], Tensor] | None) -> None:
+        self.transform = transform
+        distinct = {int(row) % DISTINCT for row in rows}
+        tensors = {row: torch.from_numpy(cohort.volumes[row].astype(np.float32)) for row in distinct}
+        self.items = [(tensors[int(row) % DISTINCT], int(cohort.labels[row])) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        volume, label = self.items[index]
+        return volume if self.transform is None else self.transform(volume), label
+
+
+def _monai_augmentation() -> Callable[[Tensor], Tensor]:
+    """The kinds and ranges of `trainables.augment` as MONAI's transforms, each applied to every volume."""
+    turn = math.radians(ROTATION_DEG)
+    return Compose(
+        [
+            RandFlip(prob=0.5, spatial_axis=0),
+            RandAffine(
+                prob=1.0, rotate_range=(turn,) * 3, scale_range=(SCALE,) * 3, mode="bilinear", padding_mode="border"
+            ),
+            RandScaleIntensity(factors=INTENSITY_SCALE, prob=1.0),
+            RandShiftIntensity(offsets=INTENSITY_SHIFT, prob=1.0),
+            RandGaussianNoise(prob=1.0, std=NOISE),
+            EnsureType(track_meta=False),
+        ]
+    )
+
+
+class _PlainNetwork(nn.Module):
+    """MONAI's own network and a cosine head."""
+
+    def __init__(self, config: FineTuneConfig) -> None:
+        super().__init__()
+        block, blocks = BLOCKS[config.depth]
+        self.backbone = ResNet(
+            block, list(blocks), list(PLANES), n_input_channels=config.in_channels, conv1_t_stride=2,
+            widen_factor=config.width, feed_forward=False, bias_downsample=False,
+        )  # fmt: skip
+        if config.geometry == "dilated":
+            dilate(self.backbone)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = CosineHead(self.backbone.in_planes, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.backbone(x)))
+
+
+def _plain(
+    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, augmented: bool = False
+) -> dict[str, Any]:
+    torch.backends.cudnn.benchmark = False
+    _reset_peak(device)
+    torch.manual_seed(0)
+    network = _PlainNetwork(config).to(device).train()
+    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.Adam(
+        [
+            {"params": network.backbone.parameters(), "lr": config.backbone_lr},
+            {"params": network.head.parameters(), "lr": config.classifier_lr},
+        ],
+        weight_decay=config.weight_decay,
+    )
+    half = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    counts = np.bincount(cohort.labels[split.train])
+    margins = ldam_margins(counts, config.max_m).to(device)
+    dataset = _InMemory(cohort, split.train, _monai_augmentation() if augmented else None)
+
+    def epoch(loader: Iterable[Any]) -> None:
+        optimizer.zero_grad()
+        for index, (volumes, labels) in enumerate(loader):
+            volumes, labels = volumes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=torch.float16 if half else None, enabled=half):
+                logits = network(volumes)
+                loss = sample_losses(logits, labels, loss="ldam", margins=margins, s=config.s).mean()
+            scaler.scale(loss / config.gradient_accumulation_steps).backward()
+            if (index + 1) % config.gradient_accumulation_steps:
+                continue
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            schedule.step()
+            with torch.no_grad():
+                for name, value in network.state_dict().items():
+                    if value.is_floating_point():
+                        average[name].mul_(config.ema_decay).add_(value, alpha=1 - config.ema_decay)
+                    else:
+                        average[name].copy_(value)
+        _wait(device)
+
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)
+    best, best_loader, best_workers = 0.0, None, 0
+    for workers in WORKERS["plain_augmented" if augmented else "plain"] if half else (0,):
+        loader = DataLoader(
+            dataset, config.batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=half,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
+        epoch(loader)
+        times = []
+        for _ in range(2):
+            started = time.perf_counter()
+            epoch(loader)
+            times.append(time.perf_counter() - started)
+        rate = len(dataset) / min(times)
+        if rate > best:
+            best, best_loader, best_workers = rate, loader, workers
+    assert best_loader is not None
+    peak = _peak(device)
+    profile = _profile(lambda: epoch(best_loader), len(dataset) // _step_size(config), device)
+    return {
+        **_rates(best, config, profile),
+        "peak_memory_gib": peak,
+        "loader_workers": best_workers,
+        "precision": "fp16" if half else "float32",
+    }
+
+
+_VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dict[str, Any]]] = {
+    "plain": _plain,
+    "plain_augmented": functools.partial(_plain, augmented=True),
+    "eager": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=False),
+    "ours": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=True),
+}
+
+
+# Measuring -------------------------------------------------------------------------------------------------------------
+
+
+def _cohort(config: FineTuneConfig, train: int) -> tuple[Cohort, Split]:
+    rng = np.random.default_rng(0)
+    val = 2 * config.validation_batch_size
+    distinct = rng.standard_normal((DISTINCT, config.in_channels, *config.volume_shape), dtype=np.float32)
+    volumes = np.resize(distinct.astype(np.float16), (train + val, *distinct.shape[1:]))
+    labels = (np.arange(train + val) % 5 == 0).astype(np.int64)
+    text = np.array([str(row) for row in range(train + val)])
+    recipe = Recipe.from_config(config)
+    cohort = Cohort(Path(), volumes, labels, text, tuple(text), np.ones((train + val, 3)), recipe)  # type: ignore[arg-type]
+    rows = np.arange(train + val)
+    return cohort, Split(rows[:train], rows[train:], rows[:0])
+
+
+def _step_size(config: FineTuneConfig) -> int:
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def _rates(volumes_per_s: float, config: FineTuneConfig, profile: dict[str, Any]) -> dict[str, Any]:
+    ms = 1e3 * _step_size(config) / volumes_per_s
+    busy = profile["gpu_ms_per_step"]
+    share = None if busy is None else min(1.0, busy / ms)
+    return {"volumes_per_s": volumes_per_s, "ms_per_step": ms, "gpu_busy": share, **profile}
+
+
+def _profile(epoch: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
+    """Time a step in which at least one kernel runs; the profiler slows the host, not the kernels."""
+    if device.type != "cuda":
+        return {"gpu_ms_per_step": None, "kernels": {}}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        epoch()
+        _wait(device)
+    spans: list[tuple[int, int]] = []
+    by_name: dict[str, float] = {}
+    for event in profiler.profiler.kineto_results.events():
+        if "CUDA" in str(event.device_type()) and event.duration_ns() > 0:
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            by_name[event.name()] = by_name.get(event.name(), 0.0) + event.duration_ns() / 1e6 / steps
+    busy, end = 0, 0
+    for start, stop in sorted(spans):
+        busy += max(0, stop - max(start, end))
+        end = max(end, stop)
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:25]
+    return {"gpu_ms_per_step": busy / 1e6 / steps, "kernels": {name[:110]: round(ms, 4) for name, ms in longest}}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> float:
+    from trainables.finetune import _peak_memory_gib
+
+    return _peak_memory_gib(device)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    machine: dict[str, Any] = {
+        "name": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "monai": metadata.version("monai"),
+        "python": platform.python_version(),
+        "matmul_tflops": None,
+        "copy_tb_per_s": None,
+    }
+    if device.type == "cuda":
+        machine["name"] = torch.cuda.get_device_name(device)
+        machine["cuda"], machine["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+        a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+        machine["matmul_tflops"] = 2 * 8192**3 / _seconds(lambda: a @ b, device) / 1e12
+        x = torch.randn(2**30, device=device)
+        y = torch.empty_like(x)
+        machine["copy_tb_per_s"] = 2 * x.nbytes / _seconds(lambda: y.copy_(x), device) / 1e12
+    return machine
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(8):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(5):
+            work()
+        _wait(device)
+        times.append((time.perf_counter() - started) / 5)
+    return statistics.median(times[2:])

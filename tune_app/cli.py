@@ -1,0 +1,889 @@
+"""The `medtune` command: parses, calls one function, returns an exit code.
+
+Exit codes: 0 done; 1 something the user can fix, told in a line; 2 usage; 3 the study ended with failed trials.
+Results go to stdout, everything else to stderr, so that pipes work. Nothing heavy is imported before a command needs it.
+"""
+
+import itertools
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from trainables.config import ConfigError, FineTuneConfig, build_config
+
+OURS = {"tune_app", "search_spaces", "trainables"}
+
+app = typer.Typer(
+    name="medtune",
+    help="Search the hyperparameters of fine-tuning a MedicalNet 3D ResNet on imbalanced medical volumes.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Tables of volumes: check, prepare, import.", no_args_is_help=True)
+weights_app = typer.Typer(help="MedicalNet checkpoints: check, fetch.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv or not _is_ours(error):
+            raise
+        for line in getattr(error, "problems", None) or str(error).splitlines():
+            err.print(f"error: {line}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] in OURS or isinstance(error, FileNotFoundError | PermissionError)
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(metadata.version("medtune"))
+        raise typer.Exit
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+
+
+# Options that several commands share -----------------------------------------------------------------------------------
+
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
+]
+CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of prepared cohorts.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to.")]
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars."""
+    parsed: dict[str, Any] = {}
+    problems = []
+    for setting in settings or []:
+        name, separator, value = setting.partition("=")
+        if not separator or not name.strip():
+            problems.append(f"--set {setting!r}: write NAME=VALUE")
+            continue
+        try:
+            parsed[name.strip()] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            parsed[name.strip()] = value
+        if isinstance(parsed[name.strip()], str):
+            with_number = _as_number(value)
+            parsed[name.strip()] = value if with_number is None else with_number
+    if problems:
+        raise ConfigError(problems)
+    return parsed
+
+
+def _as_number(text: str) -> float | None:
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; people write it as a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def cache_folder(cache: Path | None) -> Path:
+    from tune_app.spec import default_cache
+
+    return cache or default_cache()
+
+
+# One run ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    data: DataOption,
+    fold: Annotated[int | None, typer.Option("--fold", help="Fold that validates.")] = None,
+    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")] = None,
+    classifier_lr: Annotated[
+        float | None, typer.Option("--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch_size", "--batch-size", help="Volumes a micro-batch.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs")] = None,
+    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adam, adamw or sgd.")] = None,
+    loss: Annotated[str | None, typer.Option("--loss", help="LDAM, cross_entropy or focal.")] = None,
+    scheduler: Annotated[str | None, typer.Option("--scheduler", help="cosine or constant.")] = None,
+    max_m: Annotated[float | None, typer.Option("--max-m", help="Margin of the rarest class.")] = None,
+    s: Annotated[float | None, typer.Option("--s", help="Scale of the logits.")] = None,
+    drw_start_epoch: Annotated[
+        int | None, typer.Option("--drw-start-epoch", help="First epoch with class weights.")
+    ] = None,
+    grad_clip: Annotated[float | None, typer.Option("--grad-clip", help="Largest gradient norm; 0 for none.")] = None,
+    ema_decay: Annotated[float | None, typer.Option("--ema-decay", help="Decay of the averaged weights.")] = None,
+    dropout: Annotated[float | None, typer.Option("--dropout", help="Before the head.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        typer.Option("--gradient_accumulation_steps", "--gradient-accumulation-steps", help="Micro-batches an update."),
+    ] = None,
+    freeze_backbone_epochs: Annotated[
+        int | None, typer.Option("--freeze-backbone-epochs", help="Epochs in which only the head trains.")
+    ] = None,
+    multi_gpu: Annotated[bool, typer.Option("--multi_gpu", "--multi-gpu", help="All GPUs of this machine.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU.")
+    ] = True,
+    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")] = None,
+    setting: SetOption = None,
+    out_folder: OutOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Fine-tune once, a line an epoch. The same command again goes on from the last checkpoint in --out."""
+    given: dict[str, Any] = {
+        "fold": fold,
+        "pretrained_path": pretrained_path,
+        "backbone_lr": lr,
+        "classifier_lr": classifier_lr if classifier_lr is not None or lr is None else 10 * lr,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "optimizer": optimizer and optimizer.lower(),
+        "loss": loss and loss.lower(),
+        "scheduler": scheduler and scheduler.lower(),
+        "max_m": max_m,
+        "s": s,
+        "drw_start_epoch": drw_start_epoch,
+        "grad_clip": grad_clip,
+        "ema_decay": ema_decay,
+        "dropout": dropout,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "freeze_backbone_epochs": freeze_backbone_epochs,
+        "amp": None if amp is None else ("fp16" if amp else "off"),
+    }
+    config = build_config({k: v for k, v in given.items() if v is not None} | parse_settings(setting))
+    from tune_app.training import train_once
+
+    folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
+    raise typer.Exit(
+        train_once(config, data, folder, cache_folder(cache), gpu=gpu, multi_gpu=multi_gpu, console=out, notes=err)
+    )
+
+
+@app.command()
+def config(
+    setting: SetOption = None,
+    output: Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")] = "table",
+) -> None:
+    """List every hyperparameter: value, effect and unit."""
+    checked = build_config(parse_settings(setting))
+    if output == "json":
+        print(json.dumps(checked.model_dump(mode="json"), indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    table.add_column("effect")
+    for name, field in FineTuneConfig.model_fields.items():
+        table.add_row(name, _plain(getattr(checked, name)), field.description or "")
+    out.print(table)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(f"{part:g}" for part in value)
+    return "-" if value is None else (repr(value) if value == "" else str(value))
+
+
+# Data ------------------------------------------------------------------------------------------------------------------
+
+
+@data_app.command("check")
+def data_check(
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
+    setting: SetOption = None,
+) -> None:
+    """Tell every problem of every row at once; reads each volume."""
+    from trainables.manifest import ManifestError, check_manifest
+
+    checked = build_config(parse_settings(setting))
+    with _progress("checking") as progress:
+        report = check_manifest(table, num_classes=checked.num_classes, config=checked, progress=progress)
+    if report.problems:
+        raise ManifestError(report.problems)
+    for line in report.lines():
+        out.print(line, markup=False)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
+    setting: SetOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Read every volume once into one array on disk; every trial maps it. Again is instant."""
+    from trainables.manifest import read_manifest
+    from trainables.volumes import Recipe, open_cohort, prepare_cohort
+
+    checked = build_config(parse_settings(setting))
+    manifest = read_manifest(table, num_classes=checked.num_classes)
+    with _progress("preparing") as progress:
+        folder = prepare_cohort(manifest, Recipe.from_config(checked), cache_folder(cache), progress=progress)
+    volumes = open_cohort(folder).volumes
+    out.print(
+        f"{len(volumes)} volumes of {'x'.join(map(str, volumes.shape[2:]))} voxels, {volumes.nbytes / 2**20:.0f} MiB"
+    )
+    out.print(str(folder), soft_wrap=True)
+
+
+@data_app.command("import")
+def data_import(
+    file: Annotated[Path, typer.Argument(help="MedMNIST 3D archive (.npz).")],
+    folder: Annotated[Path, typer.Argument(help="Where the volumes and table.csv go.")],
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Volumes of each split, the first ones.")] = None,
+) -> None:
+    """Write a MedMNIST archive as NIfTI files and a table with its official split."""
+    from trainables.volumes import import_medmnist
+
+    table = import_medmnist(file, folder, limit=limit)
+    out.print(str(table), soft_wrap=True)
+
+
+class _progress:
+    """A bar on stderr while the block runs; gives a callback (done, total). Nothing is drawn when stderr is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self.title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.progress.start()
+        self.task = self.progress.add_task(self.title, total=None)
+        return lambda done, total: self.progress.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+# Weights ---------------------------------------------------------------------------------------------------------------
+
+
+@weights_app.command("check")
+def weights_check(file: Annotated[Path, typer.Argument(help="Checkpoint file.")]) -> None:
+    """Say what a checkpoint holds, and whether it fills the network."""
+    from trainables.weights import inspect_weights
+
+    for line in inspect_weights(file).lines():
+        out.print(line, markup=False)
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    name: Annotated[str, typer.Argument(help="resnet10 ... resnet200.")],
+    folder: Annotated[Path, typer.Option("--to", help="Where to put it.")] = Path("pretrained"),
+) -> None:
+    """Download an official MedicalNet checkpoint and verify it."""
+    from trainables.weights import fetch
+
+    out.print(str(fetch(name, folder)), soft_wrap=True)
+
+
+# Studies ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    study_file: Annotated[Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
+    space: Annotated[str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
+    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    gpus_per_trial: Annotated[
+        str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
+    cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
+    warm_start_from: Annotated[
+        list[Path] | None, typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated.")
+    ] = None,
+    log: Annotated[str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")] = None,
+    wait_for_resources_s: Annotated[
+        float | None, typer.Option("--wait-for-resources", help="Seconds to wait for a cluster that scales itself up.")
+    ] = None,
+    setting: SetOption = None,
+    out_folder: OutOption = None,
+    cache: CacheOption = None,
+    address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+) -> None:
+    """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
+    from tune_app.spec import build_spec, read_study_file
+
+    fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
+    given: dict[str, Any] = {
+        "data": data and str(data.resolve()),
+        "space": space,
+        "trials": trials,
+        "sampler": sampler,
+        "seed": seed,
+        "gpus_per_trial": _gpus(gpus_per_trial),
+        "ranks": ranks,
+        "cpus_per_rank": cpus_per_rank,
+        "max_concurrent": max_concurrent,
+        "log": tuple(log.split(",")) if log else None,
+        "wait_for_resources_s": wait_for_resources_s,
+        "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from) if warm_start_from else None,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields |= {name: value for name, value in given.items() if value is not None}
+    settings = parse_settings(setting)
+    settings |= {"epochs": epochs} if epochs is not None else {}
+    settings |= {"pretrained_path": str(Path(pretrained_path).resolve())} if pretrained_path is not None else {}
+    fields["config"] = {**(fields.get("config") or {}), **settings}
+    if "data" not in fields:
+        raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
+    spec = build_spec(fields)
+    root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
+    _run_and_tell(spec, root, address=address, resume=False)
+
+
+@app.command()
+def resume(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+) -> None:
+    """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
+    from tune_app.spec import StudyFiles
+
+    files = StudyFiles(study)
+    files.require()
+    _run_and_tell(files.read_spec(), study, address=address, resume=True)
+
+
+def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+    from tune_app.study import INTERRUPTED, run_study
+    from tune_app.summary import print_summary
+
+    err.print(f"study: {root}", soft_wrap=True, markup=False)
+    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume)
+    print_summary(root, out)
+    if outcome.exit_code == INTERRUPTED:
+        err.print(f"interrupted; go on with: medtune resume {root}", soft_wrap=True, markup=False)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _gpus(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    number = _as_number(text)
+    if number is None:
+        raise typer.BadParameter(f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto")
+    return number
+
+
+@app.command()
+def results(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies.")],
+    columns: Annotated[list[str] | None, typer.Option("--columns", help="Names or patterns, or all.")] = None,
+    sort: Annotated[list[str] | None, typer.Option("--sort", help="Column; a leading minus: largest first.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", help="Such as 'val_auc > 0.8'; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
+    output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write trials, epochs and decisions as CSV to this folder.")
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
+    skip_damage: Annotated[bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")] = False,
+) -> None:
+    """Show trials, best first; works while the study runs and after its driver was killed."""
+    from tune_app.results import load_studies, load_study
+    from tune_app.tables import render_table, results_table
+
+    on_damage: Literal["error", "skip"] = "skip" if skip_damage else "error"
+    loaded = [load_study(path, on_damage=on_damage) for path in studies]
+    for one in loaded:
+        for note in one.notes:
+            err.print(f"note: {note}", markup=False, soft_wrap=True)
+        for write, folder in ((one.to_csv, csv), (one.to_parquet, parquet)):
+            if folder is not None:
+                target = folder if len(loaded) == 1 else folder / one.name
+                for path in write(target):
+                    err.print(str(path), markup=False, soft_wrap=True)
+    subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
+    table = results_table(
+        subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
+    )
+    if output == "csv":
+        print(table.to_csv(index=False), end="")
+    elif output == "json":
+        print(table.to_json(orient="records", indent=1))
+    else:
+        out.print(render_table(table, out.width if out.is_terminal else 80))
+
+
+@app.command()
+def report(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    compare: Annotated[Path | None, typer.Option("--compare", help="Another study to set beside it.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; default: report.html in the study.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again whenever the study has news.")] = False,
+) -> None:
+    """Write the study as one self-contained HTML page."""
+    from tune_app.report import watch_report, write_comparison, write_report
+    from tune_app.results import load_study
+
+    if compare is not None:
+        path = out_file or study / f"comparison-{compare.name}.html"
+        write_comparison(load_study(study), load_study(compare), path)
+    else:
+        path = out_file or study / "report.html"
+        write_report(load_study(study), path)
+    out.print(str(path), soft_wrap=True, markup=False)
+    if watch and compare is None:
+        watch_report(study, path, say=lambda text: err.print(text, markup=False))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("medtune-demo"),
+    trials: Annotated[int, typer.Option("--trials", min=2)] = 8,
+    epochs: Annotated[int, typer.Option("--epochs", min=3)] = 12,
+) -> None:
+    """A search from volumes to report in minutes on two CPU cores: synthetic scans, runs that collapse among them."""
+    from tune_app.demo import run_demo
+
+    raise typer.Exit(run_demo(folder, trials=trials, epochs=epochs, console=err, results=out))
+
+
+@app.command()
+def backtest(
+    studies: Annotated[list[Path] | None, typer.Argument(help="Finished studies, or files of curves.")] = None,
+    policy: Annotated[
+        list[Path] | None, typer.Option("--policy", help="YAML file with fields of `policy:`; may be repeated.")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")] = 8,
+    output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
+) -> None:
+    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses."""
+    from tune_app.backtest import POLICIES, backtest_studies
+    from tune_app.backtest import backtest as run_backtest
+    from tune_app.curves import generate_curves
+    from tune_app.scheduler import read_policy
+
+    policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
+    if bool(studies) == (generate is not None):
+        raise typer.BadParameter("name studies or files of curves, or give --generate N")
+    if generate is not None:
+        compared = run_backtest(generate_curves(generate, epochs=epochs, seed=seed), policies, workers=workers)
+    else:
+        compared = backtest_studies(studies or [], policies, workers=workers)
+    if output == "csv":
+        print(compared.to_csv(index=False), end="")
+    elif output == "json":
+        print(compared.to_json(orient="records", indent=1))
+    else:
+        out.print(_backtest_table(compared))
+
+
+def _backtest_table(compared: Any) -> Table:
+    """Policies as columns: there are few of them, and many figures of each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in compared["policy"]:
+        table.add_column(str(name), justify="right")
+    for column in compared.columns:
+        values = compared[column]
+        if column != "policy" and not values.isna().all():
+            told = [
+                "-" if value != value else (f"{value:.3g}" if isinstance(value, float) else str(value))
+                for value in values
+            ]
+            table.add_row(str(column).replace("_", " "), *told)
+    return table
+
+
+# What there is to search -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fixes(
+    output: Annotated[
+        Literal["table", "markdown"], typer.Option("--format", help="table, or the README's own Markdown.")
+    ] = "table",
+) -> None:
+    """Show the documented fixes: values before and after, reason and source."""
+    from search_spaces.fixes import fix_rows, fixes_markdown
+
+    if output == "markdown":
+        print(fixes_markdown(), end="")
+        return
+    for row in fix_rows():
+        out.print(f"[bold]{row.title}[/bold] ({row.key})")
+        for before, after in zip(row.before, row.after, strict=True):
+            out.print(f"  {before} -> {after.rpartition(' ')[2]}", markup=False)
+        out.print(Padding(Text(f"{row.why} [{row.source}]"), (0, 0, 1, 2), expand=False))
+
+
+@app.command()
+def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")] = None) -> None:
+    """List the search spaces, or show one: what is searched, what is only retuned to be fair, what is fixed."""
+    from search_spaces.spaces import SPACES, space_from
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    if name is None:
+        for heading in ("space", "what it varies", "sampled"):
+            table.add_column(heading, no_wrap=heading == "space", justify="right" if heading == "sampled" else "left")
+        for space in SPACES.values():
+            table.add_row(space.name, space.title, str(len(space.parameters)))
+        out.print(table)
+        out.print("\n`medtune spaces NAME` shows one; a study file may hold one of your own", markup=False)
+        return
+    space = space_from(name)
+    out.print(f"[bold]{space.name}[/bold]: {space.title}\n")
+    for heading in ("parameter", "range or value", "before", "default"):
+        names = heading in ("parameter", "range or value")
+        table.add_column(heading, no_wrap=heading != "range or value", justify="left" if names else "right")
+    titles = {"searched": "searched:", "retuned": "retuned, to be fair:", "fixed": "fixed:"}
+    told: dict[str, list[str]] = {}
+    for role, rows in itertools.groupby(space.describe(), key=lambda row: row.role):
+        table.add_row(titles[role])
+        for row in rows:
+            table.add_row(f"  {row.name}", row.values, row.before or "-", row.default)
+            said = "; ".join(filter(None, [row.why, f"read only when {row.when}" if row.when else ""]))
+            told.setdefault(said, []).append(row.name)
+    out.print(table)
+    out.print()
+    notes = [f"{', '.join(names)}: {said}" for said, names in told.items() if said]
+    for note in [*notes, *space.notes]:
+        out.print(note, markup=False)
+
+
+# Ablation, confirmation, study file ------------------------------------------------------------------------------------
+
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each variant on each fold.")]
+FoldsOption = Annotated[
+    str, typer.Option("--folds", help="all, numbers such as 0,1, or own: the table's own train and val rows.")
+]
+GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
+ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]
+
+
+@app.command()
+def ablate(
+    data: DataOption,
+    variants: Annotated[
+        str,
+        typer.Option("--variants", help="documented, add-one, leave-one-out, all, or a YAML file: name to settings."),
+    ] = "documented",
+    seeds: SeedsOption = 3,
+    folds: FoldsOption = "all",
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="What a run is worth.")] = None,
+    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    gpus_per_trial: GpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    setting: SetOption = None,
+    out_folder: OutOption = None,
+    cache: CacheOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run variants of the fixes over seeds and folds, nothing stopped early: which fix matters, and is it certain?"""
+    from tune_app.ablation import ablation_spec, read_variants
+
+    config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
+    config |= {"pretrained_path": str(Path(pretrained_path).resolve())} if pretrained_path is not None else {}
+    chosen = read_variants(variants, build_config(config).epochs)
+    given = {
+        "objective": objective,
+        "gpus_per_trial": _gpus(gpus_per_trial),
+        "max_concurrent": max_concurrent,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    spec = ablation_spec(data.resolve(), chosen, seeds=seeds, folds=folds, config=config, **fields)
+    err.print(f"{spec.num_trials} runs of {spec.epochs} epochs: {len(chosen)} variants, seeds {seeds}, folds {folds}")
+    root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
+    _run_and_tell(spec, root, address=address, resume=False)
+
+
+@app.command()
+def confirm(
+    study: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Best configurations to run again.")] = 3,
+    seeds: SeedsOption = 3,
+    folds: FoldsOption = "all",
+    test: Annotated[
+        bool, typer.Option("--test", help="Afterwards, once: score what was confirmed on the test rows.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")] = False,
+    gpus_per_trial: GpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the confirmation; default: confirmation/ in the search.")
+    ] = None,
+    cache: CacheOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run a search's best again, beside the documented settings, on all folds with new seeds: is there a winner?"""
+    from tune_app.confirm import confirmation_spec, confirmed_on_test, print_confirmation, same_plan, unfinished
+    from tune_app.results import load_study
+    from tune_app.spec import StudyFiles
+
+    if again and not test:
+        raise typer.BadParameter("--again goes with --test")
+    files = StudyFiles(out_folder or StudyFiles(study).confirmation)
+    if test:
+        confirmed_on_test(study, files.root, cache=cache, again=again, notes=err)
+        print_confirmation(load_study(files.root), out)
+        return
+    given = {
+        "gpus_per_trial": _gpus(gpus_per_trial),
+        "max_concurrent": max_concurrent,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    spec, notes = confirmation_spec(load_study(study), top=top, folds=folds, seeds=seeds, **fields)
+    for note in notes:
+        err.print(f"note: {note}", markup=False)
+    begun = files.spec.exists()
+    if begun:
+        same_plan(files, spec)
+        if not unfinished(load_study(files.root)):
+            print_confirmation(load_study(files.root), out)
+            return
+    _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("study.yaml"),
+    data: Annotated[str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")] = "table.csv",
+    space: Annotated[str, typer.Option("--space", help="Search space.")] = "documented",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
+    from tune_app.study_file import write_study_file
+
+    write_study_file(path, data=data, space=space, force=force)
+    out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)
+
+
+# Models ----------------------------------------------------------------------------------------------------------------
+
+TrialOption = Annotated[str | None, typer.Option("--trial", help="Trial by its id.")]
+BestOption = Annotated[bool, typer.Option("--best", help="The best trial; so it is without another choice.")]
+ConfirmedOption = Annotated[bool, typer.Option("--confirmed", help="What the study's confirmation chose.")]
+ModelOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
+MovedOption = Annotated[Path | None, typer.Option("--data", help="Table of volumes, where it has moved.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")]
+OnnxOption = Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked against torch.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
+
+
+@app.command()
+def export(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    out_folder: ModelOption,
+    trial: TrialOption = None,
+    best: BestOption = False,
+    confirmed: ConfirmedOption = False,
+    ensemble: Annotated[int | None, typer.Option("--ensemble", metavar="K", help="The K best together.")] = None,
+    data: MovedOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    onnx: OnnxOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Write a trial as a model: weights, threshold, calibration, model card and checksums in one folder."""
+    from tune_app.export import export_model, outcome_lines
+    from tune_app.predict import choose_device
+
+    if trial is not None and (best or confirmed or ensemble):
+        raise typer.BadParameter("--trial is a choice by itself: leave out --best, --confirmed and --ensemble")
+    if best and confirmed:
+        raise typer.BadParameter("--best or --confirmed, not both")
+    info = export_model(
+        study,
+        out_folder,
+        trial=trial,
+        confirmed=confirmed,
+        ensemble=ensemble,
+        data=data,
+        cache=cache,
+        device=choose_device(device),
+        onnx=onnx,
+        force=force,
+        say=_to_stderr,
+    )
+    for line in outcome_lines(info, out_folder):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
+def retrain(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    out_folder: ModelOption,
+    trial: TrialOption = None,
+    best: BestOption = False,
+    confirmed: ConfirmedOption = False,
+    data: MovedOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    onnx: OnnxOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Train the chosen configuration on training and validation volumes together; write it as a model."""
+    from tune_app.export import outcome_lines, retrain_model
+    from tune_app.predict import choose_device
+
+    if (trial is not None) + best + confirmed > 1:
+        raise typer.BadParameter("one of --trial, --best and --confirmed")
+    info = retrain_model(
+        study,
+        out_folder,
+        trial=trial,
+        confirmed=confirmed,
+        data=data,
+        cache=cache,
+        device=choose_device(device),
+        onnx=onnx,
+        force=force,
+        say=_to_stderr,
+    )
+    for line in outcome_lines(info, out_folder):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
+    paths: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables with a column path.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV file; default: standard output.")] = None,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Volumes scored at a time.")] = 8,
+    explain: Annotated[
+        Path | None, typer.Option("--explain", metavar="FOLDER", help="Write a Grad-CAM of each volume.")
+    ] = None,
+    explain_layer: Annotated[
+        Literal["layer4", "layer3", "layer2", "layer1"],
+        typer.Option("--explain-layer", help="Layer explained: lower ones locate better and mean less."),
+    ] = "layer4",
+) -> None:
+    """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""
+    from tune_app.predict import run_predict
+
+    raise typer.Exit(
+        run_predict(
+            model,
+            paths,
+            out_file,
+            device=device,
+            batch_size=batch_size,
+            explain=explain,
+            explain_layer=explain_layer,
+            say=_to_stderr,
+        )
+    )
+
+
+@bench_app.command("train")
+def bench_train_command(
+    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "64,96,128",
+    geometries: Annotated[str, typer.Option("--geometries", help="strided, dilated or both.")] = "strided,dilated",
+    batches: Annotated[str, typer.Option("--batches", help="Batch size x accumulation steps.")] = "6x2,24x1",
+    depth: Annotated[int, typer.Option("--depth")] = 50,
+    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
+    variants: Annotated[
+        str, typer.Option("--variants", help="plain, plain_augmented, eager (no CUDA graphs), ours.")
+    ] = "plain,ours",
+    device: DeviceOption = "auto",
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Time whole training steps: a plain loop against medtune's own, side by side."""
+    from tune_app.bench import bench_train, markdown_table, parse_batches, result_table
+    from tune_app.predict import choose_device
+
+    result = bench_train(
+        sizes=[int(size) for size in sizes.split(",")],
+        geometries=geometries.split(","),
+        batches=parse_batches(batches),
+        device=str(choose_device(device)),
+        depth=depth,
+        width=width,
+        steps=steps,
+        variants=variants.split(","),
+        say=_to_stderr,
+        record=lambda so_far: out_file.write_text(json.dumps(so_far, indent=1) + "\n") if out_file else None,
+    )
+    if markdown:
+        print(markdown_table(result))
+    else:
+        out.print(result_table(result))
+
+
+@bench_app.command("data")
+def bench_data_command(
+    size: Annotated[int, typer.Option("--size", min=8, help="Voxels a side.")] = 96,
+    subjects: Annotated[int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")] = 24,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
+    import tempfile
+
+    from tune_app.bench import bench_data, data_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_data(size=size, subjects=subjects, folder=Path(folder), say=_to_stderr)
+    if out_file is not None:
+        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    out.print(data_table(result))
+
+
+def _to_stderr(text: str) -> None:
+    err.print(text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None)
+
+
+if __name__ == "__main__":
+    main()

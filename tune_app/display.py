@@ -1,0 +1,103 @@
+"""The one live table of a running study; a plain line an epoch where the output is no terminal."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SHOWN_ENDED = 8
+"""Ended trials kept in view, the latest ones: the table must not outgrow the terminal."""
+
+STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed": "red"}
+
+
+class Display:
+    """Shows trials as they go. Use as a context; every method is one event of the study."""
+
+    def __init__(self, console: Console, *, num_trials: int, epochs: int) -> None:
+        self.console = console
+        self.num_trials = num_trials
+        self.epochs = epochs
+        self.started = time.monotonic()
+        self.trials: dict[str, dict[str, Any]] = {}
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def known(self, record: Mapping[str, Any], epochs_run: int) -> None:
+        """A trial of an earlier session."""
+        self.trials[record["trial"]] = {**record, "epoch": epochs_run}
+        self._refresh()
+
+    def began(self, trial: str, variant: str | None) -> None:
+        self.trials.setdefault(trial, {"trial": trial, "objective": None})
+        self.trials[trial] |= {"state": "running", "variant": variant, "reason": ""}
+        self._line(f"{trial} started" + (f": {variant}" if variant else ""))
+
+    def reported(self, trial: str, row: Mapping[str, Any], objective: float) -> None:
+        self.trials[trial] |= {"epoch": row["epoch"], "row": row, "objective": objective}
+        self._line(
+            f"{trial} epoch {row['epoch']}/{self.epochs}"
+            f" val_auc {_score(row['val_auc'])} raw {_score(row['val_auc_raw'])} loss {row['train_loss']:.3f}"
+            f"{' DRW' if row['drw_active'] else ''} {row['epoch_s']:.1f} s"
+        )
+
+    def ended(self, trial: str, state: str, reason: str) -> None:
+        shown = self.trials.setdefault(trial, {"trial": trial, "objective": None})
+        shown |= {"state": state, "reason": reason}
+        shown["order"] = len(self.trials) + time.monotonic()
+        self._line(f"{trial} {state}{': ' + reason if reason else ''}")
+
+    def _line(self, text: str) -> None:
+        if self.live is None:
+            self.console.print(text, markup=False, soft_wrap=True)
+        else:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self.live is not None:
+            self.live.update(self.render())
+
+    def render(self) -> Group:
+        """Return what the terminal shows now."""
+        by_state: dict[str, int] = {}
+        for trial in self.trials.values():
+            by_state[trial["state"]] = by_state.get(trial["state"], 0) + 1
+        counts = ", ".join(f"{number} {state}" for state, number in sorted(by_state.items()))
+        table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+        for name, justify in (("trial", "left"), ("epoch", "right"), ("AUC raw", "right"), ("AUC EMA", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("best", justify="right", no_wrap=True)
+        table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
+        running = [trial for trial in self.trials.values() if trial["state"] == "running"]
+        ended = sorted((t for t in self.trials.values() if t["state"] != "running"), key=lambda t: t.get("order", 0.0))
+        for trial in [*ended[-SHOWN_ENDED:], *running]:
+            row = trial.get("row", {})
+            said = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")
+            table.add_row(
+                trial["trial"],
+                f"{trial.get('epoch', 0)}/{self.epochs}",
+                _score(row.get("val_auc_raw")),
+                _score(row.get("val_auc")),
+                _score(trial["objective"]),
+                Text(said, style=STYLES.get(trial["state"], "")),
+            )
+        elapsed = time.monotonic() - self.started
+        title = f"{len(ended)} of {self.num_trials} trials ended ({counts}) after {elapsed / 60:.1f} min"
+        return Group(Text(title), table)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,722 @@
+"""A study's dataframes -> Plotly figures as plain dicts, for the report and any page that has plotly.js.
+
+No trace needs WebGL: it is missing on remote desktops and in many browsers' private modes, and does not print. What a
+colour says, a dash, a marker or a word says too. Colours are those of PALETTE on white; a page in dark mode replaces
+them one by one. Text of a study is escaped, because Plotly reads markup in labels.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from tune_app.analysis import Axis, axis_of
+from tune_app.findings import documented_settings
+from tune_app.objective import OBJECTIVES
+from tune_app.results import Study
+from tune_app.tables import format_value
+
+Figure = dict[str, Any]
+"""{"data": [...], "layout": {...}}, as Plotly.newPlot takes it."""
+
+MOST_CURVES = 150
+"""Trials drawn as curves: the best ones, and others evenly; more would only blacken the figure."""
+
+INK, FAINT, GRID, PAPER, VEIL = "#1b2430", "#5b6675", "#dfe3e8", "#ffffff", "rgba(255,255,255,0.8)"
+
+PALETTE = {
+    INK: "#e8ecf1",
+    FAINT: "#a3adb9",
+    GRID: "#343d48",
+    PAPER: "#161b22",
+    VEIL: "rgba(22,27,34,0.8)",
+    "#00609c": "#62b8f0",
+    "rgba(0,96,156,0.15)": "rgba(98,184,240,0.2)",
+    "rgba(199,83,0,0.15)": "rgba(255,161,79,0.2)",
+    "#8b939e": "#7b8593",
+    "#c75300": "#ffa14f",
+    "#b0123b": "#ff7f95",
+    "#7b0f63": "#ef8fd8",
+    "#5a3db4": "#b9a6ff",
+    "#303030": "#f2f2f2",
+    "#7a5b10": "#dcb85f",
+    "#0b7a5e": "#5fd8b2",
+    "#947200": "#ecd05a",
+    "#536273": "#b3bdc9",
+}
+"""Colour on white -> colour on the dark page."""
+
+
+class Group(NamedTuple):
+    """Trials that are drawn alike."""
+
+    key: str
+    title: str
+    colour: str
+    dash: str
+    symbol: str
+    glyph: str
+    """The symbol as a character, for legends in text."""
+
+
+GROUPS: dict[str, Group] = {
+    group.key: group
+    for group in (
+        Group("healthy", "healthy", "#00609c", "solid", "circle", "●"),
+        Group("halved", "stopped at a rung", "#8b939e", "solid", "line-ns-open", "❘"),
+        Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),
+        Group("collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"),
+        Group("collapsed", "collapsed", "#7b0f63", "longdash", "diamond", "◆"),
+        Group("saturated", "scores saturated", "#5a3db4", "longdashdot", "square", "■"),
+        Group("non_finite", "not finite", "#303030", "dot", "cross", "✚"),
+        Group("never_learned", "never learned", "#7a5b10", "dot", "hexagon", "⬢"),
+        Group("train_validation_gap", "train-validation gap", "#0b7a5e", "dash", "star", "★"),
+        Group("loss_spike", "loss spike", "#947200", "dashdot", "triangle-up", "▲"),
+        Group("too_noisy", "too noisy to call", "#536273", "dot", "pentagon", "⬟"),
+        Group("failed", "failed", "#303030", "solid", "x-open", "✕"),
+    )
+}
+"""How trials are drawn: by verdict, and those without one by how they ended."""
+
+
+_GROUPED_BY = ("state", "verdict", "stopped_by")
+
+
+def group_of(trial: Mapping[Any, Any]) -> str:
+    """Return the key of the trial's group."""
+    if trial["state"] == "failed":
+        return "failed"
+    verdict = trial["verdict"]
+    if not pd.isna(verdict) and verdict != "healthy" and verdict in GROUPS:
+        return str(verdict)
+    return "halved" if trial["state"] == "stopped" and trial["stopped_by"] != "diagnosis" else "healthy"
+
+
+def groups_of(study: Study) -> dict[str, int]:
+    """Return the groups of the study's trials with their numbers, in the order of GROUPS."""
+    found = [group_of(trial) for trial in study.trials[list(_GROUPED_BY)].to_dict("records")]
+    return {key: found.count(key) for key in GROUPS if key in found}
+
+
+# Curves ----------------------------------------------------------------------------------------------------------------
+
+
+def curves(study: Study, metric: str) -> Figure:
+    """Return `metric` by epoch, a line a trial, one trace a group; the best trial on top, rungs, DRW starts, stops.
+
+    Traces carry `meta.group`, and points their trial's id as customdata, so that a page can pick out either.
+    """
+    drawn, best = _drawn_trials(study)
+    rows = study.epochs[study.epochs["trial"].isin(drawn["trial"])]
+    lines = {
+        trial: (own["epoch"].tolist(), _rounded(own[metric])) for trial, own in rows.groupby("trial", observed=True)
+    }
+    starts = {
+        trial: own.loc[own["drw_active"].fillna(False).astype(bool), "epoch"].min()
+        for trial, own in rows.groupby("trial")
+    }
+    by_group: dict[str, list[Mapping[Any, Any]]] = {}
+    for trial in drawn[["trial", *_GROUPED_BY]].to_dict("records"):
+        if trial["trial"] in lines:
+            by_group.setdefault(group_of(trial), []).append(trial)
+    data: list[dict[str, Any]] = []
+    marks: list[dict[str, Any]] = []
+    for key in [
+        *(key for key in GROUPS if key in by_group and key != "healthy"),
+        *(["healthy"] if "healthy" in by_group else []),
+    ]:
+        group, trials = GROUPS[key], by_group[key]
+        data.append(_many_lines(group, [(t["trial"], *lines[t["trial"]]) for t in trials]))
+        ends = [t for t in trials if t["state"] in ("stopped", "failed")]
+        marks.append(
+            _points(group, [(t["trial"], lines[t["trial"]][0][-1], lines[t["trial"]][1][-1]) for t in ends], "ended")
+        )
+        begun = [(t["trial"], starts[t["trial"]], lines[t["trial"]]) for t in trials if not pd.isna(starts[t["trial"]])]
+        places = [(trial, int(epoch), values[list(epochs).index(epoch)]) for trial, epoch, (epochs, values) in begun]
+        marks.append({**_points(group, places, "DRW begins"), "meta": {"group": key, "drw": True}})
+    shapes = [_vertical(rung, GRID, "dot") for rung in study.rungs]
+    notes = [_note(rung, f"rung {rung}" if i == 0 else str(rung)) for i, rung in enumerate(study.rungs)]
+    shapes.append(_horizontal(0.5))
+    if best is not None and best in lines:
+        epochs, values = lines[best]
+        line = {"color": INK, "width": 3}
+        data.append(_line(f"best: {best}", [best] * len(epochs), epochs, values, line) | {"meta": {"best": True}})
+        if not pd.isna(starts[best]):
+            shapes.append(_vertical(int(starts[best]), INK, "dash"))
+            notes.append(_note(int(starts[best]), "DRW begins (best)", low=True))
+    data += [mark for mark in marks if mark["x"]]
+    data.append(_line("picked", [], [], [], {"color": "#c75300", "width": 4}) | {"meta": {"picked": True}})
+    finite = [value for _, values in lines.values() for value in values if value is not None]
+    low = min(0.45, *finite) if finite else 0.45
+    layout = _layout(360, "epoch", "validation AUC", yaxis={"range": [max(0.0, low - 0.03), 1.02]})
+    return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
+
+
+def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
+    trials = study.trials
+    best = None
+    if study.scored:
+        best = str(study.best()["trial"])
+    if len(trials) <= MOST_CURVES:
+        return trials, best
+    ranked = trials.sort_values("objective", ascending=False, na_position="last")
+    half = MOST_CURVES // 2
+    rest = ranked.iloc[half:]
+    evenly = rest.iloc[np.linspace(0, len(rest) - 1, MOST_CURVES - half).astype(int)]
+    return pd.concat([ranked.iloc[:half], evenly]), best
+
+
+def _many_lines(group: Group, lines: Sequence[tuple[str, list[int], list[float | None]]]) -> dict[str, Any]:
+    """All lines of a group as one trace with gaps: a trace a trial would take seconds to draw."""
+    x: list[int | None] = []
+    y: list[float | None] = []
+    ids: list[str | None] = []
+    for trial, epochs, values in lines:
+        x += [*epochs, None]
+        y += [*values, None]
+        ids += [*([trial] * len(epochs)), None]
+    style = {"color": group.colour, "width": 1.3 if group.key != "healthy" else 1.6, "dash": group.dash}
+    few = 0.9 if len(lines) < 15 else 0.55
+    return _line(group.title, ids, x, y, style) | {"meta": {"group": group.key}, "opacity": few}
+
+
+def _line(name: str, ids: Sequence[Any], x: Sequence[Any], y: Sequence[Any], style: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": escape(name),
+        "x": list(x),
+        "y": list(y),
+        "customdata": list(ids),
+        "line": style,
+        "connectgaps": False,
+        "hovertemplate": "%{customdata}, epoch %{x}: %{y:.3f}<extra>" + escape(name) + "</extra>",
+    }
+
+
+def _points(group: Group, points: Sequence[tuple[str, Any, Any]], what: str) -> dict[str, Any]:
+    hollow = what == "DRW begins"
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": f"{group.title}: {what}",
+        "x": [x for _, x, _ in points],
+        "y": [y for _, _, y in points],
+        "customdata": [trial for trial, _, _ in points],
+        "marker": {
+            "symbol": "triangle-right-open" if hollow else group.symbol,
+            "color": group.colour,
+            "size": 7 if hollow else 9,
+            "line": {"width": 1.5, "color": group.colour},
+        },
+        "meta": {"group": group.key},
+        "hovertemplate": "%{customdata} " + what + ", epoch %{x}: %{y:.3f}<extra></extra>",
+    }
+
+
+# The search ------------------------------------------------------------------------------------------------------------
+
+
+def progress(study: Study) -> Figure:
+    """Return objectives in the order trials began, and the best so far."""
+    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    data = []
+    for key, rows in _by_group(trials):
+        group = GROUPS[key]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": group.title,
+                "x": rows["number"].tolist(),
+                "y": _rounded(rows["objective"]),
+                "customdata": rows["trial"].tolist(),
+                "marker": {
+                    "symbol": group.symbol,
+                    "color": group.colour,
+                    "size": 8,
+                    "line": {"width": 1.5, "color": group.colour},
+                },
+                "meta": {"group": key},
+                "hovertemplate": "%{customdata}: %{y:.3f}<extra>" + group.title + "</extra>",
+            }
+        )
+    best = _rounded(trials["objective"].cummax())
+    line = {"color": INK, "width": 2, "shape": "hv"}
+    data.append(_line("best so far", trials["trial"].tolist(), trials["number"].tolist(), best, line))
+    return {"data": data, "layout": _layout(280, "trial, in the order they began", "objective")}
+
+
+def stopped(table: pd.DataFrame) -> Figure:
+    """Return epochs run and spared by reason, from `findings.stops`."""
+    titles = [_title_of(str(reason)) for reason in table["reason"]]
+    bars = [
+        ("epochs run", "epochs_run", "#00609c", ""),
+        ("epochs spared", "epochs_spared", "#8b939e", "/"),
+    ]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "y": titles,
+            "x": table[column].tolist(),
+            "text": [f"{value} {name.split()[1]}" for value in table[column]],
+            "textposition": "inside",
+            "textangle": 0,
+            "insidetextanchor": "middle",
+            "constraintext": "inside",
+            "marker": {
+                "color": colour,
+                "pattern": {"shape": shape, "fillmode": "overlay", "fgcolor": PAPER, "size": 7},
+            },
+            "hovertemplate": "%{y}: %{x} " + name + "<extra></extra>",
+        }
+        for name, column, colour, shape in bars
+    ]
+    layout = _layout(90 + 42 * len(table), "epochs", None, barmode="stack", bargap=0.35)
+    layout |= {"uniformtext": {"mode": "hide", "minsize": 10}}
+    layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False}
+    return {"data": data, "layout": layout}
+
+
+def _title_of(reason: str) -> str:
+    return "halving" if reason == "halving" else GROUPS[reason].title if reason in GROUPS else escape(reason)
+
+
+def parallel(study: Study) -> Figure:
+    """Return parallel coordinates: a line a trial over all searched hyperparameters to the objective.
+
+    One trace for each of three tiers of the objective (best tenth, upper half, the rest), with gaps between trials.
+    Axis i lies at x = i, scaled to 0..1; `layout.meta.axes` names them.
+    """
+    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    trials = trials.sort_values("objective", ascending=False).head(400)
+    axes = [axis_of(study, name) for name in study.searched]
+    low, high = float(trials["objective"].min()), float(trials["objective"].max())
+    worth = Axis("objective", "even", low, high)
+    columns = [[_clip(axis.share(float(place))) for place in axis.places(trials)] for axis in axes]
+    columns.append([_clip(worth.share(float(value))) for value in trials["objective"]])
+    ids = trials["trial"].tolist()
+    tenth, half = max(1, math.ceil(len(ids) / 10)), math.ceil(len(ids) / 2)
+    tiers = (
+        ("rest", "lower half", range(half, len(ids)), {"color": "#8b939e", "width": 1, "dash": "dot"}, 0.6),
+        ("upper", "upper half", range(tenth, half), {"color": "#00609c", "width": 1.3, "dash": "solid"}, 0.7),
+        ("top", "best tenth", range(tenth), {"color": INK, "width": 2.6, "dash": "solid"}, 1.0),
+    )
+    data = []
+    for key, title, places, style, opacity in tiers:
+        x: list[int | None] = []
+        y: list[float | None] = []
+        who: list[str | None] = []
+        for rank in places:
+            x += [*range(len(columns)), None]
+            y += [*(column[rank] for column in columns), None]
+            who += [*([ids[rank]] * len(columns)), None]
+        trace = _line(title, who, x, y, style) | {"meta": {"tier": key}, "opacity": opacity, "connectgaps": False}
+        data.append(
+            trace
+            | {
+                "mode": "lines+markers",
+                "marker": {"size": 4, "color": style["color"]},
+                "hovertemplate": "%{customdata}<extra></extra>",
+            }
+        )
+    data.append(_line("picked", [], [], [], {"color": "#c75300", "width": 3}) | {"meta": {"picked": True}})
+    notes = []
+    for i, axis in enumerate([*axes, worth]):
+        for place, text in axis.ticks():
+            if -0.01 <= axis.share(place) <= 1.01:
+                notes.append(_text(i, axis.share(place), text, xshift=5, xanchor="left", size=10))
+        notes.append(_text(i, 1.1, _pieces(axis.name), xanchor="center", size=11, bold=True))
+    layout = _layout(380, None, None, margin={"l": 24, "r": 44, "t": 8, "b": 16})
+    layout["xaxis"] |= {
+        "visible": False,
+        "range": [-0.3, len(axes) + 0.5],
+    }
+    layout["yaxis"] |= {"visible": False, "range": [-0.05, 1.22]}
+    uprights = [_vertical(i, FAINT, "solid") | {"yref": "y"} for i in range(len(axes) + 1)]
+    layout |= {
+        "shapes": uprights,
+        "annotations": notes,
+        "meta": {"axes": [*study.searched, "objective"]},
+        "hovermode": "closest",
+    }
+    return {"data": data, "layout": layout}
+
+
+def _clip(share: float) -> float | None:
+    return round(min(max(share, -0.04), 1.04), 4) if math.isfinite(share) else None
+
+
+def _pieces(name: str) -> list[str]:
+    """A hyperparameter's name in lines of about ten characters, broken after underscores."""
+    lines = [""]
+    for part in name.replace("_", "_ ").split():
+        if lines[-1] and len(lines[-1]) + len(part) > 10:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def importance(table: pd.DataFrame) -> Figure:
+    """Return bars with extremes, from `Study.importance`."""
+    rows = table.iloc[::-1]
+    shares = rows["importance"].to_numpy()
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": rows["parameter"].tolist(),
+            "x": np.round(shares, 4).tolist(),
+            "marker": {"color": "#00609c"},
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": np.round(rows["high"].to_numpy() - shares, 4).tolist(),
+                "arrayminus": np.round(shares - rows["low"].to_numpy(), 4).tolist(),
+                "color": INK,
+                "thickness": 1.2,
+            },
+            "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
+        }
+    ]
+    layout = _layout(90 + 28 * len(rows), "share of the variation accounted for", None)
+    layout["yaxis"] |= {"automargin": True, "showgrid": False}
+    layout["xaxis"] |= {"rangemode": "tozero"}
+    return {"data": data, "layout": layout}
+
+
+def slice_of(study: Study, name: str) -> Figure:
+    """Return the objective over one hyperparameter, with the document's values before (dashed) and after (solid)."""
+    axis = axis_of(study, name)
+    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    trials = trials.assign(place=axis.places(trials))
+    trials = trials[trials["place"].notna()]
+    if axis.kind == "choice":  # side by side, or trials of one choice hide each other
+        trials = trials.assign(place=trials["place"] + 0.36 * (np.arange(len(trials)) * 0.618034 % 1 - 0.5))
+    data = []
+    for key, rows in _by_group(trials):
+        group = GROUPS[key]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": group.title,
+                "x": _rounded(rows["place"]),
+                "y": _rounded(rows["objective"]),
+                "customdata": rows["trial"].tolist(),
+                "text": [escape(format_value(name, value)) for value in rows[name]],
+                "marker": {
+                    "symbol": group.symbol,
+                    "color": group.colour,
+                    "size": 8,
+                    "line": {"width": 1.5, "color": group.colour},
+                },
+                "meta": {"group": key},
+                "hovertemplate": "%{customdata}: " + name + " %{text}, %{y:.3f}<extra>" + group.title + "</extra>",
+            }
+        )
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "picked",
+            "x": [],
+            "y": [],
+            "marker": {
+                "symbol": "circle-open",
+                "size": 16,
+                "color": "#c75300",
+                "line": {"width": 3, "color": "#c75300"},
+            },
+            "meta": {"picked": True},
+            "hoverinfo": "skip",
+        }
+    )
+    shapes, notes, places = [], [], [axis.low, axis.high]
+    marks = [
+        (words, axis.place(settings[name]))
+        for words, settings in documented_settings(study).items()
+        if name in settings
+    ]
+    same = len(marks) == 2 and marks[0][1] == marks[1][1]
+    for words, place in marks[1:] if same else marks:
+        if not math.isfinite(place):
+            continue
+        places.append(place)
+        after = words == "recommended"
+        shapes.append(_vertical(place, INK, "solid" if after else "dash"))
+        label = "before, after" if same else "after" if after else "before"
+        leftmost = place == min(other for _, other in marks if math.isfinite(other))
+        side = {} if same else {"xanchor": "right" if leftmost else "left", "xshift": -2 if leftmost else 2}
+        notes.append(_note(place, label) | side)
+    margin = 0.06 * (max(places) - min(places) or 1.0) + (0.25 if axis.kind == "choice" else 0)
+    ticks = [(place, text) for place, text in axis.ticks() if min(places) - margin <= place <= max(places) + margin]
+    layout = _layout(230, name, None, margin={"l": 44, "r": 38, "t": 18, "b": 40})
+    layout["xaxis"] |= {
+        "tickvals": [place for place, _ in ticks],
+        "ticktext": [escape(text) for _, text in ticks],
+        "range": [min(places) - margin, max(places) + margin],
+        "zeroline": False,
+    }
+    return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
+
+
+def effects(table: pd.DataFrame) -> Figure:
+    """Return the forest plot of `Study.effects`: filled where the data tell, hollow where they cannot."""
+    rows = table[table["variant"] != table.attrs["baseline"]]
+    rows = rows[rows["mean"].notna()].iloc[::-1]
+    marks = {
+        "better": ("better", "circle", "#00609c"),
+        "worse": ("worse", "diamond", "#b0123b"),
+        "cannot tell": ("cannot tell", "circle-open", "#536273"),
+    }
+    data = []
+    for call, (title, symbol, colour) in marks.items():
+        own = rows[rows["call"] == call]
+        if own.empty:
+            continue
+        mean = own["mean"].to_numpy()
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": title,
+                "x": np.round(mean, 5).tolist(),
+                "y": [escape(name) for name in own["variant"]],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": _rounded(own["high"] - mean),
+                    "arrayminus": _rounded(mean - own["low"]),
+                    "color": colour,
+                    "thickness": 2,
+                    "width": 6,
+                },
+                "marker": {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}},
+                "hovertemplate": "%{y}: %{x:+.3f}<extra>" + title + "</extra>",
+            }
+        )
+    layout = _layout(110 + 38 * len(rows), f"difference from {escape(table.attrs['baseline'])}", None, showlegend=True)
+    layout["yaxis"] |= {
+        "automargin": True,
+        "categoryorder": "array",
+        "categoryarray": [escape(name) for name in rows["variant"]],
+    }
+    layout["xaxis"] |= {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1.5}
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    return {"data": data, "layout": layout}
+
+
+def runs_by_variant(study: Study) -> Figure:
+    """Return every run of each variant as a mark (one symbol a fold), and the variant's mean as a line."""
+    trials = study.trials[study.trials["variant"].notna() & study.trials["objective"].notna()]
+    variants = list(dict.fromkeys(trials["variant"]))[::-1]
+    symbols = (
+        "circle",
+        "square",
+        "diamond",
+        "triangle-up",
+        "x",
+        "star",
+        "cross",
+        "pentagon",
+        "hexagon",
+        "triangle-down",
+    )
+    folds = sorted(trials["fold"].dropna().unique())
+    data: list[dict[str, Any]] = []
+    for i, fold in enumerate(folds):
+        rows = trials[trials["fold"] == fold]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": f"fold {fold}",
+                "x": _rounded(rows["objective"]),
+                "y": [variants.index(name) + 0.12 * (i - (len(folds) - 1) / 2) for name in rows["variant"]],
+                "customdata": [
+                    f"{trial}, seed {seed}" for trial, seed in zip(rows["trial"], rows["seed"], strict=True)
+                ],
+                "marker": {"symbol": symbols[i % len(symbols)], "size": 8, "color": "#00609c", "opacity": 0.7},
+                "hovertemplate": f"%{{customdata}}, fold {fold}: %{{x:.3f}}<extra></extra>",
+            }
+        )
+    means = trials.groupby("variant")["objective"].mean()
+    for row, name in enumerate(variants):
+        ends = [row - 0.32, row + 0.32]
+        data.append(
+            _line("mean", ["mean"] * 2, [round(float(means[name]), 4)] * 2, ends, {"color": INK, "width": 3})
+            | {"showlegend": False, "hovertemplate": "mean %{x:.3f}<extra>" + escape(name) + "</extra>"}
+        )
+    layout = _layout(120 + 44 * len(variants), OBJECTIVES[study.spec.objective].title, None, showlegend=True)
+    layout["yaxis"] |= {
+        "tickvals": list(range(len(variants))),
+        "ticktext": [escape(name) for name in variants],
+        "automargin": True,
+        "showgrid": False,
+    }
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    return {"data": data, "layout": layout}
+
+
+# Two studies -----------------------------------------------------------------------------------------------------------
+
+
+def progress_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
+    """Return the best objective so far over the epochs spent, a line a study: what the same budget bought."""
+    data = []
+    for (name, study), (colour, dash, _) in zip(studies, _OF_TWO, strict=True):
+        spent, best = budget_curve(study)
+        line = {"color": colour, "width": 2.5, "dash": dash, "shape": "hv"}
+        data.append(
+            _line(name, [escape(name)] * len(spent), spent, best, line)
+            | {"hovertemplate": "%{x} epochs: %{y:.3f}<extra>" + escape(name) + "</extra>"}
+        )
+    layout = _layout(320, "epochs spent by all trials", "best so far", showlegend=True)
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    return {"data": data, "layout": layout}
+
+
+def budget_curve(study: Study) -> tuple[list[int], list[float | None]]:
+    """Return epochs spent by all trials, and the best objective reached by then, as the rows arrived."""
+    from tune_app.objective import RunningValue
+
+    objective = OBJECTIVES[study.spec.objective]
+    rows = study.epochs.sort_values("arrival")
+    running: dict[str, RunningValue] = {}
+    best = -math.inf
+    spent: list[int] = []
+    reached: list[float | None] = []
+    for number, (trial, value) in enumerate(zip(rows["trial"], rows[objective.column], strict=True), start=1):
+        worth = running.setdefault(trial, RunningValue(objective.reduction)).update(value)
+        if worth > best:
+            best = worth
+            spent.append(number)
+            reached.append(round(best, 4))
+    if spent and spent[-1] < len(rows):
+        spent.append(len(rows))
+        reached.append(reached[-1])
+    return spent, reached
+
+
+def best_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
+    """Return the validation AUC of each study's best trial with its interval as a band, by epoch."""
+    data = []
+    for (name, study), (colour, dash, veil) in zip(studies, _OF_TWO, strict=True):
+        best = str(study.best()["trial"])
+        rows = study.epochs[study.epochs["trial"] == best]
+        x = rows["epoch"].tolist()
+        band = {"line": {"width": 0, "color": colour}, "hoverinfo": "skip", "showlegend": False}
+        data.append(_line("high", [best] * len(x), x, _rounded(rows["val_auc_high"]), {}) | band)
+        data.append(
+            _line("low", [best] * len(x), x, _rounded(rows["val_auc_low"]), {})
+            | band
+            | {"fill": "tonexty", "fillcolor": veil}
+        )
+        line = {"color": colour, "width": 2.5, "dash": dash}
+        data.append(_line(f"{name}: {best}", [best] * len(x), x, _rounded(rows["val_auc"]), line))
+    layout = _layout(320, "epoch", "validation AUC", showlegend=True)
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    return {"data": data, "layout": layout}
+
+
+_OF_TWO = (("#00609c", "solid", "rgba(0,96,156,0.15)"), ("#c75300", "dash", "rgba(199,83,0,0.15)"))
+"""Colour, dash, and colour of the interval of the first and the second study."""
+
+
+# Parts -----------------------------------------------------------------------------------------------------------------
+
+
+def _by_group(trials: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    found = [group_of(trial) for trial in trials[list(_GROUPED_BY)].to_dict("records")]
+    keys = pd.Series(found, index=trials.index, dtype="object")
+    for key in GROUPS:
+        if (keys == key).any():
+            yield key, trials[keys == key]
+
+
+def _rounded(values: "pd.Series | np.ndarray") -> list[float | None]:
+    """Four decimals, and null for what is no number: JSON has no NaN, and a page need not weigh more than it shows."""
+    return [round(float(value), 4) if math.isfinite(value) else None for value in np.asarray(values, dtype="float64")]
+
+
+def _layout(height: int, x: str | None, y: str | None, **more: Any) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "automargin": True, "fixedrange": False}
+    layout: dict[str, Any] = {
+        "height": height,
+        "margin": {"l": 52, "r": 14, "t": 22, "b": 44},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": INK},
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": FAINT, "font": {"color": INK}},
+        "hovermode": "closest",
+        "showlegend": False,
+        "uirevision": "keep",
+        "xaxis": {**axis, **({"title": {"text": x}} if x else {})},
+        "yaxis": {**axis, **({"title": {"text": y}} if y else {})},
+    }
+    for key in ("xaxis", "yaxis"):
+        layout[key] |= more.pop(key, {})
+    return layout | more
+
+
+def _vertical(x: float, colour: str, dash: str) -> dict[str, Any]:
+    line = {"color": colour, "width": 1.5, "dash": dash}
+    return {
+        "type": "line",
+        "xref": "x",
+        "yref": "paper",
+        "x0": x,
+        "x1": x,
+        "y0": 0,
+        "y1": 1,
+        "line": line,
+        "layer": "below",
+    }
+
+
+def _horizontal(y: float) -> dict[str, Any]:
+    line = {"color": FAINT, "width": 1, "dash": "dash"}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "yref": "y",
+        "x0": 0,
+        "x1": 1,
+        "y0": y,
+        "y1": y,
+        "line": line,
+        "layer": "below",
+    }
+
+
+def _note(x: float, text: str, *, low: bool = False) -> dict[str, Any]:
+    place = {"y": 0.01, "yanchor": "bottom"} if low else {"y": 1.0, "yanchor": "bottom"}
+    side = {"xanchor": "left", "xshift": 4} if low else {"xanchor": "center"}
+    font = {"size": 10, "color": FAINT}
+    return {"x": x, "xref": "x", "yref": "paper", "text": text, "showarrow": False, "font": font, **place, **side}
+
+
+def _text(
+    x: float, y: float, text: str | list[str], *, xanchor: str, size: int, xshift: int = 0, bold: bool = False
+) -> dict[str, Any]:
+    shown = "<br>".join(escape(line) for line in ([text] if isinstance(text, str) else text))
+    return {
+        "x": x,
+        "y": y,
+        "xref": "x",
+        "yref": "y",
+        "text": f"<b>{shown}</b>" if bold else shown,
+        "showarrow": False,
+        "xanchor": xanchor,
+        "xshift": xshift,
+        "yanchor": "middle",
+        "font": {"size": size, "color": INK if bold else FAINT},
+        "bgcolor": VEIL,
+        "borderpad": 0,
+    }

@@ -1,0 +1,703 @@
+"""A study's dataframes -> words and small tables: what was asked and found, what to distrust, what was stopped and why.
+
+Pure, and without a page: the report prints these, and so can a terminal. Differences between trials are held against
+the noise of the best one's AUC, taken from its interval. Two trials are scored on the same volumes, so their errors go
+together: their difference is taken to have the noise of one of them (a correlation of 1/2), as in the diagnosis.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from search_spaces.fixes import baseline, documented_after
+from search_spaces.spaces import NOT_SEARCHED
+from trainables.config import FineTuneConfig
+from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, hanley_mcneil_error
+from tune_app.ablation import ADJUSTED_LEVEL, comparisons
+from tune_app.analysis import COLLAPSES, axis_of
+from tune_app.confirm import judge, judged_lines, score_lines
+from tune_app.objective import OBJECTIVES
+from tune_app.results import Study
+from tune_app.spec import SpecError, StudyFiles
+from tune_app.tables import format_value, printable
+
+EDGE = 0.04
+"""Share of an axis at either end that counts as its edge."""
+
+DOCUMENTED_AUC = 0.70
+"""The document's own line: an AUC that does not get beyond it is a warning sign."""
+
+
+@dataclass(frozen=True)
+class Caution:
+    """Something about a study that its numbers do not say by themselves."""
+
+    title: str
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the document's success indicators or warning signs, looked for in a trial."""
+
+    kind: Literal["success", "warning"]
+    text: str
+    """As the document words it."""
+    present: bool | None
+    """None: it cannot be told from what there is."""
+    evidence: str
+    among: str
+    """In how many of all trials it is present."""
+
+    @property
+    def good(self) -> bool | None:
+        return None if self.present is None else self.present == (self.kind == "success")
+
+
+# In two sentences ------------------------------------------------------------------------------------------------------
+
+
+def summary(study: Study) -> tuple[str, str]:
+    """Return what was asked and what was found, a sentence each."""
+    return _asked(study), _found(study)
+
+
+def _asked(study: Study) -> str:
+    spec, trials = study.spec, study.trials
+    network = f"a 3D ResNet-{trials['depth'].iloc[0]}" if trials["depth"].nunique() == 1 else "a 3D ResNet"
+    where = f"on {spec.data.rsplit('/', 1)[-1]}{_validation(study)}, in {spec.epochs} epochs a trial"
+    if (space := study.space) is not None:
+        return (
+            f"Which of {spec.trials} settings of the space {space.name} ({len(space.parameters)} hyperparameters) gives "
+            f"{network} the highest {OBJECTIVES[spec.objective].title} {where}?"
+        )
+    variants = list(dict.fromkeys(trials["variant"].dropna()))
+    runs = f"{trials['fold'].nunique()} folds and {trials['seed'].nunique()} seeds"
+    if spec.kind == "ablation":
+        return f"What does each of {len(variants)} variants change for {network} {where}, over {runs}?"
+    return f"Which of {len(variants)} configurations of {network} holds up {where}, over {runs}?"
+
+
+def _validation(study: Study) -> str:
+    last = study.epochs.drop_duplicates("trial", keep="last")
+    counts = last[["val_positive", "val_negative"]].dropna().drop_duplicates()
+    if len(counts) != 1:
+        return ""
+    positive, negative = counts.iloc[0]
+    return f" ({positive} positive and {negative} negative validation volumes)"
+
+
+def _found(study: Study) -> str:
+    if not study.scored:
+        return f"Nothing yet: {len(study.trials)} trials have begun and none has a score."
+    if study.spec.kind != "search":
+        told = _found_between_variants(study)
+        if told:
+            return told
+    best = study.best()
+    ended = study.trials["state"].isin(["completed", "stopped", "failed"]).all()
+    parts = [
+        f"Trial {best['trial']} is best{'' if ended else ' so far'} with {best['objective']:.3f}{_interval(best)}"
+        f"{_against_documented(study, best)}"
+    ]
+    rivals, half = rivals_within_noise(study)
+    if math.isfinite(half):
+        parts.append(
+            f"{rivals} other{' trial lies' if rivals == 1 else ' trials lie'} within the noise of {half:.3f}"
+            if rivals
+            else f"no other trial comes within the noise of {half:.3f}"
+        )
+    stopped = int((study.trials["state"] == "stopped").sum())
+    if stopped:
+        saved = epochs_saved(study)
+        parts.append(
+            f"{stopped} of {len(study.trials)} trials were stopped early, which spared {100 * saved:.0f} % of the epochs"
+        )
+    return "; ".join(parts) + "."
+
+
+def _interval(trial: pd.Series) -> str:
+    if pd.isna(trial["best_val_auc"]):
+        return ""
+    return (
+        f" (AUC {trial['best_val_auc']:.3f}, 95 % interval {trial['best_val_auc_low']:.2f} to "
+        f"{trial['best_val_auc_high']:.2f}, in epoch {trial['best_epoch']})"
+    )
+
+
+def _against_documented(study: Study, best: pd.Series) -> str:
+    told = []
+    for words, settings in documented_settings(study).items():
+        row = trial_with(study, settings)
+        if row is not None and row["trial"] != best["trial"] and not pd.isna(row["objective"]):
+            told.append(f"{row['objective']:.3f} for the document's {words} settings")
+    return f", against {' and '.join(told)}" if told else ""
+
+
+def _found_between_variants(study: Study) -> str | None:
+    if study.spec.kind == "confirmation":
+        lines = confirmation_lines(study)
+        return lines[0] if lines else None
+    told = [_effects_sentence(table) for table in effects_tables(study)]
+    return f"{'; '.join(told)}." if told else None
+
+
+def _effects_sentence(table: pd.DataFrame) -> str:
+    reference = table.attrs["baseline"]
+    told = []
+    for call in ("better", "worse"):
+        rows = table[table["call"] == call].sort_values("mean", ascending=False)
+        for row in rows.to_dict("records"):
+            told.append(f"{row['variant']} is {call} by {abs(row['mean']):.3f} ({_range(row)}, {row['pairs']} pairs)")
+    unclear = table.loc[table["call"] == "cannot tell", "variant"].tolist()
+    sentence = f"Against {reference}, " + ("; ".join(told) if told else "no difference stands out from chance")
+    return sentence + (f"; for {_and(unclear)} the data cannot tell" if unclear and told else "")
+
+
+def effects_tables(study: Study) -> list[pd.DataFrame]:
+    """Return the effects an ablation or a confirmation is read by, a table for each reference; none before there are two
+    variants."""
+    if study.spec.kind == "confirmation":
+        try:
+            return [judge(study).effects]
+        except SpecError:
+            return []
+    return comparisons(study) if study.spec.kind == "ablation" else []
+
+
+def confirmation_lines(study: Study) -> list[str]:
+    """Return in words what a confirmation says, the winner or that there is none first; none before it has begun."""
+    try:
+        return judged_lines(study, judge(study))
+    except SpecError:
+        return []
+
+
+def test_lines(study: Study) -> list[str]:
+    """Return what the test rows said, on record in test.json; none where they were not looked at."""
+    searches = [Path(study.spec.confirms)] if study.spec.confirms else []
+    for root in (*searches, study.path):
+        path = StudyFiles(root).test
+        if path.is_file():
+            try:
+                return score_lines(json.loads(path.read_text(encoding="utf-8"))["scored"][-1])
+            except (OSError, ValueError, KeyError, TypeError, IndexError):
+                return [f"{path}: the record of the test scores is damaged"]
+    return []
+
+
+def _range(row: Mapping[Any, Any]) -> str:
+    return f"95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# Noise, the documented settings, stops ----------------------------------------------------------------------------------
+
+
+def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
+    """Return the standard error of a trial's best AUC; NaN when neither interval nor class counts are there."""
+    low, high, auc = trial["best_val_auc_low"], trial["best_val_auc_high"], trial["best_val_auc"]
+    if math.isfinite(low) and math.isfinite(high) and high > low:
+        return float(high - low) / 3.92
+    positive, negative = trial["best_val_positive"], trial["best_val_negative"]
+    if math.isfinite(auc) and not pd.isna(positive) and not pd.isna(negative) and positive and negative:
+        return hanley_mcneil_error(float(auc), int(positive), int(negative))
+    return math.nan
+
+
+def rivals_within_noise(study: Study) -> tuple[int, float]:
+    """Return how many other trials' objectives lie within noise of the best one's, and that noise (1.96 errors).
+
+    NaN noise when the objective is no AUC, or no interval is known.
+    """
+    if not OBJECTIVES[study.spec.objective].column.startswith("val_auc"):
+        return 0, math.nan
+    best = study.best()
+    half = 1.96 * standard_error(best)
+    trials = study.trials[(study.trials["state"] != "failed") & (study.trials["trial"] != best["trial"])]
+    return int((trials["objective"] > best["objective"] - half).sum()), half
+
+
+def luck(errors: float, trials: int) -> float:
+    """Return by how much the best of equal `trials` looks better than it is, on one validation fold.
+
+    The expected largest of so many normal deviates (Blom 1958), times the part of the error that trials do not share.
+    """
+    if trials < 2 or not math.isfinite(errors):
+        return 0.0
+    return errors * math.sqrt(0.5) * NormalDist().inv_cdf((trials - 0.375) / (trials + 0.25))
+
+
+def documented_settings(study: Study) -> dict[str, dict[str, Any]]:
+    """Return the document's settings before and after its fixes, epochs scaled to the study's."""
+    epochs = study.spec.epochs
+    return {"original": baseline(epochs), "recommended": documented_after(epochs)}
+
+
+def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
+    """Return the best trial that ran with exactly these settings, of those the fixes touch; None without one."""
+    rows = study.trials
+    for name, value in settings.items():
+        column = rows[name]
+        same = (
+            np.isclose(column.astype("float64"), value) if isinstance(value, float) else (column == value).fillna(False)
+        )
+        rows = rows[np.asarray(same, dtype=bool)]
+    rows = rows[rows["objective"].notna()]
+    return None if rows.empty else rows.iloc[int(rows["objective"].to_numpy().argmax())]
+
+
+def leading(study: Study) -> pd.Series:
+    """Return the trial a study is shown by: the best one of a search, else the best run of the leading variant.
+
+    The leading variant is the one with the highest mean: the best single run of many is the one with the best luck.
+    """
+    if study.spec.kind == "search" or study.trials["variant"].isna().all():
+        return study.best()
+    trials = study.trials[(study.trials["state"] != "failed") & study.trials["objective"].notna()]
+    means = trials.groupby("variant", observed=True)["objective"].mean()
+    ahead = str(means.index[int(means.to_numpy().argmax())])
+    own: pd.DataFrame = trials[trials["variant"] == ahead]
+    return own.iloc[int(own["objective"].to_numpy().argmax())]
+
+
+def configuration(study: Study) -> pd.DataFrame:
+    """Return the leading trial's settings beside the document's: name, before, after, best, differs (from after).
+
+    One row a hyperparameter that a fix touches or that was searched, or in which that trial leaves the defaults.
+    """
+    best = leading(study)
+    settings = documented_settings(study)
+    before, after = settings["original"], settings["recommended"]
+    rows = []
+    for name, field in FineTuneConfig.model_fields.items():
+        default = field.default
+        plain = not isinstance(default, tuple) and default is not None
+        moved = plain and name not in NOT_SEARCHED and best[name] != default
+        if name not in before and name not in study.searched and not moved:
+            continue
+        documented = [values.get(name, default) for values in (before, after)]
+        texts = [format_value(name, value) for value in (*documented, best[name])]
+        rows.append((name, *texts, texts[1] != texts[2]))
+    return pd.DataFrame(rows, columns=["name", "before", "after", "best", "differs"])
+
+
+def epochs_saved(study: Study) -> float:
+    """Return the share of the asked-for epochs that stopped trials did not run, of all trials that have begun."""
+    asked = float(study.trials["epochs"].sum())
+    stopped = study.trials[study.trials["state"] == "stopped"]
+    return float((stopped["epochs"] - stopped["epochs_run"]).sum()) / asked if asked else 0.0
+
+
+def stops(study: Study) -> pd.DataFrame:
+    """Return why trials ended early: reason, trials, epochs_run, epochs_spared, time_spared_s, gpu_s_spared, example.
+
+    One row for halving and one for each verdict that stopped a trial, most spared first. Time is what the trial's own
+    epochs took, times the epochs it did not run.
+    """
+    stopped = study.trials[study.trials["state"] == "stopped"].copy()
+    names = ["reason", "trials", "epochs_run", "epochs_spared", "time_spared_s", "gpu_s_spared", "example"]
+    if stopped.empty:
+        return pd.DataFrame(columns=names)
+    by_diagnosis = stopped["stopped_by"] == "diagnosis"
+    stopped["ended_by"] = stopped["verdict"].where(by_diagnosis, "halving").fillna("diagnosis")
+    stopped["told"] = stopped["verdict_summary"].where(by_diagnosis, stopped["reason"]).fillna("")
+    stopped["spared"] = (stopped["epochs"] - stopped["epochs_run"]).astype("float64")
+    stopped["time"] = stopped["spared"] * stopped["work_s"] / stopped["epochs_run"].astype("float64")
+    rows = [
+        (
+            str(reason),
+            len(group),
+            int(group["epochs_run"].sum()),
+            int(group["spared"].sum()),
+            float(group["time"].sum()),
+            float((group["time"] * group["gpus"]).sum()),
+            f"{group['trial'].iloc[0]}: {group['told'].iloc[0]}",
+        )
+        for reason, group in stopped.groupby("ended_by")
+    ]
+    return pd.DataFrame(rows, columns=names).sort_values("epochs_spared", ascending=False, ignore_index=True)
+
+
+# What to distrust ------------------------------------------------------------------------------------------------------
+
+
+def cautions(study: Study) -> list[Caution]:
+    """Return what a reader should know before trusting the study, gravest first."""
+    if not study.scored:
+        return list(_about_the_files(study))
+    return [*_about_the_files(study), *_about_the_best(study), *_about_the_search(study), *_about_the_variants(study)]
+
+
+def _about_the_files(study: Study) -> Iterator[Caution]:
+    states = study.trials["state"].value_counts()
+    if study.running:
+        yield Caution(
+            "The study is still running",
+            f"{states.get('running', 0)} trials run at this moment; everything below is as of the last row.",
+            "Write the report again later, or let `medtune report --watch` do it.",
+        )
+    if states.get("interrupted", 0):
+        yield Caution(
+            "The study was interrupted",
+            f"{states['interrupted']} trials have not ended, and no driver is at work on them.",
+            f"`medtune resume {quote(str(study.path))}` goes on where they stopped.",
+        )
+    if states.get("failed", 0):
+        failed = study.trials[study.trials["state"] == "failed"]
+        said = next((str(text) for text in failed["error"].dropna()), "no error recorded")
+        yield Caution(
+            f"{len(failed)} of {len(study.trials)} trials failed",
+            f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
+            "Each trial's trial.log has the traceback.",
+        )
+    damaged = [note for note in study.notes if "damaged" in note or "has" in note]
+    if damaged:
+        yield Caution("The study's files are damaged", "; ".join(damaged[:5]), "What is damaged was left out.")
+
+
+def _about_the_best(study: Study) -> Iterator[Caution]:
+    best = study.best()
+    if best["verdict"] not in ("healthy",) and not pd.isna(best["verdict"]):
+        advice = "" if pd.isna(best["advice"]) else str(best["advice"])
+        yield Caution(
+            f"The best trial itself is diagnosed {best['verdict']}",
+            str(best["verdict_summary"]),
+            advice[:1].upper() + advice[1:],
+        )
+    raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
+    half = 1.96 * standard_error(best)
+    if math.isfinite(half) and math.isfinite(raw) and math.isfinite(averaged) and raw - averaged > half:
+        yield Caution(
+            "The weights that would be deployed are worse than the raw ones",
+            f"In epoch {best['best_epoch']} of trial {best['trial']} the raw weights reach {raw:.3f}, the averaged ones "
+            f"{averaged:.3f}.",
+            "Lower ema_decay, or see that ema_warmup is on and ema_buffers is averaged.",
+        )
+
+
+def _about_the_search(study: Study) -> Iterator[Caution]:
+    if study.spec.kind != "search":
+        return
+    best = study.best()
+    rivals, half = rivals_within_noise(study)
+    counts = ""
+    if not pd.isna(best["best_val_positive"]):
+        counts = f" on {best['best_val_positive']} positive and {best['best_val_negative']} negative volumes"
+    if rivals:
+        yield Caution(
+            "Noise is larger than the differences",
+            f"{rivals} other trials lie within {half:.3f} of the best one, which is what chance alone explains{counts}: "
+            "which of them leads is luck.",
+            f"`medtune confirm {quote(str(study.path))} --top {min(rivals + 1, 5)}` runs them over all folds and several seeds.",
+        )
+    scored = int((study.trials["objective"].notna() & (study.trials["state"] != "failed")).sum())
+    optimism = luck(half / 1.96, scored)
+    if optimism > 0.01 and scored >= 10:
+        yield Caution(
+            "The validation fold was used often",
+            f"The best of {scored} equal trials would look up to {optimism:.3f} better than it is, because one fold "
+            f"chose among all of them; so read {best['objective']:.3f} as an upper bound.",
+            "Confirm on other folds, and keep the test split for the very end (`medtune confirm --test`).",
+        )
+    for name in study.searched:
+        yield from _about_an_edge(study, best, name)
+    came_to_nothing = study.trials["verdict"].isin(COLLAPSES)
+    if came_to_nothing.mean() > 0.5:
+        yield Caution(
+            f"{came_to_nothing.sum()} of {len(study.trials)} trials came to nothing",
+            ", ".join(
+                f"{verdict} {n}" for verdict, n in study.trials.loc[came_to_nothing, "verdict"].value_counts().items()
+            ),
+            "The space lies mostly where training fails: move it, or hold what the diagnoses blame.",
+        )
+
+
+def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution]:
+    axis = axis_of(study, name)
+    place = axis.places(best.to_frame().T)[0]
+    if axis.kind == "choice" or not axis.ranged or not math.isfinite(place):
+        return
+    share = axis.share(float(place))
+    if EDGE < share < 1 - EDGE:
+        return
+    top = study.trials[study.trials["state"] != "failed"].nlargest(5, "objective")
+    near = [axis.share(float(other)) for other in axis.places(top)]
+    together = sum(other < 0.2 if share <= EDGE else other > 0.8 for other in near)
+    ahead = (top["objective"] == best["objective"]).sum() == 1
+    if together < 2 and not ahead:  # one of several that are equally good, and the others lie elsewhere
+        return
+    end = "lower" if share <= EDGE else "upper"
+    yield Caution(
+        f"The best {name} lies at the edge of its range",
+        f"{format_value(name, best[name])} in {axis.text(axis.low)} to {axis.text(axis.high)}, at the {end} end, as do "
+        f"{together} of the 5 best trials: the optimum may lie outside.",
+        f"Search again with a wider range of {name}.",
+    )
+
+
+def _about_the_variants(study: Study) -> Iterator[Caution]:
+    tables = effects_tables(study)
+    if not tables:
+        return
+    others = pd.concat([table[table["variant"] != table.attrs["baseline"]] for table in tables])
+    wanted = others["runs"].max()
+    short = others.loc[others["pairs"] < wanted, "variant"].tolist()
+    if short and study.spec.kind == "ablation":
+        yield Caution(
+            "Not every run has a partner",
+            f"{_and(short)}: fewer pairs than runs, for runs that failed or have not ended.",
+            f"`medtune resume {quote(str(study.path))}` completes them.",
+        )
+    if tables[0].attrs["folds"] < 2:
+        yield Caution(
+            "All runs share one fold",
+            "The intervals say how much seeds matter on this fold, and nothing about other subjects.",
+            "Run over several folds.",
+        )
+    unsure = others.loc[
+        others["call"].isin(["better", "worse"]) & (others["p_holm"] >= ADJUSTED_LEVEL), "variant"
+    ].tolist()
+    if unsure:
+        yield Caution(
+            "Several comparisons, and some were bound to stand out",
+            f"{_and(unsure)}: beyond chance when looked at alone, not as one of {len(others)} (Holm).",
+            "Treat them as a reason to run more seeds and folds, not as a result.",
+        )
+    if not others["call"].isin(["better", "worse"]).any():
+        yield Caution(
+            "The data cannot tell the variants apart",
+            f"Every interval holds zero, at {others['pairs'].max()} pairs.",
+            "More seeds and folds narrow the intervals; a difference that stays within them does not matter here.",
+        )
+
+
+# The document's checklist ----------------------------------------------------------------------------------------------
+
+
+def checklist(study: Study) -> list[Check]:
+    """Return the document's five success indicators and four warning signs, looked for in the leading trial.
+
+    `among` counts the trials that show it, of those of which it can be told.
+    """
+    best = leading(study)
+    places = study.epochs.groupby("trial", observed=True).indices
+    columns = {name: study.epochs[name].to_numpy("float64", na_value=math.nan) for name in _CHECKED_COLUMNS}
+    shown: dict[str, list[bool]] = {text: [] for _, text, _ in _CHECKS}
+    evidence: dict[str, tuple[bool | None, str]] = {}
+    for trial in study.trials.to_dict("records"):
+        if trial["trial"] not in places:
+            continue
+        own = places[trial["trial"]]
+        curves = _Curves(trial, {name: values[own] for name, values in columns.items()})
+        for _, text, look in _CHECKS:
+            present, told = look(curves)
+            if present is not None:
+                shown[text].append(present)
+            if trial["trial"] == best["trial"]:
+                evidence[text] = present, told
+    return [
+        Check(
+            kind,
+            text,
+            *evidence[text],
+            f"{sum(shown[text])} of {len(shown[text])} trials" if shown[text] else "no trial",
+        )
+        for kind, text, _ in _CHECKS
+    ]
+
+
+class _Curves:
+    """One trial's columns as arrays over its epochs, and what several checks need of them."""
+
+    def __init__(self, trial: Mapping[Any, Any], columns: Mapping[str, np.ndarray]) -> None:
+        self.trial = trial
+        self.columns = columns
+        self.epoch = columns["epoch"].astype("int64")
+        self.loss = columns["train_loss"]
+        self.active = columns["drw_active"] == 1
+        started = np.flatnonzero(self.active)
+        self.drw_epoch = int(self.epoch[started[0]]) if len(started) else None
+        self.median = _median3(columns["val_auc"])
+        half = 1.96 * standard_error(trial)
+        self.slack = half if math.isfinite(half) else 0.05
+        self.worst_jump = self._worst_jump()
+
+    def phases(self) -> list[np.ndarray]:
+        """Places before and from the start of DRW on: the loss is on another scale in each."""
+        return [places for places in (np.flatnonzero(~self.active), np.flatnonzero(self.active)) if len(places)]
+
+    def _worst_jump(self) -> tuple[float, int]:
+        """The largest loss against the median of up to five epochs before, and its epoch."""
+        worst = (0.0, 0)
+        for places in self.phases():
+            losses = self.loss[places].tolist()
+            for i in range(3, len(losses)):
+                usual = statistics.median(losses[max(0, i - 5) : i])
+                if usual > 0 and losses[i] > worst[0] * usual:
+                    worst = (losses[i] / usual, int(self.epoch[places[i]]))
+        return worst
+
+
+def _median3(values: np.ndarray) -> np.ndarray:
+    """Medians of three epochs in a row, one for each epoch from the third on."""
+    if len(values) < 3:
+        return np.full(0, math.nan)
+    return np.asarray(np.median(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0))
+
+
+def _smooth_loss(curves: _Curves) -> tuple[bool | None, str]:
+    if len(curves.loss) < 4 or not np.isfinite(curves.loss).all():
+        return (None, "fewer than 4 epochs") if np.isfinite(curves.loss).all() else (False, "the loss is not finite")
+    falls, told = True, []
+    for places, when in zip(curves.phases(), ("before the class weights", "with them"), strict=False):
+        if len(places) >= 4:
+            loss = curves.loss[places]
+            falls &= bool(np.median(loss[-3:]) <= np.median(loss[:3]) * 1.02)
+            told.append(f"{loss[0]:.3g} to {loss[-1]:.3g} {when if len(curves.phases()) > 1 else 'in all'}")
+    jump, epoch = curves.worst_jump
+    told.append(f"largest step {jump:.2f} times the epochs before, in epoch {epoch}")
+    return falls and jump < 1.5, "loss " + "; ".join(told)
+
+
+def _auc_rises(curves: _Curves) -> tuple[bool | None, str]:
+    median = curves.median[np.isfinite(curves.median)]
+    if len(median) < 4:
+        return None, "fewer than 6 epochs with an AUC"
+    third = max(1, len(median) // 3)
+    start, end, best = float(np.mean(median[:third])), float(np.mean(median[-third:])), float(median.max())
+    held = bool(median[-1] >= best - curves.slack)
+    told = f"3-epoch median {median[0]:.3f} at first, {best:.3f} at best, {median[-1]:.3f} at the end"
+    return held and (end > start or start >= best - curves.slack), told
+
+
+def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
+    verdict = curves.trial["verdict"]
+    if pd.isna(verdict):
+        return None, "not diagnosed"
+    if verdict in COLLAPSES:
+        return False, str(curves.trial["verdict_summary"])
+    if len(curves.median) < 2:
+        return None, "fewer than 4 epochs"
+    falls = np.maximum.accumulate(curves.median) - curves.median
+    if not np.isfinite(falls).any():
+        return None, "no AUC"
+    at = int(np.nanargmax(falls))
+    return True, f"largest fall of the 3-epoch median {falls[at]:.3f}, by epoch {curves.epoch[at + 2]}"
+
+
+def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
+    backbone, head = curves.columns["lr_backbone"], curves.columns["lr_classifier"]
+    both = (backbone > 0) & (head > 0)
+    if not both.any():
+        return None, "no learning rates recorded"
+    holds = bool((backbone[both] < head[both]).all())
+    ratio = float(np.median(head[both] / backbone[both]))
+    return holds, (
+        f"{format_value('backbone_lr', curves.trial['backbone_lr'])} and "
+        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; head : backbone {ratio:.3g} in "
+        f"{int(both.sum())} epochs"
+    )
+
+
+def _drw_starts(curves: _Curves) -> tuple[bool | None, str]:
+    asked = int(curves.trial["drw_start_epoch"])
+    document = documented_after(int(curves.trial["epochs"]))["drw_start_epoch"]
+    scaled = f"; the document's 25 of 60 is {document} here" if document != 25 else ""
+    if curves.drw_epoch is None:
+        ran = int(curves.epoch[-1])
+        if asked > ran:
+            return None, f"due in epoch {asked}, the run ended after {ran}{scaled}"
+        return False, f"due in epoch {asked}, never active in {ran} epochs{scaled}"
+    return curves.drw_epoch == asked, f"active from epoch {curves.drw_epoch}, asked for {asked}{scaled}"
+
+
+def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
+    nans = int((~np.isfinite(curves.loss)).sum())
+    skipped = float(np.nansum(curves.columns["skipped_updates"]))
+    nonfinite = int(
+        (np.nan_to_num(np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])) > 0).sum()
+    )
+    jump, epoch = curves.worst_jump
+    told = f"{nans} losses and scores of {nonfinite} epochs not finite, {skipped:g} updates skipped"
+    if jump:
+        told += f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
+    return nans > 0 or nonfinite > 0 or jump >= LOSS_SPIKE_FACTOR, told
+
+
+def _falls_after_drw(curves: _Curves) -> tuple[bool | None, str]:
+    if curves.drw_epoch is None:
+        return None, "no class weights in this run"
+    before = (curves.epoch < curves.drw_epoch) & (curves.epoch >= curves.drw_epoch - 3)
+    after = (curves.epoch >= curves.drw_epoch + 2) & (curves.epoch < curves.drw_epoch + 10)
+    if before.sum() < 2 or after.sum() < 3:
+        return None, f"too few epochs around their start in epoch {curves.drw_epoch}"
+    told, fell = [], False
+    for name, words in (("val_auc", "AUC"), ("val_balanced_accuracy_ema", "balanced accuracy")):
+        values = curves.columns[name]
+        with np.errstate(invalid="ignore"):
+            first, then = float(np.median(values[before])), float(np.median(values[after]))
+        if math.isfinite(first) and math.isfinite(then):
+            fell |= first - then > curves.slack
+            told.append(f"{words} {first:.3f} before, {then:.3f} after")
+    return (fell, "; ".join(told)) if told else (None, "no scores around their start")
+
+
+def _stays_low(curves: _Curves) -> tuple[bool | None, str]:
+    finite = curves.median[np.isfinite(curves.median)]
+    if not len(finite):
+        return None, "fewer than 3 epochs with an AUC"
+    return bool(finite.max() <= DOCUMENTED_AUC), f"best 3-epoch median {finite.max():.3f}"
+
+
+def _wide_gap(curves: _Curves) -> tuple[bool | None, str]:
+    if pd.isna(curves.trial["best_epoch"]):
+        return None, "no best epoch"
+    at = curves.epoch == curves.trial["best_epoch"]
+    train, validation = float(curves.columns["train_auc"][at][0]), float(curves.columns["val_auc_raw"][at][0])
+    if not math.isfinite(train) or not math.isfinite(validation):
+        return None, "no training AUC was measured"
+    told = f"training {train:.3f}, validation {validation:.3f} (raw weights, epoch {curves.trial['best_epoch']})"
+    return train - validation > GAP, told
+
+
+_CHECKED_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "drw_active",
+    "val_auc",
+    "lr_backbone",
+    "lr_classifier",
+    "skipped_updates",
+    "val_nonfinite_raw",
+    "val_nonfinite_ema",
+    "val_balanced_accuracy_ema",
+    "val_auc_raw",
+    "train_auc",
+)
+
+_CHECKS: tuple[tuple[Literal["success", "warning"], str, Any], ...] = (
+    ("success", "Loss decreases smoothly (no spikes)", _smooth_loss),
+    ("success", "Validation AUC increases steadily", _auc_rises),
+    ("success", "No sudden metric collapses", _no_collapse),
+    ("success", "Backbone LR < classifier LR", _rates_differ),
+    ("success", "DRW activates at its epoch", _drw_starts),
+    ("warning", "Loss spikes or NaN values", _spikes_or_nan),
+    ("warning", "Validation metrics decreasing after DRW activation", _falls_after_drw),
+    ("warning", "AUC not improving beyond 0.70", _stays_low),
+    ("warning", "Large gap between train and validation metrics", _wide_gap),
+)
+"""Kind, the document's words, and how it is looked for."""

@@ -1,0 +1,502 @@
+"""Files -> scores with an exported model: reads what the study read, refuses what the model was not made for.
+
+Nothing is unpickled: weights are safetensors, everything else is JSON, volumes are NIfTI. A file that cannot be scored
+costs its own row and nothing else. Scores repeat the study's: volumes are rounded to half precision as in the prepared
+cohort, and networks run in float32, on a GPU without TF32.
+"""
+
+import csv
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from trainables.metrics import ranking_scores
+from trainables.network import Classifier, build_network
+from trainables.volumes import Recipe, ScanHeader, VolumeError, prepare_scan, read_header, read_scan
+from tune_app.calibration import Array
+from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
+
+TABLES = (".csv", ".parquet")
+SCANS = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An exported model on a device, its files checked against their sums. Make it with `load_model`."""
+
+    folder: Path
+    id: str
+    """First digits of the sum over all its files' sums: equal for equal models."""
+    info: ModelInfo
+    networks: tuple[Classifier, ...] = field(repr=False)
+    device: torch.device
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.info.recipe
+
+    def logits(self, volumes_BCDHW: Array) -> Array:
+        """Return the members' unscaled logits (M, B, C), float64, of prepared volumes."""
+        volumes = torch.from_numpy(np.ascontiguousarray(volumes_BCDHW)).float()
+        return np.stack([network_logits(network, volumes, self.device) for network in self.networks])
+
+    def predict(self, logits_MBC: Array) -> "Scores":
+        """Return scores, calibrated probabilities and decisions from the members' logits."""
+        z_BC, scale = pooled(self.info.members, logits_MBC)
+        scores = class_scores(z_BC, scale=scale)
+        probabilities = self.info.calibration.probabilities(scale * z_BC)
+        decisions = decide(scores, self.info.threshold)
+        members = np.stack(
+            [
+                member.calibration.probabilities(member.scale * z)
+                for member, z in zip(self.info.members, logits_MBC, strict=True)
+            ]
+        )
+        return Scores(scores, probabilities, decisions, members)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of a batch of B volumes."""
+
+    log_odds_BC: Array
+    """Log-odds of each class against the others, by the network's own probabilities: to rank and to decide by."""
+    probabilities_BC: Array
+    """Calibrated."""
+    decisions_B: Array
+    members_MBC: Array
+    """Calibrated probabilities of each member by itself."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to score, and its class where a table names it; or why there is none."""
+
+    path: str
+    label: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of one volume."""
+
+    log_odds_C: Array
+    probabilities_C: Array
+    decision: int
+    members_MC: Array
+    volume_CDHW: Array = field(repr=False)
+    """As the networks saw it; for the explanation."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of one source: scores, or the problem that kept it from having any."""
+
+    source: Source
+    scored: Scored | None = None
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+# The model -------------------------------------------------------------------------------------------------------------
+
+
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Return the model in `folder` on `device`, ready to score. Raises ModelError when a file is not as exported."""
+    folder, device = Path(folder), torch.device(device)
+    contents, short_id = ModelFiles(folder).read_all()
+    info, configs = parse_info(folder, contents)
+    networks = []
+    for member, config in zip(info.members, configs, strict=True):
+        network = build_network(
+            depth=config.depth,
+            width=config.width,
+            geometry=config.geometry,
+            head=config.head,
+            num_classes=config.num_classes,
+            in_channels=config.in_channels,
+            dropout=config.dropout,
+        )
+        try:
+            network.load_state_dict(load_tensors(weights_of(member, contents, folder)), strict=True)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                [f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"]
+            ) from None
+        networks.append(on_device(network, device))
+    return Model(folder, short_id, info, tuple(networks), device)
+
+
+def on_device(network: Classifier, device: torch.device) -> Classifier:
+    """Return the network in eval mode, without gradients, where and as it runs fastest."""
+    network.eval().requires_grad_(False)
+    if device.type == "cuda":
+        return network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+    return network.to(device)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `auto`, `cpu` or `cuda` means here. Raises ModelError when there is no GPU to be had."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError(["--device cuda: torch finds no GPU here; use --device cpu"])
+    return torch.device(name)
+
+
+@torch.no_grad()
+def network_logits(network: Classifier, volumes_BCDHW: Tensor, device: torch.device) -> Array:
+    """Return logits (B, C), float64, in float32 arithmetic. A batch that the GPU has no room for is cut in two."""
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            volumes = volumes_BCDHW.to(device)
+            if device.type == "cuda":
+                volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
+            return np.asarray(network(volumes).double().cpu().numpy())
+    except torch.OutOfMemoryError:
+        if len(volumes_BCDHW) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(volumes_BCDHW) // 2
+    halves = (volumes_BCDHW[:middle], volumes_BCDHW[middle:])
+    return np.concatenate([network_logits(network, half, device) for half in halves])
+
+
+def pooled(members: Sequence[Member], logits_MNC: Array) -> tuple[Array, float]:
+    """Return the model's logits (N, C) and their scale: softmax(scale * logits) is its own, uncalibrated probability.
+
+    A single network's are its own. An ensemble's are the mean of its members' calibrated logits: calibration puts
+    members on one scale, or the one with the largest logits, often a saturated one, would speak for all. A member that
+    was not asked about a volume (NaN) has no say on it.
+    """
+    if len(members) == 1:
+        return logits_MNC[0], members[0].scale
+    calibrated = [member.calibration.logits(member.scale * z) for member, z in zip(members, logits_MNC, strict=True)]
+    return np.nanmean(calibrated, axis=0), 1.0
+
+
+def class_scores(z_NC: Array, *, scale: float) -> Array:
+    """Return log-odds (N, C) of each class against the others; with two classes the first is minus the second."""
+    scores = ranking_scores(z_NC, scale=scale)
+    return np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
+
+
+def decide(log_odds_NC: Array, threshold: float | None) -> Array:
+    """Return the classes (N,) decided for: class 1 from `threshold` on, or the likeliest of more than two classes."""
+    if threshold is None:
+        return np.asarray(log_odds_NC.argmax(axis=1))
+    return (log_odds_NC[:, 1] >= threshold).astype(np.int64)
+
+
+# The files -------------------------------------------------------------------------------------------------------------
+
+
+def find_scans(paths: Sequence[Path], num_classes: int) -> list[Source]:
+    """Return the files that `paths` name, each once, in order: files themselves, all scans below a folder, or a table.
+
+    A table (.csv, .parquet) has a column `path`, relative to its own folder, and may have `label`. Hidden files are
+    passed over. What cannot be found becomes a source with its problem, so that it has its row.
+    """
+    sources: dict[str, Source] = {}
+    for path in paths:
+        if path.is_dir():
+            found = sorted(
+                file
+                for file in path.rglob("*")
+                if file.name.endswith(SCANS) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
+            new = [Source(str(file)) for file in found]
+            new = new or [Source(str(path), problem="no .nii or .nii.gz file in this folder")]
+        elif path.suffix.lower() in TABLES:
+            new = _of_table(path, num_classes)
+        else:
+            new = [Source(str(path))]
+        for source in new:
+            sources.setdefault(source.path, source)
+    return list(sources.values())
+
+
+def _of_table(table: Path, num_classes: int) -> list[Source]:
+    try:
+        rows = pd.read_parquet(table) if table.suffix.lower() == ".parquet" else pd.read_csv(table, dtype=str)
+    except (OSError, ValueError, UnicodeError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        return [Source(str(table), problem=f"not a table that can be read: {' '.join(str(error).split())[:200]}")]
+    if "path" not in rows.columns:
+        return [
+            Source(str(table), problem=f"no column 'path'; its columns are {', '.join(map(str, rows.columns))[:200]}")
+        ]
+    labels = pd.to_numeric(rows["label"], errors="coerce") if "label" in rows.columns else pd.Series(np.nan, rows.index)
+    known = labels.isin(range(num_classes))
+    return [
+        Source(str(table.parent / str(path)), label=int(label) if is_class else None)
+        if isinstance(path, str) and path
+        else Source(f"{table} row {number}", problem="no path in this row")
+        for number, (path, label, is_class) in enumerate(zip(rows["path"], labels, known, strict=True), 1)
+    ]
+
+
+@dataclass(frozen=True)
+class _Read:
+    volume_CDHW: Array | None
+    problem: str | None
+    notes: tuple[str, ...] = ()
+
+
+def _read(source: Source, info: ModelInfo, recipe: Recipe) -> _Read:
+    if source.problem is not None:
+        return _Read(None, source.problem)
+    try:
+        header = read_header(source.path)
+        problems = _refusals(header, info, recipe)
+        if problems:
+            return _Read(None, "; ".join(problems))
+        volume = prepare_scan(read_scan(source.path, recipe.in_channels), recipe, source.path)
+    except VolumeError as error:
+        return _Read(None, error.reason)
+    extent_mm = tuple(side * mm for side, mm in zip(header.shape, header.spacing_mm, strict=True))
+    notes = tuple(info.training.notes_on(header.spacing_mm, extent_mm))  # type: ignore[arg-type]
+    return _Read(volume.astype(np.float16), None, notes)  # as the prepared cohort holds them
+
+
+def _refusals(header: ScanHeader, info: ModelInfo, recipe: Recipe) -> list[str]:
+    problems = info.training.problems_of(header.spacing_mm, header.oriented)
+    if header.channels != recipe.in_channels:
+        problems.insert(
+            0, f"{header.channels} channel(s), the model takes {recipe.in_channels}: give the file it was made for"
+        )
+    return problems
+
+
+def _read_ahead(
+    sources: Sequence[Source], info: ModelInfo, recipe: Recipe, ahead: int, workers: int
+) -> Iterator[tuple[Source, _Read]]:
+    """Each source with what was read, in order; `ahead` files are read while the networks work, and no more are held."""
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[Source, Future[_Read]]] = deque()
+    rest = iter(sources)
+    try:
+        while True:
+            for source in rest:
+                waiting.append((source, pool.submit(_read, source, info, recipe)))
+                if len(waiting) >= ahead:
+                    break
+            if not waiting:
+                return
+            source, future = waiting.popleft()
+            yield source, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def predict(
+    model: Model, sources: Sequence[Source], *, batch_size: int = 8, workers: int | None = None
+) -> Iterator[Prediction]:
+    """Yield a prediction for each source, in order, as batches get done. A bad file is a prediction with a problem."""
+    recipe = model.recipe
+    batch: list[tuple[Source, _Read]] = []
+    with closing(
+        _read_ahead(sources, model.info, recipe, 2 * batch_size, workers or min(8, os.cpu_count() or 1))  # type: ignore[type-var]
+    ) as reads:
+        for source, read in reads:
+            batch.append((source, read))
+            if sum(one.volume_CDHW is not None for _, one in batch) == batch_size:
+                yield from _scored(model, batch)
+                batch = []
+    yield from _scored(model, batch)
+
+
+def _scored(model: Model, batch: list[tuple[Source, _Read]]) -> Iterator[Prediction]:
+    volumes = [read.volume_CDHW for _, read in batch if read.volume_CDHW is not None]
+    scored: Iterator[Scored | None] = iter(())
+    if volumes:
+        logits_MBC = model.logits(np.stack(volumes))
+        finite_B: Array = np.asarray(np.isfinite(logits_MBC).all(axis=(0, 2)))
+        said = model.predict(np.nan_to_num(logits_MBC))
+        scored = (
+            Scored(
+                said.log_odds_BC[place],
+                said.probabilities_BC[place],
+                int(said.decisions_B[place]),
+                said.members_MBC[:, place],
+                volume,
+            )
+            if finite_B[place]
+            else None
+            for place, volume in enumerate(volumes)
+        )
+    for source, read in batch:
+        if read.volume_CDHW is None:
+            yield Prediction(source, problem=read.problem)
+            continue
+        one = next(scored)
+        problem = None if one else "the network's scores are not finite on it: look at the volume"
+        yield Prediction(source, one, problem, read.notes)
+
+
+# The result ------------------------------------------------------------------------------------------------------------
+
+
+def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
+    """Return the columns of the result.
+
+    path; decision; probability_c, calibrated; score_c, log-odds before calibration (the threshold is one of score_1);
+    for an ensemble members_sd, members_low, members_high: spread of its members' calibrated probabilities of class 1
+    (of the class decided for, where there are more than two); label where a table gave one; explanation; note; problem.
+    """
+    classes = range(info.num_classes)
+    names = ["path", "decision", *[f"probability_{c}" for c in classes], *[f"score_{c}" for c in classes]]
+    names += ["members_sd", "members_low", "members_high"] if len(info.members) > 1 else []
+    names += ["label"] if labelled else []
+    return [*names, *(["explanation"] if explained else []), "note", "problem"]
+
+
+def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None) -> dict[str, str]:
+    """Return the cells of one prediction, by column; numbers with nine digits, enough to give a float32 back exactly."""
+    source, scored = prediction.source, prediction.scored
+    cells = {"path": source.path, "note": "; ".join(prediction.notes), "problem": prediction.problem or ""}
+    cells |= {"label": "" if source.label is None else str(source.label), "explanation": explanation or ""}
+    if scored is None:
+        return cells
+    cells["decision"] = str(scored.decision)
+    for name, values in (("probability", scored.probabilities_C), ("score", scored.log_odds_C)):
+        cells |= {f"{name}_{c}": f"{value:.9g}" for c, value in enumerate(values)}
+    shown = scored.members_MC[:, 1 if info.num_classes == 2 else scored.decision]
+    if len(shown) > 1:
+        spread = {"sd": shown.std(ddof=1), "low": shown.min(), "high": shown.max()}
+        cells |= {f"members_{name}": f"{value:.9g}" for name, value in spread.items()}
+    return cells
+
+
+@dataclass
+class Tally:
+    """What came of a run of predictions, counted as they pass."""
+
+    scored: int = 0
+    refused: int = 0
+    labels: list[int] = field(default_factory=list)
+    log_odds: list[Array] = field(default_factory=list)
+    decisions: list[int] = field(default_factory=list)
+
+    def lines(self, info: ModelInfo) -> list[str]:
+        """Return the counts in a sentence, and how well labelled volumes were told apart."""
+        lines = [f"{self.scored} scored, {self.refused} not"]
+        if len(set(self.labels)) == info.num_classes:
+            from trainables.metrics import auc_interval
+
+            labels, scores = np.asarray(self.labels), np.stack(self.log_odds)
+            auc = auc_interval(scores[:, 1] if info.num_classes == 2 else scores, labels)
+            right = np.asarray(self.decisions) == labels
+            recalls = [f"{right[labels == c].mean():.3f}" for c in range(info.num_classes)]
+            lines.append(
+                f"{len(labels)} with a label: AUC {auc.auc:.3f} [{auc.low:.3f}, {auc.high:.3f}], "
+                f"decided rightly by class: {', '.join(recalls)} (volumes the model was made with count too, if any are there)"
+            )
+        return lines
+
+
+def write_predictions(
+    model: Model,
+    predictions: Iterable[Prediction],
+    stream: IO[str],
+    *,
+    labelled: bool,
+    explain: Callable[[Prediction], str] | None,
+    say: Callable[[str], None],
+) -> Tally:
+    """Write predictions as CSV, a row as soon as it is there; tell each problem to `say`. Returns the counts.
+
+    `explain` writes the explanation of a prediction and returns its place; a file it cannot be written for is told
+    like any other problem, and its scores stay.
+    """
+    names = columns(model.info, labelled=labelled, explained=explain is not None)
+    writer = csv.DictWriter(stream, names, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    tally = Tally()
+    for prediction in predictions:
+        explanation, problem = None, prediction.problem
+        scored, label = prediction.scored, prediction.source.label
+        if scored is not None and explain is not None:
+            try:
+                explanation = explain(prediction)
+            except (OSError, VolumeError) as error:
+                problem = f"scored, but not explained: {error}"
+        writer.writerow(row(prediction, model.info, explanation) | {"problem": problem or ""})
+        stream.flush()
+        if problem is not None:
+            tally.refused += 1
+            say(f"error: scan {prediction.source.path}: {problem}")
+        else:
+            tally.scored += 1
+        for note in prediction.notes:
+            say(f"note: scan {prediction.source.path}: {note}")
+        if scored is not None and label is not None:
+            tally.labels.append(label)
+            tally.log_odds.append(scored.log_odds_C)
+            tally.decisions.append(scored.decision)
+    return tally
+
+
+def run_predict(
+    folder: Path,
+    paths: Sequence[Path],
+    out: Path | None,
+    *,
+    device: str,
+    batch_size: int,
+    explain: Path | None,
+    explain_layer: str,
+    say: Callable[[str], None],
+) -> int:
+    """Score `paths` with the model in `folder`; CSV to `out` or standard output, everything else to `say`.
+
+    Returns 1 when any path could not be scored or explained, else 0. When it is interrupted, what was scored by then
+    stays: in `<out>.partial`, or on standard output.
+    """
+    model = load_model(folder, choose_device(device))
+    say(f"model: {folder}, id {model.id}, {model.info.kind}, on {model.device.type}")
+    sources = find_scans(paths, model.info.num_classes)
+    explainer = None
+    if explain is not None:
+        from tune_app.explain import Explainer
+
+        explainer = Explainer(model, explain, layer=explain_layer)
+        for note in explainer.notes():
+            say(f"note: {note}")
+    predictions = predict(model, sources, batch_size=batch_size)
+    with closing(predictions), _result_file(out, say) as stream:  # type: ignore[type-var]
+        labelled = any(source.label is not None for source in sources)
+        tally = write_predictions(model, predictions, stream, labelled=labelled, explain=explainer, say=say)
+    for line in tally.lines(model.info):
+        say(line)
+    return 1 if tally.refused else 0
+
+
+@contextmanager
+def _result_file(out: Path | None, say: Callable[[str], None]) -> Iterator[IO[str]]:
+    if out is None:
+        yield sys.stdout
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except BaseException:
+        say(f"interrupted: what was scored by then is in {partial}")
+        raise
+    partial.replace(out)

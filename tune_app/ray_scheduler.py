@@ -1,0 +1,91 @@
+"""The stopping policy behind Ray Tune's scheduler interface. Apart from `scheduler.py` because importing Ray takes seconds.
+
+Nothing of it is saved or restored by Ray: `Tuner.restore` loses a scheduler's rungs. Each start of a search gives it a
+`Policy` that has replayed the study's epochs.jsonl.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.experiment import Trial
+from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DEFAULT_EXPERIMENT_INFO_KEYS, DONE, SHOULD_CHECKPOINT
+from ray.tune.schedulers.trial_scheduler import FIFOScheduler, TrialScheduler
+
+from tune_app.scheduler import Decision, Policy
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+
+RAYS_OWN = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, *DEFAULT_EXPERIMENT_INFO_KEYS, DONE, SHOULD_CHECKPOINT}
+"""Keys that Ray adds to what a trial reports; they belong to its attempt, not to the run."""
+
+
+class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
+    """Starts trials in order, and stops them when `policy` says so.
+
+    A trial's Ray config holds `trial` (its id) and `overrides` (a dict of hyperparameters); `base` are the study's own,
+    which the overrides go before. Each report with a new `epoch` is given to `record` first, as the row
+    `{"trial", "time", **metrics}` with None for what is not finite: a decision never rests on a row that a killed driver
+    would lose. Then `log` gets the decision; `Decision.notable` tells those worth a line from the rest.
+    """
+
+    # Buffered results would be decided on in bursts, epochs after the first of them.
+    _supports_buffered_results = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        record: Callable[[dict[str, Any]], None],
+        log: Callable[[Decision], None],
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self._record = record
+        self._log = log
+        self._base = dict(base or {})
+        self._stopped = 0
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Accept whatever Tune was told: the policy has its own metric and mode."""
+        self._metric = metric
+        return True
+
+    def on_trial_result(self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]) -> str:
+        """Record, decide and log a new epoch; CONTINUE for a known one, unless the trial has been stopped before."""
+        name = str(trial.config["trial"])
+        if "epoch" not in result:
+            return str(TrialScheduler.CONTINUE)
+        row = {
+            key: value for key, value in result.items() if key not in RAYS_OWN and not key.startswith(("config/", "__"))
+        }
+        row = {"trial": name, "time": time.time(), **{key: _storable(value) for key, value in row.items()}}
+        new = not self.policy.known(name, int(row["epoch"]))
+        if new:
+            self._record(row)
+        decision = self.policy.decide(name, {**self._base, **trial.config.get("overrides", {})}, row)
+        if new:
+            self._log(decision)
+        if decision.stops:
+            self._stopped += 1
+        return str(TrialScheduler.STOP if decision.stops else TrialScheduler.CONTINUE)
+
+    def debug_string(self) -> str:
+        """Return one line for Ray's own status output."""
+        rungs = ", ".join(f"{rung:g}" for rung in self.policy.rungs) if self.policy.spec.halving else "none"
+        return f"medtune policy: {self._stopped} stopped, rungs at epochs {rungs}"
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: epochs.jsonl is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: the policy was rebuilt from epochs.jsonl."""
+
+
+def _storable(value: Any) -> Any:
+    """Decide on what will be read again: rows are stored as JSON, which has no NaN."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

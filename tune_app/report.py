@@ -1,0 +1,870 @@
+"""A study's dataframes -> one self-contained HTML page: figures, tables and the sentences of `tune_app.findings`.
+
+The page needs no network and, by its content security policy, can reach none; it runs only the two scripts whose hashes
+stand in it. Whatever comes from a study is escaped: by Jinja in the page, by `html.escape` in figures, as JSON in
+scripts. Figures are redrawn for dark mode and for paper by report.js; tables can be read without it.
+"""
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trainables.checkpoints import replacing
+from trainables.config import FineTuneConfig
+from tune_app import figures, findings
+from tune_app.ablation import effect_lines
+from tune_app.objective import OBJECTIVES
+from tune_app.results import Study, load_study
+from tune_app.spec import StudyFiles
+from tune_app.tables import duration, format_value, printable, results_table
+
+MOST_ROWS = 500
+"""Trials listed in the table of the page, the best ones."""
+
+REFRESH_S = 30
+"""Seconds after which the page of a running study loads itself again, when asked to."""
+
+DASHES = {"solid": "", "dot": "2 4", "dash": "8 5", "longdash": "13 6", "dashdot": "8 4 2 4", "longdashdot": "13 4 2 4"}
+"""Plotly's dashes as SVG has them."""
+
+
+def write_report(study: Study, path: str | Path, *, refresh_s: float | None = None) -> Path:
+    """Write the page of one study to `path`, whole or not at all; returns the path.
+
+    With `refresh_s` a browser loads the page of a running study again after so many seconds.
+    """
+    return _write(Path(path), _page(study, refresh_s if study.running else None))
+
+
+def write_comparison(first: Study, second: Study, path: str | Path) -> Path:
+    """Write one page that sets two studies side by side to `path`; returns the path."""
+    return _write(Path(path), _comparison(first, second))
+
+
+def watch_report(
+    root: str | Path,
+    path: str | Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    every_s: float = 5.0,
+    until: Callable[[Study], bool] = lambda study: not study.running,
+) -> None:
+    """Write the page of the study in `root` again whenever its files have changed, until its driver is gone.
+
+    `say` is told of each writing, in a line; `until` decides on the study just written whether that was the last time.
+    """
+    files = StudyFiles(Path(root))
+    seen: tuple[float, ...] | None = None
+    while True:
+        now = tuple(
+            file.stat().st_mtime if file.exists() else 0.0 for file in (files.epochs, files.decisions, files.spec)
+        )
+        study = load_study(root)
+        last = until(study)
+        if now != seen or last:
+            write_report(study, path, refresh_s=REFRESH_S)
+            say(f"{time.strftime('%H:%M:%S')} {path}: {study.sentence()}")
+            seen = now
+        if last:
+            return
+        time.sleep(every_s)
+
+
+# Parts of a page -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    kind: str = ""
+    """Class of the cell: number, text, nowrap."""
+    value: str | None = None
+    """What it sorts by, when that is not its text."""
+    mark: str = ""
+    """good, bad or open: how the text is set off."""
+    pick: str = ""
+    """The trial that a click on it picks."""
+
+
+@dataclass(frozen=True)
+class Head:
+    text: str
+    kind: str = ""
+    first: str = ""
+    """Order of the first click: ascending or descending."""
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: list[Cell]
+    trial: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    label: str
+    heads: list[Head]
+    rows: list[Row]
+
+
+@dataclass
+class Section:
+    """A headed part of the page; parts are what report.html knows how to set."""
+
+    id: str
+    title: str
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def text(self, text: str, *, faint: bool = False) -> None:
+        self.parts.append({"kind": "text", "text": text, "faint": faint})
+
+    def head(self, text: str) -> None:
+        self.parts.append({"kind": "head", "text": text})
+
+    def figure(
+        self, page: "_Page", name: str, figure: figures.Figure, label: str, caption: str = "", wide: int = 0
+    ) -> None:
+        page.plots[name] = figure
+        self.parts.append({"kind": "figure", "id": name, "caption": caption, "label": label, "wide": wide})
+
+    def table(self, table: Table, *, name: str = "", style: str = "", fold: str = "") -> None:
+        self.parts.append({"kind": "table", "table": table, "id": name, "style": style, "fold": fold})
+
+
+@dataclass
+class _Page:
+    title: str
+    subtitle: str
+    asked: str
+    found: str
+    tiles: list[dict[str, str]]
+    footer: str
+    sections: list[Section] = field(default_factory=list)
+    plots: dict[str, figures.Figure] = field(default_factory=dict)
+    refresh_s: float | None = None
+
+    def section(self, name: str, title: str) -> Section:
+        section = Section(name, title)
+        self.sections.append(section)
+        return section
+
+
+# One study -------------------------------------------------------------------------------------------------------------
+
+
+def _page(study: Study, refresh_s: float | None) -> _Page:
+    asked, found = findings.summary(study)
+    page = _Page(study.name, _subtitle(study), asked, found, _tiles(study), _footer(study), refresh_s=refresh_s)
+    cautions = findings.cautions(study)
+    if cautions:
+        section = page.section("cautions", "Before you trust this")
+        section.parts.append({"kind": "cautions", "cautions": cautions})
+    scored = study.scored
+    if study.spec.kind != "search":
+        _variants(page, study)
+    _test_rows(page, study)
+    if scored:
+        _best(page, study)
+        _checklist(page, study)
+    if len(study.epochs):
+        _curves(page, study)
+    if (study.trials["state"] == "stopped").any():
+        _stops(page, study)
+    if scored and study.spec.kind == "search":
+        _search(page, study)
+    if len(study.trials):
+        _trials(page, study)
+    _environment(page, study)
+    return page
+
+
+def _subtitle(study: Study) -> str:
+    parts = [study.spec.kind + (", running" if study.running else "")]
+    created = study.info.get("created")
+    if isinstance(created, int | float):
+        parts.append(f"begun {time.strftime('%Y-%m-%d %H:%M', time.gmtime(created))} UTC")
+    parts.append(str(study.path))
+    return " · ".join(parts)
+
+
+def _footer(study: Study) -> str:
+    try:
+        version = metadata.version("medtune")
+    except metadata.PackageNotFoundError:
+        version = "?"
+    rows = len(study.epochs)
+    return f"Written by medtune {version} from {rows} epochs of {len(study.trials)} trials, {_now()} UTC."
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+
+
+def _tiles(study: Study) -> list[dict[str, str]]:
+    trials = study.trials
+    tiles = []
+    if study.scored and study.spec.kind == "search":
+        tiles.append({"value": f"{study.best()['objective']:.3f}", "text": OBJECTIVES[study.spec.objective].title})
+    elif study.scored:
+        variant = str(findings.leading(study)["variant"])
+        mean = trials.loc[(trials["variant"] == variant) & (trials["state"] != "failed"), "objective"].mean()
+        text = f"highest mean {OBJECTIVES[study.spec.objective].title}: {printable(variant)}"
+        tiles.append({"value": f"{mean:.3f}", "text": text})
+    states = trials["state"].value_counts()
+    told = ", ".join(f"{count} {state}" for state, count in states.items())
+    tiles.append({"value": str(len(trials)), "text": f"trials: {told}" if told else "trials"})
+    asked = int(trials["epochs"].sum())
+    tiles.append({"value": f"{len(study.epochs)}", "text": f"epochs run, of {asked} for full runs"})
+    gpu = float(trials["gpu_s"].sum())
+    if gpu:
+        tiles.append({"value": duration(gpu), "text": "GPU time, in the epochs of all trials"})
+    else:
+        tiles.append({"value": duration(float(trials["work_s"].sum())), "text": "in the epochs of all trials together"})
+    return tiles
+
+
+def _best(page: _Page, study: Study) -> None:
+    best = findings.leading(study)
+    search = study.spec.kind == "search"
+    section = page.section("best", f"The {'best' if search else 'leading'} configuration against the documented one")
+    rows = []
+    for row in findings.configuration(study).to_dict("records"):
+        name = str(row["name"])
+        meaning = (FineTuneConfig.model_fields[name].description or "").split(". ")[0]
+        mark = "≠" if row["differs"] else ""
+        cells = [Cell(name, "nowrap"), *(Cell(str(row[key]), "nowrap") for key in ("before", "after"))]
+        cells += [Cell(f"{row['best']} {mark}".strip(), "nowrap"), Cell(meaning, "text faint roomy")]
+        rows.append(Row(cells, kind="differs" if row["differs"] else ""))
+    values = []
+    for settings in findings.documented_settings(study).values():
+        trial = findings.trial_with(study, settings)
+        values.append("not run" if trial is None else f"{trial['objective']:.3f} ({trial['trial']})")
+    rows.append(
+        Row(
+            [Cell("objective"), *(Cell(value) for value in values), Cell(f"{best['objective']:.3f}"), Cell("", "roomy")]
+        )
+    )
+    heads = [Head(text) for text in ("hyperparameter", "before", "after", f"trial {best['trial']}")]
+    heads.append(Head("meaning", "roomy"))
+    section.text(
+        "Before and after: the document's settings before and after its fixes, epochs scaled to this study's length. Bold "
+        "and ≠: the best trial differs from what the document recommends.",
+        faint=True,
+    )
+    section.table(Table("configurations", heads, rows), style="settings")
+
+
+def _checklist(page: _Page, study: Study) -> None:
+    best = findings.leading(study)
+    section = page.section("checklist", "The document's checklist")
+    which = "" if pd.isna(best["variant"]) else f", the best run of {printable(str(best['variant']))}"
+    section.text(
+        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.", faint=True
+    )
+    checks = findings.checklist(study)
+    for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
+        rows = []
+        for check in (check for check in checks if check.kind == kind):
+            told = "cannot tell" if check.present is None else "yes" if check.present else "no"
+            sign = "?" if check.good is None else "✓" if check.good else "!"
+            mark = "open" if check.good is None else "good" if check.good else "bad"
+            cells = [Cell(check.text), Cell(f"{sign} {told}", mark=mark)]
+            rows.append(Row([*cells, Cell(check.evidence, "text"), Cell(check.among, "nowrap")]))
+        heads = [Head(text) for text in (title.lower(), "present", "evidence", "among all")]
+        section.table(Table(title, heads, rows), style="stack fixed")
+
+
+def _curves(page: _Page, study: Study) -> None:
+    section = page.section("curves", "Validation AUC by epoch")
+    section.parts.append({"kind": "chips", "groups": _chips(study), "drw": True})
+    section.parts.append({"kind": "picker", "trials": study.trials["trial"].tolist()})
+    drawn = min(len(study.trials), figures.MOST_CURVES)
+    of = (
+        f"{drawn} of {len(study.trials)} trials are drawn: the best half of them, and others evenly. "
+        if drawn < len(study.trials)
+        else ""
+    )
+    section.head("Averaged weights (EMA): what would be deployed")
+    section.figure(
+        page,
+        "curves-ema",
+        figures.curves(study, "val_auc_ema"),
+        "validation AUC of the averaged weights by epoch, a line a trial",
+        f"{of}Thick: the best trial. Dashed upright: its class weights begin. "
+        + ("Dotted uprights: rungs, where trials are compared. " if study.rungs else "")
+        + "Markers end the lines of trials that were stopped or failed; open triangles: class weights begin. Click a line "
+        "to pick its trial everywhere.",
+    )
+    section.head("Raw weights, as trained")
+    section.figure(
+        page,
+        "curves-raw",
+        figures.curves(study, "val_auc_raw"),
+        "validation AUC of the raw weights by epoch, a line a trial",
+    )
+
+
+def _chips(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": key,
+            "title": figures.GROUPS[key].title,
+            "glyph": figures.GROUPS[key].glyph,
+            "colour": figures.GROUPS[key].colour,
+            "dashes": DASHES[figures.GROUPS[key].dash],
+            "count": count,
+        }
+        for key, count in figures.groups_of(study).items()
+    ]
+
+
+def _stops(page: _Page, study: Study) -> None:
+    section = page.section("stops", "What was stopped, why, and what it saved")
+    table = findings.stops(study)
+    trials, spared = int(table["trials"].sum()), int(table["epochs_spared"].sum())
+    time_spared, gpu = float(table["time_spared_s"].sum()), float(table["gpu_s_spared"].sum())
+    told = f"{trials} of {len(study.trials)} trials were stopped early: {spared} epochs were not run"
+    if time_spared > 0:
+        told += f", about {duration(gpu if gpu > 0 else time_spared)} of {'GPU time' if gpu > 0 else 'work'} at the pace of those trials"
+    section.text(f"{told}.")
+    section.figure(page, "stops", figures.stopped(table), "epochs run and spared by reason")
+    rows = [
+        Row(
+            [
+                Cell(figures.GROUPS[reason].title if reason in figures.GROUPS else reason, "nowrap"),
+                Cell(str(row["trials"]), "number"),
+                Cell(str(row["epochs_spared"]), "number"),
+                Cell(duration(float(row["time_spared_s"])), "number nowrap"),
+                Cell(printable(str(row["example"])), "text"),
+            ]
+        )
+        for row in table.to_dict("records")
+        for reason in [str(row["reason"])]
+    ]
+    heads = [
+        Head("reason"),
+        Head("trials", "number"),
+        Head("epochs spared", "number"),
+        Head("time spared", "number"),
+        Head("the first of them"),
+    ]
+    section.table(Table("reasons", heads, rows), style="stack")
+    section.table(_each_stop(study), fold=f"Each of the {trials}", style="stack")
+
+
+def _each_stop(study: Study) -> Table:
+    stopped = study.trials[study.trials["state"] == "stopped"]
+    rows = []
+    for trial in stopped.to_dict("records"):
+        by_diagnosis = trial["stopped_by"] == "diagnosis"
+        why = trial["verdict_summary"] if by_diagnosis else trial["reason"]
+        advice = trial["advice"] if by_diagnosis else None
+        rows.append(
+            Row(
+                [
+                    Cell(trial["trial"], pick=trial["trial"]),
+                    Cell(f"{trial['epochs_run']} of {trial['epochs']}", "nowrap"),
+                    Cell(_verdict(trial), "nowrap"),
+                    Cell(_shown("reason", why), "text"),
+                    Cell(_shown("advice", advice), "text"),
+                ],
+                trial=trial["trial"],
+            )
+        )
+    heads = [Head("trial"), Head("epochs"), Head("verdict"), Head("why"), Head("what to change")]
+    return Table("stopped trials", heads, rows)
+
+
+def _verdict(trial: Mapping[Any, Any]) -> str:
+    if pd.isna(trial["verdict"]):
+        return "-"
+    title = figures.GROUPS[trial["verdict"]].title if trial["verdict"] in figures.GROUPS else str(trial["verdict"])
+    since = trial.get("since_epoch", pd.NA)  # no column where no trial has one
+    return title if pd.isna(since) else f"{title} since {since}"
+
+
+def _shown(column: str, value: Any) -> str:
+    text = format_value(column, value)
+    return "" if text == "-" else text
+
+
+def _search(page: _Page, study: Study) -> None:
+    if len(study.trials) > 1:
+        section = page.section("progress", "How the search went")
+        section.figure(
+            page,
+            "progress",
+            figures.progress(study),
+            "objective of each trial in the order they began",
+            f"Objective: {OBJECTIVES[study.spec.objective].title}. The line is the best so far.",
+        )
+    if not study.searched or len(study.trials) < 2:
+        return
+    section = page.section("parallel", "All settings at a glance")
+    section.text(
+        "A line is a trial; it crosses each axis at its value and ends at its objective. Drag a box over an axis to keep only the trials that pass there, over several axes if you like; double-click to clear."
+    )
+    section.parts.append({"kind": "picker", "trials": study.trials["trial"].tolist()})
+    wide = max(24, 6 * (len(study.searched) + 1))
+    section.figure(
+        page,
+        "parallel",
+        figures.parallel(study),
+        "parallel coordinates of all searched hyperparameters",
+        "Thick: best tenth. Thin: upper half. Dotted: the rest. A line is interrupted where its run does not read the hyperparameter.",
+        wide=wide,
+    )
+    try:
+        table = study.importance()
+    except ValueError as error:
+        table, reason = None, str(error).split(": ", 1)[-1]
+    section = page.section("importance", "Which hyperparameters mattered")
+    if table is None:
+        section.text(f"Not told: {reason}.", faint=True)
+    else:
+        section.figure(
+            page,
+            "importance",
+            figures.importance(table),
+            "importance of each hyperparameter",
+            f"By {table.attrs['how']}.",
+        )
+    section = page.section("slices", "One hyperparameter at a time")
+    section.text(
+        "Dashed: the document's value before its fix; solid: after. Every mark is a trial, drawn by its verdict."
+    )
+    section.parts.append({"kind": "chips", "groups": _chips(study), "drw": False})
+    slices = []
+    for name in study.searched:
+        page.plots[f"slice-{name}"] = figures.slice_of(study, name)
+        slices.append({"id": f"slice-{name}", "label": f"objective over {name}"})
+    section.parts.append({"kind": "slices", "slices": slices})
+
+
+def _variants(page: _Page, study: Study) -> None:
+    confirmation = study.spec.kind == "confirmation"
+    section = page.section(
+        "effects", "Confirmation over folds and seeds" if confirmation else "What each variant changes"
+    )
+    tables = findings.effects_tables(study)
+    if not tables:
+        section.text("Nothing to compare yet: two variants have to begin.", faint=True)
+    for number, table in enumerate(tables):
+        reference = table.attrs["baseline"]
+        if len(tables) > 1:
+            section.head(f"Against {reference}")
+        lines = findings.confirmation_lines(study) if confirmation else effect_lines(table)
+        for line in _joined(lines[:-1]):
+            section.text(line)
+        if table["mean"].notna().any():
+            section.figure(
+                page,
+                f"effects-{number}",
+                figures.effects(table),
+                f"difference of each variant from {reference}, with its interval",
+                f"{_sentence(lines[-1].strip('()'))}. Hollow: the data cannot tell.",
+            )
+        section.table(_effects_table(table), style="stack")
+    if study.scored and study.trials["variant"].notna().any():
+        section.head("Every run")
+        section.figure(
+            page,
+            "runs",
+            figures.runs_by_variant(study),
+            "objective of every run by variant",
+            "A mark is a run, its shape the fold; the bar is the mean.",
+        )
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Lines that are set in belong to the one before."""
+    joined: list[str] = []
+    for line in lines:
+        if line.startswith(" ") and joined:
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line)
+    return joined
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _effects_table(table: pd.DataFrame) -> Table:
+    rows = []
+    for row in table.to_dict("records"):
+        reference = row["variant"] == table.attrs["baseline"]
+        call = "reference" if reference else str(row["call"])
+        mark = {"better": "good", "worse": "bad"}.get(call, "open")
+        sign = {"better": "▲ ", "worse": "▼ ", "cannot tell": "? "}.get(call, "")
+        interval = "" if pd.isna(row["low"]) else f"{row['low']:+.3f} to {row['high']:+.3f}"
+        rows.append(
+            Row(
+                [
+                    Cell(printable(str(row["variant"])), "nowrap"),
+                    Cell(f"{sign}{call}", mark=mark),
+                    Cell("" if pd.isna(row["mean"]) else f"{row['mean']:+.3f}", "number"),
+                    Cell(interval, "nowrap"),
+                    Cell("" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}", "number"),
+                    Cell("" if pd.isna(row["pairs"]) else str(row["pairs"]), "number"),
+                    Cell("" if pd.isna(row["value"]) else f"{row['value']:.3f}", "number"),
+                    Cell(f"{row['collapsed']} of {row['runs']}", "nowrap"),
+                    Cell(_shown("verdicts", row["verdicts"]), "text"),
+                ]
+            )
+        )
+    heads = [
+        Head("variant"),
+        Head("call"),
+        Head("difference", "number"),
+        Head("95 % interval"),
+        Head("Holm p", "number"),
+        Head("pairs", "number"),
+        Head("mean", "number"),
+        Head("collapsed"),
+        Head("diagnoses"),
+    ]
+    return Table(f"effects against {table.attrs['baseline']}", heads, rows)
+
+
+def _test_rows(page: _Page, study: Study) -> None:
+    lines = findings.test_lines(study)
+    if lines:
+        section = page.section("test", "The test rows")
+        for line in _joined(lines):
+            section.text(line)
+
+
+def _trials(page: _Page, study: Study) -> None:
+    section = page.section("trials", "Every trial")
+    table = results_table(study, limit=MOST_ROWS)
+    if len(table) < len(study.trials):
+        section.text(f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.", faint=True)
+    section.parts.append({"kind": "filter", "table": "all-trials"})
+    about = study.trials.set_index("trial")
+    joined = {"best_val_auc_low", "best_val_auc_high", "since_epoch"}
+    names = [name for name in table.columns if name not in joined]
+    headings = {
+        "best_val_auc": "AUC [95 % CI]",
+        "verdict": "verdict",
+        "work_s": "time",
+        "best_epoch": "best epoch",
+        "epochs_run": "epochs",
+    }
+    heads = []
+    for name in names:
+        numeric = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        first = "descending" if numeric and ("auc" in name or name == "objective") else "ascending"
+        heads.append(Head(headings.get(name, name), "number" if numeric else "", first))
+    heads.append(Head("why it ended early", "text"))
+    rows = []
+    for row in table.to_dict("records"):
+        cells = []
+        for name in names:
+            value = row[name]
+            if name == "trial":
+                cells.append(Cell(value, "nowrap", pick=value))
+            elif name == "verdict":
+                cells.append(Cell(_verdict(row), "nowrap"))
+            elif name == "best_val_auc" and not pd.isna(value):
+                text = f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+                cells.append(Cell(text, "number nowrap", value=repr(float(value))))
+            elif isinstance(value, float | int) and not isinstance(value, bool):
+                missing = pd.isna(value)
+                cells.append(
+                    Cell(format_value(name, value), "number nowrap", value="" if missing else repr(float(value)))
+                )
+            else:
+                cells.append(Cell(_shown(name, value), "nowrap"))
+        told = about.loc[row["trial"], ["error", "reason"]].dropna()
+        cells.append(Cell(printable(str(told.iloc[0]))[:300] if len(told) else "", "text"))
+        rows.append(Row(cells, trial=row["trial"]))
+    section.table(Table("all trials", heads, rows), name="all-trials", style="sortable")
+
+
+def _environment(page: _Page, study: Study) -> None:
+    section = page.section("environment", "Data, environment and versions")
+    info = study.info
+    rows: list[tuple[str, str]] = [("data", study.spec.data)]
+    rows += [("cohort", str(info["cohort"]))] if "cohort" in info else []
+    for group in ("hardware", "versions"):
+        rows += [
+            (f"{group[:-1] if group == 'versions' else group}: {name}", text) for name, text in _flat(info.get(group))
+        ]
+    nodes = sorted(set(study.trials["node"].dropna()))
+    if nodes:
+        rows.append(("nodes", ", ".join(nodes)))
+    precision = sorted(set(study.epochs["precision"].dropna()))
+    if precision:
+        rows.append(("precision", ", ".join(precision)))
+    memory = study.epochs["peak_memory_gib"].max()
+    if memory > 0:
+        rows.append(("peak device memory", f"{memory:.1f} GiB"))
+    rows += [("note", note) for note in study.notes]
+    heads = [Head("what"), Head("value")]
+    cells = [Row([Cell(printable(name), "nowrap"), Cell(printable(value), "text")]) for name, value in rows]
+    section.table(Table("environment", heads, cells), style="narrow")
+    spec = study.spec.model_dump(mode="json", exclude_defaults=True)
+    settings = [
+        Row([Cell(name, "nowrap"), Cell(json.dumps(value), "text")])
+        for name, value in spec.items()
+        if name != "planned"
+    ]
+    section.table(
+        Table("specification", heads, settings),
+        style="narrow stack",
+        fold="What was specified, where it is not the default",
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if not isinstance(value, Mapping):
+        return
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", f"{item:g}" if isinstance(item, float) else str(item)
+
+
+# Two studies -----------------------------------------------------------------------------------------------------------
+
+
+def _comparison(first: Study, second: Study) -> _Page:
+    names = [first.name, second.name] if first.name != second.name else [str(first.path), str(second.path)]
+    pair = list(zip(names, (first, second), strict=True))
+    page = _Page(
+        f"{names[0]} against {names[1]}",
+        " · ".join(str(study.path) for _, study in pair),
+        "Which of the two studies found the better configuration, and at what cost?",
+        _verdict_of_two(pair),
+        [
+            {"value": _best_text(study), "text": f"{name}: {OBJECTIVES[study.spec.objective].title}"}
+            for name, study in pair
+        ]
+        + [
+            {"value": str(len(study.epochs)), "text": f"{name}: epochs of {len(study.trials)} trials"}
+            for name, study in pair
+        ],
+        f"Written by medtune, {_now()} UTC.",
+    )
+    doubts = list(_doubts(pair))
+    if doubts:
+        page.section("cautions", "Before you compare").parts.append({"kind": "cautions", "cautions": doubts})
+    scored = all(study.scored for _, study in pair)
+    if scored:
+        section = page.section("budget", "What the same budget bought")
+        section.figure(page, "budget", figures.progress_of_two(pair), "best objective so far over epochs spent")
+        section = page.section("best", "The two best trials")
+        section.figure(
+            page,
+            "best",
+            figures.best_of_two(pair),
+            "validation AUC of both best trials with intervals",
+            "Averaged weights; the bands are 95 % intervals.",
+        )
+        section.table(_two_configurations(pair), style="stack")
+    section = page.section("numbers", "Side by side")
+    section.table(_numbers(pair), style="stack")
+    section = page.section("specifications", "What was asked of each")
+    section.table(_specifications(pair), style="stack")
+    for name, study in pair:
+        section.head(name)
+        for sentence in findings.summary(study):
+            section.text(sentence)
+    return page
+
+
+def _best_text(study: Study) -> str:
+    return f"{study.best()['objective']:.3f}" if study.scored else "-"
+
+
+def _verdict_of_two(pair: Sequence[tuple[str, Study]]) -> str:
+    if not all(study.scored for _, study in pair):
+        return "There is nothing to compare yet: one of them has no score."
+    (first_name, first), (second_name, second) = pair
+    left, right = first.best(), second.best()
+    ahead, by = (first_name, left["objective"] - right["objective"])
+    if by < 0:
+        ahead, by = second_name, -by
+    noise = 1.96 * max(findings.standard_error(left), findings.standard_error(right))
+    told = f"{ahead} is ahead by {by:.3f} ({left['objective']:.3f} and {right['objective']:.3f})"
+    if first.spec.objective != second.spec.objective:
+        return f"{told}, but the two have different objectives."
+    if noise == noise:
+        told += f", which is {'within' if by <= noise else 'beyond'} the noise of {noise:.3f}"
+    return f"{told}; they spent {len(first.epochs)} and {len(second.epochs)} epochs."
+
+
+def _doubts(pair: Sequence[tuple[str, Study]]) -> Iterable[findings.Caution]:
+    (_, first), (_, second) = pair
+    if first.spec.objective != second.spec.objective:
+        yield findings.Caution(
+            "The objectives differ",
+            f"{first.spec.objective} and {second.spec.objective}: their values do not compare.",
+            "Compare a metric both have, in `medtune results`.",
+        )
+    if first.info.get("cohort") != second.info.get("cohort") or first.spec.data != second.spec.data:
+        yield findings.Caution(
+            "The data differ",
+            f"{first.spec.data} and {second.spec.data}: a difference may be one of the data.",
+            "Run both on the same table and recipe.",
+        )
+    folds = [sorted(set(study.trials["fold"].dropna())) for _, study in pair]
+    if folds[0] != folds[1]:
+        yield findings.Caution(
+            "The folds differ", f"{folds[0]} and {folds[1]} validate.", "Run both on the same folds."
+        )
+    if first.spec.epochs != second.spec.epochs:
+        yield findings.Caution(
+            "Trials are of different length",
+            f"{first.spec.epochs} and {second.spec.epochs} epochs.",
+            "Compare by epochs spent, below.",
+        )
+
+
+def _two_configurations(pair: Sequence[tuple[str, Study]]) -> Table:
+    best = [study.best() for _, study in pair]
+    rows = []
+    for name in FineTuneConfig.model_fields:
+        texts = [format_value(name, trial[name]) for trial in best]
+        searched = any(name in study.searched for _, study in pair)
+        if texts[0] == texts[1] and not searched:
+            continue
+        differs = texts[0] != texts[1]
+        rows.append(
+            Row(
+                [Cell(name), Cell(texts[0]), Cell(f"{texts[1]} {'≠' if differs else ''}".strip())],
+                kind="differs" if differs else "",
+            )
+        )
+    heads = [
+        Head("hyperparameter"),
+        *(Head(f"{name}: {trial['trial']}") for (name, _), trial in zip(pair, best, strict=True)),
+    ]
+    return Table("best configurations", heads, rows)
+
+
+def _numbers(pair: Sequence[tuple[str, Study]]) -> Table:
+    def of(study: Study) -> dict[str, str]:
+        trials = study.trials
+        states = trials["state"].value_counts()
+        verdicts = trials["verdict"].value_counts()
+        return {
+            "best": _best_text(study),
+            "trials": ", ".join(f"{count} {state}" for state, count in states.items()),
+            "epochs run": f"{len(study.epochs)} of {int(trials['epochs'].sum())}",
+            "time in epochs": duration(float(trials["work_s"].sum())),
+            "GPU time": duration(float(trials["gpu_s"].sum())),
+            "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()),
+            "folds": ", ".join(str(fold) for fold in sorted(set(trials["fold"].dropna()))),
+        }
+
+    left, right = (of(study) for _, study in pair)
+    rows = [Row([Cell(name), Cell(left[name], "text"), Cell(right[name], "text")]) for name in left]
+    return Table("numbers", [Head(""), *(Head(name) for name, _ in pair)], rows)
+
+
+def _specifications(pair: Sequence[tuple[str, Study]]) -> Table:
+    specs = [study.spec.model_dump(mode="json") for _, study in pair]
+    rows = []
+    for name in specs[0]:
+        texts = [f"{len(spec[name])} trials" if name == "planned" else json.dumps(spec[name]) for spec in specs]
+        differs = specs[0][name] != specs[1][name]
+        if differs:
+            rows.append(Row([Cell(name), *(Cell(text[:400], "text") for text in texts)]))
+    if not rows:
+        rows.append(Row([Cell("all fields"), Cell("the same"), Cell("the same")]))
+    return Table("differences of the specifications", [Head("field"), *(Head(name) for name, _ in pair)], rows)
+
+
+# The page as text ------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, page: _Page) -> Path:
+    with replacing(path) as temporary:
+        temporary.write_text(render(page), encoding="utf-8")
+    return path
+
+
+def render(page: _Page) -> str:
+    """Return the page as HTML."""
+    script = _asset("report.js")
+    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in (_plotly(), script))
+    text: str = _template().render(
+        **{
+            name: getattr(page, name) for name in ("title", "subtitle", "asked", "found", "tiles", "sections", "footer")
+        },
+        refresh_s=page.refresh_s,
+        script_hashes=Markup(hashes),
+        css=Markup(_asset("report.css")),
+        palette=_json(figures.PALETTE),
+        figures=_json(page.plots),
+        plotly=Markup(_plotly()),
+        script=Markup(script),
+    )
+    return text
+
+
+@cache
+def _template() -> Any:
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
+    environment.filters["prose"] = _prose
+    return environment.get_template("report.html")
+
+
+def _prose(text: str) -> Markup:
+    """Text with `commands` set as code; everything in it is escaped."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return Markup.escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else Markup.escape(part) for i, part in enumerate(parts)
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    text = str(get_plotlyjs())
+    assert "</script" not in text.lower()
+    return text
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON that no browser takes for the end of its script element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, default=_plain)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and pandas' scalars as Python's."""
+    if value is pd.NA:
+        return None
+    return value.item()

@@ -1,0 +1,668 @@
+"""An Optuna study behind Ray Tune's Searcher: the sampler looks at memory, the record is a database that survives.
+
+Ray's own `OptunaSearch` tells stopped trials as complete, leaves NaN trials running for ever and queues its first
+points again at each start. Here a stopped trial is pruned, a failed one failed, and the database alone says what has
+been asked for, so that a killed search is taken up by opening it again:
+
+- A trial is in the database before Ray hears of it, with its parameters, in one transaction.
+- What the sampler draws for trial n depends on the seed, n and the trials it knows, never on how often the search was
+  started: each trial has its own random stream.
+- Each change goes to an in-memory study first, which the sampler reads, and to the database at once. Behind Optuna's
+  own database storage a trial costs three times as much: it is read back after each write, and each parameter is looked
+  up and written by itself.
+"""
+
+import contextlib
+import json
+import math
+import sqlite3
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+
+from search_spaces.spaces import Parameter, Sample, Space, SpaceError, warm_start_points
+from trainables.config import ConfigError, Scalar, build_config
+from tune_app.objective import as_number
+
+SamplerName = Literal["tpe", "random", "qmc", "gp"]
+"""tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian
+process, which learns from completed trials only and draws conditional parameters at random."""
+
+EndState = Literal["completed", "stopped", "failed"]
+"""How a trial ended: at its last epoch, before it, or with an error."""
+
+Row = Mapping[str, Any]
+"""One epoch of one trial: `epoch`, counted from 1, and the metrics."""
+
+STUDY_NAME = "medtune"
+LOCK_TIMEOUT_S = 120.0
+"""How long a write waits for another reader or writer of the SQLite file, such as optuna-dashboard."""
+
+_SEARCH = "search"  # study attribute: what the values of its trials depend on
+_OVERRIDES = "overrides"  # trial attribute: the config overrides its parameters became
+_POINT = "point"  # trial attribute: name of the setting it was asked for by
+_FROM = "from"  # trial attribute: earlier study and number it was taken over from
+_REASON = "reason"  # trial attribute: why it was stopped or failed
+_TAKEN_OVER = "taken over"  # study attribute: earlier studies already taken over
+_STREAM = "stream"  # trial attribute: what the sampler keeps with the study, as of this trial
+
+
+class SearchError(ValueError):
+    """A study that cannot be opened or continued as asked; the message says what to do."""
+
+
+class TakenOver(NamedTuple):
+    """What became of the trials of earlier studies at this start."""
+
+    added: int
+    left_out: dict[str, int]
+    """Reasons, each with the number of earlier trials it kept out."""
+
+
+class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
+    """Gives Ray Tune the next trial of an Optuna study, and tells the study what became of it.
+
+    `suggest` returns {"trial": "00007", "overrides": {...}}: the Optuna number as the trial's name, and everything the
+    run's config differs from the defaults in. Trials that a killed search left running come first, under the same name
+    and with the same overrides; then the settings of `warm_start` that were never asked for (names of
+    `search_spaces.spaces.WARM_STARTS`; None: all that lie in the space); then what the sampler draws, until the study
+    has `num_trials` trials. Failed trials count and are not asked for again; `warm_start_from` adds to what the sampler
+    knows and counts for nothing.
+
+    `objective` takes a trial's rows, one an epoch, in order, and returns what it is worth: larger is better, and a
+    value that is not finite is no score. `metric` is the column it is computed from, shown epoch by epoch. A result
+    with the column `failure` says that the trial has failed, and why. `rows` holds the rows recorded by earlier
+    sessions, by trial number; those of trials left running are read. `identity` names what values depend on beside the
+    overrides, such as the cohort and the objective: a study of another identity, space or length is refused.
+    `storage` is the path of a SQLite file or an Optuna storage URL. One process at a time may have a study open.
+
+    Raises SpaceError if some sample of the space would be no valid config or a named warm start lies outside it, and
+    SearchError if the study cannot be opened, is another search's, or an earlier study is not there.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        epochs: int,
+        num_trials: int,
+        objective: Callable[[Sequence[Row]], float],
+        storage: str | Path,
+        metric: str = "val_auc",
+        sampler: SamplerName = "tpe",
+        seed: int = 0,
+        warm_start: Sequence[str] | None = None,
+        warm_start_from: Sequence[str | Path] = (),
+        rows: Mapping[int, Sequence[Row]] | None = None,
+        identity: Mapping[str, Scalar] | None = None,
+        failure: str | None = None,
+    ) -> None:
+        super().__init__(metric=metric, mode="max")
+        if sampler not in get_args(SamplerName):
+            raise SearchError(f"unknown sampler {sampler!r}: one of {', '.join(get_args(SamplerName))}")
+        if problems := space.problems(epochs):
+            raise SpaceError(problems)
+        points, self.warm_start_left_out = warm_start_points(space, epochs, warm_start)
+        if warm_start is not None and self.warm_start_left_out:
+            raise SpaceError(
+                [f"warm start {name!r}: {'; '.join(why)}" for name, why in self.warm_start_left_out.items()]
+            )
+        self._space = space
+        self._epochs = epochs
+        self._num_trials = num_trials
+        self._objective = objective
+        self._sampler_name = sampler
+        self._seed = seed
+        self._identity = dict(identity or {})
+        self._column = metric
+        self._failure = failure
+
+        self._database = _Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
+        self._claim()
+        self._memory = InMemoryStorage()
+        with _quiet():
+            self._memory_study = self._memory.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
+            self._study = optuna.load_study(study_name=STUDY_NAME, storage=self._memory)
+
+        self._numbers: dict[str, int] = {}  # Ray's trial ids
+        self._rows: dict[int, dict[int, Row]] = {}  # of running trials, by epoch
+        self._reasons: dict[int, str] = {}
+        self._own = 0
+        self._left: deque[int] = deque()
+        self._load(rows or {})
+        self.taken_over = self._take_over(warm_start_from)
+        asked = {trial.user_attrs.get(_POINT) for trial in self._trials()}
+        self._points = deque((name, sample) for name, sample in points.items() if name not in asked)
+
+    # ---- what Ray calls ----
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next trial, or FINISHED when there are `num_trials`."""
+        if self._left:
+            number = self._left.popleft()
+        elif self._own < self._num_trials:
+            number = self._ask()
+        else:
+            return str(Searcher.FINISHED)
+        self._numbers[trial_id] = number
+        return {"trial": trial_name(number), "overrides": dict(self._trial(number).user_attrs[_OVERRIDES])}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record the epoch, the first time it is reported."""
+        self._keep(self._numbers[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how the trial ended, once.
+
+        An error is a failure. A trial that reached the last epoch is complete, with the objective's value; any other
+        was stopped and is pruned, as is one without a finite value.
+        """
+        number = self._numbers[trial_id]
+        if self._trial(number).state.is_finished():
+            return  # a finished trial's process may still go wrong on its way out
+        state: EndState | None = "failed" if error else None
+        if result is not None:
+            self._keep(number, result)  # Ray does not pass on the result that a trial was stopped at
+            if self._failure is not None and result.get(self._failure) is not None:
+                self.note(number, str(result[self._failure]))
+                state = "failed"
+        self._finish(number, state)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        """Accept Tune's settings unread: space and metric are this searcher's own."""
+        return True
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Write nothing: the database is the only state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its arguments at each start, and nothing is read back from that
+
+    # ---- what the study's driver calls ----
+
+    @property
+    def left_running(self) -> tuple[int, ...]:
+        """Trials that a killed search left running and that `suggest` has not handed out again."""
+        return tuple(self._left)
+
+    @property
+    def study(self) -> optuna.Study:
+        """The study as the sampler sees it; for looking only."""
+        return self._study
+
+    def note(self, number: int, reason: str) -> None:
+        """Keep why a trial is being stopped or has failed; written with its end, as the trial attribute `reason`."""
+        self._reasons[number] = reason
+
+    def settle(
+        self,
+        number: int,
+        state: EndState,
+        value: float | None = None,
+        rows: Sequence[Row] = (),
+        *,
+        reason: str | None = None,
+    ) -> None:
+        """End a trial that is recorded as ended, where the driver was killed before it could tell the study.
+
+        Does nothing to a trial the study knows to have ended. `value` is what a completed trial is worth; `rows` are all
+        its rows. Raises SearchError for a trial the study does not have.
+        """
+        if number >= self._memory.get_n_trials(self._memory_study):
+            raise SearchError(
+                f"{self._database.name} has no trial {trial_name(number)}, which is recorded as {state}: this is not the "
+                "database the study was run with; put it back, or start a new study"
+            )
+        if self._trial(number).state.is_finished():
+            return
+        if number not in self._left:
+            raise SearchError(f"trial {trial_name(number)} runs in this session: it cannot be settled from outside")
+        self._left.remove(number)
+        if reason is not None:
+            self.note(number, reason)
+        for row in rows:
+            self._keep(number, row)
+        self._finish(number, state, value)
+
+    def close(self) -> None:
+        """Release the database and leave a SQLite study as one plain file."""
+        self._database.close()
+
+    # ---- inside ----
+
+    def _ask(self) -> int:
+        """Create the next trial, in memory and in the database; returns its number."""
+        before = dict(self._memory.get_study_system_attrs(self._memory_study))
+        attrs: dict[str, Any] = {}
+        number = int(self._memory.get_n_trials(self._memory_study))
+        if self._points:
+            attrs[_POINT], sample = self._points.popleft()
+            distributions = {name: self._space.parameters[name].distribution for name in sample}
+            asked = optuna.trial.create_trial(state=TrialState.RUNNING, params=sample, distributions=distributions)
+            self._memory.create_new_trial(self._memory_study, asked)
+        else:
+            with _no_experimental_warnings():
+                self._study.sampler = self._sampler(number)
+            trial = self._study.ask()
+            sample = self._space.sample(lambda parameter: _suggest(trial, parameter), self._epochs)
+        attrs[_OVERRIDES] = self._space.sample_to_overrides(sample, self._epochs)
+        memory_id = self._memory_id(number)
+        for key, value in attrs.items():
+            self._memory.set_trial_user_attr(memory_id, key, value)
+        after = self._memory.get_study_system_attrs(self._memory_study)
+        stream = {key: value for key, value in after.items() if before.get(key) != value}
+        drawn = self._memory.get_trial(memory_id)
+        self._database.create(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=drawn.params,
+                distributions=drawn.distributions,
+                user_attrs=attrs,
+                system_attrs=drawn.system_attrs | ({_STREAM: stream} if stream else {}),
+            ),
+            number,
+        )
+        self._own += 1
+        self._rows[number] = {}
+        return number
+
+    def _sampler(self, number: int) -> BaseSampler:
+        """A sampler for one trial, with a random stream of the trial's own: a restarted search draws what it would have
+        drawn, and never the same again."""
+        stream = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        if self._sampler_name == "random":
+            return RandomSampler(seed=stream)
+        if self._sampler_name == "tpe":
+            sampler = TPESampler(seed=stream, multivariate=True, constant_liar=True, group=self._space.conditional)
+            if self._space.conditional:
+                return sampler  # groups come from which parameters occurred together
+        else:
+            other = {"independent_sampler": RandomSampler(seed=stream), "warn_independent_sampling": False}
+            if self._sampler_name == "qmc":
+                sampler = QMCSampler(seed=self._seed, scramble=True, **other)  # one sequence for the whole study
+            else:
+                sampler = GPSampler(seed=stream, **other)
+        # The space is known; Optuna would look for it in all trials each time, and draw the first ones without it.
+        space = {name: d for name, d in sorted(self._space.unconditional.items()) if not d.single()}
+        sampler.infer_relative_search_space = lambda study, trial: dict(space)
+        return sampler
+
+    def _keep(self, number: int, row: Row) -> None:
+        """Record an epoch. A restarted trial reports epochs again: the first report counts, decisions rest on it."""
+        epoch = row.get("epoch")
+        rows = self._rows.get(number)
+        if epoch is None or epoch < 1 or rows is None or epoch in rows:
+            return
+        rows[epoch] = row
+        value = _finite(row.get(self._column))
+        if value is not None and epoch not in self._trial(number).intermediate_values:
+            self._memory.set_trial_intermediate_value(self._memory_id(number), epoch, value)
+            self._database.report(number, epoch, value)
+
+    def _finish(self, number: int, ended: EndState | None, value: float | None = None) -> None:
+        """Tell memory and database. Without `ended`, whether the trial is complete is read off its rows."""
+        rows = self._rows.pop(number)
+        for epoch, known in self._trial(number).intermediate_values.items():
+            rows.setdefault(epoch, {"epoch": epoch, self._column: known})  # lines lost to a power cut
+        ordered = [row for _, row in sorted(rows.items())]
+        reason = self._reasons.pop(number, None)
+        if ended is None:
+            ended = "completed" if max(rows, default=0) >= self._epochs else "stopped"
+        if ended == "completed":
+            value = _finite(value if value is not None else self._objective(ordered))
+        if ended == "failed":
+            state, reason = TrialState.FAIL, reason or "the trial ended with an error"
+        elif ended == "completed" and value is not None:
+            state = TrialState.COMPLETE
+        else:
+            state = TrialState.PRUNED
+            if ended == "completed":
+                reason = reason or f"no finite {self._column} to go by after {len(rows)} epochs"
+        told = self._study.tell(number, value if state == TrialState.COMPLETE else None, state=state)
+        self._database.finish(number, state, told.value, reason)
+
+    def _load(self, rows: Mapping[int, Sequence[Row]]) -> None:
+        """Fill memory from the database, and take up what a killed search left."""
+        for trial in self._database.found:
+            if trial.state == TrialState.WAITING:
+                raise SearchError(
+                    f"{self._database.name}: trial {trial.number} was queued by another program; this search queues its "
+                    "warm starts itself: start a new study"
+                )
+            self._memory.create_new_trial(self._memory_study, trial)
+            for key, value in trial.system_attrs.get(_STREAM, {}).items():
+                self._memory.set_study_system_attr(self._memory_study, key, value)
+            self._own += _FROM not in trial.user_attrs
+            if trial.state == TrialState.RUNNING:
+                self._left.append(trial.number)
+                self._rows[trial.number] = {}
+        for number in list(self._left):
+            for row in rows.get(number, ()):
+                self._keep(number, row)
+
+    def _claim(self) -> None:
+        """Mark a new study as this search's; refuse another search's."""
+        search = {"space": self._space.to_mapping(), "epochs": self._epochs, "identity": self._identity}
+        search = json.loads(json.dumps(search))  # as it reads back: tuples are lists there
+        found = self._database.attrs.get(_SEARCH)
+        if found is None and not self._database.found:
+            self._database.set_attr(_SEARCH, search)
+        elif found != search:
+            parts = [part for part in search if not isinstance(found, Mapping) or found.get(part) != search[part]]
+            raise SearchError(
+                f"{self._database.name} holds the trials of another search: {', '.join(parts)} differ. Values of the "
+                "two would be mixed: choose a new folder, and `--warm-start-from` this one to use what fits"
+            )
+
+    def _take_over(self, studies: Sequence[str | Path]) -> TakenOver:
+        """Add the finished trials of earlier studies, each study once, so that the sampler starts from what they found.
+
+        A study is named by its folder, or by its storage URL. Its trial is taken over if it could have been a trial of
+        this study: of the same identity and length, equal in everything the space holds, and inside every range. Its
+        value goes with it, and the last epoch's if it was pruned; the curve stays where it is.
+        """
+        done = list(self._database.attrs.get(_TAKEN_OVER, ()))
+        known = {trial.user_attrs.get(_FROM) for trial in self._trials()}
+        added = 0
+        left_out: dict[str, int] = {}
+        for study in studies:
+            url = str(study) if "://" in str(study) else sqlite_url(Path(study) / "study.db")
+            source = _shown_url(url)
+            if source == self._database.name:
+                raise SearchError(f"{study}: a study cannot be warm-started from itself")
+            if source in done:
+                continue  # it may be gone by now
+            earlier = _Database(url, own=False)
+            earlier.close()
+            for trial, reason in self._earlier_trials(earlier):
+                if reason is not None:
+                    left_out[reason] = left_out.get(reason, 0) + 1
+                elif trial.user_attrs[_FROM] not in known:  # a killed start may have added some
+                    number = self._memory.get_n_trials(self._memory_study)
+                    self._memory.create_new_trial(self._memory_study, trial)
+                    self._database.create(trial, number)
+                    added += 1
+            done.append(source)
+            self._database.set_attr(_TAKEN_OVER, done)
+        return TakenOver(added, left_out)
+
+    def _earlier_trials(self, earlier: "_Database") -> Iterator[tuple[FrozenTrial, str | None]]:
+        """The finished trials of an earlier study as they would stand in this one, or the reason they cannot."""
+        identity = earlier.attrs.get(_SEARCH, {}).get("identity", {})
+        differing = sorted(key for key in {*identity, *self._identity} if identity.get(key) != self._identity.get(key))
+        for trial in earlier.found:
+            if _FROM in trial.user_attrs or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                continue  # what that study took over itself belongs to the study it came from
+            if differing:
+                yield trial, f"another {' and '.join(differing)}"
+                continue
+            if trial.value is None:
+                yield trial, "no finite value"
+                continue
+            sample, reason = self._sample_of(trial.user_attrs[_OVERRIDES])
+            if sample is None:
+                yield trial, reason
+                continue
+            pruned = trial.state == TrialState.PRUNED
+            last = {trial.last_step: trial.intermediate_values[trial.last_step]} if pruned else {}
+            yield (
+                optuna.trial.create_trial(
+                    state=trial.state,
+                    value=trial.value,
+                    params=sample,
+                    distributions={key: self._space.parameters[key].distribution for key in sample},
+                    user_attrs={
+                        _FROM: f"{earlier.name}#{trial.number}",
+                        _OVERRIDES: self._space.sample_to_overrides(sample, self._epochs),
+                    },
+                    intermediate_values=last,
+                ),
+                None,
+            )
+
+    def _sample_of(self, overrides: Mapping[str, Any]) -> tuple[Sample | None, str]:
+        try:
+            config = build_config(overrides).model_dump()
+        except ConfigError as error:
+            return None, error.problems[0]  # another version's
+        sample, reasons = self._space.overrides_to_sample(config, self._epochs)
+        return sample, "; ".join(reasons)
+
+    def _trials(self) -> list[FrozenTrial]:
+        trials: list[FrozenTrial] = self._memory.get_all_trials(self._memory_study, deepcopy=False)
+        return trials
+
+    def _trial(self, number: int) -> FrozenTrial:
+        trial: FrozenTrial = self._memory.get_trial(self._memory_id(number))
+        return trial
+
+    def _memory_id(self, number: int) -> int:
+        return int(self._memory.get_trial_id_from_study_id_trial_number(self._memory_study, number))
+
+
+def trial_name(number: int) -> str:
+    """Return a trial's name, which is also its folder's: `00007`."""
+    return f"{number:05d}"
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the storage URL of a SQLite file; a path may hold any character, such as `#`, `?`, `%` or braces."""
+    return sqlalchemy.URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+
+
+def _sqlite_path(url: str) -> Path | None:
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise SearchError(f"storage {url!r} is no database URL: write sqlite:///FILE, or leave it out") from None
+    in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+    return Path(str(parsed.database)).resolve() if in_file else None
+
+
+def _shown_url(url: str) -> str:
+    """A database by the name users know it by, without its password."""
+    return str(_sqlite_path(url) or sqlalchemy.make_url(url).render_as_string(hide_password=True))
+
+
+class _Database:
+    """The study in its database, each change one transaction.
+
+    Reads, and the schema with its checks, are Optuna's. Trials are written through Optuna's own table models, because
+    its storage takes some thirty statements for a trial of seven parameters where five do.
+
+    SQLite gets a write-ahead log: a commit then survives a killed process without waiting for the disk, and readers
+    never block the search. A power cut may cost the last trials, never the file.
+    """
+
+    def __init__(self, url: str, *, own: bool = True) -> None:
+        """Open the study, made if it is new; with `own` off, one that has to be there and is only read."""
+        self.name = _shown_url(url)
+        self._path = _sqlite_path(url)
+        self._own = own
+        if not own and self._path is not None and not self._path.is_file():
+            raise SearchError(f"no earlier study here: {self._path} is missing")
+        self._storage = self._open(url)
+        try:
+            self._study = int(self._storage.get_study_id_from_name(STUDY_NAME))
+        except KeyError:
+            if not own:
+                raise SearchError(f"{self.name} holds no study of this program") from None
+            with _quiet():
+                self._study = int(self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME))
+        self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
+        """The study's user attributes."""
+        self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
+        """All trials it held when it was opened, by number."""
+        self._ids = {trial.number: trial._trial_id for trial in self.found}
+
+    def set_attr(self, key: str, value: Any) -> None:
+        """Write a user attribute of the study."""
+        self._storage.set_study_user_attr(self._study, key, value)
+        self.attrs[key] = value
+
+    def create(self, trial: FrozenTrial, number: int) -> None:
+        """Write a trial with all it has. Raises SearchError if the study does not end at the number before."""
+        row = models.TrialModel(
+            study_id=self._study,
+            number=number,
+            state=trial.state,
+            datetime_start=trial.datetime_start,
+            datetime_complete=trial.datetime_complete,
+        )
+        with self._storage.engine.begin() as db:
+            trials = models.TrialModel.__table__
+            last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(trials.c.study_id == self._study)
+            if (found := db.scalar(last)) != (number - 1 if number else None):
+                raise SearchError(
+                    f"{self.name}: another process adds trials to this study (the last is {found}, this one was to be "
+                    f"{number}); end one of the two, and resume"
+                )
+            trial_id = db.execute(sqlalchemy.insert(trials).values(_columns(row))).inserted_primary_key[0]
+            parameters = [
+                {
+                    "param_name": name,
+                    "param_value": trial.distributions[name].to_internal_repr(value),
+                    "distribution_json": optuna.distributions.distribution_to_json(trial.distributions[name]),
+                }
+                for name, value in trial.params.items()
+            ]
+            _insert(db, models.TrialParamModel, trial_id, parameters)
+            _insert(db, models.TrialUserAttributeModel, trial_id, _attributes(trial.user_attrs))
+            _insert(db, models.TrialSystemAttributeModel, trial_id, _attributes(trial.system_attrs))
+            _insert(db, models.TrialIntermediateValueModel, trial_id, _steps(trial.intermediate_values))
+            _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
+        self._ids[number] = trial_id
+
+    def report(self, number: int, step: int, value: float) -> None:
+        """Write an intermediate value; a finite one, of a step that has none."""
+        with self._storage.engine.begin() as db:
+            _insert(db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value}))
+
+    def finish(self, number: int, state: TrialState, value: float | None, reason: str | None) -> None:
+        """Write how a running trial ended."""
+        trial_id = self._ids[number]
+        row = models.TrialModel(state=state, datetime_complete=datetime.now())
+        with self._storage.engine.begin() as db:
+            trials = models.TrialModel.__table__
+            db.execute(sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row)))
+            _insert(db, models.TrialValueModel, trial_id, _values(value))
+            _insert(db, models.TrialUserAttributeModel, trial_id, _attributes({_REASON: reason} if reason else {}))
+
+    def close(self) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+        if self._path is not None and self._own:
+            # Another reader keeps the file in WAL mode, which every reader understands.
+            with (
+                contextlib.suppress(sqlite3.OperationalError),
+                contextlib.closing(sqlite3.connect(self._path, 0.1)) as db,
+            ):
+                db.execute("PRAGMA journal_mode=DELETE")
+
+    def _open(self, url: str) -> RDBStorage:
+        if self._path is None:
+            try:
+                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+                raise SearchError(f"storage {self.name} cannot be opened: {_one_line(error)}") from error
+        try:
+            if self._own:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.closing(sqlite3.connect(self._path, LOCK_TIMEOUT_S)) as db:
+                    db.execute("PRAGMA journal_mode=WAL")
+            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
+        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
+            raise SearchError(f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}") from error
+        storage.engine.dispose()  # the next connection is the first that the listener sees
+        sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
+        return storage
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    """What Optuna's own model would write, by column: times are not stored as they are given."""
+    mapper: Any = sqlalchemy.inspect(type(row))
+    values = {attribute.columns[0].name: getattr(row, attribute.key) for attribute in mapper.column_attrs}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _insert(db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        db.execute(sqlalchemy.insert(model.__table__), [{"trial_id": trial_id, **row} for row in rows])
+
+
+def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
+
+
+def _steps(values: Mapping[int, float]) -> list[dict[str, Any]]:
+    finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
+    return [
+        {"step": step, "intermediate_value": value, "intermediate_value_type": finite} for step, value in values.items()
+    ]
+
+
+def _values(value: float | None) -> list[dict[str, Any]]:
+    finite = models.TrialValueModel.TrialValueType.FINITE
+    return [] if value is None else [{"objective": 0, "value": value, "value_type": finite}]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
+    distribution = parameter.distribution
+    value: Scalar
+    if isinstance(distribution, CategoricalDistribution):
+        value = trial.suggest_categorical(parameter.name, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        value = trial.suggest_int(
+            parameter.name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
+    else:
+        value = trial.suggest_float(
+            parameter.name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
+    return value
+
+
+def _finite(value: Any) -> float | None:
+    """The number, or None for what is no score: NaN, infinities, null and everything that is no number."""
+    number = as_number(value)
+    return number if math.isfinite(number) else None
+
+
+@contextlib.contextmanager
+def _no_experimental_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna announces each new study on stderr."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,0 +1,321 @@
+"""What a study is asked to do, and where it keeps what: the study file checked, and every file of a study named.
+
+No Ray and no torch here: a study can be checked, listed and read on a laptop.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from search_spaces.spaces import Space, SpaceError, space_from
+from trainables.checkpoints import TrialFiles, write_json
+from trainables.config import ConfigError, Scalar, build_config
+from tune_app.objective import OBJECTIVES
+from tune_app.scheduler import PolicySpec
+
+STUDY_FORMAT = 1
+
+
+class SpecError(ValueError):
+    """A study that cannot run as asked. `problems` holds one line a violation, all of them."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class PlannedTrial(BaseModel):
+    """One trial that is asked for by name instead of sampled: an ablation's variant, a confirmation's candidate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variant: str
+    """What the trial is an instance of; trials of one variant differ in fold and seed only."""
+    overrides: dict[str, Scalar]
+
+
+class StudySpec(BaseModel):
+    """One study: what is searched, on what, how long and where. The study file holds these fields in YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    data: str
+    """Table of volumes (CSV or Parquet): path, label, subject, optionally fold or split."""
+    kind: Literal["search", "ablation", "confirmation"] = "search"
+    """search samples a space and stops early; the others run `planned` trials to the end."""
+    space: str | dict[str, Any] = "documented"
+    """Name of a search space, or one written out (`medtune spaces` shows both forms)."""
+    planned: tuple[PlannedTrial, ...] = ()
+    """Trials by name, in order; for ablations and confirmations."""
+    confirms: str | None = None
+    """Folder of the search that a confirmation reruns the best of."""
+    seen_folds: tuple[int, ...] = ()
+    """Folds on which that search chose: a confirmation runs them, but does not judge by them where others are left."""
+    trials: int = Field(20, ge=1, le=1_000_000)
+    """Trials sampled, those at the documented settings included."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Hyperparameters of every trial that differ from the defaults. What is set here is not searched."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the sampler. Trials take theirs from `config`."""
+    objective: str = "best_median3"
+    """What a trial is worth; all are to be maximised."""
+    sampler: Literal["tpe", "random", "qmc", "gp"] = "tpe"
+    """How the next trial is chosen."""
+    warm_start: tuple[str, ...] | None = None
+    """Points tried first: any of `before`, `after`, `defaults`. None: all that lie in the space."""
+    warm_start_from: tuple[str, ...] = ()
+    """Folders of earlier studies whose finished trials the sampler starts from."""
+    storage: str | None = None
+    """Optuna storage URL; None keeps study.db in the study's folder."""
+    policy: PolicySpec = Field(default_factory=PolicySpec)
+    """When trials are stopped early."""
+    gpus_per_trial: float | Literal["auto"] | None = None
+    """GPUs of one trial; a fraction shares one GPU. None: one where there are GPUs, else none."""
+    ranks: int | None = Field(None, ge=1)
+    """Ranks of one trial; None: one a GPU. Without GPUs the ranks share the work over CPU processes."""
+    rank_deadline_s: float = Field(1800.0, gt=0)
+    """Seconds without a finished step after which a trial of several ranks counts as hanging."""
+    cpus_per_rank: int = Field(1, ge=1)
+    """CPU threads of each rank."""
+    wait_for_resources_s: float = Field(0.0, ge=0)
+    """Seconds to wait for a cluster that scales itself up, before a trial that does not fit is an error."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at a time; None: as many as the resources hold."""
+    max_failures: int = Field(2, ge=0)
+    """Times a failed trial is started again from its checkpoint."""
+    checkpoint_epochs: int = Field(1, ge=1)
+    """Epochs between checkpoints of a trial."""
+    log: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    """Where each epoch's row goes besides epochs.jsonl, through Ray's own callbacks: tensorboard writes to `ray/` in the
+    study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlruns/` in the study."""
+    cache: str | None = None
+    """Folder of prepared cohorts; None: `~/.cache/medtune`, or where MEDTUNE_CACHE points."""
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return {} if value is None else value  # what YAML reads where every line below `config:` is a comment
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        if value not in OBJECTIVES:
+            raise ValueError(f"unknown objective {value!r}: one of {', '.join(OBJECTIVES)}")
+        return value
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _whole_or_fraction(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and (value < 0 or (value > 1 and value != int(value))):
+            raise ValueError(f"{value:g} GPUs a trial: a whole number, or a fraction of one GPU")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems: list[str] = []
+        try:
+            build_config(self.config)
+        except ConfigError as error:
+            raise ValueError("\n".join(f"config: {problem}" for problem in error.problems)) from None
+        if self.kind == "search":
+            try:
+                self.resolved_space()
+            except SpaceError as error:
+                problems += [f"space: {problem}" for problem in error.problems]
+            if self.planned:
+                problems.append("planned trials belong to an ablation or a confirmation, this is a search")
+        else:
+            if not self.planned:
+                problems.append(f"kind={self.kind} needs planned trials")
+            for trial in self.planned:
+                try:
+                    build_config({**self.config, **trial.overrides})
+                except ConfigError as error:
+                    problems += [f"variant {trial.variant}: {problem}" for problem in error.problems]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def num_trials(self) -> int:
+        return len(self.planned) if self.kind != "search" else self.trials
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a trial that is not stopped."""
+        return build_config(self.config).epochs
+
+    def resolved_space(self) -> Space:
+        """The space as an object; only searches have one."""
+        assert self.kind == "search"
+        return space_from(self.space, self.config)
+
+    def hash(self) -> str:
+        """Sixteen hex digits; equal for the same study."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build_spec(fields: Mapping[str, Any]) -> StudySpec:
+    """Return the checked spec; raises SpecError with every violation at once."""
+    unknown = []
+    for name in fields:
+        if name not in StudySpec.model_fields:
+            guess = difflib.get_close_matches(str(name), StudySpec.model_fields, n=1)
+            hint = f"; did you mean {guess[0]!r}?" if guess else f": one of {', '.join(StudySpec.model_fields)}"
+            unknown.append(f"unknown field {name!r}{hint}")
+    try:
+        spec = StudySpec(**{str(name): value for name, value in fields.items() if name in StudySpec.model_fields})
+    except ValidationError as error:
+        problems = list(unknown)
+        for item in error.errors(include_url=False):
+            message = item["msg"].removeprefix("Value error, ")
+            place = ".".join(str(part) for part in item["loc"])
+            problems += [f"{place}: {message}"] if place else message.splitlines()
+        raise SpecError(problems) from None
+    if unknown:
+        raise SpecError(unknown)
+    return spec
+
+
+def read_study_file(path: Path) -> dict[str, Any]:
+    """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
+
+    Raises SpecError when the file is missing or is not a YAML mapping; nothing in it is executed.
+    """
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError([f"{path}: no such study file; `medtune init` writes one"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(fields, dict):
+        raise SpecError([f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"])
+    config = fields.get("config")
+    for holder, name in ((fields, "data"), (fields, "cache"), (fields, "confirms"), (config, "pretrained_path")):
+        if isinstance(holder, dict) and isinstance(holder.get(name), str):
+            holder[name] = str((path.parent / holder[name]).resolve())
+    if isinstance(earlier := fields.get("warm_start_from"), list):
+        fields["warm_start_from"] = [str((path.parent / str(folder)).resolve()) for folder in earlier]
+    return fields
+
+
+@dataclass(frozen=True)
+class StudyFiles:
+    """Names every file of a study directory."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        """study.json: the resolved spec, versions, hardware and the data's fingerprint."""
+        return self.root / "study.json"
+
+    @property
+    def database(self) -> Path:
+        """study.db: the Optuna study, SQLite."""
+        return self.root / "study.db"
+
+    @property
+    def epochs(self) -> Path:
+        """epochs.jsonl: one row a trial and epoch, in the order of arrival."""
+        return self.root / "epochs.jsonl"
+
+    @property
+    def decisions(self) -> Path:
+        """decisions.jsonl: each decision of the stopping policy, with what it was based on."""
+        return self.root / "decisions.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """study.log: what Ray, Optuna and the driver said."""
+        return self.root / "study.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the driver while it runs: two drivers on one study would undo each other."""
+        return self.root / ".driver.lock"
+
+    @property
+    def ray(self) -> Path:
+        """What Tune itself writes; nothing is read back from it."""
+        return self.root / "ray"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    @property
+    def confirmation(self) -> Path:
+        """confirmation/: the study that confirms this search's best, where it is not put elsewhere."""
+        return self.root / "confirmation"
+
+    @property
+    def test(self) -> Path:
+        """test.json: every time the test rows were scored for this search, and what came of it."""
+        return self.root / "test.json"
+
+    def trial(self, trial_id: str) -> TrialFiles:
+        return TrialFiles(self.trials / trial_id)
+
+    def require(self) -> None:
+        """Raise SpecError unless this is a study of a version that can be read."""
+        if not self.spec.is_file():
+            raise SpecError([f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"])
+        self.read()
+
+    def read(self) -> dict[str, Any]:
+        """Return study.json. Raises SpecError when it is damaged or of another version."""
+        try:
+            value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
+            found = value["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
+        if found != STUDY_FORMAT:
+            raise SpecError(
+                [f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"]
+            )
+        return value
+
+    def read_spec(self) -> StudySpec:
+        return build_spec(self.read()["spec"])
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        write_json(self.spec, {"format": STUDY_FORMAT, **value})
+
+
+def default_cache() -> Path:
+    """Return the folder of prepared cohorts where none is named."""
+    return Path(os.environ.get("MEDTUNE_CACHE") or Path.home() / ".cache" / "medtune")
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one."""
+    from trainables.checkpoints import without_nonfinite
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n")
+
+
+def mend_last_line(path: Path) -> str | None:
+    """Cut a last line that a killed writer left unfinished, and return it; call it before appending anew."""
+    if not path.is_file():
+        return None
+    with path.open("rb+") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end == len(content):
+            return None
+        file.truncate(end)
+        return content[end:].decode(errors="replace")

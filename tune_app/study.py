@@ -1,0 +1,566 @@
+"""A study from its spec to its directory: Ray Tune is the executor, the directory is the truth.
+
+Every row a trial reports is written to epochs.jsonl before anything is decided on it, and everything decided is a pure
+function of those rows in their order. A killed study is therefore rebuilt by reading the rows again: the policy
+remakes its rungs, trials that had ended are settled, the others go on from their own checkpoints. Nothing is read back
+from Ray's experiment state, which is saved seconds too late and forgets the scheduler's rungs.
+"""
+
+import importlib.util
+import logging
+import os
+import platform
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from filelock import FileLock, Timeout
+from ray import tune
+from ray.autoscaler.sdk import request_resources
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from trainables import installed_version
+from trainables.checkpoints import sweep_temporaries, write_json
+from trainables.config import FineTuneConfig, build_config
+from trainables.diagnosis import diagnose
+from trainables.manifest import read_manifest
+from trainables.ray_trainable import FATAL, TrialSetting, run_trial
+from trainables.volumes import Recipe, prepare_cohort
+from tune_app.display import Display
+from tune_app.objective import OBJECTIVES, objective_value
+from tune_app.packing import measure_packing, pick_packing
+from tune_app.ray_scheduler import PolicyScheduler
+from tune_app.results import read_record, read_rows
+from tune_app.scheduler import Decision, Policy, PolicySpec
+from tune_app.searcher import OptunaSearcher
+from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+
+log = logging.getLogger("medtune.study")
+
+DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
+VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
+
+
+class StudyBusyError(RuntimeError):
+    """Another driver is at work on the study."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a session of a study ended."""
+
+    exit_code: int
+    states: dict[str, int]
+    """Number of trials by state."""
+
+
+def run_study(
+    spec: StudySpec, root: Path, *, console: Any, notes: Any, address: str | None = None, resume: bool = False
+) -> Outcome:
+    """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
+
+    `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
+    Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
+
+    Raises SpecError when the directory holds another study or the resources can never hold a trial, StudyBusyError
+    when another driver runs it, ManifestError and VolumeError for the data.
+    """
+    files = StudyFiles(root)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
+        with FileLock(files.lock, timeout=1), _ray_to_file(files.log):
+            return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
+    except Timeout:
+        raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
+
+
+def _run_locked(
+    spec: StudySpec, files: StudyFiles, *, console: Any, notes: Any, address: str | None, resume: bool
+) -> Outcome:
+    if files.spec.exists() and not resume:
+        raise SpecError([f"{files.root}: holds a study already; `medtune resume {files.root}` goes on with it"])
+    sweep_temporaries(files.root)
+    base = build_config(spec.config)
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
+    if resume and (recorded := files.read().get("cohort")) != cohort.name:
+        raise SpecError(
+            [
+                f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
+            ]
+        )
+    for path in (files.epochs, files.decisions):
+        if cut := mend_last_line(path):
+            log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
+    with _ray(address):
+        if spec.gpus_per_trial == "auto":
+            spec = _with_measured_packing(spec, base, cohort, notes)
+        plan, resources = _await_resources(spec, notes)
+        if not resume:
+            files.write(
+                {
+                    "spec": spec.model_dump(mode="json"),
+                    "cohort": cohort.name,
+                    "created": time.time(),
+                    "versions": {name: installed_version(name) for name in VERSIONS}
+                    | {"python": platform.python_version()},
+                    "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
+                }
+            )
+        recorder = Recorder(spec, files)
+        display = Display(console, num_trials=spec.num_trials, epochs=base.epochs)
+        with display:
+            session = _Session(spec, cohort.name, recorder, display)
+            setting = TrialSetting(
+                study=str(files.root.resolve()),
+                table=str(Path(spec.data).resolve()),
+                cohort=str(cohort),
+                base=spec.config,
+                checkpoint_epochs=spec.checkpoint_epochs,
+                ranks=plan.ranks,
+                gpus_per_rank=plan.gpus_per_rank,
+                threads=spec.cpus_per_rank,
+                deadline_s=spec.rank_deadline_s,
+            )
+            notes.print(plan.text, soft_wrap=True)
+            interrupted = session.run(setting, plan)
+    states = recorder.states()
+    if interrupted:
+        return Outcome(INTERRUPTED, states)
+    return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+
+
+def _with_measured_packing(spec: StudySpec, base: FineTuneConfig, cohort: Path, notes: Any) -> StudySpec:
+    """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
+    if not ray.cluster_resources().get("GPU"):
+        raise SpecError(["gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"])
+    totals = measure_packing(base, str(Path(spec.data).resolve()), str(cohort))
+    number = pick_packing(totals)
+    told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())
+    notes.print(f"packing: {number} trials a GPU (volumes a second in all: {told})", soft_wrap=True)
+    return spec.model_copy(update={"gpus_per_trial": 1 / number})
+
+
+def _await_resources(spec: StudySpec, notes: Any) -> tuple["Plan", dict[str, float]]:
+    """Return the plan, and what Ray has. On a cluster that scales itself up, ask for a trial's bundles and wait."""
+    deadline = time.monotonic() + spec.wait_for_resources_s
+    asked = False
+    while True:
+        resources = dict(ray.cluster_resources())
+        try:
+            return plan_resources(spec, resources), resources
+        except SpecError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not asked:
+                request_resources(bundles=trial_bundle(spec, has_gpu=True))
+                notes.print(f"waiting up to {spec.wait_for_resources_s:.0f} s for resources: {error}", soft_wrap=True)
+                asked = True
+            time.sleep(min(5.0, spec.wait_for_resources_s / 10))
+
+
+# Resources -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one trial takes, and how many run at a time."""
+
+    ranks: int
+    cpus_per_rank: int
+    gpus_per_rank: float
+    concurrent: int
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        bundle = {"CPU": float(self.cpus_per_rank)}
+        return [bundle | ({"GPU": self.gpus_per_rank} if self.gpus_per_rank else {})] * self.ranks
+
+    @property
+    def text(self) -> str:
+        what = [f"{self.cpus_per_rank * self.ranks} CPU"]
+        if self.gpus_per_rank:
+            what.append(f"{self.gpus_per_rank * self.ranks:g} GPU")
+        over = f" over {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.concurrent} trials at a time, each with {' and '.join(what)}{over}"
+
+
+def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
+    """Return what each rank of a trial takes, one entry a rank; a pure function.
+
+    Raises SpecError when GPUs and ranks do not go together.
+    """
+    wanted = spec.gpus_per_trial
+    assert wanted != "auto", "measured before planning"
+    if wanted is None:
+        wanted = 1.0 if has_gpu else 0.0
+    ranks = spec.ranks or max(1, int(wanted))
+    if wanted > 1 and int(wanted) != ranks:
+        raise SpecError(
+            [f"gpus_per_trial={wanted:g} over {ranks} ranks: each rank has one GPU, so give as many of both"]
+        )
+    if 0 < wanted <= 1 and ranks > 1:
+        raise SpecError([f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"])
+    gpus = 1.0 if wanted > 1 else float(wanted)
+    return [{"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}] * ranks
+
+
+def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
+    """Return what trials take of a cluster with `resources` (Ray's names); a pure function.
+
+    Raises SpecError when not even one trial fits: Ray would wait for ever without a word.
+    """
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    bundles = trial_bundle(spec, has_gpu=gpus > 0)
+    ranks, per_rank = len(bundles), bundles[0].get("GPU", 0.0)
+    fits = [cpus // (spec.cpus_per_rank * ranks)]
+    if per_rank:
+        # Shares of one GPU do not add up over several: each GPU holds floor(1 / share) trials.
+        fits.append(gpus // ranks if per_rank == 1 else int(gpus) * (1 // per_rank))
+    if min(fits) < 1:
+        need = f"{spec.cpus_per_rank * ranks} CPU" + (f" and {per_rank * ranks:g} GPU" if per_rank else "")
+        raise SpecError(
+            [f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"]
+        )
+    most = int(min(fits))
+    return Plan(ranks, spec.cpus_per_rank, per_rank, min(most, spec.max_concurrent or most, spec.num_trials))
+
+
+# A session -------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """The study directory as the driver writes it: rows, decisions, and one record a trial."""
+
+    def __init__(self, spec: StudySpec, files: StudyFiles) -> None:
+        self.spec, self.files = spec, files
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        for row in read_rows(files.epochs):
+            self.rows.setdefault(row["trial"], []).append(row)
+        self.records: dict[str, dict[str, Any]] = {}
+        for path in sorted(files.trials.glob("*/trial.json")):
+            record = read_record(path)
+            self.records[record["trial"]] = record
+        self.logged = {(row["trial"], row["epoch"]) for row in read_rows(files.decisions)}
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Keep a new row of a trial; called before anything is decided on it."""
+        self.rows.setdefault(row["trial"], []).append(dict(row))
+        append_line(self.files.epochs, row)
+
+    def decision(self, decision: Decision) -> None:
+        row = decision.as_row()
+        if (row["trial"], row["epoch"]) not in self.logged:
+            self.logged.add((row["trial"], row["epoch"]))
+            append_line(self.files.decisions, row)
+
+    def began(self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any) -> None:
+        record = self.records.get(trial) or {
+            "trial": trial,
+            "number": int(trial),
+            "variant": variant,
+            "overrides": dict(overrides),
+            "started": time.time(),
+            "failures": 0,
+            "objective": None,
+        }
+        self._write(record | where | {"state": "running", "ended": None, "reason": None, "error": None})
+
+    def failed_once(self, trial: str) -> None:
+        self._write(self.records[trial] | {"failures": self.records[trial]["failures"] + 1})
+
+    def ended(self, trial: str, state: str, reason: str, *, error: str | None = None) -> dict[str, Any]:
+        rows = self.rows.get(trial, [])
+        record = self.records[trial]
+        diagnosis = diagnose(rows, build_config({**self.spec.config, **record["overrides"]})) if rows else None
+        self._write(
+            record
+            | {
+                "state": state,
+                "reason": reason or None,
+                "error": error,
+                "ended": time.time(),
+                "objective": objective_value(rows, self.spec.objective),
+                "verdict": diagnosis.verdict if diagnosis else None,
+                "verdict_epoch": diagnosis.epoch if diagnosis else None,
+                "verdict_summary": diagnosis.summary if diagnosis else None,
+                "advice": diagnosis.advice if diagnosis else None,
+            }
+        )
+        return self.records[trial]
+
+    def states(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for record in self.records.values():
+            counts[record["state"]] = counts.get(record["state"], 0) + 1
+        return counts
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records[record["trial"]] = record
+        write_json(self.files.trial(record["trial"]).record, record)
+
+
+class _Session:
+    """One driver at work on a study: rebuilds what earlier ones left, then runs the rest."""
+
+    def __init__(self, spec: StudySpec, cohort: str, recorder: Recorder, display: Display) -> None:
+        self.spec, self.cohort, self.files = spec, cohort, recorder.files
+        self.recorder, self.display = recorder, display
+        self.epochs = spec.epochs
+        self.fatal: dict[str, str] = {}
+        self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
+        self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
+
+    def run(self, setting: TrialSetting, plan: Plan) -> bool:
+        """Run until every trial has ended; True when interrupted."""
+        searcher = self.searcher = self._searcher()
+        self._rebuild(searcher)
+        tuner = tune.Tuner(
+            tune.with_resources(
+                partial(run_trial, setting=setting), tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=StudyScheduler(self),
+                num_samples=-1,
+                max_concurrent_trials=plan.concurrent,
+                reuse_actors=plan.ranks == 1,  # with several bundles the reused actor dies
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=str(self.files.ray.resolve()),
+                failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
+                callbacks=[Lifecycle(self), *log_callbacks(self.spec, self.files)],
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            searcher.close()
+        return False
+
+    def _searcher(self) -> Any:
+        if self.spec.kind != "search":
+            return PlannedSearcher(self.spec)
+        return OptunaSearcher(
+            self.spec.resolved_space(),
+            epochs=self.epochs,
+            num_trials=self.spec.trials,
+            objective=partial(objective_value, objective=self.spec.objective),
+            metric=OBJECTIVES[self.spec.objective].column,
+            storage=self.spec.storage or self.files.database,
+            sampler=self.spec.sampler,
+            seed=self.spec.seed,
+            warm_start=self.spec.warm_start,
+            warm_start_from=self.spec.warm_start_from,
+            rows={int(trial): rows for trial, rows in self.recorder.rows.items()},
+            identity={"cohort": self.cohort, "objective": self.spec.objective},
+            failure=FATAL,
+        )
+
+    def _rebuild(self, searcher: Any) -> None:
+        """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        for row in read_rows(self.files.epochs):
+            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row))
+        decided = self.policy.stopped()
+        for trial, record in list(self.recorder.records.items()):
+            rows = self.recorder.rows.get(trial, [])
+            if record["state"] not in ENDED and trial in decided:
+                state = "stopped" if decided[trial].stops else "completed"
+                record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
+            if record["state"] in ENDED:
+                searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
+            self.display.known(record, rows[-1]["epoch"] if rows else 0)
+
+    def config_of(self, trial: str) -> dict[str, Any]:
+        """The complete configuration of a trial, as plain values."""
+        overrides = self.recorder.records[trial]["overrides"]
+        return build_config({**self.spec.config, **overrides}).model_dump(mode="json")
+
+
+ENDED = ("completed", "stopped", "failed")
+
+
+def watching_only(policy: PolicySpec) -> PolicySpec:
+    """Return the policy that diagnoses and warns but stops nothing: variants are compared on whole runs."""
+    return policy.model_copy(
+        update={
+            "halving": False,
+            "actions": {verdict: "warn" if action == "stop" else action for verdict, action in policy.actions.items()},
+        }
+    )
+
+
+class StudyScheduler(PolicyScheduler):
+    """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__(session.policy, session.recorder.row, session.recorder.decision, base=session.spec.config)
+        self.session = session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its arguments, for a restore that is never asked for
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if FATAL in result:
+            self.session.fatal[str(trial.config["trial"])] = str(result[FATAL])
+            return str(TrialScheduler.STOP)
+        action = super().on_trial_result(tune_controller, trial, result)
+        ended = self.policy.stopped().get(str(trial.config["trial"]))
+        if ended is not None and ended.stops:
+            self.session.searcher.note(int(trial.config["trial"]), f"{ended.reason}: {ended.summary}")
+        return action
+
+
+class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
+    """Tune's events -> the trial's record and the display."""
+
+    def __init__(self, session: _Session) -> None:
+        self.session = session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = str(trial.config["trial"])
+        variant = self.session.variants.get(name)
+        self.session.recorder.began(name, trial.config["overrides"], variant, node=trial.get_ray_actor_ip())
+        self.session.display.began(name, variant)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        name = str(trial.config["trial"])
+        rows = self.session.recorder.rows.get(name)
+        if rows and rows[-1]["epoch"] == result["epoch"]:
+            self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.session.recorder.failed_once(str(trial.config["trial"]))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = str(trial.config["trial"])
+        decision = self.session.policy.stopped().get(name)
+        if name in self.session.fatal:
+            self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
+        elif decision is not None and decision.stops:
+            self._end(name, "stopped", f"{decision.reason}: {decision.summary}")
+        else:
+            self._end(name, "completed", "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        text = str(trial.get_pickled_error() or "the trial's process ended without a word")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        self._end(str(trial.config["trial"]), "failed", lines[-1] if lines else "", error=text)
+
+    def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
+        self.session.recorder.ended(name, state, reason, error=error)
+        self.session.display.ended(name, state, reason)
+
+
+def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
+    """Return Ray's callbacks for `spec.log`. Raises SpecError when what they need is not installed."""
+    callbacks: list[tune.Callback] = []
+    if "tensorboard" in spec.log:
+        from ray.tune.logger import TBXLoggerCallback
+
+        callbacks.append(TBXLoggerCallback())
+    if "mlflow" in spec.log:
+        if importlib.util.find_spec("mlflow") is None:
+            raise SpecError(["log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"])
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or (files.root / "mlruns").resolve().as_uri()
+        callbacks.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=files.root.name))
+    return callbacks
+
+
+class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
+    """Hands out the planned trials of an ablation or a confirmation, in order, those that have ended left out."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        super().__init__(metric=None, mode="max")
+        self.planned = {f"{number:05d}": trial for number, trial in enumerate(spec.planned)}
+
+    def settle(self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None) -> None:
+        """Leave out a trial that has ended."""
+        self.planned.pop(f"{number:05d}", None)
+
+    def note(self, number: int, reason: str) -> None:
+        """Nothing to keep: the trial's record has the reason."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """Return the next planned trial, or FINISHED."""
+        if not self.planned:
+            return str(Searcher.FINISHED)
+        name = next(iter(self.planned))
+        return {"trial": name, "overrides": dict(self.planned.pop(name).overrides)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing to learn from."""
+
+
+# Ray and its chatter ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study."""
+    if ray.is_initialized():
+        yield
+        return
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
+    if cluster:
+        ray.init(address=cluster, **common)
+    else:
+        ray.init(include_dashboard=False, **common)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _ray_to_file(path: Path) -> Iterator[None]:
+    """Send what Ray, Optuna and we log to the study's log, and nothing of it to the console."""
+    os.environ.update(
+        {
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+            "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
+            "RAY_AIR_NEW_OUTPUT": "0",
+            "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        }
+    )
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("ray", "optuna", "medtune")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(level)
+            handler.close()

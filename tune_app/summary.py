@@ -1,0 +1,89 @@
+"""What a study came to, on one screen: the table, what was stopped and why, the best configuration, where things lie."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from trainables.config import build_config
+from tune_app.ablation import print_ablation
+from tune_app.confirm import print_confirmation
+from tune_app.results import Study, load_study
+from tune_app.spec import StudyFiles
+from tune_app.tables import render_table, results_table
+
+SHOWN_TRIALS = 20
+
+
+def print_summary(root: Path, console: Console) -> None:
+    """Print the summary of the study in `root`, 80 columns wide."""
+    study = load_study(root)
+    if study.spec.kind != "search":
+        console.print()
+        (print_ablation if study.spec.kind == "ablation" else print_confirmation)(study, console)
+        console.print()
+        for line in place_lines(root):
+            console.print(line, soft_wrap=True, markup=False)
+        return
+    width = min(console.width, 100)
+    console.print()
+    console.print(render_table(results_table(study, limit=SHOWN_TRIALS), width))
+    if len(study.trials) > SHOWN_TRIALS:
+        console.print(f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)")
+    console.print()
+    for line in [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def stopped_lines(study: Study) -> list[str]:
+    """One line for each trial that was stopped by its diagnosis or failed, and one that counts the halving's."""
+    trials = study.trials
+    lines = []
+    for trial in trials.fillna({"reason": "", "advice": ""}).to_dict("records"):
+        reason = str(trial["reason"])
+        if trial["state"] == "stopped" and not reason.startswith("halving"):
+            said = reason.partition(": ")[2] or reason
+            lines.append(f"{trial['trial']} stopped after epoch {trial['epochs_run']}: {said}")
+            lines += [f"      {trial['advice']}"] if trial["advice"] else []
+        elif trial["state"] == "failed":
+            lines.append(f"{trial['trial']} failed: {reason}")
+    halved = trials[(trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)]
+    if len(halved):
+        lines.append(
+            f"{len(halved)} more were stopped at a rung, where others were ahead: {', '.join(halved['trial'])}"
+        )
+    warned = trials[(trials["state"] == "completed") & ~trials["verdict"].isin(["healthy"]) & trials["verdict"].notna()]
+    lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
+    spent, full = int(trials["epochs_run"].sum()), len(trials) * study.spec.epochs
+    if full and spent < full and not study.running:
+        lines.append(f"epochs spent: {spent} of {full} ({100 * spent / full:.0f} %)")
+    return lines or ["no trial was stopped"]
+
+
+def best_lines(study: Study) -> list[str]:
+    """The best trial's value, and its settings that differ from the defaults."""
+    try:
+        best = study.best()
+    except ValueError as error:
+        return [str(error)]
+    record = study.record(str(best["trial"]))
+    config = build_config({**study.spec.config, **record["overrides"]})
+    defaults = build_config(study.spec.config)
+    changed = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in config
+        if value != getattr(defaults, name)
+    ]
+    return [
+        f"best: trial {best['trial']}, {study.spec.objective} {best['objective']:.3f}",
+        f"      {', '.join(changed) if changed else 'the default settings'}",
+    ]
+
+
+def place_lines(root: Path) -> list[str]:
+    """Where the study lies, and the next commands."""
+    files = StudyFiles(root)
+    return [
+        f"study:   {files.root}",
+        f"results: medtune results {root}",
+        f"report:  medtune report {root}",
+    ]

@@ -1,0 +1,85 @@
+"""One run without a search: what `medtune train` does, and the line an epoch that it prints."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from trainables.checkpoints import TrialFiles
+from trainables.config import FineTuneConfig
+from trainables.diagnosis import diagnose
+from trainables.finetune import choose_precision, finetune
+from trainables.manifest import read_manifest, split_rows
+from trainables.ranks import RankWork, local_gang_rows
+from trainables.saved_run import saved_run
+from trainables.volumes import Recipe, open_cohort, prepare_cohort
+
+HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """One epoch in 80 columns: what the source document says to watch."""
+    return (
+        f"{row['epoch']:>3}/{epochs:<3} {row['lr_backbone']:.1e}/{row['lr_classifier']:.1e} "
+        f"{'on ' if row['drw_active'] else 'off'} {row['train_loss']:>7.3f}   {_score(row['val_auc_raw'])}"
+        f"    {_score(row['val_auc'])} [{_score(row['val_auc_low'])}, {_score(row['val_auc_high'])}]"
+        f" {_score(row['val_accuracy_ema'])} {row['epoch_s']:>5.1f}"
+    )
+
+
+def _score(value: float | None) -> str:
+    return "  nan" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def train_once(
+    config: FineTuneConfig,
+    table: Path,
+    folder: Path,
+    cache: Path,
+    *,
+    gpu: bool,
+    multi_gpu: bool,
+    console: Console,
+    notes: Console,
+) -> int:
+    """Run `config` on `table` into `folder`, going on from a checkpoint there; returns the exit code.
+
+    A line an epoch goes to `console`, everything else to `notes`.
+    """
+    manifest = read_manifest(table, num_classes=config.num_classes)
+    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
+    cohort = open_cohort(cohort_folder)
+    gpus = torch.cuda.device_count() if gpu else 0
+    device = torch.device("cuda" if gpus else "cpu")
+    if gpu and not gpus:
+        notes.print("no GPU found: this run is on the CPU, in float32")
+    if multi_gpu and gpus < 2:
+        notes.print(f"--multi_gpu: {gpus} GPUs here, so the run has one rank")
+    precision = choose_precision(config.amp, device)
+    sizes = [f"{name} {len(rows)}" for name, rows in (("train", split.train), ("validation", split.val))]
+    notes.print(f"volumes: {', '.join(sizes)}; {precision.name}: {precision.reason}")
+    if config.drw_start_epoch > config.epochs and config.loss != "cross_entropy":
+        notes.print(f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}")
+
+    files = TrialFiles(folder)
+    if files.checkpoint.exists():
+        notes.print(f"going on from the checkpoint in {folder}", soft_wrap=True)
+    rows: list[Mapping[str, Any]] = []
+    console.print(HEADER)
+    if multi_gpu and gpus > 1:
+        run = local_gang_rows(RankWork(config, str(table), str(cohort_folder), gpu=True), gpus, files)
+    else:
+        run = saved_run(config, files, lambda resume: finetune(config, cohort, split, device=device, resume=resume))
+    for row in run:
+        rows.append(row)
+        console.print(epoch_line(row, config.epochs))
+    verdict = diagnose(rows, config)
+    console.print(f"\n{verdict.summary}", soft_wrap=True, markup=False)
+    if verdict.advice:
+        console.print(verdict.advice, soft_wrap=True, markup=False)
+    notes.print(f"checkpoint, averaged weights and config: {folder}", soft_wrap=True)
+    return 0
