@@ -1,0 +1,133 @@
+"""Who may import what. Loading torch or Ray takes seconds, and a laptop that only reads results may have neither."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("search_spaces", "trainables", "tune_app")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAY_IMPORT_RAY = {"trainables.ranks", "trainables.ray_trainable"}
+HEAVY = ("torch", "ray", "monai")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(tree):
+    """Every module that is named in an import below `tree`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: relative import; write the whole name"
+            found.add(node.module)
+            if (ROOT / node.module.replace(".", "/")).is_dir():
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def run_at_import(tree):
+    """The module's own imports: not those inside functions, nor those for type checkers only."""
+    body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    body = [node for node in body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    return ast.Module(body, [])
+
+
+def own(module):
+    return module.split(".")[0] in PACKAGES
+
+
+TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for path in MODULES}
+IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
+
+
+def test_the_modules_are_seen():
+    missing = {"search_spaces.fixes", "search_spaces.ablations", "search_spaces.spaces", "trainables.config", "trainables.finetune",
+               "trainables.ranks", "trainables.ray_trainable", "tune_app.cli", "tune_app.study", "tune_app.searcher",
+               "tune_app.results"} - set(IMPORTS)  # fmt: skip
+    assert not missing, f"the layout names modules that are not there: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_point_one_way(module):
+    """tune_app -> search_spaces -> trainables.config, and nothing back."""
+    package = module.split(".")[0]
+    allowed = {
+        "tune_app": lambda name: True,
+        "search_spaces": lambda name: (
+            name.split(".")[0] == "search_spaces" or name in ("trainables", "trainables.config")
+        ),
+        "trainables": lambda name: name.split(".")[0] == "trainables",
+    }[package]
+    wrong = {name for name in IMPORTS[module] if own(name) and not allowed(name)}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_search_spaces_need_nothing_but_optunas_distributions():
+    for module in (name for name in IMPORTS if name.startswith("search_spaces")):
+        foreign = {
+            name for name in IMPORTS[module] if not own(name) and name.split(".")[0] not in sys.stdlib_module_names
+        }
+        assert foreign <= {"optuna.distributions"}, f"{module} imports {sorted(foreign)}"
+
+
+@pytest.mark.parametrize("module", [name for name in IMPORTS if name.startswith("trainables")])
+def test_training_does_not_know_ray(module):
+    if module not in MAY_IMPORT_RAY:
+        wrong = {name for name in IMPORTS[module] if name.split(".")[0] == "ray" or name in MAY_IMPORT_RAY}
+        assert not wrong, f"{module} imports {sorted(wrong)}: only {sorted(MAY_IMPORT_RAY)} may"
+
+
+def test_the_config_imports_nothing_of_ours():
+    assert not {name for name in IMPORTS["trainables.config"] if own(name)}
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {name: {n for n in imports_of(run_at_import(tree)) if n in TREES} - {name} for name, tree in TREES.items()}
+    assert len(tuple(TopologicalSorter(graph).static_order())) == len(TREES)  # raises CycleError with the circle
+
+
+def loaded_by(code, *arguments):
+    """Run `code` in a fresh interpreter, and return which of the heavy packages it has loaded at its end."""
+    report = f"\nimport sys; print('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, f"{code.strip()}\n{done.stderr}"
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+LIGHT = [
+    "trainables.config",
+    *(name for name in IMPORTS if name.startswith("search_spaces")),
+    "tune_app.spec",
+    "tune_app.results",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_laptop_without_torch_and_ray_can_import(module):
+    if module not in IMPORTS:
+        pytest.fail(f"{module} is not there")
+    assert loaded_by(f"import {module}") == []
+
+
+def test_the_command_line_shows_its_help_without_torch_and_ray():
+    if "tune_app.cli" not in IMPORTS:
+        pytest.fail("tune_app.cli is not there")
+    code = """
+import sys
+from tune_app.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert loaded_by(code, "--help") == []

@@ -1,0 +1,68 @@
+"""The README against the code: its table of fixes, and every command and option it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from search_spaces.fixes import FIXES, fixes_markdown
+from tune_app.cli import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")
+"""A command and its subcommands, then the rest of the line or code span; lines ending in a backslash go on."""
+
+
+def code_in(text):
+    """Code blocks and code spans of Markdown: prose may put any word after the name."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))]
+
+
+def problems_of(text):
+    """One line for each command or option in the code of `text` that the command line does not have."""
+    found = []
+    for code in code_in(text):
+        for words, rest in COMMAND.findall(code):
+            command = get_command(app)
+            path = "medtune"
+            for word in words.split():
+                if not isinstance(command, TyperGroup):
+                    break  # an argument
+                path += f" {word}"
+                if word not in command.commands:
+                    found.append(f"no command `{path}`")
+                    break
+                command = command.commands[word]
+            else:
+                known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+                options = re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", rest.split("#")[0].split("|")[0])
+                found += [f"no option {name} of `{path}`" for name in options if name not in known | {"--help"}]
+    return found
+
+
+def test_the_table_of_fixes_is_the_one_in_the_code():
+    between = re.findall(r"<!-- fixes:begin -->\n(.*?)<!-- fixes:end -->", README, flags=re.DOTALL)
+    assert between == [fixes_markdown()], "put the output of `medtune fixes --format markdown` between the markers"
+    assert README.count("(`") >= len(FIXES)
+
+
+def test_every_command_and_option_that_is_named_exists():
+    assert problems_of(README) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("`medtune ablate --data T --seeds 3`", []),
+        ("```\nmedtune data import FILE.npz OUT --limit 3\nmedtune fixes  # --all\n```\n", []),
+        ("```\nmedtune run \\\n  --data T \\\n  --trails 3\n```\n", ["no option --trails of `medtune run`"]),
+        ("`medtune ablation`", ["no command `medtune ablation`"]),
+        ("`medtune data chek TABLE`", ["no command `medtune data chek`"]),
+        ("medtune is a program --with options", []),
+    ],
+)
+def test_a_command_that_does_not_exist_would_be_noticed(text, problems):
+    assert problems_of(text) == problems
