@@ -10,20 +10,32 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
-from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.config import FineTuneConfig, build_config
+from tune_app import cli_models
+from tune_app.cli_common import (
+    AddressOption,
+    CacheOption,
+    ConcurrentOption,
+    DataOption,
+    GpusOption,
+    OutOption,
+    SetOption,
+    cache_folder,
+    err,
+    gpus_option,
+    out,
+    parse_settings,
+)
+from tune_app.cli_tools import bench_app, data_app, weights_app
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -35,15 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Tables of volumes: check, prepare, import.", no_args_is_help=True)
-weights_app = typer.Typer(help="MedicalNet checkpoints: check, fetch.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-app.add_typer(weights_app, name="weights")
-bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
-
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
 
 
 def main() -> None:
@@ -73,54 +76,6 @@ def _common(
         out.print(metadata.version("medtune"))
         raise typer.Exit
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
-
-
-# Options that several commands share -----------------------------------------------------------------------------------
-
-DataOption = Annotated[
-    Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
-]
-CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of prepared cohorts.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to.")]
-
-
-def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars."""
-    parsed: dict[str, Any] = {}
-    problems = []
-    for setting in settings or []:
-        name, separator, value = setting.partition("=")
-        if not separator or not name.strip():
-            problems.append(f"--set {setting!r}: write NAME=VALUE")
-            continue
-        try:
-            parsed[name.strip()] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            parsed[name.strip()] = value
-        if isinstance(parsed[name.strip()], str):
-            with_number = _as_number(value)
-            parsed[name.strip()] = value if with_number is None else with_number
-    if problems:
-        raise ConfigError(problems)
-    return parsed
-
-
-def _as_number(text: str) -> float | None:
-    """YAML 1.1 reads 1e-4 as text, for want of a dot; people write it as a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def cache_folder(cache: Path | None) -> Path:
-    from tune_app.spec import default_cache
-
-    return cache or default_cache()
 
 
 # One run ---------------------------------------------------------------------------------------------------------------
@@ -221,100 +176,6 @@ def _plain(value: object) -> str:
     return "-" if value is None else (repr(value) if value == "" else str(value))
 
 
-# Data ------------------------------------------------------------------------------------------------------------------
-
-
-@data_app.command("check")
-def data_check(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
-    setting: SetOption = None,
-) -> None:
-    """Tell every problem of every row at once; reads each volume."""
-    from trainables.manifest import ManifestError, check_manifest
-
-    checked = build_config(parse_settings(setting))
-    with _progress("checking") as progress:
-        report = check_manifest(table, num_classes=checked.num_classes, config=checked, progress=progress)
-    if report.problems:
-        raise ManifestError(report.problems)
-    for line in report.lines():
-        out.print(line, markup=False)
-
-
-@data_app.command("prepare")
-def data_prepare(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
-    setting: SetOption = None,
-    cache: CacheOption = None,
-) -> None:
-    """Read every volume once into one array on disk; every trial maps it. Again is instant."""
-    from trainables.manifest import read_manifest
-    from trainables.volumes import Recipe, open_cohort, prepare_cohort
-
-    checked = build_config(parse_settings(setting))
-    manifest = read_manifest(table, num_classes=checked.num_classes)
-    with _progress("preparing") as progress:
-        folder = prepare_cohort(manifest, Recipe.from_config(checked), cache_folder(cache), progress=progress)
-    volumes = open_cohort(folder).volumes
-    out.print(
-        f"{len(volumes)} volumes of {'x'.join(map(str, volumes.shape[2:]))} voxels, {volumes.nbytes / 2**20:.0f} MiB"
-    )
-    out.print(str(folder), soft_wrap=True)
-
-
-@data_app.command("import")
-def data_import(
-    file: Annotated[Path, typer.Argument(help="MedMNIST 3D archive (.npz).")],
-    folder: Annotated[Path, typer.Argument(help="Where the volumes and table.csv go.")],
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Volumes of each split, the first ones.")] = None,
-) -> None:
-    """Write a MedMNIST archive as NIfTI files and a table with its official split."""
-    from trainables.volumes import import_medmnist
-
-    table = import_medmnist(file, folder, limit=limit)
-    out.print(str(table), soft_wrap=True)
-
-
-class _progress:
-    """A bar on stderr while the block runs; gives a callback (done, total). Nothing is drawn when stderr is no terminal."""
-
-    def __init__(self, title: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-        self.title = title
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self.progress.start()
-        self.task = self.progress.add_task(self.title, total=None)
-        return lambda done, total: self.progress.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-
-# Weights ---------------------------------------------------------------------------------------------------------------
-
-
-@weights_app.command("check")
-def weights_check(file: Annotated[Path, typer.Argument(help="Checkpoint file.")]) -> None:
-    """Say what a checkpoint holds, and whether it fills the network."""
-    from trainables.weights import inspect_weights
-
-    for line in inspect_weights(file).lines():
-        out.print(line, markup=False)
-
-
-@weights_app.command("fetch")
-def weights_fetch(
-    name: Annotated[str, typer.Argument(help="resnet10 ... resnet200.")],
-    folder: Annotated[Path, typer.Option("--to", help="Where to put it.")] = Path("pretrained"),
-) -> None:
-    """Download an official MedicalNet checkpoint and verify it."""
-    from trainables.weights import fetch
-
-    out.print(str(fetch(name, folder)), soft_wrap=True)
-
-
 # Studies ---------------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +217,7 @@ def run(
         "trials": trials,
         "sampler": sampler,
         "seed": seed,
-        "gpus_per_trial": _gpus(gpus_per_trial),
+        "gpus_per_trial": gpus_option(gpus_per_trial),
         "ranks": ranks,
         "cpus_per_rank": cpus_per_rank,
         "max_concurrent": max_concurrent,
@@ -400,15 +261,6 @@ def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -
     if outcome.exit_code == INTERRUPTED:
         err.print(f"interrupted; go on with: medtune resume {root}", soft_wrap=True, markup=False)
     raise typer.Exit(outcome.exit_code)
-
-
-def _gpus(text: str | None) -> float | str | None:
-    if text is None or text == "auto":
-        return text
-    number = _as_number(text)
-    if number is None:
-        raise typer.BadParameter(f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto")
-    return number
 
 
 @app.command()
@@ -599,13 +451,11 @@ def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")
 
 # Ablation, confirmation, study file ------------------------------------------------------------------------------------
 
+
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each variant on each fold.")]
 FoldsOption = Annotated[
     str, typer.Option("--folds", help="all, numbers such as 0,1, or own: the table's own train and val rows.")
 ]
-GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
-ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
-AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]
 
 
 @app.command()
@@ -635,7 +485,7 @@ def ablate(
     chosen = read_variants(variants, build_config(config).epochs)
     given = {
         "objective": objective,
-        "gpus_per_trial": _gpus(gpus_per_trial),
+        "gpus_per_trial": gpus_option(gpus_per_trial),
         "max_concurrent": max_concurrent,
         "cache": cache and str(cache.resolve()),
     }
@@ -677,7 +527,7 @@ def confirm(
         print_confirmation(load_study(files.root), out)
         return
     given = {
-        "gpus_per_trial": _gpus(gpus_per_trial),
+        "gpus_per_trial": gpus_option(gpus_per_trial),
         "max_concurrent": max_concurrent,
         "cache": cache and str(cache.resolve()),
     }
@@ -708,182 +558,10 @@ def init(
     out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)
 
 
-# Models ----------------------------------------------------------------------------------------------------------------
-
-TrialOption = Annotated[str | None, typer.Option("--trial", help="Trial by its id.")]
-BestOption = Annotated[bool, typer.Option("--best", help="The best trial; so it is without another choice.")]
-ConfirmedOption = Annotated[bool, typer.Option("--confirmed", help="What the study's confirmation chose.")]
-ModelOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
-MovedOption = Annotated[Path | None, typer.Option("--data", help="Table of volumes, where it has moved.")]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")]
-OnnxOption = Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked against torch.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
-
-
-@app.command()
-def export(
-    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
-    out_folder: ModelOption,
-    trial: TrialOption = None,
-    best: BestOption = False,
-    confirmed: ConfirmedOption = False,
-    ensemble: Annotated[int | None, typer.Option("--ensemble", metavar="K", help="The K best together.")] = None,
-    data: MovedOption = None,
-    cache: CacheOption = None,
-    device: DeviceOption = "auto",
-    onnx: OnnxOption = False,
-    force: ForceOption = False,
-) -> None:
-    """Write a trial as a model: weights, threshold, calibration, model card and checksums in one folder."""
-    from tune_app.export import export_model, outcome_lines
-    from tune_app.predict import choose_device
-
-    if trial is not None and (best or confirmed or ensemble):
-        raise typer.BadParameter("--trial is a choice by itself: leave out --best, --confirmed and --ensemble")
-    if best and confirmed:
-        raise typer.BadParameter("--best or --confirmed, not both")
-    info = export_model(
-        study,
-        out_folder,
-        trial=trial,
-        confirmed=confirmed,
-        ensemble=ensemble,
-        data=data,
-        cache=cache,
-        device=choose_device(device),
-        onnx=onnx,
-        force=force,
-        say=_to_stderr,
-    )
-    for line in outcome_lines(info, out_folder):
-        out.print(line, soft_wrap=True, markup=False)
-
-
-@app.command()
-def retrain(
-    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
-    out_folder: ModelOption,
-    trial: TrialOption = None,
-    best: BestOption = False,
-    confirmed: ConfirmedOption = False,
-    data: MovedOption = None,
-    cache: CacheOption = None,
-    device: DeviceOption = "auto",
-    onnx: OnnxOption = False,
-    force: ForceOption = False,
-) -> None:
-    """Train the chosen configuration on training and validation volumes together; write it as a model."""
-    from tune_app.export import outcome_lines, retrain_model
-    from tune_app.predict import choose_device
-
-    if (trial is not None) + best + confirmed > 1:
-        raise typer.BadParameter("one of --trial, --best and --confirmed")
-    info = retrain_model(
-        study,
-        out_folder,
-        trial=trial,
-        confirmed=confirmed,
-        data=data,
-        cache=cache,
-        device=choose_device(device),
-        onnx=onnx,
-        force=force,
-        say=_to_stderr,
-    )
-    for line in outcome_lines(info, out_folder):
-        out.print(line, soft_wrap=True, markup=False)
-
-
-@app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
-    paths: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables with a column path.")],
-    out_file: Annotated[Path | None, typer.Option("--out", help="CSV file; default: standard output.")] = None,
-    device: DeviceOption = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Volumes scored at a time.")] = 8,
-    explain: Annotated[
-        Path | None, typer.Option("--explain", metavar="FOLDER", help="Write a Grad-CAM of each volume.")
-    ] = None,
-    explain_layer: Annotated[
-        Literal["layer4", "layer3", "layer2", "layer1"],
-        typer.Option("--explain-layer", help="Layer explained: lower ones locate better and mean less."),
-    ] = "layer4",
-) -> None:
-    """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""
-    from tune_app.predict import run_predict
-
-    raise typer.Exit(
-        run_predict(
-            model,
-            paths,
-            out_file,
-            device=device,
-            batch_size=batch_size,
-            explain=explain,
-            explain_layer=explain_layer,
-            say=_to_stderr,
-        )
-    )
-
-
-@bench_app.command("train")
-def bench_train_command(
-    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "64,96,128",
-    geometries: Annotated[str, typer.Option("--geometries", help="strided, dilated or both.")] = "strided,dilated",
-    batches: Annotated[str, typer.Option("--batches", help="Batch size x accumulation steps.")] = "6x2,24x1",
-    depth: Annotated[int, typer.Option("--depth")] = 50,
-    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
-    variants: Annotated[
-        str, typer.Option("--variants", help="plain, plain_augmented, eager (no CUDA graphs), ours.")
-    ] = "plain,ours",
-    device: DeviceOption = "auto",
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-) -> None:
-    """Time whole training steps: a plain loop against medtune's own, side by side."""
-    from tune_app.bench import bench_train, markdown_table, parse_batches, result_table
-    from tune_app.predict import choose_device
-
-    result = bench_train(
-        sizes=[int(size) for size in sizes.split(",")],
-        geometries=geometries.split(","),
-        batches=parse_batches(batches),
-        device=str(choose_device(device)),
-        depth=depth,
-        width=width,
-        steps=steps,
-        variants=variants.split(","),
-        say=_to_stderr,
-        record=lambda so_far: out_file.write_text(json.dumps(so_far, indent=1) + "\n") if out_file else None,
-    )
-    if markdown:
-        print(markdown_table(result))
-    else:
-        out.print(result_table(result))
-
-
-@bench_app.command("data")
-def bench_data_command(
-    size: Annotated[int, typer.Option("--size", min=8, help="Voxels a side.")] = 96,
-    subjects: Annotated[int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")] = 24,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
-) -> None:
-    """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
-    import tempfile
-
-    from tune_app.bench import bench_data, data_table
-
-    with tempfile.TemporaryDirectory() as folder:
-        result = bench_data(size=size, subjects=subjects, folder=Path(folder), say=_to_stderr)
-    if out_file is not None:
-        out_file.write_text(json.dumps(result, indent=1) + "\n")
-    out.print(data_table(result))
-
-
-def _to_stderr(text: str) -> None:
-    err.print(text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None)
-
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+app.add_typer(bench_app, name="bench")
+app.add_typer(cli_models.app)
 
 if __name__ == "__main__":
     main()

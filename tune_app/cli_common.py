@@ -1,0 +1,94 @@
+"""What several commands share: consoles, options that mean the same everywhere, and how `--set` is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainables.config import ConfigError
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
+]
+CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of prepared cohorts.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to.")]
+GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
+ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")]
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars."""
+    parsed: dict[str, Any] = {}
+    problems = []
+    for setting in settings or []:
+        name, separator, value = setting.partition("=")
+        if not separator or not name.strip():
+            problems.append(f"--set {setting!r}: write NAME=VALUE")
+            continue
+        try:
+            parsed[name.strip()] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            parsed[name.strip()] = value
+        if isinstance(parsed[name.strip()], str):
+            with_number = as_number(value)
+            parsed[name.strip()] = value if with_number is None else with_number
+    if problems:
+        raise ConfigError(problems)
+    return parsed
+
+
+def as_number(text: str) -> float | None:
+    """YAML 1.1 reads 1e-4 as text, for want of a dot; people write it as a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def cache_folder(cache: Path | None) -> Path:
+    from tune_app.spec import default_cache
+
+    return cache or default_cache()
+
+
+def gpus_option(text: str | None) -> float | str | None:
+    if text is None or text == "auto":
+        return text
+    number = as_number(text)
+    if number is None:
+        raise typer.BadParameter(f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto")
+    return number
+
+
+def to_stderr(text: str) -> None:
+    err.print(text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None)
+
+
+class progress_bar:
+    """A bar on stderr while the block runs; gives a callback (done, total). Nothing is drawn when stderr is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+        self.title = title
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.progress.start()
+        self.task = self.progress.add_task(self.title, total=None)
+        return lambda done, total: self.progress.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()

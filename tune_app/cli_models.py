@@ -1,0 +1,124 @@
+"""The commands from a trained study to a model and its predictions: `medtune export`, `retrain`, `predict`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tune_app.cli_common import CacheOption, DeviceOption, out, to_stderr
+
+app = typer.Typer()
+
+TrialOption = Annotated[str | None, typer.Option("--trial", help="Trial by its id.")]
+BestOption = Annotated[bool, typer.Option("--best", help="The best trial; so it is without another choice.")]
+ConfirmedOption = Annotated[bool, typer.Option("--confirmed", help="What the study's confirmation chose.")]
+ModelOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
+MovedOption = Annotated[Path | None, typer.Option("--data", help="Table of volumes, where it has moved.")]
+OnnxOption = Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked against torch.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
+
+
+@app.command()
+def export(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    out_folder: ModelOption,
+    trial: TrialOption = None,
+    best: BestOption = False,
+    confirmed: ConfirmedOption = False,
+    ensemble: Annotated[int | None, typer.Option("--ensemble", metavar="K", help="The K best together.")] = None,
+    data: MovedOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    onnx: OnnxOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Write a trial as a model: weights, threshold, calibration, model card and checksums in one folder."""
+    from tune_app.export import export_model, outcome_lines
+    from tune_app.predict import choose_device
+
+    if trial is not None and (best or confirmed or ensemble):
+        raise typer.BadParameter("--trial is a choice by itself: leave out --best, --confirmed and --ensemble")
+    if best and confirmed:
+        raise typer.BadParameter("--best or --confirmed, not both")
+    info = export_model(
+        study,
+        out_folder,
+        trial=trial,
+        confirmed=confirmed,
+        ensemble=ensemble,
+        data=data,
+        cache=cache,
+        device=choose_device(device),
+        onnx=onnx,
+        force=force,
+        say=to_stderr,
+    )
+    for line in outcome_lines(info, out_folder):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
+def retrain(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    out_folder: ModelOption,
+    trial: TrialOption = None,
+    best: BestOption = False,
+    confirmed: ConfirmedOption = False,
+    data: MovedOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+    onnx: OnnxOption = False,
+    force: ForceOption = False,
+) -> None:
+    """Train the chosen configuration on training and validation volumes together; write it as a model."""
+    from tune_app.export import outcome_lines, retrain_model
+    from tune_app.predict import choose_device
+
+    if (trial is not None) + best + confirmed > 1:
+        raise typer.BadParameter("one of --trial, --best and --confirmed")
+    info = retrain_model(
+        study,
+        out_folder,
+        trial=trial,
+        confirmed=confirmed,
+        data=data,
+        cache=cache,
+        device=choose_device(device),
+        onnx=onnx,
+        force=force,
+        say=to_stderr,
+    )
+    for line in outcome_lines(info, out_folder):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
+    paths: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables with a column path.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV file; default: standard output.")] = None,
+    device: DeviceOption = "auto",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Volumes scored at a time.")] = 8,
+    explain: Annotated[
+        Path | None, typer.Option("--explain", metavar="FOLDER", help="Write a Grad-CAM of each volume.")
+    ] = None,
+    explain_layer: Annotated[
+        Literal["layer4", "layer3", "layer2", "layer1"],
+        typer.Option("--explain-layer", help="Layer explained: lower ones locate better and mean less."),
+    ] = "layer4",
+) -> None:
+    """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""
+    from tune_app.predict import run_predict
+
+    raise typer.Exit(
+        run_predict(
+            model,
+            paths,
+            out_file,
+            device=device,
+            batch_size=batch_size,
+            explain=explain,
+            explain_layer=explain_layer,
+            say=to_stderr,
+        )
+    )
