@@ -59,7 +59,7 @@ def main() -> None:
         if "--debug" in sys.argv or not _is_ours(error):
             raise
         for line in getattr(error, "problems", None) or str(error).splitlines():
-            err.print(f"error: {line}", style="red", markup=False)
+            err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 

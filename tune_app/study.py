@@ -10,7 +10,9 @@ import importlib.util
 import logging
 import os
 import platform
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 from filelock import FileLock, Timeout
@@ -317,6 +319,7 @@ class _Session:
         self.recorder, self.display = recorder, display
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
+        self.interrupt = Interrupt()
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
@@ -344,7 +347,8 @@ class _Session:
             ),
         )
         try:
-            tuner.fit()
+            with self.interrupt:
+                tuner.fit()
         except KeyboardInterrupt:
             return True
         finally:
@@ -424,6 +428,36 @@ class StudyScheduler(PolicyScheduler):
         return action
 
 
+class Interrupt:
+    """Ctrl-C, or SIGTERM from a cluster: taken between two steps of Tune's loop, a second one at once.
+
+    Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
+    is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Raise KeyboardInterrupt if one was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.take()
+        self.asked = True
+
+
 class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """Tune's events -> the trial's record and the display."""
 
@@ -432,6 +466,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as above
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.interrupt.take()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = str(trial.config["trial"])

@@ -15,7 +15,7 @@ import pytest
 
 from tune_app.results import load_study
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Recorder, log_callbacks, plan_resources, watching_only
+from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, watching_only
 from tune_app.synthetic import write_cohort
 
 TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
@@ -106,19 +106,21 @@ def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Pat
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_study_that_can_be_resumed(table: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_says_how_to_go_on_and_does(table: Path, tmp_path: Path, blow: int) -> None:
     root = tmp_path / "study"
-    process = medtune(
-        "run", "--data", table, "--trials", 2, "--epochs", 5, "--out", root, "--cache", tmp_path / "cache", *TINY
-    )
+    asked = ["--trials", 1, "--epochs", 40, "--out", root, "--cache", tmp_path / "cache"]
+    process = medtune("run", "--data", table, *asked, *TINY)
     wait_for_rows(process, root, 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(blow)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"medtune resume {root}" in err
     assert "Traceback" not in err
-    finished(medtune("resume", root))
-    check_whole(root, trials=2, epochs=5)
+    assert len(rows_of(root)) < 40
+    if blow == signal.SIGINT:
+        finished(medtune("resume", root))
+        check_whole(root, trials=1, epochs=40)
 
 
 @pytest.mark.ray
@@ -222,6 +224,18 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
         log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+
+
+def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        interrupt.take()
+        signal.raise_signal(signal.SIGINT)  # does not raise here, where a destructor could swallow it
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.take()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_variants_are_compared_on_whole_runs() -> None:
