@@ -195,6 +195,9 @@ def run(
     ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
     max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
+    disk_budget: Annotated[
+        float | None, typer.Option("--disk-budget", help="GiB the study may take; the worst trials' weights go first.")
+    ] = None,
     warm_start_from: Annotated[
         list[Path] | None, typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated.")
     ] = None,
@@ -221,6 +224,7 @@ def run(
         "ranks": ranks,
         "cpus_per_rank": cpus_per_rank,
         "max_concurrent": max_concurrent,
+        "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
         "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from) if warm_start_from else None,

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search_spaces.spaces import Space, SpaceError, space_from
-from trainables.checkpoints import TrialFiles, write_json
+from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
@@ -82,7 +82,7 @@ class StudySpec(BaseModel):
     ranks: int | None = Field(None, ge=1)
     """Ranks of one trial; None: one a GPU. Without GPUs the ranks share the work over CPU processes."""
     rank_deadline_s: float = Field(1800.0, gt=0)
-    """Seconds without a finished step after which a trial of several ranks counts as hanging."""
+    """Seconds without a finished step after which a trial counts as hanging, and starts again from its checkpoint."""
     cpus_per_rank: int = Field(1, ge=1)
     """CPU threads of each rank."""
     wait_for_resources_s: float = Field(0.0, ge=0)
@@ -93,6 +93,10 @@ class StudySpec(BaseModel):
     """Times a failed trial is started again from its checkpoint."""
     checkpoint_epochs: int = Field(1, ge=1)
     """Epochs between checkpoints of a trial."""
+    disk_budget_gib: float | None = Field(None, gt=0)
+    """GiB the study's folder may take; None: no limit. What is not needed to go on goes first, then the worst trials' weights."""
+    keep_best: int = Field(5, ge=1)
+    """Trials that have ended whose weights (best.pt) a disk budget leaves alone: the best ones."""
     log: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     """Where each epoch's row goes besides epochs.jsonl, through Ray's own callbacks: tensorboard writes to `ray/` in the
     study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlruns/` in the study."""
@@ -300,12 +304,20 @@ def default_cache() -> Path:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one."""
-    from trainables.checkpoints import without_nonfinite
+    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one.
 
+    A write that fails (the disk is full) leaves the file as it was.
+    """
+    line = json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n")
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def mend_last_line(path: Path) -> str | None:
