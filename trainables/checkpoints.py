@@ -5,7 +5,9 @@ import errno
 import json
 import logging
 import os
+import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,10 @@ ROOM_S = 86_400.0
 Result = TypeVar("Result")
 
 log = logging.getLogger("medtune.disk")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what to do."""
 
 
 class DiskFullError(RuntimeError):
@@ -158,8 +164,20 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, onto the CPU; nothing but tensors and plain values is unpickled."""
+    """Read what `save_state` wrote, onto the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises CheckpointError when the file is damaged or something else.
+    """
     import torch
 
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    damaged = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own remarks on pickles it refuses
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except damaged as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}): remove it to start anew") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start anew")
     return state

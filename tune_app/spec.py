@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search_spaces.spaces import Space, SpaceError, space_from
@@ -20,6 +19,7 @@ from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
+from tune_app.yaml_text import YamlError, load_yaml
 
 STUDY_FORMAT = 1
 
@@ -196,16 +196,18 @@ def read_study_file(path: Path) -> dict[str, Any]:
     Raises SpecError when the file is missing or is not a YAML mapping; nothing in it is executed.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError([f"{path}: no such study file; `medtune init` writes one"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
+    except YamlError as error:
+        raise SpecError([f"{path}: {error}"]) from None
     if not isinstance(fields, dict):
         raise SpecError([f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"])
     config = fields.get("config")
+    if not isinstance(config, dict | None):
+        raise SpecError([f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"])
     for holder, name in ((fields, "data"), (fields, "cache"), (fields, "confirms"), (config, "pretrained_path")):
         if isinstance(holder, dict) and isinstance(holder.get(name), str):
             holder[name] = str((path.parent / holder[name]).resolve())
@@ -283,12 +285,14 @@ class StudyFiles:
         try:
             value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
             found = value["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
         if found != STUDY_FORMAT:
             raise SpecError(
                 [f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"]
             )
+        if not isinstance(value.get("spec"), dict):
+            raise SpecError([f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"])
         return value
 
     def read_spec(self) -> StudySpec:
