@@ -7,7 +7,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoints import TrialFiles, load_state, save_state, sweep_temporaries, write_json
+from trainables.checkpoints import (
+    TrialFiles,
+    load_state,
+    save_state,
+    sweep_temporaries,
+    when_there_is_room,
+    write_json,
+)
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult
 from trainables.manifest import Split, read_manifest, split_rows
@@ -28,17 +35,23 @@ def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -
 
 
 def saved_run(
-    config: FineTuneConfig, files: TrialFiles, epochs: Epochs, *, checkpoint_epochs: int = 1
+    config: FineTuneConfig,
+    files: TrialFiles,
+    epochs: Epochs,
+    *,
+    checkpoint_epochs: int = 1,
+    alive: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
     Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
     epochs are shorter than writing takes, as few more are skipped as keep it under a tenth of the time. A run killed at
-    any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers.
+    any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers. On a full disk it waits for
+    room, and calls `alive` meanwhile.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder)
-    write_json(files.config, config.model_dump(mode="json"))
+    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, alive=alive)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     best = BestEpoch()
     for row in resume["rows"] if resume else []:
@@ -48,14 +61,18 @@ def saved_run(
     with closing(epochs(resume)) as results:  # type: ignore[type-var]  # generators close
         for result in results:
             if best.improved_by(result.metrics):
-                save_state(files.best, best_state(result))
+                _save(files.best, best_state(result), alive)
             began = time.monotonic()
             worth_it = result.epoch % checkpoint_epochs == 0 and began - saved >= SAVING_PAUSE * cost_s
             if worth_it or result.epoch == config.epochs:
-                save_state(files.checkpoint, result.state())
+                _save(files.checkpoint, result.state(), alive)
                 saved = time.monotonic()
                 cost_s = saved - began
             yield result.metrics
+
+
+def _save(path: Path, state: Mapping[str, Any], alive: Callable[[], None] | None) -> None:
+    when_there_is_room(lambda: save_state(path, state), path, alive=alive)
 
 
 class BestEpoch:

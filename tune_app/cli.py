@@ -19,6 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
 from tune_app import cli_models
 from tune_app.cli_common import (
@@ -58,13 +59,21 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv or not _is_ours(error):
             raise
-        for line in getattr(error, "problems", None) or str(error).splitlines():
+        for line in getattr(error, "problems", None) or _told(error).splitlines():
             err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
 def _is_ours(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in OURS or isinstance(error, FileNotFoundError | PermissionError)
+    """Whether the user can do something about it: our own errors, and files that are not what they should be."""
+    of_a_file = isinstance(error, OSError) and (error.filename is not None or is_disk_full(error))
+    return of_a_file or type(error).__module__.split(".")[0] in OURS
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 @app.callback()
@@ -195,6 +204,9 @@ def run(
     ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
     max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
+    disk_budget: Annotated[
+        float | None, typer.Option("--disk-budget", help="GiB the study may take; the worst trials' weights go first.")
+    ] = None,
     warm_start_from: Annotated[
         list[Path] | None, typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated.")
     ] = None,
@@ -221,6 +233,7 @@ def run(
         "ranks": ranks,
         "cpus_per_rank": cpus_per_rank,
         "max_concurrent": max_concurrent,
+        "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
         "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from) if warm_start_from else None,

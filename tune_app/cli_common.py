@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainables.config import ConfigError
+from tune_app.yaml_text import YamlError, load_yaml
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -39,8 +39,8 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             problems.append(f"--set {setting!r}: write NAME=VALUE")
             continue
         try:
-            parsed[name.strip()] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            parsed[name.strip()] = load_yaml(value) if value else ""
+        except YamlError:
             parsed[name.strip()] = value
         if isinstance(parsed[name.strip()], str):
             with_number = as_number(value)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import HEALTHY, VERDICTS, DrwStart, RunMonitor, Verdict
 from tune_app.objective import Reduction, RunningValue, as_number
+from tune_app.yaml_text import YamlError, load_yaml
 
 VerdictAction = Literal["stop", "warn", "ignore"]
 """stop: end the trial once the diagnosis is settled; warn: say so and go on; ignore: say nothing."""
@@ -120,8 +120,8 @@ class PolicyError(ValueError):
 def read_policy(path: Path) -> PolicySpec:
     """Return the policy of a YAML file with the fields of PolicySpec. Raises PolicyError with every violation."""
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fields = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise PolicyError([f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(fields, dict):
         raise PolicyError([f"{path}: a policy is a mapping of fields to values, such as `halving: false`"])
