@@ -1,6 +1,7 @@
 """The commands around a Ray cluster: `medtune submit`, `medtune jobs`, `medtune doctor`."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from tune_app.cli_common import elsewhere, err, out
+from tune_app.cli_common import CacheOption, elsewhere, err, out
 
 app = typer.Typer()
 jobs_app = typer.Typer(help="Jobs on a Ray cluster: list, logs, stop, status.", no_args_is_help=True)
@@ -128,6 +130,61 @@ def _write_text(path: Path, text: str) -> None:
         return
     path.write_text(text, encoding="utf-8")
     err.print(str(path), soft_wrap=True, markup=False)
+
+
+# Doctor ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Job server (http://...), or a Ray cluster (auto, host:port); none: this machine."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Table that every node should see.")] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="Study that every node should be able to write.")
+    ] = None,
+    cache: CacheOption = None,
+    allow_open: OpenOption = False,
+) -> None:
+    """Look for what could keep studies from running: versions, GPUs, memory, disk, ports, clocks, data, storage.
+
+    Exit code 1 when something must be mended; what only should be looked at does not count.
+    """
+    if address and address.startswith(("http://", "https://")):
+        from tune_app.jobs import Jobs
+        from tune_app.submit import build_task
+
+        given = {"--data": data, "--out": out_folder, "--cache": cache and str(cache)}
+        words = [word for name, value in given.items() if value for word in (name, str(value))]
+        jobs = Jobs(address, allow_open=allow_open)
+        task = build_task(["doctor", "--address", "auto", *words])
+        jobs.send(task)
+        raise typer.Exit(_follow(jobs, task.submission_id))
+    from tune_app.doctor import diagnose_cluster, diagnose_machine
+
+    if address:
+        found = diagnose_cluster(
+            os.environ.get("RAY_ADDRESS", address) if address == "auto" else address, data, out_folder, cache
+        )
+    else:
+        found = diagnose_machine(data, out_folder, cache)
+    signs = {"good": "ok", "look": "look", "bad": "BAD"}
+    styles = {"good": "green", "look": "yellow", "bad": "red"}
+    for node in dict.fromkeys(finding.node for finding in found):
+        out.print(node, markup=False, style="bold")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for finding in (one for one in found if one.node == node):
+            told = finding.said + (f": {finding.remedy}" if finding.remedy else "")
+            table.add_row(Text(f"  {signs[finding.state]}", style=styles[finding.state]), finding.what, Text(told))
+        out.print(table)
+    raise typer.Exit(int(any(finding.state == "bad" for finding in found)))
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Errors of the network and of the token become one line each that says what to do
 
 import asyncio
 import ipaddress
+import logging
 import os
 import socket
 import time
@@ -38,7 +39,9 @@ def job_server(address: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise JobServerError(f"--address {given}: the job server is an http(s) address, such as {DEFAULT_ADDRESS}")
     if parts.username or parts.password:
-        raise JobServerError("--address holds a password, which every process list shows: put a token in a file instead")
+        raise JobServerError(
+            "--address holds a password, which every process list shows: put a token in a file instead"
+        )
     return url.rstrip("/")
 
 
@@ -96,6 +99,8 @@ class Jobs:
             )
         from ray.job_submission import JobSubmissionClient
 
+        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         with self._told():
             self.client = JobSubmissionClient(self.url)
 

@@ -10,8 +10,9 @@ import io
 import json
 import re
 import shlex
+import uuid
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -68,10 +69,11 @@ class Submission:
             "entrypoint": self.entrypoint,
             "metadata": dict(self.metadata),
             "runtime_env": dict(self.runtime_env),
-            "package": {"sent": self.size_line(), "files": {name: size for name, size in self.contents()}},
+            "package": {"sent": self.size_line(), "files": dict(self.contents())},
         }
         with zipfile.ZipFile(io.BytesIO(self.package)) as archive:
-            shown["study"] = json.loads(archive.read(SPEC_FILE))
+            if SPEC_FILE in archive.namelist():
+                shown["study"] = json.loads(archive.read(SPEC_FILE))
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -86,24 +88,33 @@ def build_submission(
     Raises SpecError for a study folder that a cluster cannot see, and for a package over Ray's limit.
     """
     study = cluster_place(study)
-    package = pack(spec, source or Path(__file__).parents[1])
-    check_size(package)
-    runtime_env: dict[str, Any] = {
-        "env_vars": {
-            # Ctrl-C, as on a terminal: the driver closes the study, and says how to go on with it.
-            "RAY_JOB_STOP_SIGNAL": "SIGINT",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
-        }
-    }
-    if pip:
-        runtime_env["pip"] = pinned_requirements()
     return Submission(
         submission_id=next_id(study, earlier),
         entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study)}",
-        package=package,
-        runtime_env=runtime_env,
+        package=_checked(pack_code(source or Path(__file__).parents[1], {SPEC_FILE: spec_text(spec)})),
+        runtime_env=_runtime_env(pip),
         metadata={"medtune_study": study, "medtune_spec": spec.hash()},
     )
+
+
+def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submission:
+    """Return the job that runs another command of medtune on the head, in the cluster's own environment."""
+    return Submission(
+        submission_id=f"medtune-{arguments[0]}-{uuid.uuid4().hex[:8]}",
+        entrypoint=f"python -m tune_app.cli {shlex.join(arguments)}",
+        package=_checked(pack_code(source or Path(__file__).parents[1])),
+        runtime_env=_runtime_env(pip=False),
+        metadata={"medtune_command": arguments[0]},
+    )
+
+
+def _runtime_env(pip: bool) -> dict[str, Any]:
+    variables = {
+        # Ctrl-C, as on a terminal: the driver closes the study, and says how to go on with it.
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
+    }
+    return {"env_vars": variables} | ({"pip": pinned_requirements()} if pip else {})
 
 
 def entry_arguments(spec_file: str, study: str) -> str:
@@ -158,10 +169,13 @@ def package_files(source: Path) -> dict[str, Path]:
     return found | ({"pyproject.toml": project} if project.is_file() else {})
 
 
-def pack(spec: StudySpec, source: Path) -> bytes:
-    """Return the zip of code and spec; the same code and spec give the same bytes, which a cluster stores once."""
+def pack_code(source: Path, more: Mapping[str, str] | None = None) -> bytes:
+    """Return the zip of the code below `source`, with the texts `more` by name.
+
+    The same code and texts give the same bytes, which a cluster stores once.
+    """
     content = {name: path.read_bytes() for name, path in package_files(source).items()}
-    content[SPEC_FILE] = spec_text(spec).encode()
+    content |= {name: text.encode() for name, text in (more or {}).items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
@@ -172,16 +186,18 @@ def pack(spec: StudySpec, source: Path) -> bytes:
     return buffer.getvalue()
 
 
-def check_size(package: bytes) -> None:
-    """Raise SpecError for a package over Ray's limit, naming its largest files."""
-    if len(package) <= LIMIT_MIB * 2**20:
-        return
-    with zipfile.ZipFile(io.BytesIO(package)) as archive:
-        largest = sorted(archive.infolist(), key=lambda item: -item.compress_size)[:5]
-    told = ", ".join(f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest)
-    raise SpecError(
-        [f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"]
-    )
+def _checked(package: bytes) -> bytes:
+    """Return the package; raises SpecError for one over Ray's limit, naming its largest files."""
+    if len(package) > LIMIT_MIB * 2**20:
+        with zipfile.ZipFile(io.BytesIO(package)) as archive:
+            largest = sorted(archive.infolist(), key=lambda item: -item.compress_size)[:5]
+        told = ", ".join(f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest)
+        raise SpecError(
+            [
+                f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"
+            ]
+        )
+    return package
 
 
 def spec_text(spec: StudySpec) -> str:
@@ -342,7 +358,7 @@ def cluster_file(study: str, cluster: Cluster, *, provider: str = "aws", region:
         "docker": {
             "image": cluster.image,
             "container_name": "medtune",
-            "run_options": ["--shm-size=8g", "--ulimit nofile=65536:65536"],
+            "run_options": ["--shm-size=8g", "--ulimit nofile=65536:65536", f"-v {cluster.mount}:{cluster.mount}"],
         },
         "available_node_types": types,
         "head_node_type": "head",
