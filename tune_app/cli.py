@@ -21,7 +21,7 @@ from rich.text import Text
 
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_models
+from tune_app import cli_cluster, cli_models
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -31,6 +31,7 @@ from tune_app.cli_common import (
     OutOption,
     SetOption,
     cache_folder,
+    elsewhere,
     err,
     gpus_option,
     out,
@@ -218,9 +219,10 @@ def run(
     out_folder: OutOption = None,
     cache: CacheOption = None,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.spec import build_spec, read_study_file
+    from tune_app.spec import StudyFiles, build_spec, read_study_file, resumed_spec
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -248,7 +250,9 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    _run_and_tell(spec, root, address=address, resume=False)
+    begun = go_on and StudyFiles(root).spec.exists()
+    spec = resumed_spec(StudyFiles(root), spec) if begun else spec
+    _run_and_tell(spec, root, address=address, resume=begun)
 
 
 @app.command()
@@ -265,6 +269,8 @@ def resume(
 
 
 def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+    if (send := elsewhere.get()) is not None:
+        raise typer.Exit(send(spec, root))
     from tune_app.study import INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
@@ -575,6 +581,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_models.app)
+app.add_typer(cli_cluster.app)
+app.add_typer(cli_cluster.jobs_app, name="jobs")
 
 if __name__ == "__main__":
     main()

@@ -190,6 +190,38 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     return spec
 
 
+HOW_ONLY = (
+    "cache",
+    "checkpoint_epochs",
+    "gpus_per_trial",
+    "log",
+    "max_concurrent",
+    "max_failures",
+    "rank_deadline_s",
+    "wait_for_resources_s",
+)
+"""Fields that say how a study is run, not what it finds: they may differ when it goes on."""
+
+
+def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
+    """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
+
+    How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
+    """
+    there = files.read_spec()
+    differ = [
+        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
+        for name in StudySpec.model_fields
+        if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
+    ]
+    if differ:
+        raise SpecError([f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"])
+    how = {name: getattr(asked, name) for name in HOW_ONLY}
+    if asked.gpus_per_trial == "auto":
+        how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
+    return there.model_copy(update=how)
+
+
 def read_study_file(path: Path) -> dict[str, Any]:
     """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
 
