@@ -42,6 +42,7 @@ from tune_app.results import read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+from tune_app.stop_requests import TrialRequests, answered_requests, stopping_on_request
 
 log = logging.getLogger("medtune.study")
 
@@ -77,7 +78,7 @@ def run_study(
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), _ray_to_file(files.log):
+        with FileLock(files.lock, timeout=1), _ray_to_file(files.log), stopping_on_request(files):
             return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
@@ -317,6 +318,7 @@ class _Session:
         self.recorder, self.display = recorder, display
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
+        self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
@@ -372,8 +374,10 @@ class _Session:
 
     def _rebuild(self, searcher: Any) -> None:
         """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
-            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row))
+            words = requested.get((row["trial"], row["epoch"]))
+            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
         decided = self.policy.stopped()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
@@ -381,6 +385,7 @@ class _Session:
                 state = "stopped" if decided[trial].stops else "completed"
                 record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
             if record["state"] in ENDED:
+                self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
@@ -407,7 +412,13 @@ class StudyScheduler(PolicyScheduler):
     """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__(session.policy, session.recorder.row, session.recorder.decision, base=session.spec.config)
+        super().__init__(
+            session.policy,
+            session.recorder.row,
+            session.recorder.decision,
+            base=session.spec.config,
+            requested=session.requests.of,
+        )
         self.session = session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -467,6 +478,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
+        self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
 
 
