@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_models
+from tune_app import cli_models, cli_serve
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -562,6 +562,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_models.app)
+app.add_typer(cli_serve.app)
 
 if __name__ == "__main__":
     main()

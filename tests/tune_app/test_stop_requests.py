@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,14 @@ def test_a_request_to_stop_the_study_interrupts_it_and_an_old_one_does_not(tmp_p
     with stopping_on_request(files):
         assert not files.stop_request.exists(), "it was meant for a session that is over"
     before = signal.getsignal(signal.SIGUSR2)
-    with pytest.raises(KeyboardInterrupt), stopping_on_request(files):
-        ask_to_stop_study(files)
-        end = time.monotonic() + DEADLINE_S
-        while time.monotonic() < end:
-            time.sleep(0.05)
+
+    def work() -> None:
+        with stopping_on_request(files):
+            ask_to_stop_study(files)
+            threading.Event().wait(DEADLINE_S)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert signal.getsignal(signal.SIGUSR2) == before
     assert not files.stop_request.exists()
 
@@ -147,6 +151,7 @@ def wait_for(process: subprocess.Popen[str], what: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three starts of Ray
 def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resumed(tmp_path: Path) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=14, side=(14, 18))
     root = tmp_path / "study"
