@@ -21,7 +21,7 @@ from rich.text import Text
 
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_cluster, cli_models
+from tune_app import cli_cluster, cli_models, cli_serve
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -583,6 +583,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(cli_models.app)
 app.add_typer(cli_cluster.app)
 app.add_typer(cli_cluster.jobs_app, name="jobs")
+app.add_typer(cli_serve.app)
 
 if __name__ == "__main__":
     main()

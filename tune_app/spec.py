@@ -303,6 +303,30 @@ class StudyFiles:
         """test.json: every time the test rows were scored for this search, and what came of it."""
         return self.root / "test.json"
 
+    @property
+    def requests(self) -> Path:
+        """requests/: what the driver is asked to do, a file each; see `tune_app.stop_requests`."""
+        return self.root / "requests"
+
+    @property
+    def stop_request(self) -> Path:
+        """requests/study.json: the study is to stop."""
+        return self.requests / "study.json"
+
+    def trial_request(self, trial_id: str) -> Path:
+        """requests/<trial>.json: the trial is to stop."""
+        return self.requests / f"{trial_id}.json"
+
+    @property
+    def asked(self) -> Path:
+        """study.yaml: the study file, where the study was begun from the page of `medtune serve`."""
+        return self.root / "study.yaml"
+
+    @property
+    def console(self) -> Path:
+        """console.log: what the driver printed, where it was started from the page of `medtune serve`."""
+        return self.root / "console.log"
+
     def trial(self, trial_id: str) -> TrialFiles:
         return TrialFiles(self.trials / trial_id)
 

@@ -46,6 +46,7 @@ from tune_app.results import read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
@@ -84,7 +85,7 @@ def run_study(
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes):
+        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes), stopping_on_request(files):
             return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
@@ -330,6 +331,7 @@ class _Session:
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
         self.interrupt = Interrupt()
+        self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
@@ -401,8 +403,10 @@ class _Session:
 
     def _rebuild(self, searcher: Any) -> None:
         """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
-            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row))
+            words = requested.get((row["trial"], row["epoch"]))
+            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
         decided = self.policy.stopped()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
@@ -410,6 +414,7 @@ class _Session:
                 state = "stopped" if decided[trial].stops else "completed"
                 record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
             if record["state"] in ENDED:
+                self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
@@ -436,7 +441,13 @@ class StudyScheduler(PolicyScheduler):
     """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__(session.policy, session.recorder.row, session.recorder.decision, base=session.spec.config)
+        super().__init__(
+            session.policy,
+            session.recorder.row,
+            session.recorder.decision,
+            base=session.spec.config,
+            requested=session.requests.of,
+        )
         self.session = session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -454,7 +465,7 @@ class StudyScheduler(PolicyScheduler):
 
 
 class Interrupt:
-    """Ctrl-C, or SIGTERM from a cluster: taken between two steps of Tune's loop, a second one at once.
+    """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
 
     Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
     is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
@@ -466,7 +477,8 @@ class Interrupt:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            signals = (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)
+            self._before = {number: signal.signal(number, self._ask) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -540,6 +552,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
+        self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
         self.session.keep_to_budget()
 
