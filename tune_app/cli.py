@@ -38,6 +38,7 @@ from tune_app.cli_common import (
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
+from tune_app.objective import DEFAULT_OBJECTIVE
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -371,10 +372,19 @@ def backtest(
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
+    negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")] = 8,
+    objective: Annotated[str, typer.Option("--objective", help="What a trial is worth.")] = DEFAULT_OBJECTIVE,
     output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
-    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses."""
+    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses.
+
+    A file of curves is a table (.csv, .parquet, .jsonl), a row a trial and epoch. Needed: epoch, from 1 on, and val_auc,
+    empty where it is not finite. trial names the run; without it a file is one run. config.NAME is a hyperparameter of
+    the run. Any other column of a study's epochs.jsonl is used where it is there: val_auc_low and val_auc_high,
+    val_auc_raw, val_positive and val_negative, drw_active, train_auc, train_loss, epoch_s.
+    """
     from tune_app.backtest import POLICIES, backtest_studies
     from tune_app.backtest import backtest as run_backtest
     from tune_app.curves import generate_curves
@@ -384,9 +394,13 @@ def backtest(
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
     if generate is not None:
-        compared = run_backtest(generate_curves(generate, epochs=epochs, seed=seed), policies, workers=workers)
+        err.print(
+            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+        )
+        curves = generate_curves(generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
+        compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:
-        compared = backtest_studies(studies or [], policies, workers=workers)
+        compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
     if output == "csv":
         print(compared.to_csv(index=False), end="")
     elif output == "json":
@@ -398,7 +412,7 @@ def backtest(
 def _backtest_table(compared: Any) -> Table:
     """Policies as columns: there are few of them, and many figures of each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in compared["policy"]:
         table.add_column(str(name), justify="right")
     for column in compared.columns:

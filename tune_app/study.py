@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +142,7 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
             )
             notes.print(plan.text, soft_wrap=True)
-            interrupted = session.run(setting, plan)
+            interrupted = session.run(partial(run_trial, setting=setting), plan)
     states = recorder.states()
     if interrupted:
         return Outcome(INTERRUPTED, states)
@@ -335,10 +335,9 @@ class _Session:
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
-    def run(self, setting: TrialSetting, plan: Plan) -> bool:
-        """Run until every trial has ended; True when interrupted."""
-        searcher = self.searcher = self._searcher()
-        self._rebuild(searcher)
+    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan) -> bool:
+        """Run `trainable` as each trial until every one has ended; True when interrupted."""
+        self.begin()
         self.keep_to_budget()
         self.look = watch_tune(
             self.files.trial,
@@ -348,10 +347,9 @@ class _Session:
             # A gang ends itself first, and can say which rank hangs.
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
+        searcher = self.searcher
         tuner = tune.Tuner(
-            tune.with_resources(
-                partial(run_trial, setting=setting), tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
-            ),
+            tune.with_resources(trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=StudyScheduler(self),
@@ -382,6 +380,13 @@ class _Session:
             for path in make_room(self.files, self.budget, self.recorder.records.values()):
                 log.info("disk budget: removed %s", path)
 
+    def begin(self) -> None:
+        """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
+        self.searcher = self._searcher()
+        for note in self.searcher.notes:
+            self.display.note(note)
+        self._rebuild(self.searcher)
+
     def _searcher(self) -> Any:
         if self.spec.kind != "search":
             return PlannedSearcher(self.spec)
@@ -407,12 +412,14 @@ class _Session:
         for row in read_rows(self.files.epochs):
             words = requested.get((row["trial"], row["epoch"]))
             self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
-        decided = self.policy.stopped()
+        decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
-            if record["state"] not in ENDED and trial in decided:
+            if record["state"] not in ENDED and int(trial) in failed:  # Tune tells the searcher first
+                record = self.recorder.ended(trial, "failed", failed[int(trial)], error=failed[int(trial)])
+            elif record["state"] not in ENDED and trial in decided:
                 state = "stopped" if decided[trial].stops else "completed"
-                record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
+                record = self.recorder.ended(trial, state, stop_reason(decided[trial]))
             if record["state"] in ENDED:
                 self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
@@ -425,6 +432,11 @@ class _Session:
 
 
 ENDED = ("completed", "stopped", "failed")
+
+
+def stop_reason(decision: Decision) -> str:
+    """Return why the trial was stopped, in a line; nothing for one that reached its end."""
+    return f"{decision.reason}: {decision.summary}" if decision.stops else ""
 
 
 def watching_only(policy: PolicySpec) -> PolicySpec:
@@ -460,7 +472,7 @@ class StudyScheduler(PolicyScheduler):
         action = super().on_trial_result(tune_controller, trial, result)
         ended = self.policy.stopped().get(str(trial.config["trial"]))
         if ended is not None and ended.stops:
-            self.session.searcher.note(int(trial.config["trial"]), f"{ended.reason}: {ended.summary}")
+            self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
 
 
@@ -541,7 +553,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         if name in self.session.fatal:
             self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
         elif decision is not None and decision.stops:
-            self._end(name, "stopped", f"{decision.reason}: {decision.summary}")
+            self._end(name, "stopped", stop_reason(decision))
         else:
             self._end(name, "completed", "")
 
@@ -593,6 +605,13 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
     def settle(self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None) -> None:
         """Leave out a trial that has ended."""
         self.planned.pop(f"{number:05d}", None)
+
+    notes: tuple[str, ...] = ()
+    """Nothing that the user would not know."""
+
+    def failed(self) -> dict[int, str]:
+        """None that the records do not know."""
+        return {}
 
     def note(self, number: int, reason: str) -> None:
         """Nothing to keep: the trial's record has the reason."""
