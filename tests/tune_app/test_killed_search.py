@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -46,9 +47,7 @@ class TuneTrial:
         self.name = str(suggestion["trial"])
         self.trial_id = f"tune-{self.name}"
         self.told = 0
-
-    def get_ray_actor_ip(self) -> str:
-        return "127.0.0.1"
+        self.temporary_state = SimpleNamespace(ray_actor=None)
 
     def get_pickled_error(self) -> Exception:
         return RuntimeError("lost its node")
