@@ -19,6 +19,7 @@ from trainables.config import build_config
 from trainables.finetune import finetune
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import Epochs, open_inputs, saved_run
+from trainables.storage import TrialStore
 
 log = logging.getLogger("medtune.trial")
 
@@ -51,6 +52,8 @@ class TrialSetting:
     """CPU threads of a rank: without a limit every trial takes all cores and they slow each other down."""
     deadline_s: float = 1800.0
     """Seconds without a finished step after which a gang of ranks counts as hanging."""
+    storage: str | None = None
+    """URL of the study in object storage; `study` is then a folder of each node's own."""
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -121,6 +124,11 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         cohort, split = open_inputs(config, setting.table, setting.cohort)
         device = torch.device("cuda" if setting.gpus_per_rank else "cpu")
         epochs = lambda resume: finetune(config, cohort, split, device=device, resume=resume)  # noqa: E731
-    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs):
+    store = None
+    if setting.storage is not None:
+        store = TrialStore(setting.storage, trial["trial"], files)
+        store.fetch()
+    keep = store.keep if store else None
+    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, keep=keep):
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)

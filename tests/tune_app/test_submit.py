@@ -298,7 +298,7 @@ def test_the_manifest_holds_the_study_and_survives_its_head() -> None:
 
 
 def test_a_path_that_no_pod_sees_is_refused() -> None:
-    with pytest.raises(SpecError, match="data /home/me/table.csv: no pod sees it; put it below /shared"):
+    with pytest.raises(SpecError, match=r"data /home/me/table\.csv: no pod sees it; put it below /shared"):
         kuberay_manifest(a_spec(data="/home/me/table.csv"), "/shared/first", Cluster())
 
 
