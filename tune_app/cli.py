@@ -223,7 +223,7 @@ def run(
     go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.spec import StudyFiles, build_spec, read_study_file, resumed_spec
+    from tune_app.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -251,9 +251,7 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    begun = go_on and StudyFiles(root).spec.exists()
-    spec = resumed_spec(StudyFiles(root), spec) if begun else spec
-    _run_and_tell(spec, root, address=address, resume=begun)
+    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on)
 
 
 @app.command()
@@ -263,23 +261,26 @@ def resume(
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.spec import StudyFiles
+    from tune_app.storage import opened
 
-    files = StudyFiles(study)
+    files = StudyFiles(opened(study)[0])
     files.require()
     _run_and_tell(files.read_spec(), study, address=address, resume=True)
 
 
-def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool, go_on: bool = False) -> None:
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root))
+    from trainables.storage import url_of
     from tune_app.study import INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
-    err.print(f"study: {root}", soft_wrap=True, markup=False)
-    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume)
+    place = url_of(root) or root
+    err.print(f"study: {place}", soft_wrap=True, markup=False)
+    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume, go_on=go_on)
     print_summary(root, out)
     if outcome.exit_code == INTERRUPTED:
-        err.print(f"interrupted; go on with: medtune resume {root}", soft_wrap=True, markup=False)
+        err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -335,6 +336,7 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write it again whenever the study has news.")] = False,
 ) -> None:
     """Write the study as one self-contained HTML page."""
+    from trainables.storage import url_of
     from tune_app.report import watch_report, write_comparison, write_report
     from tune_app.results import load_study
 
@@ -342,7 +344,7 @@ def report(
         path = out_file or study / f"comparison-{compare.name}.html"
         write_comparison(load_study(study), load_study(compare), path)
     else:
-        path = out_file or study / "report.html"
+        path = out_file or (Path("report.html") if url_of(study) else study / "report.html")
         write_report(load_study(study), path)
     out.print(str(path), soft_wrap=True, markup=False)
     if watch and compare is None:

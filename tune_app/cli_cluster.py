@@ -132,6 +132,18 @@ def _write_text(path: Path, text: str) -> None:
     err.print(str(path), soft_wrap=True, markup=False)
 
 
+@app.command()
+def fetch(
+    study: Annotated[str, typer.Argument(help="URL of a study in object storage, such as s3://bucket/study.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
+) -> None:
+    """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
+    from tune_app.storage import fetch_study
+
+    number = fetch_study(study, folder)
+    out.print(f"{folder}: {number} files", soft_wrap=True, markup=False)
+
+
 # Doctor ----------------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from trainables.diagnosis import diagnose
 from tune_app.objective import OBJECTIVES, RunningValue
 from tune_app.scheduler import Decision, Policy
 from tune_app.spec import StudyFiles, StudySpec, build_spec
+from tune_app.storage import opened
 from tune_app.tables import column_of, formatted, require_column, results_table, select, smaller_is_better
 
 WEIGHTS = ("raw", "ema")
@@ -303,7 +304,7 @@ class Studies:
 
 
 def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error") -> Study:
-    """Return the study in folder `path`.
+    """Return the study in folder `path`, or at a URL such as s3://bucket/study.
 
     A last line without an end is normal while a driver writes, or after it was killed: it is left out and noted. Any
     other damage (lines that are no rows, a trial's epoch twice, unreadable trial files) raises StudyDamageError with
@@ -312,14 +313,15 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
 
     Raises SpecError when there is no study or it is of another version.
     """
-    files = StudyFiles(Path(path).absolute())
+    path, driven = opened(path)
+    files = StudyFiles(path.absolute())
     files.require()
     info = files.read()
     spec = build_spec(info["spec"])
     damage: list[str] = []
     notes: list[str] = []
 
-    running = is_held(files.lock)
+    running = is_held(files.lock) if driven is None else driven
     # Records before rows: a trial that ends in between shows its rows and "running", never an end without its rows.
     records = _read_records(files, damage)
     epochs = _read_epochs(files.epochs, damage, notes)

@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 
 from trainables.config import build_config
+from trainables.storage import url_of
 from tune_app.ablation import print_ablation
 from tune_app.confirm import print_confirmation
 from tune_app.results import Study, load_study
-from tune_app.spec import StudyFiles
 from tune_app.tables import render_table, results_table
 
 SHOWN_TRIALS = 20
@@ -81,9 +81,9 @@ def best_lines(study: Study) -> list[str]:
 
 def place_lines(root: Path) -> list[str]:
     """Where the study lies, and the next commands."""
-    files = StudyFiles(root)
+    place = url_of(root) or root
     return [
-        f"study:   {files.root}",
-        f"results: medtune results {root}",
-        f"report:  medtune report {root}",
+        f"study:   {place}",
+        f"results: medtune results {place}",
+        f"report:  medtune report {place}",
     ]
