@@ -23,6 +23,7 @@ from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import Epochs, open_inputs, saved_run
 
 log = logging.getLogger("medtune.trial")
+disk_log = logging.getLogger("medtune.disk")
 
 MEMORY_SLACK = 0.8
 """Of a trial's share of GPU memory that must be free at its start: CUDA contexts take some of the rest."""
@@ -67,6 +68,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     handler = logging.FileHandler(files.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    disk_log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
@@ -80,6 +82,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         tune.report({FATAL: f"out of memory: {first}; {advice}", "epoch": 0})
     finally:
         log.removeHandler(handler)
+        disk_log.removeHandler(handler)
         handler.close()
 
 
@@ -104,6 +107,11 @@ class SignOfLife:
     def step(self, epoch: int, step: int) -> None:
         """A step has been issued."""
         self()
+
+    def waits_for_room(self) -> None:
+        """Say that the run waits for room on its disk, without taking any: by the file's time of access, 0."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, (0, time.time()))
 
 
 def wait_for_device_memory(
@@ -151,6 +159,9 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         epochs = lambda resume: finetune(  # noqa: E731
             config, cohort, split, device=device, resume=resume, heartbeat=alive.step
         )
-    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, alive=alive):
+    for row in saved_run(
+        config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, waits=alive.waits_for_room
+    ):
+        alive()
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)
