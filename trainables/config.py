@@ -238,7 +238,8 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     return config
 
 
-def _unknown(name: str) -> str:
+def _unknown(given: object) -> str:
+    name = str(given)  # YAML allows any scalar for a key
     guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
     guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (guesses[0] if guesses else None)
     hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"

@@ -1,5 +1,6 @@
 """A run that keeps its place in a folder: goes on from the checkpoint there, saves as it goes, gives a row an epoch."""
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,8 @@ from trainables.checkpoints import (
 )
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult
-from trainables.manifest import Split, read_manifest, split_rows
-from trainables.volumes import Cohort, open_cohort
+from trainables.manifest import ManifestError, Split, read_manifest, split_rows
+from trainables.volumes import Cohort, CohortError, Recipe, open_cohort, prepare_cohort
 
 SAVING_PAUSE = 10
 """Times as long as writing the last checkpoint took until the next: with Adam and the average, a ResNet-50's has 740 MB."""
@@ -28,10 +29,23 @@ Epochs = Callable[[Mapping[str, Any] | None], Iterator[EpochResult]]
 
 
 def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -> tuple[Cohort, Split]:
-    """Return the prepared cohort and which of its rows train and validate."""
-    manifest = read_manifest(Path(table), num_classes=config.num_classes)
+    """Return the prepared cohort and which of its rows train and validate.
+
+    On a node that has not got the cohort it is prepared first, once for all trials there. Raises CohortError that names
+    the node where table or volumes are missing, or are others than those the study began with.
+    """
+    folder = Path(cohort)
+    try:
+        manifest = read_manifest(Path(table), num_classes=config.num_classes)
+        if not folder.exists():
+            made = prepare_cohort(manifest, Recipe.from_config(config), folder.parent)
+            if made.name != folder.name:
+                raise CohortError([f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"])
+    except (ManifestError, CohortError) as error:
+        here = f"node {socket.gethostname()}"
+        raise CohortError([f"{here}: {problem}" for problem in error.problems]) from error
     split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
-    return open_cohort(Path(cohort)), split
+    return open_cohort(folder), split
 
 
 def saved_run(

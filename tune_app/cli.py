@@ -21,7 +21,7 @@ from rich.text import Text
 
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_models
+from tune_app import cli_cluster, cli_models, cli_serve
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -31,12 +31,14 @@ from tune_app.cli_common import (
     OutOption,
     SetOption,
     cache_folder,
+    elsewhere,
     err,
     gpus_option,
     out,
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
+from tune_app.objective import DEFAULT_OBJECTIVE
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -218,9 +220,10 @@ def run(
     out_folder: OutOption = None,
     cache: CacheOption = None,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.spec import build_spec, read_study_file
+    from tune_app.spec import StudyFiles, build_spec, read_study_file, resumed_spec
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -248,7 +251,9 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    _run_and_tell(spec, root, address=address, resume=False)
+    begun = go_on and StudyFiles(root).spec.exists()
+    spec = resumed_spec(StudyFiles(root), spec) if begun else spec
+    _run_and_tell(spec, root, address=address, resume=begun)
 
 
 @app.command()
@@ -265,6 +270,8 @@ def resume(
 
 
 def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+    if (send := elsewhere.get()) is not None:
+        raise typer.Exit(send(spec, root))
     from tune_app.study import INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
@@ -365,10 +372,19 @@ def backtest(
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
+    negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")] = 8,
+    objective: Annotated[str, typer.Option("--objective", help="What a trial is worth.")] = DEFAULT_OBJECTIVE,
     output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
-    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses."""
+    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses.
+
+    A file of curves is a table (.csv, .parquet, .jsonl), a row a trial and epoch. Needed: epoch, from 1 on, and val_auc,
+    empty where it is not finite. trial names the run; without it a file is one run. config.NAME is a hyperparameter of
+    the run. Any other column of a study's epochs.jsonl is used where it is there: val_auc_low and val_auc_high,
+    val_auc_raw, val_positive and val_negative, drw_active, train_auc, train_loss, epoch_s.
+    """
     from tune_app.backtest import POLICIES, backtest_studies
     from tune_app.backtest import backtest as run_backtest
     from tune_app.curves import generate_curves
@@ -378,9 +394,13 @@ def backtest(
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
     if generate is not None:
-        compared = run_backtest(generate_curves(generate, epochs=epochs, seed=seed), policies, workers=workers)
+        err.print(
+            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+        )
+        curves = generate_curves(generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
+        compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:
-        compared = backtest_studies(studies or [], policies, workers=workers)
+        compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
     if output == "csv":
         print(compared.to_csv(index=False), end="")
     elif output == "json":
@@ -392,7 +412,7 @@ def backtest(
 def _backtest_table(compared: Any) -> Table:
     """Policies as columns: there are few of them, and many figures of each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in compared["policy"]:
         table.add_column(str(name), justify="right")
     for column in compared.columns:
@@ -575,6 +595,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_models.app)
+app.add_typer(cli_cluster.app)
+app.add_typer(cli_cluster.jobs_app, name="jobs")
+app.add_typer(cli_serve.app)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,7 @@
 """What several commands share: consoles, options that mean the same everywhere, and how `--set` is read."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,9 @@ from tune_app.yaml_text import YamlError, load_yaml
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
+
+elsewhere: ContextVar[Callable[[Any, Path], int] | None] = ContextVar("elsewhere", default=None)
+"""What takes a study (spec, folder) instead of running it here, and returns the exit code; set by `medtune submit`."""
 
 DataOption = Annotated[
     Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")

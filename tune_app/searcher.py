@@ -202,6 +202,24 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         return tuple(self._left)
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know of how this search starts: points that are not tried, earlier trials taken over."""
+        told = []
+        if not self._database.found:  # at the first start only
+            told = [
+                f"warm start {name!r} is not tried, it lies outside the space: {'; '.join(why)}"
+                for name, why in self.warm_start_left_out.items()
+                if not any(reason.startswith("the same point as") for reason in why)
+            ]
+        if self.taken_over.added or self.taken_over.left_out:
+            left_out = ", ".join(f"{count} ({reason})" for reason, count in self.taken_over.left_out.items())
+            told.append(
+                f"the sampler starts from {self.taken_over.added} trials of earlier studies"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        return told
+
+    @property
     def study(self) -> optuna.Study:
         """The study as the sampler sees it; for looking only."""
         return self._study
@@ -209,6 +227,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def note(self, number: int, reason: str) -> None:
         """Keep why a trial is being stopped or has failed; written with its end, as the trial attribute `reason`."""
         self._reasons[number] = reason
+
+    def failed(self) -> dict[int, str]:
+        """Return why each trial failed, of those that the study knows to have failed."""
+        return {
+            trial.number: str(trial.user_attrs.get(_REASON, ""))
+            for trial in self._trials()
+            if trial.state == TrialState.FAIL
+        }
 
     def settle(
         self,

@@ -190,6 +190,38 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     return spec
 
 
+HOW_ONLY = (
+    "cache",
+    "checkpoint_epochs",
+    "gpus_per_trial",
+    "log",
+    "max_concurrent",
+    "max_failures",
+    "rank_deadline_s",
+    "wait_for_resources_s",
+)
+"""Fields that say how a study is run, not what it finds: they may differ when it goes on."""
+
+
+def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
+    """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
+
+    How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
+    """
+    there = files.read_spec()
+    differ = [
+        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
+        for name in StudySpec.model_fields
+        if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
+    ]
+    if differ:
+        raise SpecError([f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"])
+    how = {name: getattr(asked, name) for name in HOW_ONLY}
+    if asked.gpus_per_trial == "auto":
+        how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
+    return there.model_copy(update=how)
+
+
 def read_study_file(path: Path) -> dict[str, Any]:
     """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
 
@@ -270,6 +302,30 @@ class StudyFiles:
     def test(self) -> Path:
         """test.json: every time the test rows were scored for this search, and what came of it."""
         return self.root / "test.json"
+
+    @property
+    def requests(self) -> Path:
+        """requests/: what the driver is asked to do, a file each; see `tune_app.stop_requests`."""
+        return self.root / "requests"
+
+    @property
+    def stop_request(self) -> Path:
+        """requests/study.json: the study is to stop."""
+        return self.requests / "study.json"
+
+    def trial_request(self, trial_id: str) -> Path:
+        """requests/<trial>.json: the trial is to stop."""
+        return self.requests / f"{trial_id}.json"
+
+    @property
+    def asked(self) -> Path:
+        """study.yaml: the study file, where the study was begun from the page of `medtune serve`."""
+        return self.root / "study.yaml"
+
+    @property
+    def console(self) -> Path:
+        """console.log: what the driver printed, where it was started from the page of `medtune serve`."""
+        return self.root / "console.log"
 
     def trial(self, trial_id: str) -> TrialFiles:
         return TrialFiles(self.trials / trial_id)

@@ -11,16 +11,17 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 from filelock import FileLock, Timeout
@@ -45,6 +46,7 @@ from tune_app.results import read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
@@ -85,7 +87,7 @@ def run_study(
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes):
+        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes), stopping_on_request(files):
             return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
@@ -142,7 +144,7 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
             )
             notes.print(plan.text, soft_wrap=True)
-            interrupted = session.run(setting, plan, local=local)
+            interrupted = session.run(partial(run_trial, setting=setting), plan, local=local)
     states = recorder.states()
     if interrupted:
         return Outcome(INTERRUPTED, states)
@@ -330,13 +332,17 @@ class _Session:
         self.recorder, self.display, self.budget = recorder, display, budget
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
+        self.interrupt = Interrupt()
+        self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
-    def run(self, setting: TrialSetting, plan: Plan, *, local: bool = True) -> bool:
-        """Run until every trial has ended; True when interrupted."""
-        searcher = self.searcher = self._searcher()
-        self._rebuild(searcher)
+    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True) -> bool:
+        """Run `trainable` as each trial until every one has ended; True when interrupted.
+
+        `local`: this Ray is the study's own, and nobody adds a node to it.
+        """
+        self.begin()
         self.keep_to_budget()
         self.look = watch_tune(
             self.files.trial,
@@ -347,10 +353,9 @@ class _Session:
             # A gang ends itself first, and can say which rank hangs.
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
+        searcher = self.searcher
         tuner = tune.Tuner(
-            tune.with_resources(
-                partial(run_trial, setting=setting), tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
-            ),
+            tune.with_resources(trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=StudyScheduler(self),
@@ -367,7 +372,8 @@ class _Session:
             ),
         )
         try:
-            tuner.fit()
+            with self.interrupt:
+                tuner.fit()
         except KeyboardInterrupt:
             return True
         finally:
@@ -379,6 +385,13 @@ class _Session:
         if self.budget is not None:
             for path in make_room(self.files, self.budget, self.recorder.records.values()):
                 log.info("disk budget: removed %s", path)
+
+    def begin(self) -> None:
+        """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
+        self.searcher = self._searcher()
+        for note in self.searcher.notes:
+            self.display.note(note)
+        self._rebuild(self.searcher)
 
     def _searcher(self) -> Any:
         if self.spec.kind != "search":
@@ -401,15 +414,20 @@ class _Session:
 
     def _rebuild(self, searcher: Any) -> None:
         """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
-            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row))
-        decided = self.policy.stopped()
+            words = requested.get((row["trial"], row["epoch"]))
+            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
+        decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
-            if record["state"] not in ENDED and trial in decided:
+            if record["state"] not in ENDED and int(trial) in failed:  # Tune tells the searcher first
+                record = self.recorder.ended(trial, "failed", failed[int(trial)], error=failed[int(trial)])
+            elif record["state"] not in ENDED and trial in decided:
                 state = "stopped" if decided[trial].stops else "completed"
-                record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
+                record = self.recorder.ended(trial, state, stop_reason(decided[trial]))
             if record["state"] in ENDED:
+                self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
@@ -420,6 +438,11 @@ class _Session:
 
 
 ENDED = ("completed", "stopped", "failed")
+
+
+def stop_reason(decision: Decision) -> str:
+    """Return why the trial was stopped, in a line; nothing for one that reached its end."""
+    return f"{decision.reason}: {decision.summary}" if decision.stops else ""
 
 
 def watching_only(policy: PolicySpec) -> PolicySpec:
@@ -436,7 +459,13 @@ class StudyScheduler(PolicyScheduler):
     """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__(session.policy, session.recorder.row, session.recorder.decision, base=session.spec.config)
+        super().__init__(
+            session.policy,
+            session.recorder.row,
+            session.recorder.decision,
+            base=session.spec.config,
+            requested=session.requests.of,
+        )
         self.session = session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -449,8 +478,39 @@ class StudyScheduler(PolicyScheduler):
         action = super().on_trial_result(tune_controller, trial, result)
         ended = self.policy.stopped().get(str(trial.config["trial"]))
         if ended is not None and ended.stops:
-            self.session.searcher.note(int(trial.config["trial"]), f"{ended.reason}: {ended.summary}")
+            self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
+
+    Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
+    is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)
+            self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Raise KeyboardInterrupt if one was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.take()
+        self.asked = True
 
 
 class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
@@ -461,6 +521,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as above
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.interrupt.take()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = str(trial.config["trial"])
@@ -496,7 +559,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         if name in self.session.fatal:
             self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
         elif decision is not None and decision.stops:
-            self._end(name, "stopped", f"{decision.reason}: {decision.summary}")
+            self._end(name, "stopped", stop_reason(decision))
         else:
             self._end(name, "completed", "")
 
@@ -507,6 +570,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
+        self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
         self.session.keep_to_budget()
 
@@ -547,6 +611,13 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
     def settle(self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None) -> None:
         """Leave out a trial that has ended."""
         self.planned.pop(f"{number:05d}", None)
+
+    notes: tuple[str, ...] = ()
+    """Nothing that the user would not know."""
+
+    def failed(self) -> dict[int, str]:
+        """None that the records do not know."""
+        return {}
 
     def note(self, number: int, reason: str) -> None:
         """Nothing to keep: the trial's record has the reason."""
