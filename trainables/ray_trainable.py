@@ -24,6 +24,7 @@ from trainables.saved_run import Epochs, open_inputs, saved_run
 from trainables.storage import TrialStore
 
 log = logging.getLogger("medtune.trial")
+disk_log = logging.getLogger("medtune.disk")
 
 MEMORY_SLACK = 0.8
 """Of a trial's share of GPU memory that must be free at its start: CUDA contexts take some of the rest."""
@@ -70,6 +71,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     handler = logging.FileHandler(files.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    disk_log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
@@ -83,6 +85,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         tune.report({FATAL: f"out of memory: {first}; {advice}", "epoch": 0})
     finally:
         log.removeHandler(handler)
+        disk_log.removeHandler(handler)
         handler.close()
 
 
@@ -107,6 +110,11 @@ class SignOfLife:
     def step(self, epoch: int, step: int) -> None:
         """A step has been issued."""
         self()
+
+    def waits_for_room(self) -> None:
+        """Say that the run waits for room on its disk, without taking any: by the file's time of access, 0."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, (0, time.time()))
 
 
 def wait_for_device_memory(
@@ -160,6 +168,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         store.fetch()
     keep = store.keep if store else None
     every = setting.checkpoint_epochs
-    for row in saved_run(config, files, epochs, checkpoint_epochs=every, alive=alive, keep=keep):
+    for row in saved_run(config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep):
+        alive()
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)

@@ -56,6 +56,8 @@ log = logging.getLogger("medtune.study")
 DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
 ANSWER_S = 10.0
 """Seconds a trial's process may take to say where it runs."""
+SHUTDOWN_S = 30.0
+"""Seconds Ray may take to end."""
 VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
 
 
@@ -142,7 +144,7 @@ def _run_locked(
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
-    with _ray(address):
+    with _ray(address) as local:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = _await_resources(spec, notes)
@@ -175,7 +177,7 @@ def _run_locked(
                 storage=url,
             )
             notes.print(plan.text, soft_wrap=True)
-            interrupted = session.run(partial(run_trial, setting=setting), plan)
+            interrupted = session.run(partial(run_trial, setting=setting), plan, local=local)
     states = recorder.states()
     if interrupted:
         return Outcome(INTERRUPTED, states)
@@ -368,8 +370,11 @@ class _Session:
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
-    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan) -> bool:
-        """Run `trainable` as each trial until every one has ended; True when interrupted."""
+    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True) -> bool:
+        """Run `trainable` as each trial until every one has ended; True when interrupted.
+
+        `local`: this Ray is the study's own, and nobody adds a node to it.
+        """
         self.begin()
         self.keep_to_budget()
         self.look = watch_tune(
@@ -377,6 +382,7 @@ class _Session:
             lambda trial: len(self.recorder.rows.get(trial, ())),
             plan.bundles,
             say=log.warning,
+            local=local,
             # A gang ends itself first, and can say which rank hangs.
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
@@ -667,10 +673,13 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study."""
+def _ray(address: str | None) -> Iterator[bool]:
+    """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.
+
+    Gives whether it is the latter.
+    """
     if ray.is_initialized():
-        yield
+        yield False
         return
     cluster = address or os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
@@ -679,9 +688,21 @@ def _ray(address: str | None) -> Iterator[None]:
     else:
         ray.init(include_dashboard=False, **common)
     try:
-        yield
+        yield not cluster
     finally:
-        ray.shutdown()
+        _shut_down_ray()
+
+
+def _shut_down_ray() -> None:
+    """End our part of Ray. A process of it that no longer answers would keep `ray.shutdown` waiting for ever."""
+    node = ray._private.worker._global_node
+    ending = threading.Thread(target=ray.shutdown, daemon=True)
+    ending.start()
+    ending.join(SHUTDOWN_S)
+    if ending.is_alive() and node is not None:
+        log.warning("Ray did not end within %.0f s: its processes are killed", SHUTDOWN_S)
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ending.join(SHUTDOWN_S)
 
 
 def _sweep_ray(spec: StudySpec, files: StudyFiles) -> None:
