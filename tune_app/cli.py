@@ -351,7 +351,7 @@ def backtest(
     generate: Annotated[
         int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
     positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
     negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
@@ -374,8 +374,12 @@ def backtest(
     policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"--objective {objective!r}: one of {', '.join(OBJECTIVES)}")
     if generate is not None:
-        err.print(f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}")
+        err.print(
+            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+        )
         curves = generate_curves(generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
         compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:

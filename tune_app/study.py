@@ -132,6 +132,7 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
             )
             notes.print(plan.text, soft_wrap=True)
+            session.begin()
             interrupted = session.run(partial(run_trial, setting=setting), plan)
     states = recorder.states()
     if interrupted:
@@ -321,8 +322,7 @@ class _Session:
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
     def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan) -> bool:
-        """Run `trainable` as each trial until every one has ended; True when interrupted."""
-        self.begin()
+        """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`."""
         searcher = self.searcher
         tuner = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")),

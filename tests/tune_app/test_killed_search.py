@@ -7,7 +7,6 @@ under a real Ray are in test_study.py.
 
 import hashlib
 import io
-import json
 import math
 import subprocess
 import sys
@@ -184,7 +183,9 @@ def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_pa
         assert killed[part] == expected, part
 
     reasons = {decision["reason"] for decision in whole["decisions"]}
-    assert reasons >= {"rung", "halving", "diagnosis", "completed", "drw_guard"}, "the search has all there is to decide"
+    assert reasons >= {"rung", "halving", "diagnosis", "completed", "drw_guard"}, (
+        "the search has all there is to decide"
+    )
     assert {record["state"] for record in whole["records"]} == {"completed", "stopped", "failed"}
     assert len({record["reason"] for record in whole["records"] if record["state"] == "failed"}) == 2
     states = [trial["state"] for trial in killed["study"]]
