@@ -61,7 +61,7 @@ def bench_overhead(
     size = math.ceil(trials / turns)
     done: list[dict[str, dict[str, float]]] = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _ray_to_file(folder / "ray.log"):
+    with _ray_to_file(folder / "ray.log", Console(quiet=True)):
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR)
         try:
             at_a_time = concurrent or int(ray.cluster_resources()["CPU"])

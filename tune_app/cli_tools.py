@@ -122,7 +122,7 @@ def bench_train_command(
     from tune_app.predict import choose_device
 
     result = bench_train(
-        sizes=[int(size) for size in sizes.split(",")],
+        sizes=_whole_numbers(sizes, "--sizes"),
         geometries=geometries.split(","),
         batches=parse_batches(batches),
         device=str(choose_device(device)),
@@ -137,6 +137,13 @@ def bench_train_command(
         print(markdown_table(result))
     else:
         out.print(result_table(result))
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: whole numbers separated by commas") from None
 
 
 @bench_app.command("data")

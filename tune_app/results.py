@@ -98,7 +98,7 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "number": ("Int64", "number of the Optuna trial"),
     "variant": ("string", "what it is an instance of, in ablations and confirmations"),
     "state": ("string", "running, completed, stopped (early), failed, or interrupted: running, but its driver is gone"),
-    "stopped_by": ("string", "what ended a stopped trial: halving or diagnosis"),
+    "stopped_by": ("string", "what ended a stopped trial: halving, diagnosis, or requested: somebody asked for it"),
     "verdict": ("string", "what its curves say: healthy, or what went wrong"),
     "since_epoch": ("Int64", "epoch from which the verdict holds"),
     "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
@@ -754,7 +754,7 @@ def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
 
 def _stopped_by(decisions: pd.DataFrame) -> pd.Series:
     """What ended each stopped trial, by trial: its last stop in the log."""
-    stops = decisions[(decisions["action"] == "stop") & decisions["reason"].isin(["halving", "diagnosis"])]
+    stops = decisions[(decisions["action"] == "stop") & decisions["reason"].isin(["halving", "diagnosis", "requested"])]
     return stops.drop_duplicates("trial", keep="last").set_index("trial")["reason"]
 
 

@@ -13,6 +13,7 @@ been asked for, so that a killed search is taken up by opening it again:
 """
 
 import contextlib
+import functools
 import json
 import math
 import sqlite3
@@ -35,6 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search_spaces.spaces import Parameter, Sample, Space, SpaceError, warm_start_points
+from trainables.checkpoints import when_there_is_room
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import as_number
 
@@ -504,6 +506,17 @@ def _shown_url(url: str) -> str:
     return str(_sqlite_path(url) or sqlalchemy.make_url(url).render_as_string(hide_password=True))
 
 
+def _with_room(method: Callable[..., None]) -> Callable[..., None]:
+    """A transaction that a full disk undid is made again when there is room."""
+
+    @functools.wraps(method)
+    def patient(self: "_Database", *arguments: Any) -> None:
+        errors = (sqlalchemy.exc.OperationalError, OSError)
+        when_there_is_room(lambda: method(self, *arguments), Path(self.name), errors=errors)
+
+    return patient
+
+
 class _Database:
     """The study in its database, each change one transaction.
 
@@ -535,11 +548,13 @@ class _Database:
         """All trials it held when it was opened, by number."""
         self._ids = {trial.number: trial._trial_id for trial in self.found}
 
+    @_with_room
     def set_attr(self, key: str, value: Any) -> None:
         """Write a user attribute of the study."""
         self._storage.set_study_user_attr(self._study, key, value)
         self.attrs[key] = value
 
+    @_with_room
     def create(self, trial: FrozenTrial, number: int) -> None:
         """Write a trial with all it has. Raises SearchError if the study does not end at the number before."""
         row = models.TrialModel(
@@ -573,11 +588,13 @@ class _Database:
             _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
         self._ids[number] = trial_id
 
+    @_with_room
     def report(self, number: int, step: int, value: float) -> None:
         """Write an intermediate value; a finite one, of a step that has none."""
         with self._storage.engine.begin() as db:
             _insert(db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value}))
 
+    @_with_room
     def finish(self, number: int, state: TrialState, value: float | None, reason: str | None) -> None:
         """Write how a running trial ended."""
         trial_id = self._ids[number]
