@@ -38,7 +38,7 @@ from tune_app.cli_common import (
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
-from tune_app.objective import DEFAULT_OBJECTIVE
+from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
