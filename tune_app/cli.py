@@ -38,7 +38,7 @@ from tune_app.cli_common import (
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
-from tune_app.objective import DEFAULT_OBJECTIVE
+from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -372,7 +372,7 @@ def backtest(
     generate: Annotated[
         int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
     positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
     negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
@@ -395,6 +395,8 @@ def backtest(
     policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"--objective {objective!r}: one of {', '.join(OBJECTIVES)}")
     if generate is not None:
         err.print(
             f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"

@@ -177,6 +177,7 @@ def _run_locked(
                 storage=url,
             )
             notes.print(plan.text, soft_wrap=True)
+            session.begin()
             interrupted = session.run(partial(run_trial, setting=setting), plan, local=local)
     states = recorder.states()
     if interrupted:
@@ -371,11 +372,10 @@ class _Session:
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
     def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True) -> bool:
-        """Run `trainable` as each trial until every one has ended; True when interrupted.
+        """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`.
 
         `local`: this Ray is the study's own, and nobody adds a node to it.
         """
-        self.begin()
         self.keep_to_budget()
         self.look = watch_tune(
             self.files.trial,

@@ -47,7 +47,10 @@ class TuneTrial:
         self.name = str(suggestion["trial"])
         self.trial_id = f"tune-{self.name}"
         self.told = 0
-        self.temporary_state = SimpleNamespace(ray_actor=None)
+
+    @property
+    def temporary_state(self) -> SimpleNamespace:
+        return SimpleNamespace(ray_actor=None)  # no process to ask where it runs
 
     def get_pickled_error(self) -> Exception:
         return RuntimeError("lost its node")
