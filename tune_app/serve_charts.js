@@ -130,7 +130,7 @@ export class Curves {
     pen.textAlign = "center";
     pen.textBaseline = "top";
     const every = niceStep(this.epochs, (right - left) / 44);
-    for (let epoch = every; epoch <= this.epochs; epoch += every) pen.fillText(String(epoch), this.x(epoch), bottom + 6);
+    for (let epoch = every; epoch <= this.epochs; epoch += every) if (this.x(epoch) > left + 44) pen.fillText(String(epoch), this.x(epoch), bottom + 6);
     pen.textAlign = "left";
     pen.fillText("epoch", left, bottom + 6);
     pen.setLineDash([2, 3]);
