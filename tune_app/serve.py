@@ -371,7 +371,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.post("/api/studies/{study}/start")
     def start(study: StudyId) -> Asked:
         """Let a study wait for the machine: begun when it never was, resumed otherwise."""
-        queue.add(folder.path(study))
+        path = folder.path(study)
+        if StudyFiles(path).spec.is_file():
+            reading = folder.reading(study)
+            if reading is not None and state_of(path, reading.study, queue) == "ended":
+                raise QueueError(f"{path.name} has ended: every trial ran to its end or was stopped")
+        queue.add(path)
         return Asked(study=study, became="queued")
 
     @app.post("/api/studies/{study}/stop")

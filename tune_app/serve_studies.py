@@ -61,7 +61,8 @@ class Reading:
     took_s: float
     at: float
     memo: dict[Any, Any] = field(default_factory=dict)
-    guard: Any = field(default_factory=threading.RLock)
+    locks: dict[Any, threading.Lock] = field(default_factory=dict)
+    guard: threading.Lock = field(default_factory=threading.Lock)
 
 
 class StudyFolder:
@@ -172,6 +173,8 @@ class StudyFolder:
     def memo(self, reading: Reading, key: Any, make: Callable[[Study], Any]) -> Any:
         """Return `make(study)`, computed once a reading, however many ask at the same time."""
         with reading.guard:
+            lock = reading.locks.setdefault(key, threading.Lock())
+        with lock:
             if key not in reading.memo:
                 reading.memo[key] = make(reading.study)
             return reading.memo[key]

@@ -1,5 +1,5 @@
 // A study, one of its trials, and two of them side by side. Whatever comes from a study is set as text.
-import { Curves, drawFigure, lineFigure } from "./serve_charts.js";
+import { Curves, drawFigure, lineFigure, paint } from "./serve_charts.js";
 import { act, api, askToken, badge, confirmThat, enc, h, number, page, prose, say, span, studyHash } from "./serve_parts.js";
 
 const live = document.getElementById("live");
@@ -93,6 +93,13 @@ class TrialTable {
     this.drawn = null;
     this.draw();
   }
+}
+
+function swatch(group) {
+  const node = h("span", { class: "swatch" });
+  node.style.borderTopColor = paint(group.colour);
+  node.style.borderTopStyle = group.dash === "solid" ? "solid" : group.dash === "dot" ? "dotted" : "dashed";
+  return node;
 }
 
 export function studyView(id, query) {
@@ -258,7 +265,7 @@ export function studyView(id, query) {
       if (hidden.has(group.key)) hidden.delete(group.key); else hidden.add(group.key);
       for (const panel of panels) { panel.hidden = hidden; panel.redraw(); }
       chips(overview.groups);
-    } }, h("span", { class: `swatch g-${group.key}` }), `${group.glyph} ${group.title} (${group.count})`)));
+    } }, swatch(group), `${group.glyph} ${group.title} (${group.count})`)));
   }
 
   // Picking: at most two, the older one goes
@@ -367,7 +374,7 @@ export function studyView(id, query) {
   return {
     crumbs: [[id, studyHash(id)]],
     close: () => { closed = true; clearTimeout(timer); source?.close(); seen.disconnect(); live.textContent = ""; live.className = "live"; },
-    repaint: () => { for (const panel of panels) panel.redraw(); for (const [name, each] of figures) if (each.figure) draw(name); },
+    repaint: () => { if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } for (const panel of panels) panel.redraw(); for (const [name, each] of figures) if (each.figure) draw(name); },
     keys: {
       j: () => table?.move(1), k: () => table?.move(-1), x: () => table?.at && toggle(table.at),
       Enter: () => { if (table?.at) location.hash = studyHash(id, `/trial/${enc(table.at)}`); },
@@ -429,7 +436,7 @@ export function trialView(study, trial) {
     page.replaceChildren(
       h("div", { class: "title" }, h("h1", {}, `Trial ${told.trial}`), badge(told.state), told.variant ? h("span", { class: "faint" }, told.variant) : ""),
       h("section", { class: `diagnosis ${healthy ? "good" : "bad"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(told.verdict_summary || (healthy ? "Nothing is wrong by now." : ""))), told.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(told.advice)) : ""),
-      told.reason && told.state !== "running" ? h("p", {}, `Ended: ${told.reason}`) : "", told.error ? h("pre", { class: "log" }, told.error) : "",
+      told.reason && told.state !== "running" && !told.reason.includes(told.verdict_summary) ? h("p", {}, `Ended: ${told.reason}`) : "", told.error ? h("pre", { class: "log" }, told.error) : "",
       h("div", { class: "tools" }, told.stoppable ? h("button", { class: "tool main", id: "stop-trial", disabled: told.stop_asked, onclick: async () => {
         if ((await confirmThat(`Stop trial ${trial} after the epoch it is in? It will not be run again.`, "stop the trial")) && (await act(`${base}/trials/${enc(trial)}/stop`, "asked: it ends with its epoch"))) load();
       } }, told.stop_asked ? "asked to stop" : "stop this trial") : "", h("a", { class: "tool", href: studyHash(study, `?pick=${enc(trial)}`) }, "show among the others")),
