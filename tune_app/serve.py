@@ -59,11 +59,18 @@ log = logging.getLogger("medtune.serve")
 HERE = Path(__file__).parent
 ASSETS = {
     "serve.js": "text/javascript",
+    "serve_parts.js": "text/javascript",
+    "serve_study.js": "text/javascript",
     "serve_charts.js": "text/javascript",
     "serve.css": "text/css",
     "report.css": "text/css",
 }
 """The page's own files beside serve.html, and nothing else of this folder."""
+
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#00609c"/>'
+    '<path d="M2 12C5 12 5 4 8 4s3 4 6 4" stroke="#fff" stroke-width="2" fill="none"/></svg>'
+)
 
 LIMIT = 400
 """Characters of an id."""
@@ -177,6 +184,10 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.get("/", include_in_schema=False)
     def page() -> Response:
         return Response(_asset("serve.html"), media_type="text/html; charset=utf-8")
+
+    @app.get("/icon.svg", include_in_schema=False)
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     @app.get("/{name}", include_in_schema=False)
     def asset(name: str) -> Response:
@@ -360,7 +371,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.post("/api/studies/{study}/start")
     def start(study: StudyId) -> Asked:
         """Let a study wait for the machine: begun when it never was, resumed otherwise."""
-        queue.add(folder.path(study))
+        path = folder.path(study)
+        if StudyFiles(path).spec.is_file():
+            reading = folder.reading(study)
+            if reading is not None and state_of(path, reading.study, queue) == "ended":
+                raise QueueError(f"{path.name} has ended: every trial ran to its end or was stopped")
+        queue.add(path)
         return Asked(study=study, became="queued")
 
     @app.post("/api/studies/{study}/stop")
@@ -387,13 +403,13 @@ def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[st
     """Where a study stands by now, and what can be done with it."""
     state = state_of(path, reading.study if reading else None, queue)
     entry = queue.last if queue.last is not None and queue.last.path == str(path) else None
-    console = log_tail(path, "console", None, 12)["lines"] if state == "failed" else []
+    console = log_tail(path, "console", None, 12)["lines"] if state == "unstarted" else []
     return {
         "state": state,
         "place": queue.place(path),
         "stopping": bool(entry and entry.stopping and entry.exit_code is None and state in ("running", "starting")),
         "exit_code": entry.exit_code if entry else None,
-        "can_start": state in ("new", "failed", "interrupted"),
+        "can_start": state in ("new", "unstarted", "interrupted"),
         "can_stop": state in ("running", "starting", "queued"),
         "said": [line for line in console if line][-6:],
     }
