@@ -8,7 +8,7 @@ driver was killed. Names of columns:
   epoch, `best_val_auc` in the epoch whose weights are kept (the best 3-epoch median of val_auc: one lucky epoch does
   not count), and `val_auc_at_4` at the rung in epoch 4. There is no plain `val_auc` in `.trials`: which of the three
   would be a guess. Where a name is typed (filters, sorting), a bare metric means its `best_` column.
-* `column_meanings(study)` lists every column with its type and meaning.
+* `column_meanings(study)`, or `medtune results STUDY --meanings`, lists every column with its type and meaning.
 """
 
 import json
@@ -283,7 +283,7 @@ class Study:
 STATES = ("completed", "stopped", "running", "interrupted", "failed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Studies:
     """Several studies, one below the other; each dataframe begins with the column `study`."""
 
@@ -297,6 +297,14 @@ class Studies:
         """Hyperparameters searched in any of them, in column order."""
         found = {name for study in self.studies for name in study.searched}
         return tuple(name for name in FineTuneConfig.model_fields if name in found)
+
+    def __repr__(self) -> str:
+        told = "; ".join(f"{study.name}: {study.sentence()}" for study in self.studies)
+        return f"<Studies: {len(self.trials)} trials, {len(self.epochs)} epochs; {told}>"
+
+    def _repr_html_(self) -> str:
+        table = formatted(results_table(self, limit=10))
+        return f"<p>{escape(repr(self)[1:-1])}</p>\n{table.to_html(index=False, escape=True, border=0, na_rep='')}"
 
 
 # Loading ---------------------------------------------------------------------------------------------------------------
