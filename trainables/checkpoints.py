@@ -1,12 +1,32 @@
 """The files of one trial's folder, and how they are written: whole, to a temporary name, then renamed."""
 
 import contextlib
+import errno
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+ROOM_S = 86_400.0
+"""How long a run waits for room on a full disk: until somebody has slept and looked at it."""
+
+Result = TypeVar("Result")
+
+log = logging.getLogger("medtune.disk")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what to do."""
+
+
+class DiskFullError(RuntimeError):
+    """A disk on which nobody made room in time."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,11 @@ class TrialFiles:
     def best(self) -> Path:
         """best.pt: averaged weights of the epoch with the best 3-epoch median of val_auc so far."""
         return self.folder / "best.pt"
+
+    @property
+    def alive(self) -> Path:
+        """alive: touched as steps are done: its time says when the run last moved."""
+        return self.folder / "alive"
 
     @property
     def log(self) -> Path:
@@ -75,6 +100,53 @@ def without_nonfinite(value: Any) -> Any:
     return value
 
 
+def when_there_is_room(
+    write: Callable[[], Result],
+    path: Path,
+    *,
+    alive: Callable[[], None] | None = None,
+    errors: tuple[type[Exception], ...] = (OSError, RuntimeError),
+    timeout_s: float = ROOM_S,
+) -> Result:
+    """Return what `write` returns; while the disk that holds `path` is full, wait and try again.
+
+    `write` must leave nothing half-written when it fails. `alive` is called with each try, so that who watches over
+    this process knows that it waits. `errors`: what a full disk may look like (torch raises RuntimeError). Raises
+    DiskFullError after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    waited = 0.0
+    while True:
+        try:
+            return write()
+        except errors as error:
+            if not is_disk_full(error):
+                raise
+            if time.monotonic() >= deadline:
+                raise DiskFullError(
+                    f"{path}: no room on its disk for {timeout_s:.0f} s; make room, and go on"
+                ) from None
+            if not waited:
+                log.warning("the disk is full: waiting to write %s; make room, and it goes on by itself", path)
+        if alive is not None:
+            alive()
+        pause_s = min(5.0, 0.2 + waited / 4)
+        time.sleep(pause_s)
+        waited += pause_s
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what it came of, is a disk without room or a spent quota (SQLite says it in its own way)."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if getattr(current, "sqlite_errorname", None) == "SQLITE_FULL":
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
 def sweep_temporaries(folder: Path) -> int:
     """Remove what a killed writer left behind in `folder`; returns how many files. Call it before the writers start."""
     leftovers = list(folder.glob(".*.tmp")) if folder.is_dir() else []
@@ -87,13 +159,25 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path`, atomically. Readable with `weights_only=True`, which `load_state` uses."""
     import torch
 
-    with replacing(path) as temporary:
-        torch.save(dict(state), temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # given a path, torch does not say why it failed
+        torch.save(dict(state), file)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, onto the CPU; nothing but tensors and plain values is unpickled."""
+    """Read what `save_state` wrote, onto the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises CheckpointError when the file is damaged or something else.
+    """
     import torch
 
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    damaged = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own remarks on pickles it refuses
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except damaged as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}): remove it to start anew") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start anew")
     return state

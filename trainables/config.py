@@ -227,7 +227,7 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     values outside their range, and values that do not go together.
     """
     overrides = dict(overrides or {})
-    unknown = [_unknown(name) for name in overrides if name not in FineTuneConfig.model_fields]
+    unknown = [_unknown(str(name)) for name in overrides if name not in FineTuneConfig.model_fields]
     known = {name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields}
     try:
         config = FineTuneConfig(**known)
@@ -238,11 +238,17 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     return config
 
 
-def _unknown(name: str) -> str:
+def _unknown(given: object) -> str:
+    name = str(given)  # YAML allows any scalar for a key
     guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
     guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (guesses[0] if guesses else None)
     hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"
     return f"unknown hyperparameter {name!r}; {hint}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _problems(error: ValidationError, given: dict[str, Any]) -> list[str]:
@@ -255,7 +261,7 @@ def _problems(error: ValidationError, given: dict[str, Any]) -> list[str]:
         if item["loc"]:
             name = str(item["loc"][0])
             bad.add(name)
-            problems.append(f"{name}={item['input']!r}: {message[0].lower()}{message[1:]}")
+            problems.append(f"{name}={_shown(item['input'])}: {message[0].lower()}{message[1:]}")
         else:
             problems.extend(message.splitlines())
     if bad:

@@ -9,7 +9,7 @@ stop a trial, Ray ends them with it.
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -54,9 +54,13 @@ class Position:
     epoch: int = 0
     step: int = 0
     since: float = field(default_factory=time.monotonic)
+    heartbeat: Callable[[int, int], None] | None = None
+    """Is told, too."""
 
     def reached(self, epoch: int, step: int) -> None:
         self.epoch, self.step, self.since = epoch, step, time.monotonic()
+        if self.heartbeat is not None:
+            self.heartbeat(epoch, step)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -77,11 +81,12 @@ def gang(
     group: PlacementGroup | None = None,
     resume: Mapping[str, Any] | None = None,
     deadline_s: float = 1800.0,
+    heartbeat: Callable[[int, int], None] | None = None,
 ) -> Iterator[EpochResult]:
     """Run `work` over `world` ranks; yields rank 0's results, as `finetune` does.
 
     Call it in a process that lives in bundle 0 of `group` (default: the current placement group), whose bundles
-    1 .. world - 1 are free. `deadline_s`: longest time without a finished step on rank 0.
+    1 .. world - 1 are free. `deadline_s`: longest time without a finished step on rank 0; `heartbeat` is told of each.
 
     Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress.
     """
@@ -100,7 +105,7 @@ def gang(
         }
         ranks.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote(work, rank, world))
     futures = {actor.run.remote(store.host, store.port, remembered): i + 1 for i, actor in enumerate(ranks)}
-    leader = _Leader(work, world, store, resume)
+    leader = _Leader(work, world, store, resume, heartbeat)
     try:
         yield from _watched(leader, ranks, futures, deadline_s)
     finally:
@@ -193,9 +198,16 @@ def _who_hangs(leader: "_Leader", ranks: list[Any], waited: float) -> str:
 class _Leader:
     """Rank 0 in a thread of this process; hands over one result at a time and waits to be told to go on."""
 
-    def __init__(self, work: RankWork, world: int, store: TCPStore, resume: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        work: RankWork,
+        world: int,
+        store: TCPStore,
+        resume: Mapping[str, Any] | None,
+        heartbeat: Callable[[int, int], None] | None,
+    ) -> None:
         self.results: queue.Queue[EpochResult | BaseException | None] = queue.Queue()
-        self.position = Position()
+        self.position = Position(heartbeat=heartbeat)
         self._proceed = threading.Semaphore(0)
         self._stopped = False
         self._thread = threading.Thread(target=self._train, args=(work, world, store, resume), daemon=True)

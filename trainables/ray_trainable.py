@@ -4,7 +4,9 @@ The trial's folder is the truth, not Ray's checkpoint store: a trial finds its c
 the same way after a failed worker, a killed driver or a lost cluster.
 """
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +83,29 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         handler.close()
 
 
+class SignOfLife:
+    """Touches a file, at most once a second: its time tells the driver when the run last moved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last = 0.0
+        self()
+
+    def __call__(self) -> None:
+        """Touch the file now, whatever became of it: a sign of life must not end the run."""
+        if time.monotonic() - self.last >= 1.0:
+            self.last = time.monotonic()
+            with contextlib.suppress(OSError):
+                if self.path.exists():
+                    os.utime(self.path)
+                else:
+                    self.path.touch()
+
+    def step(self, epoch: int, step: int) -> None:
+        """A step has been issued."""
+        self()
+
+
 def wait_for_device_memory(
     share: float,
     *,
@@ -111,16 +136,21 @@ def wait_for_device_memory(
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
+    alive = SignOfLife(files.alive)
     epochs: Epochs
     if setting.gpus_per_rank:
         wait_for_device_memory(setting.gpus_per_rank)
     if setting.ranks > 1:
         work = RankWork(config, setting.table, setting.cohort, gpu=setting.gpus_per_rank > 0, threads=setting.threads)
-        epochs = lambda resume: gang(work, setting.ranks, resume=resume, deadline_s=setting.deadline_s)  # noqa: E731
+        epochs = lambda resume: gang(  # noqa: E731
+            work, setting.ranks, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
+        )
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)
         device = torch.device("cuda" if setting.gpus_per_rank else "cpu")
-        epochs = lambda resume: finetune(config, cohort, split, device=device, resume=resume)  # noqa: E731
-    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs):
+        epochs = lambda resume: finetune(  # noqa: E731
+            config, cohort, split, device=device, resume=resume, heartbeat=alive.step
+        )
+    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, alive=alive):
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)

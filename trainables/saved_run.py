@@ -1,5 +1,6 @@
 """A run that keeps its place in a folder: goes on from the checkpoint there, saves as it goes, gives a row an epoch."""
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,11 +8,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoints import TrialFiles, load_state, save_state, sweep_temporaries, write_json
+from trainables.checkpoints import (
+    TrialFiles,
+    load_state,
+    save_state,
+    sweep_temporaries,
+    when_there_is_room,
+    write_json,
+)
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult
-from trainables.manifest import Split, read_manifest, split_rows
-from trainables.volumes import Cohort, open_cohort
+from trainables.manifest import ManifestError, Split, read_manifest, split_rows
+from trainables.volumes import Cohort, CohortError, Recipe, open_cohort, prepare_cohort
 
 SAVING_PAUSE = 10
 """Times as long as writing the last checkpoint took until the next: with Adam and the average, a ResNet-50's has 740 MB."""
@@ -21,24 +29,43 @@ Epochs = Callable[[Mapping[str, Any] | None], Iterator[EpochResult]]
 
 
 def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -> tuple[Cohort, Split]:
-    """Return the prepared cohort and which of its rows train and validate."""
-    manifest = read_manifest(Path(table), num_classes=config.num_classes)
+    """Return the prepared cohort and which of its rows train and validate.
+
+    On a node that has not got the cohort it is prepared first, once for all trials there. Raises CohortError that names
+    the node where table or volumes are missing, or are others than those the study began with.
+    """
+    folder = Path(cohort)
+    try:
+        manifest = read_manifest(Path(table), num_classes=config.num_classes)
+        if not folder.exists():
+            made = prepare_cohort(manifest, Recipe.from_config(config), folder.parent)
+            if made.name != folder.name:
+                raise CohortError([f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"])
+    except (ManifestError, CohortError) as error:
+        here = f"node {socket.gethostname()}"
+        raise CohortError([f"{here}: {problem}" for problem in error.problems]) from error
     split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
-    return open_cohort(Path(cohort)), split
+    return open_cohort(folder), split
 
 
 def saved_run(
-    config: FineTuneConfig, files: TrialFiles, epochs: Epochs, *, checkpoint_epochs: int = 1
+    config: FineTuneConfig,
+    files: TrialFiles,
+    epochs: Epochs,
+    *,
+    checkpoint_epochs: int = 1,
+    alive: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
     Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
     epochs are shorter than writing takes, as few more are skipped as keep it under a tenth of the time. A run killed at
-    any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers.
+    any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers. On a full disk it waits for
+    room, and calls `alive` meanwhile.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder)
-    write_json(files.config, config.model_dump(mode="json"))
+    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, alive=alive)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     best = BestEpoch()
     for row in resume["rows"] if resume else []:
@@ -48,14 +75,18 @@ def saved_run(
     with closing(epochs(resume)) as results:  # type: ignore[type-var]  # generators close
         for result in results:
             if best.improved_by(result.metrics):
-                save_state(files.best, best_state(result))
+                _save(files.best, best_state(result), alive)
             began = time.monotonic()
             worth_it = result.epoch % checkpoint_epochs == 0 and began - saved >= SAVING_PAUSE * cost_s
             if worth_it or result.epoch == config.epochs:
-                save_state(files.checkpoint, result.state())
+                _save(files.checkpoint, result.state(), alive)
                 saved = time.monotonic()
                 cost_s = saved - began
             yield result.metrics
+
+
+def _save(path: Path, state: Mapping[str, Any], alive: Callable[[], None] | None) -> None:
+    when_there_is_room(lambda: save_state(path, state), path, alive=alive)
 
 
 class BestEpoch:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +23,7 @@ from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
 from tune_app.spec import PlannedTrial, SpecError, StudySpec, build_spec
 from tune_app.tables import format_value, printable
+from tune_app.yaml_text import YamlError, load_yaml
 
 PLANNED = ("fold", "seed", "cross_validate", "num_folds")
 """Hyperparameters that the plan decides in every trial, so that runs are paired."""
@@ -126,11 +126,11 @@ def read_variants(text: str, epochs: int) -> Variants:
 
 def _written_variants(path: Path) -> Variants:
     try:
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        written = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
+    except YamlError as error:
+        raise SpecError([f"{path}: {error}"]) from None
     example = "write `reference: {}` and below it `other: {max_m: 0.3}`"
     if not isinstance(written, dict) or len(written) < 2:
         raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from tune_app.curves import Curve, generate_curves, read_curves
+from tune_app.curves import SOUND, Curve, generate_curves, read_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES, as_number, best_epoch, objective_value
 from tune_app.scheduler import Decision, Policy, PolicySpec
 
@@ -122,7 +122,8 @@ def backtest(
     - `stopped_by_halving`, `stopped_by_diagnosis`: trials
     - `top_stopped`: of the best hundredth of trials (at least three), those stopped with more than .005 yet to gain
     - `wrongly_stopped`: trials ended by a diagnosis that are no collapsing ones in truth or, where it is not known, that
-      gained more than .01 afterwards; `wrong_share` of the trials that do not collapse (of all, if truth is not known)
+      gained more than .01 afterwards; `wrong_share` of the trials that do not collapse (of all, if truth is not known);
+      `healthy_stopped_share`: of the healthy and dipping trials alone, which lack nothing (truth known)
     - `collapsed`: trials whose collapse the policy lived to see (truth known); `caught_share` of them stopped within 5
       epochs of the onset; `delay_median`, `delay_max`: epochs from the onset to the stop, of those stopped
     """
@@ -240,6 +241,7 @@ class _Worth:
 
     def _wrongly(self, by_diagnosis: list[bool], values: list[float]) -> dict[str, Any]:
         wrong = total = 0
+        sound: list[bool] = []
         for truth, ended, whole, value in zip(self.truths, by_diagnosis, self.full, values, strict=True):
             if truth is None:
                 total += 1
@@ -247,7 +249,12 @@ class _Worth:
             elif not truth.collapsing:
                 total += 1
                 wrong += ended
-        return {"wrongly_stopped": wrong, "wrong_share": wrong / total if total else math.nan}
+                sound += [ended] if truth.kind in SOUND else []
+        return {
+            "wrongly_stopped": wrong,
+            "wrong_share": wrong / total if total else math.nan,
+            "healthy_stopped_share": sum(sound) / len(sound) if sound else math.nan,
+        }
 
     def _caught(self, outcome: Replay) -> dict[str, Any]:
         delays: list[float] = []

@@ -20,9 +20,9 @@ from search_spaces.spaces import NOT_SEARCHED
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from tune_app.columns import METRICS
 from tune_app.curves import Curve, generate_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
-from tune_app.results import METRICS
 from tune_app.spec import StudyFiles, build_spec
 
 CREATED = 1_780_000_000.0

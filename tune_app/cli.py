@@ -19,8 +19,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_models
+from tune_app import cli_cluster, cli_models, cli_serve
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -30,12 +31,14 @@ from tune_app.cli_common import (
     OutOption,
     SetOption,
     cache_folder,
+    elsewhere,
     err,
     gpus_option,
     out,
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
+from tune_app.objective import DEFAULT_OBJECTIVE
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -58,13 +61,21 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv or not _is_ours(error):
             raise
-        for line in getattr(error, "problems", None) or str(error).splitlines():
-            err.print(f"error: {line}", style="red", markup=False)
+        for line in getattr(error, "problems", None) or _told(error).splitlines():
+            err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
 def _is_ours(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in OURS or isinstance(error, FileNotFoundError | PermissionError)
+    """Whether the user can do something about it: our own errors, and files that are not what they should be."""
+    of_a_file = isinstance(error, OSError) and (error.filename is not None or is_disk_full(error))
+    return of_a_file or type(error).__module__.split(".")[0] in OURS
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 @app.callback()
@@ -195,6 +206,9 @@ def run(
     ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
     max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
+    disk_budget: Annotated[
+        float | None, typer.Option("--disk-budget", help="GiB the study may take; the worst trials' weights go first.")
+    ] = None,
     warm_start_from: Annotated[
         list[Path] | None, typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated.")
     ] = None,
@@ -206,9 +220,10 @@ def run(
     out_folder: OutOption = None,
     cache: CacheOption = None,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.spec import build_spec, read_study_file
+    from tune_app.spec import StudyFiles, build_spec, read_study_file, resumed_spec
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -221,6 +236,7 @@ def run(
         "ranks": ranks,
         "cpus_per_rank": cpus_per_rank,
         "max_concurrent": max_concurrent,
+        "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
         "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from) if warm_start_from else None,
@@ -235,7 +251,9 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    _run_and_tell(spec, root, address=address, resume=False)
+    begun = go_on and StudyFiles(root).spec.exists()
+    spec = resumed_spec(StudyFiles(root), spec) if begun else spec
+    _run_and_tell(spec, root, address=address, resume=begun)
 
 
 @app.command()
@@ -252,6 +270,8 @@ def resume(
 
 
 def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+    if (send := elsewhere.get()) is not None:
+        raise typer.Exit(send(spec, root))
     from tune_app.study import INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
@@ -362,10 +382,19 @@ def backtest(
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
+    negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")] = 8,
+    objective: Annotated[str, typer.Option("--objective", help="What a trial is worth.")] = DEFAULT_OBJECTIVE,
     output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
 ) -> None:
-    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses."""
+    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses.
+
+    A file of curves is a table (.csv, .parquet, .jsonl), a row a trial and epoch. Needed: epoch, from 1 on, and val_auc,
+    empty where it is not finite. trial names the run; without it a file is one run. config.NAME is a hyperparameter of
+    the run. Any other column of a study's epochs.jsonl is used where it is there: val_auc_low and val_auc_high,
+    val_auc_raw, val_positive and val_negative, drw_active, train_auc, train_loss, epoch_s.
+    """
     from tune_app.backtest import POLICIES, backtest_studies
     from tune_app.backtest import backtest as run_backtest
     from tune_app.curves import generate_curves
@@ -375,9 +404,13 @@ def backtest(
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
     if generate is not None:
-        compared = run_backtest(generate_curves(generate, epochs=epochs, seed=seed), policies, workers=workers)
+        err.print(
+            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+        )
+        curves = generate_curves(generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
+        compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:
-        compared = backtest_studies(studies or [], policies, workers=workers)
+        compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
     if output == "csv":
         print(compared.to_csv(index=False), end="")
     elif output == "json":
@@ -389,7 +422,7 @@ def backtest(
 def _backtest_table(compared: Any) -> Table:
     """Policies as columns: there are few of them, and many figures of each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in compared["policy"]:
         table.add_column(str(name), justify="right")
     for column in compared.columns:
@@ -572,6 +605,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(bench_app, name="bench")
 app.add_typer(cli_models.app)
+app.add_typer(cli_cluster.app)
+app.add_typer(cli_cluster.jobs_app, name="jobs")
+app.add_typer(cli_serve.app)
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,22 @@
 """What several commands share: consoles, options that mean the same everywhere, and how `--set` is read."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainables.config import ConfigError
+from tune_app.yaml_text import YamlError, load_yaml
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
+
+elsewhere: ContextVar[Callable[[Any, Path], int] | None] = ContextVar("elsewhere", default=None)
+"""What takes a study (spec, folder) instead of running it here, and returns the exit code; set by `medtune submit`."""
 
 DataOption = Annotated[
     Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
@@ -39,8 +43,8 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             problems.append(f"--set {setting!r}: write NAME=VALUE")
             continue
         try:
-            parsed[name.strip()] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+            parsed[name.strip()] = load_yaml(value) if value else ""
+        except YamlError:
             parsed[name.strip()] = value
         if isinstance(parsed[name.strip()], str):
             with_number = as_number(value)

@@ -122,7 +122,7 @@ def bench_train_command(
     from tune_app.predict import choose_device
 
     result = bench_train(
-        sizes=[int(size) for size in sizes.split(",")],
+        sizes=_whole_numbers(sizes, "--sizes"),
         geometries=geometries.split(","),
         batches=parse_batches(batches),
         device=str(choose_device(device)),
@@ -137,6 +137,13 @@ def bench_train_command(
         print(markdown_table(result))
     else:
         out.print(result_table(result))
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: whole numbers separated by commas") from None
 
 
 @bench_app.command("data")
@@ -174,3 +181,31 @@ def bench_results_command(
         out_file.write_text(json.dumps(result, indent=1) + "\n")
     out.print(results_line(result), soft_wrap=True)
     out.print(results_table_of(result))
+
+
+@bench_app.command("overhead")
+def bench_overhead_command(
+    trials: Annotated[int, typer.Option("--trials", min=2, help="Trials on each side.")] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Rows a trial reports.")] = 1,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="Turns the sides take, each of equal size.")] = 10,
+    concurrent: Annotated[
+        int | None, typer.Option("--max-concurrent", min=1, help="Trials at a time; default: one a CPU.")
+    ] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time trials that train nothing: a study of ours against bare Ray Tune with OptunaSearch, in turns."""
+    import tempfile
+
+    from tune_app.bench_overhead import bench_overhead, overhead_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_overhead(
+            trials=trials,
+            epochs=epochs,
+            turns=min(turns, trials),
+            concurrent=concurrent,
+            folder=Path(folder),
+            say=to_stderr,
+            record=lambda so_far: out_file.write_text(json.dumps(so_far, indent=1) + "\n") if out_file else None,
+        )
+    out.print(overhead_table(result))

@@ -45,6 +45,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COLLAPSING: frozenset[Kind] = frozenset({"collapsing_average", "collapsing_after_drw", "collapsing", "diverging"})
 """Kinds that lose what they had learned and should be stopped."""
 
+SOUND: frozenset[Kind] = frozenset({"healthy", "dipping"})
+"""Kinds with nothing wrong: a rule for collapses that ends one has made a mistake, whatever halving makes of it."""
+
 MIX: dict[Kind, float] = {
     "healthy": 0.36,
     "dipping": 0.14,

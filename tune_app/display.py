@@ -41,6 +41,10 @@ class Display:
         self.trials[record["trial"]] = {**record, "epoch": epochs_run}
         self._refresh()
 
+    def note(self, text: str) -> None:
+        """Say what is worth knowing, above the table."""
+        self.console.print(f"note: {text}", markup=False, soft_wrap=True)
+
     def began(self, trial: str, variant: str | None) -> None:
         self.trials.setdefault(trial, {"trial": trial, "objective": None})
         self.trials[trial] |= {"state": "running", "variant": variant, "reason": ""}

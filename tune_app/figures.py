@@ -68,6 +68,7 @@ GROUPS: dict[str, Group] = {
     for group in (
         Group("healthy", "healthy", "#00609c", "solid", "circle", "●"),
         Group("halved", "stopped at a rung", "#6f7884", "solid", "circle-open", "○"),
+        Group("requested", "stopped on request", "#536273", "solid", "square-open", "□"),
         Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),
         Group("collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"),
         Group("collapsed", "collapsed", "#7b0f63", "longdash", "diamond", "◆"),
@@ -93,7 +94,9 @@ def group_of(trial: Mapping[Any, Any]) -> str:
     verdict = trial["verdict"]
     if not pd.isna(verdict) and verdict != "healthy" and verdict in GROUPS:
         return str(verdict)
-    return "halved" if trial["state"] == "stopped" and trial["stopped_by"] != "diagnosis" else "healthy"
+    if trial["state"] != "stopped" or trial["stopped_by"] == "diagnosis":
+        return "healthy"
+    return "requested" if trial["stopped_by"] == "requested" else "halved"
 
 
 def groups_of(study: Study) -> dict[str, int]:

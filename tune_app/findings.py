@@ -316,7 +316,7 @@ def epochs_saved(study: Study) -> float:
 def stops(study: Study) -> pd.DataFrame:
     """Return why trials ended early: reason, trials, epochs_run, epochs_spared, time_spared_s, gpu_s_spared, example.
 
-    One row for halving and one for each verdict that stopped a trial, most spared first. Time is what the trial's own
+    One row for halving, one for requests and one for each verdict that stopped a trial, most spared first. Time is what the trial's own
     epochs took, times the epochs it did not run.
     """
     stopped = study.trials[study.trials["state"] == "stopped"].copy()
@@ -324,7 +324,8 @@ def stops(study: Study) -> pd.DataFrame:
     if stopped.empty:
         return pd.DataFrame(columns=names)
     by_diagnosis = stopped["stopped_by"] == "diagnosis"
-    stopped["ended_by"] = stopped["verdict"].where(by_diagnosis, "halving").fillna("diagnosis")
+    otherwise = stopped["stopped_by"].where(stopped["stopped_by"] == "requested", "halving")
+    stopped["ended_by"] = stopped["verdict"].where(by_diagnosis, otherwise).fillna("diagnosis")
     stopped["told"] = stopped["verdict_summary"].where(by_diagnosis, stopped["reason"]).fillna("")
     stopped["spared"] = (stopped["epochs"] - stopped["epochs_run"]).astype("float64")
     stopped["time"] = stopped["spared"] * stopped["work_s"] / stopped["epochs_run"].astype("float64")

@@ -28,7 +28,7 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
     A trial's Ray config holds `trial` (its id) and `overrides` (a dict of hyperparameters); `base` are the study's own,
     which the overrides go before. Each report with a new `epoch` is given to `record` first, as the row
     `{"trial", "time", **metrics}` with None for what is not finite: a decision never rests on a row that a killed driver
-    would lose. Then `log` gets the decision; `Decision.notable` tells those worth a line from the rest.
+    would lose. `requested` says whether a trial is to be stopped, in words. Then `log` gets the decision; `Decision.notable` tells those worth a line from the rest.
     """
 
     # Buffered results would be decided on in bursts, epochs after the first of them.
@@ -40,12 +40,14 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         record: Callable[[dict[str, Any]], None],
         log: Callable[[Decision], None],
         base: Mapping[str, Any] | None = None,
+        requested: Callable[[str], str | None] = lambda trial: None,
     ) -> None:
         super().__init__()
         self.policy = policy
         self._record = record
         self._log = log
         self._base = dict(base or {})
+        self._requested = requested
         self._stopped = 0
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
@@ -65,7 +67,8 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         new = not self.policy.known(name, int(row["epoch"]))
         if new:
             self._record(row)
-        decision = self.policy.decide(name, {**self._base, **trial.config.get("overrides", {})}, row)
+        config = {**self._base, **trial.config.get("overrides", {})}
+        decision = self.policy.decide(name, config, row, self._requested(name))
         if new:
             self._log(decision)
         if decision.stops:

@@ -7,17 +7,17 @@ policy (`tune_app.backtest`). No Ray here; `tune_app.ray_scheduler` puts it behi
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import HEALTHY, VERDICTS, DrwStart, RunMonitor, Verdict
 from tune_app.objective import Reduction, RunningValue, as_number
+from tune_app.yaml_text import YamlError, load_yaml
 
 VerdictAction = Literal["stop", "warn", "ignore"]
 """stop: end the trial once the diagnosis is settled; warn: say so and go on; ignore: say nothing."""
@@ -50,11 +50,12 @@ Reason = Literal[
     "drw_guard",
     "halving",
     "diagnosis",
+    "requested",
     "completed",
     "known",
     "stopped_before",
 ]
-"""Why a trial goes on (first four) or ends (next three); known: the row was there before; stopped_before: the trial has
+"""Why a trial goes on (first four) or ends (next four; requested: somebody asked for it); known: the row was there before; stopped_before: the trial has
 been stopped and reports on, which happens when a search is killed between a decision and its effect."""
 
 
@@ -120,8 +121,8 @@ class PolicyError(ValueError):
 def read_policy(path: Path) -> PolicySpec:
     """Return the policy of a YAML file with the fields of PolicySpec. Raises PolicyError with every violation."""
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fields = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise PolicyError([f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(fields, dict):
         raise PolicyError([f"{path}: a policy is a mapping of fields to values, such as `halving: false`"])
@@ -218,12 +219,17 @@ class Policy:
         """Return the decision that ended each trial, of those that were ended; completed ones are among them."""
         return {name: trial.ended for name, trial in self._trials.items() if trial.ended is not None}
 
-    def decide(self, trial_id: str, config: Mapping[str, Any] | None, row: Mapping[str, Any]) -> Decision:
+    def decide(
+        self, trial_id: str, config: Mapping[str, Any] | None, row: Mapping[str, Any], requested: str | None = None
+    ) -> Decision:
         """Return what becomes of the trial that reports this row.
 
         `config` holds the trial's hyperparameters (what is left out has its default), None for a curve of unknown
         origin. A row already known changes nothing. A row of an epoch before the trial's last one (lost and reported
         late) is remembered as known and judged no further.
+
+        `requested`: somebody asked to stop the trial, in words; what is not known and would go on is then stopped. The
+        row counts at its rung as if nobody had asked.
         """
         epoch = int(row["epoch"])
         trial = self._trials.get(trial_id)
@@ -249,6 +255,8 @@ class Policy:
         value = trial.running.update(self._sign * as_number(row.get(self.metric)))
         trial.value = as_number(value)
         decision = self._decide_new(trial_id, trial, epoch, row)
+        if requested is not None and not decision.stops and decision.reason != "completed":
+            decision = replace(decision, action="stop", reason="requested", summary=requested)
         if decision.stops or decision.reason == "completed":
             trial.ended = decision
         return decision

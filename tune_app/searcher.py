@@ -13,6 +13,7 @@ been asked for, so that a killed search is taken up by opening it again:
 """
 
 import contextlib
+import functools
 import json
 import math
 import sqlite3
@@ -35,6 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search_spaces.spaces import Parameter, Sample, Space, SpaceError, warm_start_points
+from trainables.checkpoints import when_there_is_room
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import as_number
 
@@ -200,6 +202,24 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         return tuple(self._left)
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know of how this search starts: points that are not tried, earlier trials taken over."""
+        told = []
+        if not self._database.found:  # at the first start only
+            told = [
+                f"warm start {name!r} is not tried, it lies outside the space: {'; '.join(why)}"
+                for name, why in self.warm_start_left_out.items()
+                if not any(reason.startswith("the same point as") for reason in why)
+            ]
+        if self.taken_over.added or self.taken_over.left_out:
+            left_out = ", ".join(f"{count} ({reason})" for reason, count in self.taken_over.left_out.items())
+            told.append(
+                f"the sampler starts from {self.taken_over.added} trials of earlier studies"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        return told
+
+    @property
     def study(self) -> optuna.Study:
         """The study as the sampler sees it; for looking only."""
         return self._study
@@ -207,6 +227,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def note(self, number: int, reason: str) -> None:
         """Keep why a trial is being stopped or has failed; written with its end, as the trial attribute `reason`."""
         self._reasons[number] = reason
+
+    def failed(self) -> dict[int, str]:
+        """Return why each trial failed, of those that the study knows to have failed."""
+        return {
+            trial.number: str(trial.user_attrs.get(_REASON, ""))
+            for trial in self._trials()
+            if trial.state == TrialState.FAIL
+        }
 
     def settle(
         self,
@@ -478,6 +506,17 @@ def _shown_url(url: str) -> str:
     return str(_sqlite_path(url) or sqlalchemy.make_url(url).render_as_string(hide_password=True))
 
 
+def _with_room(method: Callable[..., None]) -> Callable[..., None]:
+    """A transaction that a full disk undid is made again when there is room."""
+
+    @functools.wraps(method)
+    def patient(self: "_Database", *arguments: Any) -> None:
+        errors = (sqlalchemy.exc.OperationalError, OSError)
+        when_there_is_room(lambda: method(self, *arguments), Path(self.name), errors=errors)
+
+    return patient
+
+
 class _Database:
     """The study in its database, each change one transaction.
 
@@ -509,11 +548,13 @@ class _Database:
         """All trials it held when it was opened, by number."""
         self._ids = {trial.number: trial._trial_id for trial in self.found}
 
+    @_with_room
     def set_attr(self, key: str, value: Any) -> None:
         """Write a user attribute of the study."""
         self._storage.set_study_user_attr(self._study, key, value)
         self.attrs[key] = value
 
+    @_with_room
     def create(self, trial: FrozenTrial, number: int) -> None:
         """Write a trial with all it has. Raises SearchError if the study does not end at the number before."""
         row = models.TrialModel(
@@ -547,11 +588,13 @@ class _Database:
             _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
         self._ids[number] = trial_id
 
+    @_with_room
     def report(self, number: int, step: int, value: float) -> None:
         """Write an intermediate value; a finite one, of a step that has none."""
         with self._storage.engine.begin() as db:
             _insert(db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value}))
 
+    @_with_room
     def finish(self, number: int, state: TrialState, value: float | None, reason: str | None) -> None:
         """Write how a running trial ended."""
         trial_id = self._ids[number]

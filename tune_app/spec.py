@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from search_spaces.spaces import Space, SpaceError, space_from
-from trainables.checkpoints import TrialFiles, write_json
+from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
+from tune_app.yaml_text import YamlError, load_yaml
 
 STUDY_FORMAT = 1
 
@@ -82,7 +82,7 @@ class StudySpec(BaseModel):
     ranks: int | None = Field(None, ge=1)
     """Ranks of one trial; None: one a GPU. Without GPUs the ranks share the work over CPU processes."""
     rank_deadline_s: float = Field(1800.0, gt=0)
-    """Seconds without a finished step after which a trial of several ranks counts as hanging."""
+    """Seconds without a finished step after which a trial counts as hanging, and starts again from its checkpoint."""
     cpus_per_rank: int = Field(1, ge=1)
     """CPU threads of each rank."""
     wait_for_resources_s: float = Field(0.0, ge=0)
@@ -93,6 +93,10 @@ class StudySpec(BaseModel):
     """Times a failed trial is started again from its checkpoint."""
     checkpoint_epochs: int = Field(1, ge=1)
     """Epochs between checkpoints of a trial."""
+    disk_budget_gib: float | None = Field(None, gt=0)
+    """GiB the study's folder may take; None: no limit. What is not needed to go on goes first, then the worst trials' weights."""
+    keep_best: int = Field(5, ge=1)
+    """Trials that have ended whose weights (best.pt) a disk budget leaves alone: the best ones."""
     log: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     """Where each epoch's row goes besides epochs.jsonl, through Ray's own callbacks: tensorboard writes to `ray/` in the
     study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlruns/` in the study."""
@@ -186,22 +190,56 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     return spec
 
 
+HOW_ONLY = (
+    "cache",
+    "checkpoint_epochs",
+    "gpus_per_trial",
+    "log",
+    "max_concurrent",
+    "max_failures",
+    "rank_deadline_s",
+    "wait_for_resources_s",
+)
+"""Fields that say how a study is run, not what it finds: they may differ when it goes on."""
+
+
+def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
+    """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
+
+    How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
+    """
+    there = files.read_spec()
+    differ = [
+        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
+        for name in StudySpec.model_fields
+        if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
+    ]
+    if differ:
+        raise SpecError([f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"])
+    how = {name: getattr(asked, name) for name in HOW_ONLY}
+    if asked.gpus_per_trial == "auto":
+        how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
+    return there.model_copy(update=how)
+
+
 def read_study_file(path: Path) -> dict[str, Any]:
     """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
 
     Raises SpecError when the file is missing or is not a YAML mapping; nothing in it is executed.
     """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SpecError([f"{path}: no such study file; `medtune init` writes one"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise SpecError([f"{path}: not YAML: {' '.join(str(error).split())}"]) from None
+    except YamlError as error:
+        raise SpecError([f"{path}: {error}"]) from None
     if not isinstance(fields, dict):
         raise SpecError([f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"])
     config = fields.get("config")
+    if not isinstance(config, dict | None):
+        raise SpecError([f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"])
     for holder, name in ((fields, "data"), (fields, "cache"), (fields, "confirms"), (config, "pretrained_path")):
         if isinstance(holder, dict) and isinstance(holder.get(name), str):
             holder[name] = str((path.parent / holder[name]).resolve())
@@ -265,6 +303,30 @@ class StudyFiles:
         """test.json: every time the test rows were scored for this search, and what came of it."""
         return self.root / "test.json"
 
+    @property
+    def requests(self) -> Path:
+        """requests/: what the driver is asked to do, a file each; see `tune_app.stop_requests`."""
+        return self.root / "requests"
+
+    @property
+    def stop_request(self) -> Path:
+        """requests/study.json: the study is to stop."""
+        return self.requests / "study.json"
+
+    def trial_request(self, trial_id: str) -> Path:
+        """requests/<trial>.json: the trial is to stop."""
+        return self.requests / f"{trial_id}.json"
+
+    @property
+    def asked(self) -> Path:
+        """study.yaml: the study file, where the study was begun from the page of `medtune serve`."""
+        return self.root / "study.yaml"
+
+    @property
+    def console(self) -> Path:
+        """console.log: what the driver printed, where it was started from the page of `medtune serve`."""
+        return self.root / "console.log"
+
     def trial(self, trial_id: str) -> TrialFiles:
         return TrialFiles(self.trials / trial_id)
 
@@ -279,12 +341,14 @@ class StudyFiles:
         try:
             value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
             found = value["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
         if found != STUDY_FORMAT:
             raise SpecError(
                 [f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"]
             )
+        if not isinstance(value.get("spec"), dict):
+            raise SpecError([f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"])
         return value
 
     def read_spec(self) -> StudySpec:
@@ -300,12 +364,20 @@ def default_cache() -> Path:
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one."""
-    from trainables.checkpoints import without_nonfinite
+    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one.
 
+    A write that fails (the disk is full) leaves the file as it was.
+    """
+    line = json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n")
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def mend_last_line(path: Path) -> str | None:

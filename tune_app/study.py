@@ -10,15 +10,18 @@ import importlib.util
 import logging
 import os
 import platform
+import shutil
+import signal
 import socket
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 from filelock import FileLock, Timeout
@@ -28,12 +31,13 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from trainables import installed_version
-from trainables.checkpoints import sweep_temporaries, write_json
+from trainables.checkpoints import sweep_temporaries, when_there_is_room, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
 from trainables.volumes import Recipe, prepare_cohort
+from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
 from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.packing import measure_packing, pick_packing
@@ -42,10 +46,14 @@ from tune_app.results import read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
+from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
 
 DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
+ANSWER_S = 10.0
+"""Seconds a trial's process may take to say where it runs."""
 VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
 
 
@@ -77,7 +85,7 @@ def run_study(
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), _ray_to_file(files.log):
+        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes), stopping_on_request(files):
             return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
@@ -89,6 +97,7 @@ def _run_locked(
     if files.spec.exists() and not resume:
         raise SpecError([f"{files.root}: holds a study already; `medtune resume {files.root}` goes on with it"])
     sweep_temporaries(files.root)
+    _sweep_ray(spec, files)
     base = build_config(spec.config)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
     cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
@@ -105,6 +114,7 @@ def _run_locked(
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = _await_resources(spec, notes)
+        budget = plan_budget(spec, plan.concurrent)
         if not resume:
             files.write(
                 {
@@ -119,7 +129,7 @@ def _run_locked(
         recorder = Recorder(spec, files)
         display = Display(console, num_trials=spec.num_trials, epochs=base.epochs)
         with display:
-            session = _Session(spec, cohort.name, recorder, display)
+            session = _Session(spec, cohort.name, recorder, display, budget)
             setting = TrialSetting(
                 study=str(files.root.resolve()),
                 table=str(Path(spec.data).resolve()),
@@ -132,7 +142,7 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
             )
             notes.print(plan.text, soft_wrap=True)
-            interrupted = session.run(setting, plan)
+            interrupted = session.run(partial(run_trial, setting=setting), plan)
     states = recorder.states()
     if interrupted:
         return Outcome(INTERRUPTED, states)
@@ -255,13 +265,13 @@ class Recorder:
     def row(self, row: Mapping[str, Any]) -> None:
         """Keep a new row of a trial; called before anything is decided on it."""
         self.rows.setdefault(row["trial"], []).append(dict(row))
-        append_line(self.files.epochs, row)
+        when_there_is_room(lambda: append_line(self.files.epochs, row), self.files.epochs)
 
     def decision(self, decision: Decision) -> None:
         row = decision.as_row()
         if (row["trial"], row["epoch"]) not in self.logged:
             self.logged.add((row["trial"], row["epoch"]))
-            append_line(self.files.decisions, row)
+            when_there_is_room(lambda: append_line(self.files.decisions, row), self.files.decisions)
 
     def began(self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any) -> None:
         record = self.records.get(trial) or {
@@ -306,28 +316,40 @@ class Recorder:
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records[record["trial"]] = record
-        write_json(self.files.trial(record["trial"]).record, record)
+        path = self.files.trial(record["trial"]).record
+        when_there_is_room(lambda: write_json(path, record), path)
 
 
 class _Session:
     """One driver at work on a study: rebuilds what earlier ones left, then runs the rest."""
 
-    def __init__(self, spec: StudySpec, cohort: str, recorder: Recorder, display: Display) -> None:
+    def __init__(
+        self, spec: StudySpec, cohort: str, recorder: Recorder, display: Display, budget: Budget | None = None
+    ) -> None:
         self.spec, self.cohort, self.files = spec, cohort, recorder.files
-        self.recorder, self.display = recorder, display
+        self.recorder, self.display, self.budget = recorder, display, budget
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
+        self.interrupt = Interrupt()
+        self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
-    def run(self, setting: TrialSetting, plan: Plan) -> bool:
-        """Run until every trial has ended; True when interrupted."""
-        searcher = self.searcher = self._searcher()
-        self._rebuild(searcher)
+    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan) -> bool:
+        """Run `trainable` as each trial until every one has ended; True when interrupted."""
+        self.begin()
+        self.keep_to_budget()
+        self.look = watch_tune(
+            self.files.trial,
+            lambda trial: len(self.recorder.rows.get(trial, ())),
+            plan.bundles,
+            say=log.warning,
+            # A gang ends itself first, and can say which rank hangs.
+            deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
+        )
+        searcher = self.searcher
         tuner = tune.Tuner(
-            tune.with_resources(
-                partial(run_trial, setting=setting), tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
-            ),
+            tune.with_resources(trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=StudyScheduler(self),
@@ -344,12 +366,26 @@ class _Session:
             ),
         )
         try:
-            tuner.fit()
+            with self.interrupt:
+                tuner.fit()
         except KeyboardInterrupt:
             return True
         finally:
             searcher.close()
         return False
+
+    def keep_to_budget(self) -> None:
+        """Remove what does not fit the disk budget any more, where there is one."""
+        if self.budget is not None:
+            for path in make_room(self.files, self.budget, self.recorder.records.values()):
+                log.info("disk budget: removed %s", path)
+
+    def begin(self) -> None:
+        """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
+        self.searcher = self._searcher()
+        for note in self.searcher.notes:
+            self.display.note(note)
+        self._rebuild(self.searcher)
 
     def _searcher(self) -> Any:
         if self.spec.kind != "search":
@@ -372,15 +408,20 @@ class _Session:
 
     def _rebuild(self, searcher: Any) -> None:
         """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
-            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row))
-        decided = self.policy.stopped()
+            words = requested.get((row["trial"], row["epoch"]))
+            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
+        decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
-            if record["state"] not in ENDED and trial in decided:
+            if record["state"] not in ENDED and int(trial) in failed:  # Tune tells the searcher first
+                record = self.recorder.ended(trial, "failed", failed[int(trial)], error=failed[int(trial)])
+            elif record["state"] not in ENDED and trial in decided:
                 state = "stopped" if decided[trial].stops else "completed"
-                record = self.recorder.ended(trial, state, decided[trial].summary if decided[trial].stops else "")
+                record = self.recorder.ended(trial, state, stop_reason(decided[trial]))
             if record["state"] in ENDED:
+                self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
@@ -391,6 +432,11 @@ class _Session:
 
 
 ENDED = ("completed", "stopped", "failed")
+
+
+def stop_reason(decision: Decision) -> str:
+    """Return why the trial was stopped, in a line; nothing for one that reached its end."""
+    return f"{decision.reason}: {decision.summary}" if decision.stops else ""
 
 
 def watching_only(policy: PolicySpec) -> PolicySpec:
@@ -407,7 +453,13 @@ class StudyScheduler(PolicyScheduler):
     """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
 
     def __init__(self, session: _Session) -> None:
-        super().__init__(session.policy, session.recorder.row, session.recorder.decision, base=session.spec.config)
+        super().__init__(
+            session.policy,
+            session.recorder.row,
+            session.recorder.decision,
+            base=session.spec.config,
+            requested=session.requests.of,
+        )
         self.session = session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -420,8 +472,39 @@ class StudyScheduler(PolicyScheduler):
         action = super().on_trial_result(tune_controller, trial, result)
         ended = self.policy.stopped().get(str(trial.config["trial"]))
         if ended is not None and ended.stops:
-            self.session.searcher.note(int(trial.config["trial"]), f"{ended.reason}: {ended.summary}")
+            self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
+
+    Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
+    is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)
+            self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Raise KeyboardInterrupt if one was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.take()
+        self.asked = True
 
 
 class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
@@ -433,11 +516,25 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as above
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.interrupt.take()
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = str(trial.config["trial"])
         variant = self.session.variants.get(name)
-        self.session.recorder.began(name, trial.config["overrides"], variant, node=trial.get_ray_actor_ip())
+        self.session.recorder.began(name, trial.config["overrides"], variant, node=_node_of(trial))
         self.session.display.began(name, variant)
+        self.session.keep_to_budget()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.look(trials)
+
+    def _name_of_begun(self, trial: Any) -> str:
+        """The trial's name. A process that dies on its way up has failed before Tune calls the trial started."""
+        name = str(trial.config["trial"])
+        if name not in self.session.recorder.records:
+            self.on_trial_start(0, [], trial)
+        return name
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -448,26 +545,37 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.session.recorder.failed_once(str(trial.config["trial"]))
+        self.session.recorder.failed_once(self._name_of_begun(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = str(trial.config["trial"])
+        name = self._name_of_begun(trial)
         decision = self.session.policy.stopped().get(name)
         if name in self.session.fatal:
             self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
         elif decision is not None and decision.stops:
-            self._end(name, "stopped", f"{decision.reason}: {decision.summary}")
+            self._end(name, "stopped", stop_reason(decision))
         else:
             self._end(name, "completed", "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         text = str(trial.get_pickled_error() or "the trial's process ended without a word")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        self._end(str(trial.config["trial"]), "failed", lines[-1] if lines else "", error=text)
+        self._end(self._name_of_begun(trial), "failed", lines[-1] if lines else "", error=text)
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
+        self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
+        self.session.keep_to_budget()
+
+
+def _node_of(trial: Any) -> str | None:
+    """Where the trial runs; None when its process does not say: Tune's own question would wait for a frozen one for ever."""
+    actor = trial.temporary_state.ray_actor
+    try:
+        return None if actor is None else str(ray.get(actor.get_current_ip_pid.remote(), timeout=ANSWER_S)[0])
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return None
 
 
 def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
@@ -497,6 +605,13 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
     def settle(self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None) -> None:
         """Leave out a trial that has ended."""
         self.planned.pop(f"{number:05d}", None)
+
+    notes: tuple[str, ...] = ()
+    """Nothing that the user would not know."""
+
+    def failed(self) -> dict[int, str]:
+        """None that the records do not know."""
+        return {}
 
     def note(self, number: int, reason: str) -> None:
         """Nothing to keep: the trial's record has the reason."""
@@ -536,9 +651,26 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _sweep_ray(spec: StudySpec, files: StudyFiles) -> None:
+    """Remove what Tune wrote in earlier sessions, unless a logger keeps its files there."""
+    if "tensorboard" not in spec.log:
+        shutil.rmtree(files.ray, ignore_errors=True)
+
+
+class _Told(logging.Handler):
+    """Our own warnings, for the user to see as well."""
+
+    def __init__(self, notes: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.notes.print(f"note: {record.getMessage()}", soft_wrap=True, markup=False)
+
+
 @contextmanager
-def _ray_to_file(path: Path) -> Iterator[None]:
-    """Send what Ray, Optuna and we log to the study's log, and nothing of it to the console."""
+def _ray_to_file(path: Path, notes: Any) -> Iterator[None]:
+    """Send what Ray, Optuna and we log to the study's log; of it only our own warnings go to `notes`, too."""
     os.environ.update(
         {
             "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
@@ -554,6 +686,8 @@ def _ray_to_file(path: Path) -> Iterator[None]:
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
+        if logger.name == "medtune":
+            logger.addHandler(_Told(notes))
         logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

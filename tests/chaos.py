@@ -1,0 +1,384 @@
+"""Small studies under a killer: `python tests/chaos.py --rounds 50` (`make chaos`), and one round in the test suite.
+
+A round is one study of real trials in a process of its own. At random, seeded moments the killer takes one of its
+processes: the driver, a trial's actor, a rank, a raylet, with SIGKILL, or with SIGSTOP and for good, or for seconds.
+A driver that ends is started again with `medtune resume`, until the study is done. Then what must hold is checked:
+
+* every trial ended by completion or a logged stop, Optuna says the same, and each epoch from 1 to the last is there once;
+* no fault cost more than one epoch of work;
+* the decisions are those of the stopping policy replayed over the rows;
+* no process, shared memory or temporary file is left behind, and the study is within its disk budget.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import yaml
+
+from trainables.checkpoints import TrialFiles, load_state
+from trainables.config import build_config
+from tune_app.results import load_study, read_rows
+from tune_app.scheduler import Policy
+from tune_app.spec import StudyFiles
+from tune_app.synthetic import write_cohort
+
+TAG = "MEDTUNE_CHAOS"
+"""Environment variable by which all processes of a round are found, whoever their parent is by then."""
+
+TINY: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.125,
+    "volume_shape": 16,
+    "epochs": 6,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_folds": 2,
+    "backbone_lr": 1e-3,
+    "train_auc_volumes": 0,
+}
+
+BUDGET_GIB = 0.027
+"""Holds two running trials and the best one, and not what all trials leave."""
+DEADLINE_S = 20.0
+"""Seconds without a step after which a trial of a round counts as hanging."""
+ROUND_S = 900.0
+"""Seconds after which a study that has not come to its end hangs."""
+CLEAR_S = 60.0
+"""Seconds that processes may take to end after their driver: a frozen one is given up by Ray after some 30."""
+
+VICTIMS: dict[str, Callable[[list[str]], bool]] = {
+    "driver": lambda words: "tune_app.cli" in words,
+    "actor": lambda words: "ImplicitFunc" in words[0],
+    "rank": lambda words: words[0].startswith("ray::_Rank"),
+    "raylet": lambda words: words[0].endswith("/raylet"),
+}
+"""Whom the killer takes -> whether a command line is such a process."""
+
+HOW = ("kill", "freeze", "pause")
+"""kill: SIGKILL; freeze: SIGSTOP for good; pause: SIGSTOP, and SIGCONT seconds later."""
+
+
+@dataclass
+class Fault:
+    """One thing that is done to a study, and what it cost."""
+
+    who: str
+    how: str
+    after_s: float
+    """Seconds after the session's first process, or the last fault."""
+    done: bool = False
+    lost: int = 0
+    """Whole epochs, reported already, that had to be trained again; the largest of any trial."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.how} {self.who}"
+
+
+@dataclass
+class Round:
+    """What became of one study."""
+
+    seed: int
+    ranks: int
+    faults: list[Fault]
+    starts: int = 0
+    seconds: float = 0.0
+    trials: Counter[str] = field(default_factory=Counter)
+    epochs: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        told = ", ".join(fault.name + ("" if fault.done else " (too late)") for fault in self.faults) or "no fault"
+        states = ", ".join(f"{count} {state}" for state, count in sorted(self.trials.items()))
+        end = "; ".join(self.problems) or "all holds"
+        return f"seed {self.seed}, {self.ranks} rank(s): {told}; {self.starts} starts, {states}, {self.seconds:.0f} s: {end}"
+
+
+def plan_round(seed: int) -> Round:
+    """Return what is to happen in the round of this seed."""
+    rng = random.Random(seed)
+    ranks = 2 if seed % 3 == 2 else 1
+    whom = ["driver", "actor", "raylet"] + (["rank", "rank"] if ranks > 1 else [])
+    faults = []
+    for _ in range(rng.randint(1, 3)):
+        who = rng.choice(whom)
+        # For good only where something is there to notice: nobody watches over a frozen driver but its user.
+        how = rng.choice(("kill", "kill", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause"))
+        faults.append(Fault(who, how, rng.uniform(0.5, 12.0)))
+    return Round(seed, ranks, faults)
+
+
+def run_round(seed: int, table: Path, folder: Path) -> Round:
+    """Run the round of this seed in `folder`, which it leaves there; returns what became of it."""
+    result = plan_round(seed)
+    began = time.monotonic()
+    study = folder / "study"
+    write_study_file(folder / "study.yaml", table, folder / "cache", result)
+    tag = f"{os.getpid()}-{seed}"
+    faults = iter(result.faults)
+    fault = next(faults, None)
+    finished = False
+    try:
+        while not finished:
+            if time.monotonic() - began > ROUND_S or result.starts > 12:
+                result.problems.append(f"did not come to its end in {ROUND_S:.0f} s and {result.starts} starts")
+                break
+            words = (
+                ["resume", study] if (study / "study.json").exists() else ["run", folder / "study.yaml", "--out", study]
+            )
+            driver = start(words, tag, folder / f"driver-{result.starts}.log")
+            result.starts += 1
+            since = time.monotonic()
+            while driver.poll() is None and time.monotonic() - began < ROUND_S:
+                if fault is not None and time.monotonic() - since > fault.after_s and inflict(fault, tag, study):
+                    fault.lost = epochs_lost(study)
+                    fault, since = next(faults, None), time.monotonic()
+                time.sleep(0.05)
+            if driver.poll() is None:
+                driver.kill()
+            driver.wait()
+            finished = driver.returncode == 0
+            left = wait_for_none(tag)
+            if left:
+                result.problems.append(f"left running after start {result.starts}: {', '.join(left)}")
+                end_all(tag)
+            if finished and fault is not None and fault.done is False:
+                break
+    finally:
+        end_all(tag)
+    result.seconds = time.monotonic() - began
+    if finished:
+        result.problems += check(study, result)
+    result.problems += leftovers(folder, study)
+    return result
+
+
+def write_study_file(path: Path, table: Path, cache: Path, plan: Round) -> None:
+    fields: dict[str, Any] = {
+        "data": str(table),
+        "trials": 3,
+        "seed": plan.seed,
+        "config": TINY,
+        "max_failures": 20,
+        "rank_deadline_s": DEADLINE_S,
+        "cache": str(cache),
+        "disk_budget_gib": BUDGET_GIB,
+        "keep_best": 1,
+        "policy": {"grace_epochs": 1, "finalists": 1},
+    }
+    if plan.ranks > 1:
+        fields["ranks"] = plan.ranks
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+
+
+# Processes -------------------------------------------------------------------------------------------------------------
+
+
+def start(words: list[Any], tag: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tune_app.cli", *map(str, words)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {TAG: tag, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def processes(tag: str) -> Iterator[psutil.Process]:
+    """All living processes of a round."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def inflict(fault: Fault, tag: str, study: Path) -> bool:
+    """Do it to the youngest process that fits; False while there is none.
+
+    What is frozen has made a step before: on their way up, processes are given minutes before they are called hanging.
+    """
+    begun = max((path.stat().st_mtime for path in study.glob("trials/*/alive")), default=0.0)
+    fits = []
+    for process in processes(tag):
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if words and VICTIMS[fault.who](words) and (fault.how != "freeze" or process.create_time() + 3.0 < begun):
+                fits.append(process)
+    if not fits:
+        return False
+    victim = max(fits, key=lambda process: process.create_time())
+    with suppress(psutil.Error):
+        if fault.how == "kill":
+            victim.kill()
+        else:
+            victim.suspend()
+            if fault.how == "pause":
+                time.sleep(4.0)
+                victim.resume()
+        fault.done = True
+    return fault.done
+
+
+def wait_for_none(tag: str) -> list[str]:
+    """Wait until no process of the round is left; returns those that stay."""
+    deadline = time.monotonic() + CLEAR_S
+    while (left := list(processes(tag))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    told = []
+    for process in left:
+        with suppress(psutil.Error):
+            told.append(f"{' '.join(process.cmdline())[:60]} ({process.status()})")
+    return told
+
+
+def end_all(tag: str) -> None:
+    for process in processes(tag):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+# What must hold --------------------------------------------------------------------------------------------------------
+
+
+def epochs_lost(study: Path) -> int:
+    """Epochs that are in epochs.jsonl and in no checkpoint: what a trial that is started again repeats, at most."""
+    files = StudyFiles(study)
+    lost = 0
+    rows = Counter(row["trial"] for row in read_rows(files.epochs)) if files.epochs.exists() else Counter()
+    for trial, count in rows.items():
+        paths: TrialFiles = files.trial(trial)
+        if json.loads(paths.record.read_bytes())["state"] == "running":
+            saved = load_state(paths.checkpoint)["epoch"] if paths.checkpoint.exists() else 0
+            lost = max(lost, count - saved)
+    return lost
+
+
+def check(root: Path, result: Round) -> list[str]:
+    """Return what does not hold of a study that has come to its end; empty when all does."""
+    problems = []
+    files = StudyFiles(root)
+    study = load_study(root)
+    spec = study.spec
+    result.trials = Counter(study.trials["state"])
+    result.epochs = len(study.epochs)
+    if len(study.trials) != spec.trials:
+        problems.append(f"{len(study.trials)} trials of {spec.trials}")
+    if wrong := set(study.trials["state"]) - {"completed", "stopped"}:
+        problems.append(f"trials ended {', '.join(sorted(wrong))}")
+    problems += study.notes
+    for trial, rows in study.epochs.groupby("trial"):
+        if list(rows["epoch"]) != list(range(1, len(rows) + 1)):
+            problems.append(f"trial {trial} has epochs {list(rows['epoch'])}")
+    completed = study.trials[study.trials["state"] == "completed"]
+    if not (completed["epochs_run"] == spec.epochs).all():
+        problems.append("a completed trial lacks epochs")
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    record = optuna.load_study(study_name=None, storage=f"sqlite:///{files.database}")
+    states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
+    names = {"completed": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
+    if states != (told := {row.trial: names.get(row.state) for row in study.trials.itertuples()}):
+        problems.append(f"Optuna says {states}, the records {told}")
+
+    policy = Policy(spec.policy, spec.epochs)
+    overrides = {trial: study.record(trial)["overrides"] for trial in study.trials["trial"]}
+    configs = {
+        trial: build_config({**spec.config, **given}).model_dump(mode="json") for trial, given in overrides.items()
+    }
+    replayed = [decision.as_row() for decision in policy.replay(read_rows(files.epochs), configs)]
+    logged = {(row["trial"], row["epoch"]): row for row in read_rows(files.decisions)}
+    if len(logged) != len(replayed):
+        problems.append(f"{len(logged)} decisions logged, {len(replayed)} replayed")
+    problems += [
+        f"trial {row['trial']} epoch {row['epoch']}: another decision when replayed"
+        for row in replayed
+        if logged.get((row["trial"], row["epoch"])) != row
+    ]
+    stopped = {trial for trial, decision in policy.stopped().items() if decision.stops}
+    if stopped != set(study.trials.loc[study.trials["state"] == "stopped", "trial"]):
+        problems.append(f"the policy stopped {sorted(stopped)}, the records say otherwise")
+
+    size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    if size > BUDGET_GIB * 2**30:
+        problems.append(f"{size / 2**20:.1f} MiB on disk, the budget is {BUDGET_GIB * 1024:.1f}")
+    problems += [f"{fault.name}: {fault.lost} epochs lost" for fault in result.faults if fault.lost > 1]
+    return problems
+
+
+def leftovers(folder: Path, study: Path) -> list[str]:
+    """Temporary files, half-built cohorts and shared memory that nobody uses any more."""
+    problems = [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".*.tmp")]
+    problems += [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".building-*")]
+    used = {name for process in psutil.process_iter() for name in mapped(process)}
+    problems += [f"shared memory {path}" for path in Path("/dev/shm").glob("plasma*") if str(path) not in used]
+    return problems
+
+
+def mapped(process: psutil.Process) -> list[str]:
+    with suppress(psutil.Error):
+        return [region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")]
+    return []
+
+
+# All rounds ------------------------------------------------------------------------------------------------------------
+
+
+def summary(rounds: list[Round]) -> str:
+    """Return the figures of all rounds in a few lines."""
+    faults = [fault for result in rounds for fault in result.faults if fault.done]
+    kinds = Counter(fault.name for fault in faults)
+    lost = Counter(fault.lost for fault in faults)
+    good = sum(not result.problems for result in rounds)
+    return "\n".join(
+        [
+            f"{good} of {len(rounds)} rounds hold, {sum(r.epochs for r in rounds)} epochs, "
+            f"{sum(r.starts for r in rounds)} driver starts, {sum(r.seconds for r in rounds) / 60:.0f} min",
+            f"{len(faults)} faults: " + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
+            "whole epochs lost by a fault: " + ", ".join(f"{n} by {count}" for n, count in sorted(lost.items())),
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="of the first round; the others count on from it")
+    parser.add_argument("--keep", type=Path, help="folder for the studies of rounds in which something does not hold")
+    options = parser.parse_args()
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="medtune-chaos-") as name:
+        table = write_cohort(Path(name) / "cohort", subjects=40, side=(14, 18))
+        for seed in range(options.seed, options.seed + options.rounds):
+            folder = Path(name) / f"{seed:04d}"
+            folder.mkdir()
+            result = run_round(seed, table, folder)
+            rounds.append(result)
+            print(result.line(), flush=True)
+            if result.problems and options.keep:
+                shutil.copytree(folder, options.keep / folder.name, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    print(summary(rounds))
+    return int(any(result.problems for result in rounds))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the round ends its processes
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""A whole search, its driver killed by the system over and over: searcher, policy and records on real files.
+
+Tune's events come from here instead of from Ray, in Tune's own order, so that the rows arrive in the same order in the
+killed search and in the one that is left alone; only then can their decisions be compared one by one. Killed searches
+under a real Ray are in test_study.py.
+"""
+
+import hashlib
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from rich.console import Console
+
+from trainables.checkpoints import sweep_temporaries
+from trainables.ray_trainable import FATAL
+from tune_app.display import Display
+from tune_app.results import read_record, read_rows
+from tune_app.searcher import STUDY_NAME, sqlite_url
+from tune_app.spec import StudyFiles, StudySpec, build_spec, mend_last_line
+from tune_app.study import Lifecycle, Recorder, StudyScheduler, _Session
+
+ROOT = Path(__file__).parents[2]
+EPOCHS, CONCURRENT, KILLS = 12, 3, 20
+FIELDS: dict[str, Any] = {
+    "data": "none",
+    "space": {"search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}},
+    "trials": 21,
+    "config": {"epochs": EPOCHS, "drw_start_epoch": 6},
+    "policy": {"grace_epochs": 3, "finalists": 1, "drw_guard_epochs": 2},
+}
+
+
+class TuneTrial:
+    """What our parts see of a trial of Tune."""
+
+    def __init__(self, suggestion: dict[str, Any]) -> None:
+        self.config = suggestion
+        self.name = str(suggestion["trial"])
+        self.trial_id = f"tune-{self.name}"
+        self.told = 0
+
+    def get_ray_actor_ip(self) -> str:
+        return "127.0.0.1"
+
+    def get_pickled_error(self) -> Exception:
+        return RuntimeError("lost its node")
+
+
+def row_of(trial: TuneTrial, epoch: int) -> dict[str, Any]:
+    """An epoch that follows from the trial's overrides: another draw would show in the rows."""
+    drawn = trial.config["overrides"]
+    digest = hashlib.sha256(repr(sorted(drawn.items())).encode()).digest()
+    level = 0.9 - drawn["dropout"] / 3 - abs(math.log(drawn["s"] / 10)) / 20
+    auc = 0.5 + (level - 0.5) * (1 - 0.4**epoch) + digest[epoch] / 20_000
+    if digest[0] % 4 == 0 and epoch > 5:
+        auc = 0.5  # collapses
+    if digest[0] % 5 == 1:
+        auc = math.nan
+    return {
+        "epoch": epoch, "val_auc": auc, "val_auc_raw": auc, "val_auc_ema": auc, "train_loss": 1 / epoch,
+        "drw_active": epoch >= 6, "epoch_s": 0.0, "val_positive": 50, "val_negative": 200,
+    }  # fmt: skip
+
+
+def drive(root: Path) -> None:
+    """One session of a driver, from whatever earlier ones left to the end of the search."""
+    files, spec = StudyFiles(root), build_spec(FIELDS)
+    sweep_temporaries(root)
+    for path in (files.epochs, files.decisions):
+        mend_last_line(path)
+    recorder = Recorder(spec, files)
+    display = Display(Console(file=io.StringIO()), num_trials=spec.num_trials, epochs=EPOCHS)
+    session = _Session(spec, "none", recorder, display)
+    session.begin()
+    scheduler, lifecycle, searcher = StudyScheduler(session), Lifecycle(session), session.searcher
+    running: list[TuneTrial] = []
+    finished = False
+
+    def end(trial: TuneTrial, result: dict[str, Any] | None, *, error: bool = False) -> None:
+        """As TuneController does it: the searcher first, then the callbacks."""
+        searcher.on_trial_complete(trial.trial_id, result=result, error=error)
+        (lifecycle.on_trial_error if error else lifecycle.on_trial_complete)(0, [], trial)
+        running.remove(trial)
+
+    while running or not finished:
+        while len(running) < CONCURRENT and not finished:
+            suggestion = searcher.suggest(f"tune-{len(recorder.records):05d}")
+            finished = suggestion == Searcher.FINISHED
+            if not finished:
+                trial = TuneTrial(suggestion)
+                searcher._numbers[trial.trial_id] = int(trial.name)
+                lifecycle.on_trial_start(0, [], trial)
+                running.append(trial)
+        if not running:
+            break
+        trial = min(running, key=lambda trial: (len(recorder.rows.get(trial.name, [])), trial.name))
+        known = len(recorder.rows.get(trial.name, []))
+        if int(trial.name) % 7 == 5 and known == 1:
+            end(trial, None, error=True)
+            continue
+        if int(trial.name) % 7 == 6 and known == 2:
+            result: dict[str, Any] = {"epoch": 0, FATAL: "out of memory"}
+        elif known == EPOCHS:
+            end(trial, row_of(trial, EPOCHS))  # killed after its last row: it has nothing left to do
+            continue
+        else:  # taken up again, a trial reports from its checkpoint on, which may lie behind
+            trial.told = trial.told + 1 if trial.told else max(1, known)
+            result = row_of(trial, trial.told)
+        decision = scheduler.on_trial_result(None, trial, result)
+        if decision != TrialScheduler.STOP:
+            searcher.on_trial_result(trial.trial_id, result)
+        lifecycle.on_trial_result(0, [], trial, result)
+        if decision == TrialScheduler.STOP or result["epoch"] == EPOCHS:
+            end(trial, result)
+    searcher.close()
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_killed_search as tests
+
+tests.drive(Path({whole!r}))  # never killed; and loads once what each child would load
+path, rng = tests.StudyFiles(Path({root!r})).epochs, random.Random({seed})
+lines = lambda: path.read_bytes().count(b"\\n") if path.exists() else 0
+for kill in range({kills} + 1):
+    wanted = lines() + rng.randint(0, 6)
+    pid = os.fork()
+    if not pid:
+        tests.drive(Path({root!r}))
+        os._exit(0)
+    if kill == {kills}:
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, status
+        break
+    while lines() < wanted:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        assert not done, f"ended with {{status}} before its kill {{kill}}, at {{lines()}} rows"
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.02)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), f"had ended before its kill {{kill}}"
+"""
+
+
+def spec() -> StudySpec:
+    return build_spec(FIELDS)
+
+
+def told(root: Path) -> dict[str, Any]:
+    """All that a study holds but the time of day."""
+    files = StudyFiles(root)
+    rows = [{key: value for key, value in row.items() if key != "time"} for row in read_rows(files.epochs)]
+    records = [read_record(path) for path in sorted(files.trials.glob("*/trial.json"))]
+    for record in records:
+        assert record.pop("started") <= record.pop("ended")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    trials = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database)).trials
+    names = ("number", "state", "values", "params", "intermediate_values", "user_attrs")
+    study = [{name: getattr(trial, name) for name in names} for trial in trials]
+    return {"rows": rows, "decisions": read_rows(files.decisions), "records": records, "study": study}
+
+
+def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_path: Path) -> None:
+    folders = {name: str(tmp_path / name) for name in ("whole", "killed")}
+    code = KILLER.format(
+        tests=str(Path(__file__).parent), root=folders["killed"], whole=folders["whole"], seed=11, kills=KILLS
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    whole, killed = told(tmp_path / "whole"), told(tmp_path / "killed")
+    for part, expected in whole.items():
+        assert killed[part] == expected, part
+
+    reasons = {decision["reason"] for decision in whole["decisions"]}
+    assert reasons >= {"rung", "halving", "diagnosis", "completed", "drw_guard"}, (
+        "the search has all there is to decide"
+    )
+    assert {record["state"] for record in whole["records"]} == {"completed", "stopped", "failed"}
+    assert len({record["reason"] for record in whole["records"] if record["state"] == "failed"}) == 2
+    states = [trial["state"] for trial in killed["study"]]
+    assert len(states) == spec().trials, "none twice"
+    assert TrialState.RUNNING not in states

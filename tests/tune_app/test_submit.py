@@ -1,0 +1,313 @@
+"""What is sent to a cluster, without one: pure functions against golden texts and Ray's own rules."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+from ray.runtime_env import RuntimeEnv
+from typer.testing import CliRunner
+
+from tune_app import cli
+from tune_app.jobs import JobServerError, is_loopback, job_server
+from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec, read_study_file, resumed_spec
+from tune_app.submit import (
+    PACKAGES,
+    SPEC_FILE,
+    Cluster,
+    build_submission,
+    cluster_file,
+    job_name,
+    kuberay_manifest,
+    next_id,
+    pinned_requirements,
+)
+
+ROOT = Path(__file__).parents[2]
+SHARED = {"data": "/shared/adrenal/table.csv", "config": {"epochs": 30}, "trials": 8}
+
+
+def a_spec(**fields: Any) -> StudySpec:
+    return build_spec(SHARED | fields)
+
+
+def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
+    """A checkout as people have them: data, weights and history lie between the code."""
+    for name in ("tune_app/cli.py", "trainables/finetune.py", "search_spaces/fixes.py", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("code\n")
+    unwanted = [".git/objects/aa", "tune_app/checkpoint.pt", "trainables/scan.nii.gz", "pretrained/resnet_50.pth"]
+    unwanted += ["studies/a/study.db", "trainables/__pycache__/finetune.pyc", ".env", "table.csv", "tune_app/.secret"]
+    for name in unwanted:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"secret")
+    sent = build_submission(a_spec(), "/shared/studies/first", source=tmp_path, pip=False)
+    names = {name for name, _ in sent.contents()}
+    assert names == {
+        "tune_app/cli.py",
+        "trainables/finetune.py",
+        "search_spaces/fixes.py",
+        "pyproject.toml",
+        SPEC_FILE,
+    }
+
+
+def test_what_is_sent_runs_without_the_checkout_and_is_the_same_each_time() -> None:
+    spec = a_spec(space={"base": "documented", "search": {"s": {"low": 5, "high": 40, "log": True}}})
+    sent, again = (build_submission(spec, "/shared/studies/first") for _ in range(2))
+    assert sent == again, "a cluster stores one package once"
+    with zipfile.ZipFile(io.BytesIO(sent.package)) as archive:
+        code = {name for name in archive.namelist() if name.endswith(".py")}
+        fields = json.loads(archive.read(SPEC_FILE))
+    assert code == {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
+    assert {"tune_app/report.html", "tune_app/report.css", "tune_app/report.js"} <= {
+        name for name, _ in sent.contents()
+    }
+    assert build_spec(fields) == spec
+    assert len(sent.package) < 2**20
+    assert RuntimeEnv(**sent.runtime_env)["pip"]["packages"] == pinned_requirements()
+
+
+def test_the_packed_spec_means_the_same_as_a_study_file(tmp_path: Path) -> None:
+    sent = build_submission(a_spec(), "/shared/studies/first", pip=False)
+    with zipfile.ZipFile(io.BytesIO(sent.package)) as archive:
+        archive.extract(SPEC_FILE, tmp_path)
+    assert build_spec(read_study_file(tmp_path / SPEC_FILE)) == a_spec()
+
+
+def test_versions_are_pinned_but_for_the_clusters_own() -> None:
+    pins = pinned_requirements(["ray[default,tune]>=2.54", "torch>=2.10", "numpy>=1", 'onnx>=1; extra == "onnx"'])
+    assert [pin.partition("==")[0] for pin in pins] == ["numpy"]
+    names = {pin.partition("==")[0] for pin in pinned_requirements()}
+    assert {"optuna", "monai", "pandas"} <= names
+    assert not {"ray", "torch", "pytest"} & names
+
+
+@pytest.mark.parametrize(
+    ("earlier", "number"),
+    [([], 1), (["medtune-first-00000000-7"], 1), (["{}-1", "{}-9", "{}-10"], 11), (["{}-x", "{}-2-3"], 1)],
+)
+def test_the_next_job_of_a_study_counts_on(earlier: list[str], number: int) -> None:
+    stem = job_name("/shared/studies/first")
+    assert next_id("/shared/studies/first", [one.format(stem) for one in earlier]) == f"{stem}-{number}"
+
+
+def test_job_names_tell_folders_apart_and_stay_readable() -> None:
+    assert job_name("/a/My Study, fold 0") != job_name("/b/My Study, fold 0")
+    assert job_name("s3://bucket/My Study, fold 0/").startswith("medtune-")
+    assert job_name("/a/My Study, fold 0").startswith("medtune-my-study-fold-0-")
+    assert len(job_name("/a/" + "x" * 200)) <= 52, "Kubernetes takes 63 characters, and puts its own behind"
+
+
+def test_a_place_that_a_cluster_cannot_find_is_refused() -> None:
+    with pytest.raises(SpecError, match="absolute path of a shared folder, or a URL"):
+        build_submission(a_spec(), "studies/first")
+
+
+def test_a_package_over_rays_limit_is_refused_and_its_largest_file_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tune_app.submit.LIMIT_MIB", 0.01)
+    with pytest.raises(SpecError, match=r"Ray takes 0.01: move out what is no code \(.*\.py 0\.0 MiB"):
+        build_submission(a_spec(), "/shared/studies/first")
+
+
+def test_a_study_goes_on_only_as_itself(tmp_path: Path) -> None:
+    files = StudyFiles(tmp_path)
+    files.write({"spec": a_spec(gpus_per_trial=0.25).model_dump(mode="json")})
+    asked = a_spec(max_concurrent=2, gpus_per_trial="auto", wait_for_resources_s=60)
+    spec = resumed_spec(files, asked)
+    assert (spec.max_concurrent, spec.gpus_per_trial, spec.wait_for_resources_s) == (2, 0.25, 60)
+    with pytest.raises(SpecError, match="trials is 8 there, 9 was asked for; seed is 0 there, 1 was asked for"):
+        resumed_spec(files, a_spec(trials=9, seed=1))
+
+
+def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SHARED))
+    asked = ["submit", "--dry-run", "--", "run", str(tmp_path / "study.yaml"), "--out", "/shared/studies/first"]
+    shown = yaml.safe_load(CliRunner().invoke(cli.app, asked, catch_exceptions=False).stdout)
+    assert shown["submission_id"] == next_id("/shared/studies/first", [])
+    assert shown["entrypoint"] == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
+    assert shown["study"]["trials"] == 8
+    assert "tune_app/cli.py" in shown["package"]["files"]
+    wrong = CliRunner().invoke(cli.app, [*asked, "--trails", "3"])
+    assert wrong.exit_code == 2, "options are checked before anything is sent"
+
+
+# Where the job server is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [("127.0.0.1:8265", "http://127.0.0.1:8265"), ("https://ray.example.org/", "https://ray.example.org")],
+)
+def test_addresses_of_job_servers(given: str, url: str) -> None:
+    assert job_server(given) == url
+
+
+@pytest.mark.parametrize("given", ["ray://head:10001", "http://", "https://user:secret@head:8265"])
+def test_what_is_no_job_server_or_shows_a_password_is_refused(given: str) -> None:
+    with pytest.raises(JobServerError):
+        job_server(given)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("192.0.2.7", False)],
+)
+def test_loopback_is_told_from_networks(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+# Files for clusters ----------------------------------------------------------------------------------------------------
+
+GOLDEN = """\
+# medtune: /shared/studies/first
+# kubectl apply -f THIS; kubectl logs -f job/medtune-first-6ad55b09. Needs KubeRay 1.5.1, the image medtune:0.1.0 with medtune
+# in it, and the claim medtune-shared with the data. The operator makes the access token, in a Secret.
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: medtune-first-6ad55b09
+data:
+  study.json: |
+    {
+     "data": "/shared/adrenal/table.csv",
+     "trials": 8,
+     "config": {
+      "epochs": 30
+     },
+     "wait_for_resources_s": 1800.0
+    }
+---
+apiVersion: ray.io/v1
+kind: RayJob
+metadata:
+  name: medtune-first-6ad55b09
+spec:
+  entrypoint: medtune run /etc/medtune/study.json --out /shared/studies/first --resume
+  backoffLimit: 3
+  shutdownAfterJobFinishes: true
+  ttlSecondsAfterFinished: 600
+  rayClusterSpec:
+    rayVersion: 2.60.0
+    authOptions:
+      mode: token
+    enableInTreeAutoscaling: true
+    autoscalerOptions:
+      idleTimeoutSeconds: 300
+    headGroupSpec:
+      serviceType: ClusterIP
+      rayStartParams:
+        num-cpus: '0'
+      template:
+        spec:
+          containers:
+          - name: ray-head
+            image: medtune:0.1.0
+            ports:
+            - containerPort: 6379
+              name: gcs-server
+            - containerPort: 8265
+              name: dashboard
+            - containerPort: 10001
+              name: client
+            resources:
+              requests:
+                cpu: '4'
+                memory: 16Gi
+              limits:
+                cpu: '4'
+                memory: 16Gi
+            volumeMounts:
+            - name: shared
+              mountPath: /shared
+            - name: study
+              mountPath: /etc/medtune
+              readOnly: true
+            - name: shm
+              mountPath: /dev/shm
+          volumes:
+          - name: shared
+            persistentVolumeClaim:
+              claimName: medtune-shared
+          - name: study
+            configMap:
+              name: medtune-first-6ad55b09
+          - name: shm
+            emptyDir:
+              medium: Memory
+              sizeLimit: 8Gi
+    workerGroupSpecs:
+    - groupName: gpu
+      replicas: 0
+      minReplicas: 0
+      maxReplicas: 4
+      rayStartParams: {}
+      template:
+        spec:
+          containers:
+          - name: ray-worker
+            image: medtune:0.1.0
+            resources:
+              requests:
+                cpu: '8'
+                memory: 32Gi
+                nvidia.com/gpu: '1'
+              limits:
+                cpu: '8'
+                memory: 32Gi
+                nvidia.com/gpu: '1'
+            volumeMounts:
+            - name: shared
+              mountPath: /shared
+            - name: study
+              mountPath: /etc/medtune
+              readOnly: true
+            - name: shm
+              mountPath: /dev/shm
+          volumes:
+          - name: shared
+            persistentVolumeClaim:
+              claimName: medtune-shared
+          - name: study
+            configMap:
+              name: medtune-first-6ad55b09
+          - name: shm
+            emptyDir:
+              medium: Memory
+              sizeLimit: 8Gi
+"""
+
+
+def test_the_kuberay_manifest_is_the_golden_one() -> None:
+    assert kuberay_manifest(a_spec(), "/shared/studies/first", Cluster()) == GOLDEN
+
+
+def test_the_manifest_holds_the_study_and_survives_its_head() -> None:
+    config, job = yaml.safe_load_all(kuberay_manifest(a_spec(), "s3://bucket/first", Cluster(gpus=0, max_workers=2)))
+    assert build_spec(json.loads(config["data"][SPEC_FILE])) == a_spec(wait_for_resources_s=1800)
+    assert config["metadata"]["name"] == job["metadata"]["name"] == job_name("s3://bucket/first")
+    assert job["spec"]["entrypoint"].split()[-3:] == ["--out", "s3://bucket/first", "--resume"]
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert "nvidia.com/gpu" not in str(cluster["workerGroupSpecs"])
+
+
+def test_a_path_that_no_pod_sees_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"data /home/me/table\.csv: no pod sees it; put it below /shared"):
+        kuberay_manifest(a_spec(data="/home/me/table.csv"), "/shared/first", Cluster())
+
+
+def test_the_launchers_file_is_one_that_ray_accepts() -> None:
+    text = cluster_file("/shared/studies/first", Cluster())
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    made = yaml.safe_load(text)
+    jsonschema.validate(made, schema)
+    assert "--dashboard-host=127.0.0.1" in made["head_start_ray_commands"][1]
+    for command in [made["head_start_ray_commands"][1], *made["worker_start_ray_commands"][1:]]:
+        assert "RAY_AUTH_MODE=token" in command
+        assert "RAY_AUTH_TOKEN=" not in command, "an argument shows in the process list"

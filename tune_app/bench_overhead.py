@@ -1,0 +1,209 @@
+"""`medtune bench overhead`: what a trial costs beside its training, here and in Ray Tune with `OptunaSearch` as it comes.
+
+Both sides run trials that train nothing and report the same rows, on the same Ray, as many at a time, from the same
+distributions, and take turns: a machine that is busy with something else slows both. A side goes on with its own search
+in each of its turns, so that the last turn meets as many earlier trials as a search of that size does.
+
+Bare Ray keeps its study in memory, as `OptunaSearch` does, and stops nothing. What medtune switches off in Ray (its
+loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds) is off on both sides, and actors are
+reused on both: the ratio is of what medtune adds, not of what it leaves out. Ours is all that a study does but the
+training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis, and the rebuilding of
+the session at each of its turns.
+
+Wall time is what a user waits for, and on a machine with other work mostly waits for that. The driver's own CPU time is
+told beside it: nothing else on the machine adds to it.
+"""
+
+import logging
+import math
+import platform
+import statistics
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+from rich.console import Console
+from rich.table import Table
+
+from search_spaces.spaces import space_from
+from trainables import installed_version
+from tune_app.display import Display
+from tune_app.spec import StudyFiles, StudySpec, build_spec
+from tune_app.study import Plan, Recorder, _ray_to_file, _Session
+
+SPACE = "documented"
+SIDES = ("medtune", "bare")
+
+
+def bench_overhead(
+    *,
+    trials: int,
+    epochs: int,
+    turns: int,
+    folder: Path,
+    concurrent: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    record: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Return {"machine", "trials", "epochs", "concurrent", "turns", "medtune", "bare", "ratio", "cpu_ratio"}.
+
+    `trials` on each side, in `turns` of equal size; each trial reports `epochs` rows. `medtune` and `bare` hold `wall_s` and
+    `cpu_s`, seconds a trial over all turns, of the clock and of the driver's processor; `ratio` and `cpu_ratio` are those of
+    the two sides. `turns` has one entry a turn, with `wall_s` and `cpu_s` of each side. `concurrent` trials run at a time;
+    None: one a CPU. Writes below `folder`; `record` is given the result after each turn. Starts a Ray, and stops it.
+    """
+    size = math.ceil(trials / turns)
+    done: list[dict[str, dict[str, float]]] = []
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _ray_to_file(folder / "ray.log", Console(quiet=True)):
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR)
+        try:
+            at_a_time = concurrent or int(ray.cluster_resources()["CPU"])
+            sides: dict[str, _Ours | _Bare] = {
+                "medtune": _Ours(folder / "study", epochs, at_a_time),
+                "bare": _Bare(folder, epochs, at_a_time),
+            }
+            for side in SIDES:  # processes start, modules load, files are there: not what is measured
+                sides[side].run(at_a_time)
+            say(f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}")
+            for number in range(turns):
+                order = SIDES if number % 2 == 0 else reversed(SIDES)
+                turn = {side: _timed(sides[side].run, size) for side in order}
+                done.append(turn)
+                told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
+                say(f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}")
+                record(_result(done, size, epochs, at_a_time))
+        finally:
+            ray.shutdown()
+    return _result(done, size, epochs, at_a_time)
+
+
+def _timed(run: Callable[[int], None], size: int) -> dict[str, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(size)
+    return {"wall_s": (time.perf_counter() - wall) / size, "cpu_s": (time.process_time() - cpu) / size}
+
+
+def _result(done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_a_time: int) -> dict[str, Any]:
+    means = {
+        side: {key: statistics.fmean(turn[side][key] for turn in done) for key in ("wall_s", "cpu_s")} for side in SIDES
+    }
+    return {
+        "machine": {
+            "name": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("ray", "optuna")},
+        },
+        "trials": size * len(done),
+        "epochs": epochs,
+        "concurrent": at_a_time,
+        "turns": done,
+        **means,
+        "ratio": means["medtune"]["wall_s"] / means["bare"]["wall_s"],
+        "cpu_ratio": means["medtune"]["cpu_s"] / means["bare"]["cpu_s"],
+    }
+
+
+def overhead_table(result: dict[str, Any]) -> Table:
+    """Return the result of `bench_overhead` as a Rich table: seconds a trial, and of these the driver's CPU time."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("trials", "left"), ("medtune", "right"), ("bare Ray Tune", "right"), ("ratio", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    size = result["trials"] // len(result["turns"])
+    for number, turn in enumerate(result["turns"]):
+        table.add_row(f"{number * size + 1} to {(number + 1) * size}, s a trial", *_cells(turn, "wall_s"))
+    table.add_row(f"all {result['trials']}, s a trial", *_cells(result, "wall_s"), style="bold")
+    table.add_row("  of these CPU of the driver", *_cells(result, "cpu_s"))
+    return table
+
+
+def _cells(row: dict[str, dict[str, float]], key: str) -> tuple[str, str, str]:
+    ours, bare = row["medtune"][key], row["bare"][key]
+    return f"{ours:.3f}", f"{bare:.3f}", f"{ours / bare:.2f}"
+
+
+def _trivial_trial(epochs: int) -> Callable[[dict[str, Any]], None]:
+    """Return a trial that trains nothing and reports rows like a run's.
+
+    A function made here travels to the trial's process by value: by name, that process would import this module, and
+    with it torch.
+    """
+
+    def trial(config: dict[str, Any]) -> None:
+        import math
+
+        from ray import tune
+
+        drawn = config.get("overrides", config)
+        level = 0.85 - 0.1 * (math.log10(drawn["backbone_lr"]) + 4) ** 2 - 0.2 * (drawn["max_m"] - 0.2) ** 2
+        for epoch in range(1, epochs + 1):
+            auc = 0.5 + (level - 0.5) * (1 - 0.5**epoch)
+            weights = {f"val_{name}_{kind}": auc for name in ("auc", "auprc", "tied") for kind in ("raw", "ema")}
+            bounds = {"val_auc": auc, "val_auc_low": auc - 0.1, "val_auc_high": auc + 0.1}
+            counts = {"val_positive": 20, "val_negative": 80, "updates": 30 * epoch, "skipped_updates": 0}
+            rest = {"train_loss": 1 / epoch, "train_auc": auc, "drw_active": False, "epoch_s": 0.0, "grad_norm": 1.0}
+            tune.report({"epoch": epoch, **bounds, **weights, **counts, **rest})
+
+    return trial
+
+
+def _bundle() -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory([{"CPU": 1.0}])
+
+
+class _Ours:
+    """A study that grows by each turn's trials, run as `medtune resume` runs it."""
+
+    def __init__(self, root: Path, epochs: int, concurrent: int) -> None:
+        self.files = StudyFiles(root)
+        self.epochs, self.concurrent = epochs, concurrent
+        self.trials = 0
+        root.mkdir(parents=True)
+
+    def run(self, count: int) -> None:
+        self.trials += count
+        spec = self._spec()
+        console = Console(file=(self.files.root / "console.log").open("a"), width=80)
+        recorder = Recorder(spec, self.files)
+        session = _Session(spec, "none", recorder, Display(console, num_trials=self.trials, epochs=self.epochs))
+        session.run(_trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent))
+        ended = recorder.states()
+        assert sum(ended.get(state, 0) for state in ("completed", "stopped")) == self.trials, ended
+
+    def _spec(self) -> StudySpec:
+        return build_spec(
+            {"data": "none", "space": SPACE, "trials": self.trials, "config": {"epochs": self.epochs}, "warm_start": ()}
+        )
+
+
+class _Bare:
+    """Ray Tune with `OptunaSearch`, continued in the same study in memory."""
+
+    def __init__(self, folder: Path, epochs: int, concurrent: int) -> None:
+        self.folder, self.epochs, self.concurrent = folder, epochs, concurrent
+        self.storage = optuna.storages.InMemoryStorage()
+        space = space_from(SPACE, {"epochs": epochs})
+        self.distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+
+    def run(self, count: int) -> None:
+        searcher = OptunaSearch(
+            self.distributions, metric="val_auc", mode="max", storage=self.storage, study_name="bare", seed=0
+        )
+        results = tune.Tuner(
+            tune.with_resources(_trivial_trial(self.epochs), _bundle()),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=count,
+                max_concurrent_trials=self.concurrent,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(name=uuid.uuid4().hex, storage_path=str(self.folder / "bare"), verbose=0),
+        ).fit()
+        assert len(results) == count, f"{len(results)} of {count} trials"
+        assert not results.errors, results.errors

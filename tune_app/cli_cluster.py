@@ -1,0 +1,263 @@
+"""The commands around a Ray cluster: `medtune submit`, `medtune jobs`, `medtune doctor`."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from tune_app.cli_common import CacheOption, elsewhere, err, out
+
+app = typer.Typer()
+jobs_app = typer.Typer(help="Jobs on a Ray cluster: list, logs, stop, status.", no_args_is_help=True)
+
+ServerOption = Annotated[
+    str | None,
+    typer.Option("--address", help="Job server; default: RAY_API_SERVER_ADDRESS, then http://127.0.0.1:8265."),
+]
+OpenOption = Annotated[bool, typer.Option("--allow-open", help="Even to a network where no token is asked for.")]
+JobArgument = Annotated[str, typer.Argument(help="Id of the job, or the study's folder: its latest job.")]
+
+
+@app.command()
+def submit(
+    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm.")],
+    address: ServerOption = None,
+    pip: Annotated[
+        bool, typer.Option("--pip/--no-pip", help="Install this machine's versions there, where others are installed.")
+    ] = True,
+    follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the log until the job ends.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    allow_open: OpenOption = False,
+    kuberay: Annotated[
+        Path | None, typer.Option("--kuberay", metavar="FILE", help="Write a KubeRay manifest instead; - for stdout.")
+    ] = None,
+    cluster_yaml: Annotated[
+        Path | None, typer.Option("--cluster-yaml", metavar="FILE", help="Write a file for `ray up` instead.")
+    ] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Container image with medtune, for those files.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="GPU nodes at most, in those files.")] = 4,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of a node, in those files.")] = 1,
+    mount: Annotated[str, typer.Option("--mount", help="Folder that all nodes share, in those files.")] = "/shared",
+) -> None:
+    """Run a study on a Ray cluster: send code and spec, follow the log, return its exit code. Ctrl-C detaches.
+
+    Submitting the same study again goes on with it, or follows it while it runs. Paths are those that the cluster's
+    nodes see; no data is sent.
+    """
+    from tune_app.submit import Cluster, build_submission, cluster_file, kuberay_manifest
+
+    def send(spec: Any, root: Path) -> int:
+        place = _place(root)
+        if kuberay or cluster_yaml:
+            made = {"max_workers": workers, "gpus": gpus, "mount": mount} | ({"image": image} if image else {})
+            if kuberay:
+                _write_text(kuberay, kuberay_manifest(spec, place, Cluster(**made)))
+            if cluster_yaml:
+                _write_text(cluster_yaml, cluster_file(place, Cluster(**made)))
+            return 0
+        if dry_run:
+            print(build_submission(spec, place, pip=pip).dry_run(), end="")
+            return 0
+        return _send(spec, place, address, pip=pip, follow=follow, allow_open=allow_open)
+
+    token = elsewhere.set(send)
+    try:
+        # The command itself is parsed and checked here and now: a typo costs no trip to the cluster.
+        context.find_root().command.main(args=list(command), prog_name="medtune")
+    finally:
+        elsewhere.reset(token)
+
+
+def _place(root: Path) -> str:
+    from tune_app.submit import cluster_place
+
+    return cluster_place(str(root))
+
+
+def _send(spec: Any, place: str, address: str | None, *, pip: bool, follow: bool, allow_open: bool) -> int:
+    from tune_app.jobs import ENDED, Jobs
+    from tune_app.submit import build_submission
+
+    jobs = Jobs(address, allow_open=allow_open)
+    earlier = jobs.of_study(place)
+    running = [job for job in earlier if str(job.status.value) not in ENDED]
+    if running:
+        job_id = running[-1].submission_id
+        err.print(f"{place} is running already, as {job_id}: nothing is sent", soft_wrap=True, markup=False)
+    else:
+        submission = build_submission(spec, place, earlier=[job.submission_id for job in earlier], pip=pip)
+        job_id = submission.submission_id
+        err.print(f"sending {submission.size_line()} to {jobs.url}", soft_wrap=True, markup=False)
+        jobs.send(submission)
+        err.print(f"job: {job_id}", soft_wrap=True, markup=False)
+    if not follow:
+        print(job_id)
+        return 0
+    return _follow(jobs, job_id)
+
+
+def _follow(jobs: Any, job_id: str) -> int:
+    try:
+        code = int(jobs.follow(job_id, _show))
+    except KeyboardInterrupt:
+        err.print(
+            f"\ndetached; the job goes on. See it: medtune jobs logs {job_id} --follow; stop it: medtune jobs stop {job_id}",
+            soft_wrap=True,
+            markup=False,
+        )
+        return 130
+    job = jobs.find(job_id)
+    if code:
+        err.print(f"{job_id} {job.status.value.lower()}: {job.message}", soft_wrap=True, markup=False)
+    return code
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_text(path: Path, text: str) -> None:
+    if str(path) == "-":
+        print(text, end="")
+        return
+    path.write_text(text, encoding="utf-8")
+    err.print(str(path), soft_wrap=True, markup=False)
+
+
+# Doctor ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", help="Job server (http://...), or a Ray cluster (auto, host:port); none: this machine."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Table that every node should see.")] = None,
+    out_folder: Annotated[
+        str | None, typer.Option("--out", help="Study that every node should be able to write.")
+    ] = None,
+    cache: CacheOption = None,
+    allow_open: OpenOption = False,
+) -> None:
+    """Look for what could keep studies from running: versions, GPUs, memory, disk, ports, clocks, data, storage.
+
+    Exit code 1 when something must be mended; what only should be looked at does not count.
+    """
+    if address and address.startswith(("http://", "https://")):
+        from tune_app.jobs import Jobs
+        from tune_app.submit import build_task
+
+        given = {"--data": data, "--out": out_folder, "--cache": cache and str(cache)}
+        words = [word for name, value in given.items() if value for word in (name, str(value))]
+        jobs = Jobs(address, allow_open=allow_open)
+        task = build_task(["doctor", "--address", "auto", *words])
+        jobs.send(task)
+        raise typer.Exit(_follow(jobs, task.submission_id))
+    from tune_app.doctor import diagnose_cluster, diagnose_machine
+
+    if address:
+        found = diagnose_cluster(
+            os.environ.get("RAY_ADDRESS", address) if address == "auto" else address, data, out_folder, cache
+        )
+    else:
+        found = diagnose_machine(data, out_folder, cache)
+    signs = {"good": "ok", "look": "look", "bad": "BAD"}
+    styles = {"good": "green", "look": "yellow", "bad": "red"}
+    for node in dict.fromkeys(finding.node for finding in found):
+        out.print(node, markup=False, style="bold")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for finding in (one for one in found if one.node == node):
+            told = finding.said + (f": {finding.remedy}" if finding.remedy else "")
+            table.add_row(Text(f"  {signs[finding.state]}", style=styles[finding.state]), finding.what, Text(told))
+        out.print(table)
+    raise typer.Exit(int(any(finding.state == "bad" for finding in found)))
+
+
+# Jobs ------------------------------------------------------------------------------------------------------------------
+
+
+@jobs_app.command("list")
+def jobs_list(
+    address: ServerOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Jobs that are not medtune's, too.")] = False,
+    output: Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")] = "table",
+    allow_open: OpenOption = False,
+) -> None:
+    """List the cluster's studies, oldest first."""
+    from tune_app.jobs import Jobs
+
+    rows = [_row(job) for job in Jobs(address, allow_open=allow_open).all()]
+    rows = [row for row in rows if every or row["study"]]
+    if output == "json":
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("job", "state", "started", "minutes", "exit"):
+        table.add_column(name, justify="right" if name in ("minutes", "exit") else "left", no_wrap=name != "job")
+    for row in rows:
+        began = time.strftime("%m-%d %H:%M", time.localtime(row["started"])) if row["started"] else "-"
+        minutes = f"{row['seconds'] / 60:.1f}" if row["seconds"] is not None else "-"
+        table.add_row(row["job"], row["state"], began, minutes, "-" if row["exit"] is None else str(row["exit"]))
+    out.print(table if rows else "no jobs", soft_wrap=not rows)
+
+
+@jobs_app.command("status")
+def jobs_status(job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False) -> None:
+    """Show one job as JSON: state, study, exit code, where its driver runs, what went wrong."""
+    from tune_app.jobs import Jobs
+
+    found = Jobs(address, allow_open=allow_open).find(job)
+    print(json.dumps(_row(found) | {"message": found.message, "entrypoint": found.entrypoint}, indent=1))
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    job: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; returns its code.")] = False,
+    address: ServerOption = None,
+    allow_open: OpenOption = False,
+) -> None:
+    """Show what a job has said."""
+    from tune_app.jobs import Jobs
+
+    jobs = Jobs(address, allow_open=allow_open)
+    found = jobs.find(job)
+    if follow:
+        raise typer.Exit(_follow(jobs, found.submission_id))
+    _show(jobs.log(found.submission_id))
+
+
+@jobs_app.command("stop")
+def jobs_stop(job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False) -> None:
+    """End a job as Ctrl-C would: its study is closed, and submitting it again goes on with it."""
+    from tune_app.jobs import Jobs
+
+    jobs = Jobs(address, allow_open=allow_open)
+    found = jobs.find(job)
+    out.print(f"{found.submission_id} {jobs.stop(found.submission_id).lower()}", soft_wrap=True, markup=False)
+
+
+def _row(job: Any) -> dict[str, Any]:
+    end = job.end_time or time.time() * 1000
+    return {
+        "job": job.submission_id,
+        "study": (job.metadata or {}).get("medtune_study"),
+        "state": job.status.value.lower(),
+        "started": job.start_time and job.start_time / 1000,
+        "seconds": job.start_time and round((end - job.start_time) / 1000, 1),
+        "exit": job.driver_exit_code,
+    }

@@ -1,0 +1,41 @@
+"""The command of the service: `medtune serve`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tune_app.cli_common import AddressOption, err
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Folder whose studies are shown; new ones are put there.")] = Path(
+        "studies"
+    ),
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8321,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="Further host name it goes by; may be repeated.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Reading takes the token as well, on this machine, too.")
+    ] = False,
+    address: AddressOption = None,
+) -> None:
+    """Serve a live page over the studies of a folder: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
+    from tune_app.serve import serve as run
+
+    run(
+        folder,
+        host=host,
+        port=port,
+        token=os.environ.get("MEDTUNE_TOKEN") or None,
+        names=allow_host or (),
+        private=private,
+        address=address,
+        say=lambda text: err.print(text, soft_wrap=True, markup=False, highlight=False),
+    )

@@ -1,0 +1,144 @@
+"""What a study may take of its disk: what is kept, what goes first, and whether it can be kept to at all.
+
+Without a budget everything stays. With one, files go when they would no longer fit, in this order: checkpoints of
+trials that have ended, which nothing goes on from; then best.pt of ended trials, the worst first, until `keep_best` are
+left. What a running trial needs is never touched, and room for it is kept free: the budget holds at every moment.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainables.config import FineTuneConfig
+from tune_app.spec import SpecError, StudyFiles, StudySpec
+
+GIB = 2**30
+LOGS = 8 * 2**20
+"""Bytes kept free for logs, rows and the database between two looks."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget and what counts against it, in bytes."""
+
+    total: int
+    checkpoint: int
+    """Of the largest trial."""
+    best: int
+    concurrent: int
+    keep_best: int
+
+    @property
+    def running(self) -> int:
+        """What running trials may take: each its two files, and the one that is being written beside them."""
+        return self.concurrent * (2 * self.checkpoint + self.best)
+
+    @property
+    def least(self) -> int:
+        return self.running + self.keep_best * self.best + LOGS
+
+
+def plan_budget(spec: StudySpec, concurrent: int) -> Budget | None:
+    """Return the budget of a study with `concurrent` trials at a time; None without one.
+
+    Raises SpecError when it cannot hold what `concurrent` running trials and the best ones need.
+    """
+    if spec.disk_budget_gib is None:
+        return None
+    sizes = [file_sizes(config) for config in _largest(spec)]
+    budget = Budget(
+        total=int(spec.disk_budget_gib * GIB),
+        checkpoint=max(checkpoint for checkpoint, _ in sizes),
+        best=max(best for _, best in sizes),
+        concurrent=concurrent,
+        keep_best=spec.keep_best,
+    )
+    if budget.least > budget.total:
+        raise SpecError(
+            [
+                f"disk_budget_gib={spec.disk_budget_gib:g}: {concurrent} trials at a time need "
+                f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}) and the {spec.keep_best} best "
+                f"{_gib(spec.keep_best * budget.best)}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
+                "max_concurrent or keep_best"
+            ]
+        )
+    return budget
+
+
+def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
+    """Return about how many bytes checkpoint.pt and best.pt of a run have, a little too many; allocates nothing."""
+    import torch
+
+    from trainables.network import build_network
+
+    with torch.device("meta"):
+        network = build_network(
+            depth=config.depth,
+            width=config.width,
+            geometry=config.geometry,
+            head=config.head,
+            num_classes=config.num_classes,
+            in_channels=config.in_channels,
+            dropout=config.dropout,
+        )
+    parameters = sum(tensor.numel() for tensor in network.parameters())
+    buffers = sum(tensor.numel() for tensor in network.buffers())
+    tensors = len(network.state_dict())
+    moments = 1 if config.optimizer == "sgd" else 2
+    rows = 4096 * config.epochs
+    best = 4 * (parameters + buffers) + 512 * tensors + 2**16
+    return 4 * (parameters * (2 + moments) + 2 * buffers) + 4 * 512 * tensors + rows + 2**16, best
+
+
+def make_room(files: StudyFiles, budget: Budget, records: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """Remove what has to go for the study to fit its budget with the running trials at their largest; returns what went.
+
+    `records` are all trials' trial.json. Of the ended trials the `keep_best` best by objective keep their best.pt.
+    """
+    records = list(records)
+    ended = [record for record in records if record["state"] != "running"]
+    running = sum(_size(files.trial(record["trial"]).folder) for record in records if record["state"] == "running")
+    over = _size(files.root) - running + budget.running + LOGS - budget.total
+    ended.sort(key=lambda record: -math.inf if record.get("objective") is None else record["objective"])
+    candidates = [files.trial(record["trial"]).checkpoint for record in ended]
+    candidates += [files.trial(record["trial"]).best for record in ended[: max(0, len(ended) - budget.keep_best)]]
+    gone = []
+    for path in candidates:
+        if over <= 0:
+            break
+        if path.exists():
+            over -= path.stat().st_size
+            path.unlink()
+            gone.append(path)
+    return gone
+
+
+def _largest(spec: StudySpec) -> list[FineTuneConfig]:
+    """The configurations whose files may be the largest: of every planned trial, or of the widest and deepest sampled."""
+    from trainables.config import build_config
+
+    if spec.kind != "search":
+        return [build_config({**spec.config, **trial.overrides}) for trial in spec.planned]
+    base = build_config(spec.config).model_dump()
+    space = spec.resolved_space()
+    largest: dict[str, Any] = {name: space.fixed[name] for name in ("depth", "width") if name in space.fixed}
+    for name in ("depth", "width"):
+        if name in space.parameters:
+            largest[name] = max(float(str(end)) for end in space.parameters[name].ends)
+    return [build_config({**base, **largest})]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if not path.is_dir() else 0
+        except FileNotFoundError:  # a temporary file that was there a moment ago
+            continue
+    return total
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 20 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,365 @@
+"""What could keep studies from running, on this machine or on every node of a cluster; each finding with its remedy.
+
+A check says what it saw even when it is well: the list is read when something does not work and nobody knows why.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainables import installed_version
+from tune_app.spec import default_cache
+from tune_app.submit import pack_code
+
+State = Literal["good", "look", "bad"]
+
+VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "numpy", "nibabel")
+NEEDED = {"ray": (2, 54), "torch": (2, 10)}
+SHM_GIB, DISK_GIB, FILES, SKEW_S = 1.0, 10.0, 4096, 2.0
+"""Least shared memory and free disk, least open files, largest difference of clocks that is well."""
+NODE_S = 120.0
+"""Seconds a node may take to answer, with the start of a process on it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    node: str
+    what: str
+    state: State
+    said: str
+    remedy: str = ""
+
+
+def diagnose_machine(data: str | None = None, study: str | None = None, cache: Path | None = None) -> list[Finding]:
+    """Look at this machine alone."""
+    facts = node_facts(data, study, str(cache) if cache else None, None)
+    found = judge_node(facts, node="here")
+    found += [_port(port, use) for port, use in ((6379, "a Ray head"), (8265, "Ray's dashboard"))]
+    return found
+
+
+def diagnose_cluster(
+    address: str, data: str | None = None, study: str | None = None, cache: Path | None = None
+) -> list[Finding]:
+    """Look at every node of the Ray cluster at `address`, and at what lies between them. Raises ConnectionError."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with tempfile.TemporaryDirectory() as folder:
+        if not ray.is_initialized():
+            package = Path(folder) / "medtune.zip"
+            package.write_bytes(pack_code(Path(__file__).parents[1]))
+            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a job's code is on every node already
+            ray.init(address, runtime_env=None if in_job else {"working_dir": str(package)}, **options)
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            lost = [node for node in ray.nodes() if not node["Alive"]]
+            nonce = uuid.uuid4().hex
+            with _marked(study, nonce), _listening() as meet:
+                probe = ray.remote(num_cpus=0, max_retries=0)(_timed_facts)
+                asked = {}
+                for node in nodes:
+                    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    asked[node["NodeID"]] = probe.options(scheduling_strategy=place).remote(
+                        data, study, str(cache) if cache else None, nonce, meet
+                    )
+                ray.wait(list(asked.values()), num_returns=len(asked), timeout=NODE_S)
+                found, facts = [], {}
+                for node in nodes:
+                    name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+                    began = time.time()
+                    try:
+                        answer = ray.get(asked[node["NodeID"]], timeout=0.1)
+                        # Clocks are asked apart, of a process that runs already: its start would blur them.
+                        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                        clock, took = _clock(ray, probe.options(scheduling_strategy=place))
+                    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+                        said = f"no answer within {NODE_S:.0f} s: {str(error).strip().splitlines()[0]}"
+                        found.append(
+                            Finding(name, "answers", "bad", said, "look at that node's raylet.out, or take it away")
+                        )
+                        continue
+                    del began
+                    facts[name] = answer
+                    found += judge_node(answer, node=name, gpus=node["Resources"].get("GPU", 0.0))
+                    found.append(judge_clock(name, clock, took))
+            found += judge_together(facts)
+            found += [
+                Finding(node["NodeManagerAddress"], "answers", "look", "lost", "nothing, if you took it away")
+                for node in lost
+            ]
+            found.append(_state_api())
+        finally:
+            ray.shutdown()
+    return found
+
+
+# On a node -------------------------------------------------------------------------------------------------------------
+
+
+def node_facts(data: str | None, study: str | None, cache: str | None, nonce: str | None) -> dict[str, Any]:
+    """Everything that is seen from a node, as plain values."""
+    place = Path(cache) if cache else default_cache()
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "versions": {name: installed_version(name) for name in VERSIONS},
+        "nccl": _nccl(),
+        "gpus": _gpus(),
+        "shm_gib": _free_gib(Path("/dev/shm"), total=True),
+        "disk_gib": _free_gib(place),
+        "cache": str(place),
+        "files": _open_files(),
+        "data": _data_seen(data) if data else None,
+        "study": _study_seen(study, nonce) if study else None,
+    }
+
+
+def _timed_facts(
+    data: str | None, study: str | None, cache: str | None, nonce: str | None, meet: tuple[str, int] | None
+) -> dict[str, Any]:
+    if meet is None:
+        return {"time": time.time()}
+    return node_facts(data, study, cache, nonce) | {"meets": _meets(*meet)}
+
+
+def _clock(ray: Any, probe: Any) -> tuple[float, float]:
+    """The node's clock less this one's in seconds, and how long it took to ask; the fastest of three counts."""
+    best = (0.0, float("inf"))
+    for _ in range(3):
+        began = time.time()
+        there = ray.get(probe.remote(None, None, None, None, None), timeout=NODE_S)["time"]
+        took = time.time() - began
+        if took < best[1]:
+            best = (there - (began + took / 2), took)
+    return best
+
+
+def _nccl() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available() and not torch.backends.cuda.is_built():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _gpus() -> list[str]:
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return []
+    asked = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in told.splitlines() if line.strip()]
+
+
+def _free_gib(path: Path, *, total: bool = False) -> float | None:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return float((usage.total if total else usage.free) / 2**30)
+
+
+def _open_files() -> int:
+    import resource
+
+    return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _data_seen(table: str) -> dict[str, str]:
+    """Digest of the table, or what is wrong: the table, or the first volume that it names."""
+    from trainables.manifest import ManifestError, read_manifest
+
+    try:
+        rows = read_manifest(Path(table)).rows
+        content = hashlib.sha256(Path(table).read_bytes()).hexdigest()[:16]
+    except (ManifestError, OSError) as error:
+        return {"error": str(error).splitlines()[0]}
+    missing = [str(path) for path in rows["path"] if not Path(path).is_file()]
+    if missing:
+        return {"error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}"}
+    return {"digest": content, "volumes": str(len(rows))}
+
+
+def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
+    """Whether this node can write below the study's folder, and sees what the driver wrote there."""
+    folder = _mark_folder(study)
+    probe = folder / f".medtune-doctor-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("here", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        return {"error": f"cannot be written: {error.strerror}"}
+    if nonce is not None and not (folder / f".medtune-doctor-{nonce}").exists():
+        return {"error": "is a folder of this node's own: what the head writes is not seen here"}
+    return {}
+
+
+def _mark_folder(study: str) -> Path:
+    """The folder that studies are put in: the study itself may not be there yet."""
+    path = Path(study)
+    return path if path.exists() else path.parent
+
+
+@contextmanager
+def _marked(study: str | None, nonce: str) -> Iterator[None]:
+    """A file in the study's folder while the nodes look for it."""
+    if not study:
+        yield
+        return
+    mark = _mark_folder(study) / f".medtune-doctor-{nonce}"
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError:
+        pass  # the nodes say so, the head among them
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+@contextmanager
+def _listening() -> Iterator[tuple[str, int]]:
+    """A port here that the nodes try to reach, as the ranks of a trial reach each other."""
+    import ray
+
+    with socket.socket() as server:
+        host = ray.util.get_node_ip_address()
+        server.bind((host, 0))
+        server.listen(64)
+        yield host, int(server.getsockname()[1])
+
+
+def _meets(host: str, port: int) -> str | None:
+    try:
+        with socket.create_connection((host, port), timeout=10):
+            return None
+    except OSError as error:
+        return f"{host}:{port}: {error}"
+
+
+# Judgements ------------------------------------------------------------------------------------------------------------
+
+
+def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None) -> list[Finding]:
+    """What the facts of one node mean; pure. `gpus`: what Ray thinks it has, None where there is no Ray."""
+    found: list[Finding] = []
+
+    def say(what: str, good: bool, said: str, remedy: str, *, otherwise: State = "bad") -> None:
+        found.append(Finding(node, what, "good" if good else otherwise, said, "" if good else remedy))
+
+    versions = facts["versions"]
+    old = [name for name, least in NEEDED.items() if _numbers(versions[name]) < least]
+    told = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in VERSIONS)
+    say("versions", not old, f"Python {facts['python']}, {told}", f"upgrade {', '.join(old)}: see pyproject.toml")
+    seen = len(facts["gpus"])
+    if gpus is not None and gpus > seen:
+        say("GPUs", False, f"Ray counts {gpus:g}, nvidia-smi shows {seen}", "install the driver, or mend --num-gpus")
+    elif seen and facts["nccl"] is None:
+        say("GPUs", False, f"{seen}, but torch is built for CPUs only", "install torch for the driver's CUDA version")
+    else:
+        say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
+    say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
+    shm = facts["shm_gib"]
+    said = "there is no /dev/shm" if shm is None else f"{shm:.1f} GiB"
+    say("shared memory", shm is not None and shm >= SHM_GIB, said, "docker run --shm-size=8g, or mount /dev/shm larger")
+    disk = facts["disk_gib"]
+    said = f"{disk:.0f} GiB free at {facts['cache']}" if disk is not None else f"{facts['cache']} cannot be looked at"
+    say(
+        "disk",
+        disk is not None and disk >= DISK_GIB,
+        said,
+        "free some room, or choose another --cache",
+        otherwise="look",
+    )
+    say("open files", facts["files"] >= FILES, f"{facts['files']} at most", "ulimit -n 65536", otherwise="look")
+    if facts.get("data") is not None:
+        error = facts["data"].get("error")
+        said = error or f"{facts['data']['volumes']} volumes, table {facts['data']['digest']}"
+        say("data", not error, said, "mount the folder with the data at the same path on every node")
+    if facts.get("study") is not None:
+        error = facts["study"].get("error")
+        say("storage", not error, error or "can be written", "mount the same shared folder on every node, writable")
+    if "meets" in facts:
+        error = facts["meets"]
+        said = error or "the driver's node can be reached"
+        say("ports", not error, said, "let the nodes reach each other on all ports: ranks choose theirs")
+    return found
+
+
+def judge_clock(node: str, skew_s: float, took_s: float) -> Finding:
+    """What the difference of a node's clock means; pure."""
+    if abs(skew_s) - took_s / 2 > SKEW_S:
+        return Finding(
+            node, "clock", "look", f"{skew_s:+.1f} s", "run chrony or ntpd: times in the study would mislead"
+        )
+    return Finding(node, "clock", "good", f"{skew_s:+.2f} s, within {took_s / 2:.2f} s")
+
+
+def judge_together(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """What must be the same on all nodes; pure."""
+    kinds: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
+        "same Python": (lambda one: one["python"], "install one Python version: Ray refuses to mix them"),
+        "same versions": (lambda one: tuple(one["versions"].items()), "pip install -c constraints.txt . on every node"),
+        "same NCCL": (lambda one: one["nccl"] if one["gpus"] else None, "install the same torch on every node"),
+        "same data": (lambda one: (one["data"] or {}).get("digest"), "mount the same folder on every node"),
+    }
+    found = []
+    for what, (value, remedy) in kinds.items():
+        groups: dict[Any, list[str]] = {}
+        for node, one in facts.items():
+            if value(one) is not None:
+                groups.setdefault(value(one), []).append(node)
+        if len(groups) > 1:
+            few = min(groups.values(), key=len)
+            found.append(Finding("all nodes", what, "bad", f"{', '.join(few)} differ from the others", remedy))
+    if not found and len(facts) > 1:
+        found.append(Finding("all nodes", "alike", "good", f"{len(facts)} nodes"))
+    return found
+
+
+def _state_api() -> Finding:
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        number = len(list_nodes(timeout=20))
+    except (RayStateApiException, OSError, ValueError) as error:
+        said = f"does not answer: {str(error).splitlines()[0]}"
+        return Finding("head", "State API", "look", said, "start the head with --include-dashboard=true")
+    return Finding("head", "State API", "good", f"answers, {number} nodes")
+
+
+def _port(port: int, use: str) -> Finding:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    said = f"{port} is in use" if taken else f"{port} is free"
+    remedy = f"if that is not {use} of yours, give another port to `ray start`"
+    return Finding("here", "ports", "look" if taken else "good", said, remedy if taken else "")
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    parts = (version or "0").split("+")[0].split(".")
+    return tuple(int(part) for part in parts[:2] if part.isdigit())

@@ -1,0 +1,553 @@
+"""The service: a live page over the studies of one folder, and the REST interface behind it.
+
+It reads through `tune_app.results` and starts, stops and queues through `tune_app.serve_queue`; nothing here decides
+anything about a study. It may be ended and started again at any time: drivers are processes of their own, and everything
+shown is read from the studies' folders.
+"""
+
+import logging
+import re
+import secrets
+import shlex
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from fastapi import Body, FastAPI, Header, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.background import BackgroundTask
+
+from search_spaces.spaces import NOT_SEARCHED, SPACES
+from trainables.checkpoints import replacing
+from trainables.config import FineTuneConfig
+from tune_app import figures
+from tune_app.objective import OBJECTIVES
+from tune_app.serve_access import SESSION_S, Access, Guard, Refused
+from tune_app.serve_live import Feeds, TooManyViewersError
+from tune_app.serve_queue import QueueError, StudyQueue
+from tune_app.serve_studies import (
+    Reading,
+    StudyFolder,
+    UnknownError,
+    UnreadableError,
+    comparison,
+    curves,
+    figure,
+    glance,
+    log_tail,
+    overview,
+    state_of,
+    to_json,
+    trial_page,
+    trials_table,
+)
+from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec
+from tune_app.stop_requests import ask_to_stop_trial
+from tune_app.tables import QueryError, format_value, printable
+
+log = logging.getLogger("medtune.serve")
+
+HERE = Path(__file__).parent
+ASSETS = {
+    "serve.js": "text/javascript",
+    "serve_charts.js": "text/javascript",
+    "serve.css": "text/css",
+    "report.css": "text/css",
+}
+"""The page's own files beside serve.html, and nothing else of this folder."""
+
+LIMIT = 400
+"""Characters of an id."""
+
+
+class Problem(BaseModel):
+    """Why something was refused, a line a reason."""
+
+    detail: list[str]
+
+
+class Token(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    token: str = Field(max_length=400)
+
+
+class Session(BaseModel):
+    """Whether the caller may change things, and what its page has to send along."""
+
+    logged_in: bool
+    csrf: str | None
+    reading: Literal["open", "token"]
+
+
+class Asked(BaseModel):
+    """What became of a request to start or stop something."""
+
+    study: str
+    became: str
+
+
+class NewStudy(BaseModel):
+    """A study to start: a name for its folder, and the fields of a study file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")
+    spec: dict[str, Any]
+    """As in the study file that `medtune init` writes; paths are absolute or start where the service was started."""
+
+
+StudyId = Annotated[str, InPath(max_length=LIMIT, description="Id of the study, from the list.")]
+TrialId = Annotated[str, InPath(max_length=64, pattern="^[0-9A-Za-z_-]+$", description="Id of the trial.")]
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Problem, "description": text}
+    for code, text in {
+        400: "Not understood",
+        401: "The token is missing",
+        403: "From another site, or a wrong token",
+        404: "No such study, trial or figure",
+        409: "Not possible as things stand",
+        413: "Too large",
+        421: "Another service's host name",
+        422: "A value that is not allowed",
+        429: "Too many wrong tokens",
+        503: "Too many viewers",
+    }.items()
+}
+
+STATUS: dict[type[Exception], int] = {
+    UnknownError: 404,
+    UnreadableError: 409,
+    QueueError: 409,
+    SpecError: 422,
+    QueryError: 400,
+    TooManyViewersError: 503,
+}
+
+
+def build_app(root: Path, access: Access, *, address: str | None = None) -> FastAPI:
+    """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use."""
+    folder = StudyFolder(root)
+    queue = StudyQueue(folder.root / ".medtune" / "queue.json", lambda: list(folder.paths().values()), address=address)
+
+    def told(study: str, reading: Reading) -> dict[str, Any]:
+        path = folder.path(study)
+        about: dict[str, Any] = dict(folder.memo(reading, "overview", overview))
+        about["stop_requests"] = [p.stem for p in StudyFiles(path).requests.glob("*.json") if p.stem != "study"]
+        return {"id": study, **about, **_standing(path, reading, queue)}
+
+    feeds = Feeds(folder, told)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder))]
+        for thread in threads:
+            thread.start()
+        yield
+        queue.close()
+        feeds.close()
+
+    app = FastAPI(
+        title="medtune",
+        version=_version(),
+        description="Studies of one folder: what they found, live, and starting and stopping them.",
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from the network
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        responses=PROBLEMS,
+    )
+    app.state.feeds, app.state.queue, app.state.folder = feeds, queue, folder
+    app.add_middleware(Guard, access=access)
+    for kind, status in STATUS.items():
+        app.add_exception_handler(kind, _answer(status))
+    app.add_exception_handler(RequestValidationError, _invalid)
+
+    # The page ----------------------------------------------------------------------------------------------------------
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:
+        return Response(_asset("serve.html"), media_type="text/html; charset=utf-8")
+
+    @app.get("/{name}", include_in_schema=False)
+    def asset(name: str) -> Response:
+        if name not in ASSETS:
+            raise UnknownError("no such file")
+        return Response(_asset(name), media_type=f"{ASSETS[name]}; charset=utf-8")
+
+    # The session -------------------------------------------------------------------------------------------------------
+
+    def session_of(request: Request) -> Session:
+        session = request.scope["session"]
+        return Session(
+            logged_in=request.scope["trusted"],
+            csrf=access.csrf(session) if session else None,
+            reading="open" if access.open_to_read else "token",
+        )
+
+    @app.get("/api/session")
+    def session(request: Request) -> Session:
+        """Say whether the caller may change things."""
+        return session_of(request)
+
+    @app.post("/api/session")
+    def log_in(request: Request, given: Token, response: Response) -> Session:
+        """Exchange the token for a cookie. Wrong ones are slowed down."""
+        if not access.is_token(given.token, (request.client.host if request.client else "?")):
+            raise Refused(403, "this is not the token that `medtune serve` printed")
+        value = access.new_session()
+        response.set_cookie(access.cookie, value, max_age=SESSION_S, httponly=True, samesite="strict", path="/")
+        return Session(logged_in=True, csrf=access.csrf(value), reading="open" if access.open_to_read else "token")
+
+    @app.delete("/api/session")
+    def log_out(response: Response) -> Session:
+        """Take the cookie back."""
+        response.delete_cookie(access.cookie, path="/")
+        return Session(logged_in=False, csrf=None, reading="open" if access.open_to_read else "token")
+
+    # Reading -----------------------------------------------------------------------------------------------------------
+
+    def sent(study: str, key: Any, make: Any) -> Response:
+        reading = folder.reading(study)
+        assert reading is not None
+        body = folder.memo(reading, ("json", key), lambda found: to_json(make(found)))
+        return Response(body, media_type="application/json")
+
+    @app.get("/api/studies")
+    def studies() -> JSONResponse:
+        """List the studies: state, trials by state, best AUC; and what the queue holds."""
+        rows = [_line(study, path, folder, queue) for study, path in folder.paths().items()]
+        return JSONResponse({"folder": str(folder.root), "studies": rows, "viewers": feeds.viewers})
+
+    @app.get("/api/studies/{study}")
+    def one_study(study: StudyId) -> Response:
+        """Tell what a study asked, what it found, what to distrust, how far it is and when it will end."""
+        path = folder.path(study)
+        if not StudyFiles(path).spec.is_file():
+            return JSONResponse({"id": study, "name": path.name, "path": str(path), **_standing(path, None, queue)})
+        reading = folder.reading(study)
+        assert reading is not None
+        return Response(to_json(told(study, reading)), media_type="application/json")
+
+    @app.get("/api/studies/{study}/trials")
+    def trials(study: StudyId, where: Annotated[str, Query(max_length=2000)] = "") -> Response:
+        """List the trials; `where` holds a condition as in `medtune results --where`."""
+        if where.strip():
+            reading = folder.reading(study)
+            assert reading is not None
+            return Response(to_json(trials_table(reading.study, where)), media_type="application/json")
+        return sent(study, "trials", lambda found: trials_table(found))
+
+    @app.get("/api/studies/{study}/curves")
+    def study_curves(study: StudyId) -> Response:
+        """Return AUC by epoch of every trial; `seen` is where the live events go on from."""
+        reading = folder.reading(study)
+        assert reading is not None
+        size = reading.size
+        return sent(study, ("curves", size), lambda found: {**curves(found), "seen": size})
+
+    @app.get("/api/studies/{study}/trials/{trial}")
+    def one_trial(study: StudyId, trial: TrialId) -> Response:
+        """Tell everything of one trial: diagnosis, settings, curves, decisions."""
+        return sent(study, ("trial", trial), lambda found: trial_page(found, trial))
+
+    @app.get("/api/studies/{study}/compare")
+    def compare(
+        study: StudyId,
+        first: Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")],
+        second: Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")],
+    ) -> Response:
+        """Set two trials of a study side by side."""
+        return sent(study, ("compare", first, second), lambda found: comparison(found, first, second))
+
+    @app.get("/api/studies/{study}/figures/{name}")
+    def one_figure(study: StudyId, name: Annotated[str, InPath(max_length=100)]) -> Response:
+        """Return a figure in Plotly's form, with its caption; the overview lists their names."""
+        try:
+            return sent(study, ("figure", name), lambda found: figure(found, name))
+        except ValueError as error:
+            if isinstance(error, UnreadableError | SpecError):
+                raise
+            raise UnknownError(printable(str(error).split(": ", 1)[-1])) from None
+
+    @app.get("/api/studies/{study}/log")
+    def study_log(
+        study: StudyId,
+        which: Literal["study", "console", "trial"] = "study",
+        trial: Annotated[str | None, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")] = None,
+        lines: Annotated[int, Query(ge=1, le=1000)] = 200,
+    ) -> JSONResponse:
+        """Return the end of a log: the study's, the driver's console, or a trial's."""
+        return JSONResponse(log_tail(folder.path(study), which, trial, lines))
+
+    @app.get("/api/studies/{study}/report", response_class=FileResponse)
+    def report(study: StudyId) -> FileResponse:
+        """Download the study as one self-contained HTML page."""
+        from tune_app.report import write_report
+
+        reading = folder.reading(study)
+        assert reading is not None
+        with tempfile.NamedTemporaryFile(suffix=".html", delete=False) as file:
+            path = Path(file.name)
+        write_report(reading.study, path)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{study}-report.html")
+        return FileResponse(
+            path, filename=name, media_type="text/html", background=BackgroundTask(lambda: path.unlink(missing_ok=True))
+        )
+
+    @app.get("/api/studies/{study}/events", response_class=StreamingResponse)
+    async def events(
+        study: StudyId,
+        seen: Annotated[int, Query(ge=0, le=2**53)] = 0,
+        last_event_id: Annotated[str | None, Header()] = None,
+    ) -> StreamingResponse:
+        """Stream what happens (text/event-stream): rows, decisions, lines of the table and the overview that changed."""
+        folder.path(study)
+        if last_event_id and last_event_id.isascii() and last_event_id.isdigit():
+            seen = int(last_event_id[:16])
+        stream = feeds.events(study, seen)
+        first = await anext(stream)  # what is refused is refused before the answer begins
+
+        async def whole() -> AsyncIterator[bytes]:
+            try:
+                yield first
+                async for event in stream:
+                    yield event
+            finally:
+                await stream.aclose()  # type: ignore[attr-defined]
+
+        return StreamingResponse(whole(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    @app.get("/api/form")
+    def form() -> Response:
+        """Return what the form offers: spaces with their ranges, fields of a study, hyperparameters with meaning."""
+        return Response(_form(), media_type="application/json")
+
+    # Changing ----------------------------------------------------------------------------------------------------------
+
+    @app.post("/api/check")
+    def check(fields: Annotated[dict[str, Any], Body()]) -> JSONResponse:
+        """Check the fields of a study file without starting anything; says what the study would be."""
+        spec = build_spec(_with_paths(fields))
+        space = spec.resolved_space() if spec.kind == "search" else None
+        rows = [row._asdict() for row in space.describe()] if space else []
+        return JSONResponse({"trials": spec.num_trials, "epochs": spec.epochs, "space": rows})
+
+    @app.post("/api/studies", status_code=201)
+    def begin(asked: NewStudy) -> Asked:
+        """Write the study file into a new folder and let the study wait for the machine."""
+        fields = _with_paths(asked.spec)
+        build_spec(fields)
+        path = folder.root / asked.name
+        if path.exists():
+            raise QueueError(f"{asked.name}: there is such a folder already; choose another name")
+        path.mkdir(parents=True)
+        with replacing(StudyFiles(path).asked) as temporary:
+            temporary.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        folder.look_again()
+        queue.add(path)
+        return Asked(study=asked.name, became="queued")
+
+    @app.post("/api/studies/{study}/start")
+    def start(study: StudyId) -> Asked:
+        """Let a study wait for the machine: begun when it never was, resumed otherwise."""
+        queue.add(folder.path(study))
+        return Asked(study=study, became="queued")
+
+    @app.post("/api/studies/{study}/stop")
+    def stop(study: StudyId) -> Asked:
+        """Take a waiting study from the queue, or ask a running one to stop; it can be resumed."""
+        return Asked(study=study, became=queue.stop(folder.path(study)))
+
+    @app.post("/api/studies/{study}/trials/{trial}/stop")
+    def stop_trial(study: StudyId, trial: TrialId) -> Asked:
+        """Ask the driver to stop one trial after the epoch it is in."""
+        path = folder.path(study)
+        reading = folder.reading(study)
+        assert reading is not None
+        page = trial_page(reading.study, trial)
+        if not page["stoppable"]:
+            raise QueueError(f"trial {trial} has ended: {page['state']}")
+        ask_to_stop_trial(StudyFiles(path), trial)
+        return Asked(study=study, became="asked")
+
+    return app
+
+
+def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[str, Any]:
+    """Where a study stands by now, and what can be done with it."""
+    state = state_of(path, reading.study if reading else None, queue)
+    entry = queue.last if queue.last is not None and queue.last.path == str(path) else None
+    console = log_tail(path, "console", None, 12)["lines"] if state == "failed" else []
+    return {
+        "state": state,
+        "place": queue.place(path),
+        "stopping": bool(entry and entry.stopping and entry.exit_code is None and state in ("running", "starting")),
+        "exit_code": entry.exit_code if entry else None,
+        "can_start": state in ("new", "failed", "interrupted"),
+        "can_stop": state in ("running", "starting", "queued"),
+        "said": [line for line in console if line][-6:],
+    }
+
+
+def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": study, "name": path.name, "folder": str(path.parent.relative_to(folder.root))}
+    if not StudyFiles(path).spec.is_file():
+        return row | _standing(path, None, queue)
+    try:
+        reading = folder.reading(study, wait=False)
+    except UnreadableError as error:
+        return row | {"state": "unreadable", "error": printable(str(error)), "can_start": False, "can_stop": False}
+    if reading is None:
+        return row | _standing(path, None, queue)
+    shown: dict[str, Any] = folder.memo(reading, "glance", glance)
+    return row | shown | _standing(path, reading, queue)
+
+
+def _read_all(folder: StudyFolder) -> None:
+    """Read every study once, so that the list need not wait for the slowest; and whatever appears later."""
+    done: set[str] = set()
+    ended = threading.Event()
+    while not ended.wait(2.0 if done else 0.1):
+        for study in list(folder.paths()):
+            if study in done or not StudyFiles(folder.path(study)).spec.is_file():
+                continue
+            done.add(study)
+            try:
+                folder.reading(study)
+            except UnreadableError as error:
+                log.warning("%s", error)
+
+
+def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with every path absolute: a study file's own start at its folder, the page's where the service is."""
+    fields = dict(fields)
+    if isinstance(fields.get("config"), dict):
+        fields["config"] = dict(fields["config"])
+    for holder, name in ((fields, "data"), (fields, "cache"), (fields.get("config"), "pretrained_path")):
+        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name]:
+            holder[name] = str(Path(holder[name]).expanduser().resolve())
+    problems = []
+    data = fields.get("data")
+    if isinstance(data, str) and not Path(data).is_file():
+        problems.append(f"data: no file {data}")
+    if problems:
+        raise SpecError(problems)
+    return fields
+
+
+@cache
+def _asset(name: str) -> bytes:
+    return (HERE / name).read_bytes()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("medtune")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+@cache
+def _form() -> bytes:
+    spaces = []
+    for space in SPACES.values():
+        written = space.to_mapping()
+        rows = {row.name: row for row in space.describe()}
+        parameters = [
+            {"name": name, "role": role, **ranges, "before": rows[name].before, "default": rows[name].default}
+            for role in ("search", "retune")
+            for name, ranges in written[role].items()
+        ]
+        spaces.append({"name": space.name, "title": space.title, "parameters": parameters, "fixed": written["fixed"]})
+    hyperparameters = [
+        {"name": name, "default": format_value(name, info.default), "meaning": info.description or ""}
+        if not isinstance(info.default, tuple)
+        else {"name": name, "default": "x".join(map(str, info.default)), "meaning": info.description or ""}
+        for name, info in FineTuneConfig.model_fields.items()
+    ]
+    fields = {
+        name: StudySpec.model_fields[name].description
+        for name in ("data", "space", "trials", "objective", "sampler", "seed", "gpus_per_trial", "max_concurrent")
+    }
+    return to_json(
+        {
+            "spaces": spaces,
+            "hyperparameters": hyperparameters,
+            "fields": fields,
+            "objectives": [{"name": each.name, "title": each.title} for each in OBJECTIVES.values()],
+            "samplers": ["tpe", "random", "qmc", "gp"],
+            "not_searched": NOT_SEARCHED,
+            "palette": figures.PALETTE,
+        }
+    )
+
+
+def _answer(status: int) -> Any:
+    async def handler(request: Request, error: Exception) -> JSONResponse:
+        lines = getattr(error, "problems", None) or [str(error)]
+        return JSONResponse({"detail": [printable(str(line)) for line in lines]}, status)
+
+    return handler
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    lines = [f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors()]
+    return JSONResponse({"detail": [printable(line) for line in lines]}, 422)
+
+
+# Running it ------------------------------------------------------------------------------------------------------------
+
+
+def serve(
+    root: Path,
+    *,
+    host: str,
+    port: int,
+    token: str | None = None,
+    names: Iterable[str] = (),
+    private: bool = False,
+    address: str | None = None,
+    say: Any = print,
+) -> None:
+    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder."""
+    import uvicorn
+    from filelock import FileLock, Timeout
+
+    own = root / ".medtune"
+    own.mkdir(parents=True, exist_ok=True)
+    token = token or secrets.token_urlsafe(24)
+    access = Access(token, host=host, port=port, names=names, private=private)
+    try:
+        with FileLock(own / "serve.lock", timeout=0):
+            shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("0.0.0.0", "") else host
+            say(f"studies of {shlex.quote(str(root))}: http://{shown}:{port}/#token={token}")
+            say(
+                "reading is open to this machine; starting and stopping takes the token above"
+                if access.open_to_read
+                else "everything takes the token above; put TLS before it where the network is not yours"
+            )
+            config = uvicorn.Config(
+                build_app(root, access, address=address),
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=3,
+                timeout_keep_alive=30,
+            )
+            uvicorn.Server(config).run()
+    except Timeout:
+        raise QueueError(f"{root}: another `medtune serve` serves this folder; two would start studies twice") from None

@@ -1,0 +1,238 @@
+"""The queue of `medtune serve`: studies wait for the machine, and at most one of them has it.
+
+Drivers are processes of their own, in sessions of their own, and keep running when the service ends; a service that
+starts again finds the queue in its file and the driver by the locks it holds. Two locks say whether the machine is free:
+
+- the study's own, which every driver holds, however it was started;
+- the machine's, one a user and cluster address. It is taken here and inherited by the driver that is started, so that it
+  is held exactly as long as that driver lives, whatever becomes of the service, and by services of other folders alike.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainables.checkpoints import write_json
+from tune_app.results import is_held
+from tune_app.spec import StudyFiles, default_cache
+from tune_app.stop_requests import ask_to_stop_study
+
+log = logging.getLogger("medtune.serve")
+
+EVERY_S = 0.5
+"""Seconds between two looks at whether the next study can start."""
+
+Action = Literal["run", "resume"]
+
+
+class QueueError(ValueError):
+    """Something that cannot be done with a study as things stand."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One study that waits, or that has been started last."""
+
+    path: str
+    """The study's folder."""
+    action: Action
+    asked: float
+    """Unix seconds."""
+    started: float | None = None
+    """Unix seconds at which its driver was started."""
+    begun: bool = False
+    """Whether its driver has been seen to hold the study."""
+    stopping: bool = False
+    """Whether it was asked to stop."""
+    exit_code: int | None = None
+    """How its driver ended, where this service saw it end."""
+
+    def as_row(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class StudyQueue:
+    """Studies that wait for this machine, and the driver that was started last. Safe to use from several threads.
+
+    `file` keeps it; `studies` names the folders whose drivers count as holding the machine; `address` is the Ray cluster
+    the drivers use, None for a local Ray each.
+    """
+
+    def __init__(self, file: Path, studies: Callable[[], list[Path]], *, address: str | None = None) -> None:
+        self._file, self._studies, self._address = file, studies, address
+        name = hashlib.sha256((address or "this machine").encode()).hexdigest()[:12]
+        self.machine_lock = default_cache() / f"machine-{name}.lock"
+        self._guard = threading.RLock()
+        self._ended = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.waiting: list[Entry] = []
+        self.last: Entry | None = None
+        """The driver started last; it may have ended."""
+        self._read()
+
+    # What the page asks for --------------------------------------------------------------------------------------------
+
+    def add(self, root: Path) -> None:
+        """Let the study wait for its turn. Raises QueueError when it waits, starts or runs already."""
+        files = StudyFiles(root)
+        with self._guard:
+            if self.is_active(root):
+                raise QueueError(f"{root.name} waits or runs already")
+            action: Action = "resume" if files.spec.is_file() else "run"
+            if action == "run" and not files.asked.is_file():
+                raise QueueError(f"{root.name} holds neither a study nor a study file")
+            self.waiting.append(Entry(str(root), action, time.time()))
+            self._write()
+
+    def stop(self, root: Path) -> str:
+        """Take the study from the queue, or ask its driver to stop; returns which: removed or asked.
+
+        Raises QueueError when it neither waits nor runs.
+        """
+        with self._guard:
+            kept = [entry for entry in self.waiting if entry.path != str(root)]
+            if len(kept) < len(self.waiting):
+                self.waiting = kept
+                self._write()
+                return "removed"
+            if self.is_starting(root):
+                # Its driver takes a request only once it holds the lock, and voids those that were there before.
+                self._change_last(stopping=True)
+                return "asked"
+            if is_held(StudyFiles(root).lock):
+                if self.last is not None and self.last.path == str(root):
+                    self._change_last(stopping=True)
+                ask_to_stop_study(StudyFiles(root))
+                return "asked"
+        raise QueueError(f"{root.name} neither waits nor runs")
+
+    def place(self, root: Path) -> int | None:
+        """Return the study's place in the queue, 1 for the next; None when it does not wait."""
+        with self._guard:
+            paths = [entry.path for entry in self.waiting]
+        return paths.index(str(root)) + 1 if str(root) in paths else None
+
+    def is_starting(self, root: Path) -> bool:
+        """Whether its driver was started and does not hold the study yet."""
+        with self._guard:
+            ours = self.last is not None and self.last.path == str(root) and self.last.exit_code is None
+            begun = self.last is not None and self.last.begun
+            return ours and not begun and not is_held(StudyFiles(root).lock) and is_held(self.machine_lock)
+
+    def is_active(self, root: Path) -> bool:
+        """Whether the study waits, starts or runs."""
+        return self.place(root) is not None or self.is_starting(root) or is_held(StudyFiles(root).lock)
+
+    # The machine's turns -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Start the next study whenever the machine is free, until `close`; for a thread of its own."""
+        while not self._ended.wait(EVERY_S):
+            try:
+                self.advance()
+            except OSError:  # a full or vanished disk: say so, and look again
+                log.exception("the queue cannot go on")
+
+    def close(self) -> None:
+        """End `run`. Drivers go on."""
+        self._ended.set()
+
+    def advance(self) -> bool:
+        """Look once; returns whether a study was started."""
+        with self._guard:
+            self._follow_last()
+            if not self.waiting:
+                return False
+            if any(is_held(StudyFiles(path).lock) for path in self._studies()):
+                return False
+            lock = self._take_machine()
+            if lock is None:
+                return False
+            try:
+                entry = self.waiting.pop(0)
+                self._process = self._start(entry, lock)
+                self.last = Entry(entry.path, entry.action, entry.asked, started=time.time())
+                self._write()
+            finally:
+                os.close(lock)  # the driver has its own copy
+            return True
+
+    def _follow_last(self) -> None:
+        """Note how the driver ended; ask it to stop as long as it was meant to and has not."""
+        if self.last is None or self.last.exit_code is not None:
+            return
+        code = self._process.poll() if self._process is not None else None
+        if code is not None:
+            self._process = None
+            self._change_last(exit_code=code, stopping=False)
+        elif is_held((files := StudyFiles(Path(self.last.path))).lock):
+            if not self.last.begun:
+                self._change_last(begun=True)
+            if self.last.stopping:
+                ask_to_stop_study(files)
+
+    def _change_last(self, **fields: Any) -> None:
+        assert self.last is not None
+        self.last = replace(self.last, **fields)
+        self._write()
+
+    def _start(self, entry: Entry, lock: int) -> "subprocess.Popen[bytes]":
+        files = StudyFiles(Path(entry.path))
+        command = [sys.executable, "-m", "tune_app.cli"]
+        if entry.action == "run":
+            command += ["run", str(files.asked), "--out", str(files.root)]
+        else:
+            command += ["resume", str(files.root)]
+        command += ["--address", self._address] if self._address else []
+        with files.console.open("ab") as console:
+            console.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {entry.action}\n".encode())
+            console.flush()
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # neither Ctrl-C here nor the end of this terminal reaches it
+                pass_fds=(lock,),
+                env=os.environ | {"COLUMNS": "100"},
+            )
+
+    def _take_machine(self) -> int | None:
+        """Return an open file that holds the machine's lock, or None while a driver holds it."""
+        self.machine_lock.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.machine_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
+
+    # Its file ----------------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        value: Mapping[str, Any] = {
+            "waiting": [entry.as_row() for entry in self.waiting],
+            "last": self.last.as_row() if self.last else None,
+        }
+        write_json(self._file, value)
+
+    def _read(self) -> None:
+        if not self._file.is_file():
+            return
+        try:
+            value = json.loads(self._file.read_text(encoding="utf-8"))
+            self.waiting = [Entry(**row) for row in value["waiting"]]
+            self.last = Entry(**value["last"]) if value["last"] else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise QueueError(f"{self._file}: damaged, remove it and queue the studies again: {error}") from None

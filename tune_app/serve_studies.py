@@ -1,0 +1,593 @@
+"""The studies of one folder as the page shows them: found, read when they change, and turned into plain values for JSON.
+
+What is shown is computed by `tune_app.results`, `findings` and `figures`; here is when to read, and in which shape to send.
+Ids are made from what lies on disk and looked up, never joined to a path: nothing outside the folder has one.
+"""
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from trainables.checkpoints import TrialFiles
+from trainables.config import FineTuneConfig
+from tune_app import figures, findings
+from tune_app.objective import OBJECTIVES
+from tune_app.results import Study, is_held, load_study
+from tune_app.serve_queue import StudyQueue
+from tune_app.spec import SpecError, StudyFiles
+from tune_app.stop_requests import asked_to_stop
+from tune_app.tables import duration, format_value, printable, results_table
+
+DEPTH = 3
+"""Folders deep that studies are looked for: a confirmation lies in its search, a search may lie in a group's folder."""
+
+REST = 4
+"""A study that took t seconds to read is not read again for so many times t: the page must not slow the search down."""
+
+LOG_BYTES = 64 * 1024
+"""Of a log's end that are read at most."""
+
+RECENT_S = 600.0
+"""Seconds over which the occupancy is taken."""
+
+LATE_COLUMNS = ("reason", "error")
+
+
+class UnknownError(LookupError):
+    """No such study, trial or figure."""
+
+
+class UnreadableError(ValueError):
+    """A study that cannot be read, with the reason."""
+
+
+@dataclass
+class Reading:
+    """A study as it was read, and what has been computed of it."""
+
+    study: Study
+    size: int
+    """Bytes of epochs.jsonl before it was read; all of their rows are in."""
+    stamp: tuple[Any, ...]
+    took_s: float
+    at: float
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
+class StudyFolder:
+    """The studies below `root`, each read once for all who look at it. Safe to use from several threads."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._guard = threading.Lock()
+        self._readings: dict[Path, Reading] = {}
+        self._errors: dict[Path, tuple[tuple[Any, ...], str]] = {}
+        self._locks: dict[Path, threading.Lock] = {}
+        self._found: tuple[float, dict[str, Path]] = (-math.inf, {})
+
+    # Which there are ---------------------------------------------------------------------------------------------------
+
+    def paths(self) -> dict[str, Path]:
+        """Return the folders of the studies by id, looked up again after a second."""
+        at, found = self._found
+        if time.monotonic() - at > 1.0:
+            found = {}
+            for path in self._walk(self.root, 0):
+                name = path.relative_to(self.root).as_posix().replace("/", "~")
+                found.setdefault(self.root.name if name == "." else name, path)
+            self._found = (time.monotonic(), found)
+        return found
+
+    def look_again(self) -> None:
+        """Forget which studies there are: one was just added."""
+        self._found = (-math.inf, {})
+
+    def path(self, study: str) -> Path:
+        """Return the folder of the study with that id. Raises UnknownError."""
+        found = self.paths().get(study)
+        if found is None:
+            raise UnknownError(f"no study {printable(study)[:100]!r} here; the list shows all of them")
+        return found
+
+    def _walk(self, folder: Path, depth: int) -> list[Path]:
+        files = StudyFiles(folder)
+        found = [folder] if files.spec.is_file() or files.asked.is_file() else []
+        if depth == DEPTH:
+            return found
+        try:
+            children = sorted(folder.iterdir())
+        except OSError:
+            return found
+        skipped = {files.trials, files.ray, files.requests, folder / "mlruns"} if found else set()
+        for child in children:
+            if child not in skipped and not child.name.startswith(".") and child.is_dir() and not child.is_symlink():
+                found += self._walk(child, depth + 1)
+        return found
+
+    # Reading -----------------------------------------------------------------------------------------------------------
+
+    def reading(self, study: str, *, wait: bool = True) -> Reading | None:
+        """Return the study as last read; reads it again when its files changed and the last time is long enough ago.
+
+        Without `wait`, None when it has never been read. Raises UnknownError and UnreadableError.
+        """
+        path = self.path(study)
+        with self._guard:
+            lock = self._locks.setdefault(path, threading.Lock())
+            reading, error = self._readings.get(path), self._errors.get(path)
+        if not wait and reading is None:
+            if error is not None:
+                raise UnreadableError(error[1])
+            return None
+        if reading is not None and time.monotonic() < reading.at + REST * reading.took_s:
+            return reading
+        if not lock.acquire(blocking=reading is None):
+            return reading  # somebody is at it
+        try:
+            return self._read_again(path)
+        finally:
+            lock.release()
+
+    def _read_again(self, path: Path) -> Reading:
+        with self._guard:
+            reading, error = self._readings.get(path), self._errors.get(path)
+        stamp = self.stamp(path)
+        if reading is not None and reading.stamp == stamp:
+            return reading
+        if error is not None and error[0] == stamp:
+            raise UnreadableError(error[1])
+        started = time.monotonic()
+        epochs = StudyFiles(path).epochs
+        size = epochs.stat().st_size if epochs.exists() else 0
+        try:
+            loaded = load_study(path, on_damage="skip")
+        except SpecError as problem:
+            with self._guard:
+                self._errors[path] = (stamp, str(problem))
+            raise UnreadableError(str(problem)) from None
+        now = time.monotonic()
+        reading = Reading(loaded, size, stamp, now - started, now)
+        with self._guard:
+            self._readings[path] = reading
+            self._errors.pop(path, None)
+        return reading
+
+    def stamp(self, path: Path) -> tuple[Any, ...]:
+        """Return what changes when the study does."""
+        files = StudyFiles(path)
+        watched = [files.spec, files.epochs, files.decisions, files.trials, files.test]
+        records = files.trials.glob("*/trial.json") if files.trials.is_dir() else ()
+        return (is_held(files.lock), *map(_mark, watched), max((_mark(record)[0] for record in records), default=0))
+
+    def memo(self, reading: Reading, key: Any, make: Callable[[Study], Any]) -> Any:
+        """Return `make(study)`, computed once a reading."""
+        if key not in reading.memo:
+            reading.memo[key] = make(reading.study)
+        return reading.memo[key]
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_mtime_ns, found.st_size)
+
+
+# Shapes to send --------------------------------------------------------------------------------------------------------
+
+
+def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
+    """Return where a study stands: running, starting, queued, new (never begun), failed (to begin), interrupted, ended."""
+    files = StudyFiles(path)
+    if is_held(files.lock):
+        return "running"
+    if queue.is_starting(path):
+        return "starting"
+    if queue.place(path) is not None:
+        return "queued"
+    if not files.spec.is_file():
+        return "failed" if files.console.is_file() else "new"
+    if study is None:
+        return "unread"
+    ended = study.trials["state"].isin(["completed", "stopped", "failed"])
+    return "ended" if len(study.trials) >= study.spec.num_trials and ended.all() else "interrupted"
+
+
+def glance(study: Study) -> dict[str, Any]:
+    """Return a study's line in the list."""
+    states = {str(state): int(count) for state, count in study.trials["state"].value_counts().items()}
+    best = study.best() if study.scored else None
+    last = study.epochs["time"].max()
+    return {
+        "kind": study.spec.kind,
+        "data": study.spec.data,
+        "space": _space_name(study),
+        "trials": study.spec.num_trials,
+        "states": states,
+        "epochs": len(study.epochs),
+        "objective": OBJECTIVES[study.spec.objective].title,
+        "best": plain(best["objective"]) if best is not None else None,
+        "best_trial": str(best["trial"]) if best is not None else None,
+        "best_auc": plain(best["best_val_auc"]) if best is not None else None,
+        "created": study.info.get("created"),
+        "last": plain(last),
+    }
+
+
+def _space_name(study: Study) -> str | None:
+    space = study.space
+    return space.name if space is not None else None
+
+
+def overview(study: Study) -> dict[str, Any]:
+    """Return what the page says of a study in words, and what its figures need to know."""
+    asked, found = findings.summary(study)
+    return {
+        **glance(study),
+        "name": study.name,
+        "path": str(study.path),
+        "asked": asked,
+        "found": found,
+        "full_epochs": study.spec.epochs,
+        "cautions": [vars(caution) for caution in findings.cautions(study)],
+        "rungs": list(study.rungs),
+        "searched": list(study.searched),
+        "notes": list(study.notes),
+        "groups": [
+            {"count": count, **figures.GROUPS[key]._asdict()} for key, count in figures.groups_of(study).items()
+        ],
+        "figures": figure_names(study),
+        "progress": progress(study),
+        "stop_requests": asked_to_stop(StudyFiles(study.path)),
+        "spec": study.spec.model_dump(mode="json", exclude_defaults=True, exclude={"planned"}),
+    }
+
+
+def progress(study: Study, now: float | None = None) -> dict[str, Any]:
+    """Return occupancy and, for a running study, when it will end.
+
+    `likely` takes trials to come for as long as those that ended were, stopped ones included; `latest` takes every one to
+    its last epoch. Both are Unix seconds, None while nothing is known. `busy` is the share of the last ten minutes (or
+    since the first row) that the trials' places spent in epochs: the rest is starting, checkpoints and waiting.
+    """
+    now = time.time() if now is None else now
+    trials, epochs = study.trials, study.epochs
+    running = trials[trials["state"] == "running"] if study.running else trials.iloc[:0]
+    resources = study.info.get("hardware", {}).get("resources", {})
+    told: dict[str, Any] = {
+        "running": len(running),
+        "gpus": plain(resources.get("GPU")),
+        "gpus_held": plain(running["gpus"].fillna(0).sum()),
+        "cpus": plain(resources.get("CPU")),
+        "memory_gib": plain(epochs["peak_memory_gib"].max()),
+        "volumes_per_s": None,
+        "busy": None,
+        "likely": None,
+        "latest": None,
+    }
+    if not len(running) or epochs.empty:
+        return told
+    since = max(now - RECENT_S, float(epochs["time"].min()))
+    recent = epochs[(epochs["time"] >= since) & epochs["trial"].isin(running["trial"])]
+    if now > since and len(recent):
+        told["busy"] = min(1.0, float(recent["epoch_s"].sum()) / ((now - since) * len(running)))
+        told["volumes_per_s"] = plain(recent.groupby("trial", observed=True)["volumes_per_s"].last().sum())
+    ended = trials[trials["state"].isin(["completed", "stopped", "failed"]) & trials["wall_s"].notna()]
+    epoch_s = float(epochs["epoch_s"].mean())
+    pace = epoch_s
+    if len(ended) and ended["epochs_run"].sum():
+        pace = max(
+            pace, float(ended["wall_s"].sum()) / float(ended["epochs_run"].sum())
+        )  # starting and saving included
+    full = study.spec.epochs
+    usual = float(ended["epochs_run"].mean()) if len(ended) else float(full)
+    to_come = max(0, study.spec.num_trials - len(trials))
+    left = (full - running["epochs_run"].astype("float64")).clip(lower=0)
+    likely = to_come * usual + sum(min(rest, max(usual - (full - rest), 1.0)) for rest in left)
+    latest = to_come * full + float(left.sum())
+    told["likely"] = now + likely * pace / len(running)
+    told["latest"] = now + latest * pace / len(running)
+    return told
+
+
+_HEADINGS = {
+    "best_val_auc": "AUC",
+    "best_val_auc_low": "AUC low",
+    "best_val_auc_high": "AUC high",
+    "since_epoch": "since",
+    "work_s": "time",
+    "best_epoch": "best epoch",
+    "epochs_run": "epochs",
+}
+
+
+def trials_table(study: Study, where: str = "") -> dict[str, Any]:
+    """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
+    table = results_table(study, where=where, sort="number")
+    about = study.trials.set_index("trial")
+    columns = []
+    for name in table.columns:
+        numeric = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        falling = numeric and ("auc" in name or name == "objective")
+        columns.append(
+            {
+                "name": name,
+                "title": _HEADINGS.get(name, name),
+                "numeric": numeric,
+                "first": "descending" if falling else "ascending",
+                "searched": name in study.searched,
+            }
+        )
+    groups = {
+        trial["trial"]: figures.group_of(trial)
+        for trial in study.trials[["trial", "state", "verdict", "stopped_by"]].to_dict("records")
+    }
+    rows = []
+    for row in table.to_dict("records"):
+        told = about.loc[row["trial"], list(LATE_COLUMNS)].dropna()
+        rows.append(
+            {
+                "trial": row["trial"],
+                "group": groups[row["trial"]],
+                "values": [plain(row[name]) for name in table.columns],
+                "texts": [_text(name, row[name]) for name in table.columns],
+                "why": printable(str(told.iloc[0]))[:300] if len(told) else "",
+            }
+        )
+    return {"columns": columns, "rows": rows}
+
+
+def _text(name: str, value: Any) -> str:
+    if name == "verdict" and isinstance(value, str) and value in figures.GROUPS:
+        return figures.GROUPS[value].title
+    text = format_value(name, value)
+    return "" if text == "-" else text
+
+
+def curves(study: Study) -> dict[str, Any]:
+    """Return every trial's AUC by epoch: lists of epoch, raw and averaged, and the first epoch with class weights."""
+    epochs = study.epochs
+    active = epochs["drw_active"].fillna(False).astype(bool)
+    starts = epochs.loc[active].groupby("trial", observed=True)["epoch"].min().to_dict()
+    number = epochs["epoch"].to_numpy("int64")
+    raw, ema = (_rounded(epochs[name]) for name in ("val_auc_raw", "val_auc_ema"))
+    trials = {}
+    for trial, places in epochs.groupby("trial", observed=True, sort=False).indices.items():
+        first, last = int(places[0]), int(places[-1]) + 1  # rows lie by trial and epoch
+        trials[str(trial)] = {
+            "epoch": number[first:last].tolist(),
+            "raw": raw[first:last],
+            "ema": ema[first:last],
+            "drw": int(starts[trial]) if trial in starts else None,
+        }
+    return {"trials": trials}
+
+
+def _rounded(values: pd.Series) -> list[float | None]:
+    return [None if value != value else round(value, 4) for value in values.to_numpy("float64").tolist()]
+
+
+CURVES_OF_A_TRIAL: tuple[str, ...] = (
+    "val_auc_raw", "val_auc_ema", "val_auc_low", "val_auc_high", "train_auc", "train_loss", "lr_backbone", "lr_classifier",
+    "grad_norm", "val_balanced_accuracy_ema", "val_auprc_ema", "epoch_s",
+)  # fmt: skip
+
+
+def trial_page(study: Study, trial: str) -> dict[str, Any]:
+    """Return everything of one trial: its diagnosis in words, its settings beside the documented, curves and decisions.
+
+    Raises UnknownError.
+    """
+    found = study.trials[study.trials["trial"] == trial]
+    if found.empty:
+        raise UnknownError(f"{study.name} has no trial {printable(trial)[:100]!r}")
+    row = found.iloc[0]
+    rows = study.epochs[study.epochs["trial"] == trial]
+    names = ("state", "stopped_by", "verdict", "verdict_summary", "reason", "advice", "error", "variant", "node")
+    told: dict[str, Any] = {name: None if pd.isna(row[name]) else _lines(str(row[name])) for name in names}
+    numbers = ("number", "since_epoch", "objective", "best_epoch", "epochs_run", "epochs", "failures", "gpus")
+    told |= {name: plain(row[name]) for name in numbers}
+    told |= {f"best_{name}": plain(row[f"best_{name}"]) for name in ("val_auc", "val_auc_low", "val_auc_high")}
+    group = figures.group_of(row[["state", "verdict", "stopped_by"]].to_dict())
+    active = rows.loc[rows["drw_active"].fillna(False).astype(bool), "epoch"]
+    settings = []
+    documented = findings.documented_settings(study)
+    for name, info in FineTuneConfig.model_fields.items():
+        recommended = documented["recommended"].get(name, info.default)
+        text = _setting(name, row[name])
+        settings.append(
+            {
+                "name": name,
+                "value": text,
+                "documented": _setting(name, recommended),
+                "differs": text != _setting(name, recommended),
+                "searched": name in study.searched,
+                "meaning": (info.description or "").split(". ")[0],
+            }
+        )
+    decisions = study.decisions[study.decisions["trial"] == trial]
+    kept = decisions[~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)]
+    return {
+        "trial": trial,
+        "study": study.name,
+        "group": group,
+        "group_title": figures.GROUPS[group].title,
+        **told,
+        "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
+        "drw": int(active.min()) if len(active) else None,
+        "rungs": list(study.rungs),
+        "settings": settings,
+        "curves": {
+            "epoch": rows["epoch"].tolist(),
+            **{name: _rounded(rows[name]) for name in CURVES_OF_A_TRIAL if rows[name].notna().any()},
+        },
+        "decisions": [
+            {name: plain(value) for name, value in decision.items() if name in _DECISION_SHOWN}
+            for decision in kept.to_dict("records")
+        ],
+        "stop_asked": trial in asked_to_stop(StudyFiles(study.path)),
+        "stoppable": bool(row["state"] in ("running", "interrupted")),
+    }
+
+
+_DECISION_SHOWN = ("epoch", "action", "reason", "verdict", "summary", "rung", "rank", "arrived", "warning")
+
+
+def _setting(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "x".join(f"{part:g}" for part in value)
+    return format_value(name, value)
+
+
+def _lines(text: str) -> str:
+    """Text of several lines, each without control characters."""
+    return "\n".join(printable(line) for line in text.splitlines())[-4000:]
+
+
+def comparison(study: Study, first: str, second: str) -> dict[str, Any]:
+    """Return two trials side by side: outcomes, and every hyperparameter in which they differ. Raises UnknownError."""
+    pages = [trial_page(study, trial) for trial in (first, second)]
+    outcome = []
+    for title, name, column in (
+        ("objective", "objective", "objective"),
+        ("best AUC", "best_val_auc", "val_auc"),
+        ("best epoch", "best_epoch", "best_epoch"),
+        ("epochs", "epochs_run", "epochs_run"),
+        ("state", "state", "state"),
+        ("verdict", "verdict", "verdict"),
+        ("time", "work", "work"),
+    ):
+        outcome.append([title, *(_outcome(page, name, column) for page in pages)])
+    settings = [
+        {"name": left["name"], "values": [left["value"], right["value"]], "meaning": left["meaning"]}
+        for left, right in zip(pages[0]["settings"], pages[1]["settings"], strict=True)
+        if left["value"] != right["value"]
+    ]
+    same = len(pages[0]["settings"]) - len(settings)
+    return {"trials": [first, second], "outcome": outcome, "settings": settings, "same": same, "pages": pages}
+
+
+def _outcome(page: Mapping[str, Any], name: str, column: str) -> str:
+    value = page[name]
+    if value is None:
+        return "-"
+    if name == "verdict":
+        title = figures.GROUPS[value].title if value in figures.GROUPS else str(value)
+        return title if page["since_epoch"] is None else f"{title} since {page['since_epoch']}"
+    text = format_value(column, value)
+    if name == "best_val_auc" and page["best_val_auc_low"] is not None:
+        text += f" [{page['best_val_auc_low']:.3f}, {page['best_val_auc_high']:.3f}]"
+    return text
+
+
+# Figures ---------------------------------------------------------------------------------------------------------------
+
+
+def figure_names(study: Study) -> list[dict[str, str]]:
+    """Return the figures that make sense by now, with their titles."""
+    names = []
+    if study.spec.kind != "search" and study.trials["variant"].nunique() > 1:
+        names += [("effects", "What each variant changes"), ("runs", "Every run")]
+    if study.scored and study.spec.kind == "search" and len(study.trials) > 1:
+        names += [("progress", "How the search went")]
+        if study.searched:
+            names += [("importance", "Which hyperparameters mattered"), ("parallel", "All settings at a glance")]
+            names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]
+    if (study.trials["state"] == "stopped").any():
+        names += [("stopped", "What was stopped, and what it saved")]
+    return [{"name": name, "title": title} for name, title in names]
+
+
+def figure(study: Study, name: str) -> dict[str, Any]:
+    """Return a figure with its caption as `figures` makes it. Raises UnknownError; ValueError where data are too few."""
+    if name not in {each["name"] for each in figure_names(study)}:
+        raise UnknownError(f"{study.name} has no figure {printable(name)[:100]!r} by now")
+    caption = ""
+    if name == "effects":
+        tables = findings.effects_tables(study)
+        if not tables or not tables[0]["mean"].notna().any():
+            raise ValueError("nothing to compare yet: two variants have to end on the same fold and seed")
+        drawn = figures.effects(tables[0])
+        caption = f"{tables[0].attrs['how']}. Hollow: the data cannot tell."
+    elif name == "runs":
+        drawn, caption = figures.runs_by_variant(study), "A mark is a run, its shape the fold; the bar is the mean."
+    elif name == "progress":
+        drawn, caption = figures.progress(study), "A mark is a trial; the line is the best so far."
+    elif name == "importance":
+        table = study.importance()
+        drawn, caption = figures.importance(table), f"By {table.attrs['how']}."
+    elif name == "parallel":
+        drawn = figures.parallel(study)
+        caption = "A line is a trial. Thick: best tenth. Thin: upper half. Dotted: the rest."
+    elif name == "stopped":
+        drawn = figures.stopped(findings.stops(study))
+    else:
+        drawn = figures.slice_of(study, name.removeprefix("slice-"))
+        caption = "Dashed: the document's value before its fix; solid: after."
+    return {"figure": cleaned(drawn), "caption": caption}
+
+
+# Logs ------------------------------------------------------------------------------------------------------------------
+
+
+def log_tail(path: Path, which: str, trial: str | None, lines: int) -> dict[str, Any]:
+    """Return the last lines of a log: study (Ray, Optuna, driver), console, or that of a trial. Raises UnknownError.
+
+    A log that is a link to somewhere else is not followed: a study's folder may have been copied from anywhere.
+    """
+    files = StudyFiles(path)
+    if which == "trial":
+        if trial is None or not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", trial):
+            raise UnknownError("name a trial of the study")
+        log = TrialFiles(files.trials / trial).log
+    else:
+        log = {"study": files.log, "console": files.console}[which]
+    if not log.is_file() or log.resolve() != path.resolve() / log.relative_to(path):
+        return {"lines": [], "size": 0}
+    with log.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - LOG_BYTES))
+        text = file.read().decode(errors="replace")
+    found = [printable(line) for line in text.splitlines()]
+    if size > LOG_BYTES:
+        found = found[1:]  # cut somewhere
+    return {"lines": found[-lines:], "size": size}
+
+
+# Plain values ----------------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Return a cell as JSON has it: Python's own scalars, None for what is missing or not finite."""
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, pd.Timestamp):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def cleaned(value: Any) -> Any:
+    """Return nested values with every scalar plain."""
+    if isinstance(value, Mapping):
+        return {str(key): cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item) for item in value]
+    return plain(value)
+
+
+def to_json(value: Any) -> bytes:
+    """Return JSON for a browser: no NaN, compact."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False, default=plain).encode()

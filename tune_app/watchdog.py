@@ -1,0 +1,205 @@
+"""Who is running without getting on, and why: said in time, and ended when it has gone on for too long.
+
+A trial touches the file `alive` in its folder as its steps are done (`trainables.ray_trainable`), from any node that sees
+the study's folder. What moves is left alone, however slow it is. What does not is named after `QUIET_S`, with the reason
+as far as it shows, and its process is ended after `deadline_s`: Tune then starts it again from its checkpoint.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainables.checkpoints import TrialFiles
+
+QUIET_S = 300.0
+"""Seconds without a step or a row after which a trial is named; again each time as much has passed as before."""
+LOOK_S = 5.0
+"""Seconds between two looks."""
+START_S = 300.0
+"""Seconds a trial may take at the least to find its place, and to its first step: imports, the GPU, its ranks."""
+LITTLE_ROOM = 64 * 2**20
+"""Bytes; a disk with less is as good as full."""
+
+
+class StalledError(RuntimeError):
+    """A study in which nothing can go on; what to do stands in the message, and `medtune resume` goes on from here."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One trial that has not ended, as it is now."""
+
+    name: str
+    state: Literal["waiting", "running"]
+    """waiting: for its place in the cluster."""
+    mark: object
+    """Anything that differs whenever the trial has got on."""
+    process: object = None
+    """Anything that differs when it has been started again."""
+
+
+@dataclass
+class _Quiet:
+    seen: Seen
+    since: float
+    said: float
+    moved: bool = False
+    """Whether it has got on since its process is there."""
+
+
+class Watchdog:
+    """Compares what trials show from look to look.
+
+    `say` gets each line for the user, `why` returns the reason a trial does not move, `end` ends its process. Raises
+    StalledError from `look` when for `deadline_s` trials have been waiting for a place and none was running. A deadline
+    counts from the first step on; until then it is `START_S` at the least.
+    """
+
+    def __init__(
+        self,
+        *,
+        say: Callable[[str], None],
+        why: Callable[[Seen], str],
+        end: Callable[[str], None],
+        deadline_s: float,
+        quiet_s: float = QUIET_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say, self._why, self._end, self._clock = say, why, end, clock
+        self._deadline_s = deadline_s
+        self._start_s = max(deadline_s, START_S)
+        self._quiet_s = min(quiet_s, deadline_s / 2)
+        self._quiet: dict[str, _Quiet] = {}
+        self._last = clock()
+
+    def due(self) -> bool:
+        """Whether it is time to look again."""
+        return self._clock() - self._last >= LOOK_S
+
+    def look(self, trials: Iterable[Seen]) -> None:
+        """Take in what all trials that have not ended show now."""
+        now = self._clock()
+        missed = now - self._last - 2 * LOOK_S
+        if missed > 0:  # this process itself stood still: suspended, or waiting for room; trials are not to blame
+            for quiet in self._quiet.values():
+                quiet.since, quiet.said = quiet.since + missed, quiet.said + missed
+        self._last = now
+        current = list(trials)
+        self._quiet = {seen.name: self._updated(seen, now) for seen in current}
+        for quiet in self._quiet.values():
+            self._judge(quiet, now)
+        if current and all(seen.state == "waiting" for seen in current):
+            waited = now - max(quiet.since for quiet in self._quiet.values())
+            if waited >= self._start_s:
+                reason = self._why(current[0])
+                raise StalledError(f"no trial has found its place for {_time(waited)}: {reason}")
+
+    def _updated(self, seen: Seen, now: float) -> _Quiet:
+        before = self._quiet.get(seen.name)
+        if before is None or (before.seen.state, before.seen.process) != (seen.state, seen.process):
+            return _Quiet(seen, now, now)
+        return before if before.seen.mark == seen.mark else _Quiet(seen, now, now, moved=True)
+
+    def _judge(self, quiet: _Quiet, now: float) -> None:
+        silent = now - quiet.since
+        limit = self._deadline_s if quiet.moved else self._start_s
+        if quiet.seen.state == "running" and silent >= limit:
+            self._say(
+                f"trial {quiet.seen.name}: nothing done for {_time(silent)} ({self._why(quiet.seen)}); its process is "
+                "ended, and it starts again from its checkpoint"
+            )
+            self._end(quiet.seen.name)
+            quiet.since = quiet.said = now
+            quiet.moved = False
+        elif silent >= self._quiet_s and now - quiet.said >= max(self._quiet_s, (quiet.said - quiet.since)):
+            what = "waits for its place since" if quiet.seen.state == "waiting" else "nothing done for"
+            self._say(f"trial {quiet.seen.name}: {what} {_time(silent)}: {self._why(quiet.seen)}")
+            quiet.said = now
+
+
+def moved(files: TrialFiles, rows: int) -> tuple[int, int | None]:
+    """Return what differs whenever a trial has got on: its rows, and when it last touched `alive`."""
+    try:
+        return rows, files.alive.stat().st_mtime_ns
+    except OSError:
+        return rows, None
+
+
+def reason_of(files: TrialFiles) -> str:
+    """Return why a running trial does not move, from its log and its disk."""
+    with suppress(OSError):
+        free = shutil.disk_usage(files.folder).free
+        if free < LITTLE_ROOM:
+            return f"its disk has {free / 2**20:.0f} MiB left, make room"
+    last = _last_line(files.log)
+    if "waiting" in last:
+        return last
+    return f"no step ended, its log ends with: {last}" if last else "no step ended, its log is empty"
+
+
+def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, float]]) -> str:
+    """Return what a waiting trial takes, and what is free."""
+    need = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
+    free = resources()
+    told = [" and ".join(f"{each.get(name, 0.0):g} {name}" for name in ("CPU", "GPU")) for each in (need, free)]
+    return f"it takes {told[0]} in {len(bundles)} bundle(s), {told[1]} are free: add a node, or end what holds them"
+
+
+def _last_line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    text = lines[-1] if lines else ""
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def watch_tune(
+    files: Callable[[str], TrialFiles],
+    rows: Callable[[str], int],
+    bundles: list[dict[str, float]],
+    *,
+    say: Callable[[str], None],
+    deadline_s: float,
+) -> Callable[[list[Any]], None]:
+    """Return a function for Tune's loop that looks at its trials every few seconds."""
+    import ray
+
+    actors: dict[str, Any] = {}
+
+    def end(name: str) -> None:
+        if actors.get(name) is not None:
+            ray.kill(actors[name])  # reaches a frozen process too: its node's raylet ends it within seconds
+
+    def why(seen: Seen) -> str:
+        if seen.state == "waiting":
+            return placing(bundles, ray.available_resources)
+        return reason_of(files(seen.name))
+
+    watchdog = Watchdog(say=say, why=why, end=end, deadline_s=deadline_s)
+
+    def look(trials: list[Any]) -> None:
+        if not watchdog.due():
+            return
+        seen = []
+        for trial in trials:
+            if trial.status not in ("PENDING", "RUNNING"):
+                continue
+            name = str(trial.config["trial"])
+            actors[name] = trial.temporary_state.ray_actor
+            state: Literal["waiting", "running"] = "running" if trial.status == "RUNNING" else "waiting"
+            seen.append(Seen(name, state, moved(files(name), rows(name)), actors[name] and actors[name]._actor_id))
+        watchdog.look(seen)
+
+    return look
