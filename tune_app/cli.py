@@ -299,10 +299,13 @@ def results(
     ] = None,
     parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
     skip_damage: Annotated[bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")] = False,
+    meanings: Annotated[
+        bool, typer.Option("--meanings", help="List what columns there are, with type and meaning, instead.")
+    ] = False,
 ) -> None:
     """Show trials, best first; works while the study runs and after its driver was killed."""
-    from tune_app.results import load_studies, load_study
-    from tune_app.tables import render_table, results_table
+    from tune_app.results import column_meanings, load_studies, load_study
+    from tune_app.tables import matching, meanings_table, render_table, results_table
 
     on_damage: Literal["error", "skip"] = "skip" if skip_damage else "error"
     loaded = [load_study(path, on_damage=on_damage) for path in studies]
@@ -315,13 +318,18 @@ def results(
                 for path in write(target):
                     err.print(str(path), markup=False, soft_wrap=True)
     subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
-    table = results_table(
-        subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
-    )
+    if meanings:
+        table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
+    else:
+        table = results_table(
+            subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
+        )
     if output == "csv":
         print(table.to_csv(index=False), end="")
     elif output == "json":
         print(table.to_json(orient="records", indent=1))
+    elif meanings:
+        out.print(meanings_table(table))
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
 
@@ -340,6 +348,8 @@ def report(
     from tune_app.report import watch_report, write_comparison, write_report
     from tune_app.results import load_study
 
+    if compare is not None and watch:
+        raise typer.BadParameter("--watch writes the page of one study: leave out --compare, or --watch")
     if compare is not None:
         path = out_file or study / f"comparison-{compare.name}.html"
         write_comparison(load_study(study), load_study(compare), path)
@@ -347,7 +357,7 @@ def report(
         path = out_file or (Path("report.html") if url_of(study) else study / "report.html")
         write_report(load_study(study), path)
     out.print(str(path), soft_wrap=True, markup=False)
-    if watch and compare is None:
+    if watch:
         watch_report(study, path, say=lambda text: err.print(text, markup=False))
 
 

@@ -49,7 +49,8 @@ def stopped_lines(study: Study) -> list[str]:
     halved = trials[(trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)]
     if len(halved):
         lines.append(
-            f"{len(halved)} more were stopped at a rung, where others were ahead: {', '.join(halved['trial'])}"
+            f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
+            f"{', '.join(halved['trial'])}"
         )
     warned = trials[(trials["state"] == "completed") & ~trials["verdict"].isin(["healthy"]) & trials["verdict"].notna()]
     lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
