@@ -156,10 +156,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder))]
+        ended = threading.Event()
+        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder, ended))]
         for thread in threads:
             thread.start()
         yield
+        ended.set()
         queue.close()
         feeds.close()
 
@@ -429,10 +431,9 @@ def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dic
     return row | shown | _standing(path, reading, queue)
 
 
-def _read_all(folder: StudyFolder) -> None:
+def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
     """Read every study once, so that the list need not wait for the slowest; and whatever appears later."""
     done: set[str] = set()
-    ended = threading.Event()
     while not ended.wait(2.0 if done else 0.1):
         for study in list(folder.paths()):
             if study in done or not StudyFiles(folder.path(study)).spec.is_file():
