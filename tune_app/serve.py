@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 
 from search_spaces.spaces import NOT_SEARCHED, SPACES
 from trainables.checkpoints import replacing
@@ -122,6 +123,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         401: "The token is missing",
         403: "From another site, or a wrong token",
         404: "No such study, trial or figure",
+        405: "Another method",
         409: "Not possible as things stand",
         413: "Too large",
         421: "Another service's host name",
@@ -156,10 +158,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder))]
+        ended = threading.Event()
+        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder, ended))]
         for thread in threads:
             thread.start()
         yield
+        ended.set()
         queue.close()
         feeds.close()
 
@@ -178,6 +182,7 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     for kind, status in STATUS.items():
         app.add_exception_handler(kind, _answer(status))
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _in_lines)
 
     # The page ----------------------------------------------------------------------------------------------------------
 
@@ -429,10 +434,9 @@ def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dic
     return row | shown | _standing(path, reading, queue)
 
 
-def _read_all(folder: StudyFolder) -> None:
+def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
     """Read every study once, so that the list need not wait for the slowest; and whatever appears later."""
     done: set[str] = set()
-    ended = threading.Event()
     while not ended.wait(2.0 if done else 0.1):
         for study in list(folder.paths()):
             if study in done or not StudyFiles(folder.path(study)).spec.is_file():
@@ -520,6 +524,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors()]
     return JSONResponse({"detail": [printable(line) for line in lines]}, 422)
+
+
+async def _in_lines(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": [str(error.detail)]}, error.status_code, headers=error.headers)
 
 
 # Running it ------------------------------------------------------------------------------------------------------------

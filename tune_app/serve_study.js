@@ -398,9 +398,9 @@ function trialFigures(told, host) {
   const drawn = [];
   for (const [title, lines, options] of LINES) {
     const found = lines.filter(([, name]) => told.curves[name]);
-    if (!found.length || !told.curves.epoch.length) continue;
+    if (!told.curves[lines[0][1]] || !told.curves.epoch.length) continue;
     const band = options.band?.every((name) => told.curves[name]) ? options.band.map((name) => told.curves[name]) : undefined;
-    const low = Math.min(0.4, ...found.flatMap(([, name]) => told.curves[name].filter((value) => value !== null))) - 0.02;
+    const low = Math.min(0.4, ...[...found.map(([, name]) => told.curves[name]), ...(band || [])].flat().filter((value) => value !== null)) - 0.02;
     const figure = lineFigure(title, told.curves.epoch, found.map(([name, column, colour, dash]) => ({ name, values: told.curves[column], colour, dash })),
       { ...options, band, range: options.range ? [Math.max(0, low), 1.02] : undefined, rungs: told.rungs, drw: told.drw });
     const plot = h("div", { class: "plot", role: "img", "aria-label": `${title} by epoch` });
