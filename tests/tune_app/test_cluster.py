@@ -289,4 +289,4 @@ def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, tmp_path: Path)
     by_name = {record["trial"]: record for record in records()}
     for trial in lost:
         assert by_name[trial]["failures"] == 1
-        assert by_name[trial]["node"] == "127.0.0.1"
+        assert by_name[trial]["node"] != "127.0.0.2"
