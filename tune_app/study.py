@@ -49,13 +49,15 @@ from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.storage import mirrored
-from tune_app.watchdog import watch_tune
+from tune_app.watchdog import StalledError, watch_tune
 
 log = logging.getLogger("medtune.study")
 
 DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
 ANSWER_S = 10.0
 """Seconds a trial's process may take to say where it runs."""
+START_TRIES = 3
+"""Times a local Ray is started before the machine counts as too busy."""
 SHUTDOWN_S = 30.0
 """Seconds Ray may take to end."""
 VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
@@ -144,7 +146,7 @@ def _run_locked(
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
-    with _ray(address) as local:
+    with _ray(address) as own_session:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = _await_resources(spec, notes)
@@ -178,8 +180,10 @@ def _run_locked(
             )
             notes.print(plan.text, soft_wrap=True)
             session.begin()
-            interrupted = session.run(partial(run_trial, setting=setting), plan, local=local)
+            interrupted = session.run(partial(run_trial, setting=setting), plan, local=own_session is not None)
     states = recorder.states()
+    if own_session is not None and not states.get("failed"):
+        shutil.rmtree(own_session, ignore_errors=True)  # Ray's logs: it keeps those of every session for ever
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
@@ -673,24 +677,42 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[bool]:
+def _ray(address: str | None) -> Iterator[Path | None]:
     """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.
 
-    Gives whether it is the latter.
+    Gives the folder of Ray's own files in the last case, else None.
     """
     if ray.is_initialized():
-        yield False
+        yield None
         return
     cluster = address or os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
     if cluster:
         ray.init(address=cluster, **common)
     else:
-        ray.init(include_dashboard=False, **common)
+        _start_ray(common)
     try:
-        yield not cluster
+        yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
     finally:
         _shut_down_ray()
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            if "timed out during startup" not in str(error):
+                raise
+            if not left:
+                raise StalledError(
+                    f"Ray did not start in {START_TRIES} tries of 30 s: this machine is too busy, or too short of memory; "
+                    "try again when it is not"
+                ) from error
+            log.warning("Ray did not start within its 30 s: trying again")
+            ray.shutdown()
 
 
 def _shut_down_ray() -> None:
@@ -731,6 +753,7 @@ def _ray_to_file(path: Path, notes: Any) -> Iterator[None]:
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
             "RAY_AIR_NEW_OUTPUT": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",  # a local Ray would report its use to Ray's makers
             "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         }
     )

@@ -189,7 +189,7 @@ def test_a_disk_on_which_nobody_makes_room_is_told_after_the_deadline(tmp_path: 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(800)
+@pytest.mark.timeout(1000)
 def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=14, side=(14, 18))
     settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
@@ -203,12 +203,15 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_dis
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-    wait_for(lambda: (root / "trials" / "00000").exists(), "the trial", deadline_s=200)
-    filler = fill(small_disk)
-    wait_for(lambda: "the disk is full" in said.read_text(), "the message", deadline_s=200)
-    assert study.poll() is None
-    filler.unlink()
-    assert study.wait(280) == 0, said.read_text()
+    try:
+        wait_for(lambda: (root / "trials" / "00000").exists(), "the trial", deadline_s=300)
+        filler = fill(small_disk)
+        wait_for(lambda: "the disk is full" in said.read_text(), "the message", deadline_s=300)
+        assert study.poll() is None
+        filler.unlink()
+        assert study.wait(300) == 0, said.read_text()
+    finally:
+        study.kill()
     assert "Traceback" not in said.read_text()
     assert list(load_study(root).epochs["epoch"]) == [1, 2]
     assert not list(root.rglob(".*.tmp"))
