@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench chaos soak clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +30,14 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/medtune bench train
+
+ROUNDS ?= 50
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --rounds $(ROUNDS) $(ARGS)
+
+MINUTES ?= 120
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -125,13 +125,12 @@ def plan_round(seed: int) -> Round:
     return Round(seed, ranks, faults)
 
 
-def run_round(seed: int, table: Path, folder: Path) -> Round:
-    """Run the round of this seed in `folder`, which it leaves there; returns what became of it."""
-    result = plan_round(seed)
+def run_round(result: Round, table: Path, folder: Path) -> Round:
+    """Run a round in `folder`, which it leaves there; returns it with what became of it."""
     began = time.monotonic()
     study = folder / "study"
     write_study_file(folder / "study.yaml", table, folder / "cache", result)
-    tag = f"{os.getpid()}-{seed}"
+    tag = f"{os.getpid()}-{result.seed}"
     faults = iter(result.faults)
     fault = next(faults, None)
     finished = False
@@ -159,8 +158,6 @@ def run_round(seed: int, table: Path, folder: Path) -> Round:
             if left:
                 result.problems.append(f"left running after start {result.starts}: {', '.join(left)}")
                 end_all(tag)
-            if finished and fault is not None and fault.done is False:
-                break
     finally:
         end_all(tag)
     result.seconds = time.monotonic() - began
@@ -369,7 +366,7 @@ def main() -> int:
         for seed in range(options.seed, options.seed + options.rounds):
             folder = Path(name) / f"{seed:04d}"
             folder.mkdir()
-            result = run_round(seed, table, folder)
+            result = run_round(plan_round(seed), table, folder)
             rounds.append(result)
             print(result.line(), flush=True)
             if result.problems and options.keep:

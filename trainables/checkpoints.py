@@ -57,7 +57,7 @@ class TrialFiles:
 
     @property
     def alive(self) -> Path:
-        """alive: touched as steps are done: its time says when the run last moved."""
+        """alive: touched as steps are done; a time of access of 0 says that the run waits for room on its disk."""
         return self.folder / "alive"
 
     @property
@@ -104,14 +104,14 @@ def when_there_is_room(
     write: Callable[[], Result],
     path: Path,
     *,
-    alive: Callable[[], None] | None = None,
+    waits: Callable[[], None] | None = None,
     errors: tuple[type[Exception], ...] = (OSError, RuntimeError),
     timeout_s: float = ROOM_S,
 ) -> Result:
     """Return what `write` returns; while the disk that holds `path` is full, wait and try again.
 
-    `write` must leave nothing half-written when it fails. `alive` is called with each try, so that who watches over
-    this process knows that it waits. `errors`: what a full disk may look like (torch raises RuntimeError). Raises
+    `write` must leave nothing half-written when it fails. `waits` is called with each try, to tell who watches
+    over this process. `errors`: what a full disk may look like (torch raises RuntimeError). Raises
     DiskFullError after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
@@ -128,8 +128,8 @@ def when_there_is_room(
                 ) from None
             if not waited:
                 log.warning("the disk is full: waiting to write %s; make room, and it goes on by itself", path)
-        if alive is not None:
-            alive()
+        if waits is not None:
+            waits()
         pause_s = min(5.0, 0.2 + waited / 4)
         time.sleep(pause_s)
         waited += pause_s

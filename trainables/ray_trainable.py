@@ -21,8 +21,10 @@ from trainables.config import build_config
 from trainables.finetune import finetune
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import Epochs, open_inputs, saved_run
+from trainables.storage import TrialStore
 
 log = logging.getLogger("medtune.trial")
+disk_log = logging.getLogger("medtune.disk")
 
 MEMORY_SLACK = 0.8
 """Of a trial's share of GPU memory that must be free at its start: CUDA contexts take some of the rest."""
@@ -53,6 +55,8 @@ class TrialSetting:
     """CPU threads of a rank: without a limit every trial takes all cores and they slow each other down."""
     deadline_s: float = 1800.0
     """Seconds without a finished step after which a gang of ranks counts as hanging."""
+    storage: str | None = None
+    """URL of the study in object storage; `study` is then a folder of each node's own."""
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -67,6 +71,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     handler = logging.FileHandler(files.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    disk_log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
@@ -80,6 +85,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         tune.report({FATAL: f"out of memory: {first}; {advice}", "epoch": 0})
     finally:
         log.removeHandler(handler)
+        disk_log.removeHandler(handler)
         handler.close()
 
 
@@ -104,6 +110,11 @@ class SignOfLife:
     def step(self, epoch: int, step: int) -> None:
         """A step has been issued."""
         self()
+
+    def waits_for_room(self) -> None:
+        """Say that the run waits for room on its disk, without taking any: by the file's time of access, 0."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path, (0, time.time()))
 
 
 def wait_for_device_memory(
@@ -151,6 +162,13 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         epochs = lambda resume: finetune(  # noqa: E731
             config, cohort, split, device=device, resume=resume, heartbeat=alive.step
         )
-    for row in saved_run(config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, alive=alive):
+    store = None
+    if setting.storage is not None:
+        store = TrialStore(setting.storage, trial["trial"], files)
+        store.fetch()
+    keep = store.keep if store else None
+    every = setting.checkpoint_epochs
+    for row in saved_run(config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep):
+        alive()
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)

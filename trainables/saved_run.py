@@ -54,18 +54,20 @@ def saved_run(
     epochs: Epochs,
     *,
     checkpoint_epochs: int = 1,
-    alive: Callable[[], None] | None = None,
+    waits: Callable[[], None] | None = None,
+    keep: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
     Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
     epochs are shorter than writing takes, as few more are skipped as keep it under a tenth of the time. A run killed at
     any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers. On a full disk it waits for
-    room, and calls `alive` meanwhile.
+    room, and calls `waits` meanwhile. `keep` is called after each checkpoint, to copy `files` to where they outlive this
+    machine.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder)
-    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, alive=alive)
+    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     best = BestEpoch()
     for row in resume["rows"] if resume else []:
@@ -75,18 +77,20 @@ def saved_run(
     with closing(epochs(resume)) as results:  # type: ignore[type-var]  # generators close
         for result in results:
             if best.improved_by(result.metrics):
-                _save(files.best, best_state(result), alive)
+                _save(files.best, best_state(result), waits)
             began = time.monotonic()
             worth_it = result.epoch % checkpoint_epochs == 0 and began - saved >= SAVING_PAUSE * cost_s
             if worth_it or result.epoch == config.epochs:
-                _save(files.checkpoint, result.state(), alive)
+                _save(files.checkpoint, result.state(), waits)
+                if keep is not None:
+                    keep()
                 saved = time.monotonic()
                 cost_s = saved - began
             yield result.metrics
 
 
-def _save(path: Path, state: Mapping[str, Any], alive: Callable[[], None] | None) -> None:
-    when_there_is_room(lambda: save_state(path, state), path, alive=alive)
+def _save(path: Path, state: Mapping[str, Any], waits: Callable[[], None] | None) -> None:
+    when_there_is_room(lambda: save_state(path, state), path, waits=waits)
 
 
 class BestEpoch:

@@ -30,13 +30,16 @@ class StalledError(RuntimeError):
     """A study in which nothing can go on; what to do stands in the message, and `medtune resume` goes on from here."""
 
 
+State = Literal["waiting", "running", "no room"]
+"""waiting: for its place in the cluster; no room: on its disk, where it waits to write."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """One trial that has not ended, as it is now."""
 
     name: str
-    state: Literal["waiting", "running"]
-    """waiting: for its place in the cluster."""
+    state: State
     mark: object
     """Anything that differs whenever the trial has got on."""
     process: object = None
@@ -102,6 +105,8 @@ class Watchdog:
     def _updated(self, seen: Seen, now: float) -> _Quiet:
         before = self._quiet.get(seen.name)
         if before is None or (before.seen.state, before.seen.process) != (seen.state, seen.process):
+            if seen.state == "no room":
+                self._say(f"trial {seen.name}: the disk is full; make room, and the trial goes on by itself")
             return _Quiet(seen, now, now)
         return before if before.seen.mark == seen.mark else _Quiet(seen, now, now, moved=True)
 
@@ -117,17 +122,19 @@ class Watchdog:
             quiet.since = quiet.said = now
             quiet.moved = False
         elif silent >= self._quiet_s and now - quiet.said >= max(self._quiet_s, (quiet.said - quiet.since)):
-            what = "waits for its place since" if quiet.seen.state == "waiting" else "nothing done for"
-            self._say(f"trial {quiet.seen.name}: {what} {_time(silent)}: {self._why(quiet.seen)}")
+            what = {"waiting": "waits for its place since", "no room": "waits for room on its disk since"}
+            told = what.get(quiet.seen.state, "nothing done for")
+            self._say(f"trial {quiet.seen.name}: {told} {_time(silent)}: {self._why(quiet.seen)}")
             quiet.said = now
 
 
-def moved(files: TrialFiles, rows: int) -> tuple[int, int | None]:
-    """Return what differs whenever a trial has got on: its rows, and when it last touched `alive`."""
+def moved(files: TrialFiles, rows: int) -> tuple[State, tuple[int, int | None]]:
+    """Return whether a running trial waits for room, and what differs whenever it has got on: rows, a touch of `alive`."""
     try:
-        return rows, files.alive.stat().st_mtime_ns
+        found = files.alive.stat()
     except OSError:
-        return rows, None
+        return "running", (rows, None)
+    return ("no room", (rows, None)) if found.st_atime_ns == 0 else ("running", (rows, found.st_mtime_ns))
 
 
 def reason_of(files: TrialFiles) -> str:
@@ -135,7 +142,7 @@ def reason_of(files: TrialFiles) -> str:
     with suppress(OSError):
         free = shutil.disk_usage(files.folder).free
         if free < LITTLE_ROOM:
-            return f"its disk has {free / 2**20:.0f} MiB left, make room"
+            return f"its disk has {free / 2**20:.0f} MiB left: make room"
     last = _last_line(files.log)
     if "waiting" in last:
         return last
@@ -172,8 +179,12 @@ def watch_tune(
     *,
     say: Callable[[str], None],
     deadline_s: float,
+    local: bool,
 ) -> Callable[[list[Any]], None]:
-    """Return a function for Tune's loop that looks at its trials every few seconds."""
+    """Return a function for Tune's loop that looks at its trials every few seconds.
+
+    `local`: nobody will add a node to this Ray. When it has lost its own, StalledError is raised at once.
+    """
     import ray
 
     actors: dict[str, Any] = {}
@@ -198,8 +209,11 @@ def watch_tune(
                 continue
             name = str(trial.config["trial"])
             actors[name] = trial.temporary_state.ray_actor
-            state: Literal["waiting", "running"] = "running" if trial.status == "RUNNING" else "waiting"
-            seen.append(Seen(name, state, moved(files(name), rows(name)), actors[name] and actors[name]._actor_id))
+            state, mark = moved(files(name), rows(name))
+            state = state if trial.status == "RUNNING" else "waiting"
+            seen.append(Seen(name, state, mark, actors[name] and actors[name]._actor_id))
+        if local and any(each.state == "waiting" for each in seen) and not ray.cluster_resources().get("CPU"):
+            raise StalledError("Ray has lost its node on this machine: `medtune resume` goes on with a new one")
         watchdog.look(seen)
 
     return look

@@ -1,0 +1,124 @@
+"""Short studies one after another in one driver process, for hours: `python tests/soak.py --minutes 120` (`make soak`).
+
+What a leak would fill is looked at after each study: the driver's memory, open files and threads, the trials' largest
+memory, Ray's processes that are left, shared memory, and temporary files. It fails when the driver's memory or files
+still rise in the second half, or when anything is left behind.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from chaos import TINY
+from rich.console import Console
+
+from tune_app.results import load_study
+from tune_app.spec import build_spec
+from tune_app.study import run_study
+from tune_app.synthetic import write_cohort
+
+ROOM_MIB = 24.0
+"""By how much the driver's memory may differ between the halves: studies are not all alike."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is there after a study."""
+
+    seconds: float
+    driver_mib: float
+    actor_mib: float
+    """Largest of the study's trials."""
+    files: int
+    threads: int
+    processes: int
+    """Children of the driver."""
+    shared: int
+    """Files in /dev/shm."""
+    sessions_mib: float
+    """What Ray keeps of all its sessions."""
+
+
+def one_study(root: Path, table: Path, cache: Path, number: int) -> Look:
+    config: dict[str, Any] = TINY | {"epochs": 4}
+    spec = build_spec(
+        {"data": str(table), "trials": 3, "seed": number, "config": config, "cache": str(cache), "gpus_per_trial": 0}
+    )
+    quiet = Console(file=(root.parent / "console.txt").open("w"))
+    began = time.monotonic()
+    outcome = run_study(spec, root, console=quiet, notes=quiet)
+    quiet.file.close()
+    assert outcome.exit_code == 0, outcome
+    seconds = time.monotonic() - began
+    study = load_study(root)
+    me = psutil.Process()
+    return Look(
+        seconds=seconds,
+        driver_mib=me.memory_info().rss / 2**20,
+        actor_mib=1024 * float(study.epochs["peak_memory_gib"].max()),
+        files=me.num_fds(),
+        threads=me.num_threads(),
+        processes=len([child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]),
+        shared=len(list(Path("/dev/shm").glob("*"))),
+        sessions_mib=sessions_mib(),
+    )
+
+
+def sessions_mib() -> float:
+    """MiB of the sessions that this process started."""
+    total = 0
+    for session in Path("/tmp/ray").glob(f"session_*_{os.getpid()}"):
+        total += sum(path.lstat().st_size for path in session.rglob("*") if path.is_file())
+    return total / 2**20
+
+
+def verdict(looks: list[Look]) -> list[str]:
+    """Return what rose or was left behind; the first studies are not counted: caches and imports fill in them."""
+    problems = []
+    counted = looks[min(3, len(looks) // 3) :]
+    first, second = counted[: len(counted) // 2], counted[len(counted) // 2 :]
+    for name, room in (("driver_mib", ROOM_MIB), ("actor_mib", ROOM_MIB), ("files", 3.0), ("threads", 3.0)):
+        before, after = (float(np.median([getattr(look, name) for look in half])) for half in (first, second))
+        if after > before + room:
+            problems.append(f"{name} rose from {before:.0f} to {after:.0f} between the halves")
+    if looks[-1].processes:
+        problems.append(f"{looks[-1].processes} processes left")
+    if looks[-1].sessions_mib > 2 * max(look.sessions_mib for look in looks[:3]) + 1:
+        problems.append(f"Ray's sessions take {looks[-1].sessions_mib:.0f} MiB")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=120)
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    looks: list[Look] = []
+    print("study seconds driver_MiB actor_MiB files threads processes shared sessions_MiB")
+    with tempfile.TemporaryDirectory(prefix="medtune-soak-") as name:
+        table = write_cohort(Path(name) / "cohort", subjects=14, side=(14, 18))
+        while time.monotonic() < end or len(looks) < 4:
+            root = Path(name) / f"study-{len(looks)}"
+            look = one_study(root, table, Path(name) / "cache", len(looks))
+            looks.append(look)
+            shutil.rmtree(root)
+            print(
+                f"{len(looks):>5} {look.seconds:>7.1f} {look.driver_mib:>10.0f} {look.actor_mib:>9.0f} {look.files:>5} "
+                f"{look.threads:>7} {look.processes:>9} {look.shared:>6} {look.sessions_mib:>12.1f}",
+                flush=True,
+            )
+    problems = verdict(looks)
+    print(f"{len(looks)} studies: " + ("; ".join(problems) or "nothing rose, nothing was left"))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

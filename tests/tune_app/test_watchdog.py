@@ -1,0 +1,136 @@
+"""Trials that stand still are named, told why, and ended in time; those that are only slow, or not to blame, are not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainables.checkpoints import TrialFiles
+from trainables.ray_trainable import SignOfLife
+from tune_app.watchdog import START_S, Seen, StalledError, Watchdog, moved, placing, reason_of
+
+
+class Scene:
+    """A watchdog, the clock it goes by, and what came of it."""
+
+    def __init__(self, *, deadline_s: float = 1000.0, quiet_s: float = 100.0) -> None:
+        self.now = 0.0
+        self.said: list[str] = []
+        self.ended: list[str] = []
+        self.dog = Watchdog(
+            say=self.said.append,
+            why=lambda seen: "because",
+            end=self.ended.append,
+            deadline_s=deadline_s,
+            quiet_s=quiet_s,
+            clock=lambda: self.now,
+        )
+
+    def live(self, seconds: float, *trials: Seen) -> None:
+        """Let time pass with trials that show the same all along."""
+        for _ in range(int(seconds / 5)):
+            self.now += 5
+            self.dog.look(trials)
+
+
+def test_a_trial_that_moves_is_left_alone_however_slow() -> None:
+    scene = Scene()
+    for step in range(50):
+        scene.live(95, Seen("00001", "running", mark=step))
+    assert not scene.said
+    assert not scene.ended
+
+
+def test_a_trial_that_stands_still_is_named_ever_less_often_and_ended_at_the_deadline() -> None:
+    scene = Scene()
+    scene.live(10, Seen("00001", "running", mark=0))
+    scene.live(990, Seen("00001", "running", mark=1))
+    assert [text.split(": because")[0] for text in scene.said] == [
+        "trial 00001: nothing done for 100 s",
+        "trial 00001: nothing done for 3 min",
+        "trial 00001: nothing done for 7 min",
+        "trial 00001: nothing done for 13 min",
+    ]
+    assert not scene.ended
+    scene.live(20, Seen("00001", "running", mark=1))
+    assert scene.ended == ["00001"]
+    assert "its process is ended, and it starts again from its checkpoint" in scene.said[-1]
+
+
+def test_a_process_on_its_way_up_is_given_minutes_whatever_the_deadline() -> None:
+    scene = Scene(deadline_s=20)
+    scene.live(START_S - 10, Seen("00001", "running", mark=0))
+    assert not scene.ended
+    scene.live(20, Seen("00001", "running", mark=0))
+    assert scene.ended == ["00001"]
+    again = Scene(deadline_s=20)
+    again.live(10, Seen("00001", "running", mark=0, process="a"))
+    again.live(10, Seen("00001", "running", mark=1, process="a"))
+    again.live(100, Seen("00001", "running", mark=1, process="b"))
+    assert not again.ended, "it has been started again meanwhile"
+    again.live(10, Seen("00001", "running", mark=2, process="b"))
+    again.live(30, Seen("00001", "running", mark=2, process="b"))
+    assert again.ended == ["00001"]
+
+
+def test_trials_are_not_to_blame_for_a_driver_that_stood_still() -> None:
+    scene = Scene()
+    scene.live(50, Seen("00001", "running", mark=1))
+    scene.now += 100_000  # suspended, or waiting for room on the disk
+    scene.live(40, Seen("00001", "running", mark=1))
+    assert not scene.said
+    assert not scene.ended
+
+
+def test_a_study_in_which_nothing_finds_its_place_ends() -> None:
+    scene = Scene()
+    waiting = Seen("00002", "waiting", mark=0)
+    for step in range(300):
+        scene.live(10, Seen("00001", "running", mark=step), waiting)
+    assert scene.said[0].startswith("trial 00002: waits for its place since 100 s: because")
+    with pytest.raises(StalledError, match="no trial has found its place for 17 min: because"):
+        scene.live(2000, Seen("00003", "waiting", mark=0))
+
+
+def test_the_reason_is_found_in_log_and_disk(tmp_path: Path) -> None:
+    files = TrialFiles(tmp_path)
+    assert reason_of(files) == "no step ended, its log is empty"
+    files.log.write_text("epoch 1\nwaiting for GPU memory: 1.0 of 80.0 GiB free\n")
+    assert reason_of(files) == "waiting for GPU memory: 1.0 of 80.0 GiB free"
+    files.log.write_text("epoch 1 of 9" + "x" * 9000)
+    assert reason_of(files).startswith("no step ended, its log ends with: x")
+    assert len(reason_of(files)) < 300
+    bundles: list[dict[str, Any]] = [{"CPU": 2.0, "GPU": 1.0}] * 2
+    said = placing(bundles, lambda: {"CPU": 3.0, "memory": 1e9})
+    assert said.startswith("it takes 4 CPU and 2 GPU in 2 bundle(s), 3 CPU and 0 GPU are free")
+
+
+def test_a_sign_of_life_is_what_moves_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = TrialFiles(tmp_path)
+    assert moved(files, 3) == ("running", (3, None))
+    alive = SignOfLife(files.alive)
+    before = moved(files, 3)
+    alive.step(1, 1)
+    assert moved(files, 3) == before, "at most once a second"
+    alive.last -= 2
+    alive.step(1, 2)
+    assert moved(files, 3) != before
+    alive.waits_for_room()
+    assert moved(files, 3) == ("no room", (3, None))
+    alive.last -= 2
+    alive()
+    assert moved(files, 3)[0] == "running"
+    files.alive.unlink()
+    alive.last -= 2
+    alive()
+    assert files.alive.exists()
+
+
+def test_a_full_disk_is_told_at_once_and_ends_nothing() -> None:
+    scene = Scene()
+    scene.live(10, Seen("00001", "running", mark=1))
+    scene.live(5, Seen("00001", "no room", mark=1))
+    assert scene.said == ["trial 00001: the disk is full; make room, and the trial goes on by itself"]
+    scene.live(5000, Seen("00001", "no room", mark=1))
+    assert scene.said[1].startswith("trial 00001: waits for room on its disk since 100 s: because")
+    assert not scene.ended
