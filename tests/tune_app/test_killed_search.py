@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import optuna
+import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
@@ -173,12 +174,14 @@ def told(root: Path) -> dict[str, Any]:
     return {"rows": rows, "decisions": read_rows(files.decisions), "records": records, "study": study}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # seconds on a quiet machine, but it starts a driver 21 times
 def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_path: Path) -> None:
     folders = {name: str(tmp_path / name) for name in ("whole", "killed")}
     code = KILLER.format(
         tests=str(Path(__file__).parent), root=folders["killed"], whole=folders["whole"], seed=11, kills=KILLS
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=880)
     assert done.returncode == 0, done.stderr
     whole, killed = told(tmp_path / "whole"), told(tmp_path / "killed")
     for part, expected in whole.items():
