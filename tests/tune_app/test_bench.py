@@ -18,6 +18,7 @@ from tune_app.bench import (
     result_table,
 )
 from tune_app.bench_overhead import bench_overhead, overhead_table
+from tune_app.bench_results import bench_results, results_line, results_table_of
 from tune_app.results import load_study
 
 
@@ -72,3 +73,12 @@ def test_batches_are_read_from_text_and_nonsense_is_told() -> None:
     assert parse_batches("6x2, 24") == [(6, 2), (24, 1)]
     with pytest.raises(BenchError, match=r"batch 'six'"):
         parse_batches("six")
+
+
+def test_reading_a_study_is_measured(tmp_path: Path) -> None:
+    result = bench_results(trials=6, epochs=24, folder=tmp_path)
+    assert (result["trials"], result["epochs"]) == (6, 144)
+    assert [row["step"] for row in result["rows"]] == ["import", "load", "leaderboard", "importance", "report"]
+    assert all(row["peak_mib"] > 10 and row["seconds"] >= 0 for row in result["rows"])
+    assert results_table_of(result).row_count == 5
+    assert "6 trials, 144 epochs" in results_line(result)

@@ -137,6 +137,17 @@ def test_a_confirmation_has_a_section_that_names_its_winner_or_none(write_study:
     assert "inner" in page.text()
 
 
+def test_the_page_of_a_search_shows_the_confirmation_in_its_folder(write_study: WriteStudy, tmp_path: Path) -> None:
+    root = write_study(trials=4, epochs=6)
+    assert "Confirmation over folds" not in Page(write_report(load_study(root), tmp_path / "a.html").read_text()).text()
+    variants = {"documented": {}, "trial-00003": {"max_m": 0.21}}
+    options = {"kind": "confirmation", "variants": variants, "seeds": 2, "folds": 3, "epochs": 4}
+    write_study(f"{root.name}/confirmation", **options)
+    page = Page(write_report(load_study(root), tmp_path / "b.html").read_text())
+    assert "Confirmation over folds and seeds" in page.text()
+    assert "12 of 12 runs" in page.text()
+
+
 def test_the_page_needs_nothing_but_itself(search_page: Page) -> None:
     for tag, attrs in search_page.elements:
         assert tag not in ("link", "iframe", "object", "embed", "img", "base", "form")
@@ -303,7 +314,9 @@ def test_every_figure_is_one_to_plotly_and_knows_dark_mode(search_page: Page, ab
 def test_groups_differ_without_colour() -> None:
     looks = [(group.symbol, group.glyph) for group in figures.GROUPS.values()]
     assert len(set(looks)) == len(looks)
-    verdicts = [group for key, group in figures.GROUPS.items() if key not in ("healthy", "halved", "failed")]
+    verdicts = [
+        group for key, group in figures.GROUPS.items() if key not in ("healthy", "halved", "requested", "failed")
+    ]
     assert all(group.dash != "solid" for group in verdicts)
     assert {group.dash for group in figures.GROUPS.values()} <= set(report.DASHES)
 

@@ -445,6 +445,13 @@ def test_a_notebook_shows_the_study_and_executes_nothing_of_it(write_study: Writ
 # Questions -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_notebook_shows_several_studies_without_all_their_fields(a_search: Path, an_ablation: Path) -> None:
+    both = load_studies([a_search, an_ablation])
+    assert repr(both).startswith("<Studies: 44 trials")
+    assert len(repr(both)) < 400
+    assert both._repr_html_().count("<tr") == 11
+
+
 def test_the_best_trial_by_any_metric_among_those_asked_for(a_search: Path) -> None:
     study = load_study(a_search)
     ended = study.trials[study.trials["state"] != "failed"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tune_app.results import Study, load_studies, load_study
+from tune_app.results import Study, column_meanings, load_studies, load_study
 from tune_app.tables import (
     QueryError,
     column_of,
@@ -16,6 +16,8 @@ from tune_app.tables import (
     duration,
     format_value,
     formatted,
+    matching,
+    meanings_table,
     printable,
     render_table,
     results_table,
@@ -261,3 +263,12 @@ def _rendered(study: Study, width: int) -> str:
     console.print(render_table(results_table(study), width))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
+
+
+def test_meanings_are_found_by_name_and_pattern(study: Study) -> None:
+    meanings = column_meanings(study)
+    assert len(matching(meanings, None)) == len(meanings)
+    assert set(matching(meanings, "best_val_auc*, s")["column"]) >= {"best_val_auc", "best_val_auc_low", "s"}
+    with pytest.raises(QueryError, match="did you mean"):
+        matching(meanings, "bst_epoch")
+    assert meanings_table(meanings).row_count == len(meanings) + 2
