@@ -35,7 +35,7 @@ SILENT_S = 3 * BEAT_S
 """Seconds without one after which its driver counts as gone; no clock of another machine is asked."""
 FRESH_S = 60.0
 """Age up to which a reader takes the study for running."""
-PAUSE = 10
+PAUSE = 3
 """Times as long as sending took until the next sending: large studies are mirrored less often."""
 
 LARGE = (".pt", ".db")

@@ -146,7 +146,7 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     server: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
     table = write_cohort(tmp_path / "c", subjects=14, side=(14, 18))
-    asked = ["run", "--data", table, "--trials", 2, "--epochs", 12, "--out", bucket, "--resume", *TINY]
+    asked = ["run", "--data", table, "--trials", 2, "--epochs", 40, "--out", bucket, "--resume", *TINY]
 
     def medtune(machine: str, *arguments: object) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -164,7 +164,7 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     before = (remote.read("epochs.jsonl") or b"").splitlines()
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 80
     seen = load_study(bucket)
     assert len(seen.epochs) == len(before)
 
