@@ -22,9 +22,13 @@ def code_in(text):
 
 
 def problems_of(text):
-    """One line for each command or option in the code of `text` that the command line does not have."""
+    """One line for each command or option in the code of `text` that the command line does not have.
+
+    What follows `--` after a command is a command of its own: `medtune submit -- run study.yaml`.
+    """
     found = []
     for code in code_in(text):
+        code = re.sub(r"\bmedtune(.*?) -- (?=[a-z])", r"medtune\1\nmedtune ", code)
         for words, rest in COMMAND.findall(code):
             command = get_command(app)
             path = "medtune"

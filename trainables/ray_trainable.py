@@ -21,6 +21,7 @@ from trainables.config import build_config
 from trainables.finetune import finetune
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import Epochs, open_inputs, saved_run
+from trainables.storage import TrialStore
 
 log = logging.getLogger("medtune.trial")
 disk_log = logging.getLogger("medtune.disk")
@@ -54,6 +55,8 @@ class TrialSetting:
     """CPU threads of a rank: without a limit every trial takes all cores and they slow each other down."""
     deadline_s: float = 1800.0
     """Seconds without a finished step after which a gang of ranks counts as hanging."""
+    storage: str | None = None
+    """URL of the study in object storage; `study` is then a folder of each node's own."""
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -159,9 +162,13 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         epochs = lambda resume: finetune(  # noqa: E731
             config, cohort, split, device=device, resume=resume, heartbeat=alive.step
         )
-    for row in saved_run(
-        config, files, epochs, checkpoint_epochs=setting.checkpoint_epochs, waits=alive.waits_for_room
-    ):
+    store = None
+    if setting.storage is not None:
+        store = TrialStore(setting.storage, trial["trial"], files)
+        store.fetch()
+    keep = store.keep if store else None
+    every = setting.checkpoint_epochs
+    for row in saved_run(config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep):
         alive()
         log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
         tune.report(row)

@@ -55,13 +55,15 @@ def saved_run(
     *,
     checkpoint_epochs: int = 1,
     waits: Callable[[], None] | None = None,
+    keep: Callable[[], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
     Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
     epochs are shorter than writing takes, as few more are skipped as keep it under a tenth of the time. A run killed at
     any moment repeats the epochs since the last checkpoint, on a CPU to the same numbers. On a full disk it waits for
-    room, and calls `waits` meanwhile.
+    room, and calls `waits` meanwhile. `keep` is called after each checkpoint, to copy `files` to where they outlive this
+    machine.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder)
@@ -80,6 +82,8 @@ def saved_run(
             worth_it = result.epoch % checkpoint_epochs == 0 and began - saved >= SAVING_PAUSE * cost_s
             if worth_it or result.epoch == config.epochs:
                 _save(files.checkpoint, result.state(), waits)
+                if keep is not None:
+                    keep()
                 saved = time.monotonic()
                 cost_s = saved - began
             yield result.metrics

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from tune_app.curves import SOUND, Curve, generate_curves, read_curves
+from tune_app.curves import SOUND, Curve, CurveError, generate_curves, read_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES, as_number, best_epoch, objective_value
 from tune_app.scheduler import Decision, Policy, PolicySpec
 
@@ -128,10 +128,10 @@ def backtest(
       epochs of the onset; `delay_median`, `delay_max`: epochs from the onset to the stop, of those stopped
     """
     if not curves:
-        raise ValueError("no curves to replay: name a study with finished epochs, or a folder of curve files")
+        raise CurveError(["no curves to replay: name a study with finished epochs, or a folder of curve files"])
     twice = sorted(name for name, count in Counter(curve.trial for curve in curves).items() if count > 1)
     if twice:
-        raise ValueError(f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own")
+        raise CurveError([f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"])
     longest = max_epochs or max((int(row["epoch"]) for curve in curves for row in curve.rows[-1:]), default=1)
     worth = _Worth(curves, objective)
     rows = []

@@ -38,7 +38,7 @@ from tune_app.cli_common import (
     parse_settings,
 )
 from tune_app.cli_tools import bench_app, data_app, weights_app
-from tune_app.objective import DEFAULT_OBJECTIVE
+from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -223,7 +223,7 @@ def run(
     go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.spec import StudyFiles, build_spec, read_study_file, resumed_spec
+    from tune_app.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -251,9 +251,7 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    begun = go_on and StudyFiles(root).spec.exists()
-    spec = resumed_spec(StudyFiles(root), spec) if begun else spec
-    _run_and_tell(spec, root, address=address, resume=begun)
+    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on)
 
 
 @app.command()
@@ -263,23 +261,26 @@ def resume(
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.spec import StudyFiles
+    from tune_app.storage import opened
 
-    files = StudyFiles(study)
+    files = StudyFiles(opened(study)[0])
     files.require()
     _run_and_tell(files.read_spec(), study, address=address, resume=True)
 
 
-def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool) -> None:
+def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool, go_on: bool = False) -> None:
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root))
+    from trainables.storage import url_of
     from tune_app.study import INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
-    err.print(f"study: {root}", soft_wrap=True, markup=False)
-    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume)
+    place = url_of(root) or root
+    err.print(f"study: {place}", soft_wrap=True, markup=False)
+    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume, go_on=go_on)
     print_summary(root, out)
     if outcome.exit_code == INTERRUPTED:
-        err.print(f"interrupted; go on with: medtune resume {root}", soft_wrap=True, markup=False)
+        err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -298,10 +299,13 @@ def results(
     ] = None,
     parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
     skip_damage: Annotated[bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")] = False,
+    meanings: Annotated[
+        bool, typer.Option("--meanings", help="List what columns there are, with type and meaning, instead.")
+    ] = False,
 ) -> None:
     """Show trials, best first; works while the study runs and after its driver was killed."""
-    from tune_app.results import load_studies, load_study
-    from tune_app.tables import render_table, results_table
+    from tune_app.results import column_meanings, load_studies, load_study
+    from tune_app.tables import matching, meanings_table, render_table, results_table
 
     on_damage: Literal["error", "skip"] = "skip" if skip_damage else "error"
     loaded = [load_study(path, on_damage=on_damage) for path in studies]
@@ -314,13 +318,18 @@ def results(
                 for path in write(target):
                     err.print(str(path), markup=False, soft_wrap=True)
     subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
-    table = results_table(
-        subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
-    )
+    if meanings:
+        table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
+    else:
+        table = results_table(
+            subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
+        )
     if output == "csv":
         print(table.to_csv(index=False), end="")
     elif output == "json":
         print(table.to_json(orient="records", indent=1))
+    elif meanings:
+        out.print(meanings_table(table))
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
 
@@ -335,17 +344,20 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write it again whenever the study has news.")] = False,
 ) -> None:
     """Write the study as one self-contained HTML page."""
+    from trainables.storage import url_of
     from tune_app.report import watch_report, write_comparison, write_report
     from tune_app.results import load_study
 
+    if compare is not None and watch:
+        raise typer.BadParameter("--watch writes the page of one study: leave out --compare, or --watch")
     if compare is not None:
         path = out_file or study / f"comparison-{compare.name}.html"
         write_comparison(load_study(study), load_study(compare), path)
     else:
-        path = out_file or study / "report.html"
+        path = out_file or (Path("report.html") if url_of(study) else study / "report.html")
         write_report(load_study(study), path)
     out.print(str(path), soft_wrap=True, markup=False)
-    if watch and compare is None:
+    if watch:
         watch_report(study, path, say=lambda text: err.print(text, markup=False))
 
 
@@ -370,7 +382,7 @@ def backtest(
     generate: Annotated[
         int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=2, help="Of made curves.")] = 60,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
     positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
     negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
@@ -393,6 +405,8 @@ def backtest(
     policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
     if bool(studies) == (generate is not None):
         raise typer.BadParameter("name studies or files of curves, or give --generate N")
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"--objective {objective!r}: one of {', '.join(OBJECTIVES)}")
     if generate is not None:
         err.print(
             f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"

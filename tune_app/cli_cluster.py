@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,11 +57,12 @@ def submit(
     def send(spec: Any, root: Path) -> int:
         place = _place(root)
         if kuberay or cluster_yaml:
-            made = {"max_workers": workers, "gpus": gpus, "mount": mount} | ({"image": image} if image else {})
+            cluster = Cluster(max_workers=workers, gpus=gpus, mount=mount)
+            cluster = replace(cluster, image=image) if image else cluster
             if kuberay:
-                _write_text(kuberay, kuberay_manifest(spec, place, Cluster(**made)))
+                _write_text(kuberay, kuberay_manifest(spec, place, cluster))
             if cluster_yaml:
-                _write_text(cluster_yaml, cluster_file(place, Cluster(**made)))
+                _write_text(cluster_yaml, cluster_file(place, cluster))
             return 0
         if dry_run:
             print(build_submission(spec, place, pip=pip).dry_run(), end="")
@@ -130,6 +132,18 @@ def _write_text(path: Path, text: str) -> None:
         return
     path.write_text(text, encoding="utf-8")
     err.print(str(path), soft_wrap=True, markup=False)
+
+
+@app.command()
+def fetch(
+    study: Annotated[str, typer.Argument(help="URL of a study in object storage, such as s3://bucket/study.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
+) -> None:
+    """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
+    from tune_app.storage import fetch_study
+
+    number = fetch_study(study, folder)
+    out.print(f"{folder}: {number} files", soft_wrap=True, markup=False)
 
 
 # Doctor ----------------------------------------------------------------------------------------------------------------

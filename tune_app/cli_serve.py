@@ -1,12 +1,14 @@
-"""The command of the service: `medtune serve`."""
+"""The commands of the service: `medtune serve`, and `medtune bench serve`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tune_app.cli_common import AddressOption, err
+from tune_app.cli_common import AddressOption, err, to_stderr
+from tune_app.cli_tools import bench_app
 
 app = typer.Typer()
 
@@ -38,4 +40,19 @@ def serve(
         private=private,
         address=address,
         say=lambda text: err.print(text, soft_wrap=True, markup=False, highlight=False),
+    )
+
+
+@bench_app.command("serve")
+def bench_serve_command(
+    viewers: Annotated[int, typer.Option("--viewers", min=1, help="Pages that are open at the same time.")] = 50,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each of the two runs.")] = 20.0,
+    trials: Annotated[int, typer.Option("--trials", min=2)] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=24)] = 60,
+) -> None:
+    """Time the service: rows of a running study to many viewers, its processor time, and the writer's own pace."""
+    from tune_app.serve_bench import bench_serve
+
+    print(
+        json.dumps(bench_serve(viewers=viewers, seconds=seconds, trials=trials, epochs=epochs, say=to_stderr), indent=1)
     )

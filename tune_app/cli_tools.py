@@ -164,6 +164,25 @@ def bench_data_command(
     out.print(data_table(result))
 
 
+@bench_app.command("results")
+def bench_results_command(
+    trials: Annotated[int, typer.Option("--trials", min=4, help="Trials of the study.")] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Epochs of each.")] = 60,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time loading a study, its leaderboard, importance and report, and tell the memory they take."""
+    import tempfile
+
+    from tune_app.bench_results import bench_results, results_line, results_table_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_results(trials=trials, epochs=epochs, folder=Path(folder), say=to_stderr)
+    if out_file is not None:
+        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    out.print(results_line(result), soft_wrap=True)
+    out.print(results_table_of(result))
+
+
 @bench_app.command("overhead")
 def bench_overhead_command(
     trials: Annotated[int, typer.Option("--trials", min=2, help="Trials on each side.")] = 1000,

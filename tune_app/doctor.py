@@ -82,7 +82,6 @@ def diagnose_cluster(
                 found, facts = [], {}
                 for node in nodes:
                     name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
-                    began = time.time()
                     try:
                         answer = ray.get(asked[node["NodeID"]], timeout=0.1)
                         # Clocks are asked apart, of a process that runs already: its start would blur them.
@@ -94,7 +93,6 @@ def diagnose_cluster(
                             Finding(name, "answers", "bad", said, "look at that node's raylet.out, or take it away")
                         )
                         continue
-                    del began
                     facts[name] = answer
                     found += judge_node(answer, node=name, gpus=node["Resources"].get("GPU", 0.0))
                     found.append(judge_clock(name, clock, took))
@@ -153,9 +151,9 @@ def _clock(ray: Any, probe: Any) -> tuple[float, float]:
 def _nccl() -> str | None:
     import torch
 
-    if not torch.cuda.is_available() and not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:
         return None
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _gpus() -> list[str]:

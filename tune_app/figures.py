@@ -37,6 +37,7 @@ PALETTE = {
     "rgba(0,96,156,0.15)": "rgba(98,184,240,0.2)",
     "rgba(199,83,0,0.15)": "rgba(255,161,79,0.2)",
     "#8b939e": "#7b8593",
+    "#6f7884": "#97a1ad",
     "#c75300": "#ffa14f",
     "#b0123b": "#ff7f95",
     "#7b0f63": "#ef8fd8",
@@ -66,7 +67,7 @@ GROUPS: dict[str, Group] = {
     group.key: group
     for group in (
         Group("healthy", "healthy", "#00609c", "solid", "circle", "●"),
-        Group("halved", "stopped at a rung", "#8b939e", "solid", "line-ns-open", "❘"),
+        Group("halved", "stopped at a rung", "#6f7884", "solid", "circle-open", "○"),
         Group("requested", "stopped on request", "#536273", "solid", "square-open", "□"),
         Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),
         Group("collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"),
@@ -387,7 +388,7 @@ def importance(table: pd.DataFrame) -> Figure:
             "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
         }
     ]
-    layout = _layout(90 + 28 * len(rows), "share of the variation accounted for", None)
+    layout = _layout(90 + 28 * len(rows), "share of the variation", None)
     layout["yaxis"] |= {"automargin": True, "showgrid": False}
     layout["xaxis"] |= {"rangemode": "tozero"}
     return {"data": data, "layout": layout}

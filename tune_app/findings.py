@@ -26,7 +26,7 @@ from tune_app.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.analysis import COLLAPSES, axis_of
 from tune_app.confirm import judge, judged_lines, score_lines
 from tune_app.objective import OBJECTIVES
-from tune_app.results import Study
+from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.tables import format_value, printable
 
@@ -173,6 +173,17 @@ def effects_tables(study: Study) -> list[pd.DataFrame]:
         except SpecError:
             return []
     return comparisons(study) if study.spec.kind == "ablation" else []
+
+
+def confirmation_within(study: Study) -> Study | None:
+    """Return the confirmation of a search that lies in its folder; None where there is none that can be read."""
+    root = StudyFiles(study.path).confirmation
+    if study.spec.kind != "search" or not StudyFiles(root).spec.is_file():
+        return None
+    try:
+        return load_study(root, on_damage="skip")
+    except SpecError:
+        return None
 
 
 def confirmation_lines(study: Study) -> list[str]:
@@ -403,7 +414,10 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
             "Noise is larger than the differences",
             f"{rivals} other trials lie within {half:.3f} of the best one, which is what chance alone explains{counts}: "
             "which of them leads is luck.",
-            f"`medtune confirm {quote(str(study.path))} --top {min(rivals + 1, 5)}` runs them over all folds and several seeds.",
+            "Go by the confirmation, not by this order."
+            if StudyFiles(StudyFiles(study.path).confirmation).spec.is_file()
+            else f"`medtune confirm {quote(str(study.path))} --top {min(rivals + 1, 5)}` runs them over all folds and several "
+            "seeds.",
         )
     scored = int((study.trials["objective"].notna() & (study.trials["state"] != "failed")).sum())
     optimism = luck(half / 1.96, scored)

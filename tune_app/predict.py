@@ -48,6 +48,12 @@ class Model:
     def recipe(self) -> Recipe:
         return self.info.recipe
 
+    def __repr__(self) -> str:
+        value = self.info.validation.metrics["auc"].value
+        trials = ", ".join(member.trial for member in self.info.members)
+        auc = "" if value is None else f", validation AUC {value:.3f}"
+        return f"<Model {self.folder.name} {self.id}: {self.info.kind} of trial {trials}{auc}, on {self.device}>"
+
     def logits(self, volumes_BCDHW: Array) -> Array:
         """Return the members' unscaled logits (M, B, C), float64, of prepared volumes."""
         volumes = torch.from_numpy(np.ascontiguousarray(volumes_BCDHW)).float()

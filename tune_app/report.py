@@ -127,8 +127,9 @@ class Section:
     title: str
     parts: list[dict[str, Any]] = field(default_factory=list)
 
-    def text(self, text: str, *, faint: bool = False) -> None:
-        self.parts.append({"kind": "text", "text": text, "faint": faint})
+    def text(self, text: str, *, style: str = "") -> None:
+        """Add a paragraph; `style` is its class: faint, or mouse for what only a mouse can do."""
+        self.parts.append({"kind": "text", "text": text, "style": style})
 
     def head(self, text: str) -> None:
         self.parts.append({"kind": "head", "text": text})
@@ -174,6 +175,8 @@ def _page(study: Study, refresh_s: float | None) -> _Page:
     scored = study.scored
     if study.spec.kind != "search":
         _variants(page, study)
+    elif (confirmation := findings.confirmation_within(study)) is not None:
+        _variants(page, confirmation)
     _test_rows(page, study)
     if scored:
         _best(page, study)
@@ -244,7 +247,7 @@ def _best(page: _Page, study: Study) -> None:
         name = str(row["name"])
         meaning = (FineTuneConfig.model_fields[name].description or "").split(". ")[0]
         mark = "≠" if row["differs"] else ""
-        cells = [Cell(name, "nowrap"), *(Cell(str(row[key]), "nowrap") for key in ("before", "after"))]
+        cells = [Cell(name, "nowrap name"), *(Cell(str(row[key]), "nowrap") for key in ("before", "after"))]
         cells += [Cell(f"{row['best']} {mark}".strip(), "nowrap"), Cell(meaning, "text faint roomy")]
         rows.append(Row(cells, kind="differs" if row["differs"] else ""))
     values = []
@@ -261,7 +264,7 @@ def _best(page: _Page, study: Study) -> None:
     section.text(
         "Before and after: the document's settings before and after its fixes, epochs scaled to this study's length. Bold "
         "and ≠: the best trial differs from what the document recommends.",
-        faint=True,
+        style="faint",
     )
     section.table(Table("configurations", heads, rows), style="settings")
 
@@ -271,7 +274,7 @@ def _checklist(page: _Page, study: Study) -> None:
     section = page.section("checklist", "The document's checklist")
     which = "" if pd.isna(best["variant"]) else f", the best run of {printable(str(best['variant']))}"
     section.text(
-        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.", faint=True
+        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.", style="faint"
     )
     checks = findings.checklist(study)
     for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
@@ -414,7 +417,12 @@ def _search(page: _Page, study: Study) -> None:
         return
     section = page.section("parallel", "All settings at a glance")
     section.text(
-        "A line is a trial; it crosses each axis at its value and ends at its objective. Drag a box over an axis to keep only the trials that pass there, over several axes if you like; double-click to clear."
+        "A line is a trial; it crosses each axis at its value and ends at its objective.",
+    )
+    section.text(
+        "Drag a box over an axis to keep only the trials that pass there, over several axes if you like; double-click "
+        "to clear.",
+        style="mouse",
     )
     section.parts.append({"kind": "picker", "trials": study.trials["trial"].tolist()})
     wide = max(24, 6 * (len(study.searched) + 1))
@@ -432,7 +440,7 @@ def _search(page: _Page, study: Study) -> None:
         table, reason = None, str(error).split(": ", 1)[-1]
     section = page.section("importance", "Which hyperparameters mattered")
     if table is None:
-        section.text(f"Not told: {reason}.", faint=True)
+        section.text(f"Not told: {reason}.", style="faint")
     else:
         section.figure(
             page,
@@ -458,9 +466,11 @@ def _variants(page: _Page, study: Study) -> None:
     section = page.section(
         "effects", "Confirmation over folds and seeds" if confirmation else "What each variant changes"
     )
+    if confirmation:
+        section.text(f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.path}.", style="faint")
     tables = findings.effects_tables(study)
     if not tables:
-        section.text("Nothing to compare yet: two variants have to begin.", faint=True)
+        section.text("Nothing to compare yet: two variants have to begin.", style="faint")
     for number, table in enumerate(tables):
         reference = table.attrs["baseline"]
         if len(tables) > 1:
@@ -552,7 +562,7 @@ def _trials(page: _Page, study: Study) -> None:
     section = page.section("trials", "Every trial")
     table = results_table(study, limit=MOST_ROWS)
     if len(table) < len(study.trials):
-        section.text(f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.", faint=True)
+        section.text(f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.", style="faint")
     section.parts.append({"kind": "filter", "table": "all-trials"})
     about = study.trials.set_index("trial")
     joined = {"best_val_auc_low", "best_val_auc_high", "since_epoch"}
@@ -637,7 +647,15 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
         if isinstance(item, Mapping):
             yield from _flat(item, f"{prefix}{name} ")
         else:
-            yield f"{prefix}{name}", f"{item:g}" if isinstance(item, float) else str(item)
+            if not name.startswith("node:"):  # Ray's mark of each machine: `nodes` has them
+                yield f"{prefix}{name}", _amount(name, item)
+
+
+def _amount(name: str, item: Any) -> str:
+    """An entry of what Ray says a machine has; its memory is in bytes."""
+    if not isinstance(item, float):
+        return str(item)
+    return f"{item / 2**30:.1f} GiB" if name.endswith("memory") else f"{item:g}"
 
 
 # Two studies -----------------------------------------------------------------------------------------------------------
@@ -824,6 +842,7 @@ def _template() -> Any:
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
     environment.filters["prose"] = _prose
+    environment.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
     return environment.get_template("report.html")
 
 

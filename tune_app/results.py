@@ -8,14 +8,14 @@ driver was killed. Names of columns:
   epoch, `best_val_auc` in the epoch whose weights are kept (the best 3-epoch median of val_auc: one lucky epoch does
   not count), and `val_auc_at_4` at the rung in epoch 4. There is no plain `val_auc` in `.trials`: which of the three
   would be a guess. Where a name is typed (filters, sorting), a bare metric means its `best_` column.
-* `column_meanings(study)` lists every column with its type and meaning.
+* `column_meanings(study)`, or `medtune results STUDY --meanings`, lists every column with its type and meaning.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -28,111 +28,12 @@ from search_spaces.spaces import Space
 from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from tune_app.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.objective import OBJECTIVES, RunningValue
-from tune_app.scheduler import Decision, Policy
+from tune_app.scheduler import Policy
 from tune_app.spec import StudyFiles, StudySpec, build_spec
+from tune_app.storage import opened
 from tune_app.tables import column_of, formatted, require_column, results_table, select, smaller_is_better
-
-WEIGHTS = ("raw", "ema")
-"""The two networks that are validated each epoch: as trained, and averaged. What is deployed is the averaged one."""
-
-_SCORES = {  # of either network; the ends of an interval keep their place at the end of the name
-    "val_auc_{}": "AUC from float32 logit differences",
-    "val_auc_{}_low": "lower end of its 95 % DeLong interval",
-    "val_auc_{}_high": "upper end of its 95 % DeLong interval",
-    "val_auprc_{}": "area under the precision-recall curve",
-    "val_accuracy_{}": "accuracy of the likelier class",
-    "val_balanced_accuracy_{}": "balanced accuracy of the likelier class",
-    "val_balanced_accuracy_best_{}": "balanced accuracy at the threshold that is best on the validation fold",
-    "val_threshold_{}": "that threshold, on the probability of class 1",
-    "val_sensitivity_at_90_specificity_{}": "sensitivity at 90 % specificity",
-    "val_brier_{}": "Brier score of the predicted probabilities",
-    "val_ece_{}": "expected calibration error",
-    "val_tied_{}": "share of scores tied with another",
-    "val_auc_probability_{}": "AUC from float32 probabilities: far below the AUC when the scores are saturated",
-    "val_logit_gap_{}": "mean absolute difference of the scaled logits",
-    "val_nonfinite_{}": "share of scores that are not finite",
-}
-
-METRICS: dict[str, tuple[str, str]] = {
-    "updates": ("Int64", "optimiser updates so far"),
-    "skipped_updates": ("Int64", "updates of this epoch skipped for a non-finite gradient"),
-    "train_loss": ("float64", "mean training loss; not comparable between losses, margins and scales"),
-    "train_auc": ("float64", "AUC of the raw weights on a fixed part of the training fold, without augmentation"),
-    "lr_backbone": ("float64", "learning rate of the backbone in the epoch's last update"),
-    "lr_classifier": ("float64", "learning rate of the head in the epoch's last update"),
-    "drw_active": ("boolean", "whether class weights were in the loss"),
-    "frozen_stages": ("Int64", "stages that did not train; 0: all trained"),
-    "grad_norm": ("float64", "median gradient norm before clipping"),
-    "grad_norm_max": ("float64", "largest finite gradient norm before clipping"),
-    "clipped_share": ("float64", "share of updates whose gradient was clipped"),
-    "val_auc": ("float64", "validation AUC of the averaged weights: what would be deployed"),
-    "val_auc_low": ("float64", "lower end of its 95 % DeLong interval"),
-    "val_auc_high": ("float64", "upper end of its 95 % DeLong interval"),
-    **{
-        name.format(weights): ("float64", f"{'raw' if weights == 'raw' else 'averaged'} weights: {meaning}")
-        for weights in WEIGHTS
-        for name, meaning in _SCORES.items()
-    },
-    "val_positive": ("Int64", "validation volumes of class 1 and above"),
-    "val_negative": ("Int64", "validation volumes of class 0"),
-    "precision": ("string", "what the forward pass computed in"),
-    "epoch_s": ("float64", "seconds of the epoch"),
-    "train_s": ("float64", "of them in training"),
-    "validation_s": ("float64", "of them in validation"),
-    "volumes_per_s": ("float64", "training volumes a second"),
-    "peak_memory_gib": ("float64", "peak device memory, GiB"),
-}
-"""Every metric of an epoch -> (dtype, meaning), in column order. NaN: the score does not exist."""
-
-EPOCH_COLUMNS: dict[str, tuple[str, str]] = {
-    "trial": ("string", "id of the trial"),
-    "epoch": ("int64", "1-based"),
-    "arrival": ("int64", "0-based place in epochs.jsonl: the order in which the driver learnt of it"),
-    "time": ("float64", "Unix seconds when the driver read it"),
-    **METRICS,
-}
-
-TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
-    "trial": ("string", "id of the trial: name of its folder"),
-    "number": ("Int64", "number of the Optuna trial"),
-    "variant": ("string", "what it is an instance of, in ablations and confirmations"),
-    "state": ("string", "running, completed, stopped (early), failed, or interrupted: running, but its driver is gone"),
-    "stopped_by": ("string", "what ended a stopped trial: halving, diagnosis, or requested: somebody asked for it"),
-    "verdict": ("string", "what its curves say: healthy, or what went wrong"),
-    "since_epoch": ("Int64", "epoch from which the verdict holds"),
-    "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
-    "reason": ("string", "why it was stopped, in words"),
-    "advice": ("string", "what to change"),
-    "error": ("string", "what it failed of"),
-    "objective": ("float64", "what it is worth by the study's objective, so far where it did not run to the end"),
-    "epochs_run": ("Int64", "epochs it has rows of; `epochs` is what it was asked for"),
-    "best_epoch": ("Int64", "epoch of the best 3-epoch median of val_auc, the epoch of the `best_` columns"),
-    "peak_val_auc": ("float64", "highest val_auc of any single epoch"),
-    "peak_epoch": ("Int64", "its epoch"),
-    "started": ("datetime64[us, UTC]", "when it started"),
-    "ended": ("datetime64[us, UTC]", "when it ended"),
-    "wall_s": ("float64", "seconds from start to end, interruptions included; to its last row while it has no end"),
-    "work_s": ("float64", "seconds spent in its epochs"),
-    "gpus": ("float64", "GPUs it held"),
-    "gpu_s": ("float64", "gpus x work_s"),
-    "node": ("string", "machine it ran on"),
-    "failures": ("Int64", "times it was started again after a failure"),
-    "checkpoint": ("string", "file to go on from; missing when there is none"),
-    "best_checkpoint": ("string", "file with the averaged weights of `best_epoch`; missing when there is none"),
-}
-"""Columns of `.trials` before the hyperparameters -> (dtype, meaning)."""
-
-_DECISION_DTYPES: dict[Any, str] = {
-    int: "Int64",
-    int | None: "Int64",
-    float: "float64",
-    float | None: "float64",
-    bool: "boolean",
-}
-
-DECISION_COLUMNS = {item.name: _DECISION_DTYPES.get(item.type, "string") for item in fields(Decision)}
-"""Columns of `.decisions` -> dtype: the fields of `tune_app.scheduler.Decision`, in their order."""
 
 
 class StudyDamageError(ValueError):
@@ -283,7 +184,7 @@ class Study:
 STATES = ("completed", "stopped", "running", "interrupted", "failed")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Studies:
     """Several studies, one below the other; each dataframe begins with the column `study`."""
 
@@ -298,12 +199,20 @@ class Studies:
         found = {name for study in self.studies for name in study.searched}
         return tuple(name for name in FineTuneConfig.model_fields if name in found)
 
+    def __repr__(self) -> str:
+        told = "; ".join(f"{study.name}: {study.sentence()}" for study in self.studies)
+        return f"<Studies: {len(self.trials)} trials, {len(self.epochs)} epochs; {told}>"
+
+    def _repr_html_(self) -> str:
+        table = formatted(results_table(self, limit=10))
+        return f"<p>{escape(repr(self)[1:-1])}</p>\n{table.to_html(index=False, escape=True, border=0, na_rep='')}"
+
 
 # Loading ---------------------------------------------------------------------------------------------------------------
 
 
 def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error") -> Study:
-    """Return the study in folder `path`.
+    """Return the study in folder `path`, or at a URL such as s3://bucket/study.
 
     A last line without an end is normal while a driver writes, or after it was killed: it is left out and noted. Any
     other damage (lines that are no rows, a trial's epoch twice, unreadable trial files) raises StudyDamageError with
@@ -312,14 +221,15 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
 
     Raises SpecError when there is no study or it is of another version.
     """
-    files = StudyFiles(Path(path).absolute())
+    path, driven = opened(path)
+    files = StudyFiles(path.absolute())
     files.require()
     info = files.read()
     spec = build_spec(info["spec"])
     damage: list[str] = []
     notes: list[str] = []
 
-    running = is_held(files.lock)
+    running = is_held(files.lock) if driven is None else driven
     # Records before rows: a trial that ends in between shows its rows and "running", never an end without its rows.
     records = _read_records(files, damage)
     epochs = _read_epochs(files.epochs, damage, notes)

@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 
 from search_spaces.spaces import NOT_SEARCHED, SPACES
 from trainables.checkpoints import replacing
@@ -59,11 +60,18 @@ log = logging.getLogger("medtune.serve")
 HERE = Path(__file__).parent
 ASSETS = {
     "serve.js": "text/javascript",
+    "serve_parts.js": "text/javascript",
+    "serve_study.js": "text/javascript",
     "serve_charts.js": "text/javascript",
     "serve.css": "text/css",
     "report.css": "text/css",
 }
 """The page's own files beside serve.html, and nothing else of this folder."""
+
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#00609c"/>'
+    '<path d="M2 12C5 12 5 4 8 4s3 4 6 4" stroke="#fff" stroke-width="2" fill="none"/></svg>'
+)
 
 LIMIT = 400
 """Characters of an id."""
@@ -115,6 +123,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         401: "The token is missing",
         403: "From another site, or a wrong token",
         404: "No such study, trial or figure",
+        405: "Another method",
         409: "Not possible as things stand",
         413: "Too large",
         421: "Another service's host name",
@@ -149,10 +158,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder))]
+        ended = threading.Event()
+        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder, ended))]
         for thread in threads:
             thread.start()
         yield
+        ended.set()
         queue.close()
         feeds.close()
 
@@ -171,12 +182,17 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     for kind, status in STATUS.items():
         app.add_exception_handler(kind, _answer(status))
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _in_lines)
 
     # The page ----------------------------------------------------------------------------------------------------------
 
     @app.get("/", include_in_schema=False)
     def page() -> Response:
         return Response(_asset("serve.html"), media_type="text/html; charset=utf-8")
+
+    @app.get("/icon.svg", include_in_schema=False)
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
 
     @app.get("/{name}", include_in_schema=False)
     def asset(name: str) -> Response:
@@ -360,7 +376,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.post("/api/studies/{study}/start")
     def start(study: StudyId) -> Asked:
         """Let a study wait for the machine: begun when it never was, resumed otherwise."""
-        queue.add(folder.path(study))
+        path = folder.path(study)
+        if StudyFiles(path).spec.is_file():
+            reading = folder.reading(study)
+            if reading is not None and state_of(path, reading.study, queue) == "ended":
+                raise QueueError(f"{path.name} has ended: every trial ran to its end or was stopped")
+        queue.add(path)
         return Asked(study=study, became="queued")
 
     @app.post("/api/studies/{study}/stop")
@@ -387,13 +408,13 @@ def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[st
     """Where a study stands by now, and what can be done with it."""
     state = state_of(path, reading.study if reading else None, queue)
     entry = queue.last if queue.last is not None and queue.last.path == str(path) else None
-    console = log_tail(path, "console", None, 12)["lines"] if state == "failed" else []
+    console = log_tail(path, "console", None, 12)["lines"] if state == "unstarted" else []
     return {
         "state": state,
         "place": queue.place(path),
         "stopping": bool(entry and entry.stopping and entry.exit_code is None and state in ("running", "starting")),
         "exit_code": entry.exit_code if entry else None,
-        "can_start": state in ("new", "failed", "interrupted"),
+        "can_start": state in ("new", "unstarted", "interrupted"),
         "can_stop": state in ("running", "starting", "queued"),
         "said": [line for line in console if line][-6:],
     }
@@ -413,10 +434,9 @@ def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dic
     return row | shown | _standing(path, reading, queue)
 
 
-def _read_all(folder: StudyFolder) -> None:
+def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
     """Read every study once, so that the list need not wait for the slowest; and whatever appears later."""
     done: set[str] = set()
-    ended = threading.Event()
     while not ended.wait(2.0 if done else 0.1):
         for study in list(folder.paths()):
             if study in done or not StudyFiles(folder.path(study)).spec.is_file():
@@ -504,6 +524,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     lines = [f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors()]
     return JSONResponse({"detail": [printable(line) for line in lines]}, 422)
+
+
+async def _in_lines(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": [str(error.detail)]}, error.status_code, headers=error.headers)
 
 
 # Running it ------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ export class Curves {
     pen.textAlign = "center";
     pen.textBaseline = "top";
     const every = niceStep(this.epochs, (right - left) / 44);
-    for (let epoch = every; epoch <= this.epochs; epoch += every) pen.fillText(String(epoch), this.x(epoch), bottom + 6);
+    for (let epoch = every; epoch <= this.epochs; epoch += every) if (this.x(epoch) > left + 44) pen.fillText(String(epoch), this.x(epoch), bottom + 6);
     pen.textAlign = "left";
     pen.fillText("epoch", left, bottom + 6);
     pen.setLineDash([2, 3]);
@@ -166,7 +166,7 @@ export class Curves {
       pen.setLineDash([]);
       pen.globalAlpha = lines.length < 150 ? 0.9 : 0.5;
       pen.fillStyle = pen.strokeStyle;
-      for (const [, trial] of lines) this.marks(pen, trial);
+      for (const [, trial] of lines) this.marks(pen, trial, this.trials.size < 150); // of more, DRW starts are a cloud
       pen.globalAlpha = 1;
     }
   }
@@ -181,14 +181,14 @@ export class Curves {
     if (values.length - from === 1 && open) pen.lineTo(this.x(from + 1) + 1, this.y(values[from]));
   }
 
-  marks(pen, trial) {
+  marks(pen, trial, drw) {
     if (trial.ended) {
       const last = trial.values.length;
       const value = trial.values[last - 1];
       if (value !== null && value !== undefined) pen.fillRect(this.x(last) - 2, this.y(value) - 4, 2.5, 8);
     }
     const at = trial.drw;
-    if (at && trial.values[at - 1] !== null && trial.values[at - 1] !== undefined) {
+    if (drw && at && trial.values[at - 1] !== null && trial.values[at - 1] !== undefined) {
       const x = this.x(at), y = this.y(trial.values[at - 1]);
       pen.beginPath(); pen.moveTo(x - 2.5, y - 3.5); pen.lineTo(x + 3.5, y); pen.lineTo(x - 2.5, y + 3.5); pen.closePath();
       pen.lineWidth = 1; pen.stroke();
@@ -234,7 +234,8 @@ export class Curves {
         pen.fillText("DRW begins (best)", this.x(drw) + (right ? -4 : 4), this.box.bottom - 4);
       }
     }
-    for (const id of this.picked) thick(id, PICKED, 3);
+    this.picked.forEach((id, i) => { pen.setLineDash(i ? [7, 4] : []); thick(id, PICKED, 3); });
+    pen.setLineDash([]);
     if (this.pointed) thick(this.pointed, PICKED, 2);
   }
 

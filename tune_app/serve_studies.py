@@ -38,7 +38,8 @@ LOG_BYTES = 64 * 1024
 RECENT_S = 600.0
 """Seconds over which the occupancy is taken."""
 
-LATE_COLUMNS = ("reason", "error")
+LATE_COLUMNS = ("error", "reason")
+"""What says why a trial ended, the more telling first."""
 
 
 class UnknownError(LookupError):
@@ -60,6 +61,8 @@ class Reading:
     took_s: float
     at: float
     memo: dict[Any, Any] = field(default_factory=dict)
+    locks: dict[Any, threading.Lock] = field(default_factory=dict)
+    guard: threading.Lock = field(default_factory=threading.Lock)
 
 
 class StudyFolder:
@@ -168,10 +171,13 @@ class StudyFolder:
         return (is_held(files.lock), *map(_mark, watched), max((_mark(record)[0] for record in records), default=0))
 
     def memo(self, reading: Reading, key: Any, make: Callable[[Study], Any]) -> Any:
-        """Return `make(study)`, computed once a reading."""
-        if key not in reading.memo:
-            reading.memo[key] = make(reading.study)
-        return reading.memo[key]
+        """Return `make(study)`, computed once a reading, however many ask at the same time."""
+        with reading.guard:
+            lock = reading.locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in reading.memo:
+                reading.memo[key] = make(reading.study)
+            return reading.memo[key]
 
 
 def _mark(path: Path) -> tuple[int, int]:
@@ -186,7 +192,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
-    """Return where a study stands: running, starting, queued, new (never begun), failed (to begin), interrupted, ended."""
+    """Return where a study stands: running, starting, queued, new (never begun), unstarted (it failed to begin), interrupted, ended."""
     files = StudyFiles(path)
     if is_held(files.lock):
         return "running"
@@ -195,7 +201,7 @@ def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
     if queue.place(path) is not None:
         return "queued"
     if not files.spec.is_file():
-        return "failed" if files.console.is_file() else "new"
+        return "unstarted" if files.console.is_file() else "new"
     if study is None:
         return "unread"
     ended = study.trials["state"].isin(["completed", "stopped", "failed"])
@@ -300,9 +306,7 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
 
 
 _HEADINGS = {
-    "best_val_auc": "AUC",
-    "best_val_auc_low": "AUC low",
-    "best_val_auc_high": "AUC high",
+    "best_val_auc": "AUC [95 % CI]",
     "since_epoch": "since",
     "work_s": "time",
     "best_epoch": "best epoch",
@@ -313,9 +317,10 @@ _HEADINGS = {
 def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
     table = results_table(study, where=where, sort="number")
-    about = study.trials.set_index("trial")
+    about = study.trials.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
+    names = [str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")]
     columns = []
-    for name in table.columns:
+    for name in names:
         numeric = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
         falling = numeric and ("auc" in name or name == "objective")
         columns.append(
@@ -333,20 +338,23 @@ def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     }
     rows = []
     for row in table.to_dict("records"):
-        told = about.loc[row["trial"], list(LATE_COLUMNS)].dropna()
+        told = [str(text) for text in about[row["trial"]].values() if not pd.isna(text)]
         rows.append(
             {
                 "trial": row["trial"],
                 "group": groups[row["trial"]],
-                "values": [plain(row[name]) for name in table.columns],
-                "texts": [_text(name, row[name]) for name in table.columns],
-                "why": printable(str(told.iloc[0]))[:300] if len(told) else "",
+                "values": [plain(row[name]) for name in names],
+                "texts": [_text(name, row) for name in names],
+                "why": printable(told[0])[:300] if told else "",
             }
         )
     return {"columns": columns, "rows": rows}
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, row: Mapping[Any, Any]) -> str:
+    value = row[name]
+    if name == "best_val_auc" and not pd.isna(value) and "best_val_auc_low" in row:
+        return f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
     if name == "verdict" and isinstance(value, str) and value in figures.GROUPS:
         return figures.GROUPS[value].title
     text = format_value(name, value)
@@ -373,7 +381,8 @@ def curves(study: Study) -> dict[str, Any]:
 
 
 def _rounded(values: pd.Series) -> list[float | None]:
-    return [None if value != value else round(value, 4) for value in values.to_numpy("float64").tolist()]
+    scale = 4 if values.abs().max() > 0.01 else 8  # a learning rate is small all along
+    return [None if value != value else round(value, scale) for value in values.to_numpy("float64").tolist()]
 
 
 CURVES_OF_A_TRIAL: tuple[str, ...] = (

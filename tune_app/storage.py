@@ -1,17 +1,213 @@
-"""Where a study is kept when that is no folder: object storage by its URL."""
+"""A study in object storage: the driver works in a folder of its machine and mirrors it, trials keep theirs there too.
 
-import re
+Object storage has no appending, no locks and no SQLite, so the study is not worked on there. The mirror follows in
+seconds; whatever it had not got yet when its driver died is in the trials' own checkpoints, which are in the storage
+before an epoch is reported. What is there is the truth: a driver that goes on starts from it alone.
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+from trainables.storage import Remote, StorageError, url_of
+from tune_app.spec import SpecError, StudyFiles, default_cache
+from tune_app.submit import job_name
+
+log = logging.getLogger("medtune.storage")
+
+LEASE = ".driver.json"
+"""Object that says who drives the study; written anew all the time, removed at the end."""
+BEAT_S = 5.0
+"""Seconds between two writings of it."""
+SILENT_S = 3 * BEAT_S
+"""Seconds without one after which its driver counts as gone; no clock of another machine is asked."""
+FRESH_S = 60.0
+"""Age up to which a reader takes the study for running."""
+PAUSE = 10
+"""Times as long as sending took until the next sending: large studies are mirrored less often."""
+
+LARGE = (".pt", ".db")
+"""Ends of names that are not needed to read a study."""
 
 
-def is_url(place: str | Path) -> bool:
-    """Whether `place` is object storage, not a folder."""
-    return url_of(place) is not None
+class BusyError(RuntimeError):
+    """Another driver is at work on the study in the storage."""
 
 
-def url_of(place: str | Path) -> str | None:
-    """Return `place` as a URL, None for a folder. A Path has lost one of the URL's slashes, which is given back."""
-    found = re.match(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", str(place), re.DOTALL)
-    return f"{found[1]}://{found[2]}" if found else None
+@contextmanager
+def mirrored(url: str) -> Iterator[StudyFiles]:
+    """Give a folder of this machine to work in, with what the storage has of the study; mirror it while the block runs.
+
+    Raises BusyError when another driver is at work, StorageError when the storage does not answer at the start, or has
+    not got everything at the end: the folder is then left and named.
+    """
+    remote = Remote(url)
+    folder = default_cache() / "studies" / job_name(url)
+    mirror = Mirror(remote, StudyFiles(folder))
+    mirror.take()
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what the storage has is the truth
+        folder.mkdir(parents=True)
+        _copy(remote, [name for name in remote.names() if not name.endswith(".pt") and name != LEASE], folder)
+        with mirror:
+            yield mirror.files
+    finally:
+        mirror.release()
+
+
+class Mirror:
+    """Sends what the driver writes: never a record of a trial before the rows it rests on."""
+
+    def __init__(self, remote: Remote, files: StudyFiles) -> None:
+        self.remote, self.files = remote, files
+        self.identity = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex[:8]}"
+        self._sent: dict[str, bytes] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._beats = 0
+
+    def take(self) -> None:
+        """Become the study's driver. Raises BusyError when another one shows signs of life."""
+        if there := self.remote.read(LEASE):
+            deadline = time.monotonic() + SILENT_S
+            while time.monotonic() < deadline:
+                time.sleep(1.0)
+                now = self.remote.read(LEASE)
+                if now is None:
+                    break
+                if now != there:
+                    who = json.loads(now).get("driver", "another machine")
+                    raise BusyError(f"{self.remote.url}: {who} is driving this study; wait for it, or stop it first")
+        self._beat()
+        time.sleep(1.0)
+        if self._driver() != self.identity:
+            raise BusyError(f"{self.remote.url}: another driver started at the same moment")
+
+    def release(self) -> None:
+        """Say that nobody drives the study any more."""
+        if self._driver() == self.identity:
+            self.remote.delete(LEASE)
+
+    def __enter__(self) -> "Mirror":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        try:
+            self.send()
+        except StorageError as error:
+            raise StorageError(f"{error}; everything is in {self.files.root}") from None
+
+    def send(self) -> None:
+        """Send what has changed since the last time."""
+        # Read in the order of trust: records first, the rows they rest on last; sent the other way round.
+        records = {f"trials/{path.parent.name}/trial.json": path for path in self.files.trials.glob("*/trial.json")}
+        found = {name: content for name, path in records.items() if (content := _content(path)) is not None}
+        if self.files.database.is_file():
+            found[self.files.database.name] = _database(self.files.database)
+        for path in (self.files.log, self.files.decisions, self.files.epochs, self.files.spec):
+            if (content := _content(path)) is not None:
+                found[path.name] = content
+        for name, content in reversed(found.items()):
+            if self._sent.get(name) != content:
+                self.remote.write(name, content)
+                self._sent[name] = content
+
+    def _work(self) -> None:
+        beaten, due = time.monotonic(), 0.0
+        while not self._ended.wait(1.0):
+            began = time.monotonic()
+            try:
+                if began - beaten >= BEAT_S:
+                    self._beat()
+                    beaten = began
+                if began >= due:
+                    self.send()
+                    due = time.monotonic() + PAUSE * (time.monotonic() - began)
+            except StorageError as error:
+                log.warning("%s; tried again", error)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self.remote.write(LEASE, json.dumps({"driver": self.identity, "beat": self._beats}).encode())
+
+    def _driver(self) -> str | None:
+        there = self.remote.read(LEASE)
+        return None if there is None else str(json.loads(there).get("driver"))
+
+
+def opened(place: str | Path) -> tuple[Path, bool | None]:
+    """Return the folder to read a study from, and whether it is being driven; None where its lock will tell.
+
+    A study in object storage is copied without weights, to a folder that is used again the next time.
+    """
+    if (url := url_of(place)) is None:
+        return Path(place), None
+    remote = Remote(url)
+    listed = dict(remote.listing())
+    if "study.json" not in listed:
+        raise SpecError(
+            [f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"]
+        )
+    folder = default_cache() / "seen" / job_name(url).rsplit("-", 1)[-1] / url.rsplit("/", 1)[-1]
+    shutil.rmtree(folder, ignore_errors=True)
+    # Records before rows, as in a folder: a trial that ends in between must not show an end without its rows.
+    names = [name for name in listed if not name.endswith(LARGE) and name != LEASE]
+    _copy(remote, [name for name in names if name.startswith("trials/")], folder)
+    _copy(remote, [name for name in names if not name.startswith("trials/")], folder)
+    written = listed.get(LEASE)
+    return folder, written is not None and (datetime.now(UTC) - written).total_seconds() < FRESH_S
+
+
+def fetch_study(place: str, folder: Path) -> int:
+    """Copy a study from object storage to a folder, weights and all; returns the number of files.
+
+    Raises SpecError when there is none, or the folder is not empty.
+    """
+    url = url_of(place)
+    if url is None:
+        raise SpecError([f"{place}: not object storage; a folder can be used as it is"])
+    if folder.exists() and any(folder.iterdir()):
+        raise SpecError([f"{folder}: not empty; name another folder"])
+    remote = Remote(url)
+    names = [name for name in remote.names() if name != LEASE]
+    if "study.json" not in names:
+        raise SpecError([f"{url}: no study here (no study.json)"])
+    _copy(remote, names, folder)
+    return len(names)
+
+
+def _copy(remote: Remote, names: list[str], folder: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for done in pool.map(lambda name: remote.get(name, folder / name), names):
+            assert done in (True, False)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _database(path: Path) -> bytes:
+    """A copy of the database as of one moment, while Optuna writes to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        return copy.read_bytes()

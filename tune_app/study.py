@@ -36,6 +36,7 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
+from trainables.storage import url_of
 from trainables.volumes import Recipe, prepare_cohort
 from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
@@ -45,8 +46,9 @@ from tune_app.ray_scheduler import PolicyScheduler
 from tune_app.results import read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
-from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line
+from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
+from tune_app.storage import mirrored
 from tune_app.watchdog import StalledError, watch_tune
 
 log = logging.getLogger("medtune.study")
@@ -75,9 +77,18 @@ class Outcome:
 
 
 def run_study(
-    spec: StudySpec, root: Path, *, console: Any, notes: Any, address: str | None = None, resume: bool = False
+    spec: StudySpec,
+    root: Path,
+    *,
+    console: Any,
+    notes: Any,
+    address: str | None = None,
+    resume: bool = False,
+    go_on: bool = False,
 ) -> Outcome:
     """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
+
+    `root` may be object storage (s3://...): the work is then mirrored there. `go_on`: resume where there is a study.
 
     `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
     Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
@@ -85,21 +96,42 @@ def run_study(
     Raises SpecError when the directory holds another study or the resources can never hold a trial, StudyBusyError
     when another driver runs it, ManifestError and VolumeError for the data.
     """
+    if (url := url_of(root)) is not None:
+        with mirrored(url) as files:
+            return _run_in(spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
     files = StudyFiles(root)
+    return _run_in(spec, files, None, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
+
+
+def _run_in(
+    spec: StudySpec,
+    files: StudyFiles,
+    url: str | None,
+    *,
+    console: Any,
+    notes: Any,
+    address: str | None,
+    resume: bool,
+    go_on: bool,
+) -> Outcome:
+    root = files.root
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
         with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes), stopping_on_request(files):
-            return _run_locked(spec, files, console=console, notes=notes, address=address, resume=resume)
+            if go_on and files.spec.exists():
+                spec, resume = resumed_spec(files, spec), True
+            return _run_locked(spec, files, url, console=console, notes=notes, address=address, resume=resume)
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
 
 
 def _run_locked(
-    spec: StudySpec, files: StudyFiles, *, console: Any, notes: Any, address: str | None, resume: bool
+    spec: StudySpec, files: StudyFiles, url: str | None, *, console: Any, notes: Any, address: str | None, resume: bool
 ) -> Outcome:
     if files.spec.exists() and not resume:
-        raise SpecError([f"{files.root}: holds a study already; `medtune resume {files.root}` goes on with it"])
+        place = url or files.root
+        raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
     sweep_temporaries(files.root)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
@@ -144,8 +176,10 @@ def _run_locked(
                 gpus_per_rank=plan.gpus_per_rank,
                 threads=spec.cpus_per_rank,
                 deadline_s=spec.rank_deadline_s,
+                storage=url,
             )
             notes.print(plan.text, soft_wrap=True)
+            session.begin()
             interrupted = session.run(partial(run_trial, setting=setting), plan, local=own_session is not None)
     states = recorder.states()
     if own_session is not None and not states.get("failed"):
@@ -342,11 +376,10 @@ class _Session:
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
 
     def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True) -> bool:
-        """Run `trainable` as each trial until every one has ended; True when interrupted.
+        """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`.
 
         `local`: this Ray is the study's own, and nobody adds a node to it.
         """
-        self.begin()
         self.keep_to_budget()
         self.look = watch_tune(
             self.files.trial,

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from packaging.requirements import Requirement
 
+from trainables.storage import is_url, url_of
 from tune_app.spec import SpecError, StudySpec
-from tune_app.storage import is_url, url_of
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 KINDS = (".py", ".html", ".css", ".js")

@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 
 from trainables.config import build_config
+from trainables.storage import url_of
 from tune_app.ablation import print_ablation
 from tune_app.confirm import print_confirmation
 from tune_app.results import Study, load_study
-from tune_app.spec import StudyFiles
 from tune_app.tables import render_table, results_table
 
 SHOWN_TRIALS = 20
@@ -49,7 +49,8 @@ def stopped_lines(study: Study) -> list[str]:
     halved = trials[(trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)]
     if len(halved):
         lines.append(
-            f"{len(halved)} more were stopped at a rung, where others were ahead: {', '.join(halved['trial'])}"
+            f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
+            f"{', '.join(halved['trial'])}"
         )
     warned = trials[(trials["state"] == "completed") & ~trials["verdict"].isin(["healthy"]) & trials["verdict"].notna()]
     lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
@@ -81,9 +82,9 @@ def best_lines(study: Study) -> list[str]:
 
 def place_lines(root: Path) -> list[str]:
     """Where the study lies, and the next commands."""
-    files = StudyFiles(root)
+    place = url_of(root) or root
     return [
-        f"study:   {files.root}",
-        f"results: medtune results {root}",
-        f"report:  medtune report {root}",
+        f"study:   {place}",
+        f"results: medtune results {place}",
+        f"report:  medtune report {place}",
     ]

@@ -262,7 +262,32 @@ def _chosen_columns(study: "Study | Studies", table: pd.DataFrame, columns: str 
     return list(dict.fromkeys(chosen))
 
 
+def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.DataFrame:
+    """Return the rows of `column_meanings` whose column is named, or fits a pattern; all without any. Raises QueryError."""
+    asked = [columns] if isinstance(columns, str) else list(columns or ())
+    names = [name.strip() for part in asked for name in part.split(",") if name.strip()]
+    if not names or "all" in names:
+        return meanings
+    for name in names:
+        if not fnmatch.filter(meanings["column"], name):
+            require_column(name, meanings["column"])
+    fits = meanings["column"].map(lambda column: any(fnmatch.fnmatchcase(column, name) for name in names))
+    return meanings[fits.astype(bool)].reset_index(drop=True)
+
+
 # Text ------------------------------------------------------------------------------------------------------------------
+
+
+def meanings_table(meanings: pd.DataFrame) -> Table:
+    """Return the rows of `column_meanings` as a Rich table; names are never cut, meanings wrap."""
+    rendered = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    for heading in ("column", "type", "meaning"):
+        rendered.add_column(heading, no_wrap=heading != "meaning")
+    for table, rows in meanings.groupby("table", sort=False):
+        rendered.add_row(Text(f"{table}:", style="bold"))
+        for row in rows.to_dict("records"):
+            rendered.add_row(Text(f"  {row['column']}"), Text(row["dtype"].split("[")[0]), Text(row["meaning"]))
+    return rendered
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,11 +1,15 @@
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from tune_app.backtest import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
+from tune_app.cli import app
 from tune_app.curves import Curve, CurveError, Truth, generate_curves
 from tune_app.scheduler import RAY_ASHA, Policy, PolicySpec
 
@@ -104,7 +108,15 @@ def test_a_collapse_counts_as_caught_from_its_true_onset_on():
     fine = Curve("fine", curve("", rise(0.85, 24)).rows, {}, Truth("healthy", None, tuple([0.8] * 24)))
     row = backtest([late, missed, fine], {"d": PolicySpec(halving=False)}).iloc[0]
     assert (row.collapsed, row.caught_share, row.delay_median, row.delay_max) == (2, 0.5, 2, 2)
-    assert (row.wrongly_stopped, row.wrong_share) == (0, 0)
+    assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (0, 0, 0)
+
+
+def test_a_sound_run_that_a_diagnosis_stops_counts_among_sound_runs_alone():
+    fallen = curve("", rise(0.85) + [0.5] * 12).rows
+    kinds = {"dipping": fallen, "healthy": curve("", rise(0.85, 24)).rows, "noisy": fallen}
+    curves = [Curve(kind, rows, {}, Truth(kind, None, tuple([0.8] * 24))) for kind, rows in kinds.items()]
+    row = backtest(curves, {"d": PolicySpec(halving=False)}).iloc[0]
+    assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (2, pytest.approx(2 / 3), 0.5)
 
 
 def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay():
@@ -191,3 +203,60 @@ def test_the_default_policy_spends_a_third_and_finds_what_rays_asha_misses(compa
     assert ours.auc_lost.mean() <= 0.005
     assert ours.auc_lost.mean() <= rays.auc_lost.mean()
     assert ours.top_stopped.sum() < rays.top_stopped.sum()
+
+
+README = Path(__file__).parents[2] / "README.md"
+SHOWN = {
+    "epochs spent": ("epochs_share", "{:.1%}"),
+    "AUC lost": ("auc_lost", "{:.4f}"),
+    "of the best five, stopped with more to gain": ("top_stopped", "{:.0f}"),
+    "collapsing runs stopped within 5 epochs, of those it let collapse": ("caught_share", "{:.1%}"),
+    "healthy or dipping runs stopped by diagnosis": ("healthy_stopped_share", "{:.1%}"),
+}
+
+
+@pytest.mark.slow
+def test_the_command_that_the_readme_quotes_gives_its_figures_and_they_hold_what_they_promise():
+    done = CliRunner().invoke(app, ["backtest", "--generate", "500", "--format", "json"])
+    assert done.exit_code == 0, done.output
+    found = pd.DataFrame(json.loads(done.stdout)).set_index("policy")
+    only, ours, rays = (found.loc[name] for name in ("diagnosis only", "medtune default", "Ray ASHA as shipped"))
+    assert (found.trials == 500).all()
+    assert (found.epochs_all == 500 * 60).all()
+    assert only.collapsed > 80
+    assert only.caught_share >= 0.98
+    assert only.healthy_stopped_share <= 0.01
+    assert ours.epochs_share <= 0.35
+    assert ours.auc_lost <= 0.005 < rays.auc_lost
+
+    text = README.read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- backtest:begin -->\n(.*?)<!-- backtest:end -->", text, flags=re.DOTALL)
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert head[1:] == list(found.index)
+    assert [line[0] for line in lines] == list(SHOWN)
+    for name, *cells in lines:
+        column, form = SHOWN[name]
+        assert cells == [form.format(value).replace("%", " %") for value in found[column].fillna(0)], name
+
+
+def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path):
+    def backtest_command(*words):
+        return CliRunner().invoke(app, ["backtest", *map(str, words)], env={"COLUMNS": "100"})
+
+    assert backtest_command().exit_code == 2
+    assert "--generate N" in backtest_command().stderr
+    unknown = backtest_command("--generate", 5, "--objective", "auc")
+    assert unknown.exit_code == 2
+    assert "one of best_median3" in " ".join(unknown.stderr.split())
+    (tmp_path / "epochs.jsonl").write_text("")
+    assert isinstance(backtest_command(tmp_path).exception, CurveError)
+    shown = backtest_command("--generate", 5, "--positives", 10, "--negatives", 30)
+    assert "5 made curves of 60 epochs, 10 + 30 validation volumes, seed 0" in shown.stderr
+    assert (
+        max(
+            map(
+                len, CliRunner().invoke(app, ["backtest", "--generate", "5"], env={"COLUMNS": "80"}).stdout.splitlines()
+            )
+        )
+        <= 80
+    )

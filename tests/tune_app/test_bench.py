@@ -17,6 +17,8 @@ from tune_app.bench import (
     parse_batches,
     result_table,
 )
+from tune_app.bench_overhead import bench_overhead, overhead_table
+from tune_app.results import load_study
 
 
 def test_plain_and_ours_are_measured_side_by_side() -> None:
@@ -42,6 +44,23 @@ def test_ways_of_reading_a_cohort_are_measured(tmp_path: Path) -> None:
     assert ways == ["decode", "persistent_first", "persistent_again", "prepare", "prepared"]
     assert all(row["volumes_per_s"] > 0 for row in result["rows"])
     assert data_table(result).row_count == 5
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_a_trial_costs_is_measured_on_both_sides_of_one_ray(tmp_path: Path) -> None:
+    told: list[str] = []
+    result = bench_overhead(trials=4, epochs=2, turns=2, folder=tmp_path, concurrent=1, say=told.append)
+    assert (result["trials"], result["epochs"], result["concurrent"], len(result["turns"])) == (4, 2, 1, 2)
+    for turn in result["turns"]:
+        assert all(0 < turn[side]["cpu_s"] < turn[side]["wall_s"] for side in ("medtune", "bare"))
+    assert result["ratio"] == pytest.approx(result["medtune"]["wall_s"] / result["bare"]["wall_s"])
+    assert len(told) == 3
+    json.dumps(result, allow_nan=False)
+    assert overhead_table(result).row_count == 4
+    study = load_study(tmp_path / "study")
+    assert study.trials["state"].tolist() == ["completed"] * 5, "one to warm up, two a turn"
+    assert len(study.epochs) == 10
 
 
 def test_the_arithmetic_of_resnet_50_is_the_documented_one() -> None:

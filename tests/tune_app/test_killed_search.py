@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -47,8 +48,9 @@ class TuneTrial:
         self.trial_id = f"tune-{self.name}"
         self.told = 0
 
-    def get_ray_actor_ip(self) -> str:
-        return "127.0.0.1"
+    @property
+    def temporary_state(self) -> SimpleNamespace:
+        return SimpleNamespace(ray_actor=None)  # no process to ask where it runs
 
     def get_pickled_error(self) -> Exception:
         return RuntimeError("lost its node")

@@ -19,12 +19,9 @@ from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
 from tune_app import results
 from tune_app.analysis import axis_of, holm
+from tune_app.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
 from tune_app.objective import objective_value
 from tune_app.results import (
-    EPOCH_COLUMNS,
-    METRICS,
-    TRIAL_COLUMNS,
-    WEIGHTS,
     StudyDamageError,
     column_meanings,
     load_studies,

@@ -1,0 +1,455 @@
+"""The service's REST interface: what it tells is what `tune_app.results` tells, and who may change what."""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from starlette.testclient import TestClient
+
+from tune_app.results import load_study
+from tune_app.serve import build_app
+from tune_app.serve_access import GLOBAL_TRIES, MOST_ADDRESSES, TRIES, WINDOW_S, Access, Refused, Throttle
+from tune_app.serve_live import Feeds
+from tune_app.serve_queue import QueueError, StudyQueue
+from tune_app.serve_studies import StudyFolder, progress
+from tune_app.spec import StudyFiles, append_line
+from tune_app.stop_requests import asked_to_stop
+
+WriteStudy = Callable[..., Path]
+TOKEN = "a token of the test"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
+DEADLINE_S = 120
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "cache"))  # the machine's lock lies there
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, a_search: Path) -> Path:
+    """Two studies: one that has ended, and one in a folder, with a name that tries to be more, that was interrupted."""
+    root = tmp_path_factory.mktemp("written")
+    shutil.copytree(a_search, root / "first")
+    again = root / "group" / "second & <b>third<"
+    shutil.copytree(a_search, again / "b>")
+    record = StudyFiles(again / "b>").trial("00003").record
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None}))
+    return root
+
+
+@pytest.fixture
+def client(tmp_path: Path, written: Path, own_cache: None) -> Iterator[TestClient]:
+    """The service over copies of these studies, bound to this machine."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    with TestClient(build_app(tmp_path, Access(TOKEN)), base_url="http://127.0.0.1:8321") as client:
+        yield client
+
+
+SECOND = "group~second & <b>third<~b>"
+SECOND_PATH = "/api/studies/group~second%20&%20%3Cb%3Ethird%3C~b%3E"
+
+
+def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
+    end = time.monotonic() + deadline_s
+    while not (found := what()):
+        assert time.monotonic() < end, f"not within {deadline_s} s"
+        time.sleep(0.05)
+    return found
+
+
+# Reading ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_tells_every_study_below_the_folder(client: TestClient, tmp_path: Path) -> None:
+    def listed() -> dict[str, Any]:
+        return {row["id"]: row for row in client.get("/api/studies").json()["studies"]}
+
+    rows = wait_for(lambda: (found := listed()) and all("best" in row for row in found.values()) and found)
+    assert set(rows) == {"first", SECOND}
+    study = load_study(tmp_path / "first")
+    assert rows["first"]["best"] == pytest.approx(study.best()["objective"])
+    assert rows["first"]["best_trial"] == study.best()["trial"]
+    assert rows["first"]["states"] == study.trials["state"].value_counts().to_dict()
+    assert (rows["first"]["state"], rows[SECOND]["state"]) == ("ended", "interrupted")
+    assert (rows["first"]["can_start"], rows[SECOND]["can_start"]) == (False, True)
+
+
+def test_trials_and_curves_are_those_of_the_dataframes(client: TestClient, tmp_path: Path) -> None:
+    study = load_study(tmp_path / "first")
+    told = client.get("/api/studies/first/trials").json()
+    names = [column["name"] for column in told["columns"]]
+    at = names.index("objective")
+    assert {row["trial"]: row["values"][at] for row in told["rows"]} == pytest.approx(
+        dict(zip(study.trials["trial"], study.trials["objective"], strict=True))
+    )
+    curves = client.get("/api/studies/first/curves").json()
+    assert curves["seen"] == StudyFiles(study.path).epochs.stat().st_size
+    for trial, rows in study.epochs.groupby("trial"):
+        assert curves["trials"][trial]["epoch"] == rows["epoch"].tolist()
+        assert curves["trials"][trial]["raw"] == pytest.approx(rows["val_auc_raw"].tolist(), abs=1e-4)
+        assert curves["trials"][trial]["ema"] == pytest.approx(rows["val_auc_ema"].tolist(), abs=1e-4)
+    some = client.get("/api/studies/first/trials", params={"where": "state == failed"}).json()["rows"]
+    assert [row["trial"] for row in some] == ["00005"]
+    refused = client.get("/api/studies/first/trials", params={"where": "colour > 3"})
+    assert (refused.status_code, "unknown column" in refused.json()["detail"][0]) == (400, True)
+
+
+def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(client: TestClient, tmp_path: Path) -> None:
+    study = load_study(tmp_path / "first")
+    row = study.trials.iloc[1]
+    names = [each["name"] for each in client.get("/api/studies/first/trials/00001").json()["settings"]]
+    told = client.get("/api/studies/first/trials/00001").json()
+    assert (told["verdict"], told["verdict_summary"]) == (row["verdict"], row["verdict_summary"])
+    assert {each["name"]: each["value"] for each in told["settings"]}["s"] == f"{row['s']:g}"
+    both = client.get("/api/studies/first/compare", params={"first": "00000", "second": "00001"}).json()
+    first, second = study.trials.iloc[0], study.trials.iloc[1]
+    assert {each["name"] for each in both["settings"]} == {
+        name for name in names if str(first[name]) != str(second[name])
+    }
+    assert client.get("/api/studies/first/trials/99999").status_code == 404
+
+
+def test_every_figure_of_the_overview_can_be_had(client: TestClient) -> None:
+    names = [each["name"] for each in client.get("/api/studies/first").json()["figures"]]
+    assert {"progress", "parallel", "importance", "stopped", "slice-head"} <= set(names)
+    for name in names:
+        answer = client.get(f"/api/studies/first/figures/{name}")
+        assert answer.status_code == 200, name
+        assert answer.json()["figure"]["data"], name
+    assert client.get("/api/studies/first/figures/nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/studies/..", "/api/studies/..%2f..%2fetc", "/api/studies/%2e%2e%2ffirst", "/api/studies/first%2f..%2ffirst",
+        "/api/studies/first/trials/..%2f..%2fstudy", "/api/studies//etc", "/serve.py", "/..%2fpyproject.toml", "/cli.py",
+        "/api/studies/first/log?which=trial&trial=../../study", "/api/studies/first/log?which=/etc/passwd",
+    ],
+)  # fmt: skip
+def test_nothing_outside_the_folder_can_be_asked_for(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code in (404, 422)
+
+
+def test_a_log_that_is_a_link_to_somewhere_else_is_not_followed(client: TestClient, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("not for the page\n")
+    files = StudyFiles(tmp_path / "first")
+    files.log.write_text("what Ray said\n\x1b[31mred\x1b[0m\n")
+    assert client.get("/api/studies/first/log").json()["lines"] == ["what Ray said", "red"]
+    files.log.unlink()
+    files.log.symlink_to(secret)
+    assert client.get("/api/studies/first/log").json()["lines"] == []
+
+
+def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_error(
+    client: TestClient, tmp_path: Path, write_study: WriteStudy
+) -> None:
+    root = write_study("damaged", trials=3, epochs=4)
+    with StudyFiles(root).epochs.open("ab") as file:
+        file.write(b"not a row\n")
+    foreign = write_study("foreign", trials=2, epochs=3)
+    info = json.loads(StudyFiles(foreign).spec.read_text())
+    StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
+    client.app.state.folder.look_again()  # type: ignore[attr-defined]
+    assert any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"])
+    answer = client.get("/api/studies/foreign")
+    assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
+    assert client.get("/api/studies/first").status_code == 200
+
+
+def test_the_report_can_be_downloaded(client: TestClient) -> None:
+    answer = client.get("/api/studies/first/report")
+    assert "attachment" in answer.headers["content-disposition"]
+    assert "<h1>first</h1>" in answer.text
+
+
+# Who may do what -------------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_forbids_inline_scripts_framing_and_guessing(client: TestClient) -> None:
+    for path in ("/", "/serve.js", "/api/studies", "/api/nothing", "/api/openapi.json"):
+        headers = client.get(path).headers
+        policy = headers["content-security-policy"]
+        assert "script-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+    page = client.get("/").text
+    assert "style=" not in page
+    assert "<script>" not in page
+    assert "http" not in page.replace("http-equiv", ""), "an address of the network"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8321", 200), ("localhost:9000", 200), ("[::1]:8321", 200), ("10.0.0.7", 200),
+        ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example:8321", 421), ("", 421),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_not_the_services_is_refused(client: TestClient, host: str, status: int) -> None:
+    assert client.get("/api/studies", headers={"host": host}).status_code == status
+
+
+CHANGES = [
+    ("/api/studies", {"name": "x", "spec": {}}),
+    ("/api/check", {}),
+    ("/api/studies/first/start", None),
+    ("/api/studies/first/stop", None),
+    ("/api/studies/first/trials/00001/stop", None),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), CHANGES)
+def test_changing_takes_the_token_and_for_a_browser_its_own_page(client: TestClient, path: str, body: Any) -> None:
+    def status(**headers: str) -> int:
+        return client.post(
+            path, json=body, headers={name.replace("_", "-"): text for name, text in headers.items()}
+        ).status_code
+
+    assert status() == 401
+    assert status(authorization="Bearer wrong") == 401
+    assert status(**BEARER, origin="http://evil.example") == 403
+    assert status(**BEARER) in (409, 422), "let through, and refused for what it asks"
+    session = client.post("/api/session", json={"token": TOKEN}).json()
+    assert status() == 403, "a cookie alone is what another site's form would send"
+    assert status(x_medtune_csrf="0" * 64) == 403
+    good = {"x_medtune_csrf": session["csrf"]}
+    assert status(**good, origin="http://evil.example") == 403
+    assert status(**good, origin="null") == 403
+    assert status(**good, sec_fetch_site="cross-site") == 403
+    assert status(**good, origin="http://127.0.0.1:8321", sec_fetch_site="same-origin") in (409, 422)
+
+
+def test_the_cookie_is_out_of_scripts_and_other_sites_reach_and_expires(client: TestClient) -> None:
+    answer = client.post("/api/session", json={"token": TOKEN})
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    clock = [1e9]
+    access = Access(TOKEN, now=lambda: clock[0])
+    session = access.new_session()
+    assert access.is_session(session)
+    assert not access.is_session(session[:-1] + ("0" if session[-1] != "0" else "1"))
+    assert not Access("another token", now=lambda: clock[0]).is_session(session)
+    clock[0] += 13 * 3600
+    assert not access.is_session(session)
+    for nonsense in ("", ".", "..", "x.y.z", "9" * 400):
+        assert not access.is_session(nonsense)
+
+
+def test_reading_takes_the_token_where_others_can_reach_the_service(tmp_path: Path, own_cache: None) -> None:
+    for access in (Access(TOKEN, host="0.0.0.0"), Access(TOKEN, private=True)):
+        with TestClient(build_app(tmp_path, access), base_url="http://127.0.0.1:8321") as client:
+            for path in ("/api/studies", "/api/form", "/api/openapi.json", "/api/studies/x/events"):
+                assert client.get(path).status_code == 401, path
+            assert client.get("/").status_code == 200
+            assert client.get("/api/studies", headers=BEARER).status_code == 200
+            client.post("/api/session", json={"token": TOKEN})
+            assert client.get("/api/studies").status_code == 200
+
+
+def test_wrong_tokens_are_slowed_down_and_the_right_one_with_them(client: TestClient) -> None:
+    for _ in range(TRIES):
+        assert client.post("/api/session", json={"token": "guess"}).status_code == 403
+    refused = client.post("/api/session", json={"token": TOKEN})
+    assert refused.status_code == 429
+    assert 0 < int(refused.headers["retry-after"]) <= WINDOW_S + 1
+
+
+def test_the_throttle_forgets_and_cannot_be_filled_up() -> None:
+    clock = [0.0]
+    throttle = Throttle(now=lambda: clock[0])
+    for _ in range(TRIES):
+        throttle.check("a")
+        throttle.wrong("a")
+    throttle.check("b")
+    with pytest.raises(Refused, match="too many"):
+        throttle.check("a")
+    clock[0] += WINDOW_S + 1
+    throttle.check("a")
+    for number in range(GLOBAL_TRIES):
+        throttle.wrong(f"address {number}")
+    with pytest.raises(Refused):
+        throttle.check("somebody new")
+    for number in range(2 * MOST_ADDRESSES):
+        throttle.wrong(f"{number}")
+    assert len(throttle._by_address) == MOST_ADDRESSES
+
+
+def test_a_body_that_is_too_large_is_refused(client: TestClient) -> None:
+    assert client.post("/api/check", content=b"x" * 300_000, headers=BEARER).status_code == 413
+
+
+# Live ------------------------------------------------------------------------------------------------------------------
+
+
+async def first_events(
+    feeds: Feeds, study: str, seen: int, count: int, meanwhile: Callable[[], None]
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    async def read() -> None:
+        async for event in feeds.events(study, seen):
+            fields = dict(
+                line.split(": ", 1) for line in event.decode().strip().splitlines() if not line.startswith(":")
+            )
+            if "data" in fields:
+                found.append(fields | {"data": json.loads(fields["data"])})
+            if len([each for each in found if each["event"] == "rows"]) >= count:
+                return
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.2)
+    meanwhile()
+    await asyncio.wait_for(task, DEADLINE_S)
+    return found
+
+
+def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(tmp_path: Path, write_study: WriteStudy) -> None:
+    root = write_study("live", trials=3, epochs=6, unfinished=1)
+    files, folder = StudyFiles(root), StudyFolder(tmp_path)
+    content = files.epochs.read_bytes()
+    lines = content.splitlines(keepends=True)
+    away = len(b"".join(lines[:-2]))
+    new = {
+        "trial": "00002",
+        "epoch": 90,
+        "time": time.time(),
+        "val_auc_raw": 0.75,
+        "val_auc_ema": None,
+        "drw_active": True,
+    }
+
+    def add() -> None:
+        append_line(files.epochs, new)
+
+    feeds = Feeds(folder, lambda study, reading: {"id": study})
+    events = asyncio.run(first_events(feeds, "live", away, 2, add))
+    rows = [event for event in events if event["event"] == "rows"]
+    missed = [json.loads(line) for line in lines[-2:]]
+    assert [row[:2] for row in rows[0]["data"]["rows"]] == [[row["trial"], row["epoch"]] for row in missed]
+    assert rows[0]["id"] == str(len(content))
+    assert rows[1]["data"]["rows"] == [["00002", 90, 0.75, None, True]]
+    assert rows[1]["id"] == str(files.epochs.stat().st_size)
+    assert feeds.viewers == 0, "who has left is not kept"
+
+    middle = away - 5
+    events = asyncio.run(first_events(feeds, "live", middle, 1, lambda: None))
+    assert [row[:2] for row in events[0]["data"]["rows"]][-3:] == [
+        *([r["trial"], r["epoch"]] for r in missed),
+        ["00002", 90],
+    ]
+    assert len(events[0]["data"]["rows"]) == 4, "half a row is sent whole"
+
+
+# Starting and stopping -------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_checked_before_it_is_queued(client: TestClient, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,label,subject\n")
+    good = {"data": str(table), "space": "documented", "trials": 3, "config": {"epochs": 4}}
+    for spec, words in (
+        ({**good, "trails": 3}, "did you mean 'trials'"),
+        ({**good, "data": "/nowhere/table.csv"}, "no file /nowhere/table.csv"),
+        ({**good, "config": {"epochs": 0}}, "epochs"),
+        ({**good, "space": {"search": {"s": {"low": 9, "high": 2}}}}, "s"),
+    ):
+        answer = client.post("/api/check", json=spec, headers=BEARER)
+        assert answer.status_code == 422
+        assert words in "\n".join(answer.json()["detail"])
+        assert client.post("/api/studies", json={"name": "new", "spec": spec}, headers=BEARER).status_code == 422
+    assert not (tmp_path / "new").exists()
+    told = client.post("/api/check", json=good, headers=BEARER).json()
+    assert (told["trials"], told["epochs"]) == (3, 4)
+    for name in ("../out", ".hidden", "a/b", "", "x" * 65):
+        assert client.post("/api/studies", json={"name": name, "spec": good}, headers=BEARER).status_code == 422
+    assert client.post("/api/studies", json={"name": "first", "spec": good}, headers=BEARER).status_code == 409
+
+
+def test_stopping_asks_the_driver_and_says_when_there_is_none(client: TestClient, tmp_path: Path) -> None:
+    files, path = StudyFiles(tmp_path / "group" / "second & <b>third<" / "b>"), SECOND_PATH
+    assert client.post(f"{path}/stop", headers=BEARER).status_code == 409
+    with FileLock(files.lock):
+        assert client.get(path).json()["state"] == "running"
+        assert client.post(f"{path}/stop", headers=BEARER).json()["became"] == "asked"
+        assert files.stop_request.is_file()
+        assert client.post(f"{path}/trials/00003/stop", headers=BEARER).json()["became"] == "asked"
+        assert asked_to_stop(files) == ["00003"]
+        assert client.get(path).json()["stop_requests"] == ["00003"]
+        assert client.post(f"{path}/start", headers=BEARER).status_code == 409, "it runs already"
+    ended = client.post(f"{path}/trials/00000/stop", headers=BEARER)
+    assert (ended.status_code, "has ended" in ended.json()["detail"][0]) == (409, True)
+
+
+def an_unrunnable_study(root: Path) -> Path:
+    """A study file whose driver says what is wrong with it and ends, before it loads torch or Ray."""
+    root.mkdir()
+    StudyFiles(root).asked.write_text("data: table.csv\ntrails: 2\n")
+    return root
+
+
+def test_studies_take_turns_and_one_that_cannot_begin_says_why(tmp_path: Path, own_cache: None) -> None:
+    first, second = (an_unrunnable_study(tmp_path / name) for name in ("one", "two"))
+    queue = StudyQueue(tmp_path / "queue.json", lambda: [first, second])
+    queue.add(first)
+    queue.add(second)
+    with pytest.raises(QueueError, match="waits or runs already"):
+        queue.add(second)
+    assert (queue.place(first), queue.place(second)) == (1, 2)
+    assert queue.advance()
+    assert queue.is_starting(first)
+    assert not queue.advance(), "the machine is taken"
+    elsewhere = StudyQueue(tmp_path / "other.json", list)
+    elsewhere.add(an_unrunnable_study(tmp_path / "three"))
+    assert not elsewhere.advance(), "nor does a service of another folder get it"
+
+    again = StudyQueue(tmp_path / "queue.json", lambda: [first, second])  # the service died and came back
+    assert again.is_starting(first)
+    assert again.place(second) == 1
+    wait_for(again.advance)
+    assert again.last is not None
+    assert again.last.path == str(second)
+    assert again.stop(second) == "asked"
+    wait_for(lambda: not again.advance() and again.last is not None and again.last.exit_code is not None)
+    assert "did you mean 'trials'" in StudyFiles(first).console.read_text()
+    assert "Traceback" not in StudyFiles(first).console.read_text()
+
+
+def test_a_driver_started_by_hand_has_the_machine_too(tmp_path: Path, own_cache: None) -> None:
+    waiting = an_unrunnable_study(tmp_path / "waiting")
+    queue = StudyQueue(tmp_path / "queue.json", lambda: [waiting, tmp_path / "by hand"])
+    queue.add(waiting)
+    with FileLock(StudyFiles(tmp_path / "by hand").lock.parent.mkdir() or StudyFiles(tmp_path / "by hand").lock):
+        assert not queue.advance()
+    assert queue.stop(waiting) == "removed"
+    with pytest.raises(QueueError, match="neither waits nor runs"):
+        queue.stop(waiting)
+
+
+# How far it is ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_estimated_end_lies_between_what_usually_happens_and_no_more_stops(write_study: WriteStudy) -> None:
+    root = write_study("running", trials=12, epochs=20, unfinished=3, policy=False)
+    with FileLock(StudyFiles(root).lock):
+        study = load_study(root)
+        now = float(study.epochs["time"].max())
+        told = progress(study, now)
+    left = sum(20 - epochs for epochs in study.trials.loc[study.trials["state"] == "running", "epochs_run"])
+    assert told["running"] == 3
+    assert told["gpus_held"] == 3
+    assert now < told["likely"] <= told["latest"]
+    assert told["latest"] - now == pytest.approx(left * 12 / 3, rel=0.1), "12 s an epoch, three at a time"
+    assert 0 < told["busy"] <= 1
+    assert progress(load_study(root), now)["likely"] is None, "nothing runs"

@@ -1,0 +1,197 @@
+"""A study in object storage, with a real S3 server on loopback: run, killed, resumed elsewhere, read, fetched."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from trainables.checkpoints import TrialFiles
+from trainables.storage import Remote, StorageError, TrialStore, url_of
+from tune_app import storage
+from tune_app.results import load_study
+from tune_app.spec import SpecError, StudyFiles, append_line
+from tune_app.storage import BusyError, Mirror, fetch_study, mirrored, opened
+from tune_app.synthetic import write_cohort
+
+TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
+TINY += ["--set", "train_auc_volumes=0"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """An S3 server with a bucket called studies; gives the variables that lead there."""
+    serving = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    serving.start()
+    host, port = serving.get_host_and_port()
+    url = f"http://{host}:{port}"
+    urllib.request.urlopen(urllib.request.Request(f"{url}/studies", method="PUT"), timeout=30).close()
+    try:
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-of-this-test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        serving.stop()
+
+
+@pytest.fixture
+def bucket(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in it of the test's own, and a machine of its own to read it from."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "laptop"))
+    return f"s3://studies/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.mark.parametrize(
+    ("place", "url"),
+    [
+        ("s3://bucket/a/study/", "s3://bucket/a/study"),
+        (Path("s3://bucket/a/study"), "s3://bucket/a/study"),
+        (Path("gs://bucket/x"), "gs://bucket/x"),
+        ("/shared/study", None),
+        ("studies/first", None),
+        ("s3", None),
+        ("s3:/", None),
+    ],
+)
+def test_urls_are_told_from_folders(place: Any, url: str | None) -> None:
+    assert url_of(place) == url
+
+
+def test_objects_are_written_read_listed_and_removed(bucket: str, tmp_path: Path) -> None:
+    remote = Remote(bucket)
+    assert remote.names() == []
+    assert remote.read("study.json") is None
+    (tmp_path / "weights.pt").write_bytes(os.urandom(6 * 2**20))
+    remote.write("study.json", b"{}")
+    remote.put("trials/00000/checkpoint.pt", tmp_path / "weights.pt")
+    assert remote.names() == ["study.json", "trials/00000/checkpoint.pt"]
+    assert remote.get("trials/00000/checkpoint.pt", tmp_path / "deep" / "again.pt")
+    assert (tmp_path / "deep" / "again.pt").read_bytes() == (tmp_path / "weights.pt").read_bytes()
+    assert not remote.get("nothing", tmp_path / "nothing")
+    remote.delete("study.json")
+    remote.delete("study.json")
+    assert remote.read("study.json") is None
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: a cannot be written: .*NO_SUCH_BUCKET"):
+        Remote("s3://no-such-bucket/x").write("a", b"")
+
+
+def test_a_trial_finds_its_checkpoint_from_another_node(bucket: str, tmp_path: Path) -> None:
+    here, there = TrialFiles(tmp_path / "node1"), TrialFiles(tmp_path / "node2")
+    for files in (here, there):
+        files.folder.mkdir()
+    here.checkpoint.write_bytes(b"epoch 3")
+    here.best.write_bytes(b"epoch 2")
+    TrialStore(bucket, "00004", here).keep()
+    there.checkpoint.write_bytes(b"an older attempt's")
+    store = TrialStore(bucket, "00004", there)
+    store.fetch()
+    assert (there.checkpoint.read_bytes(), there.best.read_bytes()) == (b"epoch 3", b"epoch 2")
+    there.checkpoint.write_bytes(b"epoch 4")
+    store.keep()
+    assert Remote(bucket).read("trials/00004/checkpoint.pt") == b"epoch 4"
+
+
+def test_a_study_has_one_driver_and_a_dead_one_is_followed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BEAT_S", 0.5)
+    monkeypatch.setattr(storage, "SILENT_S", 4.0)
+    with mirrored(bucket), pytest.raises(BusyError, match="is driving this study; wait for it"):
+        Mirror(Remote(bucket), StudyFiles(Path("unused"))).take()
+    assert Remote(bucket).names() == [], "an orderly end leaves no lease"
+    dead = Mirror(Remote(bucket), StudyFiles(Path("unused")))
+    dead.take()
+    living = Mirror(Remote(bucket), StudyFiles(Path("unused")))
+    living.take()
+    dead.release()
+    assert Remote(bucket).names() == [storage.LEASE], "it is not the dead one's any more"
+    living.release()
+
+
+def test_what_the_storage_has_goes_before_what_lies_in_the_folder(bucket: str) -> None:
+    with mirrored(bucket) as files:
+        append_line(files.epochs, {"trial": "00000", "epoch": 1})
+        folder = files.root
+    append_line(StudyFiles(folder).epochs, {"trial": "00000", "epoch": 2})
+    with mirrored(bucket) as files:
+        assert files.root == folder
+        assert files.epochs.read_text().count("\n") == 1
+
+
+def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=f"{bucket}: no study here"):
+        opened(bucket)
+    with pytest.raises(SpecError, match="no study here"):
+        fetch_study(bucket, tmp_path / "copy")
+    with pytest.raises(SpecError, match="a folder can be used as it is"):
+        fetch_study("/shared/study", tmp_path / "copy")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
+    server: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    table = write_cohort(tmp_path / "c", subjects=14, side=(14, 18))
+    asked = ["run", "--data", table, "--trials", 2, "--epochs", 12, "--out", bucket, "--resume", *TINY]
+
+    def medtune(machine: str, *arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / machine), "OMP_NUM_THREADS": "1"},
+        )
+
+    first = medtune("head1", *asked)
+    remote = Remote(bucket)
+    wait_for(lambda: (remote.read("epochs.jsonl") or b"").count(b"\n") >= 3, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = (remote.read("epochs.jsonl") or b"").splitlines()
+    assert 3 <= len(before) < 24
+    seen = load_study(bucket)
+    assert len(seen.epochs) == len(before)
+
+    out, err = (second := medtune("head2", *asked)).communicate(timeout=600)
+    assert second.returncode == 0, err
+    assert f"medtune results {bucket}" in out
+    study = load_study(bucket)
+    assert not study.running
+    assert set(study.trials["state"]) <= {"completed", "stopped"}
+    for trial, rows in study.epochs.groupby("trial"):
+        assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
+    assert (remote.read("epochs.jsonl") or b"").splitlines()[: len(before)] == before, "a row was rewritten"
+    assert {"study.json", "study.db", "trials/00000/checkpoint.pt", "trials/00001/best.pt"} <= set(remote.names())
+    assert storage.LEASE not in remote.names()
+
+    fetch_study(bucket, tmp_path / "copy")
+    copy = load_study(tmp_path / "copy")
+    assert copy.best()["trial"] == study.best()["trial"]
+    assert Path(copy.best()["best_checkpoint"]).is_file()
+    secret = server["AWS_SECRET_ACCESS_KEY"].encode()
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in kept if secret in path.read_bytes()], "the secret is in a file"
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, deadline_s: float = 400) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            pytest.fail(f"exit {process.poll()}: {process.communicate(timeout=5)}")
+        time.sleep(0.2)

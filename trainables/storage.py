@@ -1,0 +1,147 @@
+"""Object storage, as a study uses it: whole objects by name below one URL. No Ray and no torch here.
+
+An object is there whole or not at all, as a renamed file is, so what holds for a study's folder holds for its copy.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trainables.checkpoints import TrialFiles, replacing
+
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+CHUNK = 16 * 2**20
+
+
+class StorageError(OSError):
+    """Object storage that cannot be reached, read or written. The message names the URL."""
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether `place` is object storage, not a folder."""
+    return url_of(place) is not None
+
+
+def url_of(place: str | Path) -> str | None:
+    """Return `place` as a URL, None for a folder. A Path has lost one of the URL's slashes, which is given back."""
+    found = re.match(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", str(place), re.DOTALL)
+    return f"{found[1]}://{found[2].rstrip('/')}" if found else None
+
+
+class Remote:
+    """The objects below a URL. Credentials come from the environment or the machine, never from the URL.
+
+    Every method raises StorageError when the storage does not answer or refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        from pyarrow import ArrowException
+        from pyarrow.fs import FileSystem
+
+        self.url = url
+        self._errors = (OSError, ArrowException)
+        try:
+            self.system, self.path = FileSystem.from_uri(url)
+        except (*self._errors, ValueError) as error:
+            raise self._error("cannot be used", error) from None
+
+    def read(self, name: str) -> bytes | None:
+        """Return the object, None where there is none."""
+        try:
+            with self.system.open_input_stream(f"{self.path}/{name}") as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+        except self._errors as error:
+            raise self._error(f"{name} cannot be read", error) from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write the object, replacing one that is there."""
+        try:
+            with self.system.open_output_stream(f"{self.path}/{name}") as stream:
+                stream.write(content)
+        except self._errors as error:
+            raise self._error(f"{name} cannot be written", error) from None
+
+    def put(self, name: str, file: Path) -> None:
+        """Write a file's content, however large, as the object."""
+        try:
+            with file.open("rb") as source, self.system.open_output_stream(f"{self.path}/{name}") as stream:
+                while chunk := source.read(CHUNK):
+                    stream.write(chunk)
+        except self._errors as error:
+            raise self._error(f"{name} cannot be written", error) from None
+
+    def get(self, name: str, file: Path) -> bool:
+        """Write the object to a file, whole or not at all; False where there is none."""
+        try:
+            with (
+                self.system.open_input_stream(f"{self.path}/{name}") as stream,
+                replacing(file) as temporary,
+                temporary.open("wb") as target,
+            ):
+                while chunk := stream.read(CHUNK):
+                    target.write(chunk)
+            return True
+        except FileNotFoundError:
+            return False
+        except self._errors as error:
+            raise self._error(f"{name} cannot be read", error) from None
+
+    def delete(self, name: str) -> None:
+        """Remove the object, if it is there."""
+        try:
+            self.system.delete_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            return
+        except self._errors as error:
+            raise self._error(f"{name} cannot be removed", error) from None
+
+    def names(self) -> list[str]:
+        """Names of all objects, in order."""
+        return [name for name, _ in self.listing()]
+
+    def listing(self) -> list[tuple[str, Any]]:
+        """Names of all objects with their time of writing (datetime), in order."""
+        from pyarrow.fs import FileSelector, FileType
+
+        try:
+            found = self.system.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))
+        except self._errors as error:
+            raise self._error("cannot be listed", error) from None
+        prefix = self.path.rstrip("/") + "/"
+        return sorted((one.path.removeprefix(prefix), one.mtime) for one in found if one.type == FileType.File)
+
+    def _error(self, what: str, error: BaseException) -> StorageError:
+        return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")
+
+
+class TrialStore:
+    """A trial's files kept in object storage too, so that the trial can go on from any node."""
+
+    def __init__(self, url: str, trial: str, files: TrialFiles) -> None:
+        self.remote, self.prefix, self.files = Remote(url), f"trials/{trial}/", files
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def fetch(self) -> None:
+        """Bring what an earlier attempt kept, from wherever it ran; it goes before what lies here."""
+        for path in (self.files.best, self.files.checkpoint):
+            path.unlink(missing_ok=True)
+            if self.remote.get(self.prefix + path.name, path):
+                self._sent[path] = _stamp(path)
+
+    def keep(self) -> None:
+        """Send what has changed, the checkpoint last: one that is there has everything that belongs to it."""
+        self._send((self.files.config, self.files.log, self.files.best, self.files.checkpoint))
+
+    def _send(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if path.is_file() and self._sent.get(path) != (stamp := _stamp(path)):
+                self.remote.put(self.prefix + path.name, path)
+                self._sent[path] = stamp
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,175 @@
+"""The service under load, measured: viewers of a study whose rows keep coming, and what that costs whom.
+
+A real `medtune serve` over a generated study, real connections, and a writer in place of a driver. What is measured: from
+a row's writing to its arrival at a viewer, the service's processor time, and the writer's own pace with and without
+viewers.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from trainables.checkpoints import write_json
+from tune_app.curves import generate_curves
+from tune_app.spec import StudyFiles, append_line, build_spec
+
+PACE_S = 0.1
+"""Seconds between two rows: some ten trials with epochs of a second each."""
+
+
+def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles:
+    """Write a study of generated curves, all trials completed but the last, which runs; returns its files."""
+    files = StudyFiles(root)
+    root.mkdir(parents=True)
+    spec = build_spec({"data": "/generated/table.csv", "trials": trials, "config": {"epochs": epochs}})
+    files.write({"spec": spec.model_dump(mode="json"), "cohort": "generated", "created": time.time()})
+    lines = []
+    for number, curve in enumerate(generate_curves(trials, epochs=max(epochs, 24), seed=0)):
+        name = f"{number:05d}"
+        rows = curve.rows[:epochs] if number < trials - 1 else curve.rows[:1]
+        for row in rows:
+            lines.append(json.dumps({"trial": name, "time": time.time(), "epoch_s": 1.0, **row}))
+        state = "completed" if number < trials - 1 else "running"
+        record = {"trial": name, "number": number, "overrides": {"s": 5.0 + number % 30}, "state": state}
+        write_json(files.trial(name).record, record | {"started": time.time(), "gpus": 0.0, "failures": 0})
+    files.epochs.write_text("\n".join(line.replace("NaN", "null") for line in lines) + "\n")
+    files.decisions.write_text("")
+    return files
+
+
+def bench_serve(
+    *, viewers: int, seconds: float, trials: int, epochs: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Return latencies in milliseconds, the service's share of one processor, and the writer's pace, of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "studies"
+        say(f"writing a study of {trials} trials and {epochs} epochs")
+        files = write_generated_study(root / "load", trials=trials, epochs=epochs)
+        process, url = _start(root)
+        try:
+            first = _fetch(f"{url}/api/studies/load")
+            table = _fetch(f"{url}/api/studies/load/trials")
+            curves = _fetch(f"{url}/api/studies/load/curves")
+            say("without viewers")
+            with FileLock(files.lock):
+                alone = asyncio.run(_run(url, files, 0, seconds))
+                say(f"with {viewers} viewers")
+                before = _processor_s(process.pid)
+                started = time.monotonic()
+                watched = asyncio.run(_run(url, files, viewers, seconds))
+                share = (_processor_s(process.pid) - before) / (time.monotonic() - started)
+        finally:
+            process.terminate()
+            process.wait(30)
+    latencies = sorted(watched["latencies"])
+    return {
+        "viewers": viewers,
+        "trials": trials,
+        "epochs": epochs,
+        "first_read_s": first[0],
+        "trials_s": table[0],
+        "trials_bytes": table[1],
+        "curves_s": curves[0],
+        "curves_bytes": curves[1],
+        "events": len(latencies),
+        "expected": watched["written"] * viewers,
+        "latency_ms_median": 1000 * statistics.median(latencies) if latencies else None,
+        "latency_ms_p99": 1000 * latencies[int(0.99 * (len(latencies) - 1))] if latencies else None,
+        "processor_share": share,
+        "append_ms_alone": 1000 * statistics.median(alone["appends"]),
+        "append_ms_watched": 1000 * statistics.median(watched["appends"]),
+    }
+
+
+def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tune_app.cli", "serve", str(root), "--port", str(port)]
+    environment = os.environ | {"MEDTUNE_TOKEN": secrets.token_hex(8), "MEDTUNE_CACHE": str(root.parent / "cache")}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            _fetch(f"{url}/api/session")
+            return process, url
+        except OSError:
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError("the service did not start") from None
+            time.sleep(0.1)
+
+
+def _fetch(url: str) -> tuple[float, int]:
+    started = time.monotonic()
+    with urllib.request.urlopen(url, timeout=300) as answer:
+        size = len(answer.read())
+    return time.monotonic() - started, size
+
+
+async def _run(url: str, files: StudyFiles, viewers: int, seconds: float) -> dict[str, Any]:
+    """Write a row every PACE_S for so long while `viewers` look on; returns what each of them saw, and when."""
+    host, port = url.removeprefix("http://").split(":")
+    seen = files.epochs.stat().st_size
+    latencies: list[float] = []
+    written = 0
+    rows = [json.loads(line) for line in files.epochs.read_text().splitlines()[-1:]]
+    last = rows[0]
+    open_now = asyncio.Semaphore(0)
+
+    async def view() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+        writer.write(f"GET /api/studies/load/events?seen={seen} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        event = ""
+        try:
+            while line := await reader.readline():
+                if line.startswith(b"retry:"):
+                    open_now.release()
+                elif line.startswith(b"event: "):
+                    event = line[7:].decode().strip()
+                elif line.startswith(b"data: ") and event == "rows":
+                    arrived = time.time()
+                    for row in json.loads(line[6:])["rows"]:
+                        latencies.append(arrived - times[row[1]])
+        finally:
+            writer.close()
+
+    times: dict[int, float] = {}
+    tasks = [asyncio.create_task(view()) for _ in range(viewers)]
+    for _ in range(viewers):
+        await asyncio.wait_for(open_now.acquire(), 120)
+    appends = []
+    epoch = int(last["epoch"])
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        epoch += 1
+        written += 1
+        times[epoch] = time.time()
+        started = time.perf_counter()
+        append_line(files.epochs, last | {"epoch": epoch, "time": times[epoch]})
+        appends.append(time.perf_counter() - started)
+        await asyncio.sleep(PACE_S)
+    await asyncio.sleep(3)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return {"latencies": latencies, "appends": appends, "written": written}
+
+
+def _processor_s(pid: int) -> float:
+    """Processor time of a process and those it waited for, in seconds; Linux only."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,123 @@
+// What every view of the page uses: making nodes, words for numbers and states, and the REST interface with its session.
+
+export const page = document.getElementById("page");
+export const dialog = document.getElementById("dialog");
+export const state = { session: { logged_in: false, csrf: null, reading: "open" }, form: null };
+const notice = document.getElementById("notice");
+
+// Small parts -------------------------------------------------------------------------------------------------------------
+
+export function h(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "class") node.className = value;
+    else if (name === "data") Object.assign(node.dataset, value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+export const prose = (text) => String(text ?? "").split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
+export const number = (value, digits = 3) => (value === null || value === undefined ? "-" : Number(value).toFixed(digits));
+export const clock = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" }) : "-");
+export const enc = encodeURIComponent;
+export const studyHash = (id, rest = "") => `#/study/${enc(id)}${rest}`;
+
+export function span(seconds) {
+  if (seconds < 100) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172800) return `${(seconds / 3600).toFixed(1)} h`;
+  return `${(seconds / 86400).toFixed(1)} d`;
+}
+
+const STATES = {
+  running: ["●", "running"], starting: ["◐", "starting"], queued: ["◔", "queued"], ended: ["✓", "ended"], interrupted: ["‖", "interrupted"],
+  failed: ["!", "failed"], unstarted: ["!", "did not start"], new: ["○", "not begun"], unreadable: ["!", "unreadable"], unread: ["…", "being read"], completed: ["✓", "completed"], stopped: ["■", "stopped"],
+};
+export const badge = (state, more = "") => h("span", { class: `badge ${state}` }, `${(STATES[state] || ["", state])[0]} ${(STATES[state] || ["", state])[1]}${more}`);
+
+let noticeTimer = 0;
+export function say(text, bad = false) {
+  notice.textContent = text;
+  notice.className = bad ? "bad" : "";
+  notice.hidden = false;
+  clearTimeout(noticeTimer);
+  noticeTimer = setTimeout(() => { notice.hidden = true; }, bad ? 12000 : 4000);
+}
+
+// The interface -----------------------------------------------------------------------------------------------------------
+
+class Refusal extends Error {
+  constructor(status, detail) { super(detail.join("\n")); this.status = status; this.detail = detail; }
+}
+
+export async function api(path, { method = "GET", body } = {}) {
+  const headers = {};
+  if (method !== "GET" && state.session.csrf) headers["X-Medtune-CSRF"] = state.session.csrf;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(`api/${path}`, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  } catch {
+    throw new Refusal(0, ["the service does not answer; studies go on without it"]);
+  }
+  const told = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Refusal(answer.status, Array.isArray(told.detail) ? told.detail : [`refused (${answer.status})`]);
+  return told;
+}
+
+// Do something that changes things: log in first where that is needed, and say what came of it.
+export async function act(path, done, body) {
+  if (!state.session.logged_in && !(await askToken())) return false;
+  try {
+    await api(path, { method: "POST", body });
+  } catch (error) {
+    if (error.status === 401) { state.session.logged_in = false; showSession(); }
+    say(error.message, true);
+    return false;
+  }
+  say(done);
+  return true;
+}
+
+export function showSession() {
+  const button = document.getElementById("login");
+  button.textContent = state.session.logged_in ? "log out" : "log in";
+}
+
+export async function logIn(token) {
+  state.session = await api("session", { method: "POST", body: { token } });
+  showSession();
+}
+
+export function askToken() {
+  return new Promise((resolve) => {
+    const field = h("input", { type: "password", id: "token", autocomplete: "current-password", "aria-label": "token" });
+    const wrong = h("p", { class: "bad", role: "alert" });
+    const close = (result) => { dialog.close(); resolve(result); };
+    dialog.replaceChildren(
+      h("form", { onsubmit: async (event) => {
+        event.preventDefault();
+        try { await logIn(field.value.trim()); close(true); } catch (error) { wrong.textContent = error.message; }
+      } },
+      h("h2", {}, "Log in"), h("p", {}, "Starting and stopping takes the token that ", h("code", {}, "medtune serve"), " printed where it was started."),
+      field, wrong, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit" }, "log in"), h("button", { class: "tool", type: "button", onclick: () => close(false) }, "cancel"))),
+    );
+    dialog.oncancel = () => resolve(false);
+    dialog.showModal();
+    field.focus();
+  });
+}
+
+export function confirmThat(text, verb) {
+  return new Promise((resolve) => {
+    const close = (result) => { dialog.close(); resolve(result); };
+    dialog.replaceChildren(h("p", {}, text), h("div", { class: "tools" },
+      h("button", { class: "tool main", id: "yes", onclick: () => close(true) }, verb), h("button", { class: "tool", onclick: () => close(false) }, "cancel")));
+    dialog.oncancel = () => resolve(false);
+    dialog.showModal();
+  });
+}
+
