@@ -162,15 +162,7 @@ class _Run:
         self.volumes = _Volumes(cohort, np.concatenate([split.train, split.val]), device)
 
         torch.manual_seed(config.seed)
-        network = build_network(
-            depth=config.depth,
-            width=config.width,
-            geometry=config.geometry,
-            head=config.head,
-            num_classes=config.num_classes,
-            in_channels=config.in_channels,
-            dropout=config.dropout,
-        )
+        network = configured_network(config)
         self.load_report: LoadReport | None = None
         if config.pretrained_path is not None:
             self.load_report = load_pretrained(network, config.pretrained_path)
@@ -552,18 +544,23 @@ class _Pass:
     on_device: Tensor = dataclass_field(init=False)
 
 
+def configured_network(config: FineTuneConfig) -> Classifier:
+    """Return the network that `config` asks for, with fresh weights, on the CPU."""
+    return build_network(
+        depth=config.depth,
+        width=config.width,
+        geometry=config.geometry,
+        head=config.head,
+        num_classes=config.num_classes,
+        in_channels=config.in_channels,
+        dropout=config.dropout,
+    )
+
+
 def activation_bytes(config: FineTuneConfig) -> int:
     """Return about how much a volume takes between forward and backward: what each convolution and each norm puts out."""
     with torch.device("meta"):
-        network = build_network(
-            depth=config.depth,
-            width=config.width,
-            geometry=config.geometry,
-            head=config.head,
-            num_classes=config.num_classes,
-            in_channels=config.in_channels,
-            dropout=0.0,
-        )
+        network = configured_network(config)
         outputs = 0
 
         def count(_: nn.Module, __: object, output: Tensor) -> None:

@@ -44,10 +44,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainables.augment import INTENSITY_SCALE, INTENSITY_SHIFT, NOISE, ROTATION_DEG, SCALE
 from trainables.config import FineTuneConfig, build_config
-from trainables.finetune import _Run
+from trainables.finetune import _Run, configured_network
 from trainables.losses import ldam_margins, sample_losses
 from trainables.manifest import Split, read_manifest
-from trainables.network import BLOCKS, PLANES, CosineHead, build_network, dilate
+from trainables.network import BLOCKS, PLANES, CosineHead, dilate
 from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort
 from tune_app.synthetic import write_cohort
 
@@ -201,10 +201,7 @@ def forward_flop(config: FineTuneConfig) -> float:
         total += 2 * output[0].numel() * module.in_channels * math.prod(module.kernel_size)
 
     with torch.device("meta"), torch.no_grad():
-        network = build_network(
-            depth=config.depth, width=config.width, geometry=config.geometry, head=config.head,
-            num_classes=config.num_classes, in_channels=config.in_channels, dropout=0.0,
-        ).eval()  # fmt: skip
+        network = configured_network(config).eval()
         for module in network.modules():
             if isinstance(module, nn.Conv3d):
                 module.register_forward_hook(count)

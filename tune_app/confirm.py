@@ -472,20 +472,12 @@ def _averaged_logits(state: Mapping[str, Any], volumes: np.ndarray, rows: np.nda
     """Logits (N, C) float32 of the averaged weights on `rows` in float32, and their scale."""
     import torch
 
+    from trainables.finetune import configured_network
     from trainables.losses import logit_scale
-    from trainables.network import build_network
 
     config = build_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build_network(
-        depth=config.depth,
-        width=config.width,
-        geometry=config.geometry,
-        head=config.head,
-        num_classes=config.num_classes,
-        in_channels=config.in_channels,
-        dropout=config.dropout,
-    )
+    network = configured_network(config)
     network.load_state_dict(state["average"]["network"])
     network.to(device).eval()
     size = config.validation_batch_size

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from trainables.config import build_config
-from trainables.finetune import finetune
+from trainables.finetune import configured_network, finetune
 from trainables.manifest import read_manifest
-from trainables.network import build_network
 from trainables.saved_run import open_inputs
 from trainables.volumes import Recipe, prepare_cohort
 from trainables.weights import save_medicalnet
@@ -81,15 +80,7 @@ def pretrain(folder: Path, cache: Path, *, epochs: int, seed: int = 0) -> Path:
     manifest = read_manifest(table, num_classes=config.num_classes)
     cohort, split = open_inputs(config, table, prepare_cohort(manifest, Recipe.from_config(config), cache))
     *_, last = finetune(config, cohort, split)
-    network = build_network(
-        depth=config.depth,
-        width=config.width,
-        geometry=config.geometry,
-        head=config.head,
-        num_classes=config.num_classes,
-        in_channels=config.in_channels,
-        dropout=config.dropout,
-    )
+    network = configured_network(config)
     network.load_state_dict(last.state()["network"])
     path = folder / "pretrained" / "demo_resnet_10.pth"
     path.parent.mkdir(parents=True, exist_ok=True)

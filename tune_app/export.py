@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, load_state, write_json
 from trainables.config import FineTuneConfig, build_config
-from trainables.finetune import finetune
+from trainables.finetune import configured_network, finetune
 from trainables.losses import logit_scale
 from trainables.manifest import Manifest, Split, read_manifest, split_rows
 from trainables.metrics import score_metrics
-from trainables.network import Classifier, build_network
+from trainables.network import Classifier
 from trainables.saved_run import saved_run
 from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort, read_header
 from tune_app import confirm
@@ -311,15 +311,7 @@ def _open(config: FineTuneConfig, study: Study, data: Path | None, cache: Path |
 
 
 def _network(config: FineTuneConfig, weights: dict[str, Tensor], device: torch.device) -> Classifier:
-    network = build_network(
-        depth=config.depth,
-        width=config.width,
-        geometry=config.geometry,
-        head=config.head,
-        num_classes=config.num_classes,
-        in_channels=config.in_channels,
-        dropout=config.dropout,
-    )
+    network = configured_network(config)
     network.load_state_dict(weights, strict=True)
     return on_device(network, device)
 

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
-from trainables.network import Classifier, build_network
+from trainables.network import Classifier
 from trainables.volumes import Recipe, ScanHeader, VolumeError, prepare_scan, read_header, read_scan
 from tune_app.calibration import Array
 from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
@@ -128,15 +129,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     info, configs = parse_info(folder, contents)
     networks = []
     for member, config in zip(info.members, configs, strict=True):
-        network = build_network(
-            depth=config.depth,
-            width=config.width,
-            geometry=config.geometry,
-            head=config.head,
-            num_classes=config.num_classes,
-            in_channels=config.in_channels,
-            dropout=config.dropout,
-        )
+        network = configured_network(config)
         try:
             network.load_state_dict(load_tensors(weights_of(member, contents, folder)), strict=True)
         except (SafetensorError, RuntimeError) as error:

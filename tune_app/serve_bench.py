@@ -44,7 +44,12 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
             lines.append(json.dumps({"trial": name, "time": time.time(), "epoch_s": 1.0, **row}))
         state = "completed" if number < trials - 1 else "running"
         record = {"trial": name, "number": number, "overrides": {"s": 5.0 + number % 30}, "state": state}
-        write_json(files.trial(name).record, record | {"started": time.time(), "gpus": 0.0, "failures": 0})
+        record |= {"started": time.time(), "gpus": 0.0, "failures": 0}
+        if (
+            state == "completed"
+        ):  # with what a driver writes at a trial's end, or each would be diagnosed at each reading
+            record |= {"ended": time.time(), "verdict": "healthy", "verdict_summary": "nothing found", "objective": 0.8}
+        write_json(files.trial(name).record, record)
     files.epochs.write_text("\n".join(line.replace("NaN", "null") for line in lines) + "\n")
     files.decisions.write_text("")
     return files

@@ -101,6 +101,7 @@ class _Feed:
         self.study, self.files, self.viewers = study, StudyFiles(path), set[asyncio.Queue[bytes | None]]()
         self._folder, self._describe = folder, describe
         self._task: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._offset = _whole_size(self.files.epochs)
         self._decided = _whole_size(self.files.decisions)
         self._lines: dict[str, bytes] = {}
@@ -116,11 +117,17 @@ class _Feed:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     async def _follow(self) -> None:
         while True:
             await self._send_rows()
-            await self._send_overview()
+            if (
+                self._reading is None or self._reading.done()
+            ):  # reading a large study takes seconds: rows go on meanwhile
+                self._reading = asyncio.create_task(self._send_overview())
             await asyncio.sleep(EVERY_S)
 
     async def _send_rows(self) -> None:
