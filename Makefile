@@ -9,15 +9,17 @@ STAMP  := $(VENV)/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,onnx]'
 	touch $@
 
 demo: $(STAMP)
 	rm -rf medtune-demo
 	$(BIN)/medtune demo
 
+# Two workers, a file each: half of the suite's time is waiting for processes that it starts.
+WORKERS ?= 2
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
