@@ -19,7 +19,8 @@ from tune_app.bench import (
 )
 from tune_app.bench_overhead import bench_overhead, overhead_table
 from tune_app.bench_results import bench_results, results_line, results_table_of
-from tune_app.results import load_study
+from tune_app.results import read_record, read_rows
+from tune_app.spec import StudyFiles
 
 
 def test_plain_and_ours_are_measured_side_by_side() -> None:
@@ -59,9 +60,10 @@ def test_what_a_trial_costs_is_measured_on_both_sides_of_one_ray(tmp_path: Path)
     assert len(told) == 3
     json.dumps(result, allow_nan=False)
     assert overhead_table(result).row_count == 4
-    study = load_study(tmp_path / "study")
-    assert study.trials["state"].tolist() == ["completed"] * 5, "one to warm up, two a turn"
-    assert len(study.epochs) == 10
+    files = StudyFiles(tmp_path / "study")
+    records = [read_record(path) for path in sorted(files.trials.glob("*/trial.json"))]
+    assert [record["state"] for record in records] == ["completed"] * 5, "one to warm up, two a turn"
+    assert len(read_rows(files.epochs)) == 10
 
 
 def test_the_arithmetic_of_resnet_50_is_the_documented_one() -> None:
