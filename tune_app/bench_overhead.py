@@ -176,7 +176,7 @@ class _Ours:
         session.begin()
 
         def run() -> None:
-            session.run(_trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent))
+            session.run(_trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent, [{"CPU": 1.0}]))
             ended = recorder.states()
             assert sum(ended.get(state, 0) for state in ("completed", "stopped")) == self.trials, ended
 

@@ -79,6 +79,8 @@ class StudySpec(BaseModel):
     """When trials are stopped early."""
     gpus_per_trial: float | Literal["auto"] | None = None
     """GPUs of one trial; a fraction shares one GPU. None: one where there are GPUs, else none."""
+    accelerator_type: str | None = None
+    """Kind of GPU that trials run on, by Ray's name such as A100, where a cluster has several kinds; None: any."""
     ranks: int | None = Field(None, ge=1)
     """Ranks of one trial; None: one a GPU. Without GPUs the ranks share the work over CPU processes."""
     rank_deadline_s: float = Field(1800.0, gt=0)
@@ -191,6 +193,7 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
 
 
 HOW_ONLY = (
+    "accelerator_type",
     "cache",
     "checkpoint_epochs",
     "gpus_per_trial",

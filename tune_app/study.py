@@ -54,6 +54,8 @@ from tune_app.watchdog import StalledError, watch_tune
 log = logging.getLogger("medtune.study")
 
 DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
+ACCELERATOR = "accelerator_type:"
+"""How Ray names the resource that a node has for its kind of GPU."""
 ANSWER_S = 10.0
 """Seconds a trial's process may take to say where it runs."""
 START_TRIES = 3
@@ -229,11 +231,8 @@ class Plan:
     cpus_per_rank: int
     gpus_per_rank: float
     concurrent: int
-
-    @property
-    def bundles(self) -> list[dict[str, float]]:
-        bundle = {"CPU": float(self.cpus_per_rank)}
-        return [bundle | ({"GPU": self.gpus_per_rank} if self.gpus_per_rank else {})] * self.ranks
+    bundles: list[dict[str, float]]
+    """What each rank takes, by Ray's names."""
 
     @property
     def text(self) -> str:
@@ -261,7 +260,10 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
     if 0 < wanted <= 1 and ranks > 1:
         raise SpecError([f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"])
     gpus = 1.0 if wanted > 1 else float(wanted)
-    return [{"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}] * ranks
+    bundle = {"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}
+    if spec.accelerator_type is not None:
+        bundle[ACCELERATOR + spec.accelerator_type] = 0.001  # as Ray does it: a node has 1 of its kind
+    return [bundle] * ranks
 
 
 def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
@@ -269,6 +271,10 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
 
     Raises SpecError when not even one trial fits: Ray would wait for ever without a word.
     """
+    kinds = sorted(name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR))
+    if spec.accelerator_type is not None and spec.accelerator_type not in kinds:
+        there = ", ".join(kinds) or "none that Ray has a name for"
+        raise SpecError([f"accelerator_type={spec.accelerator_type!r}: Ray has {there}: choose one, or leave it out"])
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     bundles = trial_bundle(spec, has_gpu=gpus > 0)
     ranks, per_rank = len(bundles), bundles[0].get("GPU", 0.0)
@@ -282,7 +288,8 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
             [f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"]
         )
     most = int(min(fits))
-    return Plan(ranks, spec.cpus_per_rank, per_rank, min(most, spec.max_concurrent or most, spec.num_trials))
+    concurrent = min(most, spec.max_concurrent or most, spec.num_trials)
+    return Plan(ranks, spec.cpus_per_rank, per_rank, concurrent, bundles)
 
 
 # A session -------------------------------------------------------------------------------------------------------------

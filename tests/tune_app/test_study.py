@@ -284,11 +284,18 @@ def test_resources_of_a_trial(
         ({"cpus_per_rank": 32}, "takes 32 CPU"),
         ({"ranks": 2, "gpus_per_trial": 0.5}, "a rank needs a GPU of its own"),
         ({"ranks": 3, "gpus_per_trial": 2}, "as many of both"),
+        ({"accelerator_type": "A100"}, r"accelerator_type='A100': Ray has H200: choose one"),
     ],
 )
 def test_a_trial_that_can_never_be_scheduled_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        plan_resources(build_spec({"data": "t.csv", **fields}), {"CPU": 16.0, "GPU": 2.0})
+        plan_resources(build_spec({"data": "t.csv", **fields}), {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H200": 1.0})
+
+
+def test_a_kind_of_gpu_is_part_of_every_ranks_bundle() -> None:
+    spec = build_spec({"data": "t.csv", "gpus_per_trial": 2, "accelerator_type": "H200"})
+    plan = plan_resources(spec, {"CPU": 16.0, "GPU": 4.0, "accelerator_type:H200": 1.0, "accelerator_type:T4": 1.0})
+    assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H200": 0.001}] * 2
 
 
 def test_all_violations_of_a_study_are_told_together() -> None:
