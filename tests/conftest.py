@@ -21,6 +21,14 @@ def adrenal_archive() -> Path:
     return archive
 
 
+@pytest.fixture(autouse=True)
+def keep_rays_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token saved on this machine is not the tests': a mode once set would hold for every Ray of the process."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
 @pytest.fixture
 def write_scan(tmp_path: Path) -> Callable[..., Path]:
     """Write voxels, or noise of a shape, to a NIfTI file below tmp_path with nibabel; returns its path.

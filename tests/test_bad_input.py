@@ -350,7 +350,7 @@ def study_file(content: str | bytes) -> Callable[[Path], list[Any]]:
 def policy_file(content: str) -> Callable[[Path], list[Any]]:
     def make(folder: Path) -> list[Any]:
         (folder / "policy.yaml").write_text(content)
-        return ["backtest", "--generate", 3, "--epochs", 4, "--policy", folder / "policy.yaml"]
+        return ["backtest", "--generate", 3, "--epochs", 24, "--policy", folder / "policy.yaml"]
 
     return make
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -145,6 +146,24 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         current = current.__cause__ or current.__context__
     return False
+
+
+class LogFile(logging.FileHandler):
+    """A log that loses lines while the disk is full: logging itself would print a traceback for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over a line for which there is no room; anything else is told as logging tells it."""
+        error = sys.exc_info()[1]
+        if error is None or not is_disk_full(error):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file. What could not be written before cannot be written now."""
+        try:
+            super().close()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
 
 
 def sweep_temporaries(folder: Path) -> int:

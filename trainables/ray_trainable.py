@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from trainables.checkpoints import TrialFiles
+from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
 from trainables.finetune import finetune
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
@@ -68,7 +68,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     """
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(files.log)
+    handler = LogFile(files.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     disk_log.addHandler(handler)

@@ -462,7 +462,7 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
     if not _is_trial_id(row.get("trial")):
         return f"trial {row.get('trial')!r}: must be the id of a trial"
     epoch = row.get("epoch")
-    if isinstance(epoch, bool) or not isinstance(epoch, int | float) or epoch % 1 or epoch < 1:
+    if isinstance(epoch, bool) or not isinstance(epoch, int | float) or epoch % 1 or not 1 <= epoch < LARGEST_WHOLE:
         return f"epoch {epoch!r}: must be a whole number from 1"
     for name, value in row.items():
         dtype = EPOCH_COLUMNS.get(name, ("", ""))[0]
@@ -470,7 +470,9 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
             return f"{name} is a {type(value).__name__}, must be one value"
         wrong = {
             "float64": isinstance(value, bool | str) or value in (math.inf, -math.inf),
-            "Int64": isinstance(value, bool | str) or (isinstance(value, float) and not value.is_integer()),
+            "Int64": isinstance(value, bool | str)
+            or (isinstance(value, float) and not value.is_integer())
+            or (isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE),
             "boolean": not isinstance(value, bool),
             "string": not isinstance(value, str),
         }
@@ -478,6 +480,9 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
             return f"{name} is {value!r}, must be {_DTYPE_WORDS[dtype]}"
     return None
 
+
+LARGEST_WHOLE = 2**53
+"""No count in a study comes near; from here on a float is not the number that was written."""
 
 _DTYPE_WORDS = {"float64": "a number", "Int64": "a whole number", "boolean": "true or false", "string": "text"}
 
@@ -511,7 +516,7 @@ def _read_decisions(path: Path, damage: list[str], notes: list[str]) -> pd.DataF
     rows = [row for _, row in _json_lines(path, _whole_lines(path, notes), damage)]
     try:
         return pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(DECISION_COLUMNS)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         damage.append(f"{path}: a value is not of its kind: {_one_line(error)}")
         return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in DECISION_COLUMNS.items()})
 

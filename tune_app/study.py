@@ -31,7 +31,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from trainables import installed_version
-from trainables.checkpoints import sweep_temporaries, when_there_is_room, write_json
+from trainables.checkpoints import LogFile, sweep_temporaries, when_there_is_room, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
@@ -764,7 +764,7 @@ def _ray_to_file(path: Path, notes: Any) -> Iterator[None]:
             "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         }
     )
-    handler = logging.FileHandler(path)
+    handler = LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("ray", "optuna", "medtune")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]

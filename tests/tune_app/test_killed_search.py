@@ -10,6 +10,7 @@ import io
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,8 +74,8 @@ def row_of(trial: TuneTrial, epoch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def drive(root: Path) -> None:
-    """One session of a driver, from whatever earlier ones left to the end of the search."""
+def drive(root: Path, pause_s: float = 0.0) -> None:
+    """One session of a driver, from whatever earlier ones left to the end of the search, `pause_s` between two rows."""
     files, spec = StudyFiles(root), build_spec(FIELDS)
     sweep_temporaries(root)
     for path in (files.epochs, files.decisions):
@@ -117,6 +118,7 @@ def drive(root: Path) -> None:
         else:  # taken up again, a trial reports from its checkpoint on, which may lie behind
             trial.told = trial.told + 1 if trial.told else max(1, known)
             result = row_of(trial, trial.told)
+        time.sleep(pause_s)
         decision = scheduler.on_trial_result(None, trial, result)
         if decision != TrialScheduler.STOP:
             searcher.on_trial_result(trial.trial_id, result)
@@ -136,10 +138,10 @@ tests.drive(Path({whole!r}))  # never killed; and loads once what each child wou
 path, rng = tests.StudyFiles(Path({root!r})).epochs, random.Random({seed})
 lines = lambda: path.read_bytes().count(b"\\n") if path.exists() else 0
 for kill in range({kills} + 1):
-    wanted = lines() + rng.randint(0, 6)
+    wanted = lines() + rng.randint(0, 4)
     pid = os.fork()
     if not pid:
-        tests.drive(Path({root!r}))
+        tests.drive(Path({root!r}), pause_s=0.003)
         os._exit(0)
     if kill == {kills}:
         _, status = os.waitpid(pid, 0)
@@ -149,7 +151,7 @@ for kill in range({kills} + 1):
         done, status = os.waitpid(pid, os.WNOHANG)
         assert not done, f"ended with {{status}} before its kill {{kill}}, at {{lines()}} rows"
         time.sleep(0.001)
-    time.sleep(rng.random() * 0.02)
+    time.sleep(rng.random() * 0.006)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), f"had ended before its kill {{kill}}"

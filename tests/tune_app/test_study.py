@@ -3,84 +3,20 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import optuna
-import psutil
 import pytest
-import ray
-from ray._private.state import actors
-from rich.console import Console
+from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
-from tune_app.results import load_study
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, run_study, watching_only
+from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, watching_only
 from tune_app.synthetic import write_cohort
-
-TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
-TINY += ["--set", "train_auc_volumes=0"]
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
-
-
-def medtune(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the command as a user would, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-def finished(process: subprocess.Popen[str], *, timeout_s: float = 240) -> str:
-    out, err = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, f"exit {process.returncode}\n{out}\n{err}"
-    return out
-
-
-def rows_of(root: Path) -> list[dict[str, Any]]:
-    path = StudyFiles(root).epochs
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_for_rows(process: subprocess.Popen[str], root: Path, count: int, *, deadline_s: float = 280) -> None:
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        if StudyFiles(root).epochs.exists() and StudyFiles(root).epochs.read_bytes().count(b"\n") >= count:
-            return
-        if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode} before {count} rows: {process.communicate()}")
-        time.sleep(0.05)
-    pytest.fail(f"no {count} rows within {deadline_s} s")
-
-
-def check_whole(root: Path, *, trials: int, epochs: int) -> None:
-    """Every trial ended, with each of its epochs exactly once, and all records agree."""
-    study = load_study(root)
-    assert len(study.trials) == trials
-    assert set(study.trials["state"]) <= {"completed", "stopped"}
-    for trial, rows in study.epochs.groupby("trial"):
-        assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
-    completed = study.trials[study.trials["state"] == "completed"]
-    assert (completed["epochs_run"] == epochs).all()
-    assert Counter((row["trial"], row["epoch"]) for row in rows_of(root)).most_common(1)[0][1] == 1
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    record = optuna.load_study(study_name=None, storage=f"sqlite:///{StudyFiles(root).database}")
-    states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
-    expected = {"completed": "COMPLETE", "stopped": "PRUNED"}
-    assert states == {row.trial: expected[row.state] for row in study.trials.itertuples()}
 
 
 @pytest.mark.ray
@@ -113,7 +49,7 @@ def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Pat
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_study_says_how_to_go_on_and_does(table: Path, tmp_path: Path, blow: int) -> None:
     root = tmp_path / "study"
-    asked = ["--trials", 1, "--epochs", 40, "--out", root, "--cache", tmp_path / "cache"]
+    asked = ["--trials", 1, "--epochs", 25, "--out", root, "--cache", tmp_path / "cache"]
     process = medtune("run", "--data", table, *asked, *TINY)
     wait_for_rows(process, root, 2)
     process.send_signal(blow)
@@ -121,10 +57,10 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(table: Path, tmp_path: 
     assert process.returncode == 130
     assert f"medtune resume {root}" in err
     assert "Traceback" not in err
-    assert len(rows_of(root)) < 40
+    assert len(rows_of(root)) < 25
     if blow == signal.SIGINT:
         finished(medtune("resume", root))
-        check_whole(root, trials=1, epochs=40)
+        check_whole(root, trials=1, epochs=25)
 
 
 @pytest.mark.ray
@@ -162,95 +98,6 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_arc
     assert len(shown) == 2
     assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
     assert len(list(StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*"))) == 2
-
-
-# Trials of several ranks ------------------------------------------------------------------------------------------------
-
-STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
-"""Two processes each, with seconds of imports; `make chaos` asks for 30."""
-
-SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
-
-
-def processes(text: str, of: psutil.Process | None = None) -> list[psutil.Process]:
-    """Living processes below `of` (this one) whose command line holds `text`, such as an actor's `ray::_Rank`."""
-    found = []
-    for process in (of or psutil.Process()).children(recursive=True):
-        try:
-            alive = process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if alive:
-            found.append(process)
-    return found
-
-
-def wait_until(condition: Any, what: str, deadline_s: float = 60.0) -> float:
-    """Return the seconds it took."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < deadline_s, f"{what}: not within {deadline_s} s"
-        time.sleep(0.05)
-    return time.monotonic() - start
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("dashboard", [False, True])
-def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp_path: Path, dashboard: bool) -> None:
-    """Each is stopped by the scheduler in the middle of its run: the way in which placement groups have leaked before."""
-    spec = build_spec(
-        {
-            "data": str(table),
-            "trials": STOPPED_TRIALS,
-            "ranks": 2,
-            "config": SMALL | {"epochs": 500, "batch_size": 3},
-            "policy": {"max_epochs": 1},
-            "sampler": "random",
-            "cache": str(tmp_path / "cache"),
-        }
-    )
-    quiet = Console(quiet=True)
-    ray.init(num_cpus=2, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
-    try:
-        outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
-        assert outcome.states == {"stopped": STOPPED_TRIALS}
-        free = wait_until(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs free")
-        assert free < 5
-        wait_until(lambda: not processes("ray::_Rank"), "ranks gone")
-        groups = ray.util.placement_group_table().values()
-        assert {group["state"] for group in groups} <= {"REMOVED"}
-        assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
-    finally:
-        ray.shutdown()
-    study = load_study(tmp_path / "study")
-    assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, "stopped after the first of 500 epochs"
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", ["ray::_Rank", "ray::ImplicitFunc"])
-def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
-    table: Path, tmp_path: Path, lost: str
-) -> None:
-    root = tmp_path / "study"
-    asked = ["--trials", 1, "--epochs", 30, "--ranks", 2, "--out", root, "--cache", tmp_path / "cache", *TINY]
-    process = medtune("run", "--data", table, *asked, "--set", "batch_size=3")
-    wait_for_rows(process, root, 3)
-    driver = psutil.Process(process.pid)
-    (victim,) = processes(lost, driver)
-    ranks = processes("ray::_Rank", driver)
-    os.kill(victim.pid, signal.SIGKILL)
-    wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), "old ranks gone", 30)
-    finished(process)
-    check_whole(root, trials=1, epochs=30)
-    (trial,) = load_study(root).trials.to_dict("records")
-    assert trial["failures"] == 1
-    if lost == "ray::_Rank":
-        said = StudyFiles(root).trial("00000").log.read_text()
-        assert "rank 1 on node" in said
-        assert "died" in said
 
 
 # Without Ray -----------------------------------------------------------------------------------------------------------

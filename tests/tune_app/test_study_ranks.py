@@ -1,0 +1,87 @@
+"""Studies whose trials have several ranks: nothing is left behind by a stop, and a lost process costs an epoch at most."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private.state import actors
+from rich.console import Console
+from study_runs import TINY, check_whole, finished, medtune, processes, wait_for_rows, wait_until
+
+from tune_app.results import load_study
+from tune_app.spec import StudyFiles, build_spec
+from tune_app.study import run_study
+from tune_app.synthetic import write_cohort
+
+STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
+"""Two processes each, with seconds of imports; `make chaos` asks for 30."""
+
+SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp_path: Path, dashboard: bool) -> None:
+    """Each is stopped by the scheduler in the middle of its run: the way in which placement groups have leaked before."""
+    spec = build_spec(
+        {
+            "data": str(table),
+            "trials": STOPPED_TRIALS,
+            "ranks": 2,
+            "config": SMALL | {"epochs": 500, "batch_size": 3},
+            "policy": {"max_epochs": 1},
+            "sampler": "random",
+            "cache": str(tmp_path / "cache"),
+        }
+    )
+    quiet = Console(quiet=True)
+    ray.init(num_cpus=2, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
+    try:
+        outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
+        assert outcome.states == {"stopped": STOPPED_TRIALS}
+        free = wait_until(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs free")
+        assert free < 5
+        wait_until(lambda: not processes("ray::_Rank"), "ranks gone")
+        groups = ray.util.placement_group_table().values()
+        assert {group["state"] for group in groups} <= {"REMOVED"}
+        assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
+    finally:
+        ray.shutdown()
+    study = load_study(tmp_path / "study")
+    assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, "stopped after the first of 500 epochs"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["ray::_Rank", "ray::ImplicitFunc"])
+def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
+    table: Path, tmp_path: Path, lost: str
+) -> None:
+    root = tmp_path / "study"
+    asked = ["--trials", 1, "--epochs", 15, "--ranks", 2, "--out", root, "--cache", tmp_path / "cache", *TINY]
+    process = medtune("run", "--data", table, *asked, "--set", "batch_size=3")
+    wait_for_rows(process, root, 3)
+    driver = psutil.Process(process.pid)
+    (victim,) = processes(lost, driver)
+    ranks = processes("ray::_Rank", driver)
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), "old ranks gone", 30)
+    finished(process)
+    check_whole(root, trials=1, epochs=15)
+    (trial,) = load_study(root).trials.to_dict("records")
+    assert trial["failures"] == 1
+    if lost == "ray::_Rank":
+        said = StudyFiles(root).trial("00000").log.read_text()
+        assert "rank 1 on node" in said
+        assert "died" in said
