@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -562,8 +563,9 @@ def serve(
                 if access.open_to_read
                 else "everything takes the token above; put TLS before it where the network is not yours"
             )
+            app = build_app(root, access, address=address)
             config = uvicorn.Config(
-                build_app(root, access, address=address),
+                app,
                 host=host,
                 port=port,
                 log_level="warning",
@@ -573,6 +575,15 @@ def serve(
                 timeout_graceful_shutdown=3,
                 timeout_keep_alive=30,
             )
-            uvicorn.Server(config).run()
+            server = uvicorn.Server(config)
+            ask_to_exit = server.handle_exit
+
+            def exit_with_streams(number: int, frame: FrameType | None) -> None:
+                # They have no end of their own, and uvicorn waits for them before it lets the app close.
+                app.state.feeds.close()
+                ask_to_exit(number, frame)
+
+            server.handle_exit = exit_with_streams
+            server.run()
     except Timeout:
         raise QueueError(f"{root}: another `medtune serve` serves this folder; two would start studies twice") from None

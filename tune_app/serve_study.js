@@ -351,6 +351,8 @@ export function studyView(id, query) {
 
   function follow(from) {
     source = new EventSource(`api/${base}/events?seen=${from}`);
+    // A browser keeps six connections to a host: one that a page left behind is kept from the next
+    addEventListener("pagehide", () => source.close(), { once: true });
     const told = (text, good) => { live.textContent = text; live.className = good ? "live on" : "live"; };
     source.onopen = () => told("live", true);
     source.onerror = () => told("connection lost, trying again", false);
