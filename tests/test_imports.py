@@ -119,6 +119,11 @@ def test_a_laptop_without_torch_and_ray_can_import(module):
     assert loaded_by(f"import {module}") == []
 
 
+def test_a_driver_starts_without_torch():
+    """Its trials train, in processes of their own: MONAI and torch would cost it five seconds of start-up."""
+    assert loaded_by("import tune_app.study") == ["ray"]
+
+
 def test_the_command_line_shows_its_help_without_torch_and_ray():
     if "tune_app.cli" not in IMPORTS:
         pytest.fail("tune_app.cli is not there")

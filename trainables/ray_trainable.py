@@ -2,6 +2,8 @@
 
 The trial's folder is the truth, not Ray's checkpoint store: a trial finds its checkpoint by its own name, so it goes on
 the same way after a failed worker, a killed driver or a lost cluster.
+
+torch and MONAI are loaded in the trial's process: a driver, which trains nothing, starts seconds earlier without them.
 """
 
 import contextlib
@@ -13,14 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
-from trainables.finetune import finetune
-from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
-from trainables.saved_run import Epochs, open_inputs, saved_run
 from trainables.storage import TrialStore
 
 log = logging.getLogger("medtune.trial")
@@ -66,6 +64,8 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
     running out of memory is reported as the trial's end instead, since it would only happen again.
     """
+    from trainables.ranks import RankError, is_out_of_memory
+
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
     handler = LogFile(files.log)
@@ -121,13 +121,18 @@ def wait_for_device_memory(
     share: float,
     *,
     timeout_s: float = 120.0,
-    memory: Callable[[], tuple[int, int]] = torch.cuda.mem_get_info,
+    memory: Callable[[], tuple[int, int]] | None = None,
 ) -> None:
     """Wait until the trial's share of the GPU's memory is free: a trial stopped just now may still hold it.
 
-    `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all. Raises MemoryError
+    `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all (None: CUDA's answer
+    for this process's GPU). Raises MemoryError
     after `timeout_s` with both figures: somebody else is using the GPU.
     """
+    if memory is None:
+        import torch
+
+        memory = torch.cuda.mem_get_info
     deadline = time.monotonic() + timeout_s
     while True:
         free, total = memory()
@@ -145,6 +150,12 @@ def wait_for_device_memory(
 
 
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
+    import torch
+
+    from trainables.finetune import finetune
+    from trainables.ranks import RankWork, gang
+    from trainables.saved_run import Epochs, open_inputs, saved_run
+
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     alive = SignOfLife(files.alive)

@@ -7,10 +7,8 @@ import numpy as np
 import ray
 
 from trainables.config import FineTuneConfig
-from trainables.finetune import finetune
 from trainables.manifest import Split
 from trainables.ray_trainable import wait_for_device_memory
-from trainables.saved_run import open_inputs
 
 CANDIDATES = (1, 2, 4, 8)
 """Trials on one GPU that are tried, in this order, until more of them bring nothing."""
@@ -76,6 +74,9 @@ class _Probe:
 
     def run(self, config: FineTuneConfig, table: str, cohort: str, device: str) -> dict[str, Any]:
         import torch
+
+        from trainables.finetune import finetune
+        from trainables.saved_run import open_inputs
 
         if device == "cuda":
             wait_for_device_memory(0.0)

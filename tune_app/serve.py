@@ -583,7 +583,7 @@ def serve(
                 app.state.feeds.close()
                 ask_to_exit(number, frame)
 
-            server.handle_exit = exit_with_streams
+            server.handle_exit = exit_with_streams  # type: ignore[assignment, method-assign]
             server.run()
     except Timeout:
         raise QueueError(f"{root}: another `medtune serve` serves this folder; two would start studies twice") from None
