@@ -18,7 +18,7 @@ from tune_app.study import run_study
 from tune_app.synthetic import write_cohort
 
 STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
-"""Two processes each, with seconds of imports; `make chaos` asks for 30."""
+"""Two processes each, with seconds of imports: more by MEDTUNE_STOPPED_TRIALS, such as 30 before a release."""
 
 SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 
