@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from tune_app.results import is_held, load_study
-from tune_app.spec import StudyFiles, append_line
+from tune_app.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 
 FLAGS = (
@@ -241,35 +240,6 @@ def test_names_and_errors_that_try_to_be_markup_stay_text(browser: Browser, serv
         )
         assert complaints(browser) == []
     shutil.rmtree(service.folder / name)
-
-
-def test_rows_of_a_running_study_appear_without_loading_again(browser: Browser, service: Service) -> None:
-    root = service.folder / "running"
-    shutil.copytree(service.folder / "a search", root)
-    files = StudyFiles(root)
-    record = files.trial("00003").record
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None}))
-    rows = [json.loads(line) for line in files.epochs.read_text().splitlines()]
-    last = [row for row in rows if row["trial"] == "00003"][-1]
-    with FileLock(files.lock):
-        opened(browser, f"{service.url}#/study/running")
-        wait(browser, "return document.querySelector('#live').textContent === 'live'")
-        assert "running" in text(browser, ".title .badge")
-        browser.execute_script("window.same = true")
-        for epoch in (last["epoch"] + 1, last["epoch"] + 2):
-            append_line(
-                files.epochs, last | {"epoch": epoch, "time": time.time(), "val_auc_ema": 0.987, "val_auc": 0.987}
-            )
-        wait(browser, "return document.documentElement.dataset.rows === '2'")
-        wait(
-            browser,
-            "return [...document.querySelectorAll('tr[data-trial]')].some((row) => row.textContent.includes('0.987'))",
-        )
-        assert browser.execute_script("return window.same"), "the page was loaded again"
-        assert int(browser.execute_script("return document.documentElement.dataset.lag")) < 20_000
-    wait(browser, "return document.querySelector('.title .badge').textContent.includes('interrupted')")
-    assert complaints(browser) == []
-    shutil.rmtree(root)
 
 
 def test_changing_asks_for_the_token_and_a_wrong_form_says_why(browser: Browser, service: Service) -> None:
