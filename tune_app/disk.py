@@ -71,18 +71,10 @@ def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
     """Return about how many bytes checkpoint.pt and best.pt of a run have, a little too many; allocates nothing."""
     import torch
 
-    from trainables.network import build_network
+    from trainables.finetune import configured_network
 
     with torch.device("meta"):
-        network = build_network(
-            depth=config.depth,
-            width=config.width,
-            geometry=config.geometry,
-            head=config.head,
-            num_classes=config.num_classes,
-            in_channels=config.in_channels,
-            dropout=config.dropout,
-        )
+        network = configured_network(config)
     parameters = sum(tensor.numel() for tensor in network.parameters())
     buffers = sum(tensor.numel() for tensor in network.buffers())
     tensors = len(network.state_dict())
