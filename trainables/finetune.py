@@ -9,15 +9,16 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
   steps therefore see the very micro-batches of one rank with A * W, and differ from it in rounding only.
 * Losses are weighted a sample and divided by the sample count of the whole step over all ranks: a mean of means
   would weigh a partial micro-batch too much, and a weighted mean over one class would cancel the weight.
-* Gradients are summed over the ranks once a step, by one all-reduce after the last micro-batch, instead of by
-  DistributedDataParallel: there is no wrapper to renew when stages thaw, and no sync to suppress in between.
+* Gradients are summed over the ranks once a step (`trainables.gradient_sum`), during the last backward pass, instead of
+  by DistributedDataParallel: there is no wrapper to renew when stages thaw, and no sync to suppress in between.
 * Unscaling and clipping are one multiplication by a factor computed on the device. A step whose gradient norm is not
   finite is skipped on the device, in the optimiser and in the average alike (fp16, bf16 and float32), and counted.
 * Random numbers are seeded afresh from (seed, epoch, rank) each epoch, so a resumed run needs no random state.
-* On one GPU with the cohort resident, a whole step (batch, augmentation, passes, clip, optimiser, average, loss scale)
-  is one CUDA graph: launched one by one its kernels leave an H200 idle two thirds of the time. What changes between steps
-  lies in tensors that keep their place: where the step begins in the epoch's order, rates, class weights, random seeds.
-  So only another set of trainable stages needs another capture; a partial last step runs eagerly, on the same stream.
+* On GPUs with the cohort resident, a whole step (batch, augmentation, passes, sum over the ranks, clip, optimiser,
+  average, loss scale) is one CUDA graph: launched one by one its kernels leave an H200 idle two thirds of the time.
+  What changes between steps lies in tensors that keep their place: where the step begins in the epoch's order, rates,
+  class weights, random seeds. So only another set of trainable stages needs another capture; a partial last step runs
+  eagerly, on the same stream.
 * On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking
   each by itself (`trainables.batchnorm`): the numbers are those of one after the other, up to rounding.
 
@@ -38,8 +39,8 @@ arithmetic alone would take 1.6 ms. Not tried: gradients of the two paths into a
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
@@ -53,6 +54,7 @@ from trainables.augment import augment_batch
 from trainables.batchnorm import set_groups
 from trainables.config import FineTuneConfig
 from trainables.ema import AveragedWeights
+from trainables.gradient_sum import GradientSum
 from trainables.losses import class_weights, drw_active, ldam_margins, logit_scale, sample_losses
 from trainables.manifest import Split
 from trainables.metrics import score_metrics
@@ -135,9 +137,12 @@ def finetune(
     run = _Run(config, cohort, split, torch.device(device), graphs=graphs)
     if resume is not None:
         run.restore(resume)
-    while run.epoch < config.epochs:
-        metrics = run.train_one_epoch(heartbeat)
-        yield EpochResult(run.epoch, metrics, run.snapshot)
+    try:
+        while run.epoch < config.epochs:
+            metrics = run.train_one_epoch(heartbeat)
+            yield EpochResult(run.epoch, metrics, run.snapshot)
+    finally:
+        run.drop_graphs()  # a result may outlive the ranks, and NCCL waits for graphs that hold its collectives
 
 
 class _Run:
@@ -201,13 +206,31 @@ class _Run:
         apart = device.type != "cuda" or config.deterministic or (config.sync_batchnorm and self.world > 1)
         self.at_once = 1 if apart else self._micro_batches_that_fit()
         self.passes: dict[int, list[_Pass]] = {}
+        self.gradient_sum: GradientSum | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Capturing a deterministic run would be sound, but what it is for is comparing with an eager one.
-        self.graphs = graphs and self.world == 1 and self.volumes.resident is not None and not config.deterministic
+        self.graphs = (
+            graphs and self.volumes.resident is not None and not config.deterministic and self._ranks_can_be_captured()
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm_steps = 0
         self.validation_index = torch.zeros(config.validation_batch_size, dtype=torch.int64, device=device)
         self.validation_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _ranks_can_be_captured(self) -> bool:
+        """Whether a graph can hold what a step says to other ranks: NCCL's collectives, but not SyncBatchNorm's waits.
+
+        All ranks must say the same, or some would wait for a step that the others are still capturing.
+        """
+        if self.world == 1:
+            return True
+        resident = torch.tensor(float(self.volumes.resident is not None), device=self.device)
+        dist.all_reduce(resident, dist.ReduceOp.MIN)
+        return dist.get_backend() == "nccl" and not self.config.sync_batchnorm and bool(resident)
+
+    def drop_graphs(self) -> None:
+        self.graph = None
+        self.validation_graphs.clear()
 
     def _micro_batches_that_fit(self) -> int:
         """How many micro-batches may go through the network together."""
@@ -250,6 +273,11 @@ class _Run:
         stages = trainable_stages(self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs)
         if set_trainable(self.network, stages):
             self.graph, self.warm_steps = None, 0
+            if self.gradient_sum is not None:
+                self.gradient_sum.remove()
+                self.gradient_sum = None
+        if self.world > 1 and self.gradient_sum is None:
+            self.gradient_sum = GradientSum(self.network.parameters())
         train_mode(self.network)
         torch.manual_seed(_seed(config.seed, self.epoch, self.rank))
         self.generator.manual_seed(_seed(config.seed, self.epoch, self.rank, 1))
@@ -316,7 +344,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.statistics_before.copy_(self.statistics)
         self.loss_sum.zero_()
-        for part in self._passes(count):
+        passes = self._passes(count)
+        for part in passes:
             volumes, labels = self._batch(order, begin, part)
             volumes = augment_batch(
                 volumes, strength=config.augmentation_strength, flip_axes=config.flip_axes, generator=self.generator
@@ -331,11 +360,10 @@ class _Run:
             if not part.counts:
                 loss = loss * 0.0
             self.loss_sum += loss.detach() * count
-            (loss * self.loss_scale).backward()
+            with nullcontext() if self.gradient_sum is None else self.gradient_sum.over(part is passes[-1]):
+                (loss * self.loss_scale).backward()
 
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if self.world > 1:
-            _sum_over_ranks(grads)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.loss_scale
         self.norm.copy_(norm)
         found_inf = (~torch.isfinite(norm)).float()
@@ -446,12 +474,13 @@ class _Run:
         mine = padded[self.rank :: self.world]
         size = self.config.validation_batch_size
         if self.graphs and len(mine) >= size:
-            return self._captured_scores(network, rows)
-        parts = []
-        for start in range(0, len(mine), size):
-            with self._autocast():
-                parts.append(network(self.volumes.batch(mine[start : start + size])).float())
-        logits = torch.cat(parts)
+            logits = self._captured_scores(network, mine)
+        else:
+            parts = []
+            for start in range(0, len(mine), size):
+                with self._autocast():
+                    parts.append(network(self.volumes.batch(mine[start : start + size])).float())
+            logits = torch.cat(parts)
         if self.world > 1:
             gathered = [torch.empty_like(logits) for _ in range(self.world)]
             dist.all_gather(gathered, logits)
@@ -459,7 +488,7 @@ class _Run:
         return logits[: len(rows)].cpu()
 
     def _captured_scores(self, network: nn.Module, rows: np.ndarray) -> Tensor:
-        """As `_scores`, each batch one CUDA graph, captured once for a network: its weights are changed in place."""
+        """Logits of `rows`, each batch one CUDA graph, captured once for a network: its weights are changed in place."""
         assert self.stream is not None
         size = self.config.validation_batch_size
         batches = np.resize(rows, (math.ceil(len(rows) / size), size))  # the last is filled up from the first
@@ -478,7 +507,7 @@ class _Run:
                 self.validation_index.copy_(place)
                 graph.replay()
                 parts.append(logits.clone())
-        return torch.cat(parts)[: len(rows)].cpu()
+        return torch.cat(parts)[: len(rows)]
 
     def _score_batch(self, network: nn.Module) -> Tensor:
         with self._autocast():
@@ -642,12 +671,6 @@ def rank_micro_batches(rows: np.ndarray, batch_size: int, rank: int, world: int)
     rounds = math.ceil(len(chunks) / world)
     chunks += [rows[:0]] * (rounds * world - len(chunks))
     return chunks[rank::world]
-
-
-def _sum_over_ranks(grads: Sequence[Tensor]) -> None:
-    flat = torch._utils._flatten_dense_tensors(grads)
-    dist.all_reduce(flat)
-    torch._foreach_copy_(list(grads), list(torch._utils._unflatten_dense_tensors(flat, grads)))
 
 
 def _fixed_subset(rows: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:

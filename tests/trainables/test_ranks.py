@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import finetune
+from trainables.gradient_sum import GradientSum
 from trainables.manifest import read_manifest
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
@@ -83,6 +84,98 @@ def test_two_ranks_equal_one_on_the_same_global_batch(inputs: tuple[str, str], t
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert ours["grad_norm_max"] == pytest.approx(theirs["grad_norm_max"], rel=1e-4)
         assert (ours["updates"], ours["val_positive"]) == (theirs["updates"], theirs["val_positive"])
+
+
+class Branches(torch.nn.Module):
+    """Two layers in a row, of which the first may be left out of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.frozen = (torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, *, skip_first: bool = False) -> torch.Tensor:
+        return self.second(self.frozen(x) if skip_first else self.first(self.frozen(x))).square().sum()
+
+
+def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    for bucket_bytes in (1, 200, 2**20):
+        torch.manual_seed(0)
+        network = Branches()
+        batches = torch.randn(3, world, 2, 4, dtype=torch.float64)  # 3 micro-batches on each rank
+        for batch in batches.flatten(0, 1):  # the oracle: one process does it all
+            network(batch).backward()
+        expected = [parameter.grad for parameter in network.parameters()]
+        network.zero_grad()
+        summing = GradientSum(network.parameters(), bucket_bytes)
+        for number in range(3):
+            with summing.over(last=number == 2):
+                network(batches[number, rank]).backward()
+        torch.testing.assert_close([parameter.grad for parameter in network.parameters()], expected)
+
+        network.zero_grad()
+        with pytest.raises(RuntimeError, match="2 trainable parameters got no gradient"), summing.over(last=True):
+            network(batches[0, rank], skip_first=True).backward()
+
+        network.zero_grad()
+        summing.remove()
+        network.frozen.requires_grad_(True)  # a stage thaws: made anew, its gradient is summed too
+        with GradientSum(network.parameters(), bucket_bytes).over(last=True):
+            network(batches[0, rank]).backward()
+        (mine,) = torch.autograd.grad(network(batches[0, rank]), network.frozen.weight)
+        dist.all_reduce(mine)
+        torch.testing.assert_close(network.frozen.weight.grad, mine)
+    Path(out, f"{rank}.done").touch()
+    dist.destroy_process_group()
+
+
+def test_gradients_are_the_sum_over_ranks_whatever_the_buckets(tmp_path: Path) -> None:
+    """Over the last micro-batch only, with frozen parameters left out and thawed ones in."""
+    mp.start_processes(sum_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn")
+    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
+
+
+def nccl_run(rank: int, world: int, config: FineTuneConfig, inputs: tuple[str, str], store: str, out: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": world, "device_id": device}
+    dist.init_process_group("nccl", **options)  # type: ignore[arg-type]
+    data, split = open_inputs(config, *inputs)
+    for graphs in (False, True):
+        *_, last = finetune(config, data, split, device=device, graphs=graphs)
+        state = last.state()
+        kept = {"rows": state["rows"], "network": {name: value.cpu() for name, value in state["network"].items()}}
+        torch.save(kept, f"{out}/{rank}-{graphs}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_equal_one_on_the_same_global_batch_captured_or_not(tmp_path: Path) -> None:
+    """Enough steps an epoch for a capture, stages that thaw, a partial last step: float32, so that rounding is small."""
+    table = write_cohort(tmp_path / "c", subjects=40, side=(14, 18))
+    settings = SETTINGS | {"amp": "off", "epochs": 4, "unfreeze_stage_epochs": 1, "freeze_backbone_epochs": 1}
+    alone = build_config(settings | {"gradient_accumulation_steps": 2})
+    shared = build_config(settings | {"gradient_accumulation_steps": 1, "validation_batch_size": 4})
+    inputs = str(table), str(prepare_cohort(read_manifest(table), Recipe.from_config(alone), tmp_path / "cache"))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    *_, one = finetune(alone, *open_inputs(alone, *inputs), device="cuda")
+    mp.start_processes(
+        nccl_run, (2, shared, inputs, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    for graphs in (False, True):
+        two = [torch.load(tmp_path / f"{rank}-{graphs}.pt", weights_only=True) for rank in range(2)]
+        assert [untimed(row) for row in two[0]["rows"]] == [untimed(row) for row in two[1]["rows"]], "ranks must agree"
+        for name, value in one.state()["network"].items():
+            if "running" not in name and "num_batches" not in name:
+                torch.testing.assert_close(two[0]["network"][name], value.cpu(), rtol=1e-3, atol=1e-5)
+                assert torch.equal(two[0]["network"][name], two[1]["network"][name])
+        for ours, theirs in zip(two[0]["rows"], one.state()["rows"], strict=True):
+            assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+            assert ours["frozen_stages"] == theirs["frozen_stages"]
 
 
 # With Ray --------------------------------------------------------------------------------------------------------------
