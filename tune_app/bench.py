@@ -2,10 +2,10 @@
 
 `train`: whole training steps of a plain loop and of ours, side by side in one process.
 
-The plain loop is the usual script: volumes decoded once and kept in memory (as MONAI's CacheDataset keeps them), a
-DataLoader, contiguous tensors, fp16 autocast with GradScaler, gradient clipping, PyTorch's default Adam, an average updated
-a parameter at a time, a cosine schedule. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers:
-what is left out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune` itself with everything it does. Random volumes; scores mean nothing.
+The plain loop is that of `tune_app.plain`, on volumes decoded once and kept in memory (as MONAI's CacheDataset keeps
+them) behind a DataLoader. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers: what is left
+out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune`
+itself with everything it does; `deterministic` is it with `deterministic=True`. Random volumes; scores mean nothing.
 """
 
 import functools
@@ -23,32 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import PersistentDataset
-from monai.networks.nets.resnet import ResNet
 from monai.transforms import (
     Compose,
-    EnsureType,
     EnsureTyped,
     LoadImaged,
     NormalizeIntensityd,
     Orientationd,
-    RandAffine,
-    RandFlip,
-    RandGaussianNoise,
-    RandScaleIntensity,
-    RandShiftIntensity,
     Resized,
 )
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from trainables.augment import INTENSITY_SCALE, INTENSITY_SHIFT, NOISE, ROTATION_DEG, SCALE
 from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import _Run, configured_network
-from trainables.losses import ldam_margins, sample_losses
 from trainables.manifest import Split, read_manifest
-from trainables.network import BLOCKS, PLANES, CosineHead, dilate
 from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort
+from tune_app.plain import PlainRun, monai_augmentation
 from tune_app.synthetic import write_cohort
 
 DISTINCT = 32
@@ -86,7 +77,7 @@ def bench_train(
     if unknown := set(variants) - set(_VARIANTS):
         raise BenchError(f"variants {', '.join(sorted(unknown))}: there are {', '.join(_VARIANTS)}")
     place = torch.device(device)
-    machine = _machine(place)
+    machine = machine_facts(place)
     rows: list[dict[str, Any]] = []
     result = {"machine": machine, "steps_per_epoch": steps, "depth": depth, "width": width, "rows": rows}
     for size, geometry, (batch, accumulation) in itertools.product(sizes, geometries, batches):
@@ -103,7 +94,7 @@ def bench_train(
                 "train_auc_volumes": 0,
             }
         )
-        cohort, split = _cohort(config, steps * batch * accumulation)
+        cohort, split = made_cohort(config, steps * batch * accumulation)
         gflop = 3 * forward_flop(config) / 1e9
         plain = None
         for variant in variants:
@@ -248,7 +239,7 @@ def bench_data(
     cohort = open_cohort(prepare_cohort(manifest, recipe, folder / "prepared"))
     order = np.random.default_rng(0).permutation(len(items))
     measure("prepared", lambda: [torch.from_numpy(np.array(cohort.volumes[i])).float() for i in order])
-    return {"machine": _machine(torch.device("cpu")), "size": size, "volumes": len(items), "rows": rows}
+    return {"machine": machine_facts(torch.device("cpu")), "size": size, "volumes": len(items), "rows": rows}
 
 
 def data_table(result: dict[str, Any]) -> Table:
@@ -287,6 +278,15 @@ def _ours(
     }
 
 
+def _deterministic(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, Any]:
+    try:
+        return _ours(
+            config.model_copy(update={"deterministic": True}), cohort, split, device, graphs=True
+        )  # which the run itself leaves out
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # The plain loop --------------------------------------------------------------------------------------------------------
 
 
@@ -307,88 +307,17 @@ class _InMemory(Dataset[tuple[Tensor, int]]):
         return volume if self.transform is None else self.transform(volume), label
 
 
-def _monai_augmentation() -> Callable[[Tensor], Tensor]:
-    """The kinds and ranges of `trainables.augment` as MONAI's transforms, each applied to every volume."""
-    turn = math.radians(ROTATION_DEG)
-    return Compose(
-        [
-            RandFlip(prob=0.5, spatial_axis=0),
-            RandAffine(
-                prob=1.0, rotate_range=(turn,) * 3, scale_range=(SCALE,) * 3, mode="bilinear", padding_mode="border"
-            ),
-            RandScaleIntensity(factors=INTENSITY_SCALE, prob=1.0),
-            RandShiftIntensity(offsets=INTENSITY_SHIFT, prob=1.0),
-            RandGaussianNoise(prob=1.0, std=NOISE),
-            EnsureType(track_meta=False),
-        ]
-    )
-
-
-class _PlainNetwork(nn.Module):
-    """MONAI's own network and a cosine head."""
-
-    def __init__(self, config: FineTuneConfig) -> None:
-        super().__init__()
-        block, blocks = BLOCKS[config.depth]
-        self.backbone = ResNet(
-            block, list(blocks), list(PLANES), n_input_channels=config.in_channels, conv1_t_stride=2,
-            widen_factor=config.width, feed_forward=False, bias_downsample=False,
-        )  # fmt: skip
-        if config.geometry == "dilated":
-            dilate(self.backbone)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = CosineHead(self.backbone.in_planes, config.num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.backbone(x)))
-
-
 def _plain(
     config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, augmented: bool = False
 ) -> dict[str, Any]:
-    torch.backends.cudnn.benchmark = False
     _reset_peak(device)
-    torch.manual_seed(0)
-    network = _PlainNetwork(config).to(device).train()
-    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    optimizer = torch.optim.Adam(
-        [
-            {"params": network.backbone.parameters(), "lr": config.backbone_lr},
-            {"params": network.head.parameters(), "lr": config.classifier_lr},
-        ],
-        weight_decay=config.weight_decay,
-    )
+    run = PlainRun(config, np.bincount(cohort.labels[split.train]), device, total_updates=100_000)
     half = device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
-    counts = np.bincount(cohort.labels[split.train])
-    margins = ldam_margins(counts, config.max_m).to(device)
-    dataset = _InMemory(cohort, split.train, _monai_augmentation() if augmented else None)
+    dataset = _InMemory(cohort, split.train, monai_augmentation(config.flip_axes) if augmented else None)
 
     def epoch(loader: Iterable[Any]) -> None:
-        optimizer.zero_grad()
-        for index, (volumes, labels) in enumerate(loader):
-            volumes, labels = volumes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype=torch.float16 if half else None, enabled=half):
-                logits = network(volumes)
-                loss = sample_losses(logits, labels, loss="ldam", margins=margins, s=config.s).mean()
-            scaler.scale(loss / config.gradient_accumulation_steps).backward()
-            if (index + 1) % config.gradient_accumulation_steps:
-                continue
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            schedule.step()
-            with torch.no_grad():
-                for name, value in network.state_dict().items():
-                    if value.is_floating_point():
-                        average[name].mul_(config.ema_decay).add_(value, alpha=1 - config.ema_decay)
-                    else:
-                        average[name].copy_(value)
-        _wait(device)
+        run.train_epoch(loader, epoch=1)
 
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100_000)
     best, best_loader, best_workers = 0.0, None, 0
     for workers in WORKERS["plain_augmented" if augmented else "plain"] if half else (0,):
         loader = DataLoader(
@@ -420,13 +349,14 @@ _VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dic
     "plain_augmented": functools.partial(_plain, augmented=True),
     "eager": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=False),
     "ours": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=True),
+    "deterministic": lambda config, cohort, split, device: _deterministic(config, cohort, split, device),
 }
 
 
 # Measuring -------------------------------------------------------------------------------------------------------------
 
 
-def _cohort(config: FineTuneConfig, train: int) -> tuple[Cohort, Split]:
+def made_cohort(config: FineTuneConfig, train: int) -> tuple[Cohort, Split]:
     rng = np.random.default_rng(0)
     val = 2 * config.validation_batch_size
     distinct = rng.standard_normal((DISTINCT, config.in_channels, *config.volume_shape), dtype=np.float32)
@@ -487,7 +417,7 @@ def _peak(device: torch.device) -> float:
     return _peak_memory_gib(device)
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_facts(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {
         "name": platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -22,6 +22,7 @@ from rich.text import Text
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
 from tune_app import cli_cluster, cli_models, cli_serve
+from tune_app.cli_bench import bench_app
 from tune_app.cli_common import (
     AddressOption,
     CacheOption,
@@ -37,7 +38,7 @@ from tune_app.cli_common import (
     out,
     parse_settings,
 )
-from tune_app.cli_tools import bench_app, data_app, weights_app
+from tune_app.cli_tools import data_app, weights_app
 from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}

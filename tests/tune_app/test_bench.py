@@ -18,9 +18,12 @@ from tune_app.bench import (
     result_table,
 )
 from tune_app.bench_overhead import bench_overhead, overhead_table
+from tune_app.bench_ranks import bench_ranks, ranks_table
 from tune_app.bench_results import bench_results, results_line, results_table_of
+from tune_app.bench_search import bench_search, search_table
 from tune_app.results import read_record, read_rows
-from tune_app.spec import StudyFiles
+from tune_app.spec import SpecError, StudyFiles
+from tune_app.synthetic import write_cohort
 
 
 def test_plain_and_ours_are_measured_side_by_side() -> None:
@@ -46,6 +49,43 @@ def test_ways_of_reading_a_cohort_are_measured(tmp_path: Path) -> None:
     assert ways == ["decode", "persistent_first", "persistent_again", "prepare", "prepared"]
     assert all(row["volumes_per_s"] > 0 for row in result["rows"])
     assert data_table(result).row_count == 5
+
+
+def test_one_run_over_more_ranks_is_measured() -> None:
+    result = bench_ranks(sizes=[16], worlds=[1, 2], batch=(2, 1), device="cpu", depth=10, width=0.125, steps=2)
+    one, two = result["rows"]
+    assert (one["ranks"], two["ranks"], one["efficiency"]) == (1, 2, 1.0)
+    assert two["efficiency"] == pytest.approx(two["volumes_per_s"] / one["volumes_per_s"] / 2)
+    assert two["ms_per_step"] == pytest.approx(4000 / two["volumes_per_s"])
+    json.dumps(result, allow_nan=False)
+    assert ranks_table(result).row_count == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
+    """Two epochs, a rung after the first: at least one trial of each side sees both, none sees more."""
+    table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
+    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    kept: list[int] = []
+    result = bench_search(
+        table, tmp_path / "work", trials=3, epochs=2, grace_epochs=1, reduction_factor=2, config=settings, gpu=False,
+        record=lambda so_far: kept.append(len((so_far["plain"] or {"runs": ()})["runs"])),
+    )  # fmt: skip
+    for side in ("plain", "medtune"):
+        assert (result[side]["ended"], len(result[side]["runs"])) == (3, 3)
+        assert {len(run) for run in result[side]["runs"]} <= {1, 2}
+        assert max(len(run) for run in result[side]["runs"]) == 2
+        assert result[side]["trials_per_hour"] == pytest.approx(3 * 3600 / result[side]["seconds"])
+    assert result["ratio"] == pytest.approx(result["plain"]["seconds"] / result["medtune"]["seconds"])
+    assert kept[:3] == [1, 2, 3], "a result after each trial of the slower side"
+    json.dumps(result, allow_nan=False)
+    assert search_table(result).row_count == 2
+
+
+def test_a_side_is_known_or_the_search_is_not_begun(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="sides fast: there are plain, medtune"):
+        bench_search(tmp_path / "t.csv", tmp_path, config={}, sides=["fast"])
 
 
 @pytest.mark.ray

@@ -1,0 +1,300 @@
+"""`medtune bench search`: the same search by medtune, and by plain Ray Tune (`OptunaSearch`, ASHA) over the plain loop.
+
+Both sides sample the same space with the same sampler, train whole runs of the same configurations on the same rows, and
+stop by the same rungs (medtune's policy with its additions switched off, which then decides as Ray's ASHA does). The
+plain side is what a careful script does: `tune_app.plain`, MONAI's CacheDataset decoding the scans once a trial, MONAI's
+random transforms in loader workers, one trial a GPU, Ray Tune otherwise as it comes. All that a user waits for is counted:
+the start of Ray, of processes and of CUDA, reading the scans, checkpoints where a side writes them.
+"""
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from search_spaces.spaces import space_from
+from trainables import installed_version
+from trainables.checkpoints import without_nonfinite
+from trainables.config import build_config
+from tune_app.results import load_study
+from tune_app.spec import SpecError, build_spec
+
+SPACE = "documented"
+SIDES = ("plain", "medtune")
+LOADER_WORKERS = 8
+
+
+def bench_search(
+    table: Path,
+    folder: Path,
+    *,
+    trials: int = 16,
+    epochs: int = 27,
+    grace_epochs: int = 3,
+    reduction_factor: float = 3.0,
+    config: Mapping[str, Any],
+    gpu: bool = True,
+    gpus_per_trial: float | str | None = None,
+    sides: Iterable[str] = SIDES,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    record: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Return {"machine", "trials", ..., "plain": side, "medtune": side, "ratio"}; sides that were not asked for are None.
+
+    A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
+    trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc. `ratio` is of trials
+    an hour. `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever
+    a trial of the plain side has ended. Writes below `folder`.
+    """
+    sides = list(sides)
+    if unknown := sorted(set(sides) - set(SIDES)):
+        raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
+    settings = {**config, "epochs": epochs}
+    search = {"trials": trials, "epochs": epochs, "grace_epochs": grace_epochs, "reduction_factor": reduction_factor}
+    result: dict[str, Any] = {
+        "machine": {
+            "name": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("torch", "ray", "optuna", "monai")},
+        },
+        **search,
+        "space": SPACE,
+        "config": dict(settings),
+        "seed": seed,
+        "plain": None,
+        "medtune": None,
+        "ratio": None,
+    }
+    for side in sides:
+        started = time.perf_counter()
+
+        def keep(runs: list[list[float]], side: str = side, started: float = started) -> None:
+            result[side] = _side(runs, grace_epochs, time.perf_counter() - started)
+            if result["plain"] and result["medtune"]:
+                result["ratio"] = result["medtune"]["trials_per_hour"] / result["plain"]["trials_per_hour"]
+            record(result)
+
+        if side == "plain":
+            runs = _plain(table, folder / "plain", settings, search, gpu=gpu, seed=seed, ended=keep)
+        else:
+            runs = _medtune(table, folder / "medtune", settings, search, gpus_per_trial=gpus_per_trial, seed=seed)
+        keep(runs)
+        measured = result[side]
+        say(
+            f"{side}: {len(runs)} trials in {measured['seconds']:.0f} s, {measured['trials_per_hour']:.0f} an hour, "
+            f"{measured['epochs']} epochs"
+        )
+    return result
+
+
+def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[str, Any]:
+    """`runs`: the validation AUC of each epoch of each ended trial."""
+    at_rung = [run[grace_epochs - 1] for run in runs if len(run) >= grace_epochs]
+    known = [value for run in runs for value in run if math.isfinite(value)]
+    epochs = sum(len(run) for run in runs)
+    side = {
+        "seconds": seconds,
+        "ended": len(runs),
+        "trials_per_hour": 3600 * len(runs) / seconds,
+        "epochs": epochs,
+        "s_per_epoch": seconds / max(1, epochs),
+        "first_rung_auc": statistics.fmean(at_rung) if at_rung else math.nan,
+        "first_rung_auc_sd": statistics.stdev(at_rung) if len(at_rung) > 1 else math.nan,
+        "best_auc": max(known, default=math.nan),
+        "runs": runs,
+    }
+    finite: dict[str, Any] = without_nonfinite(side)
+    return finite
+
+
+def search_table(result: Mapping[str, Any]) -> Table:
+    """Return what the sides came to as a Rich table."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("side", "trials", "seconds", "trials/hour", "epochs", "s an epoch", "AUC at first rung", "best AUC"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    for side in SIDES:
+        if (row := result[side]) is not None:
+            table.add_row(
+                side,
+                str(row["ended"]),
+                f"{row['seconds']:.0f}",
+                f"{row['trials_per_hour']:.0f}",
+                str(row["epochs"]),
+                f"{row['s_per_epoch']:.2f}",
+                f"{_auc(row['first_rung_auc'])} +- {_auc(row['first_rung_auc_sd'])}",
+                _auc(row["best_auc"]),
+            )
+    if result["ratio"] is not None:
+        table.caption = f"medtune: {result['ratio']:.1f} times the trials an hour"
+    return table
+
+
+def _auc(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+# medtune ---------------------------------------------------------------------------------------------------------------
+
+
+def _medtune(
+    table: Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    search: Mapping[str, Any],
+    *,
+    gpus_per_trial: float | str | None,
+    seed: int,
+) -> list[list[float]]:
+    from trainables.diagnosis import VERDICTS
+    from tune_app.study import run_study
+
+    spec = build_spec(
+        {
+            "data": str(table),
+            "space": SPACE,
+            "trials": search["trials"],
+            "config": dict(settings),
+            "seed": seed,
+            "warm_start": (),
+            "gpus_per_trial": gpus_per_trial,
+            "cache": str(folder / "cache"),
+            "policy": {
+                "grace_epochs": search["grace_epochs"],
+                "reduction_factor": search["reduction_factor"],
+                "compared": "current",
+                "drw_guard_epochs": 0,
+                "finalists": 0,
+                "actions": dict.fromkeys(VERDICTS, "ignore"),
+            },
+        }
+    )
+    folder.mkdir(parents=True)
+    with (folder / "console.log").open("w") as log:
+        console = Console(file=log, width=80)
+        outcome = run_study(spec, folder / "study", console=console, notes=console)
+    assert not outcome.exit_code, f"the study ended with {outcome.states}: see {folder}"
+    epochs = load_study(folder / "study").epochs
+    return [list(map(float, rows["val_auc"])) for _, rows in epochs.groupby("trial")]
+
+
+# Plain -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(
+    table: Path,
+    folder: Path,
+    settings: Mapping[str, Any],
+    search: Mapping[str, Any],
+    *,
+    gpu: bool,
+    seed: int,
+    ended: Callable[[list[list[float]]], None],
+) -> list[list[float]]:
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    runs: list[list[float]] = []
+    going: dict[str, list[float]] = {}
+
+    class Watch(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+            going.setdefault(trial.trial_id, []).append(float(result["val_auc"]))
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            runs.append(going[trial.trial_id])
+            ended(runs)
+
+    space = space_from(SPACE, settings)
+    distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        given = {"table": str(table.resolve()), "settings": dict(settings), "gpu": gpu}
+        trainable = tune.with_parameters(_plain_trial, given=given)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": 1, "GPU": 1 if gpu else 0}),
+            tune_config=tune.TuneConfig(
+                search_alg=OptunaSearch(distributions, metric="val_auc", mode="max", seed=seed),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch",
+                    metric="val_auc",
+                    mode="max",
+                    max_t=search["epochs"],
+                    grace_period=search["grace_epochs"],
+                    reduction_factor=search["reduction_factor"],
+                ),
+                num_samples=search["trials"],
+                max_concurrent_trials=max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))),
+            ),
+            run_config=tune.RunConfig(storage_path=str(folder.resolve()), callbacks=[Watch()], verbose=0),
+        )
+        results = tuner.fit()
+        assert not results.errors, results.errors
+    finally:
+        ray.shutdown()
+    return runs
+
+
+def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """One run of the plain loop with the whole of MONAI around it."""
+    import numpy as np
+    import torch
+    from monai.data import CacheDataset, DataLoader, Dataset
+    from monai.transforms import (
+        Compose,
+        EnsureTyped,
+        LoadImaged,
+        NormalizeIntensityd,
+        Orientationd,
+        Resized,
+    )
+    from ray import tune
+    from sklearn.metrics import roc_auc_score
+
+    from trainables.manifest import read_manifest, split_rows
+    from tune_app.plain import PlainRun, monai_augmentation
+
+    overrides = space_from(SPACE, given["settings"]).sample_to_overrides(drawn, given["settings"]["epochs"])
+    config = build_config({**given["settings"], **overrides})
+    manifest = read_manifest(Path(given["table"]))
+    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    usual = Compose(
+        [
+            LoadImaged("image", ensure_channel_first=True),
+            Orientationd("image", axcodes="RAS", labels=None),
+            Resized("image", config.volume_shape, mode="trilinear"),
+            NormalizeIntensityd("image"),
+            EnsureTyped("image", track_meta=False),
+        ]
+    )
+    paths, labels = manifest.rows["path"].to_numpy(), manifest.rows["label"].to_numpy(dtype=np.int64)
+
+    def cached(rows: Any) -> Any:
+        items = [{"image": paths[row], "label": int(labels[row])} for row in rows]
+        return CacheDataset(items, usual, num_workers=LOADER_WORKERS, progress=False)
+
+    augment = monai_augmentation(config.flip_axes)
+    train = Dataset(cached(split.train), lambda item: (augment(item["image"]), item["label"]))
+    val = Dataset(cached(split.val), lambda item: (item["image"], item["label"]))
+    workers = LOADER_WORKERS if given["gpu"] else 0
+    train_loader = DataLoader(
+        train, batch_size=config.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        pin_memory=given["gpu"], persistent_workers=workers > 0,
+    )  # fmt: skip
+    val_loader = DataLoader(val, batch_size=config.batch_size, pin_memory=given["gpu"])
+    updates = config.epochs * (len(train_loader) // config.gradient_accumulation_steps)
+    device = torch.device("cuda" if given["gpu"] else "cpu")
+    run = PlainRun(config, np.bincount(labels[split.train]), device, updates)
+    for epoch in range(1, config.epochs + 1):
+        run.train_epoch(train_loader, epoch)
+        scores, truth = run.scores(val_loader)
+        auc = roc_auc_score(truth, scores) if np.isfinite(scores).all() else math.nan
+        tune.report({"epoch": epoch, "val_auc": float(auc)})

@@ -1,0 +1,197 @@
+"""`medtune bench`: speed, measured on this machine (`serve` stands in `tune_app.cli_serve`)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tune_app.cli_common import DeviceOption, SetOption, out, parse_settings, to_stderr
+
+bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
+
+
+@bench_app.command("train")
+def bench_train_command(
+    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "64,96,128",
+    geometries: Annotated[str, typer.Option("--geometries", help="strided, dilated or both.")] = "strided,dilated",
+    batches: Annotated[str, typer.Option("--batches", help="Batch size x accumulation steps.")] = "6x2,24x1",
+    depth: Annotated[int, typer.Option("--depth")] = 50,
+    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
+    variants: Annotated[
+        str, typer.Option("--variants", help="plain, plain_augmented, eager (no CUDA graphs), deterministic, ours.")
+    ] = "plain,ours",
+    device: DeviceOption = "auto",
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Time whole training steps: a plain loop against medtune's own, side by side."""
+    from tune_app.bench import bench_train, markdown_table, parse_batches, result_table
+    from tune_app.predict import choose_device
+
+    result = bench_train(
+        sizes=_whole_numbers(sizes, "--sizes"),
+        geometries=geometries.split(","),
+        batches=parse_batches(batches),
+        device=str(choose_device(device)),
+        depth=depth,
+        width=width,
+        steps=steps,
+        variants=variants.split(","),
+        say=to_stderr,
+        record=_recorder(out_file),
+    )
+    if markdown:
+        print(markdown_table(result))
+    else:
+        out.print(result_table(result))
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: whole numbers separated by commas") from None
+
+
+@bench_app.command("ranks")
+def bench_ranks_command(
+    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "96,128",
+    ranks: Annotated[str, typer.Option("--ranks", help="GPUs of a run, separated by commas.")] = "1,2",
+    batch: Annotated[str, typer.Option("--batch", help="Batch size of a GPU x accumulation steps.")] = "6x2",
+    depth: Annotated[int, typer.Option("--depth")] = 50,
+    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
+    device: DeviceOption = "auto",
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time whole training steps of one run over several GPUs."""
+    from tune_app.bench import parse_batches
+    from tune_app.bench_ranks import bench_ranks, ranks_table
+    from tune_app.predict import choose_device
+
+    (pair,) = parse_batches(batch) if "," not in batch else [(0, 0)]
+    if not all(pair):
+        raise typer.BadParameter(f"--batch {batch!r}: one batch size, or BATCHxACCUMULATION such as 6x2")
+    result = bench_ranks(
+        sizes=_whole_numbers(sizes, "--sizes"),
+        worlds=_whole_numbers(ranks, "--ranks"),
+        batch=pair,
+        device=str(choose_device(device)),
+        depth=depth,
+        width=width,
+        steps=steps,
+        say=to_stderr,
+        record=_recorder(out_file),
+    )
+    out.print(ranks_table(result))
+
+
+@bench_app.command("search")
+def bench_search_command(
+    data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials on each side.")] = 16,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 27,
+    grace: Annotated[int, typer.Option("--grace", min=1, help="Epoch of the first rung.")] = 3,
+    factor: Annotated[float, typer.Option("--factor", help="One in so many trials passes a rung.")] = 3.0,
+    sides: Annotated[str, typer.Option("--sides", help="plain, medtune or both.")] = "plain,medtune",
+    gpus_per_trial: Annotated[str | None, typer.Option("--gpus-per-trial", help="Of medtune's side.")] = None,
+    settings: SetOption = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of both samplers.")] = 0,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time one search: medtune's, and plain Ray Tune with OptunaSearch and ASHA over a plain loop with MONAI."""
+    import tempfile
+
+    from tune_app.bench_search import bench_search, search_table
+    from tune_app.predict import choose_device
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_search(
+            data,
+            Path(folder),
+            trials=trials,
+            epochs=epochs,
+            grace_epochs=grace,
+            reduction_factor=factor,
+            config=parse_settings(settings),
+            gpu=choose_device(device).type == "cuda",
+            gpus_per_trial=gpus_per_trial,
+            sides=sides.split(","),
+            seed=seed,
+            say=to_stderr,
+            record=_recorder(out_file),
+        )
+    out.print(search_table(result))
+
+
+def _recorder(file: Path | None) -> Callable[[dict[str, Any]], object]:
+    return lambda result: file.write_text(json.dumps(result, indent=1) + "\n") if file else None
+
+
+@bench_app.command("data")
+def bench_data_command(
+    size: Annotated[int, typer.Option("--size", min=8, help="Voxels a side.")] = 96,
+    subjects: Annotated[int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")] = 24,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
+    import tempfile
+
+    from tune_app.bench import bench_data, data_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_data(size=size, subjects=subjects, folder=Path(folder), say=to_stderr)
+    if out_file is not None:
+        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    out.print(data_table(result))
+
+
+@bench_app.command("results")
+def bench_results_command(
+    trials: Annotated[int, typer.Option("--trials", min=4, help="Trials of the study.")] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Epochs of each.")] = 60,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time loading a study, its leaderboard, importance and report, and tell the memory they take."""
+    import tempfile
+
+    from tune_app.bench_results import bench_results, results_line, results_table_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_results(trials=trials, epochs=epochs, folder=Path(folder), say=to_stderr)
+    if out_file is not None:
+        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    out.print(results_line(result), soft_wrap=True)
+    out.print(results_table_of(result))
+
+
+@bench_app.command("overhead")
+def bench_overhead_command(
+    trials: Annotated[int, typer.Option("--trials", min=2, help="Trials on each side.")] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Rows a trial reports.")] = 1,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="Turns the sides take, each of equal size.")] = 10,
+    concurrent: Annotated[
+        int | None, typer.Option("--max-concurrent", min=1, help="Trials at a time; default: one a CPU.")
+    ] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time trials that train nothing: a study of ours against bare Ray Tune with OptunaSearch, in turns."""
+    import tempfile
+
+    from tune_app.bench_overhead import bench_overhead, overhead_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_overhead(
+            trials=trials,
+            epochs=epochs,
+            turns=min(turns, trials),
+            concurrent=concurrent,
+            folder=Path(folder),
+            say=to_stderr,
+            record=_recorder(out_file),
+        )
+    out.print(overhead_table(result))
