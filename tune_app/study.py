@@ -27,6 +27,7 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 from ray.autoscaler.sdk import request_resources
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -378,6 +379,7 @@ class _Session:
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
         self.interrupt = Interrupt()
+        self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
@@ -411,7 +413,7 @@ class _Session:
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=str(self.files.ray.resolve()),
                 failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
-                callbacks=[Lifecycle(self), *log_callbacks(self.spec, self.files)],
+                callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],
                 verbose=0,
             ),
         )
@@ -525,6 +527,13 @@ class StudyScheduler(PolicyScheduler):
             self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
+        if (
+            trial.status != Trial.ERROR
+        ):  # which is set before this, not after, when the trial is going to be tried again
+            self.session.lifecycle.failed(trial)
+
 
 class Interrupt:
     """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
@@ -607,10 +616,14 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         else:
             self._end(name, "completed", "")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def failed(self, trial: Any) -> None:
+        """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
+        name = self._name_of_begun(trial)
         text = str(trial.get_pickled_error() or "the trial's process ended without a word")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        self._end(self._name_of_begun(trial), "failed", lines[-1] if lines else "", error=text)
+        reason = lines[-1] if lines else ""
+        self._end(name, "failed", reason, error=text)
+        self.session.searcher.note(int(name), reason)
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
