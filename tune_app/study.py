@@ -619,9 +619,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     def failed(self, trial: Any) -> None:
         """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
         name = self._name_of_begun(trial)
-        text = str(trial.get_pickled_error() or "the trial's process ended without a word")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        reason = lines[-1] if lines else ""
+        reason, text = _failure_of(trial)
         self._end(name, "failed", reason, error=text)
         self.session.searcher.note(int(name), reason)
 
@@ -639,6 +637,21 @@ def _node_of(trial: Any) -> str | None:
         return None if actor is None else str(ray.get(actor.get_current_ip_pid.remote(), timeout=ANSWER_S)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
+
+
+def _failure_of(trial: Any) -> tuple[str, str]:
+    """Why the trial failed last: in a line, and in full.
+
+    Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
+    """
+    told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+    text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
+    if not text:
+        return ("the trial's process ended without a word",) * 2
+    reason = text.splitlines()[-1].strip()
+    if reason.startswith("The actor is dead"):
+        reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
+    return reason, text
 
 
 def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:

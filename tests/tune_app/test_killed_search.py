@@ -52,19 +52,18 @@ FIELDS: dict[str, Any] = {
 class TuneTrial:
     """What our parts see of a trial of Tune."""
 
-    def __init__(self, suggestion: dict[str, Any]) -> None:
+    def __init__(self, suggestion: dict[str, Any], folder: Path) -> None:
         self.config = suggestion
         self.name = str(suggestion["trial"])
         self.trial_id = f"tune-{self.name}"
         self.told = 0
         self.status = Trial.RUNNING
+        self.error_file = folder / f"error-{self.name}.txt"
+        self.error_file.write_text("Failure # 1 (occurred at noon)\nA traceback\nlost its node\n")
 
     @property
     def temporary_state(self) -> SimpleNamespace:
         return SimpleNamespace(ray_actor=None)  # no process to ask where it runs
-
-    def get_pickled_error(self) -> Exception:
-        return RuntimeError("lost its node")
 
 
 def row_of(trial: TuneTrial, epoch: int) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
             suggestion = searcher.suggest(f"tune-{len(recorder.records):05d}")
             finished = suggestion == Searcher.FINISHED
             if not finished:
-                trial = TuneTrial(suggestion)
+                trial = TuneTrial(suggestion, root)
                 searcher._numbers[trial.trial_id] = int(trial.name)
                 lifecycle.on_trial_start(0, [], trial)
                 running.append(trial)
