@@ -136,6 +136,7 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
         if decision == TrialScheduler.STOP or result["epoch"] == EPOCHS:
             end(trial, result)
     searcher.close()
+    recorder.flush()
 
 
 class Moments:
