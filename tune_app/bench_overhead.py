@@ -7,8 +7,9 @@ in each of its turns, so that the last turn meets as many earlier trials as a se
 Bare Ray keeps its study in memory, as `OptunaSearch` does, and stops nothing. What medtune switches off in Ray (its
 loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds) is off on both sides, and actors are
 reused on both: the ratio is of what medtune adds, not of what it leaves out. Ours is all that a study does but the
-training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. Taking up the study
-again at each turn, which a search that is not interrupted never does, is not counted.
+training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. What a search does once
+and a turn does again is not counted, of either side: taking up the study, starting Tune and the processes of the trials,
+and ending them. A turn counts from the end of its first trial to the end of its last.
 
 Wall time is what a user waits for, and on a machine with other work mostly waits for that. The driver's own CPU time is
 told beside it: nothing else on the machine adds to it.
@@ -35,7 +36,7 @@ from search_spaces.spaces import space_from
 from trainables import installed_version
 from tune_app.display import Display
 from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.study import Plan, Recorder, _ray_to_file, _Session
+from tune_app.study import Lifecycle, Plan, Recorder, _ray_to_file, _Session
 
 SPACE = "documented"
 SIDES = ("medtune", "bare")
@@ -53,12 +54,13 @@ def bench_overhead(
 ) -> dict[str, Any]:
     """Return {"machine", "trials", "epochs", "concurrent", "turns", "medtune", "bare", "ratio", "cpu_ratio"}.
 
-    `trials` on each side, in `turns` of equal size; each trial reports `epochs` rows. `medtune` and `bare` hold `wall_s` and
-    `cpu_s`, seconds a trial over all turns, of the clock and of the driver's processor; `ratio` and `cpu_ratio` are those of
-    the two sides. `turns` has one entry a turn, with `wall_s` and `cpu_s` of each side. `concurrent` trials run at a time;
-    None: one a CPU. Writes below `folder`; `record` is given the result after each turn. Starts a Ray, and stops it.
+    `trials` on each side, in `turns` of equal size, two at least; each trial reports `epochs` rows. `medtune` and `bare` hold
+    `wall_s` and `cpu_s`, seconds a trial over all turns, of the clock and of the driver's processor; `ratio` and `cpu_ratio`
+    are those of the two sides. `turns` has one entry a turn, with `wall_s` and `cpu_s` of each side. `concurrent` trials run
+    at a time; None: one a CPU. Writes below `folder`; `record` is given the result after each turn. Starts a Ray, and stops
+    it.
     """
-    size = math.ceil(trials / turns)
+    size = max(2, math.ceil(trials / turns))
     done: list[dict[str, dict[str, float]]] = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _ray_to_file(folder / "ray.log", Console(quiet=True)):
@@ -74,7 +76,7 @@ def bench_overhead(
             say(f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}")
             for number in range(turns):
                 order = SIDES if number % 2 == 0 else reversed(SIDES)
-                turn = {side: _timed(sides[side].begin(size), size) for side in order}
+                turn = {side: sides[side].begin(size)().seconds_a_trial() for side in order}
                 done.append(turn)
                 told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
                 say(f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}")
@@ -84,10 +86,29 @@ def bench_overhead(
     return _result(done, size, epochs, at_a_time)
 
 
-def _timed(run: Callable[[], None], size: int) -> dict[str, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return {"wall_s": (time.perf_counter() - wall) / size, "cpu_s": (time.process_time() - cpu) / size}
+class _Ends(tune.Callback):  # type: ignore[misc]  # Ray is not typed
+    """When each trial ended, on the clock and in CPU time of this process."""
+
+    def __init__(self) -> None:
+        self.at: list[tuple[float, float]] = []
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.at.append((time.perf_counter(), time.process_time()))
+
+    def seconds_a_trial(self) -> dict[str, float]:
+        first, last = self.at[0], self.at[-1]
+        wall_s, cpu_s = ((end - begin) / (len(self.at) - 1) for begin, end in zip(first, last, strict=True))
+        return {"wall_s": wall_s, "cpu_s": cpu_s}
+
+
+class _OurEnds(Lifecycle):
+    def __init__(self, session: _Session) -> None:
+        super().__init__(session)
+        self.ends = _Ends()
+
+    def on_trial_complete(self, *arguments: Any, **info: Any) -> None:
+        super().on_trial_complete(*arguments, **info)
+        self.ends.on_trial_complete(*arguments, **info)
 
 
 def _result(done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_a_time: int) -> dict[str, Any]:
@@ -166,19 +187,21 @@ class _Ours:
         self.trials = 0
         root.mkdir(parents=True)
 
-    def begin(self, count: int) -> Callable[[], None]:
-        """Take up the study; returns what runs `count` more trials."""
+    def begin(self, count: int) -> Callable[[], _Ends]:
+        """Take up the study; returns what runs `count` more trials and says when they ended."""
         self.trials += count
         spec = self._spec()
         console = Console(file=(self.files.root / "console.log").open("a"), width=80)
         recorder = Recorder(spec, self.files)
         session = _Session(spec, "none", recorder, Display(console, num_trials=self.trials, epochs=self.epochs))
         session.begin()
+        session.lifecycle = lifecycle = _OurEnds(session)
 
-        def run() -> None:
+        def run() -> _Ends:
             session.run(_trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent, [{"CPU": 1.0}]))
             ended = recorder.states()
             assert sum(ended.get(state, 0) for state in ("completed", "stopped")) == self.trials, ended
+            return lifecycle.ends
 
         return run
 
@@ -197,22 +220,26 @@ class _Bare:
         space = space_from(SPACE, {"epochs": epochs})
         self.distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
 
-    def begin(self, count: int) -> Callable[[], None]:
-        """Open the study; returns what runs `count` more trials."""
+    def begin(self, count: int) -> Callable[[], _Ends]:
+        """Open the study; returns what runs `count` more trials and says when they ended."""
         searcher = OptunaSearch(
             self.distributions, metric="val_auc", mode="max", storage=self.storage, study_name="bare", seed=0
         )
+        ends = _Ends()
         tuner = tune.Tuner(
             tune.with_resources(_trivial_trial(self.epochs), _bundle()),
             tune_config=tune.TuneConfig(
                 search_alg=searcher, num_samples=count, max_concurrent_trials=self.concurrent, reuse_actors=True
             ),
-            run_config=tune.RunConfig(name=uuid.uuid4().hex, storage_path=str(self.folder / "bare"), verbose=0),
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex, storage_path=str(self.folder / "bare"), callbacks=[ends], verbose=0
+            ),
         )
 
-        def run() -> None:
+        def run() -> _Ends:
             results = tuner.fit()
             assert len(results) == count, f"{len(results)} of {count} trials"
             assert not results.errors, results.errors
+            return ends
 
         return run

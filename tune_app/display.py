@@ -66,7 +66,7 @@ class Display:
 
     def _line(self, text: str) -> None:
         if self.live is None:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.out(text, highlight=False)
         else:
             self._refresh()
 

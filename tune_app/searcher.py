@@ -547,6 +547,8 @@ class _Database:
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
         """All trials it held when it was opened, by number."""
         self._ids = {trial.number: trial._trial_id for trial in self.found}
+        trials = models.TrialModel.__table__
+        self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(trials.c.study_id == self._study)
 
     @_with_room
     def set_attr(self, key: str, value: Any) -> None:
@@ -565,14 +567,12 @@ class _Database:
             datetime_complete=trial.datetime_complete,
         )
         with self._storage.engine.begin() as db:
-            trials = models.TrialModel.__table__
-            last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(trials.c.study_id == self._study)
-            if (found := db.scalar(last)) != (number - 1 if number else None):
+            if (found := db.scalar(self._last)) != (number - 1 if number else None):
                 raise SearchError(
                     f"{self.name}: another process adds trials to this study (the last is {found}, this one was to be "
                     f"{number}); end one of the two, and resume"
                 )
-            trial_id = db.execute(sqlalchemy.insert(trials).values(_columns(row))).inserted_primary_key[0]
+            trial_id = db.execute(_insertion(models.TrialModel), _columns(row)).inserted_primary_key[0]
             parameters = [
                 {
                     "param_name": name,
@@ -644,7 +644,13 @@ def _columns(row: Any) -> dict[str, Any]:
 
 def _insert(db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]) -> None:
     if rows:
-        db.execute(sqlalchemy.insert(model.__table__), [{"trial_id": trial_id, **row} for row in rows])
+        db.execute(_insertion(model), [{"trial_id": trial_id, **row} for row in rows])
+
+
+@functools.cache
+def _insertion(model: Any) -> sqlalchemy.Insert:
+    """Made once: that costs as much as to execute it."""
+    return sqlalchemy.insert(model.__table__)
 
 
 def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:

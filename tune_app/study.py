@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ import ray
 from filelock import FileLock, Timeout
 from ray import tune
 from ray.autoscaler.sdk import request_resources
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -57,7 +59,7 @@ DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
 ACCELERATOR = "accelerator_type:"
 """How Ray names the resource that a node has for its kind of GPU."""
 ANSWER_S = 10.0
-"""Seconds a trial's process may take to say where it runs."""
+"""Seconds a trial's process may take to say where it runs, before its record is written without that."""
 START_TRIES = 3
 """Times a local Ray is started before the machine counts as too busy."""
 SHUTDOWN_S = 30.0
@@ -308,9 +310,12 @@ class Recorder:
             record = read_record(path)
             self.records[record["trial"]] = record
         self.logged = {(row["trial"], row["epoch"]) for row in read_rows(files.decisions)}
+        self._writer = ThreadPoolExecutor(1, "records")
+        self._writing: dict[str, Future[None]] = {}
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Keep a new row of a trial; called before anything is decided on it."""
+        self.written(row["trial"])  # rows of a trial without a record could not be read
         self.rows.setdefault(row["trial"], []).append(dict(row))
         when_there_is_room(lambda: append_line(self.files.epochs, row), self.files.epochs)
 
@@ -334,6 +339,7 @@ class Recorder:
 
     def failed_once(self, trial: str) -> None:
         self._write(self.records[trial] | {"failures": self.records[trial]["failures"] + 1})
+        self.written(trial)
 
     def ended(self, trial: str, state: str, reason: str, *, error: str | None = None) -> dict[str, Any]:
         rows = self.rows.get(trial, [])
@@ -353,7 +359,19 @@ class Recorder:
                 "advice": diagnosis.advice if diagnosis else None,
             }
         )
+        if state == "failed":
+            self.written(trial)  # nothing else says why; the other ends follow from the rows
         return self.records[trial]
+
+    def written(self, trial: str) -> None:
+        """Wait until the record of the trial is on disk."""
+        if (writing := self._writing.pop(trial, None)) is not None:
+            writing.result()
+
+    def flush(self) -> None:
+        """Wait until all records are on disk."""
+        for trial in list(self._writing):
+            self.written(trial)
 
     def states(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -362,9 +380,12 @@ class Recorder:
         return counts
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.records[record["trial"]] = record
-        path = self.files.trial(record["trial"]).record
-        when_there_is_room(lambda: write_json(path, record), path)
+        """Have the record written. In a thread: waiting for the disk would hold up all other trials."""
+        trial = record["trial"]
+        self.written(trial)
+        self.records[trial] = record
+        path = self.files.trial(trial).record
+        self._writing[trial] = self._writer.submit(when_there_is_room, lambda: write_json(path, record), path)
 
 
 class _Session:
@@ -378,6 +399,7 @@ class _Session:
         self.epochs = spec.epochs
         self.fatal: dict[str, str] = {}
         self.interrupt = Interrupt()
+        self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
         self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
@@ -411,7 +433,7 @@ class _Session:
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 storage_path=str(self.files.ray.resolve()),
                 failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
-                callbacks=[Lifecycle(self), *log_callbacks(self.spec, self.files)],
+                callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],
                 verbose=0,
             ),
         )
@@ -422,6 +444,7 @@ class _Session:
             return True
         finally:
             searcher.close()
+            self.recorder.flush()
         return False
 
     def keep_to_budget(self) -> None:
@@ -516,6 +539,7 @@ class StudyScheduler(PolicyScheduler):
         return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self.session.lifecycle.begun(trial)
         if FATAL in result:
             self.session.fatal[str(trial.config["trial"])] = str(result[FATAL])
             return str(TrialScheduler.STOP)
@@ -524,6 +548,13 @@ class StudyScheduler(PolicyScheduler):
         if ended is not None and ended.stops:
             self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
+        if (
+            trial.status != Trial.ERROR
+        ):  # which is set before this, not after, when the trial is going to be tried again
+            self.session.lifecycle.failed(trial)
 
 
 class Interrupt:
@@ -562,6 +593,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(self, session: _Session) -> None:
         self.session = session
+        self._starting: dict[str, _Starting] = {}
+        self._nodes: dict[Any, str] = {}
+        """Where processes run that have said so, by Ray's id of each."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as above
@@ -571,20 +605,39 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = str(trial.config["trial"])
-        variant = self.session.variants.get(name)
-        self.session.recorder.began(name, trial.config["overrides"], variant, node=_node_of(trial))
-        self.session.display.began(name, variant)
-        self.session.keep_to_budget()
+        self.session.display.began(name, self.session.variants.get(name))
+        actor = trial.temporary_state.ray_actor
+        if actor is None or actor._actor_id in self._nodes:  # a process that has run other trials
+            self._begin(trial, None if actor is None else self._nodes[actor._actor_id])
+        else:  # waiting for the answer would hold up all other trials, and Tune's own question waits for ever
+            where = actor.get_current_ip_pid.remote()
+            self._starting[name] = _Starting(trial, actor._actor_id, where, time.monotonic() + ANSWER_S)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for start in list(self._starting.values()):
+            if ray.wait([start.where], timeout=0)[0] or time.monotonic() >= start.deadline:
+                self.begun(start.trial)
         self.session.look(trials)
 
-    def _name_of_begun(self, trial: Any) -> str:
-        """The trial's name. A process that dies on its way up has failed before Tune calls the trial started."""
+    def begun(self, trial: Any) -> str:
+        """Return the trial's name. Its record is there from now on, which has to come before any row.
+
+        A process that dies on its way up has failed before Tune calls the trial started.
+        """
         name = str(trial.config["trial"])
-        if name not in self.session.recorder.records:
+        if name not in self._starting and name not in self.session.recorder.records:
             self.on_trial_start(0, [], trial)
+        if (start := self._starting.pop(name, None)) is not None:
+            node = _node_of(start.where)
+            if node is not None:
+                self._nodes[start.actor] = node
+            self._begin(trial, node)
         return name
+
+    def _begin(self, trial: Any, node: str | None) -> None:
+        name = str(trial.config["trial"])
+        self.session.recorder.began(name, trial.config["overrides"], self.session.variants.get(name), node=node)
+        self.session.keep_to_budget()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -595,10 +648,10 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.session.recorder.failed_once(self._name_of_begun(trial))
+        self.session.recorder.failed_once(self.begun(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = self._name_of_begun(trial)
+        name = self.begun(trial)
         decision = self.session.policy.stopped().get(name)
         if name in self.session.fatal:
             self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
@@ -607,10 +660,12 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         else:
             self._end(name, "completed", "")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        text = str(trial.get_pickled_error() or "the trial's process ended without a word")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        self._end(self._name_of_begun(trial), "failed", lines[-1] if lines else "", error=text)
+    def failed(self, trial: Any) -> None:
+        """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
+        name = self.begun(trial)
+        reason, text = _failure_of(trial)
+        self._end(name, "failed", reason, error=text)
+        self.session.searcher.note(int(name), reason)
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
@@ -619,13 +674,38 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         self.session.keep_to_budget()
 
 
-def _node_of(trial: Any) -> str | None:
-    """Where the trial runs; None when its process does not say: Tune's own question would wait for a frozen one for ever."""
-    actor = trial.temporary_state.ray_actor
+@dataclass(frozen=True)
+class _Starting:
+    """A trial whose record is still to be written."""
+
+    trial: Any
+    actor: Any
+    where: Any
+    """What will be the address of its process, and the process's id."""
+    deadline: float
+
+
+def _node_of(where: Any) -> str | None:
+    """Where the trial runs; None when its process has not said so."""
     try:
-        return None if actor is None else str(ray.get(actor.get_current_ip_pid.remote(), timeout=ANSWER_S)[0])
+        return str(ray.get(where, timeout=0)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
+
+
+def _failure_of(trial: Any) -> tuple[str, str]:
+    """Why the trial failed last: in a line, and in full.
+
+    Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
+    """
+    told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+    text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
+    if not text:
+        return ("the trial's process ended without a word",) * 2
+    reason = text.splitlines()[-1].strip()
+    if reason.startswith("The actor is dead"):
+        reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
+    return reason, text
 
 
 def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:

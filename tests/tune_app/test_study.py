@@ -6,11 +6,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+import ray
+from ray import tune
+from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
+from tune_app.display import Display
+from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, watching_only
+from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, watching_only
 from tune_app.synthetic import write_cohort
 
 
@@ -98,6 +104,43 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_arc
     assert len(shown) == 2
     assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
     assert len(list(StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*"))) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_path: Path) -> None:
+    def trial(config: dict[str, Any]) -> None:
+        row = {"val_auc": 0.7, "val_auc_raw": 0.7, "train_loss": 1.0, "drw_active": False, "epoch_s": 0.0}
+        tune.report({"epoch": 1, **row})
+        if config["trial"] == "00000":
+            raise ValueError("no such thing\nnot at all")
+        if config["trial"] == "00001":
+            os._exit(1)
+        again = tmp_path / "again"
+        if config["trial"] == "00002" and not again.exists():
+            again.touch()
+            raise ValueError("once only")
+        tune.report({"epoch": 2, **row})
+
+    fields = {"data": "t.csv", "space": "documented", "trials": 3, "warm_start": (), "config": {"epochs": 2}}
+    spec, files = build_spec(fields | {"max_failures": 1}), StudyFiles(tmp_path / "study")
+    recorder = Recorder(spec, files)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        session = _Session(spec, "none", recorder, Display(Console(quiet=True), num_trials=3, epochs=2))
+        session.begin()
+        assert not session.run(trial, Plan(1, 1, 0.0, 2, [{"CPU": 1.0}]))
+    finally:
+        ray.shutdown()
+
+    records = [recorder.records[f"0000{number}"] for number in range(3)]
+    assert [record["state"] for record in records] == ["failed", "failed", "completed"]
+    assert [record["failures"] for record in records] == [1, 1, 1]
+    reasons = [record["reason"] for record in records]
+    assert reasons == ["not at all", "The actor is dead because its worker process has died", None]
+    assert "ValueError: no such thing" in records[0]["error"]
+    study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
+    assert [trial.user_attrs.get("reason") for trial in study.trials] == reasons
 
 
 # Without Ray -----------------------------------------------------------------------------------------------------------
