@@ -134,6 +134,7 @@ def _run_locked(
     if files.spec.exists() and not resume:
         place = url or files.root
         raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
+    log_callbacks(spec, files)  # what is missing must be told before the study has begun
     sweep_temporaries(files.root)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
@@ -405,6 +406,8 @@ class _Session:
                 scheduler=StudyScheduler(self),
                 num_samples=-1,
                 max_concurrent_trials=plan.concurrent,
+                trial_name_creator=trial_name,  # what TensorBoard and MLflow show
+                trial_dirname_creator=trial_name,
                 reuse_actors=plan.ranks == 1,  # with several bundles the reused actor dies
             ),
             run_config=tune.RunConfig(
@@ -626,6 +629,11 @@ def _node_of(trial: Any) -> str | None:
         return None if actor is None else str(ray.get(actor.get_current_ip_pid.remote(), timeout=ANSWER_S)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
+
+
+def trial_name(trial: Any) -> str:
+    """Return the study's own name of a trial of Tune's: 00003."""
+    return str(trial.config["trial"])
 
 
 def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:

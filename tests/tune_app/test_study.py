@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, watching_only
+from tune_app.study import Interrupt, Recorder, log_callbacks, plan_resources, run_study, watching_only
 from tune_app.synthetic import write_cohort
 
 
@@ -97,7 +98,8 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_arc
     shown = json.loads(finished(medtune("results", tmp_path / "study", "--format", "json")))
     assert len(shown) == 2
     assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
-    assert len(list(StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*"))) == 2
+    logged = StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*")
+    assert sorted(file.parent.name for file in logged) == ["00000", "00001"]
 
 
 # Without Ray -----------------------------------------------------------------------------------------------------------
@@ -171,6 +173,15 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
         log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+
+
+def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or the corrected command would be told that the folder holds a study already."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    spec = build_spec({"data": str(tmp_path / "t.csv"), "log": ["mlflow"]})
+    with pytest.raises(SpecError, match="pip install mlflow"):
+        run_study(spec, tmp_path / "study", console=Console(), notes=Console())
+    assert not StudyFiles(tmp_path / "study").spec.exists()
 
 
 def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> None:
