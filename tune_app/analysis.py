@@ -222,8 +222,8 @@ def importance(study: "Study", metric: str, evaluator: str, repeats: int, seed: 
     table = table.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
     stopped = int((rows["state"] == "stopped").sum())
     table.attrs["how"] = (
-        f"{_EVALUATOR_NAMES[evaluator]} (Optuna) for {column} over {len(rows)} trials, {stopped} of them stopped early and counted with "
-        f"their value so far; failed and unfinished trials left out; mean and extremes of {len(found)} evaluations"
+        f"{_EVALUATOR_NAMES[evaluator]} (Optuna) for {column} over {len(rows)} trials, {stopped or 'none'} of them stopped early"
+        f"{' and counted with their value so far' if stopped else ''}; failed and unfinished trials left out; mean and extremes of {len(found)} evaluations"
     )
     return table
 

@@ -623,8 +623,8 @@ def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
     ratio = float(np.median(head[both] / backbone[both]))
     return holds, (
         f"{format_value('backbone_lr', curves.trial['backbone_lr'])} and "
-        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; head : backbone {ratio:.3g} in "
-        f"{int(both.sum())} epochs"
+        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; ratio {ratio:.3g} over "
+        f"all {int(both.sum())} epochs"
     )
 
 
@@ -647,7 +647,10 @@ def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
         (np.nan_to_num(np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])) > 0).sum()
     )
     jump, epoch = curves.worst_jump
-    told = f"{nans} losses and scores of {nonfinite} epochs not finite, {skipped:g} updates skipped"
+    told = "losses and scores finite in every epoch"
+    if nans or nonfinite:
+        told = f"epochs whose loss is not finite: {nans}, whose scores: {nonfinite}"
+    told += f"; {skipped:g} updates skipped"
     if jump:
         told += f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
     return nans > 0 or nonfinite > 0 or jump >= LOSS_SPIKE_FACTOR, told

@@ -276,7 +276,7 @@ def test_losses_and_scores_that_are_not_finite_are_a_warning_sign(write_study: W
 
     sign = check(rewrite(write_study(trials=1, epochs=8, policy=False), lose), "Loss spikes")
     assert sign.present is True
-    assert "1 losses and scores of 1 epochs not finite" in sign.evidence
+    assert "epochs whose loss is not finite: 1, whose scores: 1" in sign.evidence
 
 
 def test_a_fall_after_the_class_weights_began_is_a_warning_sign(write_study: WriteStudy) -> None:

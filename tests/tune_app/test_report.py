@@ -350,6 +350,13 @@ def test_curves_hold_every_epoch_rungs_drw_starts_and_stops(search: Study) -> No
     assert set(best["customdata"]) == {search.best()["trial"]}
 
 
+@pytest.mark.parametrize(("epochs", "dtick"), [(5, 1), (20, None)])
+def test_an_axis_of_few_epochs_has_no_tick_between_two(write_study: WriteStudy, epochs: int, dtick: int | None) -> None:
+    study = load_study(write_study(trials=4, epochs=epochs))
+    assert figures.curves(study, "val_auc")["layout"]["xaxis"].get("dtick") == dtick
+    assert figures.best_of_two([("one", study), ("two", study)])["layout"]["xaxis"].get("dtick") == dtick
+
+
 def test_many_trials_are_thinned_and_the_page_says_so(write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(write_study(trials=24, epochs=2, policy=False))
     monkeypatch.setattr(figures, "MOST_CURVES", 10)
