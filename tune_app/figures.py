@@ -8,13 +8,14 @@ them one by one. Text of a study is escaped, because Plotly reads markup in labe
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from tune_app.analysis import Axis, axis_of
-from tune_app.findings import documented_settings
+from tune_app.findings import documented_settings, leading
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
 from tune_app.tables import format_value
@@ -164,7 +165,7 @@ def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
     trials = study.trials
     best = None
     if study.scored:
-        best = str(study.best()["trial"])
+        best = str(leading(study)["trial"])
     if len(trials) <= MOST_CURVES:
         return trials, best
     ranked = trials.sort_values("objective", ascending=False, na_position="last")
@@ -560,7 +561,8 @@ def runs_by_variant(study: Study) -> Figure:
             _line("mean", ["mean"] * 2, [round(float(means[name]), 4)] * 2, ends, {"color": INK, "width": 3})
             | {"showlegend": False, "hovertemplate": "mean %{x:.3f}<extra>" + escape(name) + "</extra>"}
         )
-    layout = _layout(120 + 44 * len(variants), OBJECTIVES[study.spec.objective].title, None, showlegend=True)
+    title = "<br>".join(wrap(OBJECTIVES[study.spec.objective].title, 24))
+    layout = _layout(120 + 44 * len(variants), title, None, showlegend=True)
     layout["yaxis"] |= {
         "tickvals": list(range(len(variants))),
         "ticktext": [escape(name) for name in variants],

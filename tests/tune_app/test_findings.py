@@ -168,7 +168,7 @@ def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(write_st
     path = root / "trials" / best / "trial.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "saturated", "verdict_summary": "all tied"}))
     titles = [caution.title for caution in findings.cautions(load_study(root))]
-    assert "The best trial itself is diagnosed saturated" in titles
+    assert f"The best trial itself ({best}) is diagnosed saturated" in titles
 
 
 def test_commands_in_remedies_can_be_pasted(write_study: WriteStudy) -> None:

@@ -292,6 +292,18 @@ def test_two_studies_are_set_side_by_side(a_search: Path, write_study: WriteStud
     _check_figures(page)
 
 
+def test_a_comparison_says_in_plain_words_which_folds_and_settings_differ(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    two = {"base": {}, "other": {"max_m": 0.3}}
+    config = {"epochs": 4, "flip_axes": ""}
+    first = load_study(write_study("first", variants=two, folds=2, epochs=4))
+    second = load_study(write_study("second", variants=two, folds=1, epochs=4, spec={"config": config}))
+    text = Page(write_comparison(first, second, tmp_path / "both.html").read_text()).text()
+    assert "0, 1 against 0." in text
+    assert "none ≠" in text
+
+
 # The figures -----------------------------------------------------------------------------------------------------------
 
 
