@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +176,43 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
         log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+
+
+@pytest.fixture
+def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """As much of MLflow as Ray's callback asks at its start: where it was sent, and the error it raises if one is set."""
+    seen: dict[str, Any] = {}
+    mlflow, errors = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
+    mlflow.__spec__ = ModuleSpec("mlflow", None)
+    errors.MlflowException = type("MlflowException", (Exception,), {})  # type: ignore[attr-defined]
+
+    def get_experiment_by_name(name: str) -> Any:
+        if "error" in seen:
+            raise errors.MlflowException(seen["error"])
+        return SimpleNamespace(name=name, experiment_id="1")
+
+    mlflow.set_tracking_uri = lambda uri: seen.update(uri=uri)  # type: ignore[attr-defined]
+    mlflow.set_registry_uri = lambda uri: None  # type: ignore[attr-defined]
+    mlflow.get_experiment_by_name = get_experiment_by_name  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", errors)
+    return seen
+
+
+def test_mlflow_writes_to_a_database_in_the_study_or_to_the_server_named(
+    fake_mlflow: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLflow 3.17 refuses a folder of files, which is where it was sent before."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    spec = build_spec({"data": "t.csv", "log": ["mlflow"]})
+    log_callbacks(spec, StudyFiles(tmp_path))
+    assert fake_mlflow["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@server")
+    log_callbacks(spec, StudyFiles(tmp_path))
+    assert fake_mlflow["uri"] == "https://me:secret@server"
+    fake_mlflow["error"] = "no answer\nafter 7 tries"
+    with pytest.raises(SpecError, match=r"^log=mlflow: MLFLOW_TRACKING_URI: no answer$"):
+        log_callbacks(spec, StudyFiles(tmp_path))
 
 
 def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
