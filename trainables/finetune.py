@@ -532,14 +532,7 @@ class _Run:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != CHECKPOINT_FORMAT:
-            raise ResumeError(
-                f"checkpoint format {state.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: start anew"
-            )
-        if state["config_hash"] != self.config.hash():
-            ours, theirs = self.config.model_dump(mode="json"), state["config"]
-            differing = [f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]]
-            raise ResumeError(f"the checkpoint is of another configuration ({', '.join(differing)}): start anew")
+        check_checkpoint(state, self.config)
         same_rows = [
             np.array_equal(state[key].numpy(), rows)
             for key, rows in (("train_rows", self.split.train), ("val_rows", self.split.val))
@@ -571,6 +564,20 @@ class _Pass:
     counts: bool = True
     """False on a rank that only joins in."""
     on_device: Tensor = dataclass_field(init=False)
+
+
+def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
+    """Raise ResumeError unless `state` is of this version and of a run of `config`."""
+    if state.get("format") != CHECKPOINT_FORMAT:
+        raise ResumeError(
+            f"checkpoint format {state.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: start anew elsewhere"
+        )
+    if state["config_hash"] != config.hash():
+        ours, theirs = config.model_dump(mode="json"), state["config"]
+        differing = [f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]]
+        raise ResumeError(
+            f"the checkpoint is of another configuration ({', '.join(differing)}): start anew in another folder"
+        )
 
 
 def configured_network(config: FineTuneConfig) -> Classifier:

@@ -17,7 +17,7 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import FineTuneConfig
-from trainables.finetune import EpochResult
+from trainables.finetune import EpochResult, check_checkpoint
 from trainables.manifest import ManifestError, Split, read_manifest, split_rows
 from trainables.volumes import Cohort, CohortError, Recipe, open_cohort, prepare_cohort
 
@@ -67,8 +67,10 @@ def saved_run(
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder)
-    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
+    if resume is not None:
+        check_checkpoint(resume, config)  # before config.json is replaced, and before another run's rows are told
+    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits)
     best = BestEpoch()
     for row in resume["rows"] if resume else []:
         best.improved_by(row)

@@ -284,7 +284,13 @@ def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) ->
             f"The data cannot tell {names} from {reference_name}: their intervals hold zero, and a difference of less "
             f"than about {widest:.3f} would not show in so few runs."
         )
-    single = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"]]
+    alike = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] > 1]
+    if alike:
+        lines.append(
+            f"The data cannot tell {', '.join(alike)} from {reference_name}: the difference is the same in every fold, "
+            "which leaves no spread to judge it by. Give more seeds or folds."
+        )
+    single = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] == 1]
     if single:
         lines.append(
             f"The data cannot tell {', '.join(single)} from {reference_name}: one pair has no interval. Give more "

@@ -222,8 +222,8 @@ def importance(study: "Study", metric: str, evaluator: str, repeats: int, seed: 
     table = table.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
     stopped = int((rows["state"] == "stopped").sum())
     table.attrs["how"] = (
-        f"{_EVALUATOR_NAMES[evaluator]} (Optuna) for {column} over {len(rows)} trials, {stopped} of them stopped early and counted with "
-        f"their value so far; failed and unfinished trials left out; mean and extremes of {len(found)} evaluations"
+        f"{_EVALUATOR_NAMES[evaluator]} (Optuna) for {column} over {len(rows)} trials, {stopped or 'none'} of them stopped early"
+        f"{' and counted with their value so far' if stopped else ''}; failed and unfinished trials left out; mean and extremes of {len(found)} evaluations"
     )
     return table
 
@@ -334,7 +334,9 @@ def effects(study: "Study", metric: str, baseline: str | None) -> pd.DataFrame:
     table.attrs["how"] = (
         f"differences in {column} from {baseline}, paired over fold and seed ({folds} fold{'s' if folds != 1 else ''}); "
         "95 % intervals by Student's t"
-        + (" on the folds, variance raised for overlapping training parts" if folds > 1 else ", and of this fold only")
+        + ("", ", and of this fold only", " on the folds, variance raised for overlapping training parts")[
+            min(folds, 2)
+        ]
     )
     return table
 
@@ -378,19 +380,26 @@ def interval_over_folds(values: pd.Series, cut_into: int) -> dict[str, float]:
     Over several folds the unit is the fold, its seeds averaged; `cut_into` is how many folds the table was cut into.
     Runs as units give too narrow an interval wherever folds differ more than seeds: with 5 folds of 3 seeds 83 %
     coverage instead of 95 in simulation, with 2 of 5 folds 65 %. Folds as units stay at 95 to 98, and are the narrower
-    ones where seeds differ more. With one fold its seeds are the units. See `Study.effects` for the sources.
+    ones where seeds differ more. With one fold its seeds are the units. See `Study.effects` for the sources. Units that
+    are all the same have no interval either, unless they are zero: an AUC of few volumes takes few values, and two
+    differences that happen to be the same would pass for certainty.
     """
     by_fold = values.groupby(level="fold").mean().to_numpy("float64")
     several = len(by_fold) > 1
     units = by_fold if several else values.to_numpy("float64")
     n, mean = len(units), float(units.mean())  # each fold counts once, however many of its runs failed
     if n < 2:
-        return {"mean": mean, "low": math.nan, "high": math.nan, "p": math.nan}
+        return {"mean": mean, **_NO_INTERVAL}
     from scipy.stats import t
 
     overlap = 1 / (max(cut_into, n) - 1) if several else 0.0  # volumes validated on over volumes trained on
-    error = float(units.std(ddof=1)) * math.sqrt(1 / n + overlap)
+    spread = float(units.std(ddof=1))
+    if spread < 1e-9:  # rounding; the steps of an AUC are 1e-4 and larger
+        none = not np.any(np.abs(units) > 1e-9)
+        return {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0} if none else {"mean": mean, **_NO_INTERVAL}
+    error = spread * math.sqrt(1 / n + overlap)
     half = float(t.ppf(0.975, n - 1)) * error
-    no_spread = 0.0 if mean else 1.0
-    p = 2 * float(t.sf(abs(mean) / error, n - 1)) if error > 0 else no_spread
-    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "p": 2 * float(t.sf(abs(mean) / error, n - 1))}
+
+
+_NO_INTERVAL = {"low": math.nan, "high": math.nan, "p": math.nan}

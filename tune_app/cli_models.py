@@ -104,7 +104,7 @@ def predict(
     ] = None,
     explain_layer: Annotated[
         Literal["layer4", "layer3", "layer2", "layer1"],
-        typer.Option("--explain-layer", help="Layer explained: lower ones locate better and mean less."),
+        typer.Option("--explain-layer", metavar="LAYER", help="layer4 to layer1: lower ones locate better, mean less."),
     ] = "layer4",
 ) -> None:
     """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""

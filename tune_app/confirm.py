@@ -265,7 +265,7 @@ def _table(effects: pd.DataFrame) -> Table:
     for row in effects.to_dict("records"):
         mean = format_value("auc", row["own_mean"])
         if not pd.isna(row["own_low"]):
-            mean += f" [{row['own_low']:.3f}, {min(1.0, row['own_high']):.3f}]"
+            mean += f" [{max(0.0, row['own_low']):.3f}, {min(1.0, row['own_high']):.3f}]"
         is_reference = row["variant"] == REFERENCE
         table.add_row(
             Text(printable(str(row["variant"]))),

@@ -8,13 +8,14 @@ them one by one. Text of a study is escaped, because Plotly reads markup in labe
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from tune_app.analysis import Axis, axis_of
-from tune_app.findings import documented_settings
+from tune_app.findings import documented_settings, leading
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
 from tune_app.tables import format_value
@@ -25,14 +26,14 @@ Figure = dict[str, Any]
 MOST_CURVES = 150
 """Trials drawn as curves: the best ones, and others evenly; more would only blacken the figure."""
 
-INK, FAINT, GRID, PAPER, VEIL = "#1b2430", "#5b6675", "#dfe3e8", "#ffffff", "rgba(255,255,255,0.8)"
+INK, FAINT, GRID, PAPER, VEIL = "#1b2430", "#5b6675", "#dfe3e8", "#ffffff", "rgba(255,255,255,0.93)"
 
 PALETTE = {
     INK: "#e8ecf1",
     FAINT: "#a3adb9",
     GRID: "#343d48",
     PAPER: "#161b22",
-    VEIL: "rgba(22,27,34,0.8)",
+    VEIL: "rgba(22,27,34,0.93)",
     "#00609c": "#62b8f0",
     "rgba(0,96,156,0.15)": "rgba(98,184,240,0.2)",
     "rgba(199,83,0,0.15)": "rgba(255,161,79,0.2)",
@@ -155,7 +156,8 @@ def curves(study: Study, metric: str) -> Figure:
     data.append(_line("picked", [], [], [], {"color": "#c75300", "width": 4}) | {"meta": {"picked": True}})
     finite = [value for _, values in lines.values() for value in values if value is not None]
     low = min(0.45, *finite) if finite else 0.45
-    layout = _layout(360, "epoch", "validation AUC", yaxis={"range": [max(0.0, low - 0.03), 1.02]})
+    axis = _whole_numbers(max((epochs[-1] for epochs, _ in lines.values()), default=0))
+    layout = _layout(360, "epoch", "validation AUC", xaxis=axis, yaxis={"range": [max(0.0, low - 0.03), 1.02]})
     return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
 
 
@@ -163,7 +165,7 @@ def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
     trials = study.trials
     best = None
     if study.scored:
-        best = str(study.best()["trial"])
+        best = str(leading(study)["trial"])
     if len(trials) <= MOST_CURVES:
         return trials, best
     ranked = trials.sort_values("objective", ascending=False, na_position="last")
@@ -251,15 +253,16 @@ def progress(study: Study) -> Figure:
     best = _rounded(trials["objective"].cummax())
     line = {"color": INK, "width": 2, "shape": "hv"}
     data.append(_line("best so far", trials["trial"].tolist(), trials["number"].tolist(), best, line))
-    return {"data": data, "layout": _layout(280, "trial, in the order they began", "objective")}
+    axis = _whole_numbers(trials["number"].max())
+    return {"data": data, "layout": _layout(280, "trial, in the order they began", "objective", xaxis=axis)}
 
 
 def stopped(table: pd.DataFrame) -> Figure:
     """Return epochs run and spared by reason, from `findings.stops`."""
     titles = [_title_of(str(reason)) for reason in table["reason"]]
     bars = [
-        ("epochs run", "epochs_run", "#00609c", ""),
-        ("epochs spared", "epochs_spared", "#8b939e", "/"),
+        ("epochs run", "epochs_run", "#00609c", "", PAPER),
+        ("epochs spared", "epochs_spared", "#8b939e", "/", INK),
     ]
     data = [
         {
@@ -273,13 +276,14 @@ def stopped(table: pd.DataFrame) -> Figure:
             "textangle": 0,
             "insidetextanchor": "middle",
             "constraintext": "inside",
+            "insidetextfont": {"color": ink},
             "marker": {
                 "color": colour,
                 "pattern": {"shape": shape, "fillmode": "overlay", "fgcolor": PAPER, "size": 7},
             },
             "hovertemplate": "%{y}: %{x} " + name + "<extra></extra>",
         }
-        for name, column, colour, shape in bars
+        for name, column, colour, shape, ink in bars
     ]
     layout = _layout(90 + 42 * len(table), "epochs", None, barmode="stack", bargap=0.35)
     layout |= {"uniformtext": {"mode": "hide", "minsize": 10}}
@@ -557,7 +561,8 @@ def runs_by_variant(study: Study) -> Figure:
             _line("mean", ["mean"] * 2, [round(float(means[name]), 4)] * 2, ends, {"color": INK, "width": 3})
             | {"showlegend": False, "hovertemplate": "mean %{x:.3f}<extra>" + escape(name) + "</extra>"}
         )
-    layout = _layout(120 + 44 * len(variants), OBJECTIVES[study.spec.objective].title, None, showlegend=True)
+    title = "<br>".join(wrap(OBJECTIVES[study.spec.objective].title, 24))
+    layout = _layout(120 + 44 * len(variants), title, None, showlegend=True)
     layout["yaxis"] |= {
         "tickvals": list(range(len(variants))),
         "ticktext": [escape(name) for name in variants],
@@ -624,7 +629,8 @@ def best_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
         )
         line = {"color": colour, "width": 2.5, "dash": dash}
         data.append(_line(f"{name}: {best}", [best] * len(x), x, _rounded(rows["val_auc"]), line))
-    layout = _layout(320, "epoch", "validation AUC", showlegend=True)
+    longest = max((trace["x"][-1] for trace in data if trace["x"]), default=0)
+    layout = _layout(320, "epoch", "validation AUC", xaxis=_whole_numbers(longest), showlegend=True)
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
@@ -667,6 +673,11 @@ def _layout(height: int, x: str | None, y: str | None, **more: Any) -> dict[str,
     for key in ("xaxis", "yaxis"):
         layout[key] |= more.pop(key, {})
     return layout | more
+
+
+def _whole_numbers(largest: float) -> dict[str, Any]:
+    """An axis of epochs or trials without ticks between them; Plotly sets none there on longer ones."""
+    return {"dtick": 1} if largest <= 10 else {}
 
 
 def _vertical(x: float, colour: str, dash: str) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _asked(study: Study) -> str:
             f"{network} the highest {OBJECTIVES[spec.objective].title} {where}?"
         )
     variants = list(dict.fromkeys(trials["variant"].dropna()))
-    runs = f"{trials['fold'].nunique()} folds and {trials['seed'].nunique()} seeds"
+    folds, seeds = (trials[name].nunique() for name in ("fold", "seed"))
+    runs = f"{folds} fold{'s' if folds != 1 else ''} and {seeds} seed{'s' if seeds != 1 else ''}"
     if spec.kind == "ablation":
         return f"What does each of {len(variants)} variants change for {network} {where}, over {runs}?"
     return f"Which of {len(variants)} configurations of {network} holds up {where}, over {runs}?"
@@ -271,6 +272,11 @@ def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
     return None if rows.empty else rows.iloc[int(rows["objective"].to_numpy().argmax())]
 
 
+def setting_text(name: str, value: Any) -> str:
+    """Return a hyperparameter's value as text, `none` for an empty one."""
+    return format_value(name, value) or "none"
+
+
 def leading(study: Study) -> pd.Series:
     """Return the trial a study is shown by: the best one of a search, else the best run of the leading variant.
 
@@ -301,9 +307,14 @@ def configuration(study: Study) -> pd.DataFrame:
         if name not in before and name not in study.searched and not moved:
             continue
         documented = [values.get(name, default) for values in (before, after)]
-        texts = [format_value(name, value) for value in (*documented, best[name])]
+        texts = [setting_text(name, value) for value in (*documented, best[name])]
         rows.append((name, *texts, texts[1] != texts[2]))
     return pd.DataFrame(rows, columns=["name", "before", "after", "best", "differs"])
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def epochs_saved(study: Study) -> float:
@@ -382,13 +393,13 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
 
 
 def _about_the_best(study: Study) -> Iterator[Caution]:
-    best = study.best()
+    best = leading(study)
     if best["verdict"] not in ("healthy",) and not pd.isna(best["verdict"]):
         advice = "" if pd.isna(best["advice"]) else str(best["advice"])
         yield Caution(
-            f"The best trial itself is diagnosed {best['verdict']}",
-            str(best["verdict_summary"]),
-            advice[:1].upper() + advice[1:],
+            f"The best trial itself ({best['trial']}) is diagnosed {best['verdict']}",
+            sentence(str(best["verdict_summary"])),
+            sentence(advice),
         )
     raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
     half = 1.96 * standard_error(best)
@@ -623,8 +634,8 @@ def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
     ratio = float(np.median(head[both] / backbone[both]))
     return holds, (
         f"{format_value('backbone_lr', curves.trial['backbone_lr'])} and "
-        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; head : backbone {ratio:.3g} in "
-        f"{int(both.sum())} epochs"
+        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; ratio {ratio:.3g} over "
+        f"all {int(both.sum())} epochs"
     )
 
 
@@ -647,7 +658,10 @@ def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
         (np.nan_to_num(np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])) > 0).sum()
     )
     jump, epoch = curves.worst_jump
-    told = f"{nans} losses and scores of {nonfinite} epochs not finite, {skipped:g} updates skipped"
+    told = "losses and scores finite in every epoch"
+    if nans or nonfinite:
+        told = f"epochs whose loss is not finite: {nans}, whose scores: {nonfinite}"
+    told += f"; {skipped:g} updates skipped"
     if jump:
         told += f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
     return nans > 0 or nonfinite > 0 or jump >= LOSS_SPIKE_FACTOR, told

@@ -249,7 +249,7 @@ def _files(info: ModelInfo, configs: list[FineTuneConfig]) -> list[str]:
         "## Files",
         "",
         "`model.json` (all of this as data), `model.safetensors` (averaged weights), `config.json` (every "
-        "hyperparameter), `validation.csv` (scores of the validation volumes by table row), `SHA256SUMS` (of these; this "
+        "hyperparameter), `validation.csv` (scores of the validation volumes; row 1 is the first of the table), `SHA256SUMS` (of these; this "
         "card may be completed).",
     ]
     lines += [

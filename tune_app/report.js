@@ -81,6 +81,7 @@
 
   function drawStale() {
     const dark = isDark();
+    for (const line of all(".chip line")) line.setAttribute("stroke", painted(line.dataset.colour, dark));
     for (const div of all(".plot[data-stale]")) if (printing || inView.has(div)) drawOne(div, dark);
     if (waiting) return;
     waiting = true;

@@ -484,7 +484,7 @@ def _variants(page: _Page, study: Study) -> None:
                 f"effects-{number}",
                 figures.effects(table),
                 f"difference of each variant from {reference}, with its interval",
-                f"{_sentence(lines[-1].strip('()'))}. Hollow: the data cannot tell.",
+                f"{findings.sentence(lines[-1].strip('()'))}. Hollow: the data cannot tell.",
             )
         section.table(_effects_table(table), style="stack")
     if study.scored and study.trials["variant"].notna().any():
@@ -507,10 +507,6 @@ def _joined(lines: Sequence[str]) -> list[str]:
         else:
             joined.append(line)
     return joined
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _effects_table(table: pd.DataFrame) -> Table:
@@ -744,7 +740,9 @@ def _doubts(pair: Sequence[tuple[str, Study]]) -> Iterable[findings.Caution]:
     folds = [sorted(set(study.trials["fold"].dropna())) for _, study in pair]
     if folds[0] != folds[1]:
         yield findings.Caution(
-            "The folds differ", f"{folds[0]} and {folds[1]} validate.", "Run both on the same folds."
+            "The folds differ",
+            " against ".join(", ".join(map(str, each)) or "none" for each in folds) + ".",
+            "Run both on the same folds.",
         )
     if first.spec.epochs != second.spec.epochs:
         yield findings.Caution(
@@ -758,7 +756,7 @@ def _two_configurations(pair: Sequence[tuple[str, Study]]) -> Table:
     best = [study.best() for _, study in pair]
     rows = []
     for name in FineTuneConfig.model_fields:
-        texts = [format_value(name, trial[name]) for trial in best]
+        texts = [findings.setting_text(name, trial[name]) for trial in best]
         searched = any(name in study.searched for _, study in pair)
         if texts[0] == texts[1] and not searched:
             continue
@@ -786,7 +784,7 @@ def _numbers(pair: Sequence[tuple[str, Study]]) -> Table:
             "trials": ", ".join(f"{count} {state}" for state, count in states.items()),
             "epochs run": f"{len(study.epochs)} of {int(trials['epochs'].sum())}",
             "time in epochs": duration(float(trials["work_s"].sum())),
-            "GPU time": duration(float(trials["gpu_s"].sum())),
+            "GPU time": duration(gpu_s) if (gpu_s := float(trials["gpu_s"].sum())) else "none",
             "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()),
             "folds": ", ".join(str(fold) for fold in sorted(set(trials["fold"].dropna()))),
         }

@@ -147,8 +147,8 @@ class Study:
         call (better, worse, cannot tell). Over several folds the interval is Student's t on the differences of the
         folds, each the mean of its seeds, their variance raised by 1 / (num_folds - 1) because the training parts of
         folds overlap (Nadeau and Bengio 2003, eq. 9; Bouckaert and Frank 2004). With one fold it is Student's t on the
-        seeds, and speaks of that fold only. `call` goes by the interval, and is "cannot tell" when it holds zero or
-        there are fewer than two folds or pairs. Raises ValueError without variants.
+        seeds, and speaks of that fold only. `call` goes by the interval, and is "cannot tell" when it holds zero, or
+        where there is none: of one pair, or of differences that are all the same. Raises ValueError without variants.
         """
         from tune_app.analysis import effects
 

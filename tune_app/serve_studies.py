@@ -109,7 +109,7 @@ class StudyFolder:
             children = sorted(folder.iterdir())
         except OSError:
             return found
-        skipped = {files.trials, files.ray, files.requests, folder / "mlruns"} if found else set()
+        skipped = {files.trials, files.ray, files.requests} if found else set()
         for child in children:
             if child not in skipped and not child.name.startswith(".") and child.is_dir() and not child.is_symlink():
                 found += self._walk(child, depth + 1)

@@ -101,7 +101,7 @@ class StudySpec(BaseModel):
     """Trials that have ended whose weights (best.pt) a disk budget leaves alone: the best ones."""
     log: tuple[Literal["tensorboard", "mlflow"], ...] = ()
     """Where each epoch's row goes besides epochs.jsonl, through Ray's own callbacks: tensorboard writes to `ray/` in the
-    study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlruns/` in the study."""
+    study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlflow.db` in the study."""
     cache: str | None = None
     """Folder of prepared cohorts; None: `~/.cache/medtune`, or where MEDTUNE_CACHE points."""
 

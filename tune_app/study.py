@@ -136,6 +136,7 @@ def _run_locked(
     if files.spec.exists() and not resume:
         place = url or files.root
         raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
+    log_callbacks(spec, files)  # what is missing must be told before the study has begun
     sweep_temporaries(files.root)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
@@ -427,6 +428,8 @@ class _Session:
                 scheduler=StudyScheduler(self),
                 num_samples=-1,
                 max_concurrent_trials=plan.concurrent,
+                trial_name_creator=trial_name,  # what TensorBoard and MLflow show
+                trial_dirname_creator=trial_name,
                 reuse_actors=plan.ranks == 1,  # with several bundles the reused actor dies
             ),
             run_config=tune.RunConfig(
@@ -708,8 +711,13 @@ def _failure_of(trial: Any) -> tuple[str, str]:
     return reason, text
 
 
+def trial_name(trial: Any) -> str:
+    """Return the study's own name of a trial of Tune's: 00003."""
+    return str(trial.config["trial"])
+
+
 def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
-    """Return Ray's callbacks for `spec.log`. Raises SpecError when what they need is not installed."""
+    """Return Ray's callbacks for `spec.log`. Raises SpecError when what they need is not installed or does not answer."""
     callbacks: list[tune.Callback] = []
     if "tensorboard" in spec.log:
         from ray.tune.logger import TBXLoggerCallback
@@ -718,10 +726,19 @@ def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
     if "mlflow" in spec.log:
         if importlib.util.find_spec("mlflow") is None:
             raise SpecError(["log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"])
+        from mlflow.exceptions import MlflowException
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (files.root / "mlruns").resolve().as_uri()
-        callbacks.append(MLflowLoggerCallback(tracking_uri=uri, experiment_name=files.root.name))
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
+        asked = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = asked or f"sqlite:///{files.root.resolve() / 'mlflow.db'}"  # MLflow takes no folder any more
+        callback = MLflowLoggerCallback(tracking_uri=uri, experiment_name=files.root.name)
+        try:
+            callback.setup()  # as Tune will, but while the user can still mend it
+        except MlflowException as error:
+            where = "MLFLOW_TRACKING_URI" if asked else "mlflow.db in the study"  # a URI may hold a password
+            raise SpecError([f"log=mlflow: {where}: {str(error).splitlines()[0]}"]) from None
+        callbacks.append(callback)
     return callbacks
 
 

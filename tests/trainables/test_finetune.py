@@ -1,13 +1,16 @@
 """The run as a whole: against a plain loop, against itself resumed, and in the collapse it exists to prevent."""
 
 import io
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.finetune import (
@@ -24,6 +27,7 @@ from trainables.losses import class_weights, ldam_margins
 from trainables.manifest import Split
 from trainables.metrics import score_metrics
 from trainables.network import build_network
+from trainables.saved_run import saved_run
 from trainables.volumes import Cohort, Recipe
 
 SIDE = 16
@@ -210,6 +214,23 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
         next(finetune(build_config(TINY), cohort, other, resume=state))
     with pytest.raises(ResumeError, match="format 99"):
         next(finetune(build_config(TINY), cohort, split, resume=state | {"format": 99}))
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_told_or_written(tmp_path: Path) -> None:
+    """`medtune train` into an old folder printed that run's epochs, and left the new config.json beside its checkpoint."""
+    cohort = ball_cohort(16, positive=6)
+    split = split_of(cohort)
+    files = TrialFiles(tmp_path)
+
+    def rows_of(config: FineTuneConfig) -> list[dict[str, Any]]:
+        return list(saved_run(config, files, lambda resume: finetune(config, cohort, split, resume=resume)))
+
+    config = build_config(TINY | {"epochs": 1})
+    assert len(rows_of(config)) == 1
+    with pytest.raises(ResumeError, match="another configuration"):
+        next(saved_run(build_config(TINY | {"max_m": 0.3}), files, lambda resume: iter(())))
+    assert json.loads(files.config.read_text()) == config.model_dump(mode="json")
+    assert len(rows_of(config)) == 1
 
 
 def test_frozen_stages_keep_weights_and_statistics_and_thaw_in_order() -> None:

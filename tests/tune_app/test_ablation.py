@@ -227,6 +227,18 @@ def test_runs_too_few_for_an_interval_and_runs_that_are_the_same_are_said_in_wor
     assert effect_lines(effects)[0] == "other and base score the same in every pair: no run reads what is changed."
 
 
+def test_two_folds_that_happen_to_differ_alike_are_not_taken_for_certainty(write_study: WriteStudy) -> None:
+    """It named a winner with p 0.000: 1 - 303/390 on one fold and 384/390 - 297/390 on the other are the same."""
+    study = load_study(write_study(variants={"base": {}, "other": {}}, folds=2, epochs=3))
+    steps = {("base", 0): 303, ("other", 0): 390, ("base", 1): 297, ("other", 1): 384}
+    [effects] = comparisons(with_objective(study, lambda trial: steps[trial.variant, trial.fold] / 390))
+    row = effects.set_index("variant").loc["other"]
+    assert row["mean"] == pytest.approx(87 / 390)
+    assert row["call"] == "cannot tell"
+    assert row[["low", "high", "p", "p_holm"]].isna().all()
+    assert effect_lines(effects)[0].startswith("The data cannot tell other from base: the difference is the same in")
+
+
 def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(write_study: WriteStudy) -> None:
     lagging = {"ema_warmup": False, "ema_decay": 0.999, "ema_buffers": "copied"}
     study = load_study(write_study(variants={"base": {}, "lags": lagging}, seeds=3, epochs=15, failed=(0,)))

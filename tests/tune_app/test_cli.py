@@ -181,6 +181,12 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_1(
     assert ended.stdout == ""
 
 
+def test_a_page_of_two_studies_cannot_be_watched(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--compare", str(tmp_path), "--watch"])
+    assert ended.exit_code == 2
+    assert "leave out --compare, or" in ended.output
+
+
 def test_debug_shows_where_an_error_came_from() -> None:
     ended = run_main("--debug", "results", "nowhere")
     assert ended.returncode == 1

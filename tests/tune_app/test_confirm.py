@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +268,13 @@ def test_no_winner_is_named_before_the_end(write_study: WriteStudy) -> None:
 def test_the_printed_confirmation_fits_80_columns(a_confirmation: Study) -> None:
     for gain in ({}, {"trial-00007": 0.1}):
         assert max(map(len, printed(with_objective(a_confirmation, gain)).splitlines())) <= 80
+
+
+def test_the_interval_of_a_mean_is_shown_within_what_an_auc_can_be(a_confirmation: Study) -> None:
+    table = printed(with_objective(a_confirmation, {"trial-00007": -0.2}, noise=0.5))
+    shown = re.findall(r"\d \[(-?\d\.\d+), (-?\d\.\d+)\]", table)
+    assert any(low == "0.000" or high == "1.000" for low, high in shown)
+    assert all(0 <= float(low) < float(high) <= 1 for low, high in shown)
 
 
 def test_a_study_that_is_no_confirmation_is_not_judged(an_ablation: Path) -> None:

@@ -159,6 +159,13 @@ def test_the_decision_is_the_threshold_on_the_log_odds() -> None:
     assert decide(np.array([[0.1, 0.3, -1.0], [2.0, 0.0, 0.0]]), None).tolist() == [1, 0]
 
 
+def test_a_model_says_what_it_is_in_a_line(model: Model, exported_ensemble: Path) -> None:
+    assert repr(model).startswith(f"<Model {model.folder.name} {model.id}: network of trial 0")
+    assert "validation AUC 0." in repr(model) or "validation AUC 1." in repr(model)
+    assert "ensemble of trial" in repr(load_model(exported_ensemble))
+    assert max(len(repr(model)), len(repr(load_model(exported_ensemble)))) < 160
+
+
 def test_batches_too_large_for_the_gpu_are_cut(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     network = model.networks[0]
     forward = network.forward

@@ -292,6 +292,18 @@ def test_two_studies_are_set_side_by_side(a_search: Path, write_study: WriteStud
     _check_figures(page)
 
 
+def test_a_comparison_says_in_plain_words_which_folds_and_settings_differ(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
+    two = {"base": {}, "other": {"max_m": 0.3}}
+    config = {"epochs": 4, "flip_axes": ""}
+    first = load_study(write_study("first", variants=two, folds=2, epochs=4))
+    second = load_study(write_study("second", variants=two, folds=1, epochs=4, spec={"config": config}))
+    text = Page(write_comparison(first, second, tmp_path / "both.html").read_text()).text()
+    assert "0, 1 against 0." in text
+    assert "none ≠" in text
+
+
 # The figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +360,13 @@ def test_curves_hold_every_epoch_rungs_drw_starts_and_stops(search: Study) -> No
     assert {t: x for trace in starts for t, x in zip(trace["customdata"], trace["x"], strict=True)} == begun
     best = next(t for t in figure["data"] if t["meta"].get("best"))
     assert set(best["customdata"]) == {search.best()["trial"]}
+
+
+@pytest.mark.parametrize(("epochs", "dtick"), [(5, 1), (20, None)])
+def test_an_axis_of_few_epochs_has_no_tick_between_two(write_study: WriteStudy, epochs: int, dtick: int | None) -> None:
+    study = load_study(write_study(trials=4, epochs=epochs))
+    assert figures.curves(study, "val_auc")["layout"]["xaxis"].get("dtick") == dtick
+    assert figures.best_of_two([("one", study), ("two", study)])["layout"]["xaxis"].get("dtick") == dtick
 
 
 def test_many_trials_are_thinned_and_the_page_says_so(write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:

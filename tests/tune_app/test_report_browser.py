@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tune_app import figures
 from tune_app.report import write_comparison, write_report
 from tune_app.results import Study, load_study
 
@@ -373,9 +374,10 @@ def test_the_stopped_trials_unfold(page: Browser, search: Study) -> None:
 
 
 def test_the_theme_changes_page_and_figures(page: Browser) -> None:
-    def colours() -> tuple[str, str]:
+    def colours() -> tuple[str, str, str]:
         paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
-        return paper, figure(page, "curves-ema")["layout"]["font"]["color"]
+        chip = page.execute_script("return document.querySelector('.chip line').getAttribute('stroke')")
+        return paper, figure(page, "curves-ema")["layout"]["font"]["color"], chip
 
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
@@ -387,6 +389,7 @@ def test_the_theme_changes_page_and_figures(page: Browser) -> None:
     dark = colours()
     assert dark[0] != light[0]
     assert dark[1] != light[1]
+    assert dark[2] == figures.PALETTE[light[2]]
     click(page, "#theme")
     assert colours() == light
     page.execute_cdp_cmd(
@@ -397,7 +400,7 @@ def test_the_theme_changes_page_and_figures(page: Browser) -> None:
         page,
         "return getComputedStyle(document.body).backgroundColor === arguments[0]"
         " && document.querySelector(`[data-figure='curves-ema']`).layout.font.color === arguments[1]",
-        *dark,
+        *dark[:2],
     )
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 

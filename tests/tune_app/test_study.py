@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import optuna
@@ -16,7 +19,7 @@ from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_r
 from tune_app.display import Display
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, watching_only
+from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
 from tune_app.synthetic import write_cohort
 
 
@@ -103,7 +106,8 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_arc
     shown = json.loads(finished(medtune("results", tmp_path / "study", "--format", "json")))
     assert len(shown) == 2
     assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
-    assert len(list(StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*"))) == 2
+    logged = StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*")
+    assert sorted(file.parent.name for file in logged) == ["00000", "00001"]
 
 
 @pytest.mark.ray
@@ -214,6 +218,52 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
         log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+
+
+@pytest.fixture
+def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """As much of MLflow as Ray's callback asks at its start: where it was sent, and the error it raises if one is set."""
+    seen: dict[str, Any] = {}
+    mlflow, errors = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
+    mlflow.__spec__ = ModuleSpec("mlflow", None)
+    errors.MlflowException = type("MlflowException", (Exception,), {})  # type: ignore[attr-defined]
+
+    def get_experiment_by_name(name: str) -> Any:
+        if "error" in seen:
+            raise errors.MlflowException(seen["error"])
+        return SimpleNamespace(name=name, experiment_id="1")
+
+    mlflow.set_tracking_uri = lambda uri: seen.update(uri=uri)  # type: ignore[attr-defined]
+    mlflow.set_registry_uri = lambda uri: None  # type: ignore[attr-defined]
+    mlflow.get_experiment_by_name = get_experiment_by_name  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", errors)
+    return seen
+
+
+def test_mlflow_writes_to_a_database_in_the_study_or_to_the_server_named(
+    fake_mlflow: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLflow 3.17 refuses a folder of files, which is where it was sent before."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    spec = build_spec({"data": "t.csv", "log": ["mlflow"]})
+    log_callbacks(spec, StudyFiles(tmp_path))
+    assert fake_mlflow["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@server")
+    log_callbacks(spec, StudyFiles(tmp_path))
+    assert fake_mlflow["uri"] == "https://me:secret@server"
+    fake_mlflow["error"] = "no answer\nafter 7 tries"
+    with pytest.raises(SpecError, match=r"^log=mlflow: MLFLOW_TRACKING_URI: no answer$"):
+        log_callbacks(spec, StudyFiles(tmp_path))
+
+
+def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or the corrected command would be told that the folder holds a study already."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    spec = build_spec({"data": str(tmp_path / "t.csv"), "log": ["mlflow"]})
+    with pytest.raises(SpecError, match="pip install mlflow"):
+        run_study(spec, tmp_path / "study", console=Console(), notes=Console())
+    assert not StudyFiles(tmp_path / "study").spec.exists()
 
 
 def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> None:
