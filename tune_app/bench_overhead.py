@@ -4,10 +4,10 @@ Both sides run trials that train nothing and report the same rows, on the same R
 distributions, and take turns: a machine that is busy with something else slows both. A side goes on with its own search
 in each of its turns, so that the last turn meets as many earlier trials as a search of that size does.
 
-Bare Ray keeps its study in memory, as `OptunaSearch` does, and stops nothing. What medtune switches off in Ray (its
-loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds) is off on both sides, and actors are
-reused on both: the ratio is of what medtune adds, not of what it leaves out. Ours is all that a study does but the
-training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. What a search does once
+Bare Ray keeps its study in memory, as `OptunaSearch` does, and stops nothing; only that it reuses actors is not as it
+comes, since a process a trial would hide all else. `stripped` is bare Ray without what medtune switches off in it (its
+loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds): against it, the ratio is of what
+medtune adds alone. Ours is all that a study does but the training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. What a search does once
 and a turn does again is not counted, of either side: taking up the study, starting Tune and the processes of the trials,
 and ending them. A turn counts from the end of its first trial to the end of its last.
 
@@ -17,6 +17,7 @@ told beside it: nothing else on the machine adds to it.
 
 import logging
 import math
+import os
 import platform
 import statistics
 import time
@@ -39,7 +40,9 @@ from tune_app.spec import StudyFiles, StudySpec, build_spec
 from tune_app.study import Lifecycle, Plan, Recorder, _ray_to_file, _Session
 
 SPACE = "documented"
-SIDES = ("medtune", "bare")
+SIDES = ("medtune", "bare", "stripped")
+SWITCHED_OFF = ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_GLOBAL_CHECKPOINT_S")
+"""What medtune sets for Ray Tune, and a bare Ray goes without."""
 
 
 def bench_overhead(
@@ -52,11 +55,11 @@ def bench_overhead(
     say: Callable[[str], None] = lambda text: None,
     record: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Return {"machine", "trials", "epochs", "concurrent", "turns", "medtune", "bare", "ratio", "cpu_ratio"}.
+    """Return {"machine", "trials", "epochs", "concurrent", "turns", "medtune", "bare", "stripped", "ratio", ...}.
 
-    `trials` on each side, in `turns` of equal size, two at least; each trial reports `epochs` rows. `medtune` and `bare` hold
-    `wall_s` and `cpu_s`, seconds a trial over all turns, of the clock and of the driver's processor; `ratio` and `cpu_ratio`
-    are those of the two sides. `turns` has one entry a turn, with `wall_s` and `cpu_s` of each side. `concurrent` trials run
+    `trials` on each side, in `turns` of equal size, two at least; each trial reports `epochs` rows. The sides hold `wall_s`
+    and `cpu_s`, seconds a trial over all turns, of the clock and of the driver's processor; `ratio` is medtune's wall time
+    over bare Ray's, `cpu_ratio` that of the processor, `stripped_ratio` the wall time over stripped Ray's. `turns` has one entry a turn, with `wall_s` and `cpu_s` of each side. `concurrent` trials run
     at a time; None: one a CPU. Writes below `folder`; `record` is given the result after each turn. Starts a Ray, and stops
     it.
     """
@@ -69,13 +72,14 @@ def bench_overhead(
             at_a_time = concurrent or int(ray.cluster_resources()["CPU"])
             sides: dict[str, _Ours | _Bare] = {
                 "medtune": _Ours(folder / "study", epochs, at_a_time),
-                "bare": _Bare(folder, epochs, at_a_time),
+                "bare": _Bare(folder / "bare", epochs, at_a_time),
+                "stripped": _Bare(folder / "stripped", epochs, at_a_time, stripped=True),
             }
             for side in SIDES:  # processes start, modules load, files are there: not what is measured
                 sides[side].begin(at_a_time)()
             say(f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}")
             for number in range(turns):
-                order = SIDES if number % 2 == 0 else reversed(SIDES)
+                order = SIDES[number % 3 :] + SIDES[: number % 3]
                 turn = {side: sides[side].begin(size)().seconds_a_trial() for side in order}
                 done.append(turn)
                 told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
@@ -128,14 +132,16 @@ def _result(done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_
         **means,
         "ratio": means["medtune"]["wall_s"] / means["bare"]["wall_s"],
         "cpu_ratio": means["medtune"]["cpu_s"] / means["bare"]["cpu_s"],
+        "stripped_ratio": means["medtune"]["wall_s"] / means["stripped"]["wall_s"],
     }
 
 
 def overhead_table(result: dict[str, Any]) -> Table:
     """Return the result of `bench_overhead` as a Rich table: seconds a trial, and of these the driver's CPU time."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("trials", "left"), ("medtune", "right"), ("bare Ray Tune", "right"), ("ratio", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("trials")
+    for name in ("medtune", "Ray Tune", "ratio", "stripped", "ratio"):
+        table.add_column(name, justify="right")
     size = result["trials"] // len(result["turns"])
     for number, turn in enumerate(result["turns"]):
         table.add_row(f"{number * size + 1} to {(number + 1) * size}, s a trial", *_cells(turn, "wall_s"))
@@ -144,9 +150,12 @@ def overhead_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _cells(row: dict[str, dict[str, float]], key: str) -> tuple[str, str, str]:
-    ours, bare = row["medtune"][key], row["bare"][key]
-    return f"{ours:.3f}", f"{bare:.3f}", f"{ours / bare:.2f}"
+def _cells(row: dict[str, dict[str, float]], key: str) -> list[str]:
+    ours = row["medtune"][key]
+    cells = [f"{ours:.3f}"]
+    for side in ("bare", "stripped"):
+        cells += [f"{row[side][key]:.3f}", f"{ours / row[side][key]:.2f}"]
+    return cells
 
 
 def _trivial_trial(epochs: int) -> Callable[[dict[str, Any]], None]:
@@ -214,8 +223,8 @@ class _Ours:
 class _Bare:
     """Ray Tune with `OptunaSearch`, continued in the same study in memory."""
 
-    def __init__(self, folder: Path, epochs: int, concurrent: int) -> None:
-        self.folder, self.epochs, self.concurrent = folder, epochs, concurrent
+    def __init__(self, folder: Path, epochs: int, concurrent: int, *, stripped: bool = False) -> None:
+        self.folder, self.epochs, self.concurrent, self.stripped = folder, epochs, concurrent, stripped
         self.storage = optuna.storages.InMemoryStorage()
         space = space_from(SPACE, {"epochs": epochs})
         self.distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
@@ -232,12 +241,16 @@ class _Bare:
                 search_alg=searcher, num_samples=count, max_concurrent_trials=self.concurrent, reuse_actors=True
             ),
             run_config=tune.RunConfig(
-                name=uuid.uuid4().hex, storage_path=str(self.folder / "bare"), callbacks=[ends], verbose=0
+                name=uuid.uuid4().hex, storage_path=str(self.folder), callbacks=[ends], verbose=0
             ),
         )
 
         def run() -> _Ends:
-            results = tuner.fit()
+            off = {} if self.stripped else {name: os.environ.pop(name) for name in SWITCHED_OFF}
+            try:
+                results = tuner.fit()
+            finally:
+                os.environ.update(off)
             assert len(results) == count, f"{len(results)} of {count} trials"
             assert not results.errors, results.errors
             return ends

@@ -53,8 +53,8 @@ def bench_search(
     an hour. `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever
     a trial of the plain side has ended. Writes below `folder`.
     """
-    sides = list(sides)
-    if unknown := sorted(set(sides) - set(SIDES)):
+    sides = set(sides)
+    if unknown := sorted(sides - set(SIDES)):
         raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
     settings = {**config, "epochs": epochs}
     search = {"trials": trials, "epochs": epochs, "grace_epochs": grace_epochs, "reduction_factor": reduction_factor}
@@ -72,7 +72,7 @@ def bench_search(
         "medtune": None,
         "ratio": None,
     }
-    for side in sides:
+    for side in [side for side in SIDES if side in sides]:  # plain first: a study sets variables for Ray
         started = time.perf_counter()
 
         def keep(runs: list[list[float]], side: str = side, started: float = started) -> None:

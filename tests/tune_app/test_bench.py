@@ -95,7 +95,12 @@ def test_what_a_trial_costs_is_measured_on_both_sides_of_one_ray(tmp_path: Path)
     result = bench_overhead(trials=4, epochs=2, turns=2, folder=tmp_path, concurrent=1, say=told.append)
     assert (result["trials"], result["epochs"], result["concurrent"], len(result["turns"])) == (4, 2, 1, 2)
     for turn in result["turns"]:
-        assert all(0 < turn[side]["cpu_s"] < turn[side]["wall_s"] for side in ("medtune", "bare"))
+        assert all(0 < turn[side]["cpu_s"] < turn[side]["wall_s"] for side in ("medtune", "bare", "stripped"))
+    shipped, stripped = (
+        {p.suffix for p in (tmp_path / side).rglob("*") if p.is_file()} for side in ("bare", "stripped")
+    )
+    assert ".csv" in shipped - stripped, "Ray's loggers are on where it runs as it comes, and nowhere else"
+    assert result["stripped_ratio"] == pytest.approx(result["medtune"]["wall_s"] / result["stripped"]["wall_s"])
     assert result["ratio"] == pytest.approx(result["medtune"]["wall_s"] / result["bare"]["wall_s"])
     assert len(told) == 3
     json.dumps(result, allow_nan=False)
