@@ -6,6 +6,7 @@ and cannot be interrupted from within. The other ranks are owned by this process
 stop a trial, Ray ends them with it.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -17,13 +18,13 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult, finetune
+from trainables.rank_actors import start_rank_actors
 from trainables.saved_run import open_inputs, saved_run
 
 START_S = 300.0
@@ -78,39 +79,32 @@ def gang(
     work: RankWork,
     world: int,
     *,
-    group: PlacementGroup | None = None,
+    actors: list[Any] | None = None,
     resume: Mapping[str, Any] | None = None,
     deadline_s: float = 1800.0,
     heartbeat: Callable[[int, int], None] | None = None,
 ) -> Iterator[EpochResult]:
     """Run `work` over `world` ranks; yields rank 0's results, as `finetune` does.
 
-    Call it in a process that lives in bundle 0 of `group` (default: the current placement group), whose bundles
-    1 .. world - 1 are free. `deadline_s`: longest time without a finished step on rank 0; `heartbeat` is told of each.
+    Call it in a process that lives in bundle 0 of a placement group, whose bundles 1 .. world - 1 are free or hold
+    `actors`, the other ranks' processes as `start_rank_actors` makes them (None: started here). `deadline_s`: longest
+    time without a finished step on rank 0; `heartbeat` is told of each.
 
     Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress.
     """
-    group = group or ray.util.get_current_placement_group()
-    assert group is not None, "a gang lives in a placement group"
-    assert group.bundle_count >= world, "one bundle a rank"
+    actors = start_rank_actors(world) if actors is None else actors
     store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
     remembered = None if resume is None else ray.put(dict(resume))
-    ranks = []
-    for rank in range(1, world):
-        bundle = group.bundle_specs[rank]
-        options = {
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        }
-        ranks.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote(work, rank, world))
-    futures = {actor.run.remote(store.host, store.port, remembered): i + 1 for i, actor in enumerate(ranks)}
+    futures = {
+        actor.run.remote(work, rank, world, store.host, store.port, remembered): rank
+        for rank, actor in enumerate(actors, start=1)
+    }
     leader = _Leader(work, world, store, resume, heartbeat)
     try:
-        yield from _watched(leader, ranks, futures, deadline_s)
+        yield from _watched(leader, actors, futures, deadline_s)
     finally:
         leader.stop()
-        for actor in ranks:
+        for actor in actors:
             ray.kill(actor)
 
 
@@ -119,7 +113,8 @@ def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[d
 
     Starts a Ray of its own and stops it at the end.
     """
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # before, and not only after, it has started
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if work.gpu else {})}
         group = ray.util.placement_group([bundle] * world, strategy="PACK")
@@ -234,20 +229,13 @@ class _Leader:
             self.results.put(error)
 
 
-class _Rank:
-    """One of the ranks 1 .. world - 1. A second thread answers `where` while the first trains."""
-
-    def __init__(self, work: RankWork, rank: int, world: int) -> None:
-        self.work, self.rank, self.world = work, rank, world
-        self.position = Position()
-
-    def where(self) -> tuple[int, int, str]:
-        return self.position.epoch, self.position.step, ray.util.get_node_ip_address()
-
-    def run(self, host: str, port: int, resume: Mapping[str, Any] | None) -> None:
-        store = TCPStore(host, port, self.world, is_master=False, timeout=timedelta(seconds=START_S))
-        for _ in _rank_epochs(self.work, self.rank, self.world, store, resume, self.position):
-            pass
+def follow(
+    work: RankWork, rank: int, world: int, host: str, port: int, resume: Mapping[str, Any] | None, position: Position
+) -> None:
+    """Train as one of the ranks 1 .. world - 1, to the end; `position` tells how far it has come."""
+    store = TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=START_S))
+    for _ in _rank_epochs(work, rank, world, store, resume, position):
+        pass
 
 
 def _rank_epochs(

@@ -64,8 +64,6 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
     running out of memory is reported as the trial's end instead, since it would only happen again.
     """
-    from trainables.ranks import RankError, is_out_of_memory
-
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
     handler = LogFile(files.log)
@@ -77,6 +75,8 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     try:
         _run(trial, setting, files)
     except Exception as error:
+        from trainables.ranks import RankError, is_out_of_memory
+
         log.exception("trial %s failed", trial["trial"])
         if not is_out_of_memory(error):
             raise
@@ -150,6 +150,10 @@ def wait_for_device_memory(
 
 
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
+    from trainables.rank_actors import start_rank_actors
+
+    actors = start_rank_actors(setting.ranks) if setting.ranks > 1 else []  # they load what follows meanwhile
+
     import torch
 
     from trainables.finetune import finetune
@@ -165,7 +169,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     if setting.ranks > 1:
         work = RankWork(config, setting.table, setting.cohort, gpu=setting.gpus_per_rank > 0, threads=setting.threads)
         epochs = lambda resume: gang(  # noqa: E731
-            work, setting.ranks, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
+            work, setting.ranks, actors=actors, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
         )
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)

@@ -36,8 +36,9 @@ from rich.table import Table
 from search_spaces.spaces import space_from
 from trainables import installed_version
 from tune_app.display import Display
+from tune_app.local_ray import keep_strangers_out, ray_to_file
 from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.study import Lifecycle, Plan, Recorder, _ray_to_file, _Session
+from tune_app.study import Lifecycle, Plan, Recorder, _Session
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")
@@ -66,7 +67,8 @@ def bench_overhead(
     size = max(2, math.ceil(trials / turns))
     done: list[dict[str, dict[str, float]]] = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _ray_to_file(folder / "ray.log", Console(quiet=True)):
+    with ray_to_file(folder / "ray.log", Console(quiet=True)):
+        keep_strangers_out()
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR)
         try:
             at_a_time = concurrent or int(ray.cluster_resources()["CPU"])

@@ -108,11 +108,16 @@ def _rank(
     step_size = config.batch_size * config.gradient_accumulation_steps * world
     cohort, split = made_cohort(config, steps * step_size)
     run = _Run(config, cohort, split, device)
-    run.train_one_epoch(None)
+    first = run.train_one_epoch(None)["epoch_s"]
     rates = [run.train_one_epoch(None)["volumes_per_s"] for _ in range(MEASURED_EPOCHS)]
     rate = statistics.median(rates)
     if rank == 0:
-        row = {"volumes_per_s": rate, "ms_per_step": 1e3 * step_size / rate, "captured": run.graph is not None}
+        row = {
+            "volumes_per_s": rate,
+            "ms_per_step": 1e3 * step_size / rate,
+            "captured": run.graph is not None,
+            "first_epoch_s": first,
+        }
         answers.put(row | {"slowest": min(rates), "fastest": max(rates)})
     run.drop_graphs()
     if world > 1:

@@ -202,6 +202,8 @@ def _plain(
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    from tune_app.local_ray import keep_strangers_out
+
     runs: list[list[float]] = []
     going: dict[str, list[float]] = {}
 
@@ -215,6 +217,7 @@ def _plain(
 
     space = space_from(SPACE, settings)
     distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+    keep_strangers_out()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         given = {"table": str(table.resolve()), "settings": dict(settings), "gpu": gpu}

@@ -15,10 +15,8 @@ import signal
 import socket
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from trainables import installed_version
-from trainables.checkpoints import LogFile, sweep_temporaries, when_there_is_room, write_json
+from trainables.checkpoints import sweep_temporaries, when_there_is_room, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
@@ -42,6 +40,7 @@ from trainables.storage import url_of
 from trainables.volumes import Recipe, prepare_cohort
 from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
+from tune_app.local_ray import ray_to_file, ray_to_work_with
 from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.packing import measure_packing, pick_packing
 from tune_app.ray_scheduler import PolicyScheduler
@@ -51,7 +50,7 @@ from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.storage import mirrored
-from tune_app.watchdog import StalledError, watch_tune
+from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
 
@@ -60,10 +59,6 @@ ACCELERATOR = "accelerator_type:"
 """How Ray names the resource that a node has for its kind of GPU."""
 ANSWER_S = 10.0
 """Seconds a trial's process may take to say where it runs, before its record is written without that."""
-START_TRIES = 3
-"""Times a local Ray is started before the machine counts as too busy."""
-SHUTDOWN_S = 30.0
-"""Seconds Ray may take to end."""
 VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
 
 
@@ -122,7 +117,7 @@ def _run_in(
     root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), _ray_to_file(files.log, notes), stopping_on_request(files):
+        with FileLock(files.lock, timeout=1), ray_to_file(files.log, notes), stopping_on_request(files):
             if go_on and files.spec.exists():
                 spec, resume = resumed_spec(files, spec), True
             return _run_locked(spec, files, url, console=console, notes=notes, address=address, resume=resume)
@@ -151,7 +146,7 @@ def _run_locked(
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
-    with _ray(address) as own_session:
+    with ray_to_work_with(address) as own_session:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = _await_resources(spec, notes)
@@ -777,105 +772,7 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
         """Nothing to learn from."""
 
 
-# Ray and its chatter ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[Path | None]:
-    """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.
-
-    Gives the folder of Ray's own files in the last case, else None.
-    """
-    if ray.is_initialized():
-        yield None
-        return
-    cluster = address or os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
-    if cluster:
-        ray.init(address=cluster, **common)
-    else:
-        _start_ray(common)
-    try:
-        yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
-    finally:
-        _shut_down_ray()
-
-
-def _start_ray(options: dict[str, Any]) -> None:
-    """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
-    for left in reversed(range(START_TRIES)):
-        try:
-            ray.init(include_dashboard=False, **options)
-            return
-        except Exception as error:  # Ray raises no narrower one
-            if "timed out during startup" not in str(error):
-                raise
-            if not left:
-                raise StalledError(
-                    f"Ray did not start in {START_TRIES} tries of 30 s: this machine is too busy, or too short of memory; "
-                    "try again when it is not"
-                ) from error
-            log.warning("Ray did not start within its 30 s: trying again")
-            ray.shutdown()
-
-
-def _shut_down_ray() -> None:
-    """End our part of Ray. A process of it that no longer answers would keep `ray.shutdown` waiting for ever."""
-    node = ray._private.worker._global_node
-    ending = threading.Thread(target=ray.shutdown, daemon=True)
-    ending.start()
-    ending.join(SHUTDOWN_S)
-    if ending.is_alive() and node is not None:
-        log.warning("Ray did not end within %.0f s: its processes are killed", SHUTDOWN_S)
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-        ending.join(SHUTDOWN_S)
-
-
 def _sweep_ray(spec: StudySpec, files: StudyFiles) -> None:
     """Remove what Tune wrote in earlier sessions, unless a logger keeps its files there."""
     if "tensorboard" not in spec.log:
         shutil.rmtree(files.ray, ignore_errors=True)
-
-
-class _Told(logging.Handler):
-    """Our own warnings, for the user to see as well."""
-
-    def __init__(self, notes: Any) -> None:
-        super().__init__(logging.WARNING)
-        self.notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.notes.print(f"note: {record.getMessage()}", soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _ray_to_file(path: Path, notes: Any) -> Iterator[None]:
-    """Send what Ray, Optuna and we log to the study's log; of it only our own warnings go to `notes`, too."""
-    os.environ.update(
-        {
-            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
-            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-            "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
-            "RAY_AIR_NEW_OUTPUT": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",  # a local Ray would report its use to Ray's makers
-            "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        }
-    )
-    handler = LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("ray", "optuna", "medtune")]
-    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    for logger in loggers:
-        logger.handlers, logger.propagate = [handler], False
-        if logger.name == "medtune":
-            logger.addHandler(_Told(notes))
-        logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-                logger.handlers, logger.propagate = handlers, propagate
-                logger.setLevel(level)
-            handler.close()

@@ -16,6 +16,7 @@ from trainables.manifest import read_manifest, split_rows
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
 from trainables.volumes import Recipe, open_cohort, prepare_cohort
+from tune_app.local_ray import keep_strangers_out
 
 HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"
 
@@ -71,6 +72,7 @@ def train_once(
     rows: list[Mapping[str, Any]] = []
     console.print(HEADER)
     if multi_gpu and gpus > 1:
+        keep_strangers_out()
         run = local_gang_rows(RankWork(config, str(table), str(cohort_folder), gpu=True), gpus, files)
     else:
         run = saved_run(config, files, lambda resume: finetune(config, cohort, split, device=device, resume=resume))

@@ -1,0 +1,52 @@
+"""A local Ray lets only its own study in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tune_app.local_ray import keep_strangers_out
+
+STUDY = """
+import subprocess, sys
+import ray
+from tune_app.local_ray import ray_to_work_with
+
+with ray_to_work_with(None):
+    address = ray.get_runtime_context().gcs_address
+    for stranger in (False, True):
+        import os
+        env = os.environ | ({"RAY_AUTH_TOKEN": "a guess"} if stranger else {})
+        code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.get(ray.put('in')))"
+        done = subprocess.run([sys.executable, "-c", code, address], env=env, capture_output=True, text=True)
+        print("stranger" if stranger else "friend", done.returncode, "in" in done.stdout.split(), "oken" in done.stderr)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_who_has_no_token_is_kept_out(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")} | {
+        "HOME": str(tmp_path)
+    }
+    done = subprocess.run([sys.executable, "-c", STUDY], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    friend, stranger = done.stdout.splitlines()[-2:]
+    assert friend.startswith("friend 0 True"), done.stdout
+    assert stranger.startswith("stranger 1 False True"), done.stdout
+    assert not (tmp_path / ".ray").exists(), "the token is saved nowhere"
+
+
+def test_what_the_user_has_said_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    keep_strangers_out()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # so that it is gone again afterwards
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    keep_strangers_out()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64

@@ -1,0 +1,130 @@
+"""Ray as a study uses it: a cluster that is there, or a local one that strangers are kept out of; and its chatter."""
+
+import logging
+import os
+import secrets
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from trainables.checkpoints import LogFile
+from tune_app.watchdog import StalledError
+
+log = logging.getLogger("medtune.study")
+
+START_TRIES = 3
+"""Times a local Ray is started before the machine counts as too busy."""
+SHUTDOWN_S = 30.0
+"""Seconds Ray may take to end."""
+
+
+def keep_strangers_out() -> None:
+    """Give the local Ray that this process starts next a token of its own, which is written nowhere.
+
+    A local Ray listens on all interfaces, and whoever may talk to it can run code. Ray asks for a token by itself (2.60 and
+    later), but saves the one it makes where others on the machine can read it. Nothing is changed where the user has said
+    how Ray authenticates (RAY_AUTH_MODE and its neighbours).
+    """
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextmanager
+def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
+    """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.
+
+    Gives the folder of Ray's own files in the last case, else None.
+    """
+    if ray.is_initialized():
+        yield None
+        return
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
+    if cluster:
+        ray.init(address=cluster, **common)
+    else:
+        _start_ray(common)
+    try:
+        yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
+    finally:
+        _shut_down_ray()
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
+    keep_strangers_out()
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            if "timed out during startup" not in str(error):
+                raise
+            if not left:
+                raise StalledError(
+                    f"Ray did not start in {START_TRIES} tries of 30 s: this machine is too busy, or too short of memory; "
+                    "try again when it is not"
+                ) from error
+            log.warning("Ray did not start within its 30 s: trying again")
+            ray.shutdown()
+
+
+def _shut_down_ray() -> None:
+    """End our part of Ray. A process of it that no longer answers would keep `ray.shutdown` waiting for ever."""
+    node = ray._private.worker._global_node
+    ending = threading.Thread(target=ray.shutdown, daemon=True)
+    ending.start()
+    ending.join(SHUTDOWN_S)
+    if ending.is_alive() and node is not None:
+        log.warning("Ray did not end within %.0f s: its processes are killed", SHUTDOWN_S)
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        ending.join(SHUTDOWN_S)
+
+
+class _Told(logging.Handler):
+    """Our own warnings, for the user to see as well."""
+
+    def __init__(self, notes: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.notes.print(f"note: {record.getMessage()}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
+    """Send what Ray, Optuna and we log to the study's log; of it only our own warnings go to `notes`, too."""
+    os.environ.update(
+        {
+            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
+            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+            "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
+            "RAY_AIR_NEW_OUTPUT": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",  # a local Ray would report its use to Ray's makers
+            "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        }
+    )
+    handler = LogFile(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("ray", "optuna", "medtune")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+        if logger.name == "medtune":
+            logger.addHandler(_Told(notes))
+        logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(level)
+            handler.close()
