@@ -30,7 +30,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from trainables.config import FineTuneConfig
-from trainables.volumes import Progress, Recipe, VolumeError, in_threads, prepare_scan, read_header, read_scan
+from trainables.scans import Recipe, VolumeError, prepare_scan, read_header, read_scan
+from trainables.volumes import Progress, in_threads
 
 SPLITS = ("train", "val", "test")
 

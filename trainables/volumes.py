@@ -1,54 +1,39 @@
-"""NIfTI files -> one prepared array a cohort on disk, content-addressed; and NIfTI files from a MedMNIST archive.
+"""Scans -> one prepared array a cohort on disk, content-addressed; and scans from a MedMNIST archive.
 
-Axes, said once: a loaded volume is (C, D, H, W) in RAS+. D runs left to right (x), H back to front (y), W feet to
-head (z): the file's axes are flipped and permuted to that order and nothing else is transposed, as in MedicalNet and
-MONAI. Shapes and spacings are given in the same order (D, H, W), spacings in millimetres. Oblique volumes keep their
-grid: they are turned to the closest axes, not resampled to the scanner's.
+What a volume looks like, axes first of all, is said in `trainables.scans`.
 
 Nothing here loads torch: a cohort is prepared and read on any machine.
 """
 
 import contextlib
 import dataclasses
-import gzip
 import hashlib
-import itertools
 import json
 import logging
 import math
 import os
 import shutil
-import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import nibabel as nib
 import numpy as np
 from filelock import FileLock, Timeout
-from nibabel.orientations import apply_orientation, io_orientation
-from nibabel.spatialimages import HeaderDataError
 
 from trainables import installed_version
 from trainables.checkpoints import replacing
-from trainables.config import FineTuneConfig
+from trainables.scans import Recipe, VolumeError, bytes_text, naming, prepare_scan, read_scan, write_nifti
 
 if TYPE_CHECKING:
     from trainables.manifest import Manifest
 
 FORMAT_VERSION = 1
 """Part of every cohort's key. Raise it whenever a volume comes out different from the same file and recipe."""
-
-LARGEST_VALUE = 1000.0
-"""Normalised intensities are clipped to +- this: float16 ends at 65,504, and no anatomy is a thousand deviations away."""
-
-MAX_VOXELS = 2**30
-"""Voxels of one file, all channels: 1,024 cubed, 4 GiB as float32. Headers that claim more are refused unread."""
 
 STALLED_S = 600.0
 """How long another process may hold a cohort without finishing a single volume before we stop waiting for it."""
@@ -57,17 +42,6 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) as volumes get done; always from the caller's own thread."""
 
 log = logging.getLogger(__name__)
-
-
-class VolumeError(ValueError):
-    """A file that cannot be used. `path` names it; `reason` says what arrived, what is allowed and what to do."""
-
-    def __init__(self, path: Path | str, reason: str) -> None:
-        self.path, self.reason = path, reason
-        super().__init__(f"scan {path}: {reason}")
-
-    def __reduce__(self) -> tuple[type["VolumeError"], tuple[Path | str, str]]:
-        return type(self), (self.path, self.reason)  # the default would pass the joined text, and Ray pickles errors
 
 
 class CohortError(ValueError):
@@ -79,61 +53,6 @@ class CohortError(ValueError):
 
     def __reduce__(self) -> tuple[type["CohortError"], tuple[list[str]]]:
         return type(self), (self.problems,)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a file becomes a prepared volume; part of a cohort's key. The fields are `FineTuneConfig`'s."""
-
-    volume_shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float] | None
-    intensity: str
-    window_low: float
-    window_high: float
-    in_channels: int
-
-    @classmethod
-    def from_config(cls, config: FineTuneConfig) -> Self:
-        """Return the part of `config` that decides what a prepared volume looks like."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
-        """Return the recipe that `json.dumps(dataclasses.asdict(recipe))` wrote: JSON knows no tuples."""
-        parts: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**parts)
-
-
-@dataclass(frozen=True)
-class ScanHeader:
-    """What a NIfTI header says, checked against the size of its file."""
-
-    shape: tuple[int, int, int]
-    """Voxels (D, H, W), RAS+."""
-    channels: int
-    """1 for a 3D file, else the size of the fourth dimension (or of the fifth, where the fourth is 1)."""
-    spacing_mm: tuple[float, float, float]
-    """Spacing (D, H, W), RAS+."""
-    oriented: bool
-    """Whether the file states an orientation (sform or qform code above 0); if not, LAS is assumed, as the format says."""
-    orientation: np.ndarray
-    """nibabel's orientation array: for each of the file's axes the RAS+ axis it becomes, and 1 or -1."""
-    file_shape: tuple[int, ...]
-    """Voxels as stored: x, y, z, and the channels of a file that has several."""
-    dtype: np.dtype
-    offset: int
-    """Bytes before the first voxel."""
-    slope: float
-    inter: float
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A volume as it is in its file: in RAS+ and scaled by the header's slope and intercept, otherwise untouched."""
-
-    voxels: np.ndarray
-    """(C, D, H, W) float32, finite, not constant."""
-    spacing_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,334 +71,6 @@ class Cohort:
     spacings_mm: np.ndarray
     """(N, 3) float64, of the files, before resampling."""
     recipe: Recipe
-
-
-# One volume ------------------------------------------------------------------------------------------------------------
-
-
-def load_volume(path: Path | str, recipe: Recipe) -> np.ndarray:
-    """Return the prepared volume of a file: (C, D, H, W) float32, RAS+, of `recipe.volume_shape`.
-
-    Read, resampled, cropped, normalised over the voxels that are left, clipped to +-1000 and only then padded, with
-    the smallest value of the channel: the border looks like background and is not in the statistics.
-    Raises VolumeError.
-    """
-    return prepare_scan(read_scan(path, recipe.in_channels), recipe, path)
-
-
-def prepare_scan(scan: Scan, recipe: Recipe, path: Path | str) -> np.ndarray:
-    """Return `load_volume`'s result for a file that has been read already; `path` is for the messages."""
-    with _named(path):
-        return _padded(_normalised(resample(scan, recipe), recipe), recipe.volume_shape)
-
-
-def read_header(path: Path | str) -> ScanHeader:
-    """Return what the header of a .nii or .nii.gz file says; reads no voxels.
-
-    Accepted are NIfTI-1 and NIfTI-2, either byte order, real numbers, three dimensions or three and channels.
-    Raises VolumeError: no single-file NIfTI, spacing not above 0, or more voxels claimed than the file can hold.
-    """
-    with _named(path), _opened(path) as (stream, size, zipped):
-        return _header(stream, size, zipped)
-
-
-def read_scan(path: Path | str, in_channels: int = 1) -> Scan:
-    """Return the voxels and spacing of a .nii or .nii.gz file; every byte is read, so a cut or damaged file shows.
-
-    Raises VolumeError: what `read_header` refuses, too few bytes, a wrong checksum, another number of channels,
-    voxels that are not finite, or a volume whose voxels are all the same.
-    """
-    with _named(path), _opened(path) as (stream, size, zipped):
-        header = _header(stream, size, zipped)
-        if header.channels != in_channels:
-            raise _Refused(
-                f"shape {_times(header.file_shape)}, {header.channels} channel(s), in_channels={in_channels}: "
-                "give one file per channel set, or change in_channels"
-            )
-        stream.seek(header.offset)
-        wanted = math.prod(header.file_shape) * header.dtype.itemsize
-        data = stream.read(wanted)
-        if len(data) < wanted:
-            raise _Refused(f"truncated: {len(data)} of {wanted} voxel bytes are there; copy it again")
-        _read_to_end(stream)  # a gzip checksum is compared only there
-    raw = np.frombuffer(data, header.dtype).reshape(header.file_shape, order="F")
-    with _named(path):
-        return Scan(_canonical(raw, header), header.spacing_mm)
-
-
-def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
-    """Return the scan at the recipe's spacing, its middle cropped to at most `volume_shape`: (C, d, h, w), not padded.
-
-    Trilinear on a grid that shares its centre with the volume; where voxels get larger the triangle is widened by the
-    same factor (as Pillow and torch's `antialias=True` do), so nothing between the new voxels is skipped. One small
-    matrix an axis does both, for the cropped part only: however fine the target spacing, memory stays that of the
-    file. An axis that keeps its spacing keeps its values, bit for bit. Beyond the edge the outermost voxel goes on.
-    """
-    voxels = scan.voxels
-    spacing_mm = recipe.spacing_mm or _fitting_spacing(scan, recipe.volume_shape)
-    for axis, (old_mm, new_mm, wanted) in enumerate(
-        zip(scan.spacing_mm, spacing_mm, recipe.volume_shape, strict=True), 1
-    ):
-        ratio = min(max(new_mm / old_mm, 1e-9), 1e9)  # beyond, nothing but overflow is different
-        if abs(ratio - 1) < 1e-4:  # headers hold float32: over 500 voxels this shifts by a twentieth of one at most
-            start = max(0, voxels.shape[axis] // 2 - wanted // 2)
-            voxels = voxels[(slice(None),) * axis + (slice(start, start + wanted),)]
-        else:
-            voxels = _along(voxels, axis, _axis_weights(voxels.shape[axis], wanted, ratio))
-    return np.ascontiguousarray(voxels)
-
-
-def _fitting_spacing(scan: Scan, shape: tuple[int, int, int]) -> tuple[float, float, float]:
-    extents_mm = np.multiply(scan.voxels.shape[1:], scan.spacing_mm)
-    return (float((extents_mm / shape).max()),) * 3
-
-
-def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:
-    """Matrix (new, old) that resamples one axis of `old` voxels to voxels `ratio` times as large, at most `wanted`."""
-    whole = max(1, round(old / ratio))  # voxels before cropping
-    start = max(0, whole // 2 - wanted // 2)  # MONAI's centred crop
-    new = np.arange(min(wanted, whole)) + (start - (whole - 1) / 2)  # from the centre, in new voxels
-    distances = np.arange(old)[None, :] - (new * ratio + (old - 1) / 2)[:, None]
-    weights = np.maximum(0, 1 - np.abs(distances) / max(1.0, ratio))
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _along(voxels: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
-    before, after = voxels.shape[:axis], voxels.shape[axis + 1 :]
-    stacked = np.ascontiguousarray(voxels).reshape(math.prod(before), voxels.shape[axis], math.prod(after))
-    result = np.matmul(weights, stacked) if after else stacked[:, :, 0] @ weights.T
-    return result.reshape(*before, len(weights), *after)
-
-
-def _normalised(voxels: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Intensities by the recipe, channel by channel, in +-LARGEST_VALUE; refuses what leaves nothing to tell apart."""
-    result = np.empty_like(voxels)
-    for channel, values in enumerate(voxels):
-        which = f"channel {channel}: " if len(voxels) > 1 else ""
-        wide = values.astype(np.float64)
-        if recipe.intensity == "window":
-            low, high = recipe.window_low, recipe.window_high
-            scaled = (wide.clip(low, high) - low) / (high - low) * 2 - 1
-            if _is_flat(scaled):
-                raise _Refused(
-                    f"{which}values {wide.min():g} to {wide.max():g} are all one value in the window {low:g} to {high:g}: "
-                    "set window_low and window_high for this cohort, or use intensity=zscore"
-                )
-        else:
-            counted = wide[wide > 0] if recipe.intensity == "zscore_nonzero" else wide.ravel()
-            if not counted.size or _is_flat(counted):
-                same = f"every voxel that counts is {counted[0]:g}" if counted.size else "no voxel is > 0"
-                advice = "drop the row" if recipe.intensity == "zscore" else "or use intensity=zscore"
-                raise _Refused(f"{which}{same} where it was cropped, {recipe.intensity} needs several values: {advice}")
-            scaled = (wide - counted.mean()) / counted.std()
-        result[channel] = scaled.clip(-LARGEST_VALUE, LARGEST_VALUE)
-    return result
-
-
-def _is_flat(values: np.ndarray) -> bool:
-    """Whether the values differ by no more than resampling a constant in float32 would make them."""
-    low, high = float(values.min()), float(values.max())
-    return high - low <= 1e-6 * max(abs(low), abs(high))
-
-
-def _padded(voxels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    if voxels.shape[1:] == shape:
-        return voxels
-    padded = np.empty((len(voxels), *shape), dtype=np.float32)
-    inside = tuple(
-        slice((full - part) // 2, (full - part) // 2 + part) for full, part in zip(shape, voxels.shape[1:], strict=True)
-    )
-    for channel, values in enumerate(voxels):
-        padded[channel] = values.min()
-        padded[channel][inside] = values
-    return padded
-
-
-# Reading NIfTI ---------------------------------------------------------------------------------------------------------
-
-
-HEADER_KINDS = ((348, nib.Nifti1Header, b"n+1"), (540, nib.Nifti2Header, b"n+2"))
-"""Length, which is also the first number of the header, class, and magic of a single file."""
-
-
-class _Refused(ValueError):
-    """A reason without the file's name; `_named` adds it."""
-
-
-@contextlib.contextmanager
-def _named(path: Path | str) -> Iterator[None]:
-    """Turn whatever a bad file raises into a VolumeError that names it."""
-    try:
-        yield
-    except _Refused as error:
-        raise VolumeError(path, str(error)) from None
-    except EOFError:
-        raise VolumeError(path, "truncated: its gzip stream ends early; copy it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(path, f"damaged gzip ({error}); copy it again") from None
-    except MemoryError:
-        raise VolumeError(path, "does not fit into memory: downsample or crop it") from None
-    except OSError as error:
-        raise VolumeError(path, f"cannot be read: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _opened(path: Path | str) -> Iterator[tuple[IO[bytes], int, bool]]:
-    """Open a file, decompressing it when its first bytes say gzip: gives the stream, the file's size, and whether."""
-    if "\0" in str(path):
-        raise _Refused("no file has such a name")
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
-        raise _Refused("a folder, pipe or device: a .nii or .nii.gz file is needed")
-    with Path(path).open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        if zipped:
-            with gzip.open(file) as stream:
-                yield stream, found.st_size, True  # type: ignore[misc]
-        else:
-            yield file, found.st_size, False
-
-
-def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
-    fields, length = _fields(stream.read(540))
-    shape = _shape([int(number) for number in fields["dim"]])
-    try:
-        dtype = fields.get_data_dtype()
-    except (KeyError, HeaderDataError):
-        dtype = np.dtype(np.void)
-    if dtype.kind not in "iuf":
-        raise _Refused(f"datatype code {int(fields['datatype'])}: voxels must be integers or real numbers; convert it")
-    offset = float(fields["vox_offset"])
-    if not length + 4 <= offset < MAX_VOXELS:
-        raise _Refused(f"vox_offset {offset:g}: voxels cannot start before byte {length + 4}; write the file again")
-    _check_size(shape, dtype.itemsize, int(offset), size, zipped)
-    spacing, orientation = _geometry(fields)
-    try:
-        slope, inter = fields.get_slope_inter()
-    except HeaderDataError as error:
-        raise _Refused(f"scl_slope, scl_inter: {error}; write the file again") from None
-    file_axes = [int(np.flatnonzero(orientation[:, 0] == axis)[0]) for axis in range(3)]
-    return ScanHeader(
-        shape=(shape[file_axes[0]], shape[file_axes[1]], shape[file_axes[2]]),
-        channels=math.prod(shape[3:]),
-        spacing_mm=(spacing[file_axes[0]], spacing[file_axes[1]], spacing[file_axes[2]]),
-        oriented=bool(fields["sform_code"] > 0 or fields["qform_code"] > 0),
-        orientation=orientation,
-        file_shape=shape,
-        dtype=dtype,
-        offset=int(offset),
-        slope=1.0 if slope is None else slope,
-        inter=0.0 if inter is None else inter,
-    )
-
-
-def _fields(block: bytes) -> tuple[Any, int]:
-    """nibabel's header of a file that starts with `block`, and its length, from which byte order and version are told."""
-    if not block:
-        raise _Refused("empty: no bytes; copy it again")
-    for endianness, (length, kind, magic) in itertools.product("<>", HEADER_KINDS):
-        if len(block) < length or np.frombuffer(block, f"{endianness}i4", 1)[0] != length:
-            continue
-        # Without nibabel's own check: it would set a spacing of 0 to 1 and drop a minus sign without a word.
-        fields = kind(block[:length], endianness=endianness, check=False)
-        found = fields["magic"].item()
-        if found.startswith(magic):
-            return fields, length
-        pair = ", which is half of a .hdr and .img pair" if found[:2] == b"ni" else ""
-        raise _Refused(f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz")
-    raise _Refused("not a NIfTI file, or cut within its header: convert it to .nii.gz, or copy it again")
-
-
-def _shape(dim: list[int]) -> tuple[int, ...]:
-    """The file's shape: three sides, and the channels where there are any; dimensions of size 1 behind z are dropped."""
-    count, sides = dim[0], dim[1:]
-    if not 1 <= count <= 7 or min(sides[:count]) < 1:
-        raise _Refused(f"dim {dim}: 1 to 7 dimensions of at least one voxel are allowed; write the file again")
-    if count < 3 or min(sides[:3]) < 2:
-        raise _Refused(f"shape {_times(sides[:count])}: a volume of at least 2 voxels a side is needed, not an image")
-    more = [side for side in sides[3:count] if side > 1]
-    if len(more) > 1:
-        raise _Refused(f"shape {_times(sides[:count])}: three dimensions, or three and channels, are allowed; split it")
-    return (*sides[:3], *more)
-
-
-def _check_size(shape: tuple[int, ...], itemsize: int, offset: int, size: int, zipped: bool) -> None:
-    """Refuse a header that claims more than there is, before anything is allocated for it."""
-    voxels = math.prod(shape)
-    claimed = offset + voxels * itemsize
-    says = f"the header claims {_times(shape)} voxels, {_bytes(claimed)}"
-    most = 1032 * size if zipped else size  # deflate cannot do better than 1032 : 1
-    if claimed > most:
-        holds = f"the file holds {_bytes(size)}" + (" compressed" if zipped else "")
-        raise _Refused(f"truncated, or a wrong header: {says}, {holds}; copy it again")
-    if voxels > MAX_VOXELS:
-        raise _Refused(f"{says}, at most {MAX_VOXELS} voxels are read: downsample or crop it")
-
-
-def _geometry(fields: Any) -> tuple[list[float], np.ndarray]:
-    """Spacing in mm of the file's three axes, and their orientation; the affine's where there is one, as in nibabel."""
-    stated = tuple(float(value) for value in fields["pixdim"][1:4])
-    if not all(math.isfinite(value) and value > 0 for value in stated):
-        raise _bad_spacing(stated)
-    try:
-        affine = np.asarray(fields.get_best_affine(), dtype=np.float64)
-    except (ValueError, HeaderDataError) as error:  # a quaternion that is no rotation
-        raise _Refused(f"no valid orientation ({error}): fix the header or drop the row") from None
-    unit = {1: 1000.0, 3: 0.001}.get(int(fields["xyzt_units"]) & 7, 1.0)  # metres, micrometres; the rest is mm
-    with np.errstate(all="ignore"):
-        spacing = [float(value) * unit for value in np.sqrt((affine[:3, :3] ** 2).sum(axis=0))]
-    if not all(math.isfinite(value) and value > 0 for value in spacing):
-        raise _bad_spacing(spacing)
-    if np.linalg.matrix_rank(affine[:3, :3] * unit / spacing, tol=1e-3) < 3:
-        raise _Refused("an affine that maps the volume onto a plane: fix the header or drop the row")
-    return spacing, io_orientation(affine)
-
-
-def _bad_spacing(spacing: Sequence[float]) -> _Refused:
-    numbers = ", ".join(f"{value:g}" for value in spacing)
-    return _Refused(f"spacing ({numbers}) mm, every value must be finite and > 0: fix the header or drop the row")
-
-
-def _read_to_end(stream: IO[bytes]) -> None:
-    for _ in range(64):
-        if not stream.read(2**20):
-            return
-    raise _Refused("goes on for more than 64 MiB after its last voxel: not what its header says; write it again")
-
-
-def _canonical(raw: np.ndarray, header: ScanHeader) -> np.ndarray:
-    """Stored numbers -> (C, D, H, W) float32 in RAS+, scaled, finite, not constant."""
-    turned = apply_orientation(raw, header.orientation)  # a view
-    turned = turned[None] if turned.ndim == 3 else np.moveaxis(turned, 3, 0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if (header.slope, header.inter) != (1.0, 0.0):
-            # In float64 where float32 cannot hold the stored integers: slope and intercept may cancel.
-            turned = turned.astype(np.result_type(turned.dtype, np.float32)) * header.slope + header.inter
-        voxels = np.ascontiguousarray(turned, dtype=np.float32)
-    low, high = voxels.min(), voxels.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        bad = ~np.isfinite(voxels)
-        first = tuple(int(i) for i in np.argwhere(bad)[0][1:])
-        raise _Refused(
-            f"{int(bad.sum())} of {voxels.size} voxels are not finite in float32 (the first at {first}, RAS+): "
-            "mask or drop them"
-        )
-    if _is_flat(voxels):
-        raise _Refused(f"constant: every voxel is {low:g}, there is nothing to learn from; drop the row")
-    return voxels
-
-
-def _times(sides: Sequence[int]) -> str:
-    return "x".join(map(str, sides))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 # A cohort on disk ------------------------------------------------------------------------------------------------------
@@ -601,7 +192,7 @@ def _file_digests(paths: list[Path], cache: Path, workers: int | None) -> tuple[
         known = {}
 
     def digest(row: int) -> tuple[str, tuple[int, ...], bool]:
-        with _named(paths[row]):
+        with naming(paths[row]):
             found = _stamp(paths[row])
             entry = known.get(str(paths[row]))
             if isinstance(entry, list) and entry[1:] == list(found):
@@ -644,7 +235,7 @@ def _build_volumes(
     if needed > free:
         raise CohortError(
             [
-                f"cache {building.parent}: the cohort needs {_bytes(needed)}, {_bytes(free)} are free: free some room or choose another"
+                f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room or choose another"
             ]
         )
     mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
@@ -792,7 +383,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-# Writing NIfTI ---------------------------------------------------------------------------------------------------------
+# MedMNIST ----------------------------------------------------------------------------------------------------------------
 
 
 def import_medmnist(archive: Path, folder: Path, limit: int | None = None) -> Path:
@@ -815,16 +406,6 @@ def import_medmnist(archive: Path, folder: Path, limit: int | None = None) -> Pa
                 lines.append(f"volumes/{name}.nii.gz,{label},{name},{split}")
         (target / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "table.csv"
-
-
-def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, *, dtype: Any = None) -> None:
-    """Write voxels (x, y, z) with their affine in mm to a .nii.gz file: the same bytes each time, so cohorts are found again.
-
-    dtype: what is stored; floats stored as integers get a slope and intercept that use the whole range.
-    """
-    image = nib.Nifti1Image(voxels, affine, dtype=dtype or voxels.dtype)
-    image.header.set_xyzt_units("mm")
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import _Run, configured_network
 from trainables.manifest import Split, read_manifest
-from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import Cohort, open_cohort, prepare_cohort
 from tune_app.plain import PlainRun, monai_augmentation
 from tune_app.synthetic import write_cohort
 

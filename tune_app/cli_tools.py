@@ -46,7 +46,8 @@ def data_prepare(
 ) -> None:
     """Read every volume once into one array on disk; every trial maps it. Again is instant."""
     from trainables.manifest import read_manifest
-    from trainables.volumes import Recipe, open_cohort, prepare_cohort
+    from trainables.scans import Recipe
+    from trainables.volumes import open_cohort, prepare_cohort
 
     checked = build_config(parse_settings(setting))
     manifest = read_manifest(table, num_classes=checked.num_classes)

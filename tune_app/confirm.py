@@ -25,7 +25,8 @@ from trainables.checkpoints import load_state, without_nonfinite, write_json
 from trainables.config import Scalar, build_config
 from trainables.manifest import Manifest, read_manifest, split_rows
 from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
-from trainables.volumes import Recipe, open_cohort, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.ablation import ADJUSTED_LEVEL, choose_folds, difference_text, only, plan, run_lines
 from tune_app.analysis import COLLAPSES, interval_over_folds
 from tune_app.objective import OBJECTIVES

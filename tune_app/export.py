@@ -40,7 +40,8 @@ from trainables.manifest import Manifest, Split, read_manifest, split_rows
 from trainables.metrics import score_metrics
 from trainables.network import Classifier
 from trainables.saved_run import saved_run
-from trainables.volumes import Cohort, Recipe, open_cohort, prepare_cohort, read_header
+from trainables.scans import Recipe, read_header
+from trainables.volumes import Cohort, open_cohort, prepare_cohort
 from tune_app import confirm
 from tune_app.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.model_card import model_card

@@ -27,7 +27,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.config import ConfigError, FineTuneConfig, build_config
-from trainables.volumes import Recipe, new_folder
+from trainables.scans import Recipe
+from trainables.volumes import new_folder
 from tune_app.calibration import Calibration
 
 MODEL_FORMAT = 1
@@ -200,7 +201,7 @@ class ModelInfo(_Part):
     num_classes: int = Field(ge=2)
     members: tuple[Member, ...] = Field(min_length=1)
     preprocessing: dict[str, Any]
-    """The recipe: the fields of trainables.volumes.Recipe."""
+    """The recipe: the fields of trainables.scans.Recipe."""
     training: Training
     threshold: float | None
     """Two classes: log-odds at or above which class 1 is decided, best balanced accuracy on validation. Else None."""

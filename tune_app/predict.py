@@ -26,7 +26,7 @@ from torch import Tensor
 from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
 from trainables.network import Classifier
-from trainables.volumes import Recipe, ScanHeader, VolumeError, prepare_scan, read_header, read_scan
+from trainables.scans import Recipe, ScanHeader, VolumeError, prepare_scan, read_header, read_scan
 from tune_app.calibration import Array
 from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
 

@@ -36,8 +36,9 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
+from trainables.scans import Recipe
 from trainables.storage import url_of
-from trainables.volumes import Recipe, prepare_cohort
+from trainables.volumes import prepare_cohort
 from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
 from tune_app.local_ray import ray_to_file, ray_to_work_with

@@ -15,7 +15,8 @@ from trainables.finetune import choose_precision, finetune
 from trainables.manifest import read_manifest, split_rows
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
-from trainables.volumes import Recipe, open_cohort, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.local_ray import keep_strangers_out
 
 HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"

@@ -28,7 +28,8 @@ from trainables.manifest import Split
 from trainables.metrics import score_metrics
 from trainables.network import build_network
 from trainables.saved_run import saved_run
-from trainables.volumes import Cohort, Recipe
+from trainables.scans import Recipe
+from trainables.volumes import Cohort
 
 SIDE = 16
 TIMES = {"epoch_s", "train_s", "validation_s", "volumes_per_s", "peak_memory_gib"}

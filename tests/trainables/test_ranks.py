@@ -21,7 +21,8 @@ from trainables.gradient_sum import GradientSum
 from trainables.manifest import read_manifest
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
-from trainables.volumes import Recipe, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import prepare_cohort
 from tune_app.synthetic import write_cohort
 
 SETTINGS: dict[str, Any] = {

@@ -296,7 +296,8 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from trainables.finetune import finetune
     from trainables.manifest import read_manifest
     from trainables.saved_run import open_inputs, saved_run
-    from trainables.volumes import Recipe, prepare_cohort
+    from trainables.scans import Recipe
+    from trainables.volumes import prepare_cohort
     from tune_app.synthetic import write_cohort
 
     torch.set_num_threads(1)

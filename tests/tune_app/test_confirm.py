@@ -25,7 +25,8 @@ from trainables.losses import logit_scale
 from trainables.manifest import read_manifest
 from trainables.metrics import auc_interval
 from trainables.network import build_network
-from trainables.volumes import Recipe, open_cohort, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.cli import app
 from tune_app.confirm import (
     choose_candidates,

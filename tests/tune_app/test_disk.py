@@ -27,7 +27,8 @@ from trainables.config import build_config
 from trainables.finetune import finetune
 from trainables.manifest import read_manifest
 from trainables.saved_run import open_inputs, saved_run
-from trainables.volumes import Recipe, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import prepare_cohort
 from tune_app.disk import file_sizes, make_room, plan_budget
 from tune_app.results import load_study, read_rows
 from tune_app.searcher import OptunaSearcher

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainables.config import build_config
 from trainables.network import Classifier, build_network
-from trainables.volumes import Recipe, load_volume, read_header, read_scan
+from trainables.scans import Recipe, load_volume, read_header, read_scan
 from tune_app.explain import Explainer, cells, explain, grad_cam, to_scan_grid, write_map, write_slices
 from tune_app.predict import Source, find_scans, load_model, predict, run_predict
 

@@ -19,7 +19,8 @@ from trainables.losses import logit_scale
 from trainables.manifest import read_manifest, split_rows
 from trainables.metrics import score_metrics
 from trainables.network import build_network
-from trainables.volumes import CohortError, Recipe, open_cohort, prepare_cohort
+from trainables.scans import Recipe
+from trainables.volumes import CohortError, open_cohort, prepare_cohort
 from tune_app import export
 from tune_app.calibration import Calibration
 from tune_app.export import ExportError, choose, evaluate, export_model, judge, require_onnx, retrain_model, wilson

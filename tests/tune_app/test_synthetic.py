@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from trainables.config import build_config
 from trainables.manifest import check_manifest, read_manifest, split_rows
-from trainables.volumes import Cohort, CohortError, Recipe, load_volume, open_cohort, prepare_cohort
+from trainables.scans import Recipe, load_volume
+from trainables.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 from tune_app.synthetic import write_cohort, write_pretext_cohort
 
 
