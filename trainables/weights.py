@@ -7,13 +7,15 @@ of the file and every entry of the network is accounted for, and only the head m
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import re
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -214,7 +216,8 @@ def fetch(name: str, folder: str | Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         try:
-            arrived = Path(huggingface_hub.hf_hub_download(official.repository, official.name, local_dir=temporary))
+            with _quiet("huggingface_hub"):
+                arrived = Path(huggingface_hub.hf_hub_download(official.repository, official.name, local_dir=temporary))
         except failures as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightsError(
@@ -228,6 +231,18 @@ def fetch(name: str, folder: str | Path) -> Path:
             )
         arrived.replace(target)
     return target
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Leave out what the logger says below an error: a client without a network tells every retry, twice."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass(frozen=True)

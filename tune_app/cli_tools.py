@@ -13,6 +13,7 @@ from tune_app.cli_common import (
     out,
     parse_settings,
     progress_bar,
+    to_stderr,
 )
 
 data_app = typer.Typer(help="Tables of volumes: check, prepare, import.", no_args_is_help=True)
@@ -93,4 +94,5 @@ def weights_fetch(
     """Download an official MedicalNet checkpoint and verify it."""
     from trainables.weights import fetch
 
+    to_stderr(f"fetching {name}; without a network this ends after half a minute of retries")
     out.print(str(fetch(name, folder)), soft_wrap=True)

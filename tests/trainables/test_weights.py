@@ -598,7 +598,7 @@ def test_another_file_of_that_name_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("why", ["offline", "refused"])
-def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch, why):
+def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch, caplog, why):
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", why == "offline")
@@ -615,6 +615,7 @@ def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch
     assert "from the repository TencentMedicalNet/MedicalNet-Resnet50 on huggingface.co" in text
     assert text.endswith(f"put it at {tmp_path / 'pretrained' / 'resnet_50_23dataset.pth'}")
     assert list((tmp_path / "pretrained").iterdir()) == []
+    assert not caplog.records, "the client's retries are nobody's business"
 
 
 @pytest.mark.parametrize("name", ["resnet51", "resnet101_23dataset", "vgg16"])
