@@ -33,7 +33,7 @@ from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
-from tune_app.serve_access import SESSION_S, Access, Guard, Refused
+from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
 from tune_app.serve_live import Feeds, TooManyViewersError
 from tune_app.serve_queue import QueueError, StudyQueue
 from tune_app.serve_studies import (
@@ -546,10 +546,13 @@ def serve(
     address: str | None = None,
     say: Any = print,
 ) -> None:
-    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder."""
+    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder, and
+    SpecError for a token that is easy to guess."""
     import uvicorn
     from filelock import FileLock, Timeout
 
+    if token is not None and len(token) < LEAST_TOKEN:
+        raise SpecError([f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"])
     own = root / ".medtune"
     own.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_urlsafe(24)
