@@ -158,11 +158,18 @@ def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_erro
     foreign = write_study("foreign", trials=2, epochs=3)
     info = json.loads(StudyFiles(foreign).spec.read_text())
     StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
-    client.app.state.folder.look_again()  # type: ignore[attr-defined]
     assert any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"])
     answer = client.get("/api/studies/foreign")
     assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
     assert client.get("/api/studies/first").status_code == 200
+
+
+def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path: Path) -> None:
+    for number in range(5):  # also right after a look at which studies there are
+        assert client.get("/api/studies").status_code == 200
+        assert client.get(f"/api/studies/new%20{number}").status_code == 404
+        shutil.copytree(tmp_path / "first", tmp_path / f"new {number}")
+        assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
 
 
 def test_the_report_can_be_downloaded(client: TestClient) -> None:
