@@ -49,10 +49,16 @@ def bench_serve_command(
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each of the two runs.")] = 20.0,
     trials: Annotated[int, typer.Option("--trials", min=2)] = 1000,
     epochs: Annotated[int, typer.Option("--epochs", min=24)] = 60,
+    search: Annotated[
+        int, typer.Option("--search", min=0, help="Time a real small search instead, alone and watched, so many times.")
+    ] = 0,
 ) -> None:
     """Time the service: rows of a running study to many viewers, its processor time, and the writer's own pace."""
-    from tune_app.serve_bench import bench_serve
+    from tune_app.serve_bench import bench_serve, bench_watched_search
 
+    if search:
+        print(json.dumps(bench_watched_search(viewers=viewers, turns=search, say=to_stderr), indent=1))
+        return
     print(
         json.dumps(bench_serve(viewers=viewers, seconds=seconds, trials=trials, epochs=epochs, say=to_stderr), indent=1)
     )

@@ -15,7 +15,7 @@ function listView() {
   const heads = ["study", "state", "best", "trials", "epochs", "last news"];
   page.replaceChildren(h("h1", {}, "Studies"), where, h("div", { class: "scroll" }, h("table", { class: "list stack", id: "studies" },
     h("thead", {}, h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)))), body)), empty);
-  let timer = 0, before = "";
+  let timer = 0, before = "", closed = false;
   async function load() {
     try {
       const told = await api("studies");
@@ -34,7 +34,7 @@ function listView() {
       if (error.status === 401) { if (await askToken()) load(); return; }
       say(error.message, true);
     }
-    timer = setTimeout(load, document.hidden ? 15000 : 2000);
+    if (!closed) timer = setTimeout(load, document.hidden ? 15000 : 2000);
   }
   function line(study) {
     const states = Object.entries(study.states || {}).map(([state, count]) => `${count} ${state}`).join(", ");
@@ -50,7 +50,7 @@ function listView() {
     return h("tr", {}, cells);
   }
   load();
-  return { close: () => clearTimeout(timer), crumbs: [] };
+  return { close: () => { closed = true; clearTimeout(timer); }, crumbs: [] };
 }
 
 // A new study -------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
-from tune_app.serve_access import SESSION_S, Access, Guard, Refused
+from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
 from tune_app.serve_live import Feeds, TooManyViewersError
 from tune_app.serve_queue import QueueError, StudyQueue
 from tune_app.serve_studies import (
@@ -328,7 +328,6 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
         last_event_id: Annotated[str | None, Header()] = None,
     ) -> StreamingResponse:
         """Stream what happens (text/event-stream): rows, decisions, lines of the table and the overview that changed."""
-        folder.path(study)
         if last_event_id and last_event_id.isascii() and last_event_id.isdigit():
             seen = int(last_event_id[:16])
         stream = feeds.events(study, seen)
@@ -370,7 +369,6 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
         path.mkdir(parents=True)
         with replacing(StudyFiles(path).asked) as temporary:
             temporary.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        folder.look_again()
         queue.add(path)
         return Asked(study=asked.name, became="queued")
 
@@ -440,12 +438,11 @@ def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
     done: set[str] = set()
     while not ended.wait(2.0 if done else 0.1):
         for study in list(folder.paths()):
-            if study in done or not StudyFiles(folder.path(study)).spec.is_file():
-                continue
-            done.add(study)
             try:
-                folder.reading(study)
-            except UnreadableError as error:
+                if study not in done and StudyFiles(folder.path(study)).spec.is_file():
+                    done.add(study)
+                    folder.reading(study)
+            except (UnknownError, UnreadableError, OSError) as error:  # damaged, or removed meanwhile
                 log.warning("%s", error)
 
 
@@ -546,10 +543,13 @@ def serve(
     address: str | None = None,
     say: Any = print,
 ) -> None:
-    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder."""
+    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder, and
+    SpecError for a token that is easy to guess."""
     import uvicorn
     from filelock import FileLock, Timeout
 
+    if token is not None and len(token) < LEAST_TOKEN:
+        raise SpecError([f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"])
     own = root / ".medtune"
     own.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_urlsafe(24)

@@ -7,7 +7,7 @@
   site's request carries.
 - A browser's change must come from the page itself: its Origin has to be ours, and it has to repeat a value that only the
   page was told (CSRF).
-- Wrong tokens are slowed down, per address and in all.
+- Wrong tokens are slowed down, per address and in all; the right one is let in whatever else was tried.
 - Every answer forbids scripts and styles other than the page's own files, framing, and guessing of content types.
 """
 
@@ -28,6 +28,9 @@ SESSION_S = 12 * 3600
 
 TRIES, GLOBAL_TRIES, WINDOW_S = 5, 50, 60.0
 """Wrong tokens from one address, and from all together, in so many seconds before the next one is not looked at."""
+
+LEAST_TOKEN = 16
+"""Characters of a token that somebody chose: the limit slows guesses down and keeps nobody out who guesses right."""
 
 MOST_ADDRESSES = 1000
 """Addresses whose wrong tokens are remembered."""
@@ -125,10 +128,10 @@ class Access:
     # The token, and what stands for it ---------------------------------------------------------------------------------
 
     def is_token(self, given: str, address: str) -> bool:
-        """Whether `given` is the token; raises Refused when there have been too many wrong ones."""
-        self.throttle.check(address)
+        """Whether `given` is the token; raises Refused for a wrong one when there have been too many."""
         if hmac.compare_digest(given.encode(), self._token.encode()):
-            return True
+            return True  # before the limit is asked, or anybody's guesses would keep out who has the token
+        self.throttle.check(address)
         self.throttle.wrong(address)
         return False
 

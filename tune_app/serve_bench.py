@@ -2,7 +2,7 @@
 
 A real `medtune serve` over a generated study, real connections, and a writer in place of a driver. What is measured: from
 a row's writing to its arrival at a viewer, the service's processor time, and the writer's own pace with and without
-viewers.
+viewers. `bench_watched_search` asks the same of a real search: how long it takes alone, and watched.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from filelock import FileLock
 from trainables.checkpoints import write_json
 from tune_app.curves import generate_curves
 from tune_app.spec import StudyFiles, append_line, build_spec
+from tune_app.synthetic import write_cohort
 
 PACE_S = 0.1
 """Seconds between two rows: some ten trials with epochs of a second each."""
@@ -97,6 +98,82 @@ def bench_serve(
         "append_ms_alone": 1000 * statistics.median(alone["appends"]),
         "append_ms_watched": 1000 * statistics.median(watched["appends"]),
     }
+
+
+SEARCH = ("--trials", "2", "--epochs", "60", "--max-concurrent", "1", "--gpus-per-trial", "0", "--seed", "0")
+SMALL = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+"""The search that is watched: small trials one at a time, so that every run of it has the same epochs."""
+
+
+def bench_watched_search(*, viewers: int, turns: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Return the seconds from a real CPU search's first epoch to its last, without a service and with one and `viewers`.
+
+    Alternately, and in the other order every other turn; `rows` are the epochs of each run; runs that differ in
+    them are an error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_cohort(Path(folder) / "cohort", subjects=16, side=(14, 18))
+        studies = Path(folder) / "studies"
+        studies.mkdir()
+        told: dict[str, Any] = {"viewers": viewers, "alone_s": [], "watched_s": [], "rows": [], "rows_seen": []}
+        for turn in range(turns):
+            for watched in (False, True) if turn % 2 == 0 else (True, False):
+                name = f"{turn}-{'watched' if watched else 'alone'}"
+                files = StudyFiles(studies / name)
+                command = [sys.executable, "-m", "tune_app.cli", "run", "--data", str(table), "--out", str(files.root)]
+                command += [*SEARCH, "--cache", str(Path(folder) / "cache")]
+                command += [text for key, value in SMALL.items() for text in ("--set", f"{key}={value}")]
+                service, url = _start(studies) if watched else (None, "")
+                try:
+                    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    if watched:
+                        told["rows_seen"] += asyncio.run(_watch(url, name, driver, viewers))
+                    if driver.wait() != 0:
+                        raise RuntimeError(f"the search {name} ended with exit code {driver.returncode}")
+                finally:
+                    if service is not None:
+                        service.terminate()
+                        service.wait(30)
+                times = [json.loads(line)["time"] for line in files.epochs.read_text().splitlines()]
+                told["watched_s" if watched else "alone_s"].append(times[-1] - times[0])
+                told["rows"].append(len(times))
+                say(f"{name}: {times[-1] - times[0]:.1f} s for {len(times)} epochs")
+    if len(set(told["rows"])) != 1:
+        raise RuntimeError(f"the searches differ in epochs and cannot be compared: {told['rows']}")
+    told["ratio"] = statistics.median(told["watched_s"]) / statistics.median(told["alone_s"])
+    return told
+
+
+async def _watch(url: str, study: str, driver: "subprocess.Popen[bytes]", viewers: int) -> list[int]:
+    """Look on with so many open streams until the driver ends; returns how many rows each of them was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    seen = [0] * viewers
+
+    async def view(number: int) -> None:
+        while True:  # there is no such study before its driver has begun it
+            reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+            writer.write(f"GET /api/studies/{study}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+            try:
+                if b" 200 " not in await reader.readline():
+                    await asyncio.sleep(0.5)
+                    continue
+                event = b""
+                while line := await reader.readline():
+                    if line.startswith(b"event: "):
+                        event = line[7:].strip()
+                    elif line.startswith(b"data: ") and event == b"rows":
+                        seen[number] += len(json.loads(line[6:])["rows"])
+            finally:
+                writer.close()
+
+    tasks = [asyncio.create_task(view(number)) for number in range(viewers)]
+    while driver.poll() is None:
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(2)  # the last rows are on their way
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return seen
 
 
 def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:

@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Feeds:
 
         Raises UnknownError and TooManyViewersError.
         """
-        path = self._folder.path(study)
+        path = await run_in_threadpool(self._folder.path, study)
         if self.viewers >= MOST_VIEWERS:
             raise TooManyViewersError(f"{MOST_VIEWERS} viewers are connected: close some of them")
         feed = self._feeds.get(study)
@@ -123,14 +124,15 @@ class _Feed:
 
     async def _follow(self) -> None:
         while True:
-            await self._send_rows()
+            with suppress(OSError):  # a file removed, or a disk gone for the moment: the next look may tell
+                self._send_rows()
             if (
                 self._reading is None or self._reading.done()
             ):  # reading a large study takes seconds: rows go on meanwhile
                 self._reading = asyncio.create_task(self._send_overview())
             await asyncio.sleep(EVERY_S)
 
-    async def _send_rows(self) -> None:
+    def _send_rows(self) -> None:
         size = _whole_size(self.files.epochs)
         if size < self._offset:  # somebody put another study here
             self._offset = 0
@@ -148,7 +150,7 @@ class _Feed:
             if reading is None:
                 return
             lines, told = await run_in_threadpool(self._changes, reading)
-        except (UnknownError, UnreadableError):
+        except (UnknownError, UnreadableError, OSError):
             return  # removed while it was looked at, or damaged: its page says so when asked
         if lines:
             self._send(_event("trials", lines))

@@ -74,28 +74,27 @@ class StudyFolder:
         self._readings: dict[Path, Reading] = {}
         self._errors: dict[Path, tuple[tuple[Any, ...], str]] = {}
         self._locks: dict[Path, threading.Lock] = {}
-        self._found: tuple[float, dict[str, Path]] = (-math.inf, {})
+        self._walking = threading.Lock()
+        self._begun = self._walked = -math.inf
+        self._found: dict[str, Path] = {}
 
     # Which there are ---------------------------------------------------------------------------------------------------
 
-    def paths(self) -> dict[str, Path]:
-        """Return the folders of the studies by id, looked up again after a second."""
-        at, found = self._found
-        if time.monotonic() - at > 1.0:
-            found = {}
-            for path in self._walk(self.root, 0):
-                name = path.relative_to(self.root).as_posix().replace("/", "~")
-                found.setdefault(self.root.name if name == "." else name, path)
-            self._found = (time.monotonic(), found)
-        return found
-
-    def look_again(self) -> None:
-        """Forget which studies there are: one was just added."""
-        self._found = (-math.inf, {})
+    def paths(self, since: float | None = None) -> dict[str, Path]:
+        """Return the folders of the studies by id, looked up again after a second, or if last before `since` (monotonic)."""
+        with self._walking:  # whoever comes meanwhile shares what is found
+            if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
+                self._begun, found = time.monotonic(), dict[str, Path]()
+                for path in self._walk(self.root, 0):
+                    name = path.relative_to(self.root).as_posix().replace("/", "~")
+                    found.setdefault(self.root.name if name == "." else name, path)
+                self._found, self._walked = found, time.monotonic()
+            return self._found
 
     def path(self, study: str) -> Path:
-        """Return the folder of the study with that id. Raises UnknownError."""
-        found = self.paths().get(study)
+        """Return the folder of the study with that id, however new it is. Raises UnknownError."""
+        asked = time.monotonic()
+        found = self.paths().get(study) or self.paths(since=asked).get(study)
         if found is None:
             raise UnknownError(f"no study {printable(study)[:100]!r} here; the list shows all of them")
         return found

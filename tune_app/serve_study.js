@@ -112,17 +112,20 @@ export function studyView(id, query) {
   const figures = new Map();
 
   async function load() {
-    let told;
-    try { told = await api(base); } catch (error) {
+    let told, trials, curves;
+    try {
+      told = await api(base);
+      if (told.found && !closed) [trials, curves] = await Promise.all([api(`${base}/trials`), api(`${base}/curves`)]);
+    } catch (error) {
       if (closed) return;
       if (error.status === 401 && (await askToken())) return load();
+      if (closed) return;
       page.replaceChildren(h("h1", {}, id), h("p", { class: "bad" }, error.message), h("p", {}, h("a", { href: "#/" }, "all studies")));
+      if (error.status !== 401) timer = setTimeout(load, 5000); // it may be about to begin, or the service about to come back
       return;
     }
     if (closed) return;
     if (!told.found) { waiting(told); return; }
-    const [trials, curves] = await Promise.all([api(`${base}/trials`), api(`${base}/curves`)]);
-    if (closed) return;
     build();
     show(told);
     table.set(trials);

@@ -13,12 +13,12 @@ from filelock import FileLock
 from starlette.testclient import TestClient
 
 from tune_app.results import load_study
-from tune_app.serve import build_app
+from tune_app.serve import build_app, serve
 from tune_app.serve_access import GLOBAL_TRIES, MOST_ADDRESSES, TRIES, WINDOW_S, Access, Refused, Throttle
 from tune_app.serve_live import Feeds
 from tune_app.serve_queue import QueueError, StudyQueue
 from tune_app.serve_studies import StudyFolder, progress
-from tune_app.spec import StudyFiles, append_line
+from tune_app.spec import SpecError, StudyFiles, append_line
 from tune_app.stop_requests import asked_to_stop
 
 WriteStudy = Callable[..., Path]
@@ -158,11 +158,18 @@ def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_erro
     foreign = write_study("foreign", trials=2, epochs=3)
     info = json.loads(StudyFiles(foreign).spec.read_text())
     StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
-    client.app.state.folder.look_again()  # type: ignore[attr-defined]
     assert any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"])
     answer = client.get("/api/studies/foreign")
     assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
     assert client.get("/api/studies/first").status_code == 200
+
+
+def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path: Path) -> None:
+    for number in range(5):  # also right after a look at which studies there are
+        assert client.get("/api/studies").status_code == 200
+        assert client.get(f"/api/studies/new%20{number}").status_code == 404
+        shutil.copytree(tmp_path / "first", tmp_path / f"new {number}")
+        assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
 
 
 def test_the_report_can_be_downloaded(client: TestClient) -> None:
@@ -258,12 +265,23 @@ def test_reading_takes_the_token_where_others_can_reach_the_service(tmp_path: Pa
             assert client.get("/api/studies").status_code == 200
 
 
-def test_wrong_tokens_are_slowed_down_and_the_right_one_with_them(client: TestClient) -> None:
+def test_wrong_tokens_wait_and_the_right_one_is_let_in(client: TestClient) -> None:
+    def read(token: str) -> int:
+        return client.get("/api/studies", headers={"authorization": f"Bearer {token}"}).status_code
+
     for _ in range(TRIES):
         assert client.post("/api/session", json={"token": "guess"}).status_code == 403
-    refused = client.post("/api/session", json={"token": TOKEN})
+    refused = client.post("/api/session", json={"token": "another guess"})
     assert refused.status_code == 429
     assert 0 < int(refused.headers["retry-after"]) <= WINDOW_S + 1
+    assert (read("a guess"), read(TOKEN[:-1]), read(TOKEN)) == (429, 429, 200)
+    assert client.post("/api/session", json={"token": TOKEN}).status_code == 200
+    assert read("a guess") == 429, "the right one must not give the guesses a new start"
+
+
+def test_a_token_that_is_easy_to_guess_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="MEDTUNE_TOKEN has 4 characters: choose at least 16"):
+        serve(tmp_path, host="127.0.0.1", port=0, token="1234")
 
 
 def test_the_throttle_forgets_and_cannot_be_filled_up() -> None:

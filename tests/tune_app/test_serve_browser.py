@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tune_app.results import is_held, load_study
-from tune_app.spec import StudyFiles
+from tune_app.spec import StudyFiles, append_line
 from tune_app.synthetic import write_cohort
 
 FLAGS = (
@@ -224,10 +225,24 @@ def test_two_trials_are_picked_and_compared_and_a_diagnosis_opened_by_keyboard(
     assert complaints(browser) == []
 
 
-def test_names_and_errors_that_try_to_be_markup_stay_text(browser: Browser, service: Service) -> None:
-    name = "<img src=x onerror=window.hit=1>"
-    shutil.copytree(service.folder / "a search", service.folder / name)
-    record = StudyFiles(service.folder / name).trial("00005").record
+@pytest.fixture
+def another(service: Service) -> Iterator[Callable[[str], StudyFiles]]:
+    """Return a function that puts a copy of the search beside it under another name; whatever happens, it is removed."""
+    copies = []
+
+    def copy(name: str) -> StudyFiles:
+        copies.append(service.folder / name)
+        return StudyFiles(shutil.copytree(service.folder / "a search", copies[-1]))
+
+    yield copy
+    for root in copies:
+        shutil.rmtree(root)
+
+
+def test_names_and_errors_that_try_to_be_markup_stay_text(
+    browser: Browser, service: Service, another: Callable[[str], StudyFiles]
+) -> None:
+    record = another("<img src=x onerror=window.hit=1>").trial("00005").record
     nasty = {"error": "<script>window.hit=2</script>", "variant": "</td><svg onload=window.hit=3>"}
     record.write_text(json.dumps(json.loads(record.read_text()) | nasty))
     opened(browser, f"{service.url}#/")
@@ -239,7 +254,45 @@ def test_names_and_errors_that_try_to_be_markup_stay_text(browser: Browser, serv
             "return window.hit === undefined && !document.querySelector('main img, main script')"
         )
         assert complaints(browser) == []
-    shutil.rmtree(service.folder / name)
+
+
+def test_a_study_that_appears_after_its_address_was_opened_is_shown_without_loading_again(
+    browser: Browser, service: Service, another: Callable[[str], StudyFiles]
+) -> None:
+    browser.get("about:blank")
+    browser.get(f"{service.url}#/study/about%20to%20begin")
+    assert "no study 'about to begin' here" in text(browser, ".bad")
+    another("about to begin")
+    ready(browser)
+    assert text(browser, ".title h1") == "about to begin"
+
+
+def test_rows_of_a_running_study_appear_without_loading_again(
+    browser: Browser, service: Service, another: Callable[[str], StudyFiles]
+) -> None:
+    files = another("running")
+    record = files.trial("00003").record
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None}))
+    rows = [json.loads(line) for line in files.epochs.read_text().splitlines()]
+    last = [row for row in rows if row["trial"] == "00003"][-1]
+    with FileLock(files.lock):
+        opened(browser, f"{service.url}#/study/running")
+        wait(browser, "return document.querySelector('#live').textContent === 'live'")
+        assert "running" in text(browser, ".title .badge")
+        browser.execute_script("window.same = true")
+        for epoch in (last["epoch"] + 1, last["epoch"] + 2):
+            append_line(
+                files.epochs, last | {"epoch": epoch, "time": time.time(), "val_auc_ema": 0.987, "val_auc": 0.987}
+            )
+        wait(browser, "return document.documentElement.dataset.rows === '2'")
+        wait(
+            browser,
+            "return [...document.querySelectorAll('tr[data-trial]')].some((row) => row.textContent.includes('0.987'))",
+        )
+        assert browser.execute_script("return window.same"), "the page was loaded again"
+        assert int(browser.execute_script("return document.documentElement.dataset.lag")) < 20_000
+    wait(browser, "return document.querySelector('.title .badge').textContent.includes('interrupted')")
+    assert complaints(browser) == []
 
 
 def test_changing_asks_for_the_token_and_a_wrong_form_says_why(browser: Browser, service: Service) -> None:
