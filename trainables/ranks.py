@@ -6,11 +6,16 @@ and cannot be interrupted from within. The other ranks are owned by this process
 stop a trial, Ray ends them with it.
 """
 
+import fcntl
 import logging
+import os
 import queue
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -95,13 +100,14 @@ def gang(
     actors = start_rank_actors(world) if actors is None else actors
     store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
     remembered = None if resume is None else ray.put(dict(resume))
+    homes = [actor.where.remote() for actor in actors]
     futures = {
         actor.run.remote(work, rank, world, store.host, store.port, remembered): rank
         for rank, actor in enumerate(actors, start=1)
     }
     leader = _Leader(work, world, store, resume, heartbeat)
     try:
-        yield from _watched(leader, actors, futures, deadline_s)
+        yield from _watched(leader, actors, homes, futures, deadline_s)
     finally:
         leader.stop()
         for actor in actors:
@@ -134,7 +140,9 @@ class _LocalLeader:
         yield from saved_run(work.config, files, lambda resume: gang(work, world, resume=resume))
 
 
-def _watched(leader: "_Leader", ranks: list[Any], futures: dict[Any, int], deadline_s: float) -> Iterator[EpochResult]:
+def _watched(
+    leader: "_Leader", ranks: list[Any], homes: list[Any], futures: dict[Any, int], deadline_s: float
+) -> Iterator[EpochResult]:
     pending = dict(futures)
     leader.start()
     while True:
@@ -151,7 +159,7 @@ def _watched(leader: "_Leader", ranks: list[Any], futures: dict[Any, int], deadl
         except queue.Empty:
             waited = time.monotonic() - leader.position.since
             if waited > (deadline_s if leader.position.epoch else max(deadline_s, START_S)):
-                raise RankError(_who_hangs(leader, ranks, waited)) from None
+                raise RankError(_who_hangs(leader, ranks, homes, waited)) from None
             continue
         if result is None:
             return
@@ -163,31 +171,56 @@ def _watched(leader: "_Leader", ranks: list[Any], futures: dict[Any, int], deadl
                     ray.get(future)
                 except ray.exceptions.RayError as error:
                     raise _rank_error(pending[future], error) from error
-            raise result
+            raise RankError(_failed(0, ray.util.get_node_ip_address(), result)) from result
         yield result
         leader.go_on()
 
 
 def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:
     if isinstance(error, ray.exceptions.RayTaskError):
-        cause = error.cause
-        return RankError(f"rank {rank} on node {error.ip}: {type(cause).__name__}: {cause}")
+        return RankError(_failed(rank, error.ip, error.cause))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown")
     return RankError(f"rank {rank} on node {where} died: {lines[-1] if lines else type(error).__name__}")
 
 
-def _who_hangs(leader: "_Leader", ranks: list[Any], waited: float) -> str:
+def _failed(rank: int, node: str, cause: BaseException) -> str:
+    """The error of a rank in one line: of several, readers that want one take the last, and would lose the name."""
+    return f"rank {rank} on node {node}: {type(cause).__name__}: {' '.join(str(cause).split())}"
+
+
+def _who_hangs(leader: "_Leader", ranks: list[Any], homes: list[Any], waited: float) -> str:
     """Name the rank that is behind the others: the one that does not answer, or has come least far."""
     behind = (leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())
     for rank, actor in enumerate(ranks, start=1):
         try:
             epoch, step, node = ray.get(actor.where.remote(), timeout=ANSWER_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-            return f"rank {rank} does not answer, and no step ended for {waited:.0f} s: it hangs or its node is gone"
+            home = _home(homes[rank - 1])
+            return f"rank {rank} on node {home} does not answer, and no step ended for {waited:.0f} s: it hangs or is cut off"
         behind = min(behind, (epoch, step, rank, node))
     epoch, step, rank, node = behind
     return f"rank {rank} on node {node} hangs in epoch {epoch} after step {step}: no step ended for {waited:.0f} s"
+
+
+def _home(answer: Any) -> str:
+    """Where a rank was when it had started, by its own first answer."""
+    try:
+        return str(ray.get(answer, timeout=0)[2])
+    except ray.exceptions.RayError:
+        return "unknown"
+
+
+def interface_of(address: str) -> str | None:
+    """Return the network interface of this machine whose IPv4 address is `address`, None when none has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # it has no IPv4 address
+                answer = fcntl.ioctl(asking, 0x8915, request)  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 class _Leader:
@@ -251,6 +284,9 @@ def _rank_epochs(
     if work.gpu:
         torch.cuda.set_device(device)
     cohort, split = open_inputs(work.config, work.table, work.cohort)
+    # By itself gloo takes what the host's name resolves to: on many machines loopback, which no other node can reach.
+    if (name := interface_of(ray.util.get_node_ip_address())) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     dist.init_process_group(
         "nccl" if work.gpu else "gloo",
         store=store,

@@ -14,12 +14,13 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainables import installed_version
+from trainables.storage import Remote, StorageError, url_of
 from tune_app.spec import default_cache
 from tune_app.submit import pack_code
 
@@ -29,6 +30,10 @@ VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "numpy", "nibabel")
 NEEDED = {"ray": (2, 54), "torch": (2, 10)}
 SHM_GIB, DISK_GIB, FILES, SKEW_S = 1.0, 10.0, 4096, 2.0
 """Least shared memory and free disk, least open files, largest difference of clocks that is well."""
+BUCKET_REMEDY = (
+    "make the bucket, and let the nodes read, write and remove objects below this URL: by their role, or by AWS_... in the "
+    "environment of `ray start`, AWS_ENDPOINT_URL and AWS_DEFAULT_REGION among it where the storage is not Amazon's"
+)
 NODE_S = 120.0
 """Seconds a node may take to answer, with the start of a process on it."""
 
@@ -199,7 +204,9 @@ def _data_seen(table: str) -> dict[str, str]:
 
 
 def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
-    """Whether this node can write below the study's folder, and sees what the driver wrote there."""
+    """Whether this node can write below the study's folder or URL, and sees what the driver wrote there."""
+    if (url := url_of(study)) is not None:
+        return _bucket_seen(url, nonce)
     folder = _mark_folder(study)
     probe = folder / f".medtune-doctor-{uuid.uuid4().hex}"
     try:
@@ -213,6 +220,19 @@ def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
     return {}
 
 
+def _bucket_seen(url: str, nonce: str | None) -> dict[str, str]:
+    """As `_study_seen`, for object storage: written, read and removed with the credentials of this node."""
+    probe = f".medtune-doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        remote = Remote(url)
+        remote.write(probe, b"here")
+        came = remote.read(probe) == b"here" and (nonce is None or remote.read(f".medtune-doctor-{nonce}") is not None)
+        remote.delete(probe)
+    except StorageError as error:
+        return {"error": str(error), "remedy": BUCKET_REMEDY}
+    return {} if came else {"error": f"{url}: what the head writes is not seen here", "remedy": BUCKET_REMEDY}
+
+
 def _mark_folder(study: str) -> Path:
     """The folder that studies are put in: the study itself may not be there yet."""
     path = Path(study)
@@ -221,9 +241,19 @@ def _mark_folder(study: str) -> Path:
 
 @contextmanager
 def _marked(study: str | None, nonce: str) -> Iterator[None]:
-    """A file in the study's folder while the nodes look for it."""
+    """A file in the study's folder, or an object below its URL, while the nodes look for it."""
     if not study:
         yield
+        return
+    if (url := url_of(study)) is not None:
+        name = f".medtune-doctor-{nonce}"
+        with suppress(StorageError):  # the nodes say so, the head among them
+            Remote(url).write(name, b"")
+        try:
+            yield
+        finally:
+            with suppress(StorageError):
+                Remote(url).delete(name)
         return
     mark = _mark_folder(study) / f".medtune-doctor-{nonce}"
     try:
@@ -298,7 +328,8 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         say("data", not error, said, "mount the folder with the data at the same path on every node")
     if facts.get("study") is not None:
         error = facts["study"].get("error")
-        say("storage", not error, error or "can be written", "mount the same shared folder on every node, writable")
+        remedy = facts["study"].get("remedy", "mount the same shared folder on every node, writable")
+        say("storage", not error, error or "can be written", remedy)
     if "meets" in facts:
         error = facts["meets"]
         said = error or "the driver's node can be reached"

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -394,6 +395,7 @@ class _Session:
         self.spec, self.cohort, self.files = spec, cohort, recorder.files
         self.recorder, self.display, self.budget = recorder, display, budget
         self.epochs = spec.epochs
+        self.ranks = 1
         self.fatal: dict[str, str] = {}
         self.interrupt = Interrupt()
         self.lifecycle = Lifecycle(self)
@@ -407,6 +409,7 @@ class _Session:
         `local`: this Ray is the study's own, and nobody adds a node to it.
         """
         self.keep_to_budget()
+        self.ranks = plan.ranks
         self.look = watch_tune(
             self.files.trial,
             lambda trial: len(self.recorder.rows.get(trial, ())),
@@ -647,7 +650,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.session.recorder.failed_once(self.begun(trial))
+        name = self.begun(trial)
+        self.session.recorder.failed_once(name)
+        self.session.display.note(f"trial {name}: {self._failure_of(trial)[0]}; it starts again from its checkpoint")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = self.begun(trial)
@@ -662,9 +667,26 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     def failed(self, trial: Any) -> None:
         """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
         name = self.begun(trial)
-        reason, text = _failure_of(trial)
+        reason, text = self._failure_of(trial)
         self._end(name, "failed", reason, error=text)
         self.session.searcher.note(int(name), reason)
+
+    def _failure_of(self, trial: Any) -> tuple[str, str]:
+        """Why the trial failed last: in a line, and in full.
+
+        Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
+        """
+        told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+        text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
+        if not text:
+            return ("the trial's process ended without a word",) * 2
+        reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
+        if reason.startswith("The actor is dead"):
+            reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
+        if text.startswith("The actor died") and (node := re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)):
+            who = "rank 0" if self.session.ranks > 1 else "its process"
+            reason = f"{who} on node {node[1]} died: {reason}"
+        return reason, text
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         self.session.recorder.ended(name, state, reason, error=error)
@@ -690,21 +712,6 @@ def _node_of(where: Any) -> str | None:
         return str(ray.get(where, timeout=0)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
-
-
-def _failure_of(trial: Any) -> tuple[str, str]:
-    """Why the trial failed last: in a line, and in full.
-
-    Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
-    """
-    told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
-    text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
-    if not text:
-        return ("the trial's process ended without a word",) * 2
-    reason = text.splitlines()[-1].strip()
-    if reason.startswith("The actor is dead"):
-        reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
-    return reason, text
 
 
 def trial_name(trial: Any) -> str:

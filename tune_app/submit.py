@@ -140,8 +140,11 @@ def cluster_place(study: str) -> str:
 
 
 def job_name(study: str) -> str:
-    """Return the stem of the ids of all jobs of a study: readable, and equal for equal folders only."""
-    slug = re.sub(r"[^a-z0-9]+", "-", study.rsplit("/", 1)[-1].lower()).strip("-")[:32] or "study"
+    """Return the stem of the ids of all jobs of a study: readable, and equal for equal folders only.
+
+    It has 47 characters at most, which is what KubeRay takes as the name of a RayJob.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", study.rsplit("/", 1)[-1].lower()).strip("-")[:30] or "study"
     return f"medtune-{slug}-{hashlib.sha256(study.encode()).hexdigest()[:8]}"
 
 

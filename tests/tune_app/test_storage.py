@@ -1,5 +1,6 @@
 """A study in object storage, with a real S3 server on loopback: run, killed, resumed elsewhere, read, fetched."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from moto.server import ThreadedMotoServer
 from trainables.checkpoints import TrialFiles
 from trainables.storage import Remote, StorageError, TrialStore, url_of
 from tune_app import storage
+from tune_app.doctor import diagnose_machine
 from tune_app.results import load_study
 from tune_app.spec import SpecError, StudyFiles, append_line
 from tune_app.storage import BusyError, Mirror, fetch_study, mirrored, opened
@@ -137,6 +139,33 @@ def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
         fetch_study(bucket, tmp_path / "copy")
     with pytest.raises(SpecError, match="a folder can be used as it is"):
         fetch_study("/shared/study", tmp_path / "copy")
+
+
+def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(
+    server: dict[str, str], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = server["AWS_ENDPOINT_URL"]
+    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::readonly/*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]}).encode()
+    kind = {"Content-Type": "application/json"}
+    for place, data in ((f"{url}/readonly", None), (f"{url}/readonly?policy", policy)):
+        asked = urllib.request.Request(place, data=data, headers=kind, method="PUT")
+        urllib.request.urlopen(asked, timeout=30).close()
+
+    def storage_of(study: str) -> tuple[str, str]:
+        (found,) = [one for one in diagnose_machine(study=study) if one.what == "storage"]
+        return found.state, f"{found.said}: {found.remedy}"
+
+    assert storage_of(bucket) == ("good", "can be written: ")
+    assert Remote(bucket).names() == [], "something was left"
+    for study, why in (("s3://nowhere/study", "bucket does not exist"), ("s3://readonly/study", "ACCESS_DENIED")):
+        state, told = storage_of(study)
+        assert state == "bad"
+        assert told.startswith(f"{study}: ")
+        assert why in told
+        assert "make the bucket, and let the nodes read, write and remove" in told
+    assert not list(tmp_path.iterdir()), "a URL was taken for a folder"
 
 
 @pytest.mark.ray

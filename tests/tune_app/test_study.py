@@ -141,7 +141,8 @@ def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_pat
     assert [record["state"] for record in records] == ["failed", "failed", "completed"]
     assert [record["failures"] for record in records] == [1, 1, 1]
     reasons = [record["reason"] for record in records]
-    assert reasons == ["not at all", "The actor is dead because its worker process has died", None]
+    died = f"its process on node {records[1]['node']} died: The actor is dead because its worker process has died"
+    assert reasons == ["not at all", died, None]
     assert "ValueError: no such thing" in records[0]["error"]
     study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
     assert [trial.user_attrs.get("reason") for trial in study.trials] == reasons

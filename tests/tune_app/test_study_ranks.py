@@ -1,6 +1,7 @@
 """Studies whose trials have several ranks: nothing is left behind by a stop, and a lost process costs an epoch at most."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import ray
 from ray._private.state import actors
 from rich.console import Console
-from study_runs import TINY, check_whole, finished, medtune, processes, wait_for_rows, wait_until
+from study_runs import TINY, check_whole, medtune, processes, wait_for_rows, wait_until
 
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles, build_spec
@@ -77,7 +78,9 @@ def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
     ranks = processes("ray::_Rank", driver)
     os.kill(victim.pid, signal.SIGKILL)
     wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), "old ranks gone", 30)
-    finished(process)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert re.search(rf"trial 00000: rank {int(lost == 'ray::_Rank')} on node [\d.]+ died: ", " ".join(err.split()))
     check_whole(root, trials=1, epochs=15)
     (trial,) = load_study(root).trials.to_dict("records")
     assert trial["failures"] == 1

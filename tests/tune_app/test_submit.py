@@ -101,7 +101,7 @@ def test_job_names_tell_folders_apart_and_stay_readable() -> None:
     assert job_name("/a/My Study, fold 0") != job_name("/b/My Study, fold 0")
     assert job_name("s3://bucket/My Study, fold 0/").startswith("medtune-")
     assert job_name("/a/My Study, fold 0").startswith("medtune-my-study-fold-0-")
-    assert len(job_name("/a/" + "x" * 200)) <= 52, "Kubernetes takes 63 characters, and puts its own behind"
+    assert len(job_name("/a/" + "x" * 200)) <= 47, "KubeRay refuses a RayJob with a longer name"
 
 
 def test_a_place_that_a_cluster_cannot_find_is_refused() -> None:
