@@ -34,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "a study"
-    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--trials", 2, "--epochs", 60]
+    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--trials", 2, "--epochs", 100]
     asked += ["--out", root, "--cache", tmp_path / "cache", *TINY]
 
     watching = cluster.medtune(*asked)
@@ -47,21 +47,25 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
     job = stopped.split()[0]
     assert stopped == f"{job} stopped\n"
     before = rows_of(root)
-    assert 0 < len(before) < 120
+    assert 0 < len(before) < 200
     log, _ = cluster.done("jobs", "logs", job)
     assert "interrupted; go on with: medtune resume" in log, "the driver closed the study before it ended"
 
+    def jobs() -> list[dict[str, str]]:
+        listed = json.loads(cluster.done("jobs", "list", "--format", "json")[0])
+        return [row for row in listed if row["study"] == str(root)]  # another test's, or another try's, are there too
+
     following = cluster.medtune(*asked)
-    wait_for(lambda: len(cluster.get("/api/jobs/")) == 2, "the second job", during=following)
+    ours = job.removesuffix("1") + "2"
+    wait_for(lambda: any(ours == one["submission_id"] for one in cluster.get("/api/jobs/")), ours, during=following)
     again, err = cluster.done("submit", "--no-pip", "--detach", *asked[2:])
     assert "is running already" in err
-    assert again == job.removesuffix("1") + "2\n"
+    assert again == f"{ours}\n"
     out, err = ended(following)
     assert out.count("best: trial") == 1
-    check_whole(root, trials=2, epochs=60)
+    check_whole(root, trials=2, epochs=100)
     assert rows_of(root)[: len(before)] == before, "a row was rewritten"
-    listed = json.loads(cluster.done("jobs", "list", "--format", "json")[0])
-    assert [(row["study"], row["state"]) for row in listed] == [(str(root), "stopped"), (str(root), "succeeded")]
+    assert [row["state"] for row in jobs()] == ["stopped", "succeeded"]
 
     refused, err = cluster.done(*asked, "--seed", 7, code=1)
     assert "holds another study: seed is 0 there, 7 was asked for" in " ".join(refused.split())
