@@ -166,9 +166,14 @@ class LogFile(logging.FileHandler):
                 raise
 
 
-def sweep_temporaries(folder: Path) -> int:
-    """Remove what a killed writer left behind in `folder`; returns how many files. Call it before the writers start."""
-    leftovers = list(folder.glob(".*.tmp")) if folder.is_dir() else []
+def sweep_temporaries(folder: Path, *written: Path) -> int:
+    """Remove what a killed writer left behind in `folder`, of the files `written` or of all; returns how many files.
+
+    Call it before their writers start. Driver and trial both write into a trial's folder, at the same time: each sweeps
+    what it writes itself.
+    """
+    names = [path.name for path in written] or ["*"]
+    leftovers = [found for name in names for found in folder.glob(f".{name}.*.tmp")] if folder.is_dir() else []
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)

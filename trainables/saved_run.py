@@ -67,7 +67,7 @@ def saved_run(
     machine.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(files.folder)
+    sweep_temporaries(files.folder, files.config, files.checkpoint, files.best)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     if resume is not None:
         check_checkpoint(resume, config)  # before config.json is replaced, and before another run's rows are told

@@ -32,7 +32,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from trainables import installed_version
-from trainables.checkpoints import sweep_temporaries, when_there_is_room, write_json
+from trainables.checkpoints import TrialFiles, sweep_temporaries, when_there_is_room, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
@@ -135,6 +135,8 @@ def _run_locked(
         raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
     log_callbacks(spec, files)  # what is missing must be told before the study has begun
     sweep_temporaries(files.root)
+    for record in files.trials.glob("*/"):
+        sweep_temporaries(record, TrialFiles(record).record)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)

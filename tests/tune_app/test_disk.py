@@ -24,7 +24,7 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import build_config
-from trainables.finetune import finetune
+from trainables.finetune import EpochResult, finetune
 from trainables.manifest import read_manifest
 from trainables.saved_run import open_inputs, saved_run
 from trainables.scans import Recipe
@@ -267,3 +267,16 @@ def test_what_nothing_goes_on_from_goes_first_and_the_best_and_the_running_stay(
     assert left(1.0) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5])
     assert left(0.0335) == ([1, 3, 4, 5], [0, 1, 2, 3, 4, 5])
     assert left(0.018) == ([5], [1, 4, 5])
+
+
+def test_a_trial_sweeps_what_trials_write_and_leaves_alone_what_its_driver_is_writing(tmp_path: Path) -> None:
+    files = TrialFiles(tmp_path)
+    driver, trial = tmp_path / ".trial.json.7.tmp", tmp_path / ".checkpoint.pt.7.tmp"
+    driver.touch()
+    trial.touch()
+
+    def no_epochs(resume: Any) -> Iterator[EpochResult]:
+        yield from ()
+
+    assert list(saved_run(build_config({}), files, no_epochs)) == []
+    assert (driver.exists(), trial.exists()) == (True, False)
