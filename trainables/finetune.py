@@ -209,24 +209,24 @@ class _Run:
         self.gradient_sum: GradientSum | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Capturing a deterministic run would be sound, but what it is for is comparing with an eager one.
-        self.graphs = (
-            graphs and self.volumes.resident is not None and not config.deterministic and self._ranks_can_be_captured()
-        )
+        self.graphs = graphs and not config.deterministic and self._can_be_captured()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm_steps = 0
         self.validation_index = torch.zeros(config.validation_batch_size, dtype=torch.int64, device=device)
         self.validation_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def _ranks_can_be_captured(self) -> bool:
-        """Whether a graph can hold what a step says to other ranks: NCCL's collectives, but not SyncBatchNorm's waits.
+    def _can_be_captured(self) -> bool:
+        """Whether a graph can hold a step: of a resident cohort, with NCCL's collectives, but not SyncBatchNorm's waits.
 
-        All ranks must say the same, or some would wait for a step that the others are still capturing.
+        All ranks must say the same, or some would wait for a step that the others are still capturing: every rank asks
+        the others, also one whose cohort did not fit.
         """
+        resident = self.volumes.resident is not None
         if self.world == 1:
-            return True
-        resident = torch.tensor(float(self.volumes.resident is not None), device=self.device)
-        dist.all_reduce(resident, dist.ReduceOp.MIN)
-        return dist.get_backend() == "nccl" and not self.config.sync_batchnorm and bool(resident)
+            return resident
+        on_all = torch.tensor(float(resident), device=self.device)
+        dist.all_reduce(on_all, dist.ReduceOp.MIN)
+        return bool(on_all) and dist.get_backend() == "nccl" and not self.config.sync_batchnorm
 
     def drop_graphs(self) -> None:
         self.graph = None
