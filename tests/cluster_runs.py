@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from study_runs import medtune
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,15 +102,7 @@ class Cluster:
 
     def medtune(self, *arguments: object, **env: str) -> subprocess.Popen[str]:
         """Start a command as a user of the cluster would, on another machine as it were."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            start_new_session=True,
-            env=self.env | {"RAY_API_SERVER_ADDRESS": self.url} | env,
-        )
+        return medtune(*arguments, env=self.env | {"RAY_API_SERVER_ADDRESS": self.url} | env, cwd=ROOT)
 
     def done(self, *arguments: object, code: int = 0, timeout_s: float = 240, **env: str) -> tuple[str, str]:
         """Run a command to its end, expecting its exit code; returns stdout and stderr."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16",
 TINY += ["--set", "train_auc_volumes=0"]
 
 
-def medtune(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the command as a user would, in a process group of its own."""
+def medtune(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user would, in a process group of its own. `env`: all of its environment (None: this one)."""
     return subprocess.Popen(
         [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"},
         **options,
     )
 

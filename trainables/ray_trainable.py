@@ -126,8 +126,7 @@ def wait_for_device_memory(
     """Wait until the trial's share of the GPU's memory is free: a trial stopped just now may still hold it.
 
     `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all (None: CUDA's answer
-    for this process's GPU). Raises MemoryError
-    after `timeout_s` with both figures: somebody else is using the GPU.
+    for this process's GPU). Raises MemoryError after `timeout_s` with both figures: somebody else is using the GPU.
     """
     if memory is None:
         import torch

@@ -25,11 +25,6 @@ import torch
 from monai.data import PersistentDataset
 from monai.transforms import (
     Compose,
-    EnsureTyped,
-    LoadImaged,
-    NormalizeIntensityd,
-    Orientationd,
-    Resized,
 )
 from rich.table import Table
 from torch import Tensor, nn
@@ -40,7 +35,7 @@ from trainables.finetune import _Run, configured_network
 from trainables.manifest import Split, read_manifest
 from trainables.scans import Recipe
 from trainables.volumes import Cohort, open_cohort, prepare_cohort
-from tune_app.plain import PlainRun, monai_augmentation
+from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
 from tune_app.synthetic import write_cohort
 
 DISTINCT = 32
@@ -82,19 +77,7 @@ def bench_train(
     rows: list[dict[str, Any]] = []
     result = {"machine": machine, "steps_per_epoch": steps, "depth": depth, "width": width, "rows": rows}
     for size, geometry, (batch, accumulation) in itertools.product(sizes, geometries, batches):
-        config = build_config(
-            {
-                "depth": depth,
-                "width": width,
-                "geometry": geometry,
-                "volume_shape": size,
-                "batch_size": batch,
-                "gradient_accumulation_steps": accumulation,
-                "epochs": 1000,
-                "drw_start_epoch": 2,
-                "train_auc_volumes": 0,
-            }
-        )
+        config = bench_config(size, batch, accumulation, depth=depth, width=width, geometry=geometry)
         cohort, split = made_cohort(config, steps * batch * accumulation)
         gflop = 3 * forward_flop(config) / 1e9
         plain = None
@@ -124,6 +107,21 @@ def bench_train(
             if place.type == "cuda":
                 torch.cuda.empty_cache()
     return result
+
+
+def bench_config(size: int, batch: int, accumulation: int, **others: Any) -> FineTuneConfig:
+    """Return the configuration that is measured: nothing is scored but the validation volumes, and no schedule ends."""
+    return build_config(
+        {
+            **others,
+            "volume_shape": size,
+            "batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "epochs": 1000,
+            "drw_start_epoch": 2,
+            "train_auc_volumes": 0,
+        }
+    )
 
 
 def parse_batches(text: str) -> list[tuple[int, int]]:
@@ -214,13 +212,7 @@ def bench_data(
     table = write_cohort(folder / "cohort", subjects=subjects, side=(size - size // 8, size + size // 8))
     manifest = read_manifest(table)
     items = [{"image": path} for path in manifest.rows["path"]]
-    usual = [
-        LoadImaged("image", ensure_channel_first=True),
-        Orientationd("image", axcodes="RAS", labels=None),
-        Resized("image", (size,) * 3, mode="trilinear"),
-        NormalizeIntensityd("image"),
-        EnsureTyped("image", track_meta=False),
-    ]
+    usual = monai_preparation((size,) * 3)
     rows = []
 
     def measure(way: str, work: Callable[[], object]) -> None:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import FineTuneConfig
 from trainables.finetune import _Run
-from tune_app.bench import BenchError, machine_facts, made_cohort
+from tune_app.bench import BenchError, bench_config, machine_facts, made_cohort
 
 MEASURED_EPOCHS = 5
 
@@ -52,18 +52,7 @@ def bench_ranks(
     result = {"machine": machine_facts(place), "steps_per_epoch": steps, "batch": f"{batch_size}x{accumulation}"}
     result |= {"depth": depth, "width": width, "rows": rows}
     for size in sizes:
-        config = build_config(
-            {
-                "depth": depth,
-                "width": width,
-                "volume_shape": size,
-                "batch_size": batch_size,
-                "gradient_accumulation_steps": accumulation,
-                "epochs": 1000,
-                "drw_start_epoch": 2,
-                "train_auc_volumes": 0,
-            }
-        )
+        config = bench_config(size, batch_size, accumulation, depth=depth, width=width)
         first: float | None = None
         for world in worlds:
             measured = _measured(config, world, steps, place.type)

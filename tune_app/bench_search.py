@@ -251,33 +251,18 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     import numpy as np
     import torch
     from monai.data import CacheDataset, DataLoader, Dataset
-    from monai.transforms import (
-        Compose,
-        EnsureTyped,
-        LoadImaged,
-        NormalizeIntensityd,
-        Orientationd,
-        Resized,
-    )
+    from monai.transforms import Compose
     from ray import tune
     from sklearn.metrics import roc_auc_score
 
     from trainables.manifest import read_manifest, split_rows
-    from tune_app.plain import PlainRun, monai_augmentation
+    from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
 
     overrides = space_from(SPACE, given["settings"]).sample_to_overrides(drawn, given["settings"]["epochs"])
     config = build_config({**given["settings"], **overrides})
     manifest = read_manifest(Path(given["table"]))
     split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
-    usual = Compose(
-        [
-            LoadImaged("image", ensure_channel_first=True),
-            Orientationd("image", axcodes="RAS", labels=None),
-            Resized("image", config.volume_shape, mode="trilinear"),
-            NormalizeIntensityd("image"),
-            EnsureTyped("image", track_meta=False),
-        ]
-    )
+    usual = Compose(monai_preparation(config.volume_shape))
     paths, labels = manifest.rows["path"].to_numpy(), manifest.rows["label"].to_numpy(dtype=np.int64)
 
     def cached(rows: Any) -> Any:

@@ -145,8 +145,7 @@ def bench_data_command(
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_data(size=size, subjects=subjects, folder=Path(folder), say=to_stderr)
-    if out_file is not None:
-        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    _recorder(out_file)(result)
     out.print(data_table(result))
 
 
@@ -163,8 +162,7 @@ def bench_results_command(
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_results(trials=trials, epochs=epochs, folder=Path(folder), say=to_stderr)
-    if out_file is not None:
-        out_file.write_text(json.dumps(result, indent=1) + "\n")
+    _recorder(out_file)(result)
     out.print(results_line(result), soft_wrap=True)
     out.print(results_table_of(result))
 

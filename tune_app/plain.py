@@ -14,11 +14,16 @@ from monai.networks.nets.resnet import ResNet
 from monai.transforms import (
     Compose,
     EnsureType,
+    EnsureTyped,
+    LoadImaged,
+    NormalizeIntensityd,
+    Orientationd,
     RandAffine,
     RandFlip,
     RandGaussianNoise,
     RandScaleIntensity,
     RandShiftIntensity,
+    Resized,
 )
 from torch import Tensor, nn
 
@@ -26,6 +31,17 @@ from trainables.augment import INTENSITY_SCALE, INTENSITY_SHIFT, NOISE, ROTATION
 from trainables.config import FineTuneConfig
 from trainables.losses import class_weights, drw_active, ldam_margins, sample_losses
 from trainables.network import BLOCKS, PLANES, CosineHead, dilate
+
+
+def monai_preparation(shape: tuple[int, int, int]) -> list[Callable[..., Any]]:
+    """MONAI's transforms of {"image": path} that read, turn, resize and normalise a scan."""
+    return [
+        LoadImaged("image", ensure_channel_first=True),
+        Orientationd("image", axcodes="RAS", labels=None),
+        Resized("image", shape, mode="trilinear"),
+        NormalizeIntensityd("image"),
+        EnsureTyped("image", track_meta=False),
+    ]
 
 
 def monai_augmentation(flip_axes: str = "x") -> Callable[[Tensor], Tensor]:

@@ -545,19 +545,18 @@ class StudyScheduler(PolicyScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self.session.lifecycle.begun(trial)
         if FATAL in result:
-            self.session.fatal[str(trial.config["trial"])] = str(result[FATAL])
+            self.session.fatal[trial_name(trial)] = str(result[FATAL])
             return str(TrialScheduler.STOP)
         action = super().on_trial_result(tune_controller, trial, result)
-        ended = self.policy.stopped().get(str(trial.config["trial"]))
+        ended = self.policy.stopped().get(trial_name(trial))
         if ended is not None and ended.stops:
             self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
-        if (
-            trial.status != Trial.ERROR
-        ):  # which is set before this, not after, when the trial is going to be tried again
+        # ERROR is set before this, not after, where the trial is going to be tried again.
+        if trial.status != Trial.ERROR:
             self.session.lifecycle.failed(trial)
 
 
@@ -608,7 +607,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         self.session.interrupt.take()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        name = str(trial.config["trial"])
+        name = trial_name(trial)
         self.session.display.began(name, self.session.variants.get(name))
         actor = trial.temporary_state.ray_actor
         if actor is None or actor._actor_id in self._nodes:  # a process that has run other trials
@@ -628,7 +627,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
         A process that dies on its way up has failed before Tune calls the trial started.
         """
-        name = str(trial.config["trial"])
+        name = trial_name(trial)
         if name not in self._starting and name not in self.session.recorder.records:
             self.on_trial_start(0, [], trial)
         if (start := self._starting.pop(name, None)) is not None:
@@ -639,14 +638,14 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         return name
 
     def _begin(self, trial: Any, node: str | None) -> None:
-        name = str(trial.config["trial"])
+        name = trial_name(trial)
         self.session.recorder.began(name, trial.config["overrides"], self.session.variants.get(name), node=node)
         self.session.keep_to_budget()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        name = str(trial.config["trial"])
+        name = trial_name(trial)
         rows = self.session.recorder.rows.get(name)
         if rows and rows[-1]["epoch"] == result["epoch"]:
             self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))

@@ -20,7 +20,6 @@ from trainables.config import build_config
 from trainables.scans import Recipe, Scan, VolumeError, load_volume, read_header, read_scan, resample
 
 Write = Callable[..., Path]
-REPOSITORY = Path(__file__).parents[2]
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -37,10 +37,6 @@ def recipe(**changes: Any) -> Recipe:
     return dataclasses.replace(Recipe.from_config(build_config({"volume_shape": 16})), **changes)
 
 
-def scan(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], seed: int = 0) -> Scan:
-    return Scan(np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32), spacing_mm)
-
-
 # The prepared cohort ---------------------------------------------------------------------------------------------------
 
 

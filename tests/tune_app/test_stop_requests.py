@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from study_runs import medtune
 
 from tune_app.results import load_study
 from tune_app.scheduler import Decision, Policy, PolicySpec
@@ -124,17 +124,6 @@ def test_a_request_to_stop_the_study_interrupts_it_and_an_old_one_does_not(tmp_p
 # With a real Ray -------------------------------------------------------------------------------------------------------
 
 
-def started(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def epochs_of(files: StudyFiles) -> list[dict[str, Any]]:
     lines = files.epochs.read_bytes().split(b"\n")[:-1] if files.epochs.exists() else []
     return [json.loads(line) for line in lines]
@@ -157,7 +146,7 @@ def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resum
     root = tmp_path / "study"
     files = StudyFiles(root)
     asked = ["run", "--data", table, "--trials", 2, "--epochs", 60, "--out", root, "--cache", tmp_path / "cache"]
-    process = started(*asked, "--max-concurrent", 2, *TINY, "--set", "grad_clip=1")
+    process = medtune(*asked, "--max-concurrent", 2, *TINY, "--set", "grad_clip=1")
     wait_for(process, lambda: len(epochs_of(files)) >= 3)
     ask_to_stop_trial(files, "00000")
     wait_for(process, lambda: not asked_to_stop(files))
@@ -165,14 +154,14 @@ def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resum
     process.communicate()
 
     before = epochs_of(files)
-    process = started("resume", root)
+    process = medtune("resume", root)
     wait_for(process, lambda: len(epochs_of(files)) >= len(before) + 1)
     ask_to_stop_study(files)
     out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, f"{out}\n{err}"
     assert "Traceback" not in err
 
-    process = started("resume", root)
+    process = medtune("resume", root)
     out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, f"{out}\n{err}"
     study = load_study(root)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 import uuid
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import study_runs
 from moto.server import ThreadedMotoServer
 
 from trainables.checkpoints import TrialFiles
@@ -178,14 +178,7 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     asked = ["run", "--data", table, "--trials", 2, "--epochs", 40, "--out", bucket, "--resume", *TINY]
 
     def medtune(machine: str, *arguments: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / machine), "OMP_NUM_THREADS": "1"},
-        )
+        return study_runs.medtune(*arguments, env=os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / machine)})
 
     first = medtune("head1", *asked)
     remote = Remote(bucket)
