@@ -37,6 +37,7 @@ arithmetic alone would take 1.6 ms. Not tried: gradients of the two paths into a
 """
 
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -158,7 +159,9 @@ class _Run:
         self.rows: list[dict[str, Any]] = []
         self.precision = choose_precision(config.amp, device)
         if config.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)  # trilinear resampling has no deterministic kernel
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition; read at its first use
+        # Set either way: the process may have run another trial before. Trilinear resampling has no deterministic kernel.
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
 
         self.split = split

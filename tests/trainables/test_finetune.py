@@ -1,5 +1,6 @@
 """The run as a whole: against a plain loop, against itself resumed, and in the collapse it exists to prevent."""
 
+import copy
 import io
 import json
 import math
@@ -456,3 +457,24 @@ def test_micro_batches_together_equal_one_after_the_other_on_a_gpu() -> None:
     together, run = gpu_trajectory(settings, graphs=True, at_once=2)
     assert max(part.groups for parts in run.passes.values() for part in parts) == 2
     np.testing.assert_allclose(together, apart, rtol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_deterministic_run_on_a_gpu_repeats_itself_and_goes_on_bit_for_bit(amp: str) -> None:
+    cohort = ball_cohort(81, positive=30, side=64)
+    config = build_config(GPU_RUN | {"amp": amp, "deterministic": True, "volume_shape": 64})
+    split = split_of(cohort)
+    try:
+        first = list(finetune(config, cohort, split, device="cuda"))
+        states = [(result, copy.deepcopy(result.state())) for result in finetune(config, cohort, split, device="cuda")]
+        went_on = list(finetune(config, cohort, split, device="cuda", resume=states[1][1]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [measured(result) for result in first] == [measured(result) for result, _ in states]
+    assert [measured(result) for result in went_on] == [measured(result) for result, _ in states[2:]]
+    last, again = states[-1][1], went_on[-1].state()
+    for mine, other in ((last["network"], again["network"]), (last["average"]["network"], again["average"]["network"])):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
