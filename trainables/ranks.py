@@ -36,6 +36,9 @@ START_S = 300.0
 """Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
 ANSWER_S = 5.0
 """Seconds a healthy rank may take to say where it is."""
+LEAVE_S = 5.0
+"""Seconds rank 0's process may go on with a thread that waits for a lost rank: its error has been told by then."""
+LEADER = "medtune-rank-0"
 
 
 class RankError(RuntimeError):
@@ -114,6 +117,22 @@ def gang(
             ray.kill(actor)
 
 
+def leave_if_stuck(after_s: float = LEAVE_S) -> None:
+    """End this process in `after_s` seconds if rank 0's thread is then still in it; returns at once.
+
+    A collective that waits for a lost rank cannot be interrupted, and keeps the process from ending in good order: on two
+    H100s NCCL's kernel kept its GPU busy for 18 s after the other rank was killed, until Ray lost its patience. Call it
+    where the process has no more work, and its error is on the way.
+    """
+
+    def leave() -> None:
+        time.sleep(after_s)
+        if any(thread.name == LEADER and thread.is_alive() for thread in threading.enumerate()):
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
     """Run `work` over `world` ranks of this machine, kept in `files`; yields the row of every epoch.
 
@@ -181,7 +200,8 @@ def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:
         return RankError(_failed(rank, error.ip, error.cause))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown")
-    return RankError(f"rank {rank} on node {where} died: {lines[-1] if lines else type(error).__name__}")
+    reason = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__  # Ray's page of guesses
+    return RankError(f"rank {rank} on node {where} died: {reason}")
 
 
 def _failed(rank: int, node: str, cause: BaseException) -> str:
@@ -238,7 +258,7 @@ class _Leader:
         self.position = Position(heartbeat=heartbeat)
         self._proceed = threading.Semaphore(0)
         self._stopped = False
-        self._thread = threading.Thread(target=self._train, args=(work, world, store, resume), daemon=True)
+        self._thread = threading.Thread(target=self._train, args=(work, world, store, resume), name=LEADER, daemon=True)
 
     def start(self) -> None:
         self._thread.start()

@@ -84,6 +84,10 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         first = str(error) if isinstance(error, RankError) else str(error).splitlines()[0]
         tune.report({FATAL: f"out of memory: {first}; {advice}", "epoch": 0})
     finally:
+        if setting.ranks > 1:
+            from trainables.ranks import leave_if_stuck
+
+            leave_if_stuck()
         log.removeHandler(handler)
         disk_log.removeHandler(handler)
         handler.close()

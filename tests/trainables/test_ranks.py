@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,21 @@ def test_a_lost_rank_is_named_and_the_others_are_gone(
     assert time.monotonic() - struck < 60
     wait_until(lambda: not rank_processes(), "the other ranks gone", 20)
     ray.util.remove_placement_group(group)
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_process_whose_rank_0_waits_for_ever_ends_itself(stuck: bool) -> None:
+    """As NCCL's thread does when a peer is gone: Python cannot end it, and another thread may not wait for it."""
+    script = f"""
+import threading, time
+from trainables.ranks import LEADER, leave_if_stuck
+threading.Thread(target=time.sleep, args=({600 if stuck else 0},), name=LEADER).start()
+leave_if_stuck(0.5)
+time.sleep(2)
+print("went on")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == ((1, "") if stuck else (0, "went on\n")), ended.stderr
 
 
 @pytest.mark.parametrize(
