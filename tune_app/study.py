@@ -373,6 +373,11 @@ class Recorder:
         for trial in list(self._writing):
             self.written(trial)
 
+    def close(self) -> None:
+        """Wait until all records are on disk, and end the thread that writes them."""
+        self.flush()
+        self._writer.shutdown()
+
     def states(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for record in self.records.values():
@@ -448,7 +453,7 @@ class _Session:
             return True
         finally:
             searcher.close()
-            self.recorder.flush()
+            self.recorder.close()
         return False
 
     def keep_to_budget(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +18,7 @@ from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
 from tune_app.display import Display
+from tune_app.results import read_record
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
@@ -295,3 +297,13 @@ def test_a_record_survives_the_recorder(tmp_path: Path) -> None:
     assert again.records["00000"]["failures"] == 1
     assert [row["epoch"] for row in again.rows["00000"]] == [1]
     assert again.states() == {"running": 1}
+
+
+def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    recorder = Recorder(build_spec({"data": "t.csv"}), StudyFiles(tmp_path))
+    recorder.began("00000", {}, None)
+    assert set(threading.enumerate()) - before
+    recorder.close()
+    assert not set(threading.enumerate()) - before
+    assert read_record(StudyFiles(tmp_path).trial("00000").record)["state"] == "running"
