@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import study_runs
 from moto.server import ThreadedMotoServer
@@ -139,6 +140,19 @@ def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
         fetch_study(bucket, tmp_path / "copy")
     with pytest.raises(SpecError, match="a folder can be used as it is"):
         fetch_study("/shared/study", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../../written", "trials/../../../written", "//{outside}/written", "trials//written"])
+def test_an_object_whose_name_leads_elsewhere_is_refused(bucket: str, tmp_path: Path, name: str) -> None:
+    remote = Remote(bucket)
+    remote.write("study.json", b"{}")
+    key = f"{bucket.removeprefix('s3://studies/')}/{name.format(outside=str(tmp_path)[1:])}"
+    boto3.client("s3").put_object(Bucket="studies", Key=key, Body=b"x")
+    before = sorted(tmp_path.rglob("*"))
+    for read in (lambda: fetch_study(bucket, tmp_path / "a" / "copy"), lambda: opened(bucket)):
+        with pytest.raises(StorageError, match=r"holds an object named .*: no study has one"):
+            read()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(
