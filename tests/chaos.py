@@ -11,7 +11,6 @@ A driver that ends is started again with `medtune resume`, until the study is do
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,7 +31,7 @@ import optuna
 import psutil
 import yaml
 
-from trainables.checkpoints import TrialFiles, load_state
+from trainables.checkpoints import load_state
 from trainables.config import build_config
 from tune_app.results import load_study, read_rows
 from tune_app.scheduler import Policy
@@ -256,16 +256,25 @@ def end_all(tag: str) -> None:
 
 
 def epochs_lost(study: Path) -> int:
-    """Epochs that are in epochs.jsonl and in no checkpoint: what a trial that is started again repeats, at most."""
+    """Epochs that are in epochs.jsonl and in no checkpoint: what a trial that is started again repeats, at most.
+
+    The study may be at work: what has ended is asked for last, as the disk budget takes an ended trial's checkpoint.
+    """
     files = StudyFiles(study)
-    lost = 0
-    rows = Counter(row["trial"] for row in read_rows(files.epochs)) if files.epochs.exists() else Counter()
-    for trial, count in rows.items():
-        paths: TrialFiles = files.trial(trial)
-        if json.loads(paths.record.read_bytes())["state"] == "running":
-            saved = load_state(paths.checkpoint)["epoch"] if paths.checkpoint.exists() else 0
-            lost = max(lost, count - saved)
-    return lost
+    reported = rows_by_trial(files)
+    saved = {}
+    for trial in reported:
+        try:
+            saved[trial] = load_state(files.trial(trial).checkpoint)["epoch"]
+        except FileNotFoundError:
+            saved[trial] = 0
+    ended = {trial for trial, count in rows_by_trial(files).items() if count >= TINY["epochs"]}
+    ended |= {row["trial"] for row in read_rows(files.decisions) if row["action"] == "stop"}
+    return max([0, *(count - saved[trial] for trial, count in reported.items() if trial not in ended)])
+
+
+def rows_by_trial(files: StudyFiles) -> Counter[str]:
+    return Counter(row["trial"] for row in read_rows(files.epochs))
 
 
 def check(root: Path, result: Round) -> list[str]:
@@ -366,8 +375,12 @@ def main() -> int:
         for seed in range(options.seed, options.seed + options.rounds):
             folder = Path(name) / f"{seed:04d}"
             folder.mkdir()
-            result = run_round(plan_round(seed), table, folder)
+            result = plan_round(seed)
             rounds.append(result)
+            try:
+                run_round(result, table, folder)
+            except Exception:  # noqa: BLE001 - told and counted: the other rounds are run all the same
+                result.problems.append(traceback.format_exc())
             print(result.line(), flush=True)
             if result.problems and options.keep:
                 shutil.copytree(folder, options.keep / folder.name, dirs_exist_ok=True, ignore_dangling_symlinks=True)

@@ -389,6 +389,7 @@ STUDY_FILES = [
         "more than 100000 values",
     ),
     Case("unknown fields", study_file("data: t.csv\ntrails: 3\n"), "unknown field 'trails'; did you mean 'trials'?"),
+    Case("a place to write to", study_file("data: t.csv\nout: ../../elsewhere\n"), "unknown field 'out'"),
     Case("a number for a name", study_file("data: t.csv\n3: 4\n"), "unknown field 3"),
     Case("a config that is a list", study_file("data: t.csv\nconfig: [1]\n"), "config"),
     Case("numbers for hyperparameters", study_file("data: t.csv\nconfig: {1: 2}\n"), "config.1"),

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import chaos
 import pytest
-from chaos import Fault, Round, check, plan_round, run_round
+from chaos import TINY, Fault, Round, check, epochs_lost, plan_round, run_round
 
-from tune_app.spec import StudyFiles
+from trainables.checkpoints import load_state, save_state
+from tune_app.spec import StudyFiles, append_line
 from tune_app.synthetic import write_cohort
 
 
@@ -44,3 +46,49 @@ def test_rounds_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
         "freeze rank",
         "pause driver",
     }
+
+
+def test_only_what_a_trial_has_to_repeat_counts_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk budget takes an ended trial's checkpoint, maybe in the very moment it is looked at."""
+    files = StudyFiles(tmp_path)
+
+    def report(trial: str, *epochs: int) -> None:
+        for epoch in epochs:
+            append_line(files.epochs, {"trial": trial, "time": 1.0, "epoch": epoch})
+
+    report("00000", *range(1, TINY["epochs"] + 1))
+    report("00001", 1, 2, 3)
+    report("00002", 1, 2)
+    report("00003", 1, 2, 3)
+    append_line(files.decisions, {"trial": "00001", "epoch": 3, "action": "stop"})
+    for trial in ("00002", "00003"):
+        files.trial(trial).folder.mkdir(parents=True)
+        save_state(files.trial(trial).checkpoint, {"epoch": 2})
+    assert epochs_lost(tmp_path) == 1
+    report("00003", 4)
+    assert epochs_lost(tmp_path) == 2
+
+    def ends_first(path: Path) -> dict[str, object]:
+        if path == files.trial("00003").checkpoint and path.exists():
+            append_line(files.decisions, {"trial": "00003", "epoch": 4, "action": "stop"})
+            path.unlink()
+        return load_state(path)
+
+    monkeypatch.setattr(chaos, "load_state", ends_first)
+    assert epochs_lost(tmp_path) == 0
+
+
+def test_a_round_that_breaks_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(result: Round, table: Path, folder: Path) -> Round:
+        if result.seed == 0:
+            raise FileNotFoundError("gone")
+        return result
+
+    monkeypatch.setattr(chaos, "run_round", run)
+    monkeypatch.setattr("sys.argv", ["chaos.py", "--rounds", "3", "--keep", str(tmp_path)])
+    assert chaos.main() == 1
+    told = capsys.readouterr().out
+    assert "FileNotFoundError: gone" in told
+    assert "2 of 3 rounds hold" in told

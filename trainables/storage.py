@@ -103,7 +103,10 @@ class Remote:
         return [name for name, _ in self.listing()]
 
     def listing(self) -> list[tuple[str, Any]]:
-        """Names of all objects with their time of writing (datetime), in order."""
+        """Names of all objects with their time of writing (datetime), in order. As paths they stay below any folder.
+
+        Raises StorageError for an object with another name too: keys may hold `..`, and begin with a slash.
+        """
         from pyarrow.fs import FileSelector, FileType
 
         try:
@@ -111,7 +114,11 @@ class Remote:
         except self._errors as error:
             raise self._error("cannot be listed", error) from None
         prefix = self.path.rstrip("/") + "/"
-        return sorted((one.path.removeprefix(prefix), one.mtime) for one in found if one.type == FileType.File)
+        objects = sorted((one.path.removeprefix(prefix), one.mtime) for one in found if one.type == FileType.File)
+        for name, _ in objects:
+            if not {"", ".", ".."}.isdisjoint(name.split("/")):
+                raise StorageError(f"{self.url}: holds an object named {name!r}: no study has one; remove it")
+        return objects
 
     def _error(self, what: str, error: BaseException) -> StorageError:
         return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")

@@ -58,6 +58,7 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
 def _start_ray(options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
+    os.environ.setdefault("RAY_enable_open_telemetry", "0")  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
             ray.init(include_dashboard=False, **options)

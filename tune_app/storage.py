@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trainables.checkpoints import replacing
 from trainables.storage import Remote, StorageError, url_of
 from tune_app.spec import SpecError, StudyFiles, default_cache
 from tune_app.submit import job_name
@@ -148,6 +149,34 @@ class Mirror:
     def _driver(self) -> str | None:
         there = self.remote.read(LEASE)
         return None if there is None else str(json.loads(there).get("driver"))
+
+
+def drop_unrecorded(files: StudyFiles) -> list[str]:
+    """Take out the rows of trials that have no record, and return these trials, after `mend_last_line`.
+
+    A mirror whose driver died between two sendings may have the first rows of a trial that had just begun, and not its
+    record yet. The trial starts again from its checkpoint, and reports them again.
+    """
+    recorded = {path.parent.name for path in files.trials.glob("*/trial.json")}
+    dropped: set[str] = set()
+    for path in (files.decisions, files.epochs):
+        lines = (_content(path) or b"").splitlines(keepends=True)
+        trials = [_trial_of(line) for line in lines]
+        ahead = {trial for trial in trials if trial is not None} - recorded
+        if ahead:
+            kept = [line for line, trial in zip(lines, trials, strict=True) if trial not in ahead]
+            with replacing(path) as temporary:
+                temporary.write_bytes(b"".join(kept))
+        dropped |= ahead
+    return sorted(dropped)
+
+
+def _trial_of(line: bytes) -> str | None:
+    """The trial that a row is of; None for a damaged one, which others tell."""
+    try:
+        return str(json.loads(line)["trial"])
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def opened(place: str | Path) -> tuple[Path, bool | None]:

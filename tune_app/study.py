@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -46,12 +46,12 @@ from tune_app.local_ray import ray_to_file, ray_to_work_with
 from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.packing import measure_packing, pick_packing
 from tune_app.ray_scheduler import PolicyScheduler
-from tune_app.results import read_record, read_rows
+from tune_app.results import StudyDamageError, read_record, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
-from tune_app.storage import mirrored
+from tune_app.storage import drop_unrecorded, mirrored
 from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
@@ -150,6 +150,8 @@ def _run_locked(
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
+    if url is not None and (ahead := drop_unrecorded(files)):
+        log.warning("trials %s report their epochs again: their records had not been mirrored", ", ".join(ahead))
     with ray_to_work_with(address) as own_session:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
@@ -297,21 +299,43 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
 # A session -------------------------------------------------------------------------------------------------------------
 
 
+RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
+DECIDED = {"trial", "epoch", "action", "reason", "summary"}
+"""What a trial's record and a decision must have for a study to go on."""
+
+
 class Recorder:
-    """The study directory as the driver writes it: rows, decisions, and one record a trial."""
+    """The study directory as the driver writes it: rows, decisions, and one record a trial.
+
+    Raises StudyDamageError when what earlier drivers wrote has been damaged.
+    """
 
     def __init__(self, spec: StudySpec, files: StudyFiles) -> None:
         self.spec, self.files = spec, files
         self.rows: dict[str, list[dict[str, Any]]] = {}
         for row in read_rows(files.epochs):
             self.rows.setdefault(row["trial"], []).append(row)
-        self.records: dict[str, dict[str, Any]] = {}
-        for path in sorted(files.trials.glob("*/trial.json")):
-            record = read_record(path)
-            self.records[record["trial"]] = record
-        self.logged = {(row["trial"], row["epoch"]) for row in read_rows(files.decisions)}
+        self.records = {path.parent.name: read_record(path) for path in sorted(files.trials.glob("*/trial.json"))}
+        decisions = read_rows(files.decisions)
+        if problems := [*self._damage(decisions)]:
+            raise StudyDamageError(problems)
+        self.logged = {(row["trial"], row["epoch"]) for row in decisions}
         self._writer = ThreadPoolExecutor(1, "records")
         self._writing: dict[str, Future[None]] = {}
+
+    def _damage(self, decisions: list[dict[str, Any]]) -> Iterator[str]:
+        """What no driver has written and none can go on from, though it may be read."""
+        for trial, record in self.records.items():
+            path = self.files.trial(trial).record
+            if missing := sorted(RECORDED - record.keys()):
+                yield f"{path}: has no {', '.join(missing)}"
+            if not trial.isdecimal():
+                yield f"{path}: trial {trial!r} has no number for a name"
+        for trial in self.rows.keys() - self.records.keys():
+            yield f"{self.files.epochs}: has rows of trial {trial}, but {self.files.trial(trial).record} is not there: put it back"
+        for line, row in enumerate(decisions, start=1):
+            if missing := sorted(DECIDED - row.keys()):
+                yield f"{self.files.decisions}:{line}: has no {', '.join(missing)}"
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Keep a new row of a trial; called before anything is decided on it."""
@@ -372,6 +396,11 @@ class Recorder:
         """Wait until all records are on disk."""
         for trial in list(self._writing):
             self.written(trial)
+
+    def close(self) -> None:
+        """Wait until all records are on disk, and end the thread that writes them."""
+        self.flush()
+        self._writer.shutdown()
 
     def states(self) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -448,7 +477,7 @@ class _Session:
             return True
         finally:
             searcher.close()
-            self.recorder.flush()
+            self.recorder.close()
         return False
 
     def keep_to_budget(self) -> None:

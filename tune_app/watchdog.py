@@ -187,6 +187,7 @@ def watch_tune(
     """
     import ray
 
+    # Of one look only: a handle that outlives Ray's end keeps a connection of Ray's open.
     actors: dict[str, Any] = {}
 
     def end(name: str) -> None:
@@ -212,8 +213,11 @@ def watch_tune(
             state, mark = moved(files(name), rows(name))
             state = state if trial.status == "RUNNING" else "waiting"
             seen.append(Seen(name, state, mark, actors[name] and actors[name]._actor_id))
-        if local and any(each.state == "waiting" for each in seen) and not ray.cluster_resources().get("CPU"):
-            raise StalledError("Ray has lost its node on this machine: `medtune resume` goes on with a new one")
-        watchdog.look(seen)
+        try:
+            if local and any(each.state == "waiting" for each in seen) and not ray.cluster_resources().get("CPU"):
+                raise StalledError("Ray has lost its node on this machine: `medtune resume` goes on with a new one")
+            watchdog.look(seen)
+        finally:
+            actors.clear()
 
     return look

@@ -178,7 +178,25 @@ def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_pat
         record = json.loads(path.read_text())
         record |= {"error": NASTY[0], "reason": NASTY[1], "verdict": NASTY[2], "verdict_summary": NASTY[3]}
         record |= {"advice": NASTY[0], "node": NASTY[1], "state": ["stopped", "failed", "completed"][number % 3]}
+        record["overrides"] |= {NASTY[3]: NASTY[0]}
         path.write_text(json.dumps(record))
+    unlike = files.trial(NASTY[2].replace("/", ""))  # a folder that no driver made
+    append_line(
+        unlike.record, {"state": "failed", "error": NASTY[3], "overrides": {NASTY[0]: NASTY[1], "max_m": NASTY[2]}}
+    )
+    append_line(unlike.config, {NASTY[1]: NASTY[2], "head": NASTY[0], "optimizer": NASTY[3]})
+    append_line(
+        files.epochs, {"trial": "00000", "epoch": 5, "time": 1.0, "val_auc": 0.5, "precision": NASTY[1], NASTY[2]: 1}
+    )
+    decision = {
+        "trial": "00000",
+        "epoch": 5,
+        "action": "stop",
+        "reason": NASTY[0],
+        "summary": NASTY[1],
+        "verdict": NASTY[2],
+    }
+    append_line(files.decisions, decision)
     study = load_study(root)
     plain = Page(
         write_report(
@@ -193,6 +211,25 @@ def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_pat
         assert "7 * 7" in page.text() or path.name == "both.html"
         for text in _strings(page.json("figures")):
             assert not re.search(r"<(?!br>|b>|/b>|extra>|/extra>)", text), text
+
+
+def test_what_a_search_tried_is_escaped(write_study: WriteStudy, tmp_path: Path) -> None:
+    """A text among the settings and a reason to stop reach the figures of a search, as ticks, labels and groups."""
+    files = StudyFiles(write_study(trials=12, epochs=4))
+    for number, path in enumerate(sorted(files.trials.glob("*/trial.json"))):
+        record = json.loads(path.read_text())
+        record["overrides"]["head"] = NASTY[number % 4]
+        path.write_text(json.dumps(record | {"reason": NASTY[0], "state": "stopped"}))
+        config = path.with_name("config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"head": NASTY[number % 4]}))
+        decision = {"trial": record["trial"], "epoch": 4, "action": "stop", "reason": "diagnosis", "summary": NASTY[1]}
+        append_line(files.decisions, decision | {"verdict": NASTY[2], "cutoff": 0.5, "rank": 1, "arrived": 1})
+    page = Page(write_report(load_study(files.root), tmp_path / "nasty.html").read_text(encoding="utf-8"))
+    texts = list(_strings(page.json("figures")))
+    assert sum("img src=x" in text for text in texts) > 1, "what is to be escaped is not there"
+    for text in texts:
+        assert not re.search(r"<(?!br>|b>|/b>|extra>|/extra>)", text), text
+    assert sum(tag == "script" for tag, _ in page.elements) == 4
 
 
 def _strings(node: Any) -> Iterator[str]:

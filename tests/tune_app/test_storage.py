@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import study_runs
 from moto.server import ThreadedMotoServer
@@ -19,9 +20,9 @@ from trainables.checkpoints import TrialFiles
 from trainables.storage import Remote, StorageError, TrialStore, url_of
 from tune_app import storage
 from tune_app.doctor import diagnose_machine
-from tune_app.results import load_study
+from tune_app.results import load_study, read_rows
 from tune_app.spec import SpecError, StudyFiles, append_line
-from tune_app.storage import BusyError, Mirror, fetch_study, mirrored, opened
+from tune_app.storage import BusyError, Mirror, drop_unrecorded, fetch_study, mirrored, opened
 from tune_app.synthetic import write_cohort
 
 TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
@@ -132,6 +133,19 @@ def test_what_the_storage_has_goes_before_what_lies_in_the_folder(bucket: str) -
         assert files.epochs.read_text().count("\n") == 1
 
 
+def test_rows_that_were_mirrored_before_their_trials_record_are_left_to_the_trial(tmp_path: Path) -> None:
+    """Records are read first and sent last: a driver may die when the first rows of a trial are there and its record is not."""
+    files = StudyFiles(tmp_path)
+    for trial, epoch in (("00000", 1), ("00001", 1), ("00000", 2), ("00001", 2)):
+        append_line(files.epochs, {"trial": trial, "epoch": epoch, "val_auc": 0.5})
+    append_line(files.decisions, {"trial": "00001", "epoch": 1})
+    append_line(files.trial("00000").record, {"trial": "00000"})
+    assert drop_unrecorded(files) == ["00001"]
+    assert [(row["trial"], row["epoch"]) for row in read_rows(files.epochs)] == [("00000", 1), ("00000", 2)]
+    assert read_rows(files.decisions) == []
+    assert drop_unrecorded(files) == []
+
+
 def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=f"{bucket}: no study here"):
         opened(bucket)
@@ -139,6 +153,19 @@ def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
         fetch_study(bucket, tmp_path / "copy")
     with pytest.raises(SpecError, match="a folder can be used as it is"):
         fetch_study("/shared/study", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../../written", "trials/../../../written", "//{outside}/written", "trials//written"])
+def test_an_object_whose_name_leads_elsewhere_is_refused(bucket: str, tmp_path: Path, name: str) -> None:
+    remote = Remote(bucket)
+    remote.write("study.json", b"{}")
+    key = f"{bucket.removeprefix('s3://studies/')}/{name.format(outside=str(tmp_path)[1:])}"
+    boto3.client("s3").put_object(Bucket="studies", Key=key, Body=b"x")
+    before = sorted(tmp_path.rglob("*"))
+    for read in (lambda: fetch_study(bucket, tmp_path / "a" / "copy"), lambda: opened(bucket)):
+        with pytest.raises(StorageError, match=r"holds an object named .*: no study has one"):
+            read()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,10 +18,14 @@ from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
 from tune_app.display import Display
+from tune_app.results import StudyDamageError, read_record
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
 from tune_app.synthetic import write_cohort
+
+WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "objective": None, "reason": None}
+"""A trial's record as it is read again."""
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +300,31 @@ def test_a_record_survives_the_recorder(tmp_path: Path) -> None:
     assert again.records["00000"]["failures"] == 1
     assert [row["epoch"] for row in again.rows["00000"]] == [1]
     assert again.states() == {"running": 1}
+
+
+def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    recorder = Recorder(build_spec({"data": "t.csv"}), StudyFiles(tmp_path))
+    recorder.began("00000", {}, None)
+    assert set(threading.enumerate()) - before
+    recorder.close()
+    assert not set(threading.enumerate()) - before
+    assert read_record(StudyFiles(tmp_path).trial("00000").record)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("trials/00000/trial.json", {"state": "running", "overrides": {}}, "has no failures, objective, reason, trial"),
+        ("trials/abc/trial.json", WHOLE | {"trial": "abc"}, "trial 'abc' has no number for a name"),
+        ("epochs.jsonl", {"trial": "00000", "epoch": 1}, "has rows of trial 00000, but .*trial.json is not there"),
+        ("epochs.jsonl", {"trial": "../../x", "epoch": 1}, "must be the id of a trial"),
+        ("decisions.jsonl", {"trial": "00000", "epoch": 1}, "jsonl:1: has no action, reason, summary"),
+    ],
+)
+def test_what_no_driver_wrote_is_named_before_a_study_goes_on(
+    tmp_path: Path, name: str, content: dict[str, Any], says: str
+) -> None:
+    append_line(tmp_path / name, content)
+    with pytest.raises(StudyDamageError, match=says):
+        Recorder(build_spec({"data": "t.csv"}), StudyFiles(tmp_path))

@@ -1,13 +1,16 @@
 """Trials that stand still are named, told why, and ended in time; those that are only slow, or not to blame, are not."""
 
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trainables.checkpoints import TrialFiles
 from trainables.ray_trainable import SignOfLife
-from tune_app.watchdog import START_S, Seen, StalledError, Watchdog, moved, placing, reason_of
+from tune_app import watchdog
+from tune_app.watchdog import START_S, Seen, StalledError, Watchdog, moved, placing, reason_of, watch_tune
 
 
 class Scene:
@@ -134,3 +137,22 @@ def test_a_full_disk_is_told_at_once_and_ends_nothing() -> None:
     scene.live(5000, Seen("00001", "no room", mark=1))
     assert scene.said[1].startswith("trial 00001: waits for room on its disk since 100 s: because")
     assert not scene.ended
+
+
+def test_no_actor_is_held_once_its_trial_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle that outlived `ray.shutdown` kept a connection open: one a study, for as long as the process ran."""
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.0)
+    actor = type("Actor", (), {"_actor_id": "a"})()
+    held = weakref.ref(actor)
+    trial = SimpleNamespace(
+        config={"trial": "00000"}, status="RUNNING", temporary_state=SimpleNamespace(ray_actor=actor)
+    )
+    del actor
+    said: list[str] = []
+    look = watch_tune(
+        lambda name: TrialFiles(tmp_path), lambda name: 1, [], say=said.append, deadline_s=9.0, local=True
+    )
+    look([trial])
+    assert held() is not None
+    trial.temporary_state.ray_actor, trial.status = None, "TERMINATED"
+    assert held() is None
