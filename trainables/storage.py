@@ -5,8 +5,9 @@ An object is there whole or not at all, as a renamed file is, so what holds for 
 
 import re
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from trainables.checkpoints import TrialFiles, replacing
 
@@ -27,6 +28,14 @@ def url_of(place: str | Path) -> str | None:
     """Return `place` as a URL, None for a folder. A Path has lost one of the URL's slashes, which is given back."""
     found = re.match(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", str(place), re.DOTALL)
     return f"{found[1]}://{found[2].rstrip('/')}" if found else None
+
+
+class Listed(NamedTuple):
+    """An object as a listing has it."""
+
+    name: str
+    written: datetime
+    size: int
 
 
 class Remote:
@@ -100,18 +109,40 @@ class Remote:
 
     def names(self) -> list[str]:
         """Names of all objects, in order."""
-        return [name for name, _ in self.listing()]
+        return [one.name for one in self.listing()]
 
-    def listing(self) -> list[tuple[str, Any]]:
-        """Names of all objects with their time of writing (datetime), in order."""
+    def listing(self, below: str = "") -> list[Listed]:
+        """All objects, or those whose names begin with `below` and a slash, by name.
+
+        Names become paths: those that would lead out of a folder (`../x`, `a//b`) are no study's and left out.
+        """
         from pyarrow.fs import FileSelector, FileType
 
+        prefix = self.path.rstrip("/") + "/"
         try:
-            found = self.system.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))
+            found = self.system.get_file_info(
+                FileSelector((prefix + below).rstrip("/"), recursive=True, allow_not_found=True)
+            )
         except self._errors as error:
             raise self._error("cannot be listed", error) from None
-        prefix = self.path.rstrip("/") + "/"
-        return sorted((one.path.removeprefix(prefix), one.mtime) for one in found if one.type == FileType.File)
+        objects = [
+            Listed(one.path.removeprefix(prefix), one.mtime, one.size) for one in found if one.type == FileType.File
+        ]
+        return sorted(one for one in objects if _stays_below(one.name))
+
+    def require(self) -> None:
+        """Raise StorageError unless the storage answers, and there is such a bucket: listing one that is not gives nothing."""
+        from pyarrow.fs import FileType
+
+        if self.listing():
+            return
+        bucket = self.path.strip("/").split("/")[0]
+        try:
+            there = self.system.get_file_info(bucket).type != FileType.NotFound
+        except self._errors as error:
+            raise self._error("cannot be used", error) from None
+        if not there:
+            raise StorageError(f"{self.url}: there is no {bucket!r}: make it, or name another")
 
     def _error(self, what: str, error: BaseException) -> StorageError:
         return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")
@@ -140,6 +171,10 @@ class TrialStore:
             if path.is_file() and self._sent.get(path) != (stamp := _stamp(path)):
                 self.remote.put(self.prefix + path.name, path)
                 self._sent[path] = stamp
+
+
+def _stays_below(name: str) -> bool:
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -172,6 +172,14 @@ def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path:
         assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
 
 
+def test_the_folder_may_be_a_study_itself(tmp_path: Path, write_study: WriteStudy, own_cache: None) -> None:
+    root = write_study("first", trials=2, epochs=3)
+    with TestClient(build_app(root, Access(TOKEN)), base_url="http://127.0.0.1:8321") as client:
+        (row,) = client.get("/api/studies").json()["studies"]
+        assert (row["id"], row["folder"]) == ("first", ".")
+        assert client.get("/api/studies/first/trials").status_code == 200
+
+
 def test_the_report_can_be_downloaded(client: TestClient) -> None:
     answer = client.get("/api/studies/first/report")
     assert "attachment" in answer.headers["content-disposition"]

@@ -6,14 +6,12 @@ import signal
 import subprocess
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import study_runs
-from moto.server import ThreadedMotoServer
 
 from trainables.checkpoints import TrialFiles
 from trainables.storage import Remote, StorageError, TrialStore, url_of
@@ -26,35 +24,6 @@ from tune_app.synthetic import write_cohort
 
 TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
 TINY += ["--set", "train_auc_volumes=0"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    """An S3 server with a bucket called studies; gives the variables that lead there."""
-    serving = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    serving.start()
-    host, port = serving.get_host_and_port()
-    url = f"http://{host}:{port}"
-    urllib.request.urlopen(urllib.request.Request(f"{url}/studies", method="PUT"), timeout=30).close()
-    try:
-        yield {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "a-secret-of-this-test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    finally:
-        serving.stop()
-
-
-@pytest.fixture
-def bucket(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place in it of the test's own, and a machine of its own to read it from."""
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "laptop"))
-    return f"s3://studies/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.mark.parametrize(
