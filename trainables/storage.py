@@ -3,9 +3,13 @@
 An object is there whole or not at all, as a renamed file is, so what holds for a study's folder holds for its copy.
 """
 
+import io
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +17,8 @@ from trainables.checkpoints import TrialFiles, replacing
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 CHUNK = 16 * 2**20
+BUFFER = 4 * 2**20
+"""Bytes that one request brings where an object is read as a stream."""
 
 
 class StorageError(OSError):
@@ -28,6 +34,11 @@ def url_of(place: str | Path) -> str | None:
     """Return `place` as a URL, None for a folder. A Path has lost one of the URL's slashes, which is given back."""
     found = re.match(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", str(place), re.DOTALL)
     return f"{found[1]}://{found[2].rstrip('/')}" if found else None
+
+
+def absolute(place: str | Path) -> str:
+    """Return the place as another process or node may be told it: a URL as it is, a path made absolute."""
+    return url_of(place) or str(Path(place).absolute())
 
 
 class Listed(NamedTuple):
@@ -58,7 +69,7 @@ class Remote:
     def read(self, name: str) -> bytes | None:
         """Return the object, None where there is none."""
         try:
-            with self.system.open_input_stream(f"{self.path}/{name}") as stream:
+            with self.system.open_input_stream(f"{self.path}/{name}", compression=None) as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
@@ -68,7 +79,7 @@ class Remote:
     def write(self, name: str, content: bytes) -> None:
         """Write the object, replacing one that is there."""
         try:
-            with self.system.open_output_stream(f"{self.path}/{name}") as stream:
+            with self.system.open_output_stream(f"{self.path}/{name}", compression=None) as stream:
                 stream.write(content)
         except self._errors as error:
             raise self._error(f"{name} cannot be written", error) from None
@@ -76,7 +87,10 @@ class Remote:
     def put(self, name: str, file: Path) -> None:
         """Write a file's content, however large, as the object."""
         try:
-            with file.open("rb") as source, self.system.open_output_stream(f"{self.path}/{name}") as stream:
+            with (
+                file.open("rb") as source,
+                self.system.open_output_stream(f"{self.path}/{name}", compression=None) as stream,
+            ):
                 while chunk := source.read(CHUNK):
                     stream.write(chunk)
         except self._errors as error:
@@ -86,7 +100,7 @@ class Remote:
         """Write the object to a file, whole or not at all; False where there is none."""
         try:
             with (
-                self.system.open_input_stream(f"{self.path}/{name}") as stream,
+                self.system.open_input_stream(f"{self.path}/{name}", compression=None) as stream,
                 replacing(file) as temporary,
                 temporary.open("wb") as target,
             ):
@@ -97,6 +111,31 @@ class Remote:
             return False
         except self._errors as error:
             raise self._error(f"{name} cannot be read", error) from None
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Return size and time of writing (ns) of the object, None where there is none."""
+        from pyarrow.fs import FileType
+
+        try:
+            found = self.system.get_file_info(f"{self.path}/{name}")
+        except self._errors as error:
+            raise self._error(f"{name} cannot be looked up", error) from None
+        return (found.size, found.mtime_ns or 0) if found.type == FileType.File else None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[io.BufferedReader, int]]:
+        """Give a stream that can seek, and the object's size; what is read comes in pieces of BUFFER, none is kept.
+
+        Raises FileNotFoundError where there is none.
+        """
+        try:
+            file = self.system.open_input_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            raise
+        except self._errors as error:
+            raise self._error(f"{name} cannot be read", error) from None
+        with file, io.BufferedReader(file, BUFFER) as stream:
+            yield stream, file.size()
 
     def delete(self, name: str) -> None:
         """Remove the object, if it is there."""
@@ -146,6 +185,21 @@ class Remote:
 
     def _error(self, what: str, error: BaseException) -> StorageError:
         return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")
+
+
+def bucket_of(url: str) -> tuple[Remote, str]:
+    """Return the bucket of an object, whose connections all callers share, and the object's name in it."""
+    found = re.fullmatch(r"([a-z0-9]+://[^/]+)/+(.+)", url, re.DOTALL)
+    if found is None:
+        raise StorageError(f"{url}: a bucket, an object in one is needed")
+    variables = tuple(sorted(one for one in os.environ.items() if one[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+    return _bucket(found[1], variables), found[2]
+
+
+@lru_cache(maxsize=16)
+def _bucket(url: str, variables: tuple[tuple[str, str], ...]) -> Remote:
+    """`variables` of the environment say where the storage is and who asks: another value, another connection."""
+    return Remote(url)
 
 
 class TrialStore:

@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from search_spaces.spaces import NOT_SEARCHED, SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
-from trainables.storage import SCHEMES, StorageError, url_of
+from trainables.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
 from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
@@ -493,11 +493,15 @@ def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("config"), dict):
         fields["config"] = dict(fields["config"])
     for holder, name in ((fields, "data"), (fields, "cache"), (fields.get("config"), "pretrained_path")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name]:
+        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name] and not is_url(holder[name]):
             holder[name] = str(Path(holder[name]).expanduser().resolve())
     problems = []
     data = fields.get("data")
-    if isinstance(data, str) and not Path(data).is_file():
+    if isinstance(data, str) and is_url(data):
+        bucket, name = bucket_of(data)
+        if bucket.stamp(name) is None:
+            problems.append(f"data: no object {data}")
+    elif isinstance(data, str) and not Path(data).is_file():
         problems.append(f"data: no file {data}")
     if problems:
         raise SpecError(problems)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import study_runs
+from object_storage import put_folder
 
 from trainables.checkpoints import TrialFiles
 from trainables.storage import Remote, StorageError, TrialStore, url_of
@@ -178,6 +180,41 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     secret = server["AWS_SECRET_ACCESS_KEY"].encode()
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in kept if secret in path.read_bytes()], "the secret is in a file"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stopped_from_there(
+    server: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    put_folder(f"{bucket}/cohort", write_cohort(tmp_path / "c", subjects=14, side=(14, 18)).parent)
+    shutil.rmtree(tmp_path / "c")
+    url = f"{bucket}/studies/first"
+    asked = ["run", "--data", f"{bucket}/cohort/table.csv", "--trials", 2, "--epochs", 30, "--out", url, *TINY]
+    env = os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / "node")}
+    first = study_runs.medtune(*asked, "--max-concurrent", 2, env=env, cwd=tmp_path)
+    remote = Remote(url)
+    wait_for(lambda: (remote.read("epochs.jsonl") or b"").count(b"\n") >= 2, first)
+    remote.write("requests/00000.json", b"{}")
+    wait_for(lambda: b'"requested"' in (remote.read("decisions.jsonl") or b""), first)
+    remote.write("requests/study.json", b"{}")
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 130, f"{out}\n{err}"
+    assert f"medtune resume {url}" in err
+    assert not [name for name in remote.names() if name.startswith("requests/")], "answered, and left there"
+
+    env |= {"MEDTUNE_CACHE": str(tmp_path / "another node")}
+    study_runs.finished(study_runs.medtune("resume", url, env=env, cwd=tmp_path))
+    study = load_study(url)
+    assert study.spec.data == f"{bucket}/cohort/table.csv"
+    trials = study.trials.set_index("trial")
+    assert trials.loc["00000", ["state", "stopped_by"]].tolist() == ["stopped", "requested"]
+    assert trials.loc["00001", "state"] in ("completed", "stopped")
+    for trial, rows in study.epochs.groupby("trial"):
+        assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
+    assert len(list((tmp_path / "another node").glob("*/volumes.npy"))) == 1
+    assert not list(tmp_path.rglob("*.nii*")), "volumes were kept"
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, deadline_s: float = 400) -> None:
