@@ -12,10 +12,13 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from trainables.checkpoints import TrialFiles, replacing
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+OF_URLS = "%:/?[]@!$&'()*+,;="
+"""What stands for itself in a URL, beside letters, digits and `-._~`."""
 CHUNK = 16 * 2**20
 BUFFER = 4 * 2**20
 """Bytes that one request brings where an object is read as a stream."""
@@ -62,7 +65,7 @@ class Remote:
         self.url = url
         self._errors = (OSError, ArrowException)
         try:
-            self.system, self.path = FileSystem.from_uri(url)
+            self.system, self.path = FileSystem.from_uri(quote(url, safe=OF_URLS))  # a name may have a space in it
         except (*self._errors, ValueError) as error:
             raise self._error("cannot be used", error) from None
 

@@ -16,7 +16,7 @@ import study_runs
 from object_storage import put_folder
 
 from trainables.checkpoints import TrialFiles
-from trainables.storage import Remote, StorageError, TrialStore, url_of
+from trainables.storage import Remote, StorageError, TrialStore, bucket_of, url_of
 from tune_app import storage
 from tune_app.doctor import diagnose_machine
 from tune_app.results import load_study
@@ -60,6 +60,14 @@ def test_objects_are_written_read_listed_and_removed(bucket: str, tmp_path: Path
     assert remote.read("study.json") is None
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: a cannot be written: .*NO_SUCH_BUCKET"):
         Remote("s3://no-such-bucket/x").write("a", b"")
+
+
+@pytest.mark.parametrize("name", ["a study", "größe #1 (ü)", "a+b=c"])
+def test_a_name_may_hold_what_a_url_may_not(bucket: str, name: str) -> None:
+    Remote(f"{bucket}/{name}").write("epochs.jsonl", b"rows")
+    assert Remote(bucket).names() == [f"{name}/epochs.jsonl"]
+    remote, below = bucket_of(f"{bucket}/{name}/epochs.jsonl")
+    assert remote.read(below) == b"rows"
 
 
 def test_a_trial_finds_its_checkpoint_from_another_node(bucket: str, tmp_path: Path) -> None:
