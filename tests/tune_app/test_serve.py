@@ -158,7 +158,9 @@ def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_erro
     foreign = write_study("foreign", trials=2, epochs=3)
     info = json.loads(StudyFiles(foreign).spec.read_text())
     StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
-    assert any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"])
+    # The service may have read both while they were being written, and reads again a little later.
+    wait_for(lambda: any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"]))
+    wait_for(lambda: client.get("/api/studies/foreign").status_code != 200)
     answer = client.get("/api/studies/foreign")
     assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
     assert client.get("/api/studies/first").status_code == 200

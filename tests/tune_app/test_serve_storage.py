@@ -21,7 +21,7 @@ from tune_app.serve import build_app, serve
 from tune_app.serve_access import Access
 from tune_app.serve_storage import Replica
 from tune_app.spec import SpecError, StudyFiles, append_line
-from tune_app.stop_requests import TrialRequests, asked_to_stop
+from tune_app.stop_requests import TrialRequests, asked_to_stop, stopping_on_request
 from tune_app.storage import fetch_study, mirrored, opened
 
 WriteStudy = Callable[..., Path]
@@ -203,6 +203,22 @@ def test_what_is_asked_for_on_the_page_reaches_the_driver_and_its_answer_the_pag
     assert Remote(url).names().count("requests/study.json") == 0, "an answered request was left"
     with mirrored(url) as files:
         assert asked_to_stop(files) == ["00001"], "a request that nobody answered waits for the next session"
+
+
+def test_a_request_to_stop_that_was_there_at_the_start_is_void(bucket: str) -> None:
+    Remote(bucket).write("requests/study.json", b"{}")
+    with mirrored(bucket) as files, stopping_on_request(files):
+        wait_for(lambda: "requests/study.json" not in Remote(bucket).names())
+        assert not files.stop_request.exists()
+
+    def work() -> None:
+        with mirrored(bucket) as files, stopping_on_request(files):
+            Remote(bucket).write("requests/study.json", b"{}")
+            threading.Event().wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert Remote(bucket).names() == []
 
 
 def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(bucket: str, tmp_path: Path) -> None:
