@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: real files on disk, and the real data set where there is one."""
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt
+from object_storage import BUCKET, s3_server
 
 ADRENAL = Path(__file__).parents[2] / "shared" / "data" / "adrenalmnist3d"
 
@@ -35,6 +37,22 @@ def keep_rays_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """An S3 server; gives the variables that lead there."""
+    with s3_server() as leading_there:
+        yield leading_there
+
+
+@pytest.fixture
+def bucket(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place in it of the test's own, and a machine of its own to read it from."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "laptop"))
+    return f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.fixture

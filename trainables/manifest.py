@@ -2,13 +2,14 @@
 
 The table is CSV or Parquet, told apart by content, with a row a volume and the columns
 
-    path      a .nii or .nii.gz file; relative paths start at the table's folder
+    path      a .nii or .nii.gz file, or its URL (s3://...); relative paths start at the table's folder
     label     class, a whole number from 0
     subject   whom the volume is of; all volumes of a subject stay on one side of every split
     split     optional: train, val or test
     fold      optional: a whole number from 0, the fold in which the row validates
 
-and any others, which are not read. In messages row 1 is the first below the header. Nothing here loads torch.
+and any others, which are not read. The table may be an object in object storage itself. In messages row 1 is the first
+below the header. Nothing here loads torch.
 """
 
 import csv
@@ -17,6 +18,7 @@ import hashlib
 import io
 import math
 import os
+import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
@@ -31,6 +33,7 @@ import pandas as pd
 
 from trainables.config import FineTuneConfig
 from trainables.scans import Recipe, VolumeError, prepare_scan, read_header, read_scan
+from trainables.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.volumes import Progress, in_threads
 
 SPLITS = ("train", "val", "test")
@@ -68,11 +71,14 @@ class ManifestError(ValueError):
 class Manifest:
     """A table whose every row can be used."""
 
-    table: Path
+    table: str
+    """Absolute path, or URL."""
     rows: pd.DataFrame
-    """Columns path (absolute, text), label (int64), subject (text), split (text or None), fold (Int64, NA where there
+    """Columns path (absolute or a URL, text), label (int64), subject (text), split (text or None), fold (Int64, NA where there
     is none), in the table's order; the index is 0 .. N-1."""
     num_classes: int
+    numbers: tuple[int, ...] = ()
+    """The rows' numbers in the table, as messages give them; none: 1 to N."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +116,7 @@ class CheckReport:
 
 
 def read_manifest(table: Path, num_classes: int = 2) -> Manifest:
-    """Return the rows of a CSV or Parquet table, checked without opening the volumes.
+    """Return the rows of a CSV or Parquet table, checked without opening the volumes; URLs are not looked up.
 
     Raises ManifestError with every problem of every row: missing columns, cells and files, labels outside the classes,
     a path twice, words that are no split, a subject on both sides of a split or fold, a class absent from one.
@@ -188,7 +194,8 @@ class _Row:
 
     number: int
     shown: str
-    file: Path | None = None
+    file: Path | str | None = None
+    """Absolute path, or URL."""
     label: int | None = None
     subject: str | None = None
     split: str | None = None
@@ -206,8 +213,8 @@ def _checked_rows(table: Path, num_classes: int) -> tuple[list[_Row], list[str]]
     columns, records = _records(table)
     problems = _column_problems(columns)
     if not records:
-        raise ManifestError([*problems, f"table {table}: no rows; a row a volume is needed"])
-    folder = table.absolute().parent
+        raise ManifestError([*problems, f"table {url_of(table) or table}: no rows; a row a volume is needed"])
+    folder = absolute(table).rpartition("/")[0]
     rows = [_row(record, len(columns), folder, num_classes) for record in records]
     problems += [f"{row.name}: {problem}" for row in rows for problem in row.problems.values()]
     problems += _same_files(rows)
@@ -233,7 +240,7 @@ def _column_problems(columns: list[str]) -> list[str]:
     return problems + [f"column {column!r} is there twice: remove one" for column in twice]
 
 
-def _row(record: "_Record", width: int, folder: Path, num_classes: int) -> _Row:
+def _row(record: "_Record", width: int, folder: str, num_classes: int) -> _Row:
     values = {name: _text(cell) for name, cell in record.cells.items()}
     row = _Row(record.number, _shown(values.get("path", "")))
     if record.width != width:
@@ -285,10 +292,15 @@ def _whole_number(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _file(path: str, folder: Path) -> tuple[Path | None, str | None]:
+def _file(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     if not path:
         return None, "no path"
-    file = folder / path
+    if is_url(path):
+        return _object(path)
+    if is_url(folder) and not Path(path).is_absolute():
+        root, _, below = folder.partition("://")
+        return _object(f"{root}://{posixpath.normpath(f'{below}/{path}')}")
+    file = Path(folder or "/") / path
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
@@ -301,6 +313,14 @@ def _file(path: str, folder: Path) -> tuple[Path | None, str | None]:
     if not os.access(file, os.R_OK):
         return None, "this user may not read it: change its permissions"
     return file.absolute(), None
+
+
+def _object(url: str) -> tuple[str | None, str | None]:
+    try:
+        bucket_of(url)
+    except StorageError as error:
+        return None, str(error)
+    return url_of(url), None
 
 
 def _shown(text: str) -> str:
@@ -321,7 +341,7 @@ def _manifest(table: Path, rows: list[_Row], num_classes: int) -> Manifest:
         "split": pd.Series([row.split for row in rows], dtype=object),
         "fold": pd.Series([row.fold for row in rows], dtype="Int64"),
     }
-    return Manifest(table.absolute(), pd.DataFrame(columns), num_classes)
+    return Manifest(absolute(table), pd.DataFrame(columns), num_classes, tuple(row.number for row in rows))
 
 
 # Between rows ----------------------------------------------------------------------------------------------------------
@@ -332,10 +352,14 @@ def _same_files(rows: list[_Row]) -> list[str]:
     problems = []
     for row in rows:
         if row.file is not None:
-            known = first.setdefault(os.path.realpath(row.file), row)
+            known = first.setdefault(_real(row.file), row)
             if known is not row:
                 problems.append(f"{row.name}: the same file as {known.name}: keep one of the rows")
     return problems
+
+
+def _real(file: Path | str) -> str:
+    return file if isinstance(file, str) else os.path.realpath(file)
 
 
 def _split_problems(rows: list[_Row], columns: list[str], num_classes: int) -> list[str]:
@@ -455,29 +479,42 @@ class _Record:
     width: int
 
 
-def _records(table: Path) -> tuple[list[str], list[_Record]]:
-    """All column names, and the rows."""
+def table_bytes(table: Path) -> bytes:
+    """Return the table's content, of a file or a URL. Raises ManifestError."""
     try:
+        if (url := url_of(table)) is not None:
+            bucket, name = bucket_of(url)
+            with bucket.opened(name) as (stream, size):
+                return stream.read() if size <= MAX_TABLE_BYTES else _too_large(url, size)
         found = table.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ManifestError([f"table {table}: a CSV or Parquet file is needed, this is a folder or device"])
-        if found.st_size > MAX_TABLE_BYTES:
-            raise ManifestError(
-                [
-                    f"table {table}: {found.st_size / 2**20:.0f} MiB, at most {MAX_TABLE_BYTES // 2**20} are read: is it the table?"
-                ]
-            )
-        content = table.read_bytes()
+        return table.read_bytes() if found.st_size <= MAX_TABLE_BYTES else _too_large(str(table), found.st_size)
     except FileNotFoundError:
-        raise ManifestError([f"table {table}: no such file"]) from None
+        what = "file" if url_of(table) is None else "object"
+        raise ManifestError([f"table {url_of(table) or table}: no such {what}"]) from None
+    except StorageError as error:
+        raise ManifestError([f"table {url_of(table)}: {error}"]) from None
     except (OSError, ValueError) as error:
+        if isinstance(error, ManifestError):
+            raise
         raise ManifestError([f"table {table}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+
+
+def _too_large(table: str, size: int) -> bytes:
+    most = MAX_TABLE_BYTES // 2**20
+    raise ManifestError([f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"])
+
+
+def _records(table: Path) -> tuple[list[str], list[_Record]]:
+    """All column names, and the rows."""
+    content, named = table_bytes(table), url_of(table) or str(table)
     if content.startswith(b"PAR1"):
-        return _parquet(table, content)
-    return _csv(table, content)
+        return _parquet(named, content)
+    return _csv(named, content)
 
 
-def _csv(table: Path, content: bytes) -> tuple[list[str], list[_Record]]:
+def _csv(table: str, content: bytes) -> tuple[list[str], list[_Record]]:
     kind = None
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         kind = "looks like a spreadsheet: export it as CSV"
@@ -510,7 +547,7 @@ def _filled(cells: list[str]) -> bool:
     return any(cell.strip() for cell in cells)
 
 
-def _parquet(table: Path, content: bytes) -> tuple[list[str], list[_Record]]:
+def _parquet(table: str, content: bytes) -> tuple[list[str], list[_Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -559,7 +596,8 @@ def _same_voxels(rows: list[_Row], found: list[_Finding]) -> list[str]:
     files: set[str] = set()
     problems = []
     for row, finding in zip(rows, found, strict=True):
-        file = os.path.realpath(str(row.file))
+        assert row.file is not None
+        file = _real(row.file)
         if finding.digest is None or file in files:  # the same file twice is told already
             continue
         files.add(file)

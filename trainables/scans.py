@@ -1,4 +1,4 @@
-"""One scan: a NIfTI file -> voxels as the network sees them, and back.
+"""One scan: a NIfTI file, or such an object in object storage -> voxels as the network sees them, and back.
 
 Axes, said once: a loaded volume is (C, D, H, W) in RAS+. D runs left to right (x), H back to front (y), W feet to
 head (z): the file's axes are flipped and permuted to that order and nothing else is transposed, as in MedicalNet and
@@ -12,6 +12,7 @@ Nothing here loads torch.
 import contextlib
 import dataclasses
 import gzip
+import io
 import itertools
 import math
 import stat
@@ -27,6 +28,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from trainables.config import FineTuneConfig
+from trainables.storage import bucket_of, url_of
 
 LARGEST_VALUE = 1000.0
 """Normalised intensities are clipped to +- this: float16 ends at 65,504, and no anatomy is a thousand deviations away."""
@@ -249,6 +251,9 @@ HEADER_KINDS = ((348, nib.Nifti1Header, b"n+1"), (540, nib.Nifti2Header, b"n+2")
 """Length, which is also the first number of the header, class, and magic of a single file."""
 
 
+NO_OBJECT = "no such object: copy it there, or drop the row"
+
+
 class _Refused(ValueError):
     """A reason without the file's name; `_named` adds it."""
 
@@ -271,21 +276,51 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | str) -> Iterator[tuple[IO[bytes], int, bool]]:
-    """Open a file, decompressing it when its first bytes say gzip: gives the stream, the file's size, and whether."""
+def open_bytes(path: Path | str) -> Iterator[tuple[io.BufferedReader, int]]:
+    """Open a file or a URL's object as it is: gives the stream, and the size. Inside `naming`."""
     if "\0" in str(path):
         raise _Refused("no file has such a name")
+    if (url := url_of(path)) is not None:
+        bucket, name = bucket_of(url)
+        try:
+            with bucket.opened(name) as opened:
+                yield opened
+        except FileNotFoundError:
+            raise _Refused(NO_OBJECT) from None
+        return
     found = Path(path).stat()
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
         raise _Refused("a folder, pipe or device: a .nii or .nii.gz file is needed")
     with Path(path).open("rb") as file:
+        yield file, found.st_size
+
+
+def stamp(path: Path | str) -> tuple[int, ...]:
+    """Return size, time of the last write and of the last change (which no copy can set back), in ns. Inside `naming`.
+
+    An object has one time, of its writing.
+    """
+    if (url := url_of(path)) is not None:
+        bucket, name = bucket_of(url)
+        if (found := bucket.stamp(name)) is None:
+            raise _Refused(NO_OBJECT)
+        size, written = found
+        return size, written, written
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[IO[bytes], int, bool]]:
+    """Open a file, decompressing it when its first bytes say gzip: gives the stream, the file's size, and whether."""
+    with open_bytes(path) as (file, size):
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         if zipped:
             with gzip.open(file) as stream:
-                yield stream, found.st_size, True  # type: ignore[misc]
+                yield stream, size, True  # type: ignore[misc]
         else:
-            yield file, found.st_size, False
+            yield file, size, False
 
 
 def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:

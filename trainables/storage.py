@@ -3,15 +3,25 @@
 An object is there whole or not at all, as a renamed file is, so what holds for a study's folder holds for its copy.
 """
 
+import io
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+from urllib.parse import quote
 
 from trainables.checkpoints import TrialFiles, replacing
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
+OF_URLS = "%:/?[]@!$&'()*+,;="
+"""What stands for itself in a URL, beside letters, digits and `-._~`."""
 CHUNK = 16 * 2**20
+BUFFER = 4 * 2**20
+"""Bytes that one request brings where an object is read as a stream."""
 
 
 class StorageError(OSError):
@@ -29,6 +39,19 @@ def url_of(place: str | Path) -> str | None:
     return f"{found[1]}://{found[2].rstrip('/')}" if found else None
 
 
+def absolute(place: str | Path) -> str:
+    """Return the place as another process or node may be told it: a URL as it is, a path made absolute."""
+    return url_of(place) or str(Path(place).absolute())
+
+
+class Listed(NamedTuple):
+    """An object as a listing has it."""
+
+    name: str
+    written: datetime
+    size: int
+
+
 class Remote:
     """The objects below a URL. Credentials come from the environment or the machine, never from the URL.
 
@@ -42,14 +65,14 @@ class Remote:
         self.url = url
         self._errors = (OSError, ArrowException)
         try:
-            self.system, self.path = FileSystem.from_uri(url)
+            self.system, self.path = FileSystem.from_uri(quote(url, safe=OF_URLS))  # a name may have a space in it
         except (*self._errors, ValueError) as error:
             raise self._error("cannot be used", error) from None
 
     def read(self, name: str) -> bytes | None:
         """Return the object, None where there is none."""
         try:
-            with self.system.open_input_stream(f"{self.path}/{name}") as stream:
+            with self.system.open_input_stream(f"{self.path}/{name}", compression=None) as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
@@ -59,7 +82,7 @@ class Remote:
     def write(self, name: str, content: bytes) -> None:
         """Write the object, replacing one that is there."""
         try:
-            with self.system.open_output_stream(f"{self.path}/{name}") as stream:
+            with self.system.open_output_stream(f"{self.path}/{name}", compression=None) as stream:
                 stream.write(content)
         except self._errors as error:
             raise self._error(f"{name} cannot be written", error) from None
@@ -67,7 +90,10 @@ class Remote:
     def put(self, name: str, file: Path) -> None:
         """Write a file's content, however large, as the object."""
         try:
-            with file.open("rb") as source, self.system.open_output_stream(f"{self.path}/{name}") as stream:
+            with (
+                file.open("rb") as source,
+                self.system.open_output_stream(f"{self.path}/{name}", compression=None) as stream,
+            ):
                 while chunk := source.read(CHUNK):
                     stream.write(chunk)
         except self._errors as error:
@@ -77,7 +103,7 @@ class Remote:
         """Write the object to a file, whole or not at all; False where there is none."""
         try:
             with (
-                self.system.open_input_stream(f"{self.path}/{name}") as stream,
+                self.system.open_input_stream(f"{self.path}/{name}", compression=None) as stream,
                 replacing(file) as temporary,
                 temporary.open("wb") as target,
             ):
@@ -88,6 +114,31 @@ class Remote:
             return False
         except self._errors as error:
             raise self._error(f"{name} cannot be read", error) from None
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Return size and time of writing (ns) of the object, None where there is none."""
+        from pyarrow.fs import FileType
+
+        try:
+            found = self.system.get_file_info(f"{self.path}/{name}")
+        except self._errors as error:
+            raise self._error(f"{name} cannot be looked up", error) from None
+        return (found.size, found.mtime_ns or 0) if found.type == FileType.File else None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[io.BufferedReader, int]]:
+        """Give a stream that can seek, and the object's size; what is read comes in pieces of BUFFER, none is kept.
+
+        Raises FileNotFoundError where there is none.
+        """
+        try:
+            file = self.system.open_input_file(f"{self.path}/{name}")
+        except FileNotFoundError:
+            raise
+        except self._errors as error:
+            raise self._error(f"{name} cannot be read", error) from None
+        with file, io.BufferedReader(file, BUFFER) as stream:
+            yield stream, file.size()
 
     def delete(self, name: str) -> None:
         """Remove the object, if it is there."""
@@ -100,28 +151,58 @@ class Remote:
 
     def names(self) -> list[str]:
         """Names of all objects, in order."""
-        return [name for name, _ in self.listing()]
+        return [one.name for one in self.listing()]
 
-    def listing(self) -> list[tuple[str, Any]]:
-        """Names of all objects with their time of writing (datetime), in order. As paths they stay below any folder.
+    def listing(self, below: str = "") -> list[Listed]:
+        """All objects, or those whose names begin with `below` and a slash, by name.
 
-        Raises StorageError for an object with another name too: keys may hold `..`, and begin with a slash.
+        Names become paths: those that would lead out of a folder (`../x`, `a//b`) are no study's and left out.
         """
         from pyarrow.fs import FileSelector, FileType
 
+        prefix = self.path.rstrip("/") + "/"
         try:
-            found = self.system.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))
+            found = self.system.get_file_info(
+                FileSelector((prefix + below).rstrip("/"), recursive=True, allow_not_found=True)
+            )
         except self._errors as error:
             raise self._error("cannot be listed", error) from None
-        prefix = self.path.rstrip("/") + "/"
-        objects = sorted((one.path.removeprefix(prefix), one.mtime) for one in found if one.type == FileType.File)
-        for name, _ in objects:
-            if not {"", ".", ".."}.isdisjoint(name.split("/")):
-                raise StorageError(f"{self.url}: holds an object named {name!r}: no study has one; remove it")
-        return objects
+        objects = [
+            Listed(one.path.removeprefix(prefix), one.mtime, one.size) for one in found if one.type == FileType.File
+        ]
+        return sorted(one for one in objects if _stays_below(one.name))
+
+    def require(self) -> None:
+        """Raise StorageError unless the storage answers, and there is such a bucket: listing one that is not gives nothing."""
+        from pyarrow.fs import FileType
+
+        if self.listing():
+            return
+        bucket = self.path.strip("/").split("/")[0]
+        try:
+            there = self.system.get_file_info(bucket).type != FileType.NotFound
+        except self._errors as error:
+            raise self._error("cannot be used", error) from None
+        if not there:
+            raise StorageError(f"{self.url}: there is no {bucket!r}: make it, or name another")
 
     def _error(self, what: str, error: BaseException) -> StorageError:
         return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")
+
+
+def bucket_of(url: str) -> tuple[Remote, str]:
+    """Return the bucket of an object, whose connections all callers share, and the object's name in it."""
+    found = re.fullmatch(r"([a-z0-9]+://[^/]+)/+(.+)", url, re.DOTALL)
+    if found is None:
+        raise StorageError(f"{url}: a bucket, an object in one is needed")
+    variables = tuple(sorted(one for one in os.environ.items() if one[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+    return _bucket(found[1], variables), found[2]
+
+
+@lru_cache(maxsize=16)
+def _bucket(url: str, variables: tuple[tuple[str, str], ...]) -> Remote:
+    """`variables` of the environment say where the storage is and who asks: another value, another connection."""
+    return Remote(url)
 
 
 class TrialStore:
@@ -147,6 +228,10 @@ class TrialStore:
             if path.is_file() and self._sent.get(path) != (stamp := _stamp(path)):
                 self.remote.put(self.prefix + path.name, path)
                 self._sent[path] = stamp
+
+
+def _stays_below(name: str) -> bool:
+    return "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -27,7 +27,18 @@ from filelock import FileLock, Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import replacing
-from trainables.scans import Recipe, VolumeError, bytes_text, naming, prepare_scan, read_scan, write_nifti
+from trainables.scans import (
+    Recipe,
+    VolumeError,
+    bytes_text,
+    naming,
+    open_bytes,
+    prepare_scan,
+    read_scan,
+    stamp,
+    write_nifti,
+)
+from trainables.storage import url_of
 
 if TYPE_CHECKING:
     from trainables.manifest import Manifest
@@ -67,7 +78,7 @@ class Cohort:
     subjects: np.ndarray
     """(N,) text."""
     paths: tuple[str, ...]
-    """The files, as absolute paths on the machine that prepared the cohort."""
+    """The files, as absolute paths on the machine that prepared the cohort, or URLs."""
     spacings_mm: np.ndarray
     """(N, 3) float64, of the files, before resampling."""
     recipe: Recipe
@@ -83,14 +94,16 @@ def prepare_cohort(
 
     The key covers every file's bytes, the recipe, labels, subjects and paths: a change of any of them is another
     cohort, and when only the last three changed the volumes are linked, not decoded again. Files whose size and times
-    are those of last time are not read again. Of several processes one builds and the others wait for it. The folder
+    are those of last time are not read again; objects in object storage are read twice the first time, once for the key and
+    once for their voxels, in pieces that are not kept. Of several processes one builds and the others wait for it. The folder
     is renamed into place when it is whole, so a killed build is never read; the next one removes what it left.
 
     Each of `workers` threads (one a core, at most 8) holds one file and writes its volume straight to disk, in the
     table's order whoever is first. Raises CohortError with the problems of all files.
     """
     cache = cache.absolute()  # the folder is handed to processes that stand elsewhere
-    paths = [Path(path) for path in manifest.rows["path"]]
+    paths = [url_of(path) or Path(path) for path in manifest.rows["path"]]
+    numbers = manifest.numbers or tuple(range(1, len(paths) + 1))
     rows = {
         "paths": [str(path) for path in paths],
         "labels": [int(label) for label in manifest.rows["label"]],
@@ -98,7 +111,7 @@ def prepare_cohort(
     }
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        digests, stats = _file_digests(paths, cache, workers)
+        digests, stats = _file_digests(paths, numbers, cache, workers)
         contents = _key({"format": FORMAT_VERSION, "recipe": _deciding(recipe), "files": digests}, 24)
         folder = cache / f"{contents}-{_key(rows, 8)}"
         if _is_whole(folder):
@@ -112,7 +125,7 @@ def prepare_cohort(
                 building.mkdir()
                 donor = next((other for other in sorted(cache.glob(f"{contents}-*")) if _is_whole(other)), None)
                 if donor is None:
-                    spacings_mm = _build_volumes(building, paths, stats, recipe, progress, workers)
+                    spacings_mm = _build_volumes(building, paths, numbers, stats, recipe, progress, workers)
                 else:
                     _link(donor / "volumes.npy", building / "volumes.npy")
                     spacings_mm = open_cohort(donor).spacings_mm.tolist()
@@ -181,7 +194,9 @@ def _key(value: object, digits: int) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
-def _file_digests(paths: list[Path], cache: Path, workers: int | None) -> tuple[list[str], list[tuple[int, ...]]]:
+def _file_digests(
+    paths: list[Path | str], numbers: tuple[int, ...], cache: Path, workers: int | None
+) -> tuple[list[str], list[tuple[int, ...]]]:
     """SHA-256 of every file's bytes, and the stat each was taken at; a file that looks untouched is not read again."""
     store = cache / "hashes.json"
     try:
@@ -193,14 +208,14 @@ def _file_digests(paths: list[Path], cache: Path, workers: int | None) -> tuple[
 
     def digest(row: int) -> tuple[str, tuple[int, ...], bool]:
         with naming(paths[row]):
-            found = _stamp(paths[row])
+            found = stamp(paths[row])
             entry = known.get(str(paths[row]))
             if isinstance(entry, list) and entry[1:] == list(found):
                 return str(entry[0]), found, False
-            with paths[row].open("rb") as file:
+            with open_bytes(paths[row]) as (file, _):
                 return hashlib.file_digest(file, "sha256").hexdigest(), found, True
 
-    results = _all_or_errors(digest, len(paths), workers)
+    results = _all_or_errors(digest, numbers, workers)
     # A file written in the last two seconds may be written again with the same times: clocks tick that slowly.
     settled = time.time_ns() - 2 * 10**9
     fresh = {
@@ -214,15 +229,10 @@ def _file_digests(paths: list[Path], cache: Path, workers: int | None) -> tuple[
     return [sha256 for sha256, _, _ in results], [found for _, found, _ in results]
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Size, time of the last write and of the last change (which no copy can set back), in ns."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def _build_volumes(
     building: Path,
-    paths: list[Path],
+    paths: list[Path | str],
+    numbers: tuple[int, ...],
     stats: list[tuple[int, ...]],
     recipe: Recipe,
     progress: Progress | None,
@@ -245,7 +255,9 @@ def _build_volumes(
     def build(row: int) -> tuple[float, ...]:
         scan = read_scan(paths[row], recipe.in_channels)
         volume = prepare_scan(scan, recipe, paths[row])
-        if _stamp(paths[row]) != stats[row]:
+        with naming(paths[row]):
+            now = stamp(paths[row])
+        if now != stats[row]:
             raise VolumeError(paths[row], "changed while it was being read; prepare again when it is complete")
         with file.open("r+b") as slots:  # a write, not the map: on a full disk a map ends the process with SIGBUS
             slots.seek(start + row * stride)
@@ -257,13 +269,13 @@ def _build_volumes(
         if progress is not None:
             progress(done, total)
 
-    return _all_or_errors(build, len(paths), workers, alive)
+    return _all_or_errors(build, numbers, workers, alive)
 
 
 def _all_or_errors(
-    function: Callable[[int], Any], rows: int, workers: int | None, progress: Progress | None = None
+    function: Callable[[int], Any], numbers: tuple[int, ...], workers: int | None, progress: Progress | None = None
 ) -> list[Any]:
-    """What `function` gives for each row, or a CohortError with the VolumeErrors of all rows."""
+    """What `function` gives for each row from 0, or a CohortError with the VolumeErrors of all rows, by their numbers."""
 
     def caught(row: int) -> Any:
         try:
@@ -271,8 +283,12 @@ def _all_or_errors(
         except VolumeError as error:
             return error
 
-    results = in_threads(caught, range(rows), workers, progress)
-    problems = [str(result) for result in results if isinstance(result, VolumeError)]
+    results = in_threads(caught, range(len(numbers)), workers, progress)
+    problems = [
+        f"row {number}: {result}"
+        for number, result in zip(numbers, results, strict=True)
+        if isinstance(result, VolumeError)
+    ]
     if problems:
         raise CohortError(problems)
     return results

@@ -18,6 +18,7 @@ from rich.text import Text
 from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import Scalar, build_config
 from trainables.manifest import Manifest, ManifestError, read_manifest, split_rows
+from trainables.storage import url_of
 from tune_app.analysis import COLLAPSES
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
@@ -156,7 +157,15 @@ def ablation_spec(
     shared = build_config(config)
     manifest = read_manifest(data, num_classes=shared.num_classes)
     planned = plan(chosen, choose_folds(manifest, folds, shared.num_folds), range(seeds))
-    return build_spec({**fields, "kind": "ablation", "data": str(data), "config": dict(config), "planned": planned})
+    return build_spec(
+        {
+            **fields,
+            "kind": "ablation",
+            "data": url_of(data) or str(data.resolve()),
+            "config": dict(config),
+            "planned": planned,
+        }
+    )
 
 
 # What came of it -------------------------------------------------------------------------------------------------------

@@ -224,11 +224,12 @@ def run(
     go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
+    from trainables.storage import url_of
     from tune_app.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
-        "data": data and str(data.resolve()),
+        "data": data and (url_of(data) or str(data.resolve())),
         "space": space,
         "trials": trials,
         "sampler": sampler,
@@ -538,7 +539,7 @@ def ablate(
         "cache": cache and str(cache.resolve()),
     }
     fields = {name: value for name, value in given.items() if value is not None}
-    spec = ablation_spec(data.resolve(), chosen, seeds=seeds, folds=folds, config=config, **fields)
+    spec = ablation_spec(data, chosen, seeds=seeds, folds=folds, config=config, **fields)
     err.print(f"{spec.num_trials} runs of {spec.epochs} epochs: {len(chosen)} variants, seeds {seeds}, folds {folds}")
     root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
     _run_and_tell(spec, root, address=address, resume=False)

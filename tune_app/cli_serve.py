@@ -15,9 +15,10 @@ app = typer.Typer()
 
 @app.command()
 def serve(
-    folder: Annotated[Path, typer.Argument(help="Folder whose studies are shown; new ones are put there.")] = Path(
-        "studies"
-    ),
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder or URL (s3://bucket/studies) whose studies are shown; new ones are put there."),
+    ] = Path("studies"),
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8321,
     allow_host: Annotated[
@@ -28,7 +29,7 @@ def serve(
     ] = False,
     address: AddressOption = None,
 ) -> None:
-    """Serve a live page over the studies of a folder: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
+    """Serve a live page over the studies of a folder or bucket: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
     from tune_app.serve import serve as run
 
     run(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainables import installed_version
-from trainables.storage import Remote, StorageError, url_of
+from trainables.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.spec import default_cache
 from tune_app.submit import pack_code
 
@@ -34,6 +34,7 @@ BUCKET_REMEDY = (
     "make the bucket, and let the nodes read, write and remove objects below this URL: by their role, or by AWS_... in the "
     "environment of `ray start`, AWS_ENDPOINT_URL and AWS_DEFAULT_REGION among it where the storage is not Amazon's"
 )
+DATA_REMEDY = "let the nodes read these objects: by their role, or by AWS_... in the environment of `ray start`"
 NODE_S = 120.0
 """Seconds a node may take to answer, with the start of a process on it."""
 
@@ -190,17 +191,28 @@ def _open_files() -> int:
 
 def _data_seen(table: str) -> dict[str, str]:
     """Digest of the table, or what is wrong: the table, or the first volume that it names."""
-    from trainables.manifest import ManifestError, read_manifest
+    from trainables.manifest import ManifestError, read_manifest, table_bytes
+    from trainables.volumes import in_threads
 
+    remedy = {"remedy": DATA_REMEDY} if is_url(table) else {}
     try:
         rows = read_manifest(Path(table)).rows
-        content = hashlib.sha256(Path(table).read_bytes()).hexdigest()[:16]
+        content = hashlib.sha256(table_bytes(Path(table))).hexdigest()[:16]
+        there = in_threads(_is_there, rows["path"])
     except (ManifestError, OSError) as error:
-        return {"error": str(error).splitlines()[0]}
-    missing = [str(path) for path in rows["path"] if not Path(path).is_file()]
+        return {"error": str(error).splitlines()[0], **remedy}
+    missing = [str(path) for path, found in zip(rows["path"], there, strict=True) if not found]
     if missing:
-        return {"error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}"}
+        remedy = {"remedy": DATA_REMEDY} if is_url(missing[0]) else {}
+        return {"error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}", **remedy}
     return {"digest": content, "volumes": str(len(rows))}
+
+
+def _is_there(path: str) -> bool:
+    if (url := url_of(path)) is None:
+        return Path(path).is_file()
+    bucket, name = bucket_of(url)
+    return bucket.stamp(name) is not None
 
 
 def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
@@ -325,7 +337,8 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
     if facts.get("data") is not None:
         error = facts["data"].get("error")
         said = error or f"{facts['data']['volumes']} volumes, table {facts['data']['digest']}"
-        say("data", not error, said, "mount the folder with the data at the same path on every node")
+        remedy = facts["data"].get("remedy", "mount the folder with the data at the same path on every node")
+        say("data", not error, said, remedy)
     if facts.get("study") is not None:
         error = facts["study"].get("error")
         remedy = facts["study"].get("remedy", "mount the same shared folder on every node, writable")

@@ -379,7 +379,7 @@ def _training(manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneC
     spacings = np.array([header.spacing_mm for header in headers])
     extents = spacings * np.array([header.shape for header in headers])
     return Training(
-        table=manifest.table.name,
+        table=manifest.table.rpartition("/")[2],
         cohort=cohort.folder.name,
         volumes=len(rows),
         subjects=len(np.unique(cohort.subjects[rows])),

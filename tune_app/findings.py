@@ -377,7 +377,7 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
         yield Caution(
             "The study was interrupted",
             f"{states['interrupted']} trials have not ended, and no driver is at work on them.",
-            f"`medtune resume {quote(str(study.path))}` goes on where they stopped.",
+            f"`medtune resume {quote(study.place)}` goes on where they stopped.",
         )
     if states.get("failed", 0):
         failed = study.trials[study.trials["state"] == "failed"]
@@ -427,7 +427,7 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
             "which of them leads is luck.",
             "Go by the confirmation, not by this order."
             if StudyFiles(StudyFiles(study.path).confirmation).spec.is_file()
-            else f"`medtune confirm {quote(str(study.path))} --top {min(rivals + 1, 5)}` runs them over all folds and several "
+            else f"`medtune confirm {quote(study.place)} --top {min(rivals + 1, 5)}` runs them over all folds and several "
             "seeds.",
         )
     scored = int((study.trials["objective"].notna() & (study.trials["state"] != "failed")).sum())
@@ -486,7 +486,7 @@ def _about_the_variants(study: Study) -> Iterator[Caution]:
         yield Caution(
             "Not every run has a partner",
             f"{_and(short)}: fewer pairs than runs, for runs that failed or have not ended.",
-            f"`medtune resume {quote(str(study.path))}` completes them.",
+            f"`medtune resume {quote(study.place)}` completes them.",
         )
     if tables[0].attrs["folds"] < 2:
         yield Caution(

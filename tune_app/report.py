@@ -198,7 +198,7 @@ def _subtitle(study: Study) -> str:
     created = study.info.get("created")
     if isinstance(created, int | float):
         parts.append(f"begun {time.strftime('%Y-%m-%d %H:%M', time.gmtime(created))} UTC")
-    parts.append(str(study.path))
+    parts.append(study.place)
     return " · ".join(parts)
 
 
@@ -467,7 +467,7 @@ def _variants(page: _Page, study: Study) -> None:
         "effects", "Confirmation over folds and seeds" if confirmation else "What each variant changes"
     )
     if confirmation:
-        section.text(f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.path}.", style="faint")
+        section.text(f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.place}.", style="faint")
     tables = findings.effects_tables(study)
     if not tables:
         section.text("Nothing to compare yet: two variants have to begin.", style="faint")
@@ -658,11 +658,11 @@ def _amount(name: str, item: Any) -> str:
 
 
 def _comparison(first: Study, second: Study) -> _Page:
-    names = [first.name, second.name] if first.name != second.name else [str(first.path), str(second.path)]
+    names = [first.name, second.name] if first.name != second.name else [first.place, second.place]
     pair = list(zip(names, (first, second), strict=True))
     page = _Page(
         f"{names[0]} against {names[1]}",
-        " · ".join(str(study.path) for _, study in pair),
+        " · ".join(study.place for _, study in pair),
         "Which of the two studies found the better configuration, and at what cost?",
         _verdict_of_two(pair),
         [

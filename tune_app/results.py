@@ -28,6 +28,7 @@ from search_spaces.spaces import Space
 from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from trainables.storage import url_of
 from tune_app.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.objective import OBJECTIVES, RunningValue
 from tune_app.scheduler import Policy
@@ -66,10 +67,17 @@ class Study:
     """Hyperparameters in which trials differ by design, in column order; fold and seed are not among them."""
     notes: tuple[str, ...] = ()
     """What is remarkable about the files: an unfinished last line, what was skipped as damaged."""
+    url: str | None = None
+    """Where in object storage it is, when `path` is a copy of that."""
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def place(self) -> str:
+        """What a command takes to name the study: its folder or URL."""
+        return self.url or str(self.path)
 
     @property
     def scored(self) -> bool:
@@ -221,6 +229,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
 
     Raises SpecError when there is no study or it is of another version.
     """
+    url = url_of(path)
     path, driven = opened(path)
     files = StudyFiles(path.absolute())
     files.require()
@@ -246,7 +255,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     )
     _diagnose_the_rest(trials, epochs)
     searched = _searched(spec, records, trials)
-    return Study(files.root, spec, info, trials, epochs, decisions, running, rungs, searched, tuple(notes))
+    return Study(files.root, spec, info, trials, epochs, decisions, running, rungs, searched, tuple(notes), url)
 
 
 def load_studies(paths: Iterable["str | Path | Study"], *, on_damage: Literal["error", "skip"] = "error") -> Studies:

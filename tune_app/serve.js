@@ -11,9 +11,9 @@ let view = null; // the view on the page: {close, crumbs, repaint, keys}
 function listView() {
   const body = h("tbody");
   const empty = h("p", { class: "faint", hidden: true }, "No study here yet. Start one with ", h("a", { href: "#/new" }, "new study"), ", or with ", h("code", {}, "medtune run"), " into this folder.");
-  const where = h("p", { class: "faint" });
+  const where = h("p", { class: "faint" }), trouble = h("p", { class: "bad", id: "trouble" });
   const heads = ["study", "state", "best", "trials", "epochs", "last news"];
-  page.replaceChildren(h("h1", {}, "Studies"), where, h("div", { class: "scroll" }, h("table", { class: "list stack", id: "studies" },
+  page.replaceChildren(h("h1", {}, "Studies"), where, trouble, h("div", { class: "scroll" }, h("table", { class: "list stack", id: "studies" },
     h("thead", {}, h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)))), body)), empty);
   let timer = 0, before = "", closed = false;
   async function load() {
@@ -21,6 +21,7 @@ function listView() {
       const told = await api("studies");
       const text = JSON.stringify(told.studies);
       where.textContent = told.folder;
+      trouble.textContent = told.trouble || "";
       empty.hidden = told.studies.length > 0;
       if (text !== before) {
         before = text;

@@ -1,4 +1,4 @@
-"""The service: a live page over the studies of one folder, and the REST interface behind it.
+"""The service: a live page over the studies of one folder or URL, and the REST interface behind it.
 
 It reads through `tune_app.results` and starts, stops and queues through `tune_app.serve_queue`; nothing here decides
 anything about a study. It may be ended and started again at any time: drivers are processes of their own, and everything
@@ -31,11 +31,13 @@ from starlette.exceptions import HTTPException
 from search_spaces.spaces import NOT_SEARCHED, SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
+from trainables.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
 from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
 from tune_app.serve_live import Feeds, TooManyViewersError
 from tune_app.serve_queue import QueueError, StudyQueue
+from tune_app.serve_storage import Replica
 from tune_app.serve_studies import (
     Reading,
     StudyFolder,
@@ -130,7 +132,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         421: "Another service's host name",
         422: "A value that is not allowed",
         429: "Too many wrong tokens",
-        503: "Too many viewers",
+        503: "Too many viewers, or the storage does not answer",
     }.items()
 }
 
@@ -141,37 +143,54 @@ STATUS: dict[type[Exception], int] = {
     SpecError: 422,
     QueryError: 400,
     TooManyViewersError: 503,
+    StorageError: 503,
 }
 
 
-def build_app(root: Path, access: Access, *, address: str | None = None) -> FastAPI:
-    """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use."""
-    folder = StudyFolder(root)
-    queue = StudyQueue(folder.root / ".medtune" / "queue.json", lambda: list(folder.paths().values()), address=address)
+def build_app(root: Path, access: Access, *, address: str | None = None, replica: Replica | None = None) -> FastAPI:
+    """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use.
+
+    `replica`: keeps `root` as a copy of what is in object storage, and has begun.
+    """
+    folder = StudyFolder(root, replica)
+    here = replica.driven_here if replica else lambda: list(folder.paths().values())
+    queue = StudyQueue(folder.root / ".medtune" / "queue.json", here, address=address, place=folder.place)
 
     def told(study: str, reading: Reading) -> dict[str, Any]:
         path = folder.path(study)
         about: dict[str, Any] = dict(folder.memo(reading, "overview", overview))
         about["stop_requests"] = [p.stem for p in StudyFiles(path).requests.glob("*.json") if p.stem != "study"]
+        about["trouble"] = replica.trouble if replica else None
         return {"id": study, **about, **_standing(path, reading, queue)}
+
+    def requested() -> None:
+        if replica is not None:
+            replica.look(now=True)
+
+    def answering() -> None:
+        if replica is not None and replica.trouble is not None:
+            raise StorageError(replica.trouble)
 
     feeds = Feeds(folder, told)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         ended = threading.Event()
-        threads = [threading.Thread(target=work, daemon=True) for work in (queue.run, lambda: _read_all(folder, ended))]
+        works = [queue.run, lambda: _read_all(folder, ended), *([replica.run] if replica else [])]
+        threads = [threading.Thread(target=work, daemon=True) for work in works]
         for thread in threads:
             thread.start()
         yield
         ended.set()
         queue.close()
         feeds.close()
+        if replica is not None:
+            replica.close()
 
     app = FastAPI(
         title="medtune",
         version=_version(),
-        description="Studies of one folder: what they found, live, and starting and stopping them.",
+        description="Studies of one folder or URL: what they found, live, and starting and stopping them.",
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from the network
         redoc_url=None,
@@ -242,15 +261,26 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.get("/api/studies")
     def studies() -> JSONResponse:
         """List the studies: state, trials by state, best AUC; and what the queue holds."""
+        if replica is not None:
+            replica.look()
         rows = [_line(study, path, folder, queue) for study, path in folder.paths().items()]
-        return JSONResponse({"folder": str(folder.root), "studies": rows, "viewers": feeds.viewers})
+        return JSONResponse(
+            {
+                "folder": folder.place(folder.root),
+                "trouble": replica.trouble if replica else None,
+                "studies": rows,
+                "viewers": feeds.viewers,
+            }
+        )
 
     @app.get("/api/studies/{study}")
     def one_study(study: StudyId) -> Response:
         """Tell what a study asked, what it found, what to distrust, how far it is and when it will end."""
         path = folder.path(study)
         if not StudyFiles(path).spec.is_file():
-            return JSONResponse({"id": study, "name": path.name, "path": str(path), **_standing(path, None, queue)})
+            return JSONResponse(
+                {"id": study, "name": path.name, "path": folder.place(path), **_standing(path, None, queue)}
+            )
         reading = folder.reading(study)
         assert reading is not None
         return Response(to_json(told(study, reading)), media_type="application/json")
@@ -304,7 +334,10 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
         lines: Annotated[int, Query(ge=1, le=1000)] = 200,
     ) -> JSONResponse:
         """Return the end of a log: the study's, the driver's console, or a trial's."""
-        return JSONResponse(log_tail(folder.path(study), which, trial, lines))
+        path = folder.path(study)
+        if replica is not None and which == "trial" and trial is not None:
+            replica.fetch(StudyFiles(path).trial(trial).log)
+        return JSONResponse(log_tail(path, which, trial, lines))
 
     @app.get("/api/studies/{study}/report", response_class=FileResponse)
     def report(study: StudyId) -> FileResponse:
@@ -386,11 +419,17 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
     @app.post("/api/studies/{study}/stop")
     def stop(study: StudyId) -> Asked:
         """Take a waiting study from the queue, or ask a running one to stop; it can be resumed."""
-        return Asked(study=study, became=queue.stop(folder.path(study)))
+        path = folder.path(study)
+        if queue.place(path) is None:
+            answering()
+        became = queue.stop(path)
+        requested()
+        return Asked(study=study, became=became)
 
     @app.post("/api/studies/{study}/trials/{trial}/stop")
     def stop_trial(study: StudyId, trial: TrialId) -> Asked:
         """Ask the driver to stop one trial after the epoch it is in."""
+        answering()
         path = folder.path(study)
         reading = folder.reading(study)
         assert reading is not None
@@ -398,6 +437,7 @@ def build_app(root: Path, access: Access, *, address: str | None = None) -> Fast
         if not page["stoppable"]:
             raise QueueError(f"trial {trial} has ended: {page['state']}")
         ask_to_stop_trial(StudyFiles(path), trial)
+        requested()
         return Asked(study=study, became="asked")
 
     return app
@@ -420,7 +460,8 @@ def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[st
 
 
 def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": study, "name": path.name, "folder": str(path.parent.relative_to(folder.root))}
+    below = "." if path == folder.root else str(path.parent.relative_to(folder.root))
+    row: dict[str, Any] = {"id": study, "name": path.name, "folder": below}
     if not StudyFiles(path).spec.is_file():
         return row | _standing(path, None, queue)
     try:
@@ -452,11 +493,15 @@ def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(fields.get("config"), dict):
         fields["config"] = dict(fields["config"])
     for holder, name in ((fields, "data"), (fields, "cache"), (fields.get("config"), "pretrained_path")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name]:
+        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name] and not is_url(holder[name]):
             holder[name] = str(Path(holder[name]).expanduser().resolve())
     problems = []
     data = fields.get("data")
-    if isinstance(data, str) and not Path(data).is_file():
+    if isinstance(data, str) and is_url(data):
+        bucket, name = bucket_of(data)
+        if bucket.stamp(name) is None:
+            problems.append(f"data: no object {data}")
+    elif isinstance(data, str) and not Path(data).is_file():
         problems.append(f"data: no file {data}")
     if problems:
         raise SpecError(problems)
@@ -543,13 +588,21 @@ def serve(
     address: str | None = None,
     say: Any = print,
 ) -> None:
-    """Serve the studies below `root` until interrupted. Raises QueueError when another service serves the folder, and
-    SpecError for a token that is easy to guess."""
+    """Serve the studies below `root`, a folder or a URL, until interrupted.
+
+    Raises QueueError when another service on this machine serves the same, SpecError for a token that is easy to guess
+    and a URL of another kind, and StorageError for storage that cannot be read.
+    """
     import uvicorn
     from filelock import FileLock, Timeout
 
     if token is not None and len(token) < LEAST_TOKEN:
         raise SpecError([f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"])
+    url = url_of(root)
+    if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
+        raise SpecError([f"{root}: name a folder, or a bucket in object storage: {', '.join(SCHEMES)}://bucket/..."])
+    replica = Replica(url) if url else None
+    root = replica.root if replica else root
     own = root / ".medtune"
     own.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_urlsafe(24)
@@ -557,13 +610,15 @@ def serve(
     try:
         with FileLock(own / "serve.lock", timeout=0):
             shown = f"[{host}]" if ":" in host else "127.0.0.1" if host in ("0.0.0.0", "") else host
-            say(f"studies of {shlex.quote(str(root))}: http://{shown}:{port}/#token={token}")
+            if replica is not None:
+                replica.begin()
+            say(f"studies of {shlex.quote(url or str(root))}: http://{shown}:{port}/#token={token}")
             say(
                 "reading is open to this machine; starting and stopping takes the token above"
                 if access.open_to_read
                 else "everything takes the token above; put TLS before it where the network is not yours"
             )
-            app = build_app(root, access, address=address)
+            app = build_app(root, access, address=address, replica=replica)
             config = uvicorn.Config(
                 app,
                 host=host,
@@ -586,4 +641,6 @@ def serve(
             server.handle_exit = exit_with_streams  # type: ignore[assignment, method-assign]
             server.run()
     except Timeout:
-        raise QueueError(f"{root}: another `medtune serve` serves this folder; two would start studies twice") from None
+        raise QueueError(
+            f"{url or root}: another `medtune serve` serves this here; two would start studies twice"
+        ) from None

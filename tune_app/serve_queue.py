@@ -65,11 +65,18 @@ class StudyQueue:
     """Studies that wait for this machine, and the driver that was started last. Safe to use from several threads.
 
     `file` keeps it; `studies` names the folders whose drivers count as holding the machine; `address` is the Ray cluster
-    the drivers use, None for a local Ray each.
+    the drivers use, None for a local Ray each. `place` gives what a driver is told of a study's folder.
     """
 
-    def __init__(self, file: Path, studies: Callable[[], list[Path]], *, address: str | None = None) -> None:
-        self._file, self._studies, self._address = file, studies, address
+    def __init__(
+        self,
+        file: Path,
+        studies: Callable[[], list[Path]],
+        *,
+        address: str | None = None,
+        place: Callable[[Path], str] = str,
+    ) -> None:
+        self._file, self._studies, self._address, self._place = file, studies, address, place
         name = hashlib.sha256((address or "this machine").encode()).hexdigest()[:12]
         self.machine_lock = default_cache() / f"machine-{name}.lock"
         self._guard = threading.RLock()
@@ -188,11 +195,12 @@ class StudyQueue:
 
     def _start(self, entry: Entry, lock: int) -> "subprocess.Popen[bytes]":
         files = StudyFiles(Path(entry.path))
+        place = self._place(files.root)
         command = [sys.executable, "-m", "tune_app.cli"]
         if entry.action == "run":
-            command += ["run", str(files.asked), "--out", str(files.root)]
+            command += ["run", str(files.asked), "--out", place]
         else:
-            command += ["resume", str(files.root)]
+            command += ["resume", place]
         command += ["--address", self._address] if self._address else []
         with files.console.open("ab") as console:
             console.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {entry.action}\n".encode())

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tune_app import figures, findings
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study, is_held, load_study
 from tune_app.serve_queue import StudyQueue
+from tune_app.serve_storage import Replica
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.stop_requests import asked_to_stop
 from tune_app.tables import duration, format_value, printable, results_table
@@ -66,10 +67,13 @@ class Reading:
 
 
 class StudyFolder:
-    """The studies below `root`, each read once for all who look at it. Safe to use from several threads."""
+    """The studies below `root`, each read once for all who look at it. Safe to use from several threads.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+    With a `replica` that is its folder, a copy of what is in object storage.
+    """
+
+    def __init__(self, root: Path, replica: Replica | None = None) -> None:
+        self.root, self.replica = root.resolve(), replica
         self._guard = threading.Lock()
         self._readings: dict[Path, Reading] = {}
         self._errors: dict[Path, tuple[tuple[Any, ...], str]] = {}
@@ -90,6 +94,10 @@ class StudyFolder:
                     found.setdefault(self.root.name if name == "." else name, path)
                 self._found, self._walked = found, time.monotonic()
             return self._found
+
+    def place(self, path: Path) -> str:
+        """Return what a command takes to name the study in the folder `path`."""
+        return str(path) if self.replica is None else self.replica.place(path)
 
     def path(self, study: str) -> Path:
         """Return the folder of the study with that id, however new it is. Raises UnknownError."""
@@ -122,6 +130,8 @@ class StudyFolder:
         Without `wait`, None when it has never been read. Raises UnknownError and UnreadableError.
         """
         path = self.path(study)
+        if self.replica is not None:
+            self.replica.look()
         with self._guard:
             lock = self._locks.setdefault(path, threading.Lock())
             reading, error = self._readings.get(path), self._errors.get(path)
@@ -155,6 +165,8 @@ class StudyFolder:
             with self._guard:
                 self._errors[path] = (stamp, str(problem))
             raise UnreadableError(str(problem)) from None
+        if self.replica is not None:
+            loaded = replace(loaded, url=self.replica.place(path))
         now = time.monotonic()
         reading = Reading(loaded, size, stamp, now - started, now)
         with self._guard:
@@ -239,7 +251,7 @@ def overview(study: Study) -> dict[str, Any]:
     return {
         **glance(study),
         "name": study.name,
-        "path": str(study.path),
+        "path": study.place,
         "asked": asked,
         "found": found,
         "full_epochs": study.spec.epochs,

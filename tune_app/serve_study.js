@@ -225,7 +225,7 @@ export function studyView(id, query) {
     if (closed || !told.found) return;
     overview = told;
     document.title = `${told.name} · medtune`;
-    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, told.name), badge(told.state, told.place ? ` (place ${told.place})` : "")), h("p", { class: "faint" }, told.path),
+    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, told.name), badge(told.state, told.place ? ` (place ${told.place})` : "")), h("p", { class: "faint" }, told.path), told.trouble ? h("p", { class: "bad", id: "trouble" }, told.trouble) : "",
       h("p", { class: "asked" }, told.asked), h("p", { class: "found" }, told.found), buttons(told));
     tiles(told);
     parts.cautions.replaceChildren(told.cautions.length ? h("details", { class: "doubts" }, h("summary", {}, `Before you trust this (${told.cautions.length})`),

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from search_spaces.spaces import Space, SpaceError, space_from
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config
+from trainables.storage import is_url
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
 from tune_app.yaml_text import YamlError, load_yaml
@@ -48,7 +49,7 @@ class StudySpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     data: str
-    """Table of volumes (CSV or Parquet): path, label, subject, optionally fold or split."""
+    """Table of volumes (CSV or Parquet): path, label, subject, optionally fold or split. It and its volumes may be URLs."""
     kind: Literal["search", "ablation", "confirmation"] = "search"
     """search samples a space and stops early; the others run `planned` trials to the end."""
     space: str | dict[str, Any] = "documented"
@@ -109,6 +110,13 @@ class StudySpec(BaseModel):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return {} if value is None else value  # what YAML reads where every line below `config:` is a comment
+
+    @field_validator("cache")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        if value is not None and is_url(value):
+            raise ValueError(f"{value}: a folder is needed, on each node or shared; the data themselves may be a URL")
+        return value
 
     @field_validator("objective")
     @classmethod
@@ -244,7 +252,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict | None):
         raise SpecError([f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"])
     for holder, name in ((fields, "data"), (fields, "cache"), (fields, "confirms"), (config, "pretrained_path")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), str):
+        if isinstance(holder, dict) and isinstance(holder.get(name), str) and not is_url(holder[name]):
             holder[name] = str((path.parent / holder[name]).resolve())
     if isinstance(earlier := fields.get("warm_start_from"), list):
         fields["warm_start_from"] = [str((path.parent / str(folder)).resolve()) for folder in earlier]

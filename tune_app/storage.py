@@ -8,6 +8,7 @@ before an epoch is reported. What is there is the truth: a driver that goes on s
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -21,8 +22,8 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trainables.checkpoints import replacing
-from trainables.storage import Remote, StorageError, url_of
+from trainables.checkpoints import replacing, write_json
+from trainables.storage import Listed, Remote, StorageError, url_of
 from tune_app.spec import SpecError, StudyFiles, default_cache
 from tune_app.submit import job_name
 
@@ -43,6 +44,10 @@ LARGE = (".pt", ".db")
 """Ends of names that are not needed to read a study."""
 
 
+REQUEST = re.compile(r"requests/[0-9A-Za-z_-]{1,64}\.json")
+"""Names of the objects that ask the driver for something."""
+
+
 class BusyError(RuntimeError):
     """Another driver is at work on the study in the storage."""
 
@@ -61,7 +66,9 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
     try:
         shutil.rmtree(folder, ignore_errors=True)  # what the storage has is the truth
         folder.mkdir(parents=True)
-        _copy(remote, [name for name in remote.names() if not name.endswith(".pt") and name != LEASE], folder)
+        listed = [one for one in remote.listing() if not one.name.endswith(".pt") and one.name != LEASE]
+        copy_objects(remote, [one.name for one in listed], folder)
+        mirror.has_brought(listed)
         with mirror:
             yield mirror.files
     finally:
@@ -75,6 +82,8 @@ class Mirror:
         self.remote, self.files = remote, files
         self.identity = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex[:8]}"
         self._sent: dict[str, bytes] = {}
+        self._brought: dict[str, datetime] = {}
+        """Requests that lie in the folder too, or did until they were answered."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._beats = 0
@@ -110,6 +119,7 @@ class Mirror:
         self._thread.join()
         try:
             self.send()
+            self.requests()
         except StorageError as error:
             raise StorageError(f"{error}; everything is in {self.files.root}") from None
 
@@ -128,6 +138,22 @@ class Mirror:
                 self.remote.write(name, content)
                 self._sent[name] = content
 
+    def has_brought(self, listed: list[Listed]) -> None:
+        """Say which objects were there, and have been copied to the folder, before the driver began."""
+        self._brought = {one.name: one.written for one in listed if REQUEST.fullmatch(one.name)}
+
+    def requests(self) -> None:
+        """Bring what the driver is asked to do (`tune_app.stop_requests`); remove there what has been answered here."""
+        for name, written, _ in self.remote.listing("requests"):
+            if not REQUEST.fullmatch(name):
+                continue
+            if self._brought.get(name) != written:
+                write_json(self.files.root / name, {"asked": written.timestamp()})
+                self._brought[name] = written
+            elif not (self.files.root / name).exists():
+                self.remote.delete(name)
+                del self._brought[name]
+
     def _work(self) -> None:
         beaten, due = time.monotonic(), 0.0
         while not self._ended.wait(1.0):
@@ -136,6 +162,7 @@ class Mirror:
                 if began - beaten >= BEAT_S:
                     self._beat()
                     beaten = began
+                    self.requests()
                 if began >= due:
                     self.send()
                     due = time.monotonic() + PAUSE * (time.monotonic() - began)
@@ -187,19 +214,24 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
     if (url := url_of(place)) is None:
         return Path(place), None
     remote = Remote(url)
-    listed = dict(remote.listing())
+    listed = {one.name: one.written for one in remote.listing()}
     if "study.json" not in listed:
         raise SpecError(
             [f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"]
         )
-    folder = default_cache() / "seen" / job_name(url).rsplit("-", 1)[-1] / url.rsplit("/", 1)[-1]
+    folder = folder_of(url, "seen")
     shutil.rmtree(folder, ignore_errors=True)
     # Records before rows, as in a folder: a trial that ends in between must not show an end without its rows.
     names = [name for name in listed if not name.endswith(LARGE) and name != LEASE]
-    _copy(remote, [name for name in names if name.startswith("trials/")], folder)
-    _copy(remote, [name for name in names if not name.startswith("trials/")], folder)
+    copy_objects(remote, [name for name in names if name.startswith("trials/")], folder)
+    copy_objects(remote, [name for name in names if not name.startswith("trials/")], folder)
     written = listed.get(LEASE)
     return folder, written is not None and (datetime.now(UTC) - written).total_seconds() < FRESH_S
+
+
+def folder_of(url: str, kind: str) -> Path:
+    """Return the folder of this machine for copies of what is at the URL; it has the last part of the URL as its name."""
+    return default_cache() / kind / job_name(url).rsplit("-", 1)[-1] / url.rsplit("/", 1)[-1]
 
 
 def fetch_study(place: str, folder: Path) -> int:
@@ -216,11 +248,12 @@ def fetch_study(place: str, folder: Path) -> int:
     names = [name for name in remote.names() if name != LEASE]
     if "study.json" not in names:
         raise SpecError([f"{url}: no study here (no study.json)"])
-    _copy(remote, names, folder)
+    copy_objects(remote, names, folder)
     return len(names)
 
 
-def _copy(remote: Remote, names: list[str], folder: Path) -> None:
+def copy_objects(remote: Remote, names: list[str], folder: Path) -> None:
+    """Copy objects to files of the same names below `folder`; those that have been removed meanwhile are left out."""
     with ThreadPoolExecutor(8) as pool:
         for done in pool.map(lambda name: remote.get(name, folder / name), names):
             assert done in (True, False)

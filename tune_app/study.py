@@ -174,7 +174,7 @@ def _run_locked(
             session = _Session(spec, cohort.name, recorder, display, budget)
             setting = TrialSetting(
                 study=str(files.root.resolve()),
-                table=str(Path(spec.data).resolve()),
+                table=_told(spec.data),
                 cohort=str(cohort),
                 base=spec.config,
                 checkpoint_epochs=spec.checkpoint_epochs,
@@ -199,11 +199,16 @@ def _with_measured_packing(spec: StudySpec, base: FineTuneConfig, cohort: Path, 
     """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
     if not ray.cluster_resources().get("GPU"):
         raise SpecError(["gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"])
-    totals = measure_packing(base, str(Path(spec.data).resolve()), str(cohort))
+    totals = measure_packing(base, _told(spec.data), str(cohort))
     number = pick_packing(totals)
     told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())
     notes.print(f"packing: {number} trials a GPU (volumes a second in all: {told})", soft_wrap=True)
     return spec.model_copy(update={"gpus_per_trial": 1 / number})
+
+
+def _told(table: str) -> str:
+    """The table as trials anywhere are told it."""
+    return url_of(table) or str(Path(table).resolve())
 
 
 def _await_resources(spec: StudySpec, notes: Any) -> tuple["Plan", dict[str, float]]:

@@ -57,7 +57,7 @@ def test_a_table_becomes_rows_with_absolute_paths(
     write_table([*GOOD, "1.0, 007 "])
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(Path("table.csv"))
-    assert manifest.table == tmp_path / "table.csv"
+    assert manifest.table == str(tmp_path / "table.csv")
     assert list(manifest.rows.columns) == ["path", "label", "subject", "split", "fold"]
     assert manifest.rows["path"].tolist() == [str(tmp_path / f"{number:04d}.nii.gz") for number in range(1, 10)]
     assert manifest.rows["label"].tolist() == [0, 1] * 4 + [1]

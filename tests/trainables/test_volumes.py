@@ -166,8 +166,8 @@ def test_all_bad_files_are_told_together_and_nothing_is_left(table: Path, cache:
     (table.parent / "4.nii.gz").write_bytes(gzip.compress(b"x" * 999))
     with pytest.raises(CohortError) as refusal:
         prepare_cohort(manifest, recipe(), cache)
-    assert [problem.split(": ")[0] for problem in refusal.value.problems] == [
-        f"scan {table.parent / name}" for name in ("1.nii.gz", "4.nii.gz")
+    assert [problem.split(": ")[:2] for problem in refusal.value.problems] == [
+        [f"row {number}", f"scan {table.parent / name}"] for number, name in ((2, "1.nii.gz"), (5, "4.nii.gz"))
     ]
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     (table.parent / "4.nii.gz").unlink()

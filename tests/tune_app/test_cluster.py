@@ -13,6 +13,7 @@ import pytest
 from cluster_runs import Cluster, ended, make_cluster, wait_for
 from study_runs import TINY, check_whole, rows_of
 
+from trainables.storage import Remote
 from tune_app.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 
@@ -20,9 +21,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, server: dict[str, str]) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="mt"))  # sockets below it: the whole path may have 107 characters
     made = make_cluster(folder, write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18)))
+    made.env |= server
     try:
         made.start_head()
         yield made
@@ -105,6 +107,33 @@ def test_the_doctor_looks_at_the_nodes_from_within(cluster: Cluster, tmp_path: P
     assert (states["data"], states["storage"], states["clock"], states["ports"]) == ("BAD", "ok", "ok", "ok")
     assert states["State"] == "ok"
     assert "mount the folder with the data at the same path on every" in " ".join(out.split())
+
+
+def test_the_doctor_names_the_node_that_cannot_write_to_the_bucket(cluster: Cluster, bucket: str) -> None:
+    good = cluster.env
+    cluster.env = good | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    try:
+        second = cluster.add_node()
+    finally:
+        cluster.env = good
+    asked = cluster.medtune("doctor", "--address", cluster.url, "--out", f"{bucket}/study")
+    out, err = asked.communicate(timeout=400)
+    second.kill()
+    wait_for(lambda: len(cluster.living()) == 1, "the loss of the second node")
+    assert asked.returncode == 1, err
+    told: dict[str, list[str]] = {}
+    for line in out.splitlines():
+        words = line.split()
+        if line and not line.startswith(" "):
+            node = words[0]
+        elif "storage" in words[1:2]:
+            told[node] = words
+    assert len(told) == 2, out
+    assert told.pop("127.0.0.2")[:3] == ["BAD", "storage", f"{bucket}/study:"]
+    assert [*told.values()] == [["ok", "storage", "can", "be", "written"]], "the head"
+    assert "NETWORK_CONNECTION" in out
+    assert "AWS_ENDPOINT_URL" in out, "what to do"
+    assert Remote(bucket).names() == [], "something was left"
 
 
 def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:

@@ -158,7 +158,9 @@ def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_erro
     foreign = write_study("foreign", trials=2, epochs=3)
     info = json.loads(StudyFiles(foreign).spec.read_text())
     StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
-    assert any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"])
+    # The service may have read both while they were being written, and reads again a little later.
+    wait_for(lambda: any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"]))
+    wait_for(lambda: client.get("/api/studies/foreign").status_code != 200)
     answer = client.get("/api/studies/foreign")
     assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
     assert client.get("/api/studies/first").status_code == 200
@@ -170,6 +172,14 @@ def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path:
         assert client.get(f"/api/studies/new%20{number}").status_code == 404
         shutil.copytree(tmp_path / "first", tmp_path / f"new {number}")
         assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
+
+
+def test_the_folder_may_be_a_study_itself(tmp_path: Path, write_study: WriteStudy, own_cache: None) -> None:
+    root = write_study("first", trials=2, epochs=3)
+    with TestClient(build_app(root, Access(TOKEN)), base_url="http://127.0.0.1:8321") as client:
+        (row,) = client.get("/api/studies").json()["studies"]
+        assert (row["id"], row["folder"]) == ("first", ".")
+        assert client.get("/api/studies/first/trials").status_code == 200
 
 
 def test_the_report_can_be_downloaded(client: TestClient) -> None:

@@ -10,11 +10,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from object_storage import put_folder, s3_server
 
 from tune_app.results import is_held, load_study
 from tune_app.spec import StudyFiles, append_line
@@ -293,6 +295,34 @@ def test_rows_of_a_running_study_appear_without_loading_again(
         assert int(browser.execute_script("return document.documentElement.dataset.lag")) < 20_000
     wait(browser, "return document.querySelector('.title .badge').textContent.includes('interrupted')")
     assert complaints(browser) == []
+
+
+def test_a_page_of_object_storage_says_when_that_does_not_answer(
+    browser: Browser, a_search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as running:
+        for name, value in running.enter_context(s3_server()).items():
+            monkeypatch.setenv(name, value)
+        put_folder("s3://studies/browser/a search", a_search)
+        service = Service(Path("s3://studies/browser"), tmp_path / "cache")
+        opened(browser, f"{service.url}#/")
+        wait(browser, "return document.querySelector('#studies tbody').textContent.includes('a search')")
+        wait(browser, "return document.querySelector('#trouble').textContent === ''")
+        opened(browser, f"{service.url}#/study/a%20search")
+        wait(browser, "return document.querySelector('#live').textContent === 'live'")
+        assert "s3://studies/browser/a search" in text(browser, "#page")
+        assert browser.execute_script("return document.querySelector('#trouble')") is None
+    wait(
+        browser,
+        "return document.querySelector('#trouble')?.textContent.startsWith('the storage does not answer since')",
+    )
+    opened(browser, f"{service.url}#/")
+    wait(
+        browser, "return document.querySelector('#trouble').textContent.startsWith('the storage does not answer since')"
+    )
+    assert "a search" in text(browser, "#studies tbody"), "what was there is still shown"
+    assert complaints(browser) == []
+    assert "Traceback" not in service.end()
 
 
 def test_changing_asks_for_the_token_and_a_wrong_form_says_why(browser: Browser, service: Service) -> None:

@@ -2,22 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 import study_runs
-from moto.server import ThreadedMotoServer
+from object_storage import put_folder
 
 from trainables.checkpoints import TrialFiles
-from trainables.storage import Remote, StorageError, TrialStore, url_of
+from trainables.storage import Remote, StorageError, TrialStore, bucket_of, url_of
 from tune_app import storage
 from tune_app.doctor import diagnose_machine
 from tune_app.results import load_study, read_rows
@@ -27,35 +27,6 @@ from tune_app.synthetic import write_cohort
 
 TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
 TINY += ["--set", "train_auc_volumes=0"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    """An S3 server with a bucket called studies; gives the variables that lead there."""
-    serving = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    serving.start()
-    host, port = serving.get_host_and_port()
-    url = f"http://{host}:{port}"
-    urllib.request.urlopen(urllib.request.Request(f"{url}/studies", method="PUT"), timeout=30).close()
-    try:
-        yield {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "a-secret-of-this-test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-    finally:
-        serving.stop()
-
-
-@pytest.fixture
-def bucket(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place in it of the test's own, and a machine of its own to read it from."""
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "laptop"))
-    return f"s3://studies/{uuid.uuid4().hex[:8]}"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +61,14 @@ def test_objects_are_written_read_listed_and_removed(bucket: str, tmp_path: Path
     assert remote.read("study.json") is None
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: a cannot be written: .*NO_SUCH_BUCKET"):
         Remote("s3://no-such-bucket/x").write("a", b"")
+
+
+@pytest.mark.parametrize("name", ["a study", "größe #1 (ü)", "a+b=c"])
+def test_a_name_may_hold_what_a_url_may_not(bucket: str, name: str) -> None:
+    Remote(f"{bucket}/{name}").write("epochs.jsonl", b"rows")
+    assert Remote(bucket).names() == [f"{name}/epochs.jsonl"]
+    remote, below = bucket_of(f"{bucket}/{name}/epochs.jsonl")
+    assert remote.read(below) == b"rows"
 
 
 def test_a_trial_finds_its_checkpoint_from_another_node(bucket: str, tmp_path: Path) -> None:
@@ -156,16 +135,17 @@ def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../written", "trials/../../../written", "//{outside}/written", "trials//written"])
-def test_an_object_whose_name_leads_elsewhere_is_refused(bucket: str, tmp_path: Path, name: str) -> None:
+def test_an_object_whose_name_leads_elsewhere_is_left_out(bucket: str, tmp_path: Path, name: str) -> None:
     remote = Remote(bucket)
     remote.write("study.json", b"{}")
     key = f"{bucket.removeprefix('s3://studies/')}/{name.format(outside=str(tmp_path)[1:])}"
     boto3.client("s3").put_object(Bucket="studies", Key=key, Body=b"x")
-    before = sorted(tmp_path.rglob("*"))
-    for read in (lambda: fetch_study(bucket, tmp_path / "a" / "copy"), lambda: opened(bucket)):
-        with pytest.raises(StorageError, match=r"holds an object named .*: no study has one"):
-            read()
-    assert sorted(tmp_path.rglob("*")) == before
+    before = set(tmp_path.rglob("*"))
+    copy = tmp_path / "a" / "copy"
+    fetch_study(bucket, copy)
+    assert set(tmp_path.rglob("*")) - before == {copy.parent, copy, copy / "study.json"}
+    folder, _ = opened(bucket)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["study.json"]
 
 
 def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(
@@ -236,6 +216,41 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     secret = server["AWS_SECRET_ACCESS_KEY"].encode()
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in kept if secret in path.read_bytes()], "the secret is in a file"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stopped_from_there(
+    server: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    put_folder(f"{bucket}/cohort", write_cohort(tmp_path / "c", subjects=14, side=(14, 18)).parent)
+    shutil.rmtree(tmp_path / "c")
+    url = f"{bucket}/studies/first"
+    asked = ["run", "--data", f"{bucket}/cohort/table.csv", "--trials", 2, "--epochs", 30, "--out", url, *TINY]
+    env = os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / "node")}
+    first = study_runs.medtune(*asked, "--max-concurrent", 2, env=env, cwd=tmp_path)
+    remote = Remote(url)
+    wait_for(lambda: (remote.read("epochs.jsonl") or b"").count(b"\n") >= 2, first)
+    remote.write("requests/00000.json", b"{}")
+    wait_for(lambda: b'"requested"' in (remote.read("decisions.jsonl") or b""), first)
+    remote.write("requests/study.json", b"{}")
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 130, f"{out}\n{err}"
+    assert f"medtune resume {url}" in err
+    assert not [name for name in remote.names() if name.startswith("requests/")], "answered, and left there"
+
+    env |= {"MEDTUNE_CACHE": str(tmp_path / "another node")}
+    study_runs.finished(study_runs.medtune("resume", url, env=env, cwd=tmp_path))
+    study = load_study(url)
+    assert study.spec.data == f"{bucket}/cohort/table.csv"
+    trials = study.trials.set_index("trial")
+    assert trials.loc["00000", ["state", "stopped_by"]].tolist() == ["stopped", "requested"]
+    assert trials.loc["00001", "state"] in ("completed", "stopped")
+    for trial, rows in study.epochs.groupby("trial"):
+        assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
+    assert len(list((tmp_path / "another node").glob("*/volumes.npy"))) == 1
+    assert not list(tmp_path.rglob("*.nii*")), "volumes were kept"
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, deadline_s: float = 400) -> None:
