@@ -318,6 +318,7 @@ class Recorder:
     def __init__(self, spec: StudySpec, files: StudyFiles) -> None:
         self.spec, self.files = spec, files
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        """Of trials that have not ended: a row takes some 6 kB, and a long study has many."""
         for row in read_rows(files.epochs):
             self.rows.setdefault(row["trial"], []).append(row)
         self.records = {path.parent.name: read_record(path) for path in sorted(files.trials.glob("*/trial.json"))}
@@ -390,6 +391,7 @@ class Recorder:
         )
         if state == "failed":
             self.written(trial)  # nothing else says why; the other ends follow from the rows
+        self.rows.pop(trial, None)
         return self.records[trial]
 
     def written(self, trial: str) -> None:
@@ -534,6 +536,7 @@ class _Session:
             if record["state"] in ENDED:
                 self.requests.answered(trial)
                 searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
+                self.recorder.rows.pop(trial, None)
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
     def config_of(self, trial: str) -> dict[str, Any]:

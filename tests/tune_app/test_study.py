@@ -18,7 +18,7 @@ from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
 from tune_app.display import Display
-from tune_app.results import StudyDamageError, read_record
+from tune_app.results import StudyDamageError, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
@@ -300,6 +300,10 @@ def test_a_record_survives_the_recorder(tmp_path: Path) -> None:
     assert again.records["00000"]["failures"] == 1
     assert [row["epoch"] for row in again.rows["00000"]] == [1]
     assert again.states() == {"running": 1}
+    assert again.ended("00000", "stopped", "halving: rank 2 of 2")["objective"] is not None
+    assert not again.rows, "rows of an ended trial stay on disk alone"
+    assert [row["epoch"] for row in read_rows(StudyFiles(tmp_path).epochs)] == [1]
+    again.close()
 
 
 def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
