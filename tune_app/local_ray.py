@@ -6,10 +6,11 @@ import secrets
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from trainables.checkpoints import LogFile
@@ -21,6 +22,10 @@ START_TRIES = 3
 """Times a local Ray is started before the machine counts as too busy."""
 SHUTDOWN_S = 30.0
 """Seconds Ray may take to end."""
+LEAVING_S = 5.0
+"""Seconds that workers may take to notice that their Ray has ended."""
+SESSION = "MEDTUNE_RAY_SESSION"
+"""Environment variable of everything that a local Ray starts."""
 
 
 def keep_strangers_out() -> None:
@@ -48,11 +53,14 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
     if cluster:
         ray.init(address=cluster, **common)
     else:
+        os.environ[SESSION] = secrets.token_hex(8)
         _start_ray(common)
     try:
         yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
     finally:
         _shut_down_ray()
+        if not cluster:
+            end_workers(os.environ.pop(SESSION))
 
 
 def _start_ray(options: dict[str, Any]) -> None:
@@ -85,6 +93,26 @@ def _shut_down_ray() -> None:
         log.warning("Ray did not end within %.0f s: its processes are killed", SHUTDOWN_S)
         node.kill_all_processes(check_alive=False, allow_graceful=False)
         ending.join(SHUTDOWN_S)
+
+
+def end_workers(session: str, *, patience_s: float = LEAVING_S) -> int:
+    """Kill the workers that a local Ray has left behind, after `patience_s`; returns how many.
+
+    A worker ends by itself when its raylet has, but not while it is frozen, or stuck in a driver of its GPU, whose memory
+    it would keep.
+    """
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            worker = (process.cmdline() or [""])[0].startswith("ray::")
+            if worker and process.environ().get(SESSION) == session:
+                left.append(process)
+    _, alive = psutil.wait_procs(left, timeout=patience_s)
+    for process in alive:
+        log.warning("%s (process %d) outlived its Ray and is killed", process.name(), process.pid)
+        with suppress(psutil.Error):
+            process.kill()
+    return len(alive)
 
 
 class _Told(logging.Handler):

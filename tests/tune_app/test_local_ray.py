@@ -1,10 +1,13 @@
 """A local Ray lets only its own study in."""
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tune_app.local_ray import keep_strangers_out
@@ -50,3 +53,31 @@ def test_what_the_user_has_said_goes_first(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     keep_strangers_out()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+FROZEN = """
+import os, signal, sys
+import psutil
+import ray
+from tune_app.local_ray import ray_to_work_with
+
+with ray_to_work_with(None):
+    pid = ray.get(ray.remote(lambda: os.getpid()).remote())
+    (raylet,) = (p for p in psutil.Process().children() if p.name() == "raylet")
+    raylet.kill()
+    raylet.wait()  # a process that is frozen before gets SIGHUP and SIGCONT from the kernel when its parent dies
+    os.kill(pid, signal.SIGSTOP)
+    print("frozen", pid)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_frozen_worker_that_lost_its_raylet_does_not_stay() -> None:
+    """Nobody else would end it: a worker watches its raylet, and this one cannot."""
+    done = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    pid = re.search(r"^frozen (\d+)$", done.stdout, re.MULTILINE)
+    assert pid is not None, done.stdout
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(pid[1])).status() == psutil.STATUS_ZOMBIE, "nobody reaps it where there is no init"
