@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import queue
+import signal
 import socket
 import struct
 import threading
@@ -36,7 +37,7 @@ START_S = 300.0
 """Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
 ANSWER_S = 5.0
 """Seconds a healthy rank may take to say where it is."""
-LEAVE_S = 5.0
+LEAVE_S = 5
 """Seconds rank 0's process may go on with a thread that waits for a lost rank: its error has been told by then."""
 LEADER = "medtune-rank-0"
 
@@ -117,20 +118,18 @@ def gang(
             ray.kill(actor)
 
 
-def leave_if_stuck(after_s: float = LEAVE_S) -> None:
-    """End this process in `after_s` seconds if rank 0's thread is then still in it; returns at once.
+def leave_if_stuck(*, patience_s: float = 1.0, after_s: int = LEAVE_S) -> None:
+    """Have this process end `after_s` seconds from now if rank 0's thread does not end within `patience_s`.
 
     A collective that waits for a lost rank cannot be interrupted, and keeps the process from ending in good order: on two
     H100s NCCL's kernel kept its GPU busy for 18 s after the other rank was killed, until Ray lost its patience. Call it
-    where the process has no more work, and its error is on the way.
+    where the process has no more work, and its error is on the way. An alarm ends it even where Python runs no more.
     """
-
-    def leave() -> None:
-        time.sleep(after_s)
-        if any(thread.name == LEADER and thread.is_alive() for thread in threading.enumerate()):
-            os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
+    for thread in threading.enumerate():
+        if thread.name == LEADER:
+            thread.join(patience_s)
+            if thread.is_alive():
+                signal.alarm(after_s)
 
 
 def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
