@@ -227,7 +227,7 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     put_folder(f"{bucket}/cohort", write_cohort(tmp_path / "c", subjects=14, side=(14, 18)).parent)
     shutil.rmtree(tmp_path / "c")
     url = f"{bucket}/studies/first"
-    asked = ["run", "--data", f"{bucket}/cohort/table.csv", "--trials", 2, "--epochs", 30, "--out", url, *TINY]
+    asked = ["run", "--data", f"{bucket}/cohort/table.csv", "--trials", 2, "--epochs", 200, "--out", url, *TINY]
     env = os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / "node")}
     first = study_runs.medtune(*asked, "--max-concurrent", 2, env=env, cwd=tmp_path)
     remote = Remote(url)
