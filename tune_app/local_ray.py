@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,24 +96,30 @@ def _shut_down_ray() -> None:
         ending.join(SHUTDOWN_S)
 
 
-def end_workers(session: str, *, patience_s: float = LEAVING_S) -> int:
-    """Kill the workers that a local Ray has left behind, after `patience_s`; returns how many.
+def end_workers(session: str, *, patience_s: float = LEAVING_S) -> None:
+    """Kill the workers that a local Ray has left behind and that have not ended by themselves in `patience_s`.
 
     A worker ends by itself when its raylet has, but not while it is frozen, or stuck in a driver of its GPU, whose memory
     it would keep.
     """
-    left = []
-    for process in psutil.process_iter():
+    deadline = time.monotonic() + patience_s
+    left = [process for process in psutil.process_iter() if _works_for(process, session)]
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = [process for process in left if _works_for(process, session)]
+    for process in left:
         with suppress(psutil.Error):
-            worker = (process.cmdline() or [""])[0].startswith("ray::")
-            if worker and process.environ().get(SESSION) == session:
-                left.append(process)
-    _, alive = psutil.wait_procs(left, timeout=patience_s)
-    for process in alive:
-        log.warning("%s (process %d) outlived its Ray and is killed", process.name(), process.pid)
-        with suppress(psutil.Error):
+            log.warning("%s (process %d) outlived its Ray and is killed", process.name(), process.pid)
             process.kill()
-    return len(alive)
+
+
+def _works_for(process: psutil.Process, session: str) -> bool:
+    """Whether this is a worker of the session. A zombie, which has no command line and may stay where there is no init, is none."""
+    try:
+        worker = (process.cmdline() or [""])[0].startswith("ray::")
+        return bool(worker and process.environ().get(SESSION) == session)
+    except psutil.Error:
+        return False
 
 
 class _Told(logging.Handler):

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from trainables.storage import Listed, Remote, StorageError
 from tune_app.spec import StudyFiles
-from tune_app.storage import FRESH_S, LEASE, PAUSE, copy_objects, folder_of
+from tune_app.storage import FRESH_S, LEASE, PAUSE, REQUEST, copy_objects, folder_of
 
 log = logging.getLogger("medtune.serve")
 
@@ -36,12 +36,13 @@ IDLE_S = 20.0
 LOOKED_S = 60.0
 """Seconds for which a request counts as somebody looking."""
 
+FOLDER = r"((?:[^/.][^/]*/){0,3})"
 OF_A_STUDY = re.compile(
-    r"((?:[^/.][^/]*/){0,3})"
-    r"(study\.json|epochs\.jsonl|decisions\.jsonl|study\.log|test\.json|trials/[0-9A-Za-z_-]{1,64}/(?:trial|config)\.json)"
+    FOLDER
+    + r"(study\.json|epochs\.jsonl|decisions\.jsonl|study\.log|test\.json|trials/[0-9A-Za-z_-]{1,64}/(?:trial|config)\.json)"
 )
 """Names of the objects that are copied: the study's folder, and what in it."""
-REQUEST = re.compile(r"((?:[^/.][^/]*/){0,3})requests/[0-9A-Za-z_-]{1,64}\.json")
+REQUEST_THERE = re.compile(FOLDER + REQUEST.pattern)
 
 
 class Replica:
@@ -139,7 +140,7 @@ class Replica:
             (self.root / name).unlink(missing_ok=True)
             del self._have[name]
         self._follow_drivers({one.name.removesuffix(LEASE): one.written for one in listed if _is_lease(one)}, studies)
-        self._exchange_requests({one.name for one in listed if REQUEST.fullmatch(one.name)}, studies)
+        self._exchange_requests({one.name for one in listed if REQUEST_THERE.fullmatch(one.name)}, studies)
 
     def _copy(self, changed: set[str], wanted: dict[str, tuple[datetime, int]]) -> None:
         # A record may be written twice in one second, by which listings tell: once more, the next time.
@@ -194,7 +195,7 @@ class Replica:
             self.remote.put(name, self.root / name)
             self._asked.add(name)
         for name in there - here:
-            found = REQUEST.fullmatch(name)
+            found = REQUEST_THERE.fullmatch(name)
             if found and found[1] in studies and self.remote.get(name, self.root / name):
                 self._asked.add(name)
         self._asked |= there & here
