@@ -1,11 +1,19 @@
 """How many trials share a GPU, and waiting for its memory."""
 
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import ray
 
+from trainables.config import build_config
+from trainables.manifest import read_manifest
 from trainables.ray_trainable import wait_for_device_memory
-from tune_app.packing import pick_packing
+from trainables.volumes import Recipe, prepare_cohort
+from tune_app.local_ray import keep_strangers_out
+from tune_app.packing import Window, measure_together, pick_packing, total_throughput
+from tune_app.synthetic import write_cohort
 
 GIB = 2**30
 
@@ -27,6 +35,36 @@ def test_the_smallest_packing_that_none_clearly_beats(totals: dict[int, float], 
 def test_nothing_measured_is_an_error() -> None:
     with pytest.raises(ValueError, match="no packing"):
         pick_packing({})
+
+
+@pytest.fixture
+def ray_cpus() -> Iterator[None]:
+    keep_strangers_out()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def window(began: float, ended: float) -> Window:
+    return Window(began, ended, volumes=100, memory_gib=1.0, total_gib=80.0)
+
+
+def test_probes_that_ran_one_after_another_are_no_faster_than_one() -> None:
+    assert total_throughput([window(0, 2), window(2, 4)]) == total_throughput([window(0, 2)]) == 50
+    assert total_throughput([window(0, 2), window(0, 2)]) == 100
+
+
+@pytest.mark.ray
+def test_no_probe_is_timed_before_all_have_warmed_up(tmp_path: Path, ray_cpus: None) -> None:
+    table = write_cohort(tmp_path / "cohort", subjects=12, side=(14, 18))
+    config = build_config(
+        {"depth": 10, "width": 0.125, "volume_shape": 16, "batch_size": 4, "num_folds": 2, "train_auc_volumes": 0}
+    )
+    cohort = prepare_cohort(read_manifest(table, num_classes=2), Recipe.from_config(config), tmp_path / "cache")
+    windows = measure_together(2, config, str(table), str(cohort), device="cpu")
+    assert len(windows) == 2
+    assert max(one.began for one in windows) < min(one.ended for one in windows)
+    assert total_throughput(windows) > 0
 
 
 def test_a_trial_waits_for_memory_that_is_about_to_be_freed() -> None:
