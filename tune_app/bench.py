@@ -135,21 +135,17 @@ def parse_batches(text: str) -> list[tuple[int, int]]:
     return parsed
 
 
+HEADINGS = (
+    *("voxels", "geometry", "batch", "variant", "volumes\nper s", "ms per\nstep"),
+    *("GPU\nbusy", "peak\nGiB", "TFLOP\nper s", "x\nplain"),
+)
+
+
 def result_table(result: dict[str, Any]) -> Table:
     """Return the rows as a Rich table."""
-    table = Table(title=f"{result['machine']['name']}, torch {result['machine']['torch']}")
-    for name in (
-        "voxels",
-        "geometry",
-        "batch",
-        "variant",
-        "volumes/s",
-        "ms/step",
-        "GPU busy",
-        "peak GiB",
-        "TFLOP/s",
-        "x",
-    ):
+    title = f"{result['machine']['name']}, torch {result['machine']['torch']}"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # 80 columns hold all of it
+    for name in HEADINGS:
         table.add_column(name, justify="left" if name in ("geometry", "variant") else "right")
     for row in result["rows"]:
         table.add_row(*_cells(row))
