@@ -35,11 +35,11 @@ bench: $(STAMP)
 
 ROUNDS ?= 50
 chaos: $(STAMP)
-	$(BIN)/python tests/chaos.py --rounds $(ROUNDS) $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/chaos.py --rounds $(ROUNDS) $(ARGS)
 
 MINUTES ?= 120
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Small studies under a killer: `python tests/chaos.py --rounds 50` (`make chaos`), and one round in the test suite.
+"""Small studies under a killer: `make chaos ROUNDS=50`, and one round in the test suite.
 
 A round is one study of real trials in a process of its own. At random, seeded moments the killer takes one of its
 processes: the driver, a trial's actor, a rank, a raylet, with SIGKILL, or with SIGSTOP and for good, or for seconds.

@@ -1,4 +1,4 @@
-"""Short studies one after another in one driver process, for hours: `python tests/soak.py --minutes 120` (`make soak`).
+"""Short studies one after another in one driver process, for hours: `make soak MINUTES=120`.
 
 What a leak would fill is looked at after each study: the driver's memory, open files and threads, the trials' largest
 memory, Ray's processes that are left, shared memory, and temporary files. It fails when the driver's memory, files or

@@ -1,6 +1,9 @@
 """One short round of `make chaos` in the suite, and the killer's own checks: they must notice what they are for."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import chaos
@@ -92,3 +95,20 @@ def test_a_round_that_breaks_does_not_end_the_others(
     told = capsys.readouterr().out
     assert "FileNotFoundError: gone" in told
     assert "2 of 3 rounds hold" in told
+
+
+@pytest.mark.parametrize("target", ["chaos", "soak"])
+def test_the_make_targets_start(target: str) -> None:
+    """The folders of tests are named like the packages and must not be taken for them."""
+    root = Path(__file__).parents[1]
+    told = subprocess.run(
+        ["make", "-n", target, "ARGS=--help"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    setting, _, *arguments = told.split()  # PYTHONPATH=. python script options
+    name, value = setting.split("=")
+    clean = {key: text for key, text in os.environ.items() if key != "PYTHONPATH"}
+    shown = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=clean | {name: value}, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "usage" in shown.stdout
