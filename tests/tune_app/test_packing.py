@@ -11,7 +11,6 @@ from trainables.config import build_config
 from trainables.manifest import read_manifest
 from trainables.ray_trainable import wait_for_device_memory
 from trainables.volumes import Recipe, prepare_cohort
-from tune_app.local_ray import keep_strangers_out
 from tune_app.packing import Window, measure_together, pick_packing, total_throughput
 from tune_app.synthetic import write_cohort
 
@@ -39,7 +38,6 @@ def test_nothing_measured_is_an_error() -> None:
 
 @pytest.fixture
 def ray_cpus() -> Iterator[None]:
-    keep_strangers_out()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
