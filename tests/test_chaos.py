@@ -101,12 +101,13 @@ def test_a_round_that_breaks_does_not_end_the_others(
 def test_the_make_targets_start(target: str) -> None:
     """The folders of tests are named like the packages and must not be taken for them."""
     root = Path(__file__).parents[1]
+    of_make = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # `make test` hands them on, and make then tells of its folders
+    clean = {key: text for key, text in os.environ.items() if key not in (*of_make, "PYTHONPATH")}
     told = subprocess.run(
-        ["make", "-n", target, "ARGS=--help"], cwd=root, capture_output=True, text=True, check=True
+        ["make", "-n", target, "ARGS=--help"], cwd=root, env=clean, capture_output=True, text=True, check=True
     ).stdout.splitlines()[-1]
     setting, _, *arguments = told.split()  # PYTHONPATH=. python script options
     name, value = setting.split("=")
-    clean = {key: text for key, text in os.environ.items() if key != "PYTHONPATH"}
     shown = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=clean | {name: value}, capture_output=True, text=True, check=False
     )
