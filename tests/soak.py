@@ -2,8 +2,9 @@
 
 What a leak would fill is looked at after each study: the driver's memory, open files and threads, the trials' largest
 memory, Ray's processes that are left, shared memory, and temporary files. It fails when the driver's memory, files or
-threads still rise in the second half by more than Ray's own do, or when anything is left behind. `ray.shutdown` leaves
-a connection open: what Ray alone leaves is measured beside it, in a process that runs bare Tune again and again.
+threads still rise in the second half by more than Ray's and Optuna's own do, or when anything is left behind.
+`ray.shutdown` leaves a connection open, and Optuna loads its migrations anew for each database: what they leave by
+themselves is measured beside it, in a process that runs Tune with `OptunaSearch` and `ASHAScheduler` again and again.
 """
 
 import argparse
@@ -31,32 +32,46 @@ ROOM_MIB = 24.0
 """By how much the driver's memory may differ between the halves: studies are not all alike."""
 
 ALONE = """
-import logging, os, shutil, sys, psutil, ray, tempfile
+import logging, os, shutil, sys, optuna, psutil, ray, tempfile
+from optuna.storages import RDBStorage
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
 from tune_app.local_ray import keep_strangers_out
 
 def trial(config):
     for epoch in range(4):
-        tune.report({"epoch": epoch})
+        tune.report({"epoch": epoch, "value": config["x"] * epoch})
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0", "RAY_enable_open_telemetry": "0"}
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 keep_strangers_out()
 me = psutil.Process()
+goal = {"metric": "value", "mode": "max"}
 for _ in range(int(sys.argv[1])):
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     session = ray._private.worker._global_node.get_session_dir_path()
     with tempfile.TemporaryDirectory() as name:
+        storage = RDBStorage(f"sqlite:///{name}/study.db")
+        space = {"x": optuna.distributions.FloatDistribution(0, 1)}
         tune.Tuner(
             trial,
-            tune_config=tune.TuneConfig(num_samples=3, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                num_samples=3,
+                reuse_actors=True,
+                search_alg=OptunaSearch(space, storage=storage, study_name="soak", **goal),
+                scheduler=ASHAScheduler(time_attr="epoch", max_t=4, grace_period=1),
+                **goal,
+            ),
             run_config=tune.RunConfig(storage_path=name, verbose=0),
         ).fit()
+        storage.engine.dispose()
     ray.shutdown()
     shutil.rmtree(session, ignore_errors=True)
     print("look", me.memory_info().rss / 2**20, me.num_fds(), me.num_threads())
 """
-"""Bare Tune in sessions one after another, looked at after each."""
+"""Searches of nothing but Ray and Optuna in sessions one after another, looked at after each."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,8 @@ def sessions_mib() -> float:
     return total / 2**20
 
 
-def ray_alone(sessions: int) -> dict[str, float]:
-    """Return what a session of Ray and Tune adds to its process for good, of each measure of a `Look`."""
+def stack_alone(sessions: int) -> dict[str, float]:
+    """Return what a search of Ray and Optuna adds to its process for good, of each measure of a `Look`."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(sessions)],
         stdout=subprocess.PIPE,
@@ -131,17 +146,17 @@ def ray_alone(sessions: int) -> dict[str, float]:
 def verdict(looks: list[Look], alone: dict[str, float]) -> list[str]:
     """Return what rose or was left behind; the first studies are not counted: caches and imports fill in them.
 
-    `alone`: what each of Ray's sessions adds by itself.
+    `alone`: what a search of Ray and Optuna adds by itself.
     """
     problems = []
     counted = looks[min(3, len(looks) // 3) :]
     first, second = counted[: len(counted) // 2], counted[len(counted) // 2 :]
     for name, room in (("driver_mib", ROOM_MIB), ("actor_mib", ROOM_MIB), ("files", 3.0), ("threads", 3.0)):
         before, after = (float(np.median([getattr(look, name) for look in half])) for half in (first, second))
-        rays = alone.get(name, 0.0) * len(counted) / 2
-        if after > before + rays + room:
+        stack = alone.get(name, 0.0) * len(counted) / 2
+        if after > before + stack + room:
             problems.append(
-                f"{name} rose from {before:.0f} to {after:.0f} between the halves, {rays:.0f} of it Ray's own"
+                f"{name} rose from {before:.0f} to {after:.0f} between the halves, {stack:.0f} of it Ray's and Optuna's own"
             )
     if looks[-1].processes:
         problems.append(f"{looks[-1].processes} processes left")
@@ -153,7 +168,9 @@ def verdict(looks: list[Look], alone: dict[str, float]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--alone", type=int, default=24, metavar="SESSIONS", help="of bare Ray, to compare with")
+    parser.add_argument(
+        "--alone", type=int, default=24, metavar="SESSIONS", help="of Ray and Optuna alone, to compare with"
+    )
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     looks: list[Look] = []
@@ -170,8 +187,8 @@ def main() -> int:
                 f"{look.threads:>7} {look.processes:>9} {look.shared:>6} {look.sessions_mib:>12.1f}",
                 flush=True,
             )
-    alone = ray_alone(options.alone)
-    print("Ray alone adds in a session: " + ", ".join(f"{name} {value:.2f}" for name, value in alone.items()))
+    alone = stack_alone(options.alone)
+    print("Ray and Optuna alone add in a search: " + ", ".join(f"{name} {value:.2f}" for name, value in alone.items()))
     problems = verdict(looks, alone)
     print(f"{len(looks)} studies: " + ("; ".join(problems) or "nothing rose, nothing was left"))
     return int(bool(problems))
