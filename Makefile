@@ -39,7 +39,7 @@ chaos: $(STAMP)
 
 MINUTES ?= 120
 soak: $(STAMP)
-	PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
+	MALLOC_ARENA_MAX=2 PYTHONPATH=. $(BIN)/python tests/soak.py --minutes $(MINUTES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -106,10 +106,11 @@ def test_the_make_targets_start(target: str) -> None:
     told = subprocess.run(
         ["make", "-n", target, "ARGS=--help"], cwd=root, env=clean, capture_output=True, text=True, check=True
     ).stdout.splitlines()[-1]
-    setting, _, *arguments = told.split()  # PYTHONPATH=. python script options
-    name, value = setting.split("=")
+    words = told.split()  # settings, python, script, options
+    settings = dict(word.split("=") for word in words if "=" in word)
+    arguments = words[len(settings) + 1 :]
     shown = subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=clean | {name: value}, capture_output=True, text=True, check=False
+        [sys.executable, *arguments], cwd=root, env=clean | settings, capture_output=True, text=True, check=False
     )
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray.util.debug
 
 from trainables.checkpoints import LogFile
 from tune_app.watchdog import StalledError
@@ -62,6 +63,7 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
         _shut_down_ray()
         if not cluster:
             end_workers(os.environ.pop(SESSION))
+        _forget_what_ray_keeps()
 
 
 def _start_ray(options: dict[str, Any]) -> None:
@@ -94,6 +96,14 @@ def _shut_down_ray() -> None:
         log.warning("Ray did not end within %.0f s: its processes are killed", SHUTDOWN_S)
         node.kill_all_processes(check_alive=False, allow_graceful=False)
         ending.join(SHUTDOWN_S)
+
+
+def _forget_what_ray_keeps() -> None:
+    """Let go of what Ray keeps of each session for as long as the process lives: trainables and their texts, as keys."""
+    ray.util.debug.reset_log_once()
+    cached = getattr(ray._raylet, "has_async_methods", None)  # its cache holds the last 1,024 classes of actors
+    if cached is not None:
+        cached.cache_clear()
 
 
 def end_workers(session: str, *, patience_s: float = LEAVING_S) -> None:

@@ -6,6 +6,7 @@ remakes its rungs, trials that had ended are settled, the others go on from thei
 from Ray's experiment state, which is saved seconds too late and forgets the scheduler's rungs.
 """
 
+import gc
 import importlib.util
 import logging
 import os
@@ -97,11 +98,16 @@ def run_study(
     Raises SpecError when the directory holds another study or the resources can never hold a trial, StudyBusyError
     when another driver runs it, ManifestError and VolumeError for the data.
     """
-    if (url := url_of(root)) is not None:
-        with mirrored(url) as files:
-            return _run_in(spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
-    files = StudyFiles(root)
-    return _run_in(spec, files, None, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
+    try:
+        if (url := url_of(root)) is not None:
+            with mirrored(url) as files:
+                return _run_in(
+                    spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on
+                )
+        files = StudyFiles(root)
+        return _run_in(spec, files, None, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
+    finally:
+        gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
 
 
 def _run_in(

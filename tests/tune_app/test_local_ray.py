@@ -81,3 +81,30 @@ def test_a_frozen_worker_that_lost_its_raylet_does_not_stay() -> None:
     assert pid is not None, done.stdout
     with suppress(psutil.NoSuchProcess):
         assert psutil.Process(int(pid[1])).status() == psutil.STATUS_ZOMBIE, "nobody reaps it where there is no init"
+
+
+FORGOTTEN = """
+import gc, sys, tempfile
+from functools import partial
+from ray import tune
+from tune_app.local_ray import ray_to_work_with
+
+def trial(config, setting):
+    tune.report({"value": 1})
+
+for session in range(2):
+    with tempfile.TemporaryDirectory() as folder, ray_to_work_with(None):
+        run = tune.RunConfig(storage_path=folder, verbose=0)
+        tune.Tuner(partial(trial, setting=977), run_config=run).fit()
+gc.collect()
+print("left", sum(isinstance(thing, partial) and "setting" in thing.keywords for thing in gc.get_objects()))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_session_that_is_over_leaves_no_trainable_behind() -> None:
+    """Ray keeps the last thousand classes of actors in a cache, each with the function it was made for and its arguments."""
+    done = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "left 0"
