@@ -1,15 +1,17 @@
 """The commands around a cohort and a checkpoint: `medtune data`, `medtune weights`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from trainables.config import build_config
 from tune_app.cli_common import (
     CacheOption,
+    DataOption,
     SetOption,
     cache_folder,
+    err,
     out,
     parse_settings,
     progress_bar,
@@ -17,7 +19,7 @@ from tune_app.cli_common import (
 )
 
 data_app = typer.Typer(help="Tables of volumes: check, prepare, import.", no_args_is_help=True)
-weights_app = typer.Typer(help="MedicalNet checkpoints: check, fetch.", no_args_is_help=True)
+weights_app = typer.Typer(help="MedicalNet checkpoints: check, fetch, make one.", no_args_is_help=True)
 
 # Data ------------------------------------------------------------------------------------------------------------------
 
@@ -78,11 +80,20 @@ def data_import(
 
 
 @weights_app.command("check")
-def weights_check(file: Annotated[Path, typer.Argument(help="Checkpoint file.")]) -> None:
-    """Say what a checkpoint holds, and whether it fills the network."""
-    from trainables.weights import inspect_weights
+def weights_check(
+    file: Annotated[Path, typer.Argument(help="Checkpoint file.")],
+    setting: SetOption = None,
+) -> None:
+    """Say what a checkpoint holds, and whether it fills a network: its own, or with --set the one that is set."""
+    from trainables.weights import inspect_weights, load_pretrained
 
-    for line in inspect_weights(file).lines():
+    if setting:
+        from trainables.finetune import configured_network
+
+        report = load_pretrained(configured_network(build_config(parse_settings(setting))), file)
+    else:
+        report = inspect_weights(file)
+    for line in report.lines():
         out.print(line, markup=False)
 
 
@@ -96,3 +107,34 @@ def weights_fetch(
 
     to_stderr(f"fetching {name}; without a network this ends after half a minute of retries")
     out.print(str(fetch(name, folder)), soft_wrap=True)
+
+
+@weights_app.command("pretrain")
+def weights_pretrain(
+    data: DataOption,
+    folder: Annotated[Path, typer.Option("--out", help="Where weights and table go.")],
+    pretext: Annotated[
+        Literal["rotation", "size"],
+        typer.Option("--pretext", help="rotation: how was it turned? size: how much does it fill?"),
+    ] = "rotation",
+    share: Annotated[float, typer.Option("--share", help="Of the training subjects, in tenths.")] = 0.5,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pretext's volumes.")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the CPU, and it says so.")] = True,
+    setting: SetOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Pretrain on a share of one's own training subjects, without labels; write a MedicalNet file and the other rows."""
+    settings = parse_settings(setting) | ({} if epochs is None else {"epochs": epochs})
+    from tune_app.pretrain import pretrain
+
+    pretrain(
+        data,
+        folder,
+        cache_folder(cache),
+        pretext=pretext,
+        share=share,
+        settings=settings,
+        gpu=gpu,
+        console=out,
+        notes=err,
+    )
