@@ -114,6 +114,8 @@ def plan(chosen: Mapping[str, Mapping[str, Scalar]], folds: Folds, seeds: Iterab
 def read_variants(text: str, epochs: int) -> Variants:
     """Return a named set of variants, or those of a YAML file that maps names to overrides, the reference first.
 
+    A relative `pretrained_path` in the file starts at the file's folder.
+
     Raises SpecError for neither.
     """
     path = Path(text)
@@ -137,7 +139,11 @@ def _written_variants(path: Path) -> Variants:
         raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])
     if bad := [str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)]:
         raise SpecError([f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"])
-    return {str(name): dict(overrides or {}) for name, overrides in written.items()}
+    chosen: Variants = {str(name): dict(overrides or {}) for name, overrides in written.items()}
+    for overrides in chosen.values():
+        if isinstance(weights := overrides.get("pretrained_path"), str):
+            overrides["pretrained_path"] = str((path.parent / weights).resolve())
+    return chosen
 
 
 def ablation_spec(

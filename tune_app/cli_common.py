@@ -51,6 +51,8 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             parsed[name.strip()] = value if with_number is None else with_number
     if problems:
         raise ConfigError(problems)
+    if isinstance(weights := parsed.get("pretrained_path"), str):
+        parsed["pretrained_path"] = str(Path(weights).resolve())  # trials stand elsewhere
     return parsed
 
 

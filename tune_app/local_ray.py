@@ -41,6 +41,11 @@ def keep_strangers_out() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def would_start_ray(address: str | None) -> bool:
+    """Whether a study here works with a Ray of its own on this machine: none is connected, named, or in RAY_ADDRESS."""
+    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
     """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.

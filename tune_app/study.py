@@ -15,6 +15,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +45,7 @@ from trainables.storage import url_of
 from trainables.volumes import prepare_cohort
 from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
-from tune_app.local_ray import ray_to_file, ray_to_work_with
+from tune_app.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.packing import measure_packing, pick_packing
 from tune_app.ray_scheduler import PolicyScheduler
@@ -145,6 +147,8 @@ def _run_locked(
         sweep_temporaries(record, TrialFiles(record).record)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
+    if would_start_ray(address):  # the path is of the nodes: elsewhere it need not lead anywhere from here
+        _check_weights(spec)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
     cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
     if resume and (recorded := files.read().get("cohort")) != cohort.name:
@@ -199,6 +203,31 @@ def _run_locked(
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+
+
+def _check_weights(spec: StudySpec) -> None:
+    """Raise SpecError where a checkpoint that trials start from is not there, or does not fill their network.
+
+    Else every trial of the search would find that out by itself. In a process of its own: a driver does without torch.
+    """
+    configs = [
+        build_config({**spec.config, **overrides}) for overrides in [{}, *(one.overrides for one in spec.planned)]
+    ]
+    networks = {
+        (one.pretrained_path, *(f"{name}={getattr(one, name)}" for name in ("depth", "width", "in_channels")))
+        for one in configs
+        if one.pretrained_path is not None
+    }
+    for path, *settings in sorted(networks):
+        asked = [str(path), *(word for setting in settings for word in ("--set", setting))]
+        checked = subprocess.run(
+            [sys.executable, "-m", "tune_app.cli", "weights", "check", *asked],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if checked.returncode:
+            raise SpecError([line.removeprefix("error: ") for line in checked.stderr.strip().splitlines()])
 
 
 def _with_measured_packing(spec: StudySpec, base: FineTuneConfig, cohort: Path, notes: Any) -> StudySpec:

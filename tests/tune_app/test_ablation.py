@@ -140,6 +140,15 @@ def test_variants_may_be_the_users_own(tmp_path: Path) -> None:
     assert read_variants("add-one", 30) == variants("add-one", 30)
 
 
+def test_a_variants_checkpoint_starts_at_the_file_that_names_it(tmp_path: Path) -> None:
+    """Trials stand elsewhere; and where the user stands does not matter either."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("scratch: {pretrained_path: null}\npretrained: {pretrained_path: weights/resnet_50.pth}\n")
+    found = read_variants(str(path), 60)
+    assert found["scratch"]["pretrained_path"] is None
+    assert found["pretrained"]["pretrained_path"] == str(tmp_path / "weights" / "resnet_50.pth")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -74,8 +74,10 @@ def run_main(*arguments: object, columns: int = 80) -> subprocess.CompletedProce
         ("spacing_mm=[1, 1, 2]", [1, 1, 2]),
         ("volume_shape=64,64,32", "64,64,32"),
         ("flip_axes=", ""),
-        ("pretrained_path=a=b.pth", "a=b.pth"),
-        ("pretrained_path=[odd", "[odd"),
+        ("pretrained_path=/a=b.pth", "/a=b.pth"),
+        ("pretrained_path=/[odd", "/[odd"),
+        ("pretrained_path=here.pth", str(Path("here.pth").resolve())),
+        ("pretrained_path=null", None),
         (" s =3", 3),
     ],
 )

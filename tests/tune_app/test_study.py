@@ -1,5 +1,6 @@
 """A study as its user meets it: run, killed, resumed, interrupted; with a real Ray and real NIfTI files."""
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,9 @@ from ray import tune
 from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
+from trainables.config import build_config
+from trainables.finetune import configured_network
+from trainables.weights import save_medicalnet
 from tune_app.display import Display
 from tune_app.results import StudyDamageError, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
@@ -31,6 +35,26 @@ WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_no_trial_could_start_from_is_told_before_any_does(table: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "resnet_10.pth"
+    config = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2}
+    save_medicalnet(configured_network(build_config(config)).backbone, weights)
+    quiet = Console(file=io.StringIO())
+
+    def run(**fields: Any) -> None:
+        spec = build_spec({"data": str(table), "cache": str(tmp_path / "cache"), **fields})
+        run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
+
+    with pytest.raises(SpecError, match=r"gone\.pth: no such file"):
+        run(config=config | {"pretrained_path": str(tmp_path / "gone.pth")})
+    planned = [{"variant": name, "overrides": {"width": width}} for name, width in (("a", 0.125), ("b", 0.25))]
+    with pytest.raises(SpecError, match=r"resnet_10\.pth: .*width"):
+        run(kind="ablation", planned=planned, config=config | {"pretrained_path": str(weights)})
+    assert not ray.is_initialized()
+    assert not (tmp_path / "study" / "study.json").exists()
 
 
 @pytest.mark.ray
