@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tune_app.cli_common import DeviceOption, SetOption, out, parse_settings, to_stderr
+from tune_app.cli_common import ConcurrentOption, DeviceOption, SetOption, out, parse_settings, to_stderr
 
 bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
 
@@ -126,6 +126,47 @@ def bench_search_command(
             record=_recorder(out_file),
         )
     out.print(search_table(result))
+
+
+@bench_app.command("efficiency")
+def bench_efficiency_command(
+    data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each search.")] = 120,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Searches of each side.")] = 3,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 30,
+    space: Annotated[str, typer.Option("--space", help="Search space of all sides.")] = "documented",
+    sides: Annotated[str, typer.Option("--sides", help="Some of random, plain, medtune.")] = "random,plain,medtune",
+    folds: Annotated[str, typer.Option("--folds", help="Of the confirmation: all, numbers, or own.")] = "all",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of the confirmation, on each fold.")] = 1,
+    gpus_per_trial: Annotated[float | None, typer.Option("--gpus-per-trial", help="On all sides.")] = None,
+    max_concurrent: ConcurrentOption = None,
+    settings: SetOption = None,
+    folder: Annotated[Path | None, typer.Option("--work", help="Folder to keep all studies in.")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Tell what the same time buys of random search, plain Ray Tune and medtune: winners run again and compared."""
+    import tempfile
+
+    from tune_app.bench_efficiency import bench_efficiency, efficiency_table
+
+    with tempfile.TemporaryDirectory() as temporary:
+        result = bench_efficiency(
+            data,
+            folder or Path(temporary),
+            seconds=seconds,
+            repetitions=repetitions,
+            epochs=epochs,
+            space=space,
+            config=parse_settings(settings),
+            gpus_per_trial=gpus_per_trial,
+            max_concurrent=max_concurrent,
+            folds=folds,
+            seeds=seeds,
+            sides=sides.split(","),
+            say=to_stderr,
+            record=_recorder(out_file),
+        )
+    out.print(efficiency_table(result))
 
 
 def _recorder(file: Path | None) -> Callable[[dict[str, Any]], object]:

@@ -1,12 +1,14 @@
 """The benchmark: it runs on a CPU, tells what it measured, and its arithmetic is right."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from trainables.config import build_config
+from tune_app import bench_efficiency as bench_efficiency_module
 from tune_app.bench import (
     BenchError,
     bench_data,
@@ -17,11 +19,12 @@ from tune_app.bench import (
     parse_batches,
     result_table,
 )
+from tune_app.bench_efficiency import bench_efficiency, efficiency_table
 from tune_app.bench_overhead import bench_overhead, overhead_table
 from tune_app.bench_ranks import bench_ranks, ranks_table
 from tune_app.bench_results import bench_results, results_line, results_table_of
 from tune_app.bench_search import bench_search, search_table
-from tune_app.results import read_record, read_rows
+from tune_app.results import load_study, read_record, read_rows
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
 
@@ -83,9 +86,47 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
     assert search_table(result).row_count == 2
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three searches and a confirmation
+def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_efficiency_module, "MANY", 2)  # the studies end by that, long before their time is over
+    table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
+    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    kept: list[int] = []
+    result = bench_efficiency(
+        table, tmp_path / "work", seconds=200, repetitions=1, epochs=1, config=settings, max_concurrent=1,
+        record=lambda so_far: kept.append(len(so_far["searches"])),
+    )  # fmt: skip
+    assert [search["side"] for search in result["searches"]] == ["random", "plain", "medtune"]
+    assert kept == [1, 2, 3, 3], "a result after each search, and the whole"
+    for search in result["searches"]:
+        assert (search["trials"], search["epochs"], len(search["confirmed"])) == (2, 2, 2)
+        assert search["seconds"] < 200
+        assert 0 <= search["claimed"] <= 1
+        assert {"max_m", "s", "ema_decay"} <= set(search["overrides"])
+    assert len(result["documented"]) == 2, "one run on each fold"
+    confirming = load_study(tmp_path / "work" / "confirm")
+    assert set(confirming.trials["seed"]) == {1000}
+    assert set(confirming.trials["variant"]) == {"documented", "random-0", "plain-0", "medtune-0"}
+    json.dumps(result, allow_nan=False)
+    assert efficiency_table(result).row_count == 4
+
+
+def test_a_search_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert 1 <= bench_efficiency_module._until(1.0, sleeping, log) < 30
+    assert "KeyboardInterrupt" in log.read_text()
+    with pytest.raises(SpecError, match="the search ended with 3 before its time was over: see"):
+        bench_efficiency_module._until(60.0, [sys.executable, "-c", "raise SystemExit(3)"], log)
+
+
 def test_a_side_is_known_or_the_search_is_not_begun(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="sides fast: there are plain, medtune"):
         bench_search(tmp_path / "t.csv", tmp_path, config={}, sides=["fast"])
+    with pytest.raises(SpecError, match="sides fast: there are random, plain, medtune"):
+        bench_efficiency(tmp_path / "t.csv", tmp_path, seconds=1, config={}, sides=["fast"])
 
 
 @pytest.mark.ray

@@ -1,0 +1,338 @@
+"""`medtune bench efficiency`: what the same time buys of random search, of plain Ray Tune, and of medtune.
+
+All sides train the very same runs of ours on the same cohort, as many at a time, so that a minute buys the same work
+(what the training itself gains is `medtune bench search`); they differ in what they choose to train, and for how long:
+
+    random     configurations at random, each trained to its end; the best 3-epoch median wins
+    plain      Ray's OptunaSearch and ASHAScheduler as they come, on the epoch's AUC; Ray's own best result wins
+    medtune    as it comes: documented settings first, its policy and diagnosis, its objective
+
+Each side's clock runs from the start of its process to the budget's end, start-up included. What a search says its winner
+is worth was measured on what it chose by; so all winners, and the documented settings, are run again together with seeds
+and on folds of their own, and compared by that.
+"""
+
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from search_spaces.fixes import documented_after
+from search_spaces.spaces import space_from
+from trainables import installed_version
+from trainables.checkpoints import without_nonfinite
+from trainables.config import Scalar, build_config
+from trainables.diagnosis import VERDICTS
+from trainables.manifest import read_manifest
+from trainables.scans import Recipe
+from trainables.volumes import prepare_cohort
+from tune_app.ablation import ablation_spec
+from tune_app.analysis import COLLAPSES
+from tune_app.results import Study, load_study
+from tune_app.spec import SpecError
+
+SIDES = ("random", "plain", "medtune")
+MANY = 10_000
+"""Trials a search may ask for: time ends it."""
+LEAVING_S = 120.0
+"""Seconds a search may take to end when its time is over."""
+CONFIRMING_SEED = 1_000
+"""First seed of the confirmation; the searches run with seeds of their own below it."""
+
+
+def bench_efficiency(
+    table: Path,
+    folder: Path,
+    *,
+    seconds: float,
+    repetitions: int = 3,
+    epochs: int = 30,
+    space: str = "documented",
+    config: Mapping[str, Any],
+    gpus_per_trial: float | None = None,
+    max_concurrent: int | None = None,
+    folds: str = "all",
+    seeds: int = 1,
+    sides: Iterable[str] = SIDES,
+    say: Callable[[str], None] = lambda text: None,
+    record: Callable[[dict[str, Any]], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Return {"machine", "seconds", ..., "searches": [...], "documented": [AUC of each confirming run]}.
+
+    A search: side, repetition, seconds, trials, epochs (trained in all), claimed (its winner's own value), overrides, and
+    after the confirmation `confirmed`, the best 3-epoch median of validation AUC of each run of its winner. `record` is given
+    the result so far after each search. Writes below `folder`; raises SpecError for unknown sides, and for a budget in
+    which a side has not come to a single score.
+    """
+    asked = list(dict.fromkeys(sides))
+    if unknown := sorted(set(asked) - set(SIDES)):
+        raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = build_config({**config, "epochs": epochs})
+    manifest = read_manifest(table, num_classes=shared.num_classes)
+    prepare_cohort(
+        manifest, Recipe.from_config(shared), folder / "cache"
+    )  # before any clock: all sides map the same one
+    common: dict[str, Any] = {
+        "data": str(table.resolve()),
+        "space": space,
+        "config": {**config, "epochs": epochs},
+        "gpus_per_trial": gpus_per_trial,
+        "max_concurrent": max_concurrent,
+        "cache": str((folder / "cache").resolve()),
+    }
+    result: dict[str, Any] = {
+        "machine": {
+            "name": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in ("torch", "ray", "optuna", "monai")},
+        },
+        **common,
+        "seconds": seconds,
+        "folds": folds,
+        "seeds": seeds,
+        "searches": [],
+        "documented": [],
+    }
+    for repetition in range(repetitions):
+        for side in asked:
+            place = folder / f"{side}-{repetition}"
+            found = (_plain if side == "plain" else _study)(side, common, place, seconds, repetition)
+            result["searches"].append({"side": side, "repetition": repetition, **found, "confirmed": []})
+            say(
+                f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
+                f"its best says {found['claimed']:.3f}"
+            )
+            record(without_nonfinite(result))
+    _confirm(result, table, folder, common, folds, seeds)
+    finite: dict[str, Any] = without_nonfinite(result)
+    record(finite)
+    return finite
+
+
+def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
+    """Run a study of ours until its time is over."""
+    fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition}
+    fields["config"] = {**common["config"], "seed": repetition}
+    if side == "random":
+        ignored = dict.fromkeys(VERDICTS, "ignore")
+        fields |= {"sampler": "random", "warm_start": [], "policy": {"halving": False, "actions": ignored}}
+    place.mkdir(parents=True)
+    (place / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
+    command = [sys.executable, "-m", "tune_app.cli", "run", str(place / "study.yaml"), "--out", str(place / "study")]
+    spent = _until(seconds, command, place / "console.log")
+    study = load_study(place / "study")
+    winner = _winner(study)
+    return {
+        "seconds": spent,
+        "trials": len(study.trials),
+        "epochs": len(study.epochs),
+        "claimed": float(study.trials.set_index("trial")["objective"][winner]),
+        "overrides": {k: v for k, v in study.record(winner)["overrides"].items() if k != "seed"},
+    }
+
+
+def _until(seconds: float, command: list[str], log: Path) -> float:
+    """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then."""
+    began = time.perf_counter()
+    with log.open("w") as told:
+        process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            if process.wait(seconds):
+                raise SpecError([f"the search ended with {process.returncode} before its time was over: see {log}"])
+            return time.perf_counter() - began
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            spent = time.perf_counter() - began
+        try:
+            process.wait(LEAVING_S)
+        finally:
+            if process.poll() is None:
+                process.kill()
+    return spent
+
+
+def _winner(study: Study) -> str:
+    """The trial that a user would take: best of the whole and sound ones, else of all that have a value."""
+    valued = study.trials[study.trials["objective"].notna()]
+    sound = valued[(valued["state"] == "completed") & ~valued["verdict"].isin(COLLAPSES)]
+    if valued.empty:
+        raise SpecError([f"{study.path}: no trial has a value yet: give the searches more seconds"])
+    best = (sound if len(sound) else valued).sort_values(["objective", "number"], ascending=[False, True])
+    return str(best["trial"].iloc[0])
+
+
+# Plain -----------------------------------------------------------------------------------------------------------------
+
+
+def _plain(side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
+    """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
+    place.mkdir(parents=True)
+    given = {**common, "trials": MANY, "seed": repetition, "place": str(place.resolve())}
+    (place / "given.json").write_text(json.dumps(given))
+    began = time.perf_counter()
+    with (place / "console.log").open("w") as told:
+        until = time.monotonic() + seconds  # of the machine, not of the process
+        command = [sys.executable, "-m", "tune_app.bench_efficiency", str(place / "given.json"), str(until)]
+        done = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, timeout=seconds + 300, check=False)
+    if done.returncode:
+        last = (place / "console.log").read_text().strip().rpartition("\n")[2]
+        raise SpecError([f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"])
+    found: dict[str, Any] = json.loads((place / "found.json").read_text())
+    return {"seconds": min(seconds, time.perf_counter() - began), **found}
+
+
+def _run_plain(given: Mapping[str, Any], until: float) -> None:
+    """Search until `until` (on the monotonic clock); write the winner to found.json."""
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    from tune_app.local_ray import keep_strangers_out
+
+    settings = given["config"]
+    space = space_from(given["space"], settings)
+    distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+    place = Path(given["place"])
+    keep_strangers_out()
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    has_gpu = bool(ray.cluster_resources().get("GPU"))
+    gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
+    at_once = int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
+    at_once = min(at_once, given["max_concurrent"] or at_once)
+    searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
+    try:
+        results = tune.Tuner(
+            tune.with_resources(tune.with_parameters(_plain_trial, given=dict(given)), {"CPU": 1, "GPU": gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=ConcurrencyLimiter(searcher, max_concurrent=at_once),
+                scheduler=ASHAScheduler(time_attr="epoch", metric="val_auc", mode="max", max_t=settings["epochs"]),
+                num_samples=given["trials"],
+                reuse_actors=True,
+                time_budget_s=max(1.0, until - time.monotonic()),
+            ),
+            run_config=tune.RunConfig(storage_path=str(place), name="plain", verbose=0),
+        ).fit()
+        frames = [frame for frame in (one.metrics_dataframe for one in results) if frame is not None and len(frame)]
+        if not frames:
+            sys.exit("no trial has a value yet: give the searches more seconds")
+        best = results.get_best_result("val_auc", "max")
+        found = {
+            "trials": len(results),
+            "epochs": sum(len(frame) for frame in frames),
+            "claimed": float(best.metrics["val_auc"]),
+            "overrides": space.sample_to_overrides(best.config, settings["epochs"]),
+        }
+    finally:
+        ray.shutdown()
+    (place / "found.json").write_text(json.dumps(found))
+
+
+def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """One run of ours as a careful script would drive it: an epoch's AUC reported, nothing else."""
+    import torch
+    from ray import tune
+
+    from trainables.finetune import finetune
+    from trainables.saved_run import open_inputs
+
+    settings = given["config"]
+    overrides = space_from(given["space"], settings).sample_to_overrides(drawn, settings["epochs"])
+    config = build_config({**settings, **overrides, "seed": given["seed"]})
+    torch.set_num_threads(1)
+    folder = prepare_cohort(
+        read_manifest(Path(given["data"]), num_classes=config.num_classes),
+        Recipe.from_config(config),
+        Path(given["cache"]),
+    )
+    cohort, split = open_inputs(config, given["data"], folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for result in finetune(config, cohort, split, device=device):
+        auc = result.metrics["val_auc"]
+        tune.report({"epoch": result.epoch, "val_auc": auc if math.isfinite(auc) else 0.0})
+
+
+# Confirmation ----------------------------------------------------------------------------------------------------------
+
+
+def _confirm(
+    result: dict[str, Any], table: Path, folder: Path, common: Mapping[str, Any], folds: str, seeds: int
+) -> None:
+    """Run all winners and the documented settings with the same new seeds on the same folds; fill in what they reach."""
+    from tune_app.study import run_study
+
+    config = common["config"]
+    chosen: dict[str, dict[str, Scalar]] = {"documented": documented_after(config["epochs"])}
+    chosen |= {f"{search['side']}-{search['repetition']}": search["overrides"] for search in result["searches"]}
+    spec = ablation_spec(
+        table,
+        {name: {k: v for k, v in overrides.items() if k not in config} for name, overrides in chosen.items()},
+        seeds=seeds,
+        folds=folds,
+        config=config,
+        **{name: common[name] for name in ("gpus_per_trial", "max_concurrent", "cache") if common[name] is not None},
+    )
+    planned = [
+        one.model_copy(
+            update={"overrides": {**one.overrides, "seed": CONFIRMING_SEED + int(str(one.overrides["seed"]))}}
+        )
+        for one in spec.planned
+    ]
+    with (folder / "confirm.log").open("w") as log:
+        console = Console(file=log, width=80)
+        spec = spec.model_copy(update={"planned": tuple(planned)})
+        run_study(spec, folder / "confirm", console=console, notes=console)
+    trials = load_study(folder / "confirm").trials
+
+    def values(variant: str) -> list[float]:
+        return [float(value) for value in trials.loc[trials["variant"] == variant, "objective"].dropna()]
+
+    result["documented"] = values("documented")
+    for search in result["searches"]:
+        search["confirmed"] = values(f"{search['side']}-{search['repetition']}")
+
+
+def efficiency_table(result: Mapping[str, Any]) -> Table:
+    """Return what each side's time bought: a row a side, means over its repetitions with the smallest and largest."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("side", "searches", "s each", "trials", "epochs", "claimed", "confirmed"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    for side in SIDES:
+        rows = [row for row in result["searches"] if row["side"] == side]
+        if rows:
+            table.add_row(
+                side,
+                str(len(rows)),
+                f"{np.mean([row['seconds'] for row in rows]):.0f}",
+                f"{np.mean([row['trials'] for row in rows]):.0f}",
+                f"{np.mean([row['epochs'] for row in rows]):.0f}",
+                _range([row["claimed"] for row in rows]),
+                _range([float(np.mean(row["confirmed"])) for row in rows if row["confirmed"]]),
+            )
+    if result["documented"]:
+        table.add_row("documented", "-", "-", "-", "-", "-", _range([float(np.mean(result["documented"]))]))
+    return table
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    _run_plain(json.loads(Path(sys.argv[1]).read_text()), float(sys.argv[2]))
