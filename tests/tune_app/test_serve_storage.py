@@ -161,7 +161,7 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
 def test_a_driver_that_gives_no_sign_of_life_is_not_shown_as_running(
     bucket: str, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_storage, "FRESH_S", 3.0)
+    monkeypatch.setattr(serve_storage, "FRESH_S", 6.0)
     put_folder(f"{bucket}/killed", write_study("killed", trials=3, epochs=6, unfinished=1))
     remote = Remote(f"{bucket}/killed")
     beats = iter(range(1000))
@@ -172,7 +172,7 @@ def test_a_driver_that_gives_no_sign_of_life_is_not_shown_as_running(
     beat()
     with service(bucket) as client:
         wait_for(lambda: listed(client).get("killed", {}).get("state") == "running")
-        end = time.monotonic() + 4.5
+        end = time.monotonic() + 9.0
         while time.monotonic() < end:
             beat()
             assert listed(client)["killed"]["state"] == "running"
