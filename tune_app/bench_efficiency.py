@@ -213,6 +213,12 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
     gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
     at_once = int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
     at_once = min(at_once, given["max_concurrent"] or at_once)
+    reported: list[str] = []
+
+    class Watch(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+            reported.append(trial.trial_id)
+
     searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
     try:
         results = tune.Tuner(
@@ -224,15 +230,14 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
                 reuse_actors=True,
                 time_budget_s=max(1.0, until - time.monotonic()),
             ),
-            run_config=tune.RunConfig(storage_path=str(place), name="plain", verbose=0),
+            run_config=tune.RunConfig(storage_path=str(place), name="plain", callbacks=[Watch()], verbose=0),
         ).fit()
-        frames = [frame for frame in (one.metrics_dataframe for one in results) if frame is not None and len(frame)]
-        if not frames:
+        if not reported:
             sys.exit("no trial has a value yet: give the searches more seconds")
         best = results.get_best_result("val_auc", "max")
         found = {
             "trials": len(results),
-            "epochs": sum(len(frame) for frame in frames),
+            "epochs": len(reported),
             "claimed": float(best.metrics["val_auc"]),
             "overrides": space.sample_to_overrides(best.config, settings["epochs"]),
         }
