@@ -436,8 +436,6 @@ def _made_folds(
     labels: npt.NDArray[np.int64], subjects: npt.NDArray[np.object_], num_folds: int, num_classes: int
 ) -> npt.NDArray[np.int64]:
     """The fold in which each row validates. Rows are sorted first, so that their order in the table does not matter."""
-    from sklearn.model_selection import StratifiedGroupKFold  # a second to import, and only needed here
-
     problems = []
     for label in range(num_classes):
         count = len(set(subjects[labels == label]))
@@ -448,11 +446,7 @@ def _made_folds(
             )
     if problems:
         raise ManifestError(problems)
-    order = np.lexsort((labels, subjects.astype(str)))
-    folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=FOLD_SEED)
-    folds = np.empty(len(labels), dtype=np.int64)
-    for number, (_, validates) in enumerate(folder.split(order, labels[order], subjects[order])):
-        folds[order[validates]] = number
+    folds = grouped_folds(labels, subjects, num_folds)
     inside = np.zeros((num_folds, num_classes), dtype=np.int64)
     np.add.at(inside, (folds, labels), 1)
     outside = inside.sum(axis=0) - inside
@@ -464,6 +458,18 @@ def _made_folds(
         )
     if problems:
         raise ManifestError(problems)
+    return folds
+
+
+def grouped_folds(labels: npt.NDArray[np.int64], subjects: npt.NDArray[Any], num_folds: int) -> npt.NDArray[np.int64]:
+    """Return the fold of each row: subjects whole, labels spread evenly, the same folds for the same rows in any order."""
+    from sklearn.model_selection import StratifiedGroupKFold  # a second to import, and only needed here
+
+    order = np.lexsort((labels, subjects.astype(str)))
+    folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=FOLD_SEED)
+    folds = np.empty(len(labels), dtype=np.int64)
+    for number, (_, validates) in enumerate(folder.split(order, labels[order], subjects[order])):
+        folds[order[validates]] = number
     return folds
 
 

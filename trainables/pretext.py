@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.manifest import FOLD_SEED, Split
+from trainables.manifest import Split, grouped_folds
 from trainables.volumes import Cohort
 
 Pretext = Literal["rotation", "size"]
@@ -45,8 +45,6 @@ def part_of_subjects(
     No subject is on both sides, and the same rows give the same parts in any order. Raises PretextError when there are
     fewer than ten subjects.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     if not 1 <= tenths <= TENTHS:
         raise PretextError(f"{tenths} tenths of the subjects: 1 to {TENTHS}")
     if tenths == TENTHS:
@@ -56,12 +54,7 @@ def part_of_subjects(
         raise PretextError(
             f"{found} training subjects: at least {TENTHS} are needed to give some of them to pretraining"
         )
-    order = np.lexsort((labels, subjects))
-    parts = np.empty(len(labels), dtype=np.int64)
-    folds = StratifiedGroupKFold(TENTHS, shuffle=True, random_state=FOLD_SEED)
-    for number, (_, inside) in enumerate(folds.split(order, _capped(labels[order]), subjects[order])):
-        parts[order[inside]] = number
-    chosen: npt.NDArray[np.bool_] = parts < tenths
+    chosen: npt.NDArray[np.bool_] = grouped_folds(_capped(labels), subjects, TENTHS) < tenths
     return chosen
 
 

@@ -14,7 +14,6 @@ and on folds of their own, and compared by that.
 
 import json
 import math
-import platform
 import signal
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from rich.table import Table
 
 from search_spaces.fixes import documented_after
 from search_spaces.spaces import space_from
-from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import Scalar, build_config
 from trainables.diagnosis import VERDICTS
@@ -39,6 +37,7 @@ from trainables.scans import Recipe
 from trainables.volumes import prepare_cohort
 from tune_app.ablation import ablation_spec
 from tune_app.analysis import COLLAPSES
+from tune_app.bench_search import machine
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError
 
@@ -81,9 +80,8 @@ def bench_efficiency(
     folder.mkdir(parents=True, exist_ok=True)
     shared = build_config({**config, "epochs": epochs})
     manifest = read_manifest(table, num_classes=shared.num_classes)
-    prepare_cohort(
-        manifest, Recipe.from_config(shared), folder / "cache"
-    )  # before any clock: all sides map the same one
+    # Before any clock, for all sides
+    prepared = prepare_cohort(manifest, Recipe.from_config(shared), folder / "cache")
     common: dict[str, Any] = {
         "data": str(table.resolve()),
         "space": space,
@@ -93,11 +91,7 @@ def bench_efficiency(
         "cache": str((folder / "cache").resolve()),
     }
     result: dict[str, Any] = {
-        "machine": {
-            "name": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "ray", "optuna", "monai")},
-        },
+        "machine": machine("torch", "ray", "optuna", "monai"),
         **common,
         "seconds": seconds,
         "folds": folds,
@@ -108,7 +102,10 @@ def bench_efficiency(
     for repetition in range(repetitions):
         for side in asked:
             place = folder / f"{side}-{repetition}"
-            found = (_plain if side == "plain" else _study)(side, common, place, seconds, repetition)
+            if side == "plain":
+                found = _plain({**common, "cohort": str(prepared)}, place, seconds, repetition)
+            else:
+                found = _study(side, common, place, seconds, repetition)
             result["searches"].append({"side": side, "repetition": repetition, **found, "confirmed": []})
             say(
                 f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
@@ -176,7 +173,7 @@ def _winner(study: Study) -> str:
 # Plain -----------------------------------------------------------------------------------------------------------------
 
 
-def _plain(side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
+def _plain(common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
     """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
     place.mkdir(parents=True)
     given = {**common, "trials": MANY, "seed": repetition, "place": str(place.resolve())}
@@ -258,12 +255,7 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     overrides = space_from(given["space"], settings).sample_to_overrides(drawn, settings["epochs"])
     config = build_config({**settings, **overrides, "seed": given["seed"]})
     torch.set_num_threads(1)
-    folder = prepare_cohort(
-        read_manifest(Path(given["data"]), num_classes=config.num_classes),
-        Recipe.from_config(config),
-        Path(given["cache"]),
-    )
-    cohort, split = open_inputs(config, given["data"], folder)
+    cohort, split = open_inputs(config, given["data"], given["cohort"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for result in finetune(config, cohort, split, device=device):
         auc = result.metrics["val_auc"]

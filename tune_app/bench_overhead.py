@@ -18,7 +18,6 @@ told beside it: nothing else on the machine adds to it.
 import logging
 import math
 import os
-import platform
 import statistics
 import time
 import uuid
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_spaces.spaces import space_from
-from trainables import installed_version
+from tune_app.bench_search import machine
 from tune_app.display import Display
 from tune_app.local_ray import keep_strangers_out, ray_to_file
 from tune_app.spec import StudyFiles, StudySpec, build_spec
@@ -122,11 +121,7 @@ def _result(done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_
         side: {key: statistics.fmean(turn[side][key] for turn in done) for key in ("wall_s", "cpu_s")} for side in SIDES
     }
     return {
-        "machine": {
-            "name": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("ray", "optuna")},
-        },
+        "machine": machine("ray", "optuna"),
         "trials": size * len(done),
         "epochs": epochs,
         "concurrent": at_a_time,

@@ -59,11 +59,7 @@ def bench_search(
     settings = {**config, "epochs": epochs}
     search = {"trials": trials, "epochs": epochs, "grace_epochs": grace_epochs, "reduction_factor": reduction_factor}
     result: dict[str, Any] = {
-        "machine": {
-            "name": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            **{name: installed_version(name) for name in ("torch", "ray", "optuna", "monai")},
-        },
+        "machine": machine("torch", "ray", "optuna", "monai"),
         **search,
         "space": SPACE,
         "config": dict(settings),
@@ -92,6 +88,15 @@ def bench_search(
             f"{measured['epochs']} epochs"
         )
     return result
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Return what a measurement was made on: the processor's name, and the versions of Python and of `packages`."""
+    return {
+        "name": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        **{name: installed_version(name) for name in packages},
+    }
 
 
 def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[str, Any]:

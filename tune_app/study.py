@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,14 +101,10 @@ def run_study(
     Raises SpecError when the directory holds another study or the resources can never hold a trial, StudyBusyError
     when another driver runs it, ManifestError and VolumeError for the data.
     """
+    url = url_of(root)
     try:
-        if (url := url_of(root)) is not None:
-            with mirrored(url) as files:
-                return _run_in(
-                    spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on
-                )
-        files = StudyFiles(root)
-        return _run_in(spec, files, None, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
+        with mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files:
+            return _run_in(spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
 
