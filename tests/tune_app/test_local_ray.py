@@ -1,9 +1,9 @@
 """A local Ray lets only its own study in."""
 
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,19 +13,28 @@ import pytest
 from tune_app.local_ray import keep_strangers_out
 
 STUDY = """
-import subprocess, sys
+import os, subprocess, sys
 import ray
 from tune_app.local_ray import ray_to_work_with
 
-with ray_to_work_with(None):
+with open(sys.argv[1], "w") as answer, ray_to_work_with(None):
     address = ray.get_runtime_context().gcs_address
     for stranger in (False, True):
-        import os
         env = os.environ | ({"RAY_AUTH_TOKEN": "a guess"} if stranger else {})
         code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(ray.get(ray.put('in')))"
         done = subprocess.run([sys.executable, "-c", code, address], env=env, capture_output=True, text=True)
-        print("stranger" if stranger else "friend", done.returncode, "in" in done.stdout.split(), "oken" in done.stderr)
+        who = "stranger" if stranger else "friend"
+        print(who, done.returncode, "in" in done.stdout.split(), "oken" in done.stderr, file=answer)
 """
+
+
+def answers(code: str, folder: Path, env: Mapping[str, str] | None = None) -> list[str]:
+    """The lines that a process writes into the file it is given: Ray's threads print between the words of a `print`."""
+    told = folder / "answers"
+    command = [sys.executable, "-c", code, str(told)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return told.read_text().splitlines()
 
 
 @pytest.mark.ray
@@ -34,11 +43,9 @@ def test_who_has_no_token_is_kept_out(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")} | {
         "HOME": str(tmp_path)
     }
-    done = subprocess.run([sys.executable, "-c", STUDY], env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    friend, stranger = done.stdout.splitlines()[-2:]
-    assert friend.startswith("friend 0 True"), done.stdout
-    assert stranger.startswith("stranger 1 False True"), done.stdout
+    friend, stranger = answers(STUDY, tmp_path, env)
+    assert friend.startswith("friend 0 True")
+    assert stranger == "stranger 1 False True"
     assert not (tmp_path / ".ray").exists(), "the token is saved nowhere"
 
 
@@ -67,20 +74,18 @@ with ray_to_work_with(None):
     raylet.kill()
     raylet.wait()  # a process that is frozen before gets SIGHUP and SIGCONT from the kernel when its parent dies
     os.kill(pid, signal.SIGSTOP)
-    print("frozen", pid)
+    with open(sys.argv[1], "w") as answer:
+        print(pid, file=answer)
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_frozen_worker_that_lost_its_raylet_does_not_stay() -> None:
+def test_a_frozen_worker_that_lost_its_raylet_does_not_stay(tmp_path: Path) -> None:
     """Nobody else would end it: a worker watches its raylet, and this one cannot."""
-    done = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    pid = re.search(r"^frozen (\d+)$", done.stdout, re.MULTILINE)
-    assert pid is not None, done.stdout
+    (pid,) = answers(FROZEN, tmp_path)
     with suppress(psutil.NoSuchProcess):
-        assert psutil.Process(int(pid[1])).status() == psutil.STATUS_ZOMBIE, "nobody reaps it where there is no init"
+        assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE, "nobody reaps it where there is no init"
 
 
 FORGOTTEN = """
@@ -97,14 +102,14 @@ for session in range(2):
         run = tune.RunConfig(storage_path=folder, verbose=0)
         tune.Tuner(partial(trial, setting=977), run_config=run).fit()
 gc.collect()
-print("left", sum(isinstance(thing, partial) and "setting" in thing.keywords for thing in gc.get_objects()))
+left = sum(isinstance(thing, partial) and "setting" in thing.keywords for thing in gc.get_objects())
+with open(sys.argv[1], "w") as answer:
+    print(left, file=answer)
 """
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_session_that_is_over_leaves_no_trainable_behind() -> None:
+def test_a_session_that_is_over_leaves_no_trainable_behind(tmp_path: Path) -> None:
     """Ray keeps the last thousand classes of actors in a cache, each with the function it was made for and its arguments."""
-    done = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "left 0"
+    assert answers(FORGOTTEN, tmp_path) == ["0"]
