@@ -151,7 +151,6 @@ def make_cluster(folder: Path, table: Path, **fields: Any) -> Cluster:
     env |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python -m ...`
         "HOME": str(folder / "home"),
-        "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_health_check_period_ms": "1000",  # a lost node is noticed in seconds

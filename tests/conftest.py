@@ -1,9 +1,14 @@
 """Fixtures that several test modules share: real files on disk, and the real data set where there is one."""
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# One thread for each process of the tests, before torch is loaded: its threads wait by spinning, and where two processes
+# share two cores, a small network's step of 20 ms takes 700.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import nibabel as nib
 import numpy as np

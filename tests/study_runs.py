@@ -1,7 +1,6 @@
 """How several test modules run studies: the real command in a process of its own, waited for, and looked over."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ def medtune(*arguments: object, env: Mapping[str, str] | None = None, **options:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"},
+        env=env,
         **options,
     )
 

@@ -46,11 +46,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def ball_cohort(count: int, *, positive: int, side: int = SIDE, noise: float = 1.0, seed: int = 0) -> Cohort:
     """Round balls (class 0) and flattened ones (class 1) in noise."""
     rng = np.random.default_rng(seed)

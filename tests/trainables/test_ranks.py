@@ -52,7 +52,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def run_rank(rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     *_, last = finetune(config, *open_inputs(config, table, cohort))
     torch.save({"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt")
@@ -69,7 +68,6 @@ def test_two_ranks_equal_one_on_the_same_global_batch(inputs: tuple[str, str], t
     table, cohort = inputs
     alone = build_config(SETTINGS | {"gradient_accumulation_steps": 4})
     shared = build_config(SETTINGS | {"gradient_accumulation_steps": 2})
-    torch.set_num_threads(1)
     data, split = open_inputs(alone, table, cohort)
     assert len(split.train) % 12, "shards must be uneven"
     assert len(split.val) % 2, "the last validation volume must be padded for the second rank"
@@ -102,7 +100,6 @@ class Branches(torch.nn.Module):
 
 
 def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     for bucket_bytes in (1, 200, 2**20):
         torch.manual_seed(0)

@@ -290,7 +290,6 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained trials, the second on the other fold with a linear head; `cohort/table.csv` beside. Only to be read."""
-    import torch
 
     from trainables.checkpoints import TrialFiles
     from trainables.finetune import finetune
@@ -300,7 +299,6 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from trainables.volumes import prepare_cohort
     from tune_app.synthetic import write_cohort
 
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("trained") / "a small study"
     table = write_cohort(root.parent / "cohort", subjects=16, side=(14, 18), noise=0.3)
     cache = root.parent / "cache"

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from trainables.config import build_config
 from tune_app import bench_efficiency as bench_efficiency_module
@@ -30,7 +29,6 @@ from tune_app.synthetic import write_cohort
 
 
 def test_plain_and_ours_are_measured_side_by_side() -> None:
-    torch.set_num_threads(1)
     result = bench_train(
         sizes=[16], geometries=["strided"], batches=[(2, 2)], device="cpu", depth=10, width=0.125, steps=2,
         variants=("plain", "plain_augmented", "ours"),

@@ -202,7 +202,6 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_dis
             [sys.executable, "-m", "tune_app.cli", "run", *places, "--trials", "1", *settings],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
         wait_for(lambda: (root / "trials" / "00000").exists(), "the trial", deadline_s=300)

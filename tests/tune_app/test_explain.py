@@ -22,11 +22,6 @@ from tune_app.explain import Explainer, cells, explain, grad_cam, to_scan_grid, 
 from tune_app.predict import Source, find_scans, load_model, predict, run_predict
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class LogOdds(nn.Module):
     """What `grad_cam` explains, as a network whose outputs are the log-odds of each class."""
 

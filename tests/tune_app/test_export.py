@@ -32,11 +32,6 @@ from tune_app.spec import SpecError, StudyFiles
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def a_copy(trained_study: Path, tmp_path: Path) -> Path:
     """The trained study, free to be changed; its data stay where they are."""

@@ -25,11 +25,6 @@ from tune_app.predict import Model, Source, decide, find_scans, load_model, pred
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def model(exported_model: Path) -> Model:
     return load_model(exported_model)

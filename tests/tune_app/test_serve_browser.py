@@ -66,7 +66,7 @@ class Service:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.folder, self.url = folder, f"http://127.0.0.1:{self.port}/"
-        environment = os.environ | {"MEDTUNE_TOKEN": TOKEN, "MEDTUNE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"MEDTUNE_TOKEN": TOKEN, "MEDTUNE_CACHE": str(cache)}
         command = [sys.executable, "-m", "tune_app.cli", "serve", str(folder), "--port", str(self.port)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         wait_for(self.answers)
