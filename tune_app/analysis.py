@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from optuna.distributions import CategoricalDistribution
 
-from search_spaces.spaces import DERIVED, READ_ONLY_WHEN, Parameter, is_read
+from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
 from tune_app.tables import column_of, format_value, smaller_is_better
 
 if TYPE_CHECKING:

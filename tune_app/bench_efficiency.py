@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_spaces.fixes import documented_after
-from search_spaces.spaces import space_from
+from search_spaces.written import space_from
 from trainables.checkpoints import without_nonfinite
 from trainables.config import Scalar, build_config
 from trainables.diagnosis import VERDICTS

@@ -32,7 +32,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 from rich.table import Table
 
-from search_spaces.spaces import space_from
+from search_spaces.written import space_from
 from tune_app.bench_search import machine
 from tune_app.display import Display
 from tune_app.local_ray import keep_strangers_out, ray_to_file

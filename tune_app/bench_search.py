@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from search_spaces.spaces import space_from
+from search_spaces.written import space_from
 from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config

@@ -467,7 +467,8 @@ def fixes(
 @app.command()
 def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")] = None) -> None:
     """List the search spaces, or show one: what is searched, what is only retuned to be fair, what is fixed."""
-    from search_spaces.spaces import SPACES, space_from
+    from search_spaces.spaces import SPACES
+    from search_spaces.written import space_from
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     if name is None:

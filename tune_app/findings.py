@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from search_spaces.fixes import baseline, documented_after
-from search_spaces.spaces import NOT_SEARCHED
+from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, hanley_mcneil_error
 from tune_app.ablation import ADJUSTED_LEVEL, comparisons

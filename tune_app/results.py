@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from search_spaces.spaces import Space
+from search_spaces.space import Space
 from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.diagnosis import diagnose

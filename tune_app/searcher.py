@@ -35,7 +35,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
-from search_spaces.spaces import Parameter, Sample, Space, SpaceError, warm_start_points
+from search_spaces.space import Parameter, Sample, Space, SpaceError
+from search_spaces.spaces import warm_start_points
 from trainables.checkpoints import when_there_is_room
 from trainables.config import ConfigError, Scalar, build_config
 from tune_app.objective import as_number

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
-from search_spaces.spaces import NOT_SEARCHED, SPACES
+from search_spaces.space import NOT_SEARCHED
+from search_spaces.spaces import SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from trainables.storage import SCHEMES, StorageError, bucket_of, is_url, url_of

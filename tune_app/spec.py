@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from search_spaces.spaces import Space, SpaceError, space_from
+from search_spaces.space import Space, SpaceError
+from search_spaces.written import space_from
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config
 from trainables.storage import is_url

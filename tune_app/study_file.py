@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from search_spaces.spaces import SpaceError, space_from
+from search_spaces.space import SpaceError
+from search_spaces.written import space_from
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app.objective import OBJECTIVES

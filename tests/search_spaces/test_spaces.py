@@ -7,17 +7,9 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search_spaces.fixes import FIXES, all_fixes, baseline, documented_after, with_fixes
-from search_spaces.spaces import (
-    DERIVED,
-    NOT_SEARCHED,
-    READ_ONLY_WHEN,
-    SPACES,
-    Parameter,
-    SpaceError,
-    is_read,
-    space_from,
-    warm_start_points,
-)
+from search_spaces.space import DERIVED, NOT_SEARCHED, READ_ONLY_WHEN, Parameter, SpaceError, is_read
+from search_spaces.spaces import SPACES, warm_start_points
+from search_spaces.written import space_from
 from trainables.config import FineTuneConfig, build_config
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from search_spaces.spaces import space_from
+from search_spaces.written import space_from
 from trainables.checkpoints import (
     DiskFullError,
     TrialFiles,

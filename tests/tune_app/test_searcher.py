@@ -19,7 +19,9 @@ from ray.tune.search.concurrency_limiter import ConcurrencyLimiter
 from sqlalchemy.pool import NullPool
 
 from search_spaces.fixes import all_fixes, baseline
-from search_spaces.spaces import SPACES, SpaceError, space_from
+from search_spaces.space import SpaceError
+from search_spaces.spaces import SPACES
+from search_spaces.written import space_from
 from trainables.config import build_config
 from tune_app.objective import objective_value
 from tune_app.searcher import STUDY_NAME, OptunaSearcher, SearchError, sqlite_url, trial_name
