@@ -22,7 +22,7 @@ from trainables.storage import url_of
 from tune_app.analysis import COLLAPSES
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
-from tune_app.spec import PlannedTrial, SpecError, StudySpec, build_spec
+from tune_app.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
 from tune_app.tables import format_value, printable
 from tune_app.yaml_text import YamlError, load_yaml
 
@@ -139,11 +139,7 @@ def _written_variants(path: Path) -> Variants:
         raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])
     if bad := [str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)]:
         raise SpecError([f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"])
-    chosen: Variants = {str(name): dict(overrides or {}) for name, overrides in written.items()}
-    for overrides in chosen.values():
-        if isinstance(weights := overrides.get("pretrained_path"), str):
-            overrides["pretrained_path"] = str((path.parent / weights).resolve())
-    return chosen
+    return {str(name): absolute_paths(overrides or {}, path.parent) for name, overrides in written.items()}
 
 
 def ablation_spec(

@@ -31,6 +31,7 @@ from tune_app.cli_common import (
     GpusOption,
     OutOption,
     SetOption,
+    WeightsOption,
     cache_folder,
     elsewhere,
     err,
@@ -97,7 +98,7 @@ def _common(
 def train(
     data: DataOption,
     fold: Annotated[int | None, typer.Option("--fold", help="Fold that validates.")] = None,
-    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    pretrained_path: WeightsOption = None,
     lr: Annotated[float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")] = None,
     classifier_lr: Annotated[
         float | None, typer.Option("--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given.")
@@ -136,7 +137,7 @@ def train(
     """Fine-tune once, a line an epoch. The same command again goes on from the last checkpoint in --out."""
     given: dict[str, Any] = {
         "fold": fold,
-        "pretrained_path": pretrained_path,
+        "pretrained_path": pretrained_path and str(pretrained_path),
         "backbone_lr": lr,
         "classifier_lr": classifier_lr if classifier_lr is not None or lr is None else 10 * lr,
         "batch_size": batch_size,
@@ -200,7 +201,7 @@ def run(
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
-    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    pretrained_path: WeightsOption = None,
     gpus_per_trial: Annotated[
         str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")
     ] = None,
@@ -247,7 +248,7 @@ def run(
     fields |= {name: value for name, value in given.items() if value is not None}
     settings = parse_settings(setting)
     settings |= {"epochs": epochs} if epochs is not None else {}
-    settings |= {"pretrained_path": str(Path(pretrained_path).resolve())} if pretrained_path is not None else {}
+    settings |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
     fields["config"] = {**(fields.get("config") or {}), **settings}
     if "data" not in fields:
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
@@ -519,7 +520,7 @@ def ablate(
     folds: FoldsOption = "all",
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="What a run is worth.")] = None,
-    pretrained_path: Annotated[str | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")] = None,
+    pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
     max_concurrent: ConcurrentOption = None,
     setting: SetOption = None,
@@ -531,7 +532,7 @@ def ablate(
     from tune_app.ablation import ablation_spec, read_variants
 
     config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
-    config |= {"pretrained_path": str(Path(pretrained_path).resolve())} if pretrained_path is not None else {}
+    config |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
     chosen = read_variants(variants, build_config(config).epochs)
     given = {
         "objective": objective,

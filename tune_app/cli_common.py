@@ -26,6 +26,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
 ]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of prepared cohorts.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.", resolve_path=True)
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to.")]
 GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
 ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
@@ -34,7 +37,9 @@ DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device"
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
-    """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars."""
+    """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars, paths made absolute."""
+    from tune_app.spec import absolute_paths  # loads Optuna, which `--help` does without
+
     parsed: dict[str, Any] = {}
     problems = []
     for setting in settings or []:
@@ -51,9 +56,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
             parsed[name.strip()] = value if with_number is None else with_number
     if problems:
         raise ConfigError(problems)
-    if isinstance(weights := parsed.get("pretrained_path"), str):
-        parsed["pretrained_path"] = str(Path(weights).resolve())  # trials stand elsewhere
-    return parsed
+    return absolute_paths(parsed)
 
 
 def as_number(text: str) -> float | None:

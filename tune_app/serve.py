@@ -55,7 +55,7 @@ from tune_app.serve_studies import (
     trial_page,
     trials_table,
 )
-from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec
+from tune_app.spec import SpecError, StudyFiles, StudySpec, absolute_paths, build_spec
 from tune_app.stop_requests import ask_to_stop_trial
 from tune_app.tables import QueryError, format_value, printable
 
@@ -489,13 +489,8 @@ def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
 
 
 def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with every path absolute: a study file's own start at its folder, the page's where the service is."""
-    fields = dict(fields)
-    if isinstance(fields.get("config"), dict):
-        fields["config"] = dict(fields["config"])
-    for holder, name in ((fields, "data"), (fields, "cache"), (fields.get("config"), "pretrained_path")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and holder[name] and not is_url(holder[name]):
-            holder[name] = str(Path(holder[name]).expanduser().resolve())
+    """The fields with every path absolute, relative ones from where the service is, and data that are there."""
+    fields = absolute_paths(fields)
     problems = []
     data = fields.get("data")
     if isinstance(data, str) and is_url(data):

@@ -252,11 +252,23 @@ def read_study_file(path: Path) -> dict[str, Any]:
     config = fields.get("config")
     if not isinstance(config, dict | None):
         raise SpecError([f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"])
-    for holder, name in ((fields, "data"), (fields, "cache"), (fields, "confirms"), (config, "pretrained_path")):
-        if isinstance(holder, dict) and isinstance(holder.get(name), str) and not is_url(holder[name]):
-            holder[name] = str((path.parent / holder[name]).resolve())
+    return absolute_paths(fields, path.parent)
+
+
+def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, Any]:
+    """Return the fields of a study, or of a trial's config, with every path absolute: trials stand elsewhere.
+
+    Relative paths start at `base`, `~` is the home folder, URLs stay as they are.
+    """
+    fields = dict(fields)
+    for name in ("data", "cache", "confirms", "pretrained_path"):
+        value = fields.get(name)
+        if isinstance(value, str) and value and not is_url(value):
+            fields[name] = str((base / Path(value).expanduser()).resolve())
     if isinstance(earlier := fields.get("warm_start_from"), list):
-        fields["warm_start_from"] = [str((path.parent / str(folder)).resolve()) for folder in earlier]
+        fields["warm_start_from"] = [str((base / Path(str(folder)).expanduser()).resolve()) for folder in earlier]
+    if isinstance(config := fields.get("config"), dict):
+        fields["config"] = absolute_paths(config, base)
     return fields
 
 

@@ -99,7 +99,7 @@ def test_the_documents_command_line_becomes_its_configuration(trained: dict[str,
     result = invoke("train", *DOCUMENT_LINE.split(), "--data", tmp_path / "t.csv")
     assert result.exit_code == 0, result.output
     config = trained["config"]
-    assert (config.fold, config.pretrained_path) == (1, "pretrained/medicalnet_resnet50_3d.pth")
+    assert (config.fold, config.pretrained_path) == (1, str(Path("pretrained/medicalnet_resnet50_3d.pth").resolve()))
     assert (config.backbone_lr, config.classifier_lr, config.batch_size, config.epochs) == (1e-4, 1e-3, 6, 60)
     assert (config.optimizer, config.loss, config.scheduler) == ("adam", "ldam", "cosine")
     assert (config.max_m, config.s, config.drw_start_epoch, config.grad_clip) == (0.2, 15.0, 25, 1.0)

@@ -1,5 +1,6 @@
 """The study file: what `medtune init` writes is every field, says what it means, and gives the defaults."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from trainables.config import FineTuneConfig, build_config
 from tune_app.cli import app
 from tune_app.scheduler import PolicySpec
-from tune_app.spec import SpecError, StudySpec, build_spec, read_study_file
+from tune_app.spec import SpecError, StudySpec, absolute_paths, build_spec, read_study_file
 from tune_app.study_file import study_file, write_study_file
 
 
@@ -53,6 +54,30 @@ def test_what_is_set_in_the_file_is_what_the_study_has_and_paths_start_at_the_fi
     assert spec.data == str(tmp_path / "table.csv")
     assert (spec.space, spec.trials, spec.epochs) == ("narrow", 7, 9)
     assert spec.config["pretrained_path"] == str(path.parent / "r50.pth")
+
+
+def test_every_path_of_a_study_becomes_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {
+        "data": "~/scans/table.csv",
+        "cache": "../cache",
+        "confirms": "/studies/search",
+        "warm_start_from": ["first", "~/second"],
+        "config": {"pretrained_path": "r50.pth", "s": 9},
+        "space": "wide",
+    }
+    before = copy.deepcopy(given)
+    assert absolute_paths(given, Path("/projects/adrenal")) == {
+        "data": "/home/me/scans/table.csv",
+        "cache": "/projects/cache",
+        "confirms": "/studies/search",
+        "warm_start_from": ["/projects/adrenal/first", "/home/me/second"],
+        "config": {"pretrained_path": "/projects/adrenal/r50.pth", "s": 9},
+        "space": "wide",
+    }
+    assert given == before
+    left = {"data": "s3://bucket/table.csv", "cache": None, "confirms": "", "config": {"pretrained_path": None}}
+    assert absolute_paths(left, Path("/projects")) == left
 
 
 def test_the_space_in_the_comment_is_a_space() -> None:
