@@ -1,12 +1,13 @@
 """A study directory as a driver leaves it, in milliseconds: synthetic curves, real policy, real files."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import Browser, chromium
 from optuna.distributions import CategoricalDistribution
 
 from search_spaces.fixes import all_fixes, baseline
@@ -20,6 +21,13 @@ from tune_app.spec import StudyFiles, append_line, build_spec
 
 POSITIVE, NEGATIVE = 28, 70
 CREATED = 1_780_000_000.0
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser with a profile of its own."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as window:
+        yield window
 
 
 @pytest.fixture(scope="session")

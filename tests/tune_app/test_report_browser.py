@@ -1,60 +1,18 @@
 """The report in a real browser: no script error, no request, and every interaction does what it says."""
 
 import base64
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, wait
 
 from tune_app import figures
 from tune_app.report import write_comparison, write_report
 from tune_app.results import Study, load_study
 
 WriteStudy = Callable[..., Path]
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-DESKTOP, PHONE = (1280, 900), (390, 844)
-DEADLINE_S = 60
-
-Browser = Any
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One headless Chromium with a profile of its own; the test is skipped, with what is missing, where there is none."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'")
-    from selenium.webdriver.chrome.service import Service
-
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    driver = shutil.which("chromedriver")
-    missing = [name for name, found in (("chromium", chromium), ("chromedriver", driver)) if found is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} missing: apt-get install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = selenium.Chrome(options=options, service=Service(driver))
-    window.set_page_load_timeout(DEADLINE_S)
-    window.set_script_timeout(DEADLINE_S)
-    yield window
-    window.quit()
 
 
 @pytest.fixture(scope="module")
@@ -70,41 +28,9 @@ def search_page(search: Study, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def page(browser: Browser, search_page: Path) -> Iterator[Browser]:
     """The page of a search, freshly opened at desktop size; afterwards nothing may have gone wrong in it."""
-    opened(browser, search_page)
+    opened(browser, search_page.as_uri())
     yield browser
     assert complaints(browser) == []
-
-
-def opened(browser: Browser, path: Path, size: tuple[int, int] = DESKTOP) -> Browser:
-    """Open a page and wait until its script has run; figures are drawn when they come into view."""
-    width, height = size
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get_log("browser")  # forget what earlier pages said
-    browser.get(path.as_uri())
-    wait(browser, "return document.documentElement.dataset.ready === 'yes'")
-    return browser
-
-
-def wait(browser: Browser, script: str, *arguments: Any) -> Any:
-    """Wait until `script` returns something true, and return it."""
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        found = browser.execute_script(script, *arguments)
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {DEADLINE_S} s: {script}")
-
-
-def complaints(browser: Browser) -> list[str]:
-    """Errors and warnings of the page's console: scripts, and what its content security policy refused."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-
-
-def click(browser: Browser, selector: str) -> None:
-    browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-    browser.find_element("css selector", selector).click()
 
 
 def figure(browser: Browser, name: str) -> dict[str, Any]:
@@ -156,7 +82,7 @@ def test_the_page_opens_without_an_error_or_a_request_and_fits_its_window(
         "ablation": lambda: write_report(load_study(an_ablation), tmp_path / "a.html"),
         "comparison": lambda: write_comparison(search, load_study(an_ablation), tmp_path / "c.html"),
     }[kind]()
-    opened(browser, path, size)
+    opened(browser, path.as_uri(), size)
     assert complaints(browser) == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
@@ -180,7 +106,7 @@ def test_names_that_try_to_be_markup_stay_text(browser: Browser, write_study: Wr
     study = load_study(
         write_study("<svg onload=window.hit=3>", variants={name: {} for name in names}, seeds=2, epochs=3)
     )
-    opened(browser, write_report(study, tmp_path / "nasty.html"))
+    opened(browser, write_report(study, tmp_path / "nasty.html").as_uri())
     assert complaints(browser) == []
     assert browser.execute_script("return window.hit === undefined")
     assert (

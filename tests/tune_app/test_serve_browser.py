@@ -12,9 +12,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browsing import DEADLINE_S, DESKTOP, PHONE, Browser, click, complaints, opened, ready, wait, wait_for
 from filelock import FileLock
 from object_storage import put_folder, s3_server
 
@@ -22,40 +22,7 @@ from tune_app.results import is_held, load_study
 from tune_app.spec import StudyFiles, append_line
 from tune_app.synthetic import write_cohort
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-DESKTOP, PHONE = (1280, 900), (390, 844)
-DEADLINE_S = 120
 TOKEN = "token-of-the-test"
-
-Browser = Any
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One headless Chromium; the test is skipped, with what is missing, where there is none."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'")
-    from selenium.webdriver.chrome.service import Service
-
-    chromium = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-    )
-    driver = shutil.which("chromedriver")
-    missing = [name for name, found in (("chromium", chromium), ("chromedriver", driver)) if found is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} missing: apt-get install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = selenium.Chrome(options=options, service=Service(driver))
-    window.set_page_load_timeout(DEADLINE_S)
-    window.set_script_timeout(DEADLINE_S)
-    yield window
-    window.quit()
 
 
 class Service:
@@ -95,54 +62,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, a_search: Path, an_ablatio
     assert "Traceback" not in said, said
 
 
-def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
-    end = time.monotonic() + deadline_s
-    while not (found := what()):
-        assert time.monotonic() < end, f"not within {deadline_s} s"
-        time.sleep(0.05)
-    return found
-
-
-def opened(browser: Browser, url: str, size: tuple[int, int] = DESKTOP) -> Browser:
-    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get("about:blank")  # an address that differs after # only would not load anew
-    browser.get_log("browser")
-    browser.get(url)
-    ready(browser)
-    return browser
-
-
-def ready(browser: Browser) -> None:
-    wait(browser, "return document.documentElement.dataset.ready === 'yes'")
-
-
-def wait(browser: Browser, script: str, *arguments: Any) -> Any:
-    return wait_for(lambda: browser.execute_script(script, *arguments))
-
-
-def click(browser: Browser, selector: str) -> None:
-    """Scroll there and click; again when the page has just drawn it anew."""
-    from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
-
-    wait(browser, "return document.querySelector(arguments[0])", selector)
-    for _ in range(20):
-        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        try:
-            browser.find_element("css selector", selector).click()
-        except (StaleElementReferenceException, ElementNotInteractableException):
-            continue
-        return
-    raise AssertionError(f"cannot click {selector}")
-
-
 def text(browser: Browser, selector: str) -> str:
     return str(wait(browser, "return document.querySelector(arguments[0])?.textContent", selector))
-
-
-def complaints(browser: Browser) -> list[str]:
-    """Errors and warnings of the page's console: scripts, and what its content security policy refused."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
 def log_in(browser: Browser) -> None:
@@ -371,7 +292,10 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Bro
         low.send_keys("0.1")
         click(browser, "#begin")
         wait(browser, "return location.hash === '#/study/from%20the%20page'")
-        wait_for(lambda: browser.execute_script("return Number(document.documentElement.dataset.rows || 0) > 4"), 600)
+        wait_for(
+            lambda: browser.execute_script("return Number(document.documentElement.dataset.rows || 0) > 4"),
+            deadline_s=600,
+        )
         assert load_study(root).space.parameters["max_m"].ends[0] == 0.1  # type: ignore[union-attr]
         assert complaints(browser) == []
 
@@ -394,11 +318,11 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Bro
         ready(browser)
         click(browser, "#stop")
         click(browser, "#yes")
-        wait_for(lambda: not is_held(files.lock), 300)
+        wait_for(lambda: not is_held(files.lock), deadline_s=300)
         click(browser, "#start")
-        wait_for(lambda: is_held(files.lock), 300)
+        wait_for(lambda: is_held(files.lock), deadline_s=300)
         rows = files.epochs.read_bytes().count(b"\n")
-        wait_for(lambda: files.epochs.read_bytes().count(b"\n") > rows + 1, 600)
+        wait_for(lambda: files.epochs.read_bytes().count(b"\n") > rows + 1, deadline_s=600)
         trials = load_study(root).trials.set_index("trial")
         assert trials.loc["00000", "state"] == "stopped", "what was stopped on request stays so"
         wait(
@@ -407,7 +331,7 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Bro
         )
         click(browser, "#stop")
         click(browser, "#yes")
-        wait_for(lambda: not is_held(files.lock), 300)
+        wait_for(lambda: not is_held(files.lock), deadline_s=300)
     finally:
         service.end(signal.SIGKILL)
         if is_held(files.lock):

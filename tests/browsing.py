@@ -1,0 +1,92 @@
+"""A page in a real browser, as the tests of the report and of the live page use it."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+DESKTOP, PHONE = (1280, 900), (390, 844)
+DEADLINE_S = 120
+
+Browser = Any
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """One headless Chromium; the test is skipped, with what is missing, where there is none."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'")
+    from selenium.webdriver.chrome.service import Service
+
+    program = next(
+        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    )
+    driver = shutil.which("chromedriver")
+    missing = [name for name, found in (("chromium", program), ("chromedriver", driver)) if found is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} missing: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = selenium.Chrome(options=options, service=Service(driver))
+    window.set_page_load_timeout(DEADLINE_S)
+    window.set_script_timeout(DEADLINE_S)
+    yield window
+    window.quit()
+
+
+def opened(browser: Browser, url: str, size: tuple[int, int] = DESKTOP) -> Browser:
+    """Open a page, always anew, and wait until its script has run; figures are drawn when they come into view."""
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get("about:blank")  # an address that differs after # only would not load anew
+    browser.get_log("browser")  # forget what earlier pages said
+    browser.get(url)
+    ready(browser)
+    return browser
+
+
+def ready(browser: Browser) -> None:
+    wait(browser, "return document.documentElement.dataset.ready === 'yes'")
+
+
+def wait(browser: Browser, script: str, *arguments: Any) -> Any:
+    """Wait until `script` returns something true, and return it."""
+    return wait_for(lambda: browser.execute_script(script, *arguments), script)
+
+
+def wait_for(condition: Callable[[], Any], what: str = "", deadline_s: float = DEADLINE_S) -> Any:
+    end = time.monotonic() + deadline_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def click(browser: Browser, selector: str) -> None:
+    """Scroll there and click; again when the page has just drawn it anew."""
+    from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
+
+    wait(browser, "return document.querySelector(arguments[0])", selector)
+    for _ in range(20):
+        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
+        try:
+            browser.find_element("css selector", selector).click()
+        except (StaleElementReferenceException, ElementNotInteractableException):
+            continue
+        return
+    raise AssertionError(f"cannot click {selector}")
+
+
+def complaints(browser: Browser) -> list[str]:
+    """Errors and warnings of the page's console: scripts, and what its content security policy refused."""
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
