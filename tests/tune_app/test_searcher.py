@@ -717,6 +717,7 @@ def test_tune_can_pickle_and_limit_it(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_path):
     from ray import tune
 
