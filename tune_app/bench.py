@@ -5,7 +5,8 @@
 The plain loop is that of `tune_app.plain`, on volumes decoded once and kept in memory (as MONAI's CacheDataset keeps
 them) behind a DataLoader. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers: what is left
 out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune`
-itself with everything it does; `deterministic` is it with `deterministic=True`. Random volumes; scores mean nothing.
+itself with everything it does; `unaugmented` is it doing what `plain` does, and `deterministic` is it with
+`deterministic=True`. Random volumes; scores mean nothing.
 """
 
 import functools
@@ -64,7 +65,8 @@ def bench_train(
 ) -> dict[str, Any]:
     """Return {"machine": ..., "rows": [...]}: one row for each size, geometry, batch and variant.
 
-    `batches`: (batch size, accumulation steps). variants: `plain`; `plain_augmented`; `eager`, ours without CUDA graphs; `ours`. A row has
+    `batches`: (batch size, accumulation steps). variants: `plain`; `plain_augmented`; `eager`, ours without CUDA graphs;
+    `unaugmented` and `deterministic`, ours with other settings; `ours`. A row has
     volumes_per_s, ms_per_step (medians over whole epochs of `steps` steps), gpu_ms_per_step (time with a kernel running,
     by the profiler), gpu_busy (its share), peak_memory_gib, tflops, speedup (over plain), kernels (the longest, ms a step).
     `record` is given the result so far after each row, `say` a line about it.
@@ -268,12 +270,16 @@ def _ours(
 
 
 def _deterministic(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, Any]:
+    config = config.model_copy(update={"deterministic": True})
     try:
-        return _ours(
-            config.model_copy(update={"deterministic": True}), cohort, split, device, graphs=True
-        )  # which the run itself leaves out
+        return _ours(config, cohort, split, device, graphs=True)  # which the run itself leaves out
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def _unaugmented(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, Any]:
+    config = config.model_copy(update={"augmentation_strength": 0.0, "flip_axes": ""})
+    return _ours(config, cohort, split, device, graphs=True)
 
 
 # The plain loop --------------------------------------------------------------------------------------------------------
@@ -338,7 +344,8 @@ _VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dic
     "plain_augmented": functools.partial(_plain, augmented=True),
     "eager": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=False),
     "ours": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=True),
-    "deterministic": lambda config, cohort, split, device: _deterministic(config, cohort, split, device),
+    "unaugmented": _unaugmented,
+    "deterministic": _deterministic,
 }
 
 

@@ -21,7 +21,10 @@ def bench_train_command(
     width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
     variants: Annotated[
-        str, typer.Option("--variants", help="plain, plain_augmented, eager (no CUDA graphs), deterministic, ours.")
+        str,
+        typer.Option(
+            "--variants", help="plain, plain_augmented, unaugmented, eager (no CUDA graphs), deterministic, ours."
+        ),
     ] = "plain,ours",
     device: DeviceOption = "auto",
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,

@@ -3,9 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from trainables import finetune
+from trainables.augment import augment_batch
 from trainables.config import build_config
 from tune_app import bench_efficiency as bench_efficiency_module
 from tune_app.bench import (
@@ -28,20 +33,35 @@ from tune_app.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
 
 
-def test_plain_and_ours_are_measured_side_by_side() -> None:
+def test_plain_and_ours_are_measured_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[bool] = []
+    augments: dict[str, bool] = {}
+
+    def watched(volumes: Tensor, **how: Any) -> Tensor:
+        augmented = augment_batch(volumes, **how)
+        changed.append(not torch.equal(augmented, volumes))
+        return augmented
+
+    def look(result: dict[str, Any]) -> None:
+        augments[result["rows"][-1]["variant"]] = any(changed)
+        changed.clear()
+
+    monkeypatch.setattr(finetune, "augment_batch", watched)
     result = bench_train(
         sizes=[16], geometries=["strided"], batches=[(2, 2)], device="cpu", depth=10, width=0.125, steps=2,
-        variants=("plain", "plain_augmented", "ours"),
+        variants=("plain", "plain_augmented", "unaugmented", "ours"), record=look,
     )  # fmt: skip
-    plain, augmented, ours = result["rows"]
-    assert [row["variant"] for row in result["rows"]] == ["plain", "plain_augmented", "ours"]
+    plain, augmented, unaugmented, ours = result["rows"]
+    assert [row["variant"] for row in result["rows"]] == ["plain", "plain_augmented", "unaugmented", "ours"]
+    assert augments == {"plain": False, "plain_augmented": False, "unaugmented": False, "ours": True}
+    assert unaugmented["speedup"] > 0
     assert augmented["volumes_per_s"] > 0
     assert plain["speedup"] == 1.0
     assert ours["speedup"] == pytest.approx(ours["volumes_per_s"] / plain["volumes_per_s"])
     assert ours["ms_per_step"] == pytest.approx(4000 / ours["volumes_per_s"])
     json.dumps(result, allow_nan=False)
-    assert markdown_table(result).count("\n") == 4
-    assert result_table(result).row_count == 3
+    assert markdown_table(result).count("\n") == 5
+    assert result_table(result).row_count == 4
 
 
 def test_ways_of_reading_a_cohort_are_measured(tmp_path: Path) -> None:
