@@ -5,11 +5,9 @@ the size of real ones. Each step is measured in an interpreter of its own, as a 
 """
 
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from tune_app.bench_search import machine
 from tune_app.columns import METRICS
 from tune_app.curves import Curve, generate_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
@@ -84,11 +83,7 @@ def bench_results(
     )
     *rows, told = (json.loads(line) for line in done.stdout.splitlines())
     return {
-        "machine": {
-            "name": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("pandas", "pyarrow")},
-        },
+        "machine": machine("pandas", "pyarrow"),
         "study_bytes": sum(file.stat().st_size for file in root.rglob("*") if file.is_file()),
         "report_bytes": (folder / "report.html").stat().st_size,
         **told,
@@ -136,9 +131,9 @@ def results_table_of(result: dict[str, Any]) -> Table:
 
 def results_line(result: dict[str, Any]) -> str:
     """Return in a line what was measured, and where."""
-    machine = result["machine"]
+    on = result["machine"]
     return (
         f"{result['trials']} trials, {result['epochs']} epochs: {result['study_bytes'] / 2**20:.0f} MiB on disk, "
         f"{result['held_mib']:.0f} MiB of dataframes, report of {result['report_bytes'] / 2**20:.1f} MiB "
-        f"({machine['name']}, Python {machine['python']}, pandas {machine['pandas']}, pyarrow {machine['pyarrow']})"
+        f"({on['name']}, Python {on['python']}, pandas {on['pandas']}, pyarrow {on['pyarrow']})"
     )
