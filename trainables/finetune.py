@@ -29,7 +29,7 @@ as cuDNN runs it 13.8; with torch's max-pool 12.6; with 1x1x1 convolutions by cu
 The forward stem as a convolution of 16 channels and two outputs at once instead of 8 and one: 1.7 to 0.7 ms. BatchNorm's
 reductions with loads running ahead and half the programs: a fifth faster.
 
-On a CPU a step costs what the plain loop's does, and augmentation a seventh of it more (mostly `grid_sample`; `medtune
+On a CPU a step costs what the plain loop's does, and augmentation a sixth of it more (mostly `grid_sample`; `medtune
 bench train --variants plain,unaugmented,ours`). Channels-last memory there is 1.2 to 1.6 times as fast for ResNet-10 at
 quarter width and 48 or 64 voxels, but takes 1.3 to 1.5 times as long for ResNet-50: not used.
 
