@@ -298,7 +298,6 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained trials, the second on the other fold with a linear head; `cohort/table.csv` beside. Only to be read."""
-
     from trainables.checkpoints import TrialFiles
     from trainables.finetune import finetune
     from trainables.manifest import read_manifest

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import DEADLINE_S, wait_for
 from filelock import FileLock
 from starlette.testclient import TestClient
 
@@ -24,7 +25,6 @@ from tune_app.stop_requests import asked_to_stop
 WriteStudy = Callable[..., Path]
 TOKEN = "a token of the test"
 BEARER = {"authorization": f"Bearer {TOKEN}"}
-DEADLINE_S = 120
 
 
 @pytest.fixture
@@ -54,14 +54,6 @@ def client(tmp_path: Path, written: Path, own_cache: None) -> Iterator[TestClien
 
 SECOND = "group~second & <b>third<~b>"
 SECOND_PATH = "/api/studies/group~second%20&%20%3Cb%3Ethird%3C~b%3E"
-
-
-def wait_for(what: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:
-    end = time.monotonic() + deadline_s
-    while not (found := what()):
-        assert time.monotonic() < end, f"not within {deadline_s} s"
-        time.sleep(0.05)
-    return found
 
 
 # Reading ---------------------------------------------------------------------------------------------------------------
