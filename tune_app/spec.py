@@ -260,13 +260,18 @@ def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, 
 
     Relative paths start at `base`, `~` is the home folder, URLs stay as they are.
     """
+
+    def absolute(path: str) -> str:
+        # Path.expanduser raises for a user that is not there; a file's name may begin with ~, too
+        return str((base / os.path.expanduser(path)).resolve())  # noqa: PTH111
+
     fields = dict(fields)
     for name in ("data", "cache", "confirms", "pretrained_path"):
         value = fields.get(name)
         if isinstance(value, str) and value and not is_url(value):
-            fields[name] = str((base / Path(value).expanduser()).resolve())
+            fields[name] = absolute(value)
     if isinstance(earlier := fields.get("warm_start_from"), list):
-        fields["warm_start_from"] = [str((base / Path(str(folder)).expanduser()).resolve()) for folder in earlier]
+        fields["warm_start_from"] = [absolute(str(folder)) for folder in earlier]
     if isinstance(config := fields.get("config"), dict):
         fields["config"] = absolute_paths(config, base)
     return fields

@@ -63,7 +63,7 @@ def test_every_path_of_a_study_becomes_absolute(monkeypatch: pytest.MonkeyPatch)
         "cache": "../cache",
         "confirms": "/studies/search",
         "warm_start_from": ["first", "~/second"],
-        "config": {"pretrained_path": "r50.pth", "s": 9},
+        "config": {"pretrained_path": "~nobody-of-that-name.pth", "s": 9},
         "space": "wide",
     }
     before = copy.deepcopy(given)
@@ -72,7 +72,7 @@ def test_every_path_of_a_study_becomes_absolute(monkeypatch: pytest.MonkeyPatch)
         "cache": "/projects/cache",
         "confirms": "/studies/search",
         "warm_start_from": ["/projects/adrenal/first", "/home/me/second"],
-        "config": {"pretrained_path": "/projects/adrenal/r50.pth", "s": 9},
+        "config": {"pretrained_path": "/projects/adrenal/~nobody-of-that-name.pth", "s": 9},
         "space": "wide",
     }
     assert given == before
