@@ -20,6 +20,7 @@ from ray import tune
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
 from trainables.storage import TrialStore
+from trainables.training_thread import in_training_thread
 
 log = logging.getLogger("medtune.trial")
 disk_log = logging.getLogger("medtune.disk")
@@ -73,7 +74,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
-        _run(trial, setting, files)
+        in_training_thread(_run, trial, setting, files)
     except Exception as error:
         from trainables.ranks import RankError, is_out_of_memory
 

@@ -131,6 +131,7 @@ def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, re
     spent = _until(seconds, command, place / "console.log")
     study = load_study(place / "study")
     winner = _winner(study)
+    _drop_weights(place / "study")
     return {
         "seconds": spent,
         "trials": len(study.trials),
@@ -158,6 +159,12 @@ def _until(seconds: float, command: list[str], log: Path) -> float:
             if process.poll() is None:
                 process.kill()
     return spent
+
+
+def _drop_weights(study: Path) -> None:
+    """Remove the weights of a study that has ended: nothing here reads them, and nine searches of ResNet-50 fill a disk."""
+    for file in study.glob("trials/*/*.pt"):
+        file.unlink()
 
 
 def _winner(study: Study) -> str:
@@ -244,7 +251,14 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
 
 
 def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """One run of ours as a careful script would drive it: an epoch's AUC reported, nothing else."""
+    """One run of ours as a careful script would drive it, in the thread that ours have."""
+    from trainables.training_thread import in_training_thread
+
+    in_training_thread(_report_epochs, drawn, given)
+
+
+def _report_epochs(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Report each epoch's AUC, nothing else."""
     import torch
     from ray import tune
 
@@ -293,6 +307,7 @@ def _confirm(
         spec = spec.model_copy(update={"planned": tuple(planned)})
         run_study(spec, folder / "confirm", console=console, notes=console)
     trials = load_study(folder / "confirm").trials
+    _drop_weights(folder / "confirm")
 
     def values(variant: str) -> list[float]:
         return [float(value) for value in trials.loc[trials["variant"] == variant, "objective"].dropna()]
