@@ -156,6 +156,7 @@ def wait_for_device_memory(
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
     from trainables.rank_actors import start_rank_actors
 
+    began = time.monotonic()
     actors = start_rank_actors(setting.ranks) if setting.ranks > 1 else []  # they load what follows meanwhile
 
     import torch
@@ -164,6 +165,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     from trainables.ranks import RankWork, gang
     from trainables.saved_run import Epochs, open_inputs, saved_run
 
+    log.info("torch and MONAI loaded in %.1f s", time.monotonic() - began)  # 0 in a process that has trained before
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     alive = SignOfLife(files.alive)
@@ -177,6 +179,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         )
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)
+        log.info("cohort open %.1f s after the start", time.monotonic() - began)
         device = torch.device("cuda" if setting.gpus_per_rank else "cpu")
         epochs = lambda resume: finetune(  # noqa: E731
             config, cohort, split, device=device, resume=resume, heartbeat=alive.step
@@ -189,5 +192,5 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     every = setting.checkpoint_epochs
     for row in saved_run(config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep):
         alive()
-        log.info("epoch %d of %d: val_auc %.4f", row["epoch"], config.epochs, row["val_auc"])
+        log.info("epoch %d of %d: val_auc %.4f, %.1f s", row["epoch"], config.epochs, row["val_auc"], row["epoch_s"])
         tune.report(row)

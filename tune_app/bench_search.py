@@ -9,12 +9,16 @@ the start of Ray, of processes and of CUDA, reading the scans, checkpoints where
 
 import math
 import platform
+import shutil
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -49,8 +53,9 @@ def bench_search(
     """Return {"machine", "trials", ..., "plain": side, "medtune": side, "ratio"}; sides that were not asked for are None.
 
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
-    trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc. `ratio` is of trials
-    an hour. `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever
+    trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
+    time with a kernel running, mean over the machine's GPUs as nvidia-smi tells it each second; None without one); of
+    medtune also what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever
     a trial of the plain side has ended. Writes below `folder`.
     """
     sides = set(sides)
@@ -71,17 +76,25 @@ def bench_search(
     for side in [side for side in SIDES if side in sides]:  # plain first: a study sets variables for Ray
         started = time.perf_counter()
 
-        def keep(runs: list[list[float]], side: str = side, started: float = started) -> None:
-            result[side] = _side(runs, grace_epochs, time.perf_counter() - started)
+        def keep(
+            runs: list[list[float]], side: str = side, started: float = started, more: Mapping[str, Any] | None = None
+        ) -> None:
+            result[side] = _side(runs, grace_epochs, time.perf_counter() - started) | dict(more or {})
             if result["plain"] and result["medtune"]:
                 result["ratio"] = result["medtune"]["trials_per_hour"] / result["plain"]["trials_per_hour"]
             record(result)
 
-        if side == "plain":
-            runs = _plain(table, folder / "plain", settings, search, gpu=gpu, seed=seed, ended=keep)
-        else:
-            runs = _medtune(table, folder / "medtune", settings, search, gpus_per_trial=gpus_per_trial, seed=seed)
-        keep(runs)
+        more: dict[str, Any] = {}
+        with gpus_watched() as busy:
+            if side == "plain":
+                runs = _plain(table, folder / "plain", settings, search, gpu=gpu, seed=seed, ended=keep)
+            else:
+                epochs_table = _medtune(
+                    table, folder / "medtune", settings, search, gpus_per_trial=gpus_per_trial, seed=seed
+                )
+                runs = [list(map(float, rows["val_auc"])) for _, rows in epochs_table.groupby("trial")]
+                more = slots(epochs_table)
+        keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
         say(
             f"{side}: {len(runs)} trials in {measured['seconds']:.0f} s, {measured['trials_per_hour']:.0f} an hour, "
@@ -96,6 +109,43 @@ def machine(*packages: str) -> dict[str, Any]:
         "name": platform.processor() or platform.machine(),
         "python": platform.python_version(),
         **{name: installed_version(name) for name in packages},
+    }
+
+
+@contextmanager
+def gpus_watched() -> Iterator[list[float]]:
+    """Give a list that holds, when the block has ended, a share of 0 to 1 for each GPU and second; empty without GPUs."""
+    shares: list[float] = []
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield shares
+        return
+    command = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=1000"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        yield shares
+    finally:
+        watching.terminate()
+        said, _ = watching.communicate()
+        shares += [float(line) / 100 for line in said.splitlines() if line.strip().isdigit()]
+
+
+def slots(epochs: pd.DataFrame) -> dict[str, float | int | None]:
+    """Return how trials shared what they ran on, by the rows of a study's `epochs`.
+
+    at_once: the most trials at a time. training_share: share of the slots' time, from the first epoch's begin to the last
+    one's end, that was spent in epochs. between_s: median seconds from a trial's last row to the begin of the first
+    epoch of the one that followed in its slot; None where none followed.
+    """
+    by_trial = epochs.assign(begin=epochs["time"] - epochs["epoch_s"]).groupby("trial")
+    begins, ends = sorted(by_trial["begin"].min()), sorted(by_trial["time"].max())
+    at_once = max(sum(begin < end for begin in begins) - number for number, end in enumerate(ends))
+    # A trial takes the slot that has been free the longest
+    between = [begin - end for begin, end in zip(begins[at_once:], ends, strict=False)]
+    return {
+        "at_once": at_once,
+        "training_share": float(epochs["epoch_s"].sum()) / (at_once * (ends[-1] - begins[0])),
+        "between_s": statistics.median(between) if between else None,
     }
 
 
@@ -136,8 +186,20 @@ def search_table(result: Mapping[str, Any]) -> Table:
                 f"{_auc(row['first_rung_auc'])} +- {_auc(row['first_rung_auc_sd'])}",
                 _auc(row["best_auc"]),
             )
+    told = []
     if result["ratio"] is not None:
-        table.caption = f"medtune: {result['ratio']:.1f} times the trials an hour"
+        told.append(f"medtune: {result['ratio']:.1f} times the trials an hour")
+    if (ours := result["medtune"]) is not None:
+        between = "" if ours["between_s"] is None else f", {ours['between_s']:.1f} s between two trials"
+        told.append(
+            f"{ours['at_once']} trials at a time, {ours['training_share']:.0%} of their time in epochs{between}"
+        )
+    told += [
+        f"GPUs of {side} busy {row['gpu_busy']:.0%}"
+        for side in SIDES
+        if (row := result[side]) is not None and row.get("gpu_busy") is not None
+    ]
+    table.caption = "\n".join(told)
     return table
 
 
@@ -156,7 +218,8 @@ def _medtune(
     *,
     gpus_per_trial: float | str | None,
     seed: int,
-) -> list[list[float]]:
+) -> pd.DataFrame:
+    """Run the study; returns its rows."""
     from trainables.diagnosis import VERDICTS
     from tune_app.study import run_study
 
@@ -185,8 +248,7 @@ def _medtune(
         console = Console(file=log, width=80)
         outcome = run_study(spec, folder / "study", console=console, notes=console)
     assert not outcome.exit_code, f"the study ended with {outcome.states}: see {folder}"
-    epochs = load_study(folder / "study").epochs
-    return [list(map(float, rows["val_auc"])) for _, rows in epochs.groupby("trial")]
+    return load_study(folder / "study").epochs
 
 
 # Plain -----------------------------------------------------------------------------------------------------------------

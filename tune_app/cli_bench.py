@@ -71,17 +71,13 @@ def bench_ranks_command(
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
 ) -> None:
     """Time whole training steps of one run over several GPUs."""
-    from tune_app.bench import parse_batches
     from tune_app.bench_ranks import bench_ranks, ranks_table
     from tune_app.predict import choose_device
 
-    (pair,) = parse_batches(batch) if "," not in batch else [(0, 0)]
-    if not all(pair):
-        raise typer.BadParameter(f"--batch {batch!r}: one batch size, or BATCHxACCUMULATION such as 6x2")
     result = bench_ranks(
         sizes=_whole_numbers(sizes, "--sizes"),
         worlds=_whole_numbers(ranks, "--ranks"),
-        batch=pair,
+        batch=_one_batch(batch),
         device=str(choose_device(device)),
         depth=depth,
         width=width,
@@ -90,6 +86,48 @@ def bench_ranks_command(
         record=_recorder(out_file),
     )
     out.print(ranks_table(result))
+
+
+@bench_app.command("start")
+def bench_start_command(
+    size: Annotated[int, typer.Option("--size", help="Voxels a side.")] = 64,
+    volumes: Annotated[
+        str, typer.Option("--volumes", help="Training volumes, separated by commas: with and without a full last step.")
+    ] = "1029,1032",
+    batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")] = 1,
+    geometry: Annotated[str, typer.Option("--geometry", help="strided or dilated.")] = "strided",
+    depth: Annotated[int, typer.Option("--depth")] = 50,
+    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
+    device: DeviceOption = "auto",
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+) -> None:
+    """Time the start of a trial, in a new process and in one that has trained before."""
+    from tune_app.bench_start import bench_start, start_table
+    from tune_app.predict import choose_device
+
+    result = bench_start(
+        volumes=_whole_numbers(volumes, "--volumes"),
+        size=size,
+        batch=_one_batch(batch),
+        device=str(choose_device(device)),
+        at_once=at_once,
+        geometry=geometry,
+        depth=depth,
+        width=width,
+        say=to_stderr,
+        record=_recorder(out_file),
+    )
+    out.print(start_table(result))
+
+
+def _one_batch(text: str) -> tuple[int, int]:
+    from tune_app.bench import parse_batches
+
+    (pair,) = parse_batches(text) if "," not in text else [(0, 0)]
+    if not all(pair):
+        raise typer.BadParameter(f"--batch {text!r}: one batch size, or BATCHxACCUMULATION such as 6x2")
+    return pair
 
 
 @bench_app.command("search")

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ from tune_app.bench_efficiency import bench_efficiency, efficiency_table
 from tune_app.bench_overhead import bench_overhead, overhead_table
 from tune_app.bench_ranks import bench_ranks, ranks_table
 from tune_app.bench_results import bench_results, results_line, results_table_of
-from tune_app.bench_search import bench_search, search_table
+from tune_app.bench_search import bench_search, gpus_watched, search_table, slots
+from tune_app.bench_start import RUNS, bench_start, start_table
 from tune_app.results import load_study, read_record, read_rows
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
@@ -82,6 +85,47 @@ def test_one_run_over_more_ranks_is_measured() -> None:
     assert ranks_table(result).row_count == 2
 
 
+def test_slots_tell_what_lies_between_trials() -> None:
+    """Two slots: a trains from 0 to 10 and b from 1 to 5; c follows b after 2 s, d follows a after 3 s, in epochs of 2 s."""
+    spans = {"a": (0, 10), "b": (1, 5), "c": (7, 11), "d": (13, 15)}
+    rows = [
+        {"trial": trial, "time": float(end), "epoch_s": 2.0}
+        for trial, (begin, last) in spans.items()
+        for end in range(begin + 2, last + 1, 2)
+    ]
+    found = slots(pd.DataFrame(rows).sort_values("time"))
+    assert found == {"at_once": 2, "training_share": pytest.approx(20 / 30), "between_s": 2.5}
+    assert slots(pd.DataFrame(rows[:5])) == {"at_once": 1, "training_share": 1.0, "between_s": None}
+
+
+def test_gpus_are_watched_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with gpus_watched() as none:
+        pass
+    assert none == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 100; echo '[N/A]'; echo 50; exec /bin/sleep 60\n")
+    program.chmod(0o755)
+    with gpus_watched() as shares:
+        time.sleep(0.5)
+    assert shares == [1.0, 0.5]
+
+
+def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_trained() -> None:
+    result = bench_start(volumes=[3, 4], size=16, batch=(2, 1), device="cpu", at_once=2, depth=10, width=0.125)
+    rows = result["rows"]
+    assert [(row["volumes"], row["run"]) for row in rows] == [(n, run) for n in (3, 4) for run in RUNS]
+    for row in rows:
+        assert (row["load_s"] > 0) == (row["run"] == "new process")
+        assert row["cost_s"] == pytest.approx(
+            row["load_s"] + row["set_up_s"] + row["first_epoch_s"] - row["later_epoch_s"]
+        )
+    json.dumps(result, allow_nan=False)
+    assert start_table(result).row_count == 6
+    with pytest.raises(BenchError, match="1 or more of each"):
+        bench_start(volumes=[], device="cpu")
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
@@ -98,6 +142,8 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
         assert {len(run) for run in result[side]["runs"]} <= {1, 2}
         assert max(len(run) for run in result[side]["runs"]) == 2
         assert result[side]["trials_per_hour"] == pytest.approx(3 * 3600 / result[side]["seconds"])
+    assert result["medtune"]["at_once"] >= 1
+    assert 0 < result["medtune"]["training_share"] <= 1
     assert result["ratio"] == pytest.approx(result["plain"]["seconds"] / result["medtune"]["seconds"])
     assert kept[:3] == [1, 2, 3], "a result after each trial of the slower side"
     json.dumps(result, allow_nan=False)
