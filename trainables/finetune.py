@@ -72,11 +72,11 @@ from trainables.network import (
     train_mode,
     trainable_stages,
 )
+from trainables.resident import Volumes
 from trainables.volumes import Cohort
 from trainables.weights import LoadReport, load_pretrained
 
 CHECKPOINT_FORMAT = 1
-RESIDENT_SHARE = 0.4  # of the free device memory: the rest is for the networks, their gradients and activations
 ACTIVATION_SHARE = 0.2  # of all device memory, for the micro-batches that run together: several trials may share a GPU
 WARM_STEPS = 3  # eager steps before a capture: they choose convolution algorithms and make the optimiser's state
 
@@ -171,7 +171,7 @@ class _Run:
         self.split = split
         self.labels = np.asarray(cohort.labels)
         self.class_counts = np.bincount(self.labels[split.train], minlength=config.num_classes)
-        self.volumes = _Volumes(cohort, np.concatenate([split.train, split.val]), device)
+        self.volumes = Volumes(cohort, np.concatenate([split.train, split.val]), device)
 
         torch.manual_seed(config.seed)
         network = configured_network(config)
@@ -729,39 +729,3 @@ def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class _Volumes:
-    """Batches (B, C, D, H, W) float32 of a cohort on a device; the rows in use stay there when they fit."""
-
-    def __init__(self, cohort: Cohort, rows: np.ndarray, device: torch.device) -> None:
-        self.cohort, self.device = cohort, device
-        self.resident: Tensor | None = None
-        if device.type == "cuda":
-            unique = np.unique(rows)
-            size = cohort.volumes[0].nbytes * len(unique)
-            if size <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-                self.position = np.full(len(cohort.labels), -1)
-                self.position[unique] = np.arange(len(unique))
-                self.resident = torch.from_numpy(np.ascontiguousarray(cohort.volumes[unique])).to(device)
-                self.resident_labels = torch.from_numpy(np.asarray(cohort.labels)[unique]).to(device)
-
-    def resident_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Volumes and labels at places in the resident cohort that only the device knows."""
-        assert self.resident is not None
-        volumes = self.resident[index].float().contiguous(memory_format=torch.channels_last_3d)
-        return volumes, self.resident_labels[index]
-
-    def batch(self, rows: np.ndarray) -> Tensor:
-        if self.resident is not None:
-            index = torch.from_numpy(self.position[rows]).to(self.device, non_blocking=True)
-            return self.resident[index].float().contiguous(memory_format=torch.channels_last_3d)
-        # Sorted reads are sequential reads of the file; the order is put back in memory.
-        order = np.argsort(rows, kind="stable")
-        block = np.empty((len(rows), *self.cohort.volumes.shape[1:]), dtype=self.cohort.volumes.dtype)
-        block[order] = self.cohort.volumes[rows[order]]
-        volumes = torch.from_numpy(block)
-        if self.device.type != "cuda":
-            return volumes.float()
-        volumes = volumes.pin_memory().to(self.device, non_blocking=True)
-        return volumes.float().contiguous(memory_format=torch.channels_last_3d)
