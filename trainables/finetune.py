@@ -19,6 +19,8 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
   What changes between steps lies in tensors that keep their place: where the step begins in the epoch's order, rates,
   class weights, random seeds. So only another set of trainable stages needs another capture; a partial last step runs
   eagerly, on the same stream.
+* What the next trial of a process can use again stays: the cohort on the device (`trainables.resident`), and what torch
+  knows about convolutions, as all trials train in one thread (`trainables.training_thread`).
 * On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking
   each by itself (`trainables.batchnorm`): the numbers are those of one after the other, up to rounding.
 
