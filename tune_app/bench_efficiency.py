@@ -39,7 +39,7 @@ from tune_app.ablation import ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench_search import machine
 from tune_app.results import Study, load_study
-from tune_app.spec import SpecError
+from tune_app.spec import SpecError, StudyFiles
 
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000
@@ -131,7 +131,7 @@ def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, re
     spent = _until(seconds, command, place / "console.log")
     study = load_study(place / "study")
     winner = _winner(study)
-    _drop_weights(place / "study")
+    _drop_weights(study)
     return {
         "seconds": spent,
         "trials": len(study.trials),
@@ -161,10 +161,12 @@ def _until(seconds: float, command: list[str], log: Path) -> float:
     return spent
 
 
-def _drop_weights(study: Path) -> None:
+def _drop_weights(study: Study) -> None:
     """Remove the weights of a study that has ended: nothing here reads them, and nine searches of ResNet-50 fill a disk."""
-    for file in study.glob("trials/*/*.pt"):
-        file.unlink()
+    for trial in study.trials["trial"]:
+        files = StudyFiles(study.path).trial(trial)
+        for weights in (files.checkpoint, files.best):
+            weights.unlink(missing_ok=True)
 
 
 def _winner(study: Study) -> str:
@@ -306,11 +308,12 @@ def _confirm(
         console = Console(file=log, width=80)
         spec = spec.model_copy(update={"planned": tuple(planned)})
         run_study(spec, folder / "confirm", console=console, notes=console)
-    trials = load_study(folder / "confirm").trials
-    _drop_weights(folder / "confirm")
+    confirmed = load_study(folder / "confirm")
+    _drop_weights(confirmed)
 
     def values(variant: str) -> list[float]:
-        return [float(value) for value in trials.loc[trials["variant"] == variant, "objective"].dropna()]
+        of_variant = confirmed.trials["variant"] == variant
+        return [float(value) for value in confirmed.trials.loc[of_variant, "objective"].dropna()]
 
     result["documented"] = values("documented")
     for search in result["searches"]:

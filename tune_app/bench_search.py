@@ -55,8 +55,9 @@ def bench_search(
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the machine's GPUs as nvidia-smi tells it each second; None without one); of
-    medtune also what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever
-    a trial of the plain side has ended. Writes below `folder`.
+    medtune also what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain
+    side has a GPU a trial. `record` is given the result so far whenever a trial of the plain side has ended. Writes below
+    `folder`.
     """
     sides = set(sides)
     if unknown := sorted(sides - set(SIDES)):
@@ -77,23 +78,20 @@ def bench_search(
         started = time.perf_counter()
 
         def keep(
-            runs: list[list[float]], side: str = side, started: float = started, more: Mapping[str, Any] | None = None
+            runs: list[list[float]], side: str = side, started: float = started, more: Mapping[str, Any] = {}
         ) -> None:
-            result[side] = _side(runs, grace_epochs, time.perf_counter() - started) | dict(more or {})
+            result[side] = _side(runs, grace_epochs, time.perf_counter() - started) | dict(more)
             if result["plain"] and result["medtune"]:
                 result["ratio"] = result["medtune"]["trials_per_hour"] / result["plain"]["trials_per_hour"]
             record(result)
 
-        more: dict[str, Any] = {}
+        place = folder / side
+        more: Mapping[str, Any] = {}
         with gpus_watched() as busy:
             if side == "plain":
-                runs = _plain(table, folder / "plain", settings, search, gpu=gpu, seed=seed, ended=keep)
+                runs = _plain(table, place, settings, search, gpu=gpu, seed=seed, ended=keep)
             else:
-                epochs_table = _medtune(
-                    table, folder / "medtune", settings, search, gpus_per_trial=gpus_per_trial, seed=seed
-                )
-                runs = [list(map(float, rows["val_auc"])) for _, rows in epochs_table.groupby("trial")]
-                more = slots(epochs_table)
+                runs, more = _medtune(table, place, settings, search, gpus_per_trial=gpus_per_trial, seed=seed)
         keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
         say(
@@ -218,8 +216,8 @@ def _medtune(
     *,
     gpus_per_trial: float | str | None,
     seed: int,
-) -> pd.DataFrame:
-    """Run the study; returns its rows."""
+) -> tuple[list[list[float]], dict[str, float | int | None]]:
+    """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
     from trainables.diagnosis import VERDICTS
     from tune_app.study import run_study
 
@@ -248,7 +246,8 @@ def _medtune(
         console = Console(file=log, width=80)
         outcome = run_study(spec, folder / "study", console=console, notes=console)
     assert not outcome.exit_code, f"the study ended with {outcome.states}: see {folder}"
-    return load_study(folder / "study").epochs
+    epochs = load_study(folder / "study").epochs
+    return [list(map(float, rows["val_auc"])) for _, rows in epochs.groupby("trial")], slots(epochs)
 
 
 # Plain -----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,11 @@ import typer
 
 from tune_app.cli_common import ConcurrentOption, DeviceOption, SetOption, out, parse_settings, to_stderr
 
+DepthOption = Annotated[int, typer.Option("--depth")]
+WidthOption = Annotated[float, typer.Option("--width", help="Factor on all channels.")]
+StepsOption = Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")]
+ResultOption = Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")]
+
 bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
 
 
@@ -17,9 +22,9 @@ def bench_train_command(
     sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "64,96,128",
     geometries: Annotated[str, typer.Option("--geometries", help="strided, dilated or both.")] = "strided,dilated",
     batches: Annotated[str, typer.Option("--batches", help="Batch size x accumulation steps.")] = "6x2,24x1",
-    depth: Annotated[int, typer.Option("--depth")] = 50,
-    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
+    depth: DepthOption = 50,
+    width: WidthOption = 1.0,
+    steps: StepsOption = 24,
     variants: Annotated[
         str,
         typer.Option(
@@ -27,7 +32,7 @@ def bench_train_command(
         ),
     ] = "plain,ours",
     device: DeviceOption = "auto",
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Time whole training steps: a plain loop against medtune's own, side by side."""
@@ -64,11 +69,11 @@ def bench_ranks_command(
     sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "96,128",
     ranks: Annotated[str, typer.Option("--ranks", help="GPUs of a run, separated by commas.")] = "1,2",
     batch: Annotated[str, typer.Option("--batch", help="Batch size of a GPU x accumulation steps.")] = "6x2",
-    depth: Annotated[int, typer.Option("--depth")] = 50,
-    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")] = 24,
+    depth: DepthOption = 50,
+    width: WidthOption = 1.0,
+    steps: StepsOption = 24,
     device: DeviceOption = "auto",
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time whole training steps of one run over several GPUs."""
     from tune_app.bench_ranks import bench_ranks, ranks_table
@@ -97,10 +102,10 @@ def bench_start_command(
     batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
     at_once: Annotated[int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")] = 1,
     geometry: Annotated[str, typer.Option("--geometry", help="strided or dilated.")] = "strided",
-    depth: Annotated[int, typer.Option("--depth")] = 50,
-    width: Annotated[float, typer.Option("--width", help="Factor on all channels.")] = 1.0,
+    depth: DepthOption = 50,
+    width: WidthOption = 1.0,
     device: DeviceOption = "auto",
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time the start of a trial, in a new process and in one that has trained before."""
     from tune_app.bench_start import bench_start, start_table
@@ -142,7 +147,7 @@ def bench_search_command(
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of both samplers.")] = 0,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time one search: medtune's, and plain Ray Tune with OptunaSearch and ASHA over a plain loop with MONAI."""
     import tempfile
@@ -183,7 +188,7 @@ def bench_efficiency_command(
     max_concurrent: ConcurrentOption = None,
     settings: SetOption = None,
     folder: Annotated[Path | None, typer.Option("--work", help="Folder to keep all studies in.")] = None,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Tell what the same time buys of random search, plain Ray Tune and medtune: winners run again and compared."""
     import tempfile
@@ -218,7 +223,7 @@ def _recorder(file: Path | None) -> Callable[[dict[str, Any]], object]:
 def bench_data_command(
     size: Annotated[int, typer.Option("--size", min=8, help="Voxels a side.")] = 96,
     subjects: Annotated[int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")] = 24,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
     import tempfile
@@ -235,7 +240,7 @@ def bench_data_command(
 def bench_results_command(
     trials: Annotated[int, typer.Option("--trials", min=4, help="Trials of the study.")] = 1000,
     epochs: Annotated[int, typer.Option("--epochs", min=24, help="Epochs of each.")] = 60,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time loading a study, its leaderboard, importance and report, and tell the memory they take."""
     import tempfile
@@ -257,7 +262,7 @@ def bench_overhead_command(
     concurrent: Annotated[
         int | None, typer.Option("--max-concurrent", min=1, help="Trials at a time; default: one a CPU.")
     ] = None,
-    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")] = None,
+    out_file: ResultOption = None,
 ) -> None:
     """Time trials that train nothing: a study of ours against bare Ray Tune with OptunaSearch, in turns."""
     import tempfile
