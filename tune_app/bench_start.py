@@ -4,27 +4,32 @@ Three runs, one after the other, in a process that has just been started, and in
 time, as many trials share a GPU:
 
     new process   loads torch and MONAI, chooses convolution algorithms, compiles kernels, captures its graphs
-    same thread   the next trial, where `trainables.training_thread` puts it
+    same thread   the next trial, where `trainables.training_thread` puts it; a GPU has the cohort already
     new thread    the same trial in a thread of its own, where Ray Tune would put it
 
-`volumes` whose last step is not full cost more: its micro-batches have sizes that no other step has. Random volumes;
+The cohort is a file, as a study's is: `trainables.resident` keeps no other on a GPU. `volumes` whose last step is not full cost more: its micro-batches have sizes that no other step has. Random volumes;
 scores mean nothing.
 """
 
+import dataclasses
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing import get_context
 from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from trainables.config import FineTuneConfig
 from trainables.finetune import _Run
+from trainables.manifest import Split
 from trainables.training_thread import in_training_thread
 from trainables.volumes import Cohort
 from tune_app.bench import BenchError, bench_config, machine_facts, made_cohort
@@ -78,23 +83,31 @@ def bench_start(
 
 def _measured(config: FineTuneConfig, volumes: int, at_once: int, kind: str) -> list[dict[str, dict[str, float]]]:
     answers: SimpleQueue[dict[str, dict[str, float]]] = get_context("spawn").SimpleQueue()
-    spawn(  # type: ignore[no-untyped-call]
-        _process, (config, volumes, kind, time.time(), answers), nprocs=at_once
-    )
+    cohort, split = made_cohort(config, volumes)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "volumes.npy"
+        np.save(file, cohort.volumes)
+        # What travels to the processes
+        without = dataclasses.replace(cohort, volumes=cohort.volumes[:0])  # type: ignore[arg-type]
+        spawn(  # type: ignore[no-untyped-call]
+            _process, (config, without, split, file, kind, time.time(), answers), nprocs=at_once
+        )
     return [answers.get() for _ in range(at_once)]
 
 
 def _process(
     _: int,
     config: FineTuneConfig,
-    volumes: int,
+    without: Cohort,
+    split: Split,
+    file: Path,
     kind: str,
     began: float,
     answers: "SimpleQueue[dict[str, dict[str, float]]]",
 ) -> None:
     load_s = time.time() - began  # the clock of the machine: another process has looked at it first
     torch.set_num_threads(1)
-    cohort, split = made_cohort(config, volumes)
+    cohort = dataclasses.replace(without, volumes=np.load(file, mmap_mode="r"))
 
     def run() -> dict[str, float]:
         return _run(config, cohort, split, torch.device(kind))
@@ -111,7 +124,7 @@ def _process(
     answers.put(found)
 
 
-def _run(config: FineTuneConfig, cohort: Cohort, split: Any, device: torch.device) -> dict[str, float]:
+def _run(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, float]:
     started = time.perf_counter()
     run = _Run(config, cohort, split, device)
     set_up_s = time.perf_counter() - started
