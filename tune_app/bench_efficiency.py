@@ -10,19 +10,26 @@ All sides train the very same runs of ours on the same cohort, as many at a time
 Each side's clock runs from the start of its process to the budget's end, start-up included. What a search says its winner
 is worth was measured on what it chose by; so all winners, and the documented settings, are run again together with seeds
 and on folds of their own, and compared by that.
+
+Searches run one after the other on all GPUs, or, of `at_once` repetitions at a time, all together: each repetition on one
+GPU, which its sides share, so that none has it better than the others.
 """
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +51,8 @@ from tune_app.spec import SpecError, StudyFiles
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000
 """Trials a search may ask for: time ends it."""
+DISK_GIB = 8.0
+"""What the weights of a search may take while it lasts; nothing here reads them."""
 LEAVING_S = 120.0
 """Seconds a search may take to end when its time is over."""
 CONFIRMING_SEED = 1_000
@@ -56,6 +65,7 @@ def bench_efficiency(
     *,
     seconds: float,
     repetitions: int = 3,
+    at_once: int | None = None,
     epochs: int = 30,
     space: str = "documented",
     config: Mapping[str, Any],
@@ -94,33 +104,62 @@ def bench_efficiency(
         "machine": machine("torch", "ray", "optuna", "monai"),
         **common,
         "seconds": seconds,
+        "at_once": at_once,
         "folds": folds,
         "seeds": seeds,
         "searches": [],
         "documented": [],
     }
-    for repetition in range(repetitions):
-        for side in asked:
-            place = folder / f"{side}-{repetition}"
-            if side == "plain":
-                found = _plain({**common, "cohort": str(prepared)}, place, seconds, repetition)
-            else:
-                found = _study(side, common, place, seconds, repetition)
+    keeping = threading.Lock()
+
+    def search(side: str, repetition: int, environment: Mapping[str, str]) -> None:
+        place = folder / f"{side}-{repetition}"
+        if side == "plain":
+            found = _plain({**common, "cohort": str(prepared)}, place, seconds, repetition, environment)
+        else:
+            found = _study(side, common, place, seconds, repetition, environment)
+        with keeping:
             result["searches"].append({"side": side, "repetition": repetition, **found, "confirmed": []})
+            result["searches"].sort(key=lambda search: (search["repetition"], asked.index(search["side"])))
             say(
                 f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
                 f"its best says {found['claimed']:.3f}"
             )
             record(without_nonfinite(result))
+
+    together = at_once or 1
+    gpus = visible_gpus() if at_once else []
+    for first in range(0, repetitions, together):
+        wave = [(side, number) for number in range(first, min(first + together, repetitions)) for side in asked]
+        with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
+            begun = [pool.submit(search, side, number, _sharing(gpus, number)) for side, number in wave]
+        for one in begun:
+            one.result()
     _confirm(result, table, folder, common, folds, seeds)
     finite: dict[str, Any] = without_nonfinite(result)
     record(finite)
     return finite
 
 
-def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")
+
+
+def _sharing(gpus: list[str], repetition: int) -> dict[str, str]:
+    """Return the environment of searches that share a machine, on one of `gpus` if there are any."""
+    if not gpus:
+        return {}
+    # Every Ray would start a worker a core before it trains anything
+    return {"CUDA_VISIBLE_DEVICES": gpus[repetition % len(gpus)], "RAY_prestart_worker_first_driver": "0"}
+
+
+def _study(
+    side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """Run a study of ours until its time is over."""
-    fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition}
+    fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition, "disk_budget_gib": DISK_GIB}
     fields["config"] = {**common["config"], "seed": repetition}
     if side == "random":
         ignored = dict.fromkeys(VERDICTS, "ignore")
@@ -128,7 +167,7 @@ def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, re
     place.mkdir(parents=True)
     (place / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
     command = [sys.executable, "-m", "tune_app.cli", "run", str(place / "study.yaml"), "--out", str(place / "study")]
-    spent = _until(seconds, command, place / "console.log")
+    spent = _until(seconds, command, place / "console.log", environment)
     study = load_study(place / "study")
     winner = _winner(study)
     _drop_weights(study)
@@ -141,11 +180,16 @@ def _study(side: str, common: Mapping[str, Any], place: Path, seconds: float, re
     }
 
 
-def _until(seconds: float, command: list[str], log: Path) -> float:
-    """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then."""
+def _until(seconds: float, command: list[str], log: Path, environment: Mapping[str, str] = {}) -> float:
+    """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then.
+
+    `environment`: what is other in the command's than in ours.
+    """
     began = time.perf_counter()
     with log.open("w") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **environment}
+        )
         try:
             if process.wait(seconds):
                 raise SpecError([f"the search ended with {process.returncode} before its time was over: see {log}"])
@@ -162,7 +206,7 @@ def _until(seconds: float, command: list[str], log: Path) -> float:
 
 
 def _drop_weights(study: Study) -> None:
-    """Remove the weights of a study that has ended: nothing here reads them, and nine searches of ResNet-50 fill a disk."""
+    """Remove the weights of a study that has ended: nine searches of ResNet-50 fill a disk."""
     for trial in study.trials["trial"]:
         files = StudyFiles(study.path).trial(trial)
         for weights in (files.checkpoint, files.best):
@@ -182,7 +226,9 @@ def _winner(study: Study) -> str:
 # Plain -----------------------------------------------------------------------------------------------------------------
 
 
-def _plain(common: Mapping[str, Any], place: Path, seconds: float, repetition: int) -> dict[str, Any]:
+def _plain(
+    common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
     place.mkdir(parents=True)
     given = {**common, "trials": MANY, "seed": repetition, "place": str(place.resolve())}
@@ -191,7 +237,14 @@ def _plain(common: Mapping[str, Any], place: Path, seconds: float, repetition: i
     with (place / "console.log").open("w") as told:
         until = time.monotonic() + seconds  # of the machine, not of the process
         command = [sys.executable, "-m", "tune_app.bench_efficiency", str(place / "given.json"), str(until)]
-        done = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, timeout=seconds + 300, check=False)
+        done = subprocess.run(
+            command,
+            stdout=told,
+            stderr=subprocess.STDOUT,
+            timeout=seconds + 300,
+            check=False,
+            env={**os.environ, **environment},
+        )
     if done.returncode:
         last = (place / "console.log").read_text().strip().rpartition("\n")[2]
         raise SpecError([f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"])
@@ -207,14 +260,13 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune_app.local_ray import keep_strangers_out
+    from tune_app.local_ray import start_ray
 
     settings = given["config"]
     space = space_from(given["space"], settings)
     distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
     place = Path(given["place"])
-    keep_strangers_out()
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    start_ray({"log_to_driver": False, "logging_level": "ERROR"})  # which tries again, as a study does
     has_gpu = bool(ray.cluster_resources().get("GPU"))
     gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
     at_once = int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
@@ -284,7 +336,10 @@ def _report_epochs(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
 def _confirm(
     result: dict[str, Any], table: Path, folder: Path, common: Mapping[str, Any], folds: str, seeds: int
 ) -> None:
-    """Run all winners and the documented settings with the same new seeds on the same folds; fill in what they reach."""
+    """Run all winners and the documented settings with the same new seeds on the same folds; fill in what they reach.
+
+    `max_concurrent` is of the searches: here nothing is timed.
+    """
     from tune_app.study import run_study
 
     config = common["config"]
@@ -296,7 +351,7 @@ def _confirm(
         seeds=seeds,
         folds=folds,
         config=config,
-        **{name: common[name] for name in ("gpus_per_trial", "max_concurrent", "cache") if common[name] is not None},
+        **{name: common[name] for name in ("gpus_per_trial", "cache") if common[name] is not None},
     )
     planned = [
         one.model_copy(

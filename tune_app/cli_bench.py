@@ -179,6 +179,10 @@ def bench_efficiency_command(
     data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each search.")] = 120,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Searches of each side.")] = 3,
+    at_once: Annotated[
+        int | None,
+        typer.Option("--at-once", min=1, help="Repetitions at a time, each on one GPU that its sides share."),
+    ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 30,
     space: Annotated[str, typer.Option("--space", help="Search space of all sides.")] = "documented",
     sides: Annotated[str, typer.Option("--sides", help="Some of random, plain, medtune.")] = "random,plain,medtune",
@@ -201,6 +205,7 @@ def bench_efficiency_command(
             folder or Path(temporary),
             seconds=seconds,
             repetitions=repetitions,
+            at_once=at_once,
             epochs=epochs,
             space=space,
             config=parse_settings(settings),

@@ -61,7 +61,7 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
         ray.init(address=cluster, **common)
     else:
         os.environ[SESSION] = secrets.token_hex(8)
-        _start_ray(common)
+        start_ray(common)
     try:
         yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
     finally:
@@ -71,7 +71,7 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
         _forget_what_ray_keeps()
 
 
-def _start_ray(options: dict[str, Any]) -> None:
+def start_ray(options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
     os.environ.setdefault("RAY_enable_open_telemetry", "0")  # its exporter's thread outlives each `ray.shutdown`

@@ -159,7 +159,7 @@ def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(tmp_path: Path, mo
     settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
     kept: list[int] = []
     result = bench_efficiency(
-        table, tmp_path / "work", seconds=200, repetitions=1, epochs=1, config=settings, max_concurrent=1,
+        table, tmp_path / "work", seconds=200, repetitions=1, at_once=1, epochs=1, config=settings, max_concurrent=1,
         record=lambda so_far: kept.append(len(so_far["searches"])),
     )  # fmt: skip
     assert [search["side"] for search in result["searches"]] == ["random", "plain", "medtune"]
@@ -184,6 +184,33 @@ def test_a_search_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in log.read_text()
     with pytest.raises(SpecError, match="the search ended with 3 before its time was over: see"):
         bench_efficiency_module._until(60.0, [sys.executable, "-c", "raise SystemExit(3)"], log)
+
+
+def test_repetitions_are_shared_out_over_the_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sides of a repetition see the same one GPU; those of repetitions after the others' begin when these have ended."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    seen: list[tuple[str, int, str]] = []
+
+    def found(environment: dict[str, str], side: str, repetition: int) -> dict[str, Any]:
+        seen.append((side, repetition, environment["CUDA_VISIBLE_DEVICES"]))
+        return {"seconds": 1.0, "trials": 1, "epochs": 1, "claimed": 0.5, "overrides": {}}
+
+    module = bench_efficiency_module
+    monkeypatch.setattr(module, "_study", lambda side, c, p, s, number, environment: found(environment, side, number))
+    monkeypatch.setattr(module, "_plain", lambda c, p, s, number, environment: found(environment, "plain", number))
+    monkeypatch.setattr(module, "_confirm", lambda *_: None)
+    table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
+    settings = {"volume_shape": 16, "num_folds": 2}
+    result = bench_efficiency(
+        table, tmp_path / "work", seconds=1, repetitions=4, at_once=3, config=settings, sides=["plain", "medtune"]
+    )
+    assert sorted(seen[:6]) == [
+        ("medtune", 0, "4"), ("medtune", 1, "6"), ("medtune", 2, "4"),
+        ("plain", 0, "4"), ("plain", 1, "6"), ("plain", 2, "4"),
+    ]  # fmt: skip
+    assert sorted(seen[6:]) == [("medtune", 3, "6"), ("plain", 3, "6")]
+    order = [(search["repetition"], search["side"]) for search in result["searches"]]
+    assert order == [(number, side) for number in range(4) for side in ("plain", "medtune")]
 
 
 def test_a_side_is_known_or_the_search_is_not_begun(tmp_path: Path) -> None:
