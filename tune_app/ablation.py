@@ -29,6 +29,9 @@ from tune_app.yaml_text import YamlError, load_yaml
 PLANNED = ("fold", "seed", "cross_validate", "num_folds")
 """Hyperparameters that the plan decides in every trial, so that runs are paired."""
 
+DECIDED = {"fold": "folds", "cross_validate": "folds", "seed": "seeds"}
+"""Hyperparameters that a config of all runs must not hold -> what decides them instead."""
+
 ADJUSTED_LEVEL = 0.05
 
 
@@ -153,7 +156,7 @@ def ablation_spec(
     if seeds < 1:
         raise SpecError([f"seeds={seeds}: 1 or more"])
     decided = {name: "the variants" for overrides in chosen.values() for name in overrides}
-    decided |= {"fold": "folds", "cross_validate": "folds", "seed": "seeds"}
+    decided |= DECIDED
     if clash := [f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided]:
         raise SpecError(clash)
     shared = build_config(config)

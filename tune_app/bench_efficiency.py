@@ -42,7 +42,7 @@ from trainables.diagnosis import VERDICTS
 from trainables.manifest import read_manifest
 from trainables.scans import Recipe
 from trainables.volumes import prepare_cohort
-from tune_app.ablation import ablation_spec
+from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench_search import machine
 from tune_app.results import Study, load_study
@@ -342,12 +342,15 @@ def _confirm(
     """
     from tune_app.study import run_study
 
-    config = common["config"]
+    config = {name: value for name, value in common["config"].items() if name not in DECIDED}
     chosen: dict[str, dict[str, Scalar]] = {"documented": documented_after(config["epochs"])}
     chosen |= {f"{search['side']}-{search['repetition']}": search["overrides"] for search in result["searches"]}
     spec = ablation_spec(
         table,
-        {name: {k: v for k, v in overrides.items() if k not in config} for name, overrides in chosen.items()},
+        {
+            name: {k: v for k, v in overrides.items() if k not in config and k not in DECIDED}
+            for name, overrides in chosen.items()
+        },
         seeds=seeds,
         folds=folds,
         config=config,

@@ -131,7 +131,9 @@ def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_t
 def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
     """Two epochs, a rung after the first: at least one trial of each side sees both, none sees more."""
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
-    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    settings = {
+        "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0, "cross_validate": True,
+    }  # fmt: skip
     kept: list[int] = []
     result = bench_search(
         table, tmp_path / "work", trials=3, epochs=2, grace_epochs=1, reduction_factor=2, config=settings, gpu=False,
@@ -156,7 +158,9 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
 def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_efficiency_module, "MANY", 2)  # the studies end by that, long before their time is over
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
-    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    settings = {
+        "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0, "cross_validate": True,
+    }  # fmt: skip
     kept: list[int] = []
     result = bench_efficiency(
         table, tmp_path / "work", seconds=200, repetitions=1, at_once=1, epochs=1, config=settings, max_concurrent=1,
