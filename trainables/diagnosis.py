@@ -20,7 +20,7 @@ is not said: without raw and averaged values there is no `ema_lag`, without `tra
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from trainables.config import FineTuneConfig
@@ -109,8 +109,31 @@ SHARE_REGAINED = 1 / 3
 LONGEST_WAIT = 2
 """Epochs in a row on the way back that a beginning collapse is kept in mind for."""
 
+FALLS: tuple[Verdict, ...] = ("non_finite", "ema_lag", "collapsed_after_drw", "collapsed")
+"""Verdicts that say what is deployed was lost; it may come back, which no later row would tell."""
+
+HEALED_SHOWN = 4
+"""Falls that healed which a summary names, the last ones."""
+
 UNKNOWN_ERROR = 0.05
 """Standard error taken for an AUC that comes without interval and counts: that of .85 at 20 positives and 80 negatives."""
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A fall that was confirmed and settled, and that the run came back from by itself."""
+
+    verdict: Verdict
+    first: int
+    """First epoch of what was wrong."""
+    last: int
+    """Last epoch of it."""
+    advice: str
+
+    @property
+    def epochs(self) -> int:
+        """Epochs it lasted."""
+        return self.last - self.first + 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,13 @@ class Diagnosis:
     """Which hyperparameters to change, with values; empty for healthy."""
     settled: bool = True
     """False while waiting may still change it (an average that is warming up): act on settled ones only."""
+    healed: tuple[Healed, ...] = ()
+    """Falls the run came back from; `summary` names them, and where nothing else is wrong `advice` is the last one's."""
+
+    @property
+    def healed_epochs(self) -> int:
+        """Epochs spent in falls that healed."""
+        return sum(fall.epochs for fall in self.healed)
 
 
 def diagnose(rows: Iterable[Mapping[str, Any]], config: FineTuneConfig | Mapping[str, Any] | None = None) -> Diagnosis:
@@ -256,6 +286,8 @@ class RunMonitor:
         self._losses: list[float] = []
         self._spike: tuple[int, float, float] | None = None
         self._epochs_since_spike = 0
+        self._fall: Healed | None = None
+        self._healed: tuple[Healed, ...] = ()
 
     def update(self, row: Mapping[str, Any]) -> Diagnosis:
         """Return the diagnosis with this row added. Columns: the contract of `finetune`, all but `epoch` optional."""
@@ -276,7 +308,7 @@ class RunMonitor:
         self._judge_gap(epoch, row, raw if math.isfinite(raw) else auc, error)
         self._judge_loss(epoch, row)
 
-        self.diagnosis = (
+        found = (
             self._non_finite(row)
             or self._ema_lag(row, raw, ema)
             or self._collapse(auc)
@@ -287,6 +319,8 @@ class RunMonitor:
             or self._too_noisy(row, auc, one_class)
             or HEALTHY
         )
+        self._follow_fall(epoch, found)
+        self.diagnosis = self._with_healed(found)
         return self.diagnosis
 
     # What each row adds -----------------------------------------------------------------------------------------------
@@ -376,6 +410,31 @@ class RunMonitor:
             del self._losses[:-5]
             if self._epochs_since_spike >= 5:
                 self._spike = None
+
+    def _follow_fall(self, epoch: int, found: Diagnosis) -> None:
+        if found.verdict in FALLS and found.settled and found.epoch is not None:
+            first = self._fall.first if self._fall is not None else found.epoch
+            self._fall = Healed(found.verdict, first, epoch, found.advice)
+        elif self._fall is not None:
+            self._healed, self._fall = (*self._healed, self._fall), None
+
+    def _with_healed(self, found: Diagnosis) -> Diagnosis:
+        if not self._healed:
+            return found
+        shown = self._healed[-HEALED_SHOWN:]
+        told = [
+            f"{verdict} in epochs "
+            + ", ".join(f"{fall.first} to {fall.last}" for fall in shown if fall.verdict == verdict)
+            for verdict in dict.fromkeys(fall.verdict for fall in shown)
+        ]
+        if earlier := len(self._healed) - len(shown):
+            told.append(f"{earlier} time{'s' if earlier > 1 else ''} before")
+        return replace(
+            found,
+            summary=f"{found.summary}; healed: {', '.join(told)}",
+            advice=found.advice or self._healed[-1].advice,
+            healed=self._healed,
+        )
 
     # The verdicts -----------------------------------------------------------------------------------------------------
 

@@ -337,15 +337,16 @@ def run_lines(study: Study) -> list[str]:
     for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
         own = trials[trials["variant"] == variant]
         sick = own[own["verdict"].notna() & (own["verdict"] != "healthy")]
-        if sick.empty:
+        healed = own.loc[(own["healed_epochs"] > 0).fillna(False), "healed_epochs"]
+        if sick.empty and healed.empty:
             continue
-        told = []
+        told = [f"{len(healed)} for {_range(healed)} epochs, and came back"] if len(healed) else []
         for verdict, rows in sick.groupby("verdict", observed=True, sort=False):
             since = rows["since_epoch"].dropna()
             when = f" (since epoch {_range(since)})" if len(since) else ""
             told.append(f"{len(rows)} {str(verdict).replace('_', ' ')}{when}")
         collapsed = int(sick["verdict"].isin(COLLAPSES).sum())
-        lines.append(f"{variant}: {collapsed} of {len(own)} runs collapsed; {', '.join(told)}")
+        lines.append(f"{variant}: {collapsed} of {len(own)} runs collapsed for good; {', '.join(told)}")
     lines = ["Diagnoses:", *(f"  {line}" for line in lines)] if lines else []
     failed = trials[trials["state"] == "failed"]
     if len(failed):

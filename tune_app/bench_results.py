@@ -110,7 +110,7 @@ def write_made_study(root: Path, curves: list[Curve], epochs: int) -> None:
             record |= {"state": "completed", "started": CREATED, "ended": CREATED + 60.0 * epochs, "gpus": 1.0}
             record |= {"objective": objective_value(curve.rows, DEFAULT_OBJECTIVE), "failures": 0, "error": None}
             record |= {"verdict": found.verdict, "verdict_epoch": found.epoch, "reason": None}
-            record |= {"verdict_summary": found.summary, "advice": found.advice}
+            record |= {"verdict_summary": found.summary, "advice": found.advice, "healed_epochs": found.healed_epochs}
             write_json(files.trial(curve.trial).record, record)
             for row in curve.rows:
                 filled = dict(zip(others, rng.random(len(others)).tolist(), strict=True))

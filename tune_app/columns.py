@@ -77,6 +77,7 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "verdict": ("string", "what its curves say: healthy, or what went wrong"),
     "since_epoch": ("Int64", "epoch from which the verdict holds"),
     "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
+    "healed_epochs": ("Int64", "epochs spent in collapses that it came back from: no other column tells of them"),
     "reason": ("string", "why it was stopped, in words"),
     "advice": ("string", "what to change"),
     "error": ("string", "what it failed of"),

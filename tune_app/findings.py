@@ -394,10 +394,11 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
 
 def _about_the_best(study: Study) -> Iterator[Caution]:
     best = leading(study)
-    if best["verdict"] not in ("healthy",) and not pd.isna(best["verdict"]):
+    if not pd.isna(best["verdict"]) and (best["verdict"] != "healthy" or came_back(best.to_dict())):
         advice = "" if pd.isna(best["advice"]) else str(best["advice"])
+        what = f"is diagnosed {best['verdict']}" if best["verdict"] != "healthy" else "collapsed for a time"
         yield Caution(
-            f"The best trial itself ({best['trial']}) is diagnosed {best['verdict']}",
+            f"The best trial itself ({best['trial']}) {what}",
             sentence(str(best["verdict_summary"])),
             sentence(advice),
         )
@@ -410,6 +411,11 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
             f"{averaged:.3f}.",
             "Lower ema_decay, or see that ema_warmup is on and ema_buffers is averaged.",
         )
+
+
+def came_back(trial: Mapping[Any, Any]) -> bool:
+    """Whether a trial spent epochs in a collapse that healed, of which its verdict no longer tells."""
+    return not pd.isna(trial["healed_epochs"]) and int(trial["healed_epochs"]) > 0
 
 
 def _about_the_search(study: Study) -> Iterator[Caution]:
@@ -614,7 +620,7 @@ def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
     verdict = curves.trial["verdict"]
     if pd.isna(verdict):
         return None, "not diagnosed"
-    if verdict in COLLAPSES:
+    if verdict in COLLAPSES or came_back(curves.trial):
         return False, str(curves.trial["verdict_summary"])
     if len(curves.median) < 2:
         return None, "fewer than 4 epochs"

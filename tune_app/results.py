@@ -594,6 +594,7 @@ def _trial_row(
         "state": "interrupted" if state == "running" and not running else state,
         "since_epoch": given.get("verdict_epoch"),
         "verdict_summary": given.get("verdict_summary"),
+        "healed_epochs": given.get("healed_epochs"),
         "objective": _reduced(spec, values) if objective is None else objective,
         "gpus": given.get("gpus"),
         "failures": given.get("failures", 0),
@@ -672,6 +673,7 @@ def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
         rows = epochs[epochs["trial"] == trial["trial"]].to_dict("records")
         found = diagnose([{k: v for k, v in row.items() if v is not pd.NA} for row in rows], config)
         trials.loc[index, ["verdict", "verdict_summary"]] = [found.verdict, found.summary]
+        trials.loc[index, "healed_epochs"] = found.healed_epochs
         trials.loc[index, "advice"] = found.advice or pd.NA
         trials.loc[index, "since_epoch"] = found.epoch if found.epoch is not None else pd.NA
 

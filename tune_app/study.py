@@ -419,6 +419,7 @@ class Recorder:
                 "verdict_epoch": diagnosis.epoch if diagnosis else None,
                 "verdict_summary": diagnosis.summary if diagnosis else None,
                 "advice": diagnosis.advice if diagnosis else None,
+                "healed_epochs": diagnosis.healed_epochs if diagnosis else None,
             }
         )
         if state == "failed":

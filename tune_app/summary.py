@@ -52,7 +52,8 @@ def stopped_lines(study: Study) -> list[str]:
             f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
             f"{', '.join(halved['trial'])}"
         )
-    warned = trials[(trials["state"] == "completed") & ~trials["verdict"].isin(["healthy"]) & trials["verdict"].notna()]
+    sick = (trials["verdict"] != "healthy") | (trials["healed_epochs"] > 0)
+    warned = trials[(trials["state"] == "completed") & trials["verdict"].notna() & sick.fillna(False)]
     lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
     spent, full = int(trials["epochs_run"].sum()), len(trials) * study.spec.epochs
     if full and spent < full and not study.running:

@@ -56,6 +56,32 @@ def test_a_lasting_drop_is_a_collapse_after_three_epochs_and_not_before(rows):
     assert found.settled
 
 
+def test_a_fall_that_healed_is_told_for_ever_and_one_that_was_never_confirmed_is_not():
+    """Averages of the document's settings were no number for twenty epochs, came back, and the runs were called sound."""
+    raw, lost = [*RISE] + [0.85] * 18, [None] * 5
+    ema = RISE + lost + [0.85] * 4 + [0.4, 0.4, 0.4] + [0.85] * 6
+    during = diagnose(run(raw[:17], ema[:17]), {"ema_buffers": "copied"})
+    assert (during.verdict, during.healed, during.healed_epochs) == ("ema_lag", (), 0)
+    after = diagnose(run(raw, ema), {"ema_buffers": "copied"})
+    assert after.verdict == "healthy"
+    assert [(fall.verdict, fall.first, fall.last) for fall in after.healed] == [
+        ("ema_lag", 13, 17),
+        ("ema_lag", 22, 24),
+    ]
+    assert after.healed_epochs == 8
+    assert after.summary == "nothing found; healed: ema_lag in epochs 13 to 17, 22 to 24"
+    assert after.advice == during.advice == "set ema_buffers=averaged, ema_decay=0.98"
+    dip = diagnose(run(raw, RISE + [None, None] + [0.85] * 16))
+    assert (dip.verdict, dip.healed, dip.advice) == ("healthy", (), "")
+
+
+def test_many_falls_that_healed_are_counted_and_the_last_ones_named():
+    found = diagnose(run([0.85] * 42, ([0.85] * 3 + [None] * 3) * 7))
+    assert found.verdict == "ema_lag", "the seventh has not healed yet"
+    assert [fall.first for fall in found.healed] == [4, 10, 16, 22, 28, 34]
+    assert found.summary.endswith("; healed: ema_lag in epochs 16 to 18, 22 to 24, 28 to 30, 34 to 36, 2 times before")
+
+
 @pytest.mark.parametrize("dip", [[0.4], [0.45, 0.5]], ids=["one epoch", "two epochs"])
 @pytest.mark.parametrize("rows", [run, bare])
 def test_dips_that_recover_are_no_collapse_at_any_moment(rows, dip):

@@ -254,7 +254,11 @@ def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(write_st
     trials = study.trials.copy()
     trials.loc[trials["trial"] == "00002", "objective"] = np.nan
     lines = run_lines(replace(study, trials=trials))
-    assert any(line.startswith("  lags: 3 of 3 runs collapsed; 3 ema lag (since epoch ") for line in lines)
+    assert any(line.startswith("  lags: 3 of 3 runs collapsed for good; 3 ema lag (since epoch ") for line in lines)
+    trials.loc[trials["variant"] == "base", "healed_epochs"] = [16, 30, 0]
+    assert "  base: 0 of 3 runs collapsed for good; 2 for 16 to 30 epochs, and came back" in run_lines(
+        replace(study, trials=trials)
+    )
     assert "failed, and in no pair: 00000 (base)" in lines
     assert "without a finite score, and in no pair: 00002 (base); their variant looks better for it" in lines
 
