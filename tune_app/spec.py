@@ -156,7 +156,7 @@ class StudySpec(BaseModel):
                 except ConfigError as error:
                     problems += [f"variant {trial.variant}: {problem}" for problem in error.problems]
         if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(dict.fromkeys(problems)))  # a variant has its problem on every fold
         return self
 
     @property

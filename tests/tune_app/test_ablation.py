@@ -172,8 +172,9 @@ def test_an_unknown_set_of_variants_gets_a_suggestion() -> None:
 
 
 def test_variants_with_an_impossible_value_are_told_by_name(write_table: WriteTable) -> None:
-    with pytest.raises(SpecError, match=r"variant odd: .*max_m=-1"):
-        ablation_spec(write_table(), {"a": {}, "odd": {"max_m": -1}}, seeds=1, config={})
+    with pytest.raises(SpecError, match=r"variant odd: .*max_m=-1") as caught:
+        ablation_spec(write_table(), {"a": {}, "odd": {"max_m": -1}}, seeds=2, config={})
+    assert len(caught.value.problems) == 1, "once, not for every fold and seed"
 
 
 # What the runs say -----------------------------------------------------------------------------------------------------
