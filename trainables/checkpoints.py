@@ -193,10 +193,8 @@ def save_state(path: Path, state: Mapping[str, Any], *, flush: bool = True) -> N
     """
     import torch
 
-    with (
-        replacing(path, flush=flush) as temporary,
-        temporary.open("wb") as file,
-    ):  # given a path, torch does not say why it failed
+    # Given a path, torch does not say why it failed
+    with replacing(path, flush=flush) as temporary, temporary.open("wb") as file:
         torch.save(dict(state), file)
 
 

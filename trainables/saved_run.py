@@ -1,9 +1,9 @@
 """A run that keeps its place in a folder: goes on from the checkpoint there, saves as it goes, gives a row an epoch.
 
-An epoch of a small cohort takes a GPU a second, and so does saving a ResNet-50: in a search at 64 voxels, four trials at a time
-on an H200, a fifth of the time went into files (best.pt 0.4 s an improvement, a checkpoint 1.5 s at each trial's first
-epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt goes to the disk while
-training goes on; before a checkpoint that counts on it is written, it is there.
+An epoch of a small cohort takes a GPU a second, and so does saving a ResNet-50: in a search at 64 voxels, four trials at a
+time on an H200, a fifth of the time went into files (best.pt 0.4 s an improvement, and over a second for the checkpoint of
+each trial's first epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt goes to the disk
+while training goes on; before a checkpoint that counts on it is written, it is there.
 """
 
 import socket

@@ -37,7 +37,7 @@ from rich.table import Table
 from search_spaces.fixes import documented_after
 from search_spaces.written import space_from
 from trainables.checkpoints import without_nonfinite
-from trainables.config import Scalar, build_config
+from trainables.config import FineTuneConfig, Scalar, build_config
 from trainables.diagnosis import VERDICTS
 from trainables.manifest import read_manifest
 from trainables.scans import Recipe
@@ -45,14 +45,13 @@ from trainables.volumes import prepare_cohort
 from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench_search import machine
+from tune_app.disk import GIB, LOGS, file_sizes
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000
 """Trials a search may ask for: time ends it."""
-DISK_GIB = 8.0
-"""What the weights of a search may take while it lasts; nothing here reads them."""
 LEAVING_S = 120.0
 """Seconds a search may take to end when its time is over."""
 CONFIRMING_SEED = 1_000
@@ -99,6 +98,8 @@ def bench_efficiency(
         "gpus_per_trial": gpus_per_trial,
         "max_concurrent": max_concurrent,
         "cache": str((folder / "cache").resolve()),
+        "disk_budget_gib": _disk_gib(shared, max_concurrent),
+        "keep_best": 1,
     }
     result: dict[str, Any] = {
         "machine": machine("torch", "ray", "optuna", "monai"),
@@ -141,6 +142,14 @@ def bench_efficiency(
     return finite
 
 
+def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
+    """Twice what a search needs while it lasts, whose weights nothing here reads; None where nobody says how many run."""
+    if at_a_time is None:
+        return None
+    checkpoint, best = file_sizes(config)
+    return 2 * (at_a_time * (2 * checkpoint + best) + best + LOGS) / GIB
+
+
 def visible_gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -159,7 +168,7 @@ def _study(
     side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """Run a study of ours until its time is over."""
-    fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition, "disk_budget_gib": DISK_GIB}
+    fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition}
     fields["config"] = {**common["config"], "seed": repetition}
     if side == "random":
         ignored = dict.fromkeys(VERDICTS, "ignore")
