@@ -566,6 +566,7 @@ def _trials(page: _Page, study: Study) -> None:
     headings = {
         "best_val_auc": "AUC [95 % CI]",
         "verdict": "verdict",
+        "healed_epochs": "epochs healed",
         "work_s": "time",
         "best_epoch": "best epoch",
         "epochs_run": "epochs",

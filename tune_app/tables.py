@@ -241,11 +241,12 @@ def _chosen_columns(study: "Study | Studies", table: pd.DataFrame, columns: str 
     from tune_app.results import Studies
 
     if columns is None:
-        names = ["trial", "variant", "state", "verdict", "since_epoch", "objective"]
+        names = ["trial", "variant", "state", "verdict", "since_epoch", "healed_epochs", "objective"]
         names += ["best_val_auc", "best_val_auc_low", "best_val_auc_high", "best_epoch", "epochs_run", "work_s"]
         names = ["study", *names] if isinstance(study, Studies) else names
         names += [] if "variant" in names and table["variant"].notna().any() else study.searched
         empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
+        empty += [] if (table["healed_epochs"] > 0).any() else ["healed_epochs"]
         return [name for name in names if name not in empty]
     asked = [columns] if isinstance(columns, str) else list(columns)
     chosen: list[str] = []

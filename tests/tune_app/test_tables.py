@@ -1,5 +1,6 @@
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -163,6 +164,13 @@ def test_the_table_shows_the_best_first_and_only_what_tells_trials_apart(study: 
     assert {"trial", "state", "objective", "best_val_auc", *study.searched} <= set(table.columns)
     assert "variant" not in table.columns
     assert "study" in results_table(load_studies([study])).columns
+
+
+def test_collapses_that_healed_have_a_column_where_there_are_any(study: Study) -> None:
+    assert "healed_epochs" not in results_table(study).columns
+    trials = study.trials.copy()
+    trials.loc[trials.index[0], "healed_epochs"] = 20
+    assert results_table(replace(study, trials=trials))["healed_epochs"].max() == 20
 
 
 def test_columns_are_chosen_by_name_metric_pattern_or_all(study: Study) -> None:
