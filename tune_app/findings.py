@@ -362,7 +362,13 @@ def cautions(study: Study) -> list[Caution]:
     """Return what a reader should know before trusting the study, gravest first."""
     if not study.scored:
         return list(_about_the_files(study))
-    return [*_about_the_files(study), *_about_the_best(study), *_about_the_search(study), *_about_the_variants(study)]
+    return [
+        *_about_the_files(study),
+        *_about_the_best(study),
+        *_about_what_healed(study),
+        *_about_the_search(study),
+        *_about_the_variants(study),
+    ]
 
 
 def _about_the_files(study: Study) -> Iterator[Caution]:
@@ -394,11 +400,10 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
 
 def _about_the_best(study: Study) -> Iterator[Caution]:
     best = leading(study)
-    if not pd.isna(best["verdict"]) and (best["verdict"] != "healthy" or came_back(best.to_dict())):
+    if best["verdict"] not in ("healthy",) and not pd.isna(best["verdict"]):
         advice = "" if pd.isna(best["advice"]) else str(best["advice"])
-        what = f"is diagnosed {best['verdict']}" if best["verdict"] != "healthy" else "collapsed for a time"
         yield Caution(
-            f"The best trial itself ({best['trial']}) {what}",
+            f"The best trial itself ({best['trial']}) is diagnosed {best['verdict']}",
             sentence(str(best["verdict_summary"])),
             sentence(advice),
         )
@@ -411,6 +416,20 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
             f"{averaged:.3f}.",
             "Lower ema_decay, or see that ema_warmup is on and ema_buffers is averaged.",
         )
+
+
+def _about_what_healed(study: Study) -> Iterator[Caution]:
+    healed = study.trials[(study.trials["healed_epochs"] > 0).fillna(False)]
+    if healed.empty:
+        return
+    worst = healed.sort_values("healed_epochs").iloc[-1]
+    among = ", the best among them" if leading(study)["trial"] in set(healed["trial"]) else ""
+    yield Caution(
+        f"{len(healed)} of {len(study.trials)} trials collapsed for a time and came back{among}",
+        f"Trial {worst['trial']} for {worst['healed_epochs']} epochs: {worst['verdict_summary']}. The best epochs, by which "
+        "trials are compared, do not show it.",
+        "" if pd.isna(worst["advice"]) else sentence(str(worst["advice"])),
+    )
 
 
 def came_back(trial: Mapping[Any, Any]) -> bool:

@@ -171,6 +171,23 @@ def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(write_st
     assert f"The best trial itself ({best}) is diagnosed saturated" in titles
 
 
+def test_collapses_that_healed_are_cautioned_about(write_study: WriteStudy) -> None:
+    """Objective and verdict are of the best and of the last epochs: neither tells of an average that was lost between."""
+    root = write_study(trials=4, epochs=10, policy=False)
+    study = load_study(root)
+    assert not [caution for caution in findings.cautions(study) if "came back" in caution.title]
+    best = study.best()["trial"]
+    record = {"healed_epochs": 20, "verdict_summary": "nothing found; healed: ema_lag in epochs 37 to 56"}
+    path = root / "trials" / best / "trial.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **record, "verdict": "healthy", "advice": "set x=1"}))
+    study = load_study(root)
+    [told] = [caution for caution in findings.cautions(study) if "came back" in caution.title]
+    assert told.title == "1 of 4 trials collapsed for a time and came back, the best among them"
+    assert f"Trial {best} for 20 epochs: nothing found; healed: ema_lag in epochs 37 to 56. " in told.text
+    assert told.remedy == "Set x=1"
+    assert check(study, "No sudden metric collapses").present is False
+
+
 def test_commands_in_remedies_can_be_pasted(write_study: WriteStudy) -> None:
     study = load_study(write_study("name with 'quotes' & blanks", trials=4, epochs=10, unfinished=1, policy=False))
     remedy = next(c.remedy for c in findings.cautions(study) if "interrupted" in c.title)
