@@ -101,11 +101,11 @@ def saved_run(
                 if flushed is not None:
                     flushed.result()
                 cost_s = _save(files.checkpoint, result.state(), waits)
-                saved = time.monotonic()
                 if keep is not None:
+                    began = time.monotonic()
                     keep()
-                    cost_s += time.monotonic() - saved
-                    saved = time.monotonic()
+                    cost_s += time.monotonic() - began
+                saved = time.monotonic()
             yield result.metrics
 
 

@@ -23,7 +23,7 @@ from tune_app.analysis import COLLAPSES
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study
 from tune_app.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
-from tune_app.tables import format_value, printable
+from tune_app.tables import came_back, format_value, printable
 from tune_app.yaml_text import YamlError, load_yaml
 
 PLANNED = ("fold", "seed", "cross_validate", "num_folds")
@@ -337,7 +337,7 @@ def run_lines(study: Study) -> list[str]:
     for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
         own = trials[trials["variant"] == variant]
         sick = own[own["verdict"].notna() & (own["verdict"] != "healthy")]
-        healed = own.loc[(own["healed_epochs"] > 0).fillna(False), "healed_epochs"]
+        healed = own.loc[came_back(own), "healed_epochs"]
         if sick.empty and healed.empty:
             continue
         told = [f"{len(healed)} for {_range(healed)} epochs, and came back"] if len(healed) else []

@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.distributions import CategoricalDistribution
 
 from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
+from trainables.diagnosis import FALLS
 from tune_app.tables import column_of, format_value, smaller_is_better
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 NAMES_OF_BASELINE = ("baseline", "all-fixes", "documented-after", "documented", "after", "defaults")
 """Variants that others are compared with when none is named: the first of these that is there, or the first variant."""
 
-COLLAPSES = ("ema_lag", "collapsed_after_drw", "collapsed", "non_finite", "never_learned")
+COLLAPSES = (*FALLS, "never_learned")
 """Verdicts of runs that came to nothing, or lost what they had; the others warn."""
 
 EFFECT_COLUMNS = {

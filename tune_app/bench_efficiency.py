@@ -113,7 +113,7 @@ def bench_efficiency(
     }
     keeping = threading.Lock()
 
-    def search(side: str, repetition: int, environment: Mapping[str, str]) -> None:
+    def search(side: str, repetition: int, environment: Mapping[str, str] | None) -> None:
         place = folder / f"{side}-{repetition}"
         if side == "plain":
             found = _plain({**common, "cohort": str(prepared)}, place, seconds, repetition, environment)
@@ -129,7 +129,7 @@ def bench_efficiency(
             record(without_nonfinite(result))
 
     together = at_once or 1
-    gpus = visible_gpus() if at_once else []
+    gpus = _visible_gpus() if at_once else []
     for first in range(0, repetitions, together):
         wave = [(side, number) for number in range(first, min(first + together, repetitions)) for side in asked]
         with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
@@ -150,22 +150,27 @@ def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
     return 2 * (at_a_time * (2 * checkpoint + best) + best + LOGS) / GIB
 
 
-def visible_gpus() -> list[str]:
+def _visible_gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")
 
 
-def _sharing(gpus: list[str], repetition: int) -> dict[str, str]:
-    """Return the environment of searches that share a machine, on one of `gpus` if there are any."""
+def _sharing(gpus: list[str], repetition: int) -> dict[str, str] | None:
+    """Return the environment of searches that share a machine, on one of `gpus`; None, which is ours, without any."""
     if not gpus:
-        return {}
+        return None
     # Every Ray would start a worker a core before it trains anything
-    return {"CUDA_VISIBLE_DEVICES": gpus[repetition % len(gpus)], "RAY_prestart_worker_first_driver": "0"}
+    return os.environ | {"CUDA_VISIBLE_DEVICES": gpus[repetition % len(gpus)], "RAY_prestart_worker_first_driver": "0"}
 
 
 def _study(
-    side: str, common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str]
+    side: str,
+    common: Mapping[str, Any],
+    place: Path,
+    seconds: float,
+    repetition: int,
+    environment: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Run a study of ours until its time is over."""
     fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition}
@@ -189,15 +194,12 @@ def _study(
     }
 
 
-def _until(seconds: float, command: list[str], log: Path, environment: Mapping[str, str] = {}) -> float:
-    """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then.
-
-    `environment`: what is other in the command's than in ours.
-    """
+def _until(seconds: float, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> float:
+    """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then."""
     began = time.perf_counter()
     with log.open("w") as told:
         process = subprocess.Popen(
-            command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **environment}
+            command, stdout=told, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
         try:
             if process.wait(seconds):
@@ -236,7 +238,7 @@ def _winner(study: Study) -> str:
 
 
 def _plain(
-    common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str]
+    common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
     place.mkdir(parents=True)
@@ -252,7 +254,7 @@ def _plain(
             stderr=subprocess.STDOUT,
             timeout=seconds + 300,
             check=False,
-            env={**os.environ, **environment},
+            env=environment,
         )
     if done.returncode:
         last = (place / "console.log").read_text().strip().rpartition("\n")[2]

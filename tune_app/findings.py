@@ -28,7 +28,7 @@ from tune_app.confirm import judge, judged_lines, score_lines
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
-from tune_app.tables import format_value, printable
+from tune_app.tables import came_back, format_value, printable
 
 EDGE = 0.04
 """Share of an axis at either end that counts as its edge."""
@@ -419,7 +419,7 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
 
 
 def _about_what_healed(study: Study) -> Iterator[Caution]:
-    healed = study.trials[(study.trials["healed_epochs"] > 0).fillna(False)]
+    healed = study.trials[came_back(study.trials)]
     if healed.empty:
         return
     worst = healed.sort_values("healed_epochs").iloc[-1]
@@ -430,11 +430,6 @@ def _about_what_healed(study: Study) -> Iterator[Caution]:
         "trials are compared, do not show it.",
         "" if pd.isna(worst["advice"]) else sentence(str(worst["advice"])),
     )
-
-
-def came_back(trial: Mapping[Any, Any]) -> bool:
-    """Whether a trial spent epochs in a collapse that healed, of which its verdict no longer tells."""
-    return not pd.isna(trial["healed_epochs"]) and int(trial["healed_epochs"]) > 0
 
 
 def _about_the_search(study: Study) -> Iterator[Caution]:
@@ -639,7 +634,8 @@ def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
     verdict = curves.trial["verdict"]
     if pd.isna(verdict):
         return None, "not diagnosed"
-    if verdict in COLLAPSES or came_back(curves.trial):
+    healed = curves.trial["healed_epochs"]
+    if verdict in COLLAPSES or (not pd.isna(healed) and healed > 0):
         return False, str(curves.trial["verdict_summary"])
     if len(curves.median) < 2:
         return None, "fewer than 4 epochs"

@@ -9,7 +9,7 @@ from trainables.storage import url_of
 from tune_app.ablation import print_ablation
 from tune_app.confirm import print_confirmation
 from tune_app.results import Study, load_study
-from tune_app.tables import render_table, results_table
+from tune_app.tables import came_back, render_table, results_table
 
 SHOWN_TRIALS = 20
 
@@ -52,8 +52,8 @@ def stopped_lines(study: Study) -> list[str]:
             f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
             f"{', '.join(halved['trial'])}"
         )
-    sick = (trials["verdict"] != "healthy") | (trials["healed_epochs"] > 0)
-    warned = trials[(trials["state"] == "completed") & trials["verdict"].notna() & sick.fillna(False)]
+    sick = (trials["verdict"].notna() & (trials["verdict"] != "healthy")) | came_back(trials)
+    warned = trials[(trials["state"] == "completed") & sick]
     lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
     spent, full = int(trials["epochs_run"].sum()), len(trials) * study.spec.epochs
     if full and spent < full and not study.running:

@@ -237,6 +237,11 @@ def results_table(
     return table[chosen].iloc[:limit].reset_index(drop=True)
 
 
+def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which trials spent epochs in a collapse that healed, of which their verdicts no longer tell."""
+    return (trials["healed_epochs"] > 0).fillna(False).astype(bool)
+
+
 def _chosen_columns(study: "Study | Studies", table: pd.DataFrame, columns: str | Sequence[str] | None) -> list[str]:
     from tune_app.results import Studies
 
@@ -246,7 +251,7 @@ def _chosen_columns(study: "Study | Studies", table: pd.DataFrame, columns: str 
         names = ["study", *names] if isinstance(study, Studies) else names
         names += [] if "variant" in names and table["variant"].notna().any() else study.searched
         empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
-        empty += [] if (table["healed_epochs"] > 0).any() else ["healed_epochs"]
+        empty += [] if came_back(table).any() else ["healed_epochs"]
         return [name for name in names if name not in empty]
     asked = [columns] if isinstance(columns, str) else list(columns)
     chosen: list[str] = []

@@ -131,9 +131,7 @@ def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_t
 def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
     """Two epochs, a rung after the first: at least one trial of each side sees both, none sees more."""
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
-    settings = {
-        "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0, "cross_validate": True,
-    }  # fmt: skip
+    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
     kept: list[int] = []
     result = bench_search(
         table, tmp_path / "work", trials=3, epochs=2, grace_epochs=1, reduction_factor=2, config=settings, gpu=False,
