@@ -146,22 +146,33 @@ def _written_variants(path: Path) -> Variants:
 
 
 def ablation_spec(
-    data: Path, chosen: Variants, *, seeds: int, folds: str = "all", config: Mapping[str, Any], **fields: Any
+    data: Path,
+    chosen: Variants,
+    *,
+    seeds: int,
+    first_seed: int = 0,
+    folds: str = "all",
+    config: Mapping[str, Any],
+    **fields: Any,
 ) -> StudySpec:
-    """Return the study that runs every variant on every fold with every seed (0 .. seeds - 1).
+    """Return the study that runs every variant on every fold with every seed (first_seed .. first_seed + seeds - 1).
 
     `config` holds what all runs share, `fields` are those of StudySpec. Raises SpecError, also where `config` names
     what the variants or the plan decide and would be without effect, and ManifestError for the table.
     """
-    if seeds < 1:
-        raise SpecError([f"seeds={seeds}: 1 or more"])
+    if problems := [
+        f"{name}={value}: {least} or more"
+        for name, value, least in (("seeds", seeds, 1), ("first_seed", first_seed, 0))
+        if value < least
+    ]:
+        raise SpecError(problems)
     decided = {name: "the variants" for overrides in chosen.values() for name in overrides}
     decided |= DECIDED
     if clash := [f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided]:
         raise SpecError(clash)
     shared = build_config(config)
     manifest = read_manifest(data, num_classes=shared.num_classes)
-    planned = plan(chosen, choose_folds(manifest, folds, shared.num_folds), range(seeds))
+    planned = plan(chosen, choose_folds(manifest, folds, shared.num_folds), range(first_seed, first_seed + seeds))
     return build_spec(
         {
             **fields,

@@ -363,19 +363,13 @@ def _confirm(
             for name, overrides in chosen.items()
         },
         seeds=seeds,
+        first_seed=CONFIRMING_SEED,
         folds=folds,
         config=config,
         **{name: common[name] for name in ("gpus_per_trial", "cache") if common[name] is not None},
     )
-    planned = [
-        one.model_copy(
-            update={"overrides": {**one.overrides, "seed": CONFIRMING_SEED + int(str(one.overrides["seed"]))}}
-        )
-        for one in spec.planned
-    ]
     with (folder / "confirm.log").open("w") as log:
         console = Console(file=log, width=80)
-        spec = spec.model_copy(update={"planned": tuple(planned)})
         run_study(spec, folder / "confirm", console=console, notes=console)
     confirmed = load_study(folder / "confirm")
     _drop_weights(confirmed)

@@ -517,6 +517,9 @@ def ablate(
         typer.Option("--variants", help="documented, add-one, leave-one-out, all, or a YAML file: name to settings."),
     ] = "documented",
     seeds: SeedsOption = 3,
+    first_seed: Annotated[
+        int, typer.Option("--first-seed", min=0, help="Seeds count from here: to add runs to an earlier ablation.")
+    ] = 0,
     folds: FoldsOption = "all",
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="What a run is worth.")] = None,
@@ -541,8 +544,12 @@ def ablate(
         "cache": cache and str(cache.resolve()),
     }
     fields = {name: value for name, value in given.items() if value is not None}
-    spec = ablation_spec(data, chosen, seeds=seeds, folds=folds, config=config, **fields)
-    err.print(f"{spec.num_trials} runs of {spec.epochs} epochs: {len(chosen)} variants, seeds {seeds}, folds {folds}")
+    spec = ablation_spec(data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields)
+    from_seed = f" from {first_seed}" if first_seed else ""
+    err.print(
+        f"{spec.num_trials} runs of {spec.epochs} epochs: "
+        f"{len(chosen)} variants, seeds {seeds}{from_seed}, folds {folds}"
+    )
     root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
     _run_and_tell(spec, root, address=address, resume=False)
 

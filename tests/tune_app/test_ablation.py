@@ -91,6 +91,18 @@ def test_a_plan_is_every_variant_on_every_fold_with_every_seed_and_paired_from_t
         assert {name: trial.overrides[name] for name in chosen[trial.variant]} == chosen[trial.variant]
 
 
+def test_a_plan_with_later_seeds_adds_to_an_earlier_one(write_table: WriteTable) -> None:
+    table = write_table()
+    given: Any = {"folds": "1", "config": {"epochs": 8, "num_folds": 3}}
+    both = ablation_spec(table, variants("documented", 8), seeds=3, **given).planned
+    first = ablation_spec(table, variants("documented", 8), seeds=2, **given).planned
+    later = ablation_spec(table, variants("documented", 8), seeds=1, first_seed=2, **given).planned
+    assert both == first + later
+    with pytest.raises(SpecError) as refused:
+        ablation_spec(table, variants("documented"), seeds=0, first_seed=-1, config={})
+    assert refused.value.problems == ["seeds=0: 1 or more", "first_seed=-1: 0 or more"]
+
+
 def test_folds_are_those_of_the_table_or_made_ones_over_its_train_and_val_rows(write_table: WriteTable) -> None:
     plain = read_manifest(write_table())
     assert choose_folds(plain, "all", 4).numbers == (0, 1, 2, 3)
