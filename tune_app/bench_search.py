@@ -8,6 +8,7 @@ the start of Ray, of processes and of CUDA, reading the scans, checkpoints where
 """
 
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -54,7 +55,7 @@ def bench_search(
 
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
-    time with a kernel running, mean over the machine's GPUs as nvidia-smi tells it each second; None without one); of
+    time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
     medtune also what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain
     side has a GPU a trial. `record` is given the result so far whenever a trial of the plain side has ended. Writes below
     `folder`.
@@ -112,13 +113,18 @@ def machine(*packages: str) -> dict[str, Any]:
 
 @contextmanager
 def gpus_watched() -> Iterator[list[float]]:
-    """Give a list that holds, when the block has ended, a share of 0 to 1 for each GPU and second; empty without GPUs."""
+    """Give a list that holds, when the block has ended, a share of 0 to 1 for each GPU and second; empty without GPUs.
+
+    GPUs that CUDA_VISIBLE_DEVICES hides are somebody else's.
+    """
     shares: list[float] = []
     program = shutil.which("nvidia-smi")
     if program is None:
         yield shares
         return
     command = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=1000"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         yield shares

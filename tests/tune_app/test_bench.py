@@ -100,6 +100,7 @@ def test_slots_tell_what_lies_between_trials() -> None:
 
 def test_gpus_are_watched_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with gpus_watched() as none:
         pass
     assert none == []
@@ -109,6 +110,11 @@ def test_gpus_are_watched_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
     with gpus_watched() as shares:
         time.sleep(0.5)
     assert shares == [1.0, 0.5]
+    program.write_text('#!/bin/sh\ncase "$*" in *--id=1) echo 25;; *) echo 100; echo 25;; esac; exec /bin/sleep 60\n')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with gpus_watched() as own:
+        time.sleep(0.5)
+    assert own == [0.25], "the other GPU is not this search's"
 
 
 def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_trained() -> None:

@@ -96,7 +96,9 @@ def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
     assert rung_epochs(1, 64, 4) == [1, 4, 16, 64]
     assert rung_epochs(60, 60, 2) == [60]
     assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [6, 12, 24, 48]  # a tenth of the epochs
-    assert Policy(PolicySpec(), 4).rungs[0] == 1
+    assert Policy(PolicySpec(), 12).rungs == [3, 6, 12]  # not before there is a median of three
+    assert Policy(PolicySpec(), 2).rungs == [2]
+    assert Policy(PolicySpec(grace_epochs=1), 12).rungs == [1, 2, 4, 8]
     assert Policy(PolicySpec(grace_epochs=30), 10).rungs == [10]
 
 
