@@ -98,7 +98,7 @@ class PolicySpec(BaseModel):
     halving: bool = True
     """Asynchronous successive halving (ASHA); without it only the diagnosis stops trials."""
     grace_epochs: int | None = Field(None, ge=1)
-    """Epoch of the first rung. None: a tenth of the epochs, and not before FIRST_COMPARABLE."""
+    """Epoch of the first rung. None: a tenth of the epochs, and at least 3: before that no median can be compared."""
     reduction_factor: float = Field(2.0, gt=1, le=100)
     """One in so many trials passes a rung, and rungs lie at grace_epochs times its powers."""
     compared: Literal["current", "best", "smoothed", "best_median3"] = "best_median3"
