@@ -257,6 +257,25 @@ class _Recent:
                 self.best.error = error if math.isfinite(error) else self.best.error
 
 
+@dataclass(slots=True)
+class _Fall:
+    """A fall that lasts, under all the names it has had: what an average has lost looks otherwise while it comes back."""
+
+    first: int
+    last: int = 0
+    names: dict[Verdict, tuple[int, str]] = field(default_factory=dict)
+    """Verdict -> epochs it was given, and the advice of the last one."""
+
+    def add(self, epoch: int, found: Diagnosis) -> None:
+        self.last = epoch
+        self.names[found.verdict] = self.names.get(found.verdict, (0, ""))[0] + 1, found.advice
+
+    def healed(self) -> Healed:
+        """Return it as it will be known: by the name it had for the longest time."""
+        verdict, (_, advice) = max(self.names.items(), key=lambda item: item[1][0])
+        return Healed(verdict, self.first, self.last, advice)
+
+
 class RunMonitor:
     """The diagnosis of a run kept up to date: `update()` with each row, in the order of the epochs, costs O(1)."""
 
@@ -286,7 +305,7 @@ class RunMonitor:
         self._losses: list[float] = []
         self._spike: tuple[int, float, float] | None = None
         self._epochs_since_spike = 0
-        self._fall: Healed | None = None
+        self._fall: _Fall | None = None
         self._healed: tuple[Healed, ...] = ()
 
     def update(self, row: Mapping[str, Any]) -> Diagnosis:
@@ -412,11 +431,11 @@ class RunMonitor:
                 self._spike = None
 
     def _follow_fall(self, epoch: int, found: Diagnosis) -> None:
-        if found.verdict in FALLS and found.settled and found.epoch is not None:
-            first = self._fall.first if self._fall is not None else found.epoch
-            self._fall = Healed(found.verdict, first, epoch, found.advice)
+        if found.verdict in FALLS and (found.settled or self._fall is not None) and found.epoch is not None:
+            self._fall = self._fall or _Fall(found.epoch)
+            self._fall.add(epoch, found)
         elif self._fall is not None:
-            self._healed, self._fall = (*self._healed, self._fall), None
+            self._healed, self._fall = (*self._healed, self._fall.healed()), None
 
     def _with_healed(self, found: Diagnosis) -> Diagnosis:
         if not self._healed:
@@ -469,7 +488,7 @@ class RunMonitor:
         # A drop of the deployed AUC that is confirmed while the raw weights lead is the average's, too
         fell = self._below.length >= CONFIRMING_EPOCHS
         if lag.length < CONFIRMING_EPOCHS and not (lag.length and fell):
-            return None
+            return self._average_returns(raw, ema) if fell and not lag.length else None
         evidence: Evidence = {"auc_raw": round(raw, 4), "epochs": lag.length}
         if math.isfinite(ema):
             evidence |= {"auc_ema": round(ema, 4), "lead_of_raw": round(raw - ema, 4)}
@@ -500,6 +519,34 @@ class RunMonitor:
             summary += f", the average still carries {carried:.0%} of the initial weights"
         if not settled:
             summary += "; it may still catch up"
+        return Diagnosis("ema_lag", lag.first, evidence, summary, self._quicker_average(), settled)
+
+    def _average_returns(self, raw: float, ema: float) -> Diagnosis | None:
+        """The average, which fell behind a sound network, is near it again, and still below what it was."""
+        best, below = self._raw.best, self._below
+        lost = max(SMALLEST_DROP, (1 - LARGEST_SHARE_KEPT) * (best.auc - 0.5))
+        if self._fall is None or "ema_lag" not in self._fall.names or not raw > best.auc - lost:
+            return None
+        before = self._deployed.best
+        return Diagnosis(
+            "ema_lag",
+            self._fall.first,
+            {
+                "auc_raw": round(raw, 4),
+                "auc_ema": round(ema, 4),
+                "best_auc": round(before.auc, 4),
+                "best_epoch": before.epoch,
+                "epochs": below.length,
+            },
+            f"averaged weights fell behind the raw ones and are on the way back: {ema:.3f} against {raw:.3f}, after "
+            f"{before.auc:.3f} at epoch {before.epoch}, below it since epoch {below.first} ({below.length} epochs); "
+            "the raw network is sound",
+            self._quicker_average(),
+        )
+
+    def _quicker_average(self) -> str:
+        """The advice against an average that stays behind."""
+        decay = float(self._setting["ema_decay"])
         changes = []
         if self._setting["ema_buffers"] == "copied":
             changes.append("ema_buffers=averaged")
@@ -508,7 +555,7 @@ class RunMonitor:
         if decay > 0.98 or not changes:
             lower = 0.995 if decay > 0.995 else 0.98 if decay > 0.98 else max(0.0, round(1 - 4 * (1 - decay), 4))
             changes.append(f"ema_decay={lower:g}")
-        return Diagnosis("ema_lag", lag.first, evidence, summary, "set " + ", ".join(changes), settled)
+        return "set " + ", ".join(changes)
 
     def _collapse(self, auc: float) -> Diagnosis | None:
         below = self._below

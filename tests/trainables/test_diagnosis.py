@@ -75,6 +75,51 @@ def test_a_fall_that_healed_is_told_for_ever_and_one_that_was_never_confirmed_is
     assert (dip.verdict, dip.healed, dip.advice) == ("healthy", (), "")
 
 
+def test_an_average_on_its_way_back_to_a_sound_network_is_still_the_one_that_lagged():
+    """As measured: the average was no number for 23 epochs, and then at .77 beside a network at .83, steadily.
+
+    Called a collapse of the run by then, and for ever after, it advised a smaller learning rate.
+    """
+    raw = RISE + [0.84, 0.85] * 4 + [0.81] + [0.84, 0.83] * 4
+    ema = RISE + [None] * 8 + [0.772] * 4 + [0.78, 0.8, 0.82, 0.83, 0.84]
+    config = {"ema_buffers": "copied", "ema_warmup": False, "ema_decay": 0.999}
+    monitor = RunMonitor(config)
+    found = [monitor.update(row) for row in run(raw, ema)]
+    lost = [one for one in found if one.verdict != "healthy"]
+    assert {one.verdict for one in lost} == {"ema_lag"}
+    back = found[20]
+    assert (back.verdict, back.epoch, back.settled) == ("ema_lag", 13, True)
+    assert "on the way back: 0.772 against 0.810" in back.summary
+    assert "the raw network is sound" in back.summary
+    assert back.advice == found[-1].advice == "set ema_buffers=averaged, ema_warmup=true, ema_decay=0.995"
+    assert [(fall.verdict, fall.first) for fall in found[-1].healed] == [("ema_lag", 13)]
+
+
+def test_a_network_that_falls_after_its_average_has_collapsed():
+    raw = RISE + [0.84] * 5 + [0.55] * 6
+    ema = RISE + [None] * 5 + [0.55] * 6
+    monitor = RunMonitor({"drw_start_epoch": 60})
+    found = [monitor.update(row) for row in run(raw, ema)]
+    assert [one.verdict for one in (found[16], found[17], found[-1])] == ["ema_lag", "collapsed", "collapsed"]
+
+
+@pytest.mark.parametrize(("lagging", "name"), [(3, "collapsed"), (6, "ema_lag")])
+def test_a_fall_has_the_name_it_had_for_the_longest_time(lagging, name):
+    """The average is lost first, told from the third epoch on, and then the network for two."""
+    raw = RISE + [0.84] * lagging + [0.55] * 2 + [0.85] * 12
+    ema = RISE + [None] * lagging + [0.55] * 2 + [0.85] * 12
+    found = diagnose(run(raw, ema), {"drw_start_epoch": 60})
+    assert found.verdict == "healthy"
+    assert [(fall.verdict, fall.first, fall.last) for fall in found.healed] == [(name, 13, 14 + lagging)]
+
+
+def test_no_epoch_is_in_two_falls():
+    """A lag may be settled, open for three epochs in which the average nearly catches up, and settled again."""
+    ema = RISE + [None] * 4 + [0.72] * 3 + [None] * 3 + [0.84] * 4
+    (fall,) = diagnose(run(RISE + [0.84] * 14, ema)).healed
+    assert (fall.verdict, fall.first, fall.last, fall.epochs) == ("ema_lag", 13, 22, 10)
+
+
 def test_many_falls_that_healed_are_counted_and_the_last_ones_named():
     found = diagnose(run([0.85] * 42, ([0.85] * 3 + [None] * 3) * 7))
     assert found.verdict == "ema_lag", "the seventh has not healed yet"
