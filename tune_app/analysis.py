@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 
 from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
 from trainables.diagnosis import FALLS
-from tune_app.tables import column_of, format_value, smaller_is_better
+from tune_app.tables import came_back, column_of, format_value, smaller_is_better
 
 if TYPE_CHECKING:
     from tune_app.results import Study
@@ -36,6 +36,7 @@ EFFECT_COLUMNS = {
     "baseline_value": "float64",
     "runs": "Int64",
     "collapsed": "Int64",
+    "healed": "Int64",
     "failed": "Int64",
     "verdicts": "string",
     "call": "string",
@@ -317,6 +318,7 @@ def effects(study: "Study", metric: str, baseline: str | None) -> pd.DataFrame:
             "variant": variant,
             "runs": len(own),
             "collapsed": int(own["verdict"].isin(COLLAPSES).sum()),
+            "healed": int(came_back(own).sum()),
             "failed": int((own["state"] == "failed").sum()),
             "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) or None,
         }

@@ -129,6 +129,15 @@ def test_the_page_of_an_ablation_shows_effects_with_intervals(ablation_page: Pag
     assert "Holm p" in ablation_page.text()
 
 
+def test_the_effects_name_runs_that_collapsed_for_a_time(write_study: WriteStudy, tmp_path: Path) -> None:
+    root = write_study(variants={"baseline": {}, "other": {}}, seeds=2, epochs=4)
+    record = root / "trials" / "00001" / "trial.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "healed_epochs": 25}))
+    text = Page(write_report(load_study(root), tmp_path / "page.html").read_text(encoding="utf-8")).text()
+    assert re.search(r" other [^%]* 0 of 2, 1 healed ", text)
+    assert len(re.findall(r"\d of \d, \d healed", text)) == 1, "nothing is said of the others"
+
+
 def test_a_confirmation_has_a_section_that_names_its_winner_or_none(write_study: WriteStudy, tmp_path: Path) -> None:
     variants = {"documented": {}, "trial-00003": {"max_m": 0.21}}
     root = write_study(kind="confirmation", variants=variants, seeds=2, folds=3, epochs=4)

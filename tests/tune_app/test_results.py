@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -579,6 +580,10 @@ def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs
     assert table.loc["lags", "pairs"] == 0
     assert table.loc["lags", "call"] == "cannot tell"
     assert pd.isna(table.loc["lags", "mean"])
+    assert list(table["healed"]) == [0, 0]
+    trials = study.trials.copy()
+    trials.loc[trials["variant"] == "baseline", "healed_epochs"] = 25
+    assert list(replace(study, trials=trials).effects()["healed"]) == [1, 0], "no verdict tells of it"
 
 
 def test_effects_without_variants_or_with_an_unknown_baseline_are_refused(a_search: Path, an_ablation: Path) -> None:
