@@ -527,7 +527,9 @@ def _effects_table(table: pd.DataFrame) -> Table:
                     Cell("" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}", "number"),
                     Cell("" if pd.isna(row["pairs"]) else str(row["pairs"]), "number"),
                     Cell("" if pd.isna(row["value"]) else f"{row['value']:.3f}", "number"),
-                    Cell(f"{row['collapsed']} of {row['runs']}" + (f", {row['healed']} healed" if row["healed"] else "")),
+                    Cell(
+                        f"{row['collapsed']} of {row['runs']}" + (f", {row['healed']} healed" if row["healed"] else "")
+                    ),
                     Cell(_shown("verdicts", row["verdicts"]), "text"),
                 ]
             )
