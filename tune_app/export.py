@@ -199,8 +199,8 @@ def export_model(
     manifest, cohort = _open(runs[0].config, study, data, cache)
     members = [_measured(run, manifest, cohort, device, folder=_folder(run, runs)) for run in runs]
     for one in members:
-        if one.member.verdict not in (None, "healthy"):
-            say(f"note: trial {one.member.trial}: {one.member.verdict_summary}")
+        if one.member.trouble:
+            say(f"note: trial {one.member.trial}: {one.member.trouble}")
     rows = np.unique(np.concatenate([one.split.val for one in members]))
     z_NC, scale = pooled([one.member for one in members], np.stack([one.logits[rows] for one in members]))
     info = ModelInfo(

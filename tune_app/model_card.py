@@ -237,8 +237,8 @@ def _limits(info: ModelInfo) -> list[str]:
         "- Maps of `--explain` show where a layer found evidence, coarsely; they do not show that it is right.",
     ]
     for one in info.members:
-        if one.verdict not in (None, "healthy"):
-            lines.append(f"- **Trial {one.trial} was not healthy**: {_plain(one.verdict_summary or one.verdict or '')}")
+        if one.trouble:
+            lines.append(f"- **The run of trial {one.trial}**: {_plain(one.trouble)}.")
     if info.training.unoriented:
         lines.append(f"- {info.training.unoriented} training files state no orientation; LAS was assumed for them.")
     return lines

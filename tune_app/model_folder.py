@@ -27,6 +27,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.diagnosis import HEALTHY
 from trainables.scans import Recipe
 from trainables.volumes import new_folder
 from tune_app.calibration import Calibration
@@ -101,6 +102,13 @@ class Member(_Part):
     """Of this member alone: what puts the members of an ensemble on one scale."""
     onnx_difference: float | None = None
     """Largest difference between the logits of model.onnx and of torch, on validation volumes; None without one."""
+
+    @property
+    def trouble(self) -> str | None:
+        """What went wrong in its run, in a sentence; None where nothing did. A collapse that healed is told, too."""
+        if self.verdict in (None, "healthy") and self.verdict_summary in (None, HEALTHY.summary):
+            return None
+        return self.verdict_summary or self.verdict
 
 
 class Training(_Part):

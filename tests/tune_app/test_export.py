@@ -371,6 +371,28 @@ def test_the_card_says_what_the_model_is_worth_and_not_for(exported_ensemble: Pa
         assert f"| {one.trial} | {one.epoch} |" in card
 
 
+@pytest.mark.parametrize(
+    ("verdict", "summary", "told"),
+    [
+        (None, None, None),
+        ("healthy", "nothing found", None),
+        ("healthy", "nothing found; healed: ema_lag in epochs 28 to 52", "healed: ema\\_lag in epochs 28 to 52"),
+        ("saturated", "scores saturate since epoch 6", "scores saturate since epoch 6"),
+        ("collapsed", None, "collapsed"),
+    ],
+)
+def test_the_card_says_what_went_wrong_in_the_run_also_if_it_healed(
+    exported_model: Path, verdict: str | None, summary: str | None, told: str | None
+) -> None:
+    info = info_of(exported_model)
+    (member,) = info.members
+    member = member.model_copy(update={"verdict": verdict, "verdict_summary": summary})
+    card = export.model_card(info.model_copy(update={"members": (member,)}), [build_config()])
+    lines = [line for line in card.splitlines() if line.startswith(f"- **The run of trial {member.trial}**: ")]
+    assert len(lines) == (told is not None)
+    assert told is None or told in lines[0]
+
+
 def test_names_in_the_card_cannot_become_markup(exported_model: Path) -> None:
     info, card_of = info_of(exported_model), export.model_card
     choice = info.choice.model_copy(update={"study": "a`b|<script>", "how": "the *best* [of](http://x) <b>"})
