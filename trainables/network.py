@@ -11,11 +11,11 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.resnet import ResNet, ResNetBlock, ResNetBottleneck
 from torch import Tensor, nn
 
 from trainables.batchnorm import BatchNorm, fused_on, max_pool, norm_act
 from trainables.config import DEPTHS
+from trainables.monai_resnet import ResNet, ResNetBlock, ResNetBottleneck
 
 BLOCKS: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, int, int, int]]] = {
     10: ("basic", (1, 1, 1, 1)),
