@@ -377,7 +377,7 @@ class RunMonitor:
             self._below.count(epoch, False)
             self._unclear.count(epoch, False)
         else:
-            deep = max(SMALLEST_DROP, (1 - LARGEST_SHARE_KEPT) * (best.auc - 0.5))
+            deep = _deep(best.auc)
             self._noise = _noise(best.error, error)
             depth = drop / max(deep, self._noise)
             if self._scatter < math.inf:
@@ -524,8 +524,7 @@ class RunMonitor:
     def _average_returns(self, raw: float, ema: float) -> Diagnosis | None:
         """The average, which fell behind a sound network, is near it again, and still below what it was."""
         best, below = self._raw.best, self._below
-        lost = max(SMALLEST_DROP, (1 - LARGEST_SHARE_KEPT) * (best.auc - 0.5))
-        if self._fall is None or "ema_lag" not in self._fall.names or not raw > best.auc - lost:
+        if self._fall is None or "ema_lag" not in self._fall.names or not raw > best.auc - _deep(best.auc):
             return None
         before = self._deployed.best
         return Diagnosis(
@@ -782,6 +781,11 @@ class _Settings:
 
 
 DEFAULTS = FineTuneConfig.model_fields
+
+
+def _deep(best: float) -> float:
+    """Return how far below its best an AUC has lost what a collapse loses."""
+    return max(SMALLEST_DROP, (1 - LARGEST_SHARE_KEPT) * (best - 0.5))
 
 
 def _noise(first: float, second: float) -> float:

@@ -5,7 +5,7 @@ time on an H200, a fifth of the time went into files (best.pt 0.4 s an improveme
 each trial's first epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt goes to the disk
 while training goes on; before a checkpoint that counts on it is written, it is there. In the same search 2.0 s now lie between
 two trials of a slot (4.7 s before), and 73 % of the slots' time is spent in epochs (64 %). Where nine searches shared a
-GPU and a disk, 0.5 s still lay between two epochs of 2.5 s. Writing best.pt wholly in the background would save most
+GPU and a disk, 0.5 s still lay between two epochs of 2.5 s. Writing best.pt wholly in the background would save some
 of that, but then a trial could be stopped for good before the weights of its best row exist.
 """
 
