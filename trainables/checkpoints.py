@@ -68,27 +68,20 @@ class TrialFiles:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary sibling to write to; it replaces `path` when the block ends well, and is removed otherwise.
 
-    A reader sees the old file or the new one, never part of one, whatever is killed in between. Without `flush` that
-    does not hold for a power cut until the caller has called `onto_disk`.
+    A reader sees the old file or the new one, never part of one, whatever is killed or loses its power in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if flush:
-            onto_disk(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def onto_disk(path: Path) -> None:
-    """Return when what was written to `path` is on its disk, and no power cut can take it."""
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -186,15 +179,12 @@ def sweep_temporaries(folder: Path, *written: Path) -> int:
     return len(leftovers)
 
 
-def save_state(path: Path, state: Mapping[str, Any], *, flush: bool = True) -> None:
-    """Write tensors and plain values to `path`, atomically (`flush`: see `replacing`).
-
-    Readable with `weights_only=True`, which `load_state` uses.
-    """
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`, atomically; readable with `weights_only=True`, which `load_state` uses."""
     import torch
 
     # Given a path, torch does not say why it failed
-    with replacing(path, flush=flush) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(state), file)
 
 

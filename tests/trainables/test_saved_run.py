@@ -2,19 +2,21 @@
 
 import errno
 import itertools
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainables import checkpoints
 from trainables import saved_run as module
 from trainables.checkpoints import TrialFiles, load_state
 from trainables.config import build_config
 from trainables.finetune import EpochResult
-from trainables.saved_run import SAVING_PAUSE, saved_run
+from trainables.saved_run import SAVING_PAUSE, BestEpoch, saved_run
 
 EPOCHS = 60
 
@@ -28,10 +30,10 @@ class Clock:
         self.seconds = {"best.pt": 0.5, "checkpoint.pt": 2.0}
         real = checkpoints.save_state
 
-        def save_state(path: Path, state: Mapping[str, Any], *, flush: bool = True) -> None:
+        def save_state(path: Path, state: Mapping[str, Any]) -> None:
             self.now += self.seconds[path.name]
             self.written.append((path.name, self.now))
-            real(path, state, flush=flush)
+            real(path, state)
 
         monkeypatch.setattr(module, "save_state", save_state)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
@@ -55,7 +57,7 @@ class Clock:
 config = {"epochs": EPOCHS, "drw_start_epoch": 2}
 
 
-def test_checkpoints_take_a_tenth_of_the_time_from_the_first_one_on(
+def test_checkpoints_take_a_twentieth_of_the_time_from_the_first_one_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Epochs of 1 s: saved after the first one, a trial that is stopped at its third would spend most of its time on it."""
@@ -92,11 +94,11 @@ def test_time_spent_waiting_for_room_does_not_put_off_the_next_checkpoint(
     clock = Clock(monkeypatch)
     fast, full = module.save_state, [True]
 
-    def sometimes_full(path: Path, state: Mapping[str, Any], *, flush: bool = True) -> None:
+    def sometimes_full(path: Path, state: Mapping[str, Any]) -> None:
         if path.name == "checkpoint.pt" and full:
             full.pop()
             raise OSError(errno.ENOSPC, "no room")
-        fast(path, state, flush=flush)
+        fast(path, state)
 
     def sleep(_: float) -> None:
         clock.now += 3600.0
@@ -107,57 +109,95 @@ def test_time_spent_waiting_for_room_does_not_put_off_the_next_checkpoint(
     assert len(clock.times("checkpoint.pt")) == EPOCHS
 
 
-def test_training_goes_on_while_the_best_weights_go_to_the_disk_and_a_checkpoint_waits_for_them(
+class SlowDisk:
+    """A disk on which a best.pt after the first waits until the test lets it through; what it fails with, if it does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
+        self.through = threading.Event()
+        self.first = True
+        fast = module.save_state
+
+        def save_state(path: Path, state: Mapping[str, Any]) -> None:
+            if path.name == "best.pt" and not self.first:
+                assert self.through.wait(30)
+                if error is not None:
+                    raise error
+            self.first = False
+            fast(path, state)
+
+        monkeypatch.setattr(module, "save_state", save_state)
+
+
+def test_training_goes_on_while_the_best_weights_are_written_and_a_checkpoint_waits_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
-    slow, flushed = threading.Event(), list[str]()
-
-    def flush(path: Path) -> None:
-        assert slow.wait(30)
-        flushed.append(path.name)
-        clock.written.append(("flushed", clock.now))
-
-    monkeypatch.setattr(module, "onto_disk", flush)
+    disk = SlowDisk(monkeypatch)
     files = TrialFiles(tmp_path)
-    run = saved_run(build_config(config), files, clock.epochs(1.0, improving=False))
+    run = saved_run(build_config(config), files, clock.epochs(1.0))
     assert next(run)["epoch"] == 1
-    assert load_state(files.best)["epoch"] == 1, "readable for everybody at once"
-    assert next(run)["epoch"] == 2
-    assert not flushed
-    slow.set()
+    assert load_state(files.best)["epoch"] == 1, "what a checkpoint costs is not known before"
+    assert [next(run)["epoch"] for _ in range(2)] == [2, 3]
+    assert load_state(files.best)["epoch"] == 1, "the row of epoch 3 is told before its weights are written"
+    threading.Timer(0.2, disk.through.set).start()
+    assert next(run)["epoch"] == 4, "which is better still, and waits for them"
+    assert load_state(files.best)["epoch"] >= 3
     for _ in run:
-        pass
-    names = [name for name, _ in clock.written]
-    assert names.index("flushed") < names.index("checkpoint.pt")
-    assert names.count("flushed") == names.count("best.pt")
+        best = load_state(files.best)["epoch"]
+        if files.checkpoint.exists():
+            saved = load_state(files.checkpoint)
+            reason = BestEpoch()
+            assert best >= max(row["epoch"] for row in saved["rows"] if reason.improved_by(row))
+    assert files.checkpoint.exists()
+
+
+def test_a_run_that_is_closed_leaves_the_best_weights_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a search does that stops a trial at a rung."""
+    clock = Clock(monkeypatch)
+    disk = SlowDisk(monkeypatch)
+    files = TrialFiles(tmp_path)
+    run = saved_run(build_config(config), files, clock.epochs(1.0))
+    assert [next(run)["epoch"] for _ in range(3)] == [1, 2, 3]
+    threading.Timer(0.2, disk.through.set).start()
+    run.close()  # type: ignore[attr-defined]
+    assert load_state(files.best)["epoch"] == 3
+
+
+def test_what_is_written_is_the_epoch_s_own_state_though_the_tensors_go_on_changing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SlowDisk(monkeypatch)
+    files, weights = TrialFiles(tmp_path), torch.zeros(3)
+
+    def epochs(resume: Mapping[str, Any] | None) -> Iterator[EpochResult]:
+        for epoch in range(1, 5):
+            weights.fill_(epoch)
+            row = {"epoch": epoch, "val_auc": 0.5 + epoch / 10}
+            state = {"format": 1, "config": {}, "epoch": epoch, "rows": [row], "train_rows": [], "val_rows": []}
+            yield EpochResult(epoch, row, lambda state=state: {**state, "average": {"network": {"w": weights}}})  # type: ignore[misc]
+
+    run = saved_run(build_config(config), files, epochs)
+    assert [next(run)["epoch"] for _ in range(3)] == [1, 2, 3]
+    weights.fill_(-1.0)
+    disk.through.set()
+    run.close()  # type: ignore[attr-defined]
+    assert load_state(files.best)["average"]["network"]["w"].tolist() == [3.0, 3.0, 3.0]
 
 
 def test_a_disk_that_does_not_take_the_best_weights_ends_the_run_before_a_checkpoint_counts_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock(monkeypatch)
-
-    def broken(path: Path) -> None:
-        raise OSError(errno.EIO, "input/output error", str(path))
-
-    monkeypatch.setattr(module, "onto_disk", broken)
     files = TrialFiles(tmp_path)
+    disk = SlowDisk(monkeypatch, OSError(errno.EIO, "input/output error", str(files.best)))
+    disk.through.set()
+    run = saved_run(build_config(config), files, clock.epochs(1.0))
+    assert [next(run)["epoch"] for _ in range(3)] == [1, 2, 3]
     with pytest.raises(OSError, match=r"best\.pt"):
-        list(saved_run(build_config(config), files, clock.epochs(60.0)))
+        next(run)
     assert not files.checkpoint.exists()
-
-
-def test_best_weights_that_a_disk_budget_removed_meanwhile_are_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch)
-    real = module.onto_disk
-
-    def removed(path: Path) -> None:
-        path.unlink()
-        real(path)
-
-    monkeypatch.setattr(module, "onto_disk", removed)
-    rows = saved_run(build_config(config), TrialFiles(tmp_path), clock.epochs(60.0))
-    assert len(list(rows)) == EPOCHS
+    disk.first = True
+    again = saved_run(build_config(config), files, clock.epochs(1.0))
+    assert [next(again)["epoch"] for _ in range(3)] == [1, 2, 3]
+    again.close()  # type: ignore[attr-defined]
+    assert re.search(r"best\.pt was not written, and the run has ended: .*input/output error", caplog.text)
