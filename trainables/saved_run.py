@@ -4,8 +4,8 @@ An epoch of a small cohort takes a GPU a second, and so does saving a ResNet-50:
 time on an H200, a fifth of the time went into files (best.pt 0.4 s an improvement, and over a second for the checkpoint of
 each trial's first epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt is written
 while training goes on, from a copy in memory; before the next one, a checkpoint or the run's end, it is there. Before that,
-with fewer checkpoints and fsync alone in the background, 2.0 s lay between two trials of a slot where 4.7 s had; on two CPU cores an
-improvement now costs 0.04 to 0.08 s where it cost 0.24 to 0.41 s.
+with fewer checkpoints and fsync alone in the background, 2.0 s lay between two trials of a slot where 4.7 s had; on two CPU
+cores an improvement now costs 0.04 to 0.08 s where it cost 0.24 to 0.41 s.
 """
 
 import logging
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from trainables.checkpoints import (
     TrialFiles,
@@ -93,33 +93,49 @@ def saved_run(
         best.improved_by(row)
         yield row
     saved, cost_s = time.monotonic(), 0.0 if keep is not None else None
-    writing: Future[float] | None = None
-    with ThreadPoolExecutor(1, "medtune-disk") as disk, closing(epochs(resume)) as results:  # type: ignore[type-var]
-        try:
-            for result in results:
-                if best.improved_by(result.metrics):
-                    if writing is not None:
-                        writing.result()  # what went wrong is raised here
-                    writing = disk.submit(_save, files.best, in_memory(best_state(result)), waits)
-                    if cost_s is None:
-                        cost_s = CHECKPOINT_TO_BEST * writing.result()
-                worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
-                if (worth_it and result.epoch % checkpoint_epochs == 0) or result.epoch == config.epochs:
-                    if writing is not None:
-                        writing.result()
-                    cost_s = _save(files.checkpoint, result.state(), waits)
-                    if keep is not None:
-                        began = time.monotonic()
-                        keep()
-                        cost_s += time.monotonic() - began
-                    saved = time.monotonic()
-                yield result.metrics
-        except GeneratorExit:
-            if writing is not None and (error := writing.exception()) is not None:
-                log.error(
-                    "%s was not written, and the run has ended: %s", files.best, error
-                )  # nobody is left to raise it to
-            raise
+    with _WrittenBehind(files.best, waits) as weights, closing(epochs(resume)) as results:  # type: ignore[type-var]
+        for result in results:
+            if best.improved_by(result.metrics):
+                weights.write(best_state(result))
+                if cost_s is None:
+                    cost_s = CHECKPOINT_TO_BEST * weights.wait()
+            worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
+            if (worth_it and result.epoch % checkpoint_epochs == 0) or result.epoch == config.epochs:
+                weights.wait()
+                cost_s = _save(files.checkpoint, result.state(), waits)
+                if keep is not None:
+                    began = time.monotonic()
+                    keep()
+                    cost_s += time.monotonic() - began
+                saved = time.monotonic()
+            yield result.metrics
+
+
+class _WrittenBehind:
+    """A file that a thread writes while the run goes on, one state after the other; complete when the block has ended."""
+
+    def __init__(self, path: Path, waits: Callable[[], None] | None) -> None:
+        self.path, self.waits = path, waits
+        self._thread = ThreadPoolExecutor(1, "medtune-disk")
+        self._writing: Future[float] | None = None
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Begin to write `state` as it is now, once the one before is written."""
+        self.wait()
+        self._writing = self._thread.submit(_save, self.path, in_memory(state), self.waits)
+
+    def wait(self) -> float:
+        """Return the seconds that the last writing took, 0 before the first; raises what went wrong with it."""
+        return self._writing.result() if self._writing is not None else 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        # Nobody is left to raise it to
+        if kind is GeneratorExit and self._writing is not None and (error := self._writing.exception()) is not None:
+            log.error("%s was not written, and the run has ended: %s", self.path, error)
 
 
 def _save(path: Path, state: Mapping[str, Any], waits: Callable[[], None] | None) -> float:

@@ -45,7 +45,7 @@ from trainables.volumes import prepare_cohort
 from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench_search import machine
-from tune_app.disk import GIB, LOGS, file_sizes
+from tune_app.disk import GIB, Budget, file_sizes
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 
@@ -147,7 +147,7 @@ def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
     if at_a_time is None:
         return None
     checkpoint, best = file_sizes(config)
-    return 2 * (at_a_time * (2 * checkpoint + best) + best + LOGS) / GIB
+    return 2 * Budget(total=0, checkpoint=checkpoint, best=best, concurrent=at_a_time, keep_best=1).least / GIB
 
 
 def _visible_gpus() -> list[str]:
