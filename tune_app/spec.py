@@ -129,7 +129,7 @@ class StudySpec(BaseModel):
     @field_validator("gpus_per_trial")
     @classmethod
     def _whole_or_fraction(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, float) and (value < 0 or (value > 1 and value != int(value))):
+        if isinstance(value, float) and not (0 <= value <= 1 or (value > 1 and value.is_integer())):  # nor inf, nor NaN
             raise ValueError(f"{value:g} GPUs a trial: a whole number, or a fraction of one GPU")
         return value
 

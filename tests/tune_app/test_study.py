@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -230,6 +231,12 @@ def test_all_violations_of_a_study_are_told_together() -> None:
         assert part in text
     with pytest.raises(SpecError, match=r"unknown space 'documentd'.*did you mean 'documented'"):
         build_spec({"data": "t.csv", "space": "documentd"})
+
+
+@pytest.mark.parametrize("gpus", [-1.0, 1.5, math.inf, math.nan, "9" * 400])
+def test_gpus_that_no_trial_can_have_are_refused(gpus: float | str) -> None:
+    with pytest.raises(SpecError, match="GPUs a trial: a whole number, or a fraction of one GPU"):
+        build_spec({"data": "t.csv", "gpus_per_trial": gpus})
 
 
 def test_a_line_cut_by_a_killed_writer_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
