@@ -10,7 +10,8 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
 * Losses are weighted a sample and divided by the sample count of the whole step over all ranks: a mean of means
   would weigh a partial micro-batch too much, and a weighted mean over one class would cancel the weight.
 * Gradients are summed over the ranks once a step (`trainables.gradient_sum`), during the last backward pass, instead of
-  by DistributedDataParallel: there is no wrapper to renew when stages thaw, and no sync to suppress in between.
+  by DistributedDataParallel: there is no wrapper to renew when stages thaw, and no sync to suppress in between. In an
+  fp16 run those of convolutions, computed in fp16, are added up in it.
 * Unscaling and clipping are one multiplication by a factor computed on the device. A step whose gradient norm is not
   finite is skipped on the device, in the optimiser and in the average alike (fp16, bf16 and float32), and counted.
 * Random numbers are seeded afresh from (seed, epoch, rank) each epoch, so a resumed run needs no random state.
@@ -286,7 +287,8 @@ class _Run:
                 self.gradient_sum.remove()
                 self.gradient_sum = None
         if self.world > 1 and self.gradient_sum is None:
-            self.gradient_sum = GradientSum(self.network.parameters())
+            half = torch.float16 if self.precision.dtype is torch.float16 else None  # bf16 is too coarse to add up in
+            self.gradient_sum = GradientSum(self.network.parameters(), convolutions_as=half)
         train_mode(self.network)
         torch.manual_seed(_seed(config.seed, self.epoch, self.rank))
         self.generator.manual_seed(_seed(config.seed, self.epoch, self.rank, 1))

@@ -56,7 +56,7 @@ def bench_search(
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
-    medtune also what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain
+    medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain
     side has a GPU a trial. `record` is given the result so far whenever a trial of the plain side has ended. Writes below
     `folder`.
     """
@@ -198,6 +198,7 @@ def search_table(result: Mapping[str, Any]) -> Table:
         told.append(
             f"{ours['at_once']} trials at a time, {ours['training_share']:.0%} of their time in epochs{between}"
         )
+        told.append(f"the first epoch began after {ours['start_s']:.0f} s")
     told += [
         f"GPUs of {side} busy {row['gpu_busy']:.0%}"
         for side in SIDES
@@ -248,12 +249,15 @@ def _medtune(
         }
     )
     folder.mkdir(parents=True)
+    started = time.time()
     with (folder / "console.log").open("w") as log:
         console = Console(file=log, width=80)
         outcome = run_study(spec, folder / "study", console=console, notes=console)
     assert not outcome.exit_code, f"the study ended with {outcome.states}: see {folder}"
     epochs = load_study(folder / "study").epochs
-    return [list(map(float, rows["val_auc"])) for _, rows in epochs.groupby("trial")], slots(epochs)
+    start_s = float((epochs["time"] - epochs["epoch_s"]).min()) - started
+    runs = [list(map(float, rows["val_auc"])) for _, rows in epochs.groupby("trial")]
+    return runs, {"start_s": start_s, **slots(epochs)}
 
 
 # Plain -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Several ranks: the same numbers as one, and every way a rank can be lost."""
 
 import contextlib
+import copy
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import finetune
@@ -134,6 +136,65 @@ def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 def test_gradients_are_the_sum_over_ranks_whatever_the_buckets(tmp_path: Path) -> None:
     """Over the last micro-batch only, with frozen parameters left out and thawed ones in."""
     mp.start_processes(sum_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn")
+    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
+
+
+class Convolutions(torch.nn.Sequential):
+    """Convolutions in channels-last memory, a norm between them and a head of an odd size."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            torch.nn.Conv3d(1, 8, 3, bias=False),
+            torch.nn.BatchNorm3d(8),
+            torch.nn.Conv3d(8, 4, 1, bias=False),
+            torch.nn.Flatten(),
+            torch.nn.Linear(32, 3),
+        )
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    network = Convolutions()
+    volumes = torch.randn(world, 2, 1, 4, 4, 4)[rank]
+    wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(network))
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    wrapped(volumes).square().sum().backward()  # the oracle: its hook divides by the ranks, a power of two
+    whole = copy.deepcopy(network)
+    with GradientSum(whole.parameters()).over(last=True):
+        whole(volumes).square().sum().backward()
+    for bucket_bytes in (1, 2**20):
+        network.zero_grad()
+        summing = GradientSum(network.parameters(), bucket_bytes, convolutions_as=torch.float16)
+        with summing.over(last=True):
+            network(volumes).square().sum().backward()
+        summing.remove()
+        rounded = 0
+        for ours, halves, full in zip(network.parameters(), wrapped.parameters(), whole.parameters(), strict=True):
+            assert ours.grad.dtype == torch.float32
+            assert ours.grad.stride() == ours.stride()
+            if ours.dim() == 5:
+                torch.testing.assert_close(ours.grad, world * halves.grad, rtol=0, atol=1e-6)
+                rounded += not torch.equal(ours.grad, full.grad)
+            else:
+                assert torch.equal(ours.grad, full.grad)
+        assert rounded == 2
+    network.zero_grad()
+    with GradientSum(network.parameters(), convolutions_as=torch.float16).over(last=True):
+        (network(volumes).square().sum() * (1e6 if rank else 1.0)).backward()
+    assert not all(parameter.grad.isfinite().all() for parameter in network.parameters()), (
+        "too large: seen on every rank"
+    )
+    Path(out, f"{rank}.done").touch()
+    dist.destroy_process_group()
+
+
+def test_gradients_of_convolutions_may_travel_as_fp16(tmp_path: Path) -> None:
+    """As torch's own fp16 hook adds them up; all others as they are, and each in its parameter's order of memory."""
+    mp.start_processes(
+        sum_half_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
 
 

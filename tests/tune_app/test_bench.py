@@ -150,6 +150,7 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
         assert result[side]["trials_per_hour"] == pytest.approx(3 * 3600 / result[side]["seconds"])
     assert result["medtune"]["at_once"] >= 1
     assert 0 < result["medtune"]["training_share"] <= 1
+    assert 0 < result["medtune"]["start_s"] < result["medtune"]["seconds"]
     assert result["ratio"] == pytest.approx(result["plain"]["seconds"] / result["medtune"]["seconds"])
     assert kept[:3] == [1, 2, 3], "a result after each trial of the slower side"
     json.dumps(result, allow_nan=False)
