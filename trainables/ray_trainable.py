@@ -28,6 +28,10 @@ disk_log = logging.getLogger("medtune.disk")
 MEMORY_SLACK = 0.8
 """Of a trial's share of GPU memory that must be free at its start: CUDA contexts take some of the rest."""
 
+ENDING_S = 10**6
+"""Seconds that a stopped trial may take to end, its last file written, before the next one starts in its process. Ray's
+own 2 are less than a slow disk takes for a network's weights, and a search whose trial does not end by then waits for ever."""
+
 FATAL = "fatal"
 """Key of a report that ends a trial for good: trying again would fail the same way."""
 
@@ -65,6 +69,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
     running out of memory is reported as the trial's end instead, since it would only happen again.
     """
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S))  # read in this process, at its next trial
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
     handler = LogFile(files.log)

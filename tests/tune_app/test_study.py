@@ -19,11 +19,12 @@ from ray import tune
 from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
+from trainables.checkpoints import load_state
 from trainables.config import build_config
 from trainables.finetune import configured_network
 from trainables.weights import save_medicalnet
 from tune_app.display import Display
-from tune_app.results import StudyDamageError, read_record, read_rows
+from tune_app.results import StudyDamageError, load_study, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
@@ -31,6 +32,9 @@ from tune_app.synthetic import write_cohort
 
 WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "objective": None, "reason": None}
 """A trial's record as it is read again."""
+
+
+SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,43 @@ def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Pat
     check_whole(root, trials=4, epochs=4)
     assert rows_of(root)[: len(before)] == before, "a row was rewritten"
     assert "best: trial" in out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next trial of its process starts when the file is there, instead of failing on a process that is not free."""
+
+    def trial_with_a_slow_disk(trial: dict[str, Any], setting: Any) -> None:
+        import time
+
+        from trainables import saved_run
+        from trainables.ray_trainable import run_trial
+
+        whole = getattr(saved_run.save_state, "whole", saved_run.save_state)
+
+        def slow(path: Path, state: dict[str, Any]) -> None:
+            time.sleep(4.0 if path.name == "best.pt" and state["epoch"] == 3 else 0.0)
+            whole(path, state)
+
+        slow.whole = whole  # type: ignore[attr-defined]
+        saved_run.save_state = slow
+        run_trial(trial, setting)
+
+    monkeypatch.setattr("tune_app.study.run_trial", trial_with_a_slow_disk)
+    given = {
+        "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_concurrent": 1, "sampler": "random",
+        "config": SMALL | {"epochs": 500}, "policy": {"max_epochs": 3},
+    }  # fmt: skip
+    quiet = Console(quiet=True)
+    outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
+    assert outcome.states == {"stopped": 3}
+    trials = load_study(tmp_path / "study").trials
+    assert list(trials["failures"]) == [0, 0, 0]
+    for name in ("00000", "00001"):  # the third epoch's median replaces what went before
+        assert load_state(StudyFiles(tmp_path / "study").trial(name).best)["epoch"] == 3
 
 
 @pytest.mark.ray
