@@ -136,12 +136,9 @@ def wait_for_device_memory(
     """Wait until the trial's share of the GPU's memory is free: a trial stopped just now may still hold it.
 
     `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all (None: CUDA's answer
-    for this process's GPU). Raises MemoryError after `timeout_s` with both figures: somebody else is using the GPU.
+    for this process's GPU, where what earlier trials have left in the process itself is free). Raises MemoryError after `timeout_s` with both figures: somebody else is using the GPU.
     """
-    if memory is None:
-        import torch
-
-        memory = torch.cuda.mem_get_info
+    memory = memory or _device_memory
     deadline = time.monotonic() + timeout_s
     while True:
         free, total = memory()
@@ -156,6 +153,13 @@ def wait_for_device_memory(
             )
         log.info("waiting for GPU memory: %.1f of %.1f GiB free", free / 2**30, total / 2**30)
         time.sleep(min(2.0, timeout_s / 10))
+
+
+def _device_memory() -> tuple[int, int]:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved(), total
 
 
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:

@@ -1,5 +1,6 @@
 """How many trials share a GPU, and waiting for its memory."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,14 @@ def test_a_trial_gives_up_waiting_with_both_figures() -> None:
         MemoryError, match=re.escape("10.0 of 140.0 GiB of GPU memory are free, this trial's share is 0.5")
     ):
         wait_for_device_memory(0.5, timeout_s=0.1, memory=lambda: (10 * GIB, 140 * GIB))
+
+
+@pytest.mark.parametrize("held", [0, 70])
+def test_what_the_last_trial_of_the_same_process_left_there_is_free(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """torch keeps the memory it was given, and the cohort stays on the GPU: nothing to wait for, and nobody else's."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: held * GIB)
+    with contextlib.nullcontext() if held else pytest.raises(MemoryError, match=re.escape("5.0 of 80.0 GiB")):
+        wait_for_device_memory(1.0, timeout_s=0.1)
