@@ -55,6 +55,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config  # or torch does at first use, and keeps in a circle the frames of the run that is in it
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -150,7 +151,7 @@ def finetune(
             metrics = run.train_one_epoch(heartbeat)
             yield EpochResult(run.epoch, metrics, run.snapshot)
     finally:
-        run.drop_graphs()  # a result may outlive the ranks, and NCCL waits for graphs that hold its collectives
+        run.put_away()  # a result may outlive the ranks, and NCCL waits for graphs that hold its collectives
 
 
 class _Run:
@@ -238,9 +239,13 @@ class _Run:
         dist.all_reduce(on_all, dist.ReduceOp.MIN)
         return bool(on_all) and dist.get_backend() == "nccl" and not self.config.sync_batchnorm
 
-    def drop_graphs(self) -> None:
+    def put_away(self) -> None:
+        """Drop what would keep the run on its device: graphs, and hooks, which hold in a circle what they hang on."""
         self.graph = None
         self.validation_graphs.clear()
+        if self.gradient_sum is not None:
+            self.gradient_sum.remove()
+            self.gradient_sum = None
 
     def _micro_batches_that_fit(self) -> int:
         """How many micro-batches may go through the network together."""

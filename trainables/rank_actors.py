@@ -1,7 +1,9 @@
-"""The processes of ranks 1 .. world - 1, started before anything heavy is loaded.
+"""The processes of ranks 1 .. world - 1, started before anything heavy is loaded, and kept for the next trial.
 
-Loading torch and MONAI takes a rank ten seconds and more where files are cold. Started first, ranks load while rank 0
-does; started once rank 0 is ready, as their caller in `trainables.ranks` could only do, they would load after it.
+Loading torch and MONAI takes a rank ten seconds and more, and so do CUDA, NCCL and the choice of convolution algorithms.
+Started first, ranks load while rank 0 does; started once rank 0 is ready, as their caller in `trainables.ranks` could
+only do, they would load after it. Kept, as Tune keeps rank 0's process, they load once for all trials that follow each
+other in a placement group.
 """
 
 from collections.abc import Mapping
@@ -23,28 +25,63 @@ class _Rank:
     def where(self) -> tuple[int, int, str]:
         return self.position.epoch, self.position.step, ray.util.get_node_ip_address()
 
-    def run(self, work: Any, rank: int, world: int, host: str, port: int, resume: Mapping[str, Any] | None) -> None:
-        """Train as rank `rank` of `work`, a `trainables.ranks.RankWork`; rank 0 keeps the store at host and port."""
-        from trainables.ranks import follow
+    def run(self, work: Any, place: Any, resume: Mapping[str, Any] | None) -> None:
+        """Train as the rank at `place`, a `trainables.ranks.Place`, of `work`, a `trainables.ranks.RankWork`."""
+        from trainables.ranks import Position, follow
+        from trainables.training_thread import in_training_thread
 
-        follow(work, rank, world, host, port, resume, self.position)
+        self.position = Position()
+        in_training_thread(follow, work, place, resume, self.position)
 
 
-def start_rank_actors(world: int, group: PlacementGroup | None = None) -> list[Any]:
-    """Start the processes of ranks 1 .. world - 1, each in its bundle of `group` (default: the current placement group).
+class RankProcesses:
+    """Processes of ranks 1 .. world - 1, each in its bundle of `group` (default: the current placement group).
 
-    They end with the last handle to them, or with this process.
+    They serve one run after the other, and end with the last handle to them, or with this process.
     """
-    group = group or ray.util.get_current_placement_group()
-    assert group is not None, "ranks live in a placement group"
-    assert group.bundle_count >= world, "one bundle a rank"
-    actors = []
-    for rank in range(1, world):
-        bundle = group.bundle_specs[rank]
-        options = {
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        }
-        actors.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote())
-    return actors
+
+    def __init__(self, world: int, group: PlacementGroup | None = None) -> None:
+        group = group or ray.util.get_current_placement_group()
+        assert group is not None, "ranks live in a placement group"
+        assert group.bundle_count >= world, "one bundle a rank"
+        self.world = world
+        self.runs = 0
+        """Runs begun so far."""
+        self.lost = False
+        """Whether a rank died, failed or did not come to an end: nothing can run with them again."""
+        self.store: Any = None
+        """Where the ranks meet, once rank 0 has opened it."""
+        self.actors = []
+        for rank in range(1, world):
+            bundle = group.bundle_specs[rank]
+            options = {
+                "num_cpus": bundle.get("CPU", 0),
+                "num_gpus": bundle.get("GPU", 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            }
+            self.actors.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote())
+        self.homes = [actor.where.remote() for actor in self.actors]
+        """Where each is, by its own first answer."""
+
+    def give_up(self) -> None:
+        """End them all."""
+        self.lost = True
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+_kept: RankProcesses | None = None
+
+
+def rank_processes(world: int) -> RankProcesses:
+    """Return the processes of ranks 1 .. world - 1 that ran this process's last trial, or start them.
+
+    Raises RuntimeError where that trial has lost them: its collectives may still wait for them in this process.
+    """
+    global _kept
+    if _kept is not None and _kept.lost:
+        raise RuntimeError("the trial before lost its ranks, and their rank 0 was this process: a new one is needed")
+    if _kept is None:
+        _kept = RankProcesses(world)
+    assert _kept.world == world, f"{world} ranks in a process whose trials have {_kept.world}"
+    return _kept

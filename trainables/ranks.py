@@ -3,7 +3,8 @@
 `gang` looks like `finetune` from outside: it yields rank 0's EpochResults. Rank 0 trains in a thread, so that the
 calling thread stays free to notice a rank that died or hangs: a collective waiting for a lost rank can block for ever,
 and cannot be interrupted from within. The other ranks are owned by this process: when it is killed, as Tune does to
-stop a trial, Ray ends them with it.
+stop a trial, Ray ends them with it. Where Tune uses the process again, so are they: processes, process group and all that
+torch has found out stay from one trial to the next, and rank 0 tells the others after each epoch whether to go on.
 """
 
 import fcntl
@@ -15,8 +16,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -30,8 +32,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult, finetune
-from trainables.rank_actors import start_rank_actors
+from trainables.rank_actors import RankProcesses
 from trainables.saved_run import open_inputs, saved_run
+from trainables.training_thread import KeptThread
 
 START_S = 300.0
 """Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
@@ -39,7 +42,12 @@ ANSWER_S = 5.0
 """Seconds a healthy rank may take to say where it is."""
 LEAVE_S = 5
 """Seconds rank 0's process may go on with a thread that waits for a lost rank: its error has been told by then."""
+STOP_S = 30.0
+"""Seconds a rank may take to end a run that is over or stopped; where it takes longer, it is ended itself."""
+NO_LIMIT = timedelta(days=365)
+"""For waits that the gang itself ends: its deadline names the rank that hangs, torch's would not."""
 LEADER = "medtune-rank-0"
+GO, STOP = "go", "stop"
 
 
 class RankError(RuntimeError):
@@ -88,7 +96,7 @@ def gang(
     work: RankWork,
     world: int,
     *,
-    actors: list[Any] | None = None,
+    processes: RankProcesses | None = None,
     resume: Mapping[str, Any] | None = None,
     deadline_s: float = 1800.0,
     heartbeat: Callable[[int, int], None] | None = None,
@@ -96,40 +104,57 @@ def gang(
     """Run `work` over `world` ranks; yields rank 0's results, as `finetune` does.
 
     Call it in a process that lives in bundle 0 of a placement group, whose bundles 1 .. world - 1 are free or hold
-    `actors`, the other ranks' processes as `start_rank_actors` makes them (None: started here). `deadline_s`: longest
-    time without a finished step on rank 0; `heartbeat` is told of each.
+    `processes`, those of the other ranks (None: started here). `deadline_s`: longest time without a finished step on rank
+    0; `heartbeat` is told of each. Closed between two epochs, or at its end, it leaves all ranks ready for another run.
 
-    Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress.
+    Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress; `processes` are gone then.
     """
-    actors = start_rank_actors(world) if actors is None else actors
-    store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
+    processes = RankProcesses(world) if processes is None else processes
+    if processes.store is None:
+        processes.store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
+    store = processes.store
+    processes.runs += 1
     remembered = None if resume is None else ray.put(dict(resume))
-    homes = [actor.where.remote() for actor in actors]
+    places = [Place(rank, world, processes.runs, store.host, store.port) for rank in range(world)]
     futures = {
-        actor.run.remote(work, rank, world, store.host, store.port, remembered): rank
-        for rank, actor in enumerate(actors, start=1)
+        actor.run.remote(work, place, remembered): place.rank
+        for actor, place in zip(processes.actors, places[1:], strict=True)
     }
-    leader = _Leader(work, world, store, resume, heartbeat)
+    leader = _Leader(work, places[0], store, resume, heartbeat)
+    sound = False
     try:
-        yield from _watched(leader, actors, homes, futures, deadline_s)
+        yield from _watched(leader, processes, futures, deadline_s)
+        sound = True
+    except GeneratorExit:
+        sound = True
+        raise
     finally:
         leader.stop()
-        for actor in actors:
-            ray.kill(actor)
+        if not (sound and _all_ended(leader, list(futures))):
+            processes.give_up()
+
+
+def _all_ended(leader: "_Leader", futures: list[Any]) -> bool:
+    """Wait for the ranks to end their run, which takes no more than putting things away; False when one does not."""
+    if wait([leader.running], STOP_S).not_done:
+        return False
+    ended, going = ray.wait(futures, num_returns=len(futures), timeout=STOP_S)
+    try:
+        ray.get(ended)
+    except ray.exceptions.RayError:
+        return False
+    return not going
 
 
 def leave_if_stuck(*, patience_s: float = 1.0, after_s: int = LEAVE_S) -> None:
-    """Have this process end `after_s` seconds from now if rank 0's thread does not end within `patience_s`.
+    """Have this process end `after_s` seconds from now if rank 0's run does not end within `patience_s`.
 
     A collective that waits for a lost rank cannot be interrupted, and keeps the process from ending in good order: on two
     H100s NCCL's kernel kept its GPU busy for 18 s after the other rank was killed, until Ray lost its patience. Call it
     where the process has no more work, and its error is on the way. An alarm ends it even where Python runs no more.
     """
-    for thread in threading.enumerate():
-        if thread.name == LEADER:
-            thread.join(patience_s)
-            if thread.is_alive():
-                signal.alarm(after_s)
+    if _Leader.last is not None and wait([_Leader.last], patience_s).not_done:
+        signal.alarm(after_s)
 
 
 def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
@@ -159,10 +184,9 @@ class _LocalLeader:
 
 
 def _watched(
-    leader: "_Leader", ranks: list[Any], homes: list[Any], futures: dict[Any, int], deadline_s: float
+    leader: "_Leader", processes: RankProcesses, futures: dict[Any, int], deadline_s: float
 ) -> Iterator[EpochResult]:
     pending = dict(futures)
-    leader.start()
     while True:
         if pending:
             ended, _ = ray.wait(list(pending), num_returns=1, timeout=0)
@@ -177,7 +201,7 @@ def _watched(
         except queue.Empty:
             waited = time.monotonic() - leader.position.since
             if waited > (deadline_s if leader.position.epoch else max(deadline_s, START_S)):
-                raise RankError(_who_hangs(leader, ranks, homes, waited)) from None
+                raise RankError(_who_hangs(leader, processes, waited)) from None
             continue
         if result is None:
             return
@@ -208,14 +232,14 @@ def _failed(rank: int, node: str, cause: BaseException) -> str:
     return f"rank {rank} on node {node}: {type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
-def _who_hangs(leader: "_Leader", ranks: list[Any], homes: list[Any], waited: float) -> str:
+def _who_hangs(leader: "_Leader", processes: RankProcesses, waited: float) -> str:
     """Name the rank that is behind the others: the one that does not answer, or has come least far."""
     behind = (leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())
-    for rank, actor in enumerate(ranks, start=1):
+    for rank, actor in enumerate(processes.actors, start=1):
         try:
             epoch, step, node = ray.get(actor.where.remote(), timeout=ANSWER_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-            home = _home(homes[rank - 1])
+            home = _home(processes.homes[rank - 1])
             return f"rank {rank} on node {home} does not answer, and no step ended for {waited:.0f} s: it hangs or is cut off"
         behind = min(behind, (epoch, step, rank, node))
     epoch, step, rank, node = behind
@@ -245,10 +269,14 @@ def interface_of(address: str) -> str | None:
 class _Leader:
     """Rank 0 in a thread of this process; hands over one result at a time and waits to be told to go on."""
 
+    thread = KeptThread(LEADER)
+    last: "Future[None] | None" = None
+    """The run that this process began last."""
+
     def __init__(
         self,
         work: RankWork,
-        world: int,
+        place: "Place",
         store: TCPStore,
         resume: Mapping[str, Any] | None,
         heartbeat: Callable[[int, int], None] | None,
@@ -257,64 +285,84 @@ class _Leader:
         self.position = Position(heartbeat=heartbeat)
         self._proceed = threading.Semaphore(0)
         self._stopped = False
-        self._thread = threading.Thread(target=self._train, args=(work, world, store, resume), name=LEADER, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+        self.running = _Leader.last = self.thread.submit(self._train, work, place, store, resume)
 
     def go_on(self) -> None:
+        self.position.since = time.monotonic()  # what the caller did meanwhile is not the ranks' time
         self._proceed.release()
 
     def stop(self) -> None:
         self._stopped = True
         self._proceed.release()
 
-    def _train(self, work: RankWork, world: int, store: TCPStore, resume: Mapping[str, Any] | None) -> None:
+    def _train(self, work: RankWork, place: "Place", store: TCPStore, resume: Mapping[str, Any] | None) -> None:
         try:
-            for result in _rank_epochs(work, 0, world, store, resume, self.position):
-                self.results.put(result)
-                self._proceed.acquire()
-                if self._stopped:
-                    return
+            with closing(_rank_epochs(work, place, lambda: store, resume, self.position)) as epochs:
+                for number, result in enumerate(epochs):
+                    self.results.put(result)
+                    self._proceed.acquire()
+                    store.set(place.gate(number), STOP if self._stopped else GO)
+                    if self._stopped:
+                        return
             self.results.put(None)
         except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
             self.results.put(error)
 
 
-def follow(
-    work: RankWork, rank: int, world: int, host: str, port: int, resume: Mapping[str, Any] | None, position: Position
-) -> None:
-    """Train as one of the ranks 1 .. world - 1, to the end; `position` tells how far it has come."""
-    store = TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=START_S))
-    for _ in _rank_epochs(work, rank, world, store, resume, position):
-        pass
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in a run, and where it meets the others."""
+
+    rank: int
+    world: int
+    run: int
+    """Which run of these ranks it is."""
+    host: str
+    port: int
+    """Of the store that rank 0 keeps."""
+
+    def gate(self, number: int) -> str:
+        """Key under which rank 0 says what follows the run's epoch `number`, counted from its first here."""
+        return f"run {self.run}, after epoch {number}"
+
+
+def follow(work: RankWork, place: Place, resume: Mapping[str, Any] | None, position: Position) -> None:
+    """Train as one of the ranks 1 .. world - 1, to the end or until rank 0 stops; `position` tells how far it has come."""
+    # Apart from the process group's: a connection that waits answers nobody else, and NCCL asks its store now and then
+    gate = _connection(place)
+    with closing(_rank_epochs(work, place, lambda: _connection(place), resume, position)) as epochs:
+        for number, _ in enumerate(epochs):
+            gate.wait([place.gate(number)], NO_LIMIT)
+            if gate.get(place.gate(number)) == STOP.encode():
+                return
+
+
+def _connection(place: Place) -> TCPStore:
+    return TCPStore(place.host, place.port, place.world, is_master=False, timeout=timedelta(seconds=START_S))
 
 
 def _rank_epochs(
     work: RankWork,
-    rank: int,
-    world: int,
-    store: TCPStore,
+    place: Place,
+    store: Callable[[], TCPStore],
     resume: Mapping[str, Any] | None,
     position: Position,
-) -> Iterator[EpochResult]:
+) -> Generator[EpochResult, None, None]:
     torch.set_num_threads(work.threads)
     device = torch.device("cuda", 0) if work.gpu else torch.device("cpu")
     if work.gpu:
         torch.cuda.set_device(device)
     cohort, split = open_inputs(work.config, work.table, work.cohort)
-    # By itself gloo takes what the host's name resolves to: on many machines loopback, which no other node can reach.
-    if (name := interface_of(ray.util.get_node_ip_address())) is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    dist.init_process_group(
-        "nccl" if work.gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(days=1),  # the gang's own deadline names the rank that hangs; torch's would not
-        device_id=device if work.gpu else None,
-    )
-    try:
-        yield from finetune(work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached)
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():  # the first run of these ranks, which stay together
+        # By itself gloo takes what the host's name resolves to: on many machines loopback, which no other node can reach.
+        if (name := interface_of(ray.util.get_node_ip_address())) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        dist.init_process_group(
+            "nccl" if work.gpu else "gloo",
+            store=store(),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=NO_LIMIT,
+            device_id=device if work.gpu else None,
+        )
+    yield from finetune(work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached)

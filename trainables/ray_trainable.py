@@ -163,10 +163,10 @@ def _device_memory() -> tuple[int, int]:
 
 
 def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
-    from trainables.rank_actors import start_rank_actors
+    from trainables.rank_actors import rank_processes
 
     began = time.monotonic()
-    actors = start_rank_actors(setting.ranks) if setting.ranks > 1 else []  # they load what follows meanwhile
+    processes = rank_processes(setting.ranks) if setting.ranks > 1 else None  # they load what follows meanwhile
 
     import torch
 
@@ -184,7 +184,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     if setting.ranks > 1:
         work = RankWork(config, setting.table, setting.cohort, gpu=setting.gpus_per_rank > 0, threads=setting.threads)
         epochs = lambda resume: gang(  # noqa: E731
-            work, setting.ranks, actors=actors, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
+            work, setting.ranks, processes=processes, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
         )
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)

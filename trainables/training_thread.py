@@ -18,8 +18,37 @@ NAME = "medtune-training"
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_calls: "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]]" = queue.SimpleQueue()
-_starting = threading.Lock()
+
+class KeptThread:
+    """A thread that serves one call after the other, from the first until its process ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Have `function(*args, **kwargs)` called after all that was asked before."""
+        with self._starting:
+            if self._thread is None:
+                # A daemon, as Ray's own are: a process ends although a trial in it still waits to be told to go on
+                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                self._thread.start()
+        future: Future[T] = Future()
+        self._calls.put((functools.partial(function, *args, **kwargs), future))
+        return future
+
+    def is_current(self) -> bool:
+        """Whether the caller is in this thread."""
+        return threading.current_thread() is self._thread
+
+    def _work(self) -> None:
+        while True:
+            _answer(*self._calls.get())
+
+
+_trials = KeptThread(NAME)
 
 
 def in_training_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -28,23 +57,13 @@ def in_training_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwar
     What it raises is raised here, SystemExit included, by which Ray Tune ends a trial. Waits without a limit; raises
     RuntimeError in the training thread itself, which would wait for ever.
     """
-    if threading.current_thread().name == NAME:
+    if _trials.is_current():
         raise RuntimeError(f"{NAME} cannot wait for itself: call the function without in_training_thread")
-    with _starting:
-        if not any(thread.name == NAME for thread in threading.enumerate()):
-            # A daemon, as Ray's own are: a process ends although a trial in it still waits to be told to go on
-            threading.Thread(target=_work, name=NAME, daemon=True).start()
-    future: Future[T] = Future()
-    _calls.put((functools.partial(function, *args, **kwargs), future))
+    future = _trials.submit(function, *args, **kwargs)
     try:
         return future.result()
     finally:
         del future  # with an exception it holds the frames of the call, and they a GPU's memory
-
-
-def _work() -> None:
-    while True:
-        _answer(*_calls.get())
 
 
 def _answer(call: Callable[[], Any], future: "Future[Any]") -> None:

@@ -108,7 +108,7 @@ def _rank(
             "first_epoch_s": first,
         }
         answers.put(row | {"slowest": min(rates), "fastest": max(rates)})
-    run.drop_graphs()
+    run.put_away()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

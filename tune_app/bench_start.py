@@ -129,7 +129,7 @@ def _run(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.dev
     run = _Run(config, cohort, split, device)
     set_up_s = time.perf_counter() - started
     first, *later = (run.train_one_epoch(None)["epoch_s"] for _ in range(1 + LATER))
-    run.drop_graphs()
+    run.put_away()
     return {"set_up_s": set_up_s, "first_epoch_s": first, "later_epoch_s": statistics.median(later)}
 
 

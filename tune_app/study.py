@@ -500,7 +500,7 @@ class _Session:
                 max_concurrent_trials=plan.concurrent,
                 trial_name_creator=trial_name,  # what TensorBoard and MLflow show
                 trial_dirname_creator=trial_name,
-                reuse_actors=plan.ranks == 1,  # with several bundles the reused actor dies
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),

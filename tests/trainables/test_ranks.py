@@ -2,11 +2,14 @@
 
 import contextlib
 import copy
+import gc
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
 from trainables.manifest import read_manifest
+from trainables.network import Classifier
+from trainables.rank_actors import rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
 from trainables.scans import Recipe
@@ -55,8 +60,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def run_rank(rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    *_, last = finetune(config, *open_inputs(config, table, cohort))
+    gc.collect()
+    gc.disable()  # what is in a circle would live on until the collector comes, and the next run would not fit a GPU
+    last = deque(finetune(config, *open_inputs(config, table, cohort)), maxlen=1).pop()
     torch.save({"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt")
+    del last
+    left = [type(thing) for thing in gc.get_objects() if isinstance(thing, (Classifier, torch.nn.Parameter))]
+    assert not left, "an ended run leaves nothing in memory"
     dist.destroy_process_group()
 
 
@@ -260,18 +270,20 @@ def local_ray() -> Any:
     ray.shutdown()
 
 
-def start_gang(
-    inputs: tuple[str, str], seen: Path, world: int, *, epochs: int, deadline_s: float = 300.0
-) -> tuple[Any, Any]:
+def place_leader(actor: type, world: int) -> Any:
     group = ray.util.placement_group([{"CPU": 1}] * world)
     assert group.wait(60)
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-    leader = ray.remote(Leader).options(num_cpus=1, scheduling_strategy=place).remote()
+    return ray.remote(actor).options(num_cpus=1, scheduling_strategy=place).remote()
+
+
+def start_gang(inputs: tuple[str, str], seen: Path, world: int, *, epochs: int, deadline_s: float = 300.0) -> Any:
+    leader = place_leader(Leader, world)
     work = RankWork(build_config(SETTINGS | {"epochs": epochs}), *inputs)
-    return leader.run.remote(work, world, deadline_s, str(seen)), group
+    return leader.run.remote(work, world, deadline_s, str(seen))
 
 
-def rank_processes() -> list[psutil.Process]:
+def rank_processes_running() -> list[psutil.Process]:
     """Processes of the ranks 1 .. world - 1 of this Ray."""
     found = []
     for process in psutil.Process().children(recursive=True):
@@ -291,9 +303,42 @@ def wait_until(condition: Any, what: str, deadline_s: float = 120.0) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_gang_runs_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path, local_ray: Any) -> None:
-    future, _ = start_gang(inputs, tmp_path / "epoch", 3, epochs=2)
+    future = start_gang(inputs, tmp_path / "epoch", 3, epochs=2)
     assert ray.get(future, timeout=200) == [1, 2]
-    wait_until(lambda: not rank_processes(), "ranks gone")
+    wait_until(lambda: not rank_processes_running(), "ranks gone")
+
+
+class Repeated:
+    """Rank 0 of several runs, one after the other, in an actor that Tune uses again."""
+
+    def run(self, works: list[tuple[RankWork, int | None]], world: int) -> tuple[list[list[str]], list[int]]:
+        """Each run's rows, stopped after so many epochs, and how many processes there were, its own included."""
+        rows, seen = [], []
+        for work, last in works:
+            processes = rank_processes(world)
+            seen.append(processes)
+            with contextlib.closing(gang(work, world, processes=processes)) as results:  # type: ignore[type-var]
+                rows.append([repr(untimed(result.metrics)) for result in itertools.islice(results, last)])
+            assert not processes.lost
+        return rows, [len(set(map(id, seen))), torch.distributed.get_world_size()]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ranks_serve_one_run_after_the_other(inputs: tuple[str, str], local_ray: Any) -> None:
+    """After one that was stopped and one that came to its end, with the numbers of ranks that never ran anything else."""
+    stopped = RankWork(build_config(SETTINGS | {"epochs": 500, "seed": 1}), *inputs)
+    whole = RankWork(build_config(SETTINGS | {"head": "cosine", "loss": "focal", "batch_size": 2}), *inputs)
+    last = RankWork(build_config(SETTINGS | {"epochs": 3}), *inputs)
+    leader = place_leader(Repeated, 2)
+    rows, (gangs, world) = ray.get(leader.run.remote([(stopped, 2), (whole, None), (last, None)], 2), timeout=200)
+    assert [len(run) for run in rows] == [2, 2, 3]
+    assert (gangs, world) == (1, 2)
+    assert len(rank_processes_running()) == 1
+    ray.kill(leader)
+    wait_until(lambda: not rank_processes_running(), "ranks gone with their rank 0")
+    fresh, _ = ray.get(place_leader(Repeated, 2).run.remote([(last, None)], 2), timeout=200)
+    assert fresh[0] == rows[2]
 
 
 @pytest.mark.ray
@@ -309,25 +354,24 @@ def test_a_lost_rank_is_named_and_the_others_are_gone(
     inputs: tuple[str, str], tmp_path: Path, local_ray: Any, blow: int, deadline_s: float, message: str
 ) -> None:
     seen = tmp_path / "epoch"
-    future, group = start_gang(inputs, seen, 2, epochs=5000, deadline_s=deadline_s)
+    future = start_gang(inputs, seen, 2, epochs=5000, deadline_s=deadline_s)
     wait_until(seen.exists, "the first epoch")
-    (process,) = rank_processes()
+    (process,) = rank_processes_running()
     os.kill(process.pid, blow)
     struck = time.monotonic()
     with pytest.raises(RankError, match=message):
         ray.get(future, timeout=120)
     assert time.monotonic() - struck < 60
-    wait_until(lambda: not rank_processes(), "the other ranks gone", 20)
-    ray.util.remove_placement_group(group)
+    wait_until(lambda: not rank_processes_running(), "the other ranks gone", 20)
 
 
 @pytest.mark.parametrize("stuck", [True, False])
 def test_a_process_whose_rank_0_waits_for_ever_ends_itself(stuck: bool) -> None:
     """As NCCL's thread does when a peer is gone: Python cannot end it, and another thread may not wait for it."""
     script = f"""
-import threading, time
-from trainables.ranks import LEADER, leave_if_stuck
-threading.Thread(target=time.sleep, args=({600 if stuck else 0.2},), name=LEADER, daemon=True).start()
+import time
+from trainables.ranks import _Leader, leave_if_stuck
+_Leader.last = _Leader.thread.submit(time.sleep, {600 if stuck else 0.2})
 leave_if_stuck(after_s=1)
 time.sleep(3)
 print("went on")

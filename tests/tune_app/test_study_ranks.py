@@ -34,7 +34,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dashboard", [False, True])
 def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp_path: Path, dashboard: bool) -> None:
-    """Each is stopped by the scheduler in the middle of its run: the way in which placement groups have leaked before."""
+    """Each is stopped by the scheduler in the middle of its run: the way in which placement groups have leaked before.
+
+    The processes of the first serve all, as they have loaded and found out what takes longest.
+    """
     spec = build_spec(
         {
             "data": str(table),
@@ -57,6 +60,7 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp
         groups = ray.util.placement_group_table().values()
         assert {group["state"] for group in groups} <= {"REMOVED"}
         assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
+        assert sorted(actor["ActorClassName"] for actor in actors().values()) == ["ImplicitFunc", "_Rank"]
     finally:
         ray.shutdown()
     study = load_study(tmp_path / "study")
