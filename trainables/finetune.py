@@ -161,6 +161,10 @@ class _Run:
         self, config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, graphs: bool = True
     ) -> None:
         self.config, self.device = config, device
+        if device.type == "cuda":
+            # What the process's last run held lies in pools of its streams and graphs: neither this run, whose stream is
+            # another, nor another process could use it.
+            torch.cuda.empty_cache()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.epoch = 0

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,18 @@ def test_micro_batches_together_equal_one_after_the_other_on_a_gpu() -> None:
     together, run = gpu_trajectory(settings, graphs=True, at_once=2)
     assert max(part.groups for parts in run.passes.values() for part in parts) == 2
     np.testing.assert_allclose(together, apart, rtol=5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_runs_that_follow_each_other_hold_no_more_memory_than_the_first() -> None:
+    cohort = ball_cohort(81, positive=30, side=64)
+    config = build_config(GPU_RUN | {"volume_shape": 64})
+    held = []
+    for _ in range(3):
+        deque(finetune(config, cohort, split_of(cohort), device="cuda"), maxlen=0)
+        held.append(torch.cuda.memory_reserved())
+    assert max(held) <= 1.1 * held[0]
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 from ray._private.state import actors
 from rich.console import Console
 from study_runs import TINY, check_whole, medtune, processes, wait_for_rows, wait_until
@@ -65,6 +66,38 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp
         ray.shutdown()
     study = load_study(tmp_path / "study")
     assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, "stopped after the first of 500 epochs"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Path) -> None:
+    """Stopped ones and whole ones, with steps enough for captures that hold NCCL's collectives."""
+    table = write_cohort(tmp_path / "c", subjects=120, side=(14, 18))
+    spec = build_spec(
+        {
+            "data": str(table),
+            "trials": 5,
+            "gpus_per_trial": 2,
+            "config": SMALL | {"epochs": 4, "batch_size": 2, "gradient_accumulation_steps": 1},
+            "policy": {"grace_epochs": 1, "reduction_factor": 2.0, "finalists": 0, "drw_guard_epochs": 0},
+            "sampler": "random",
+            "cache": str(tmp_path / "cache"),
+        }
+    )
+    quiet = Console(quiet=True)
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
+        assert sum(outcome.states.values()) == outcome.states.get("stopped", 0) + outcome.states["completed"] == 5
+        assert sorted(actor["ActorClassName"] for actor in actors().values()) == ["ImplicitFunc", "_Rank"]
+        assert wait_until(lambda: ray.available_resources()["GPU"] >= 2.0, "GPUs free") < 5
+    finally:
+        ray.shutdown()
+    trials = load_study(tmp_path / "study").trials
+    assert list(trials["failures"]) == [0] * 5
 
 
 @pytest.mark.ray
