@@ -8,8 +8,8 @@ On two H200s (ResNet-50, batch 6x2, 185 MB of gradients) a step of 10.9 ms at 96
 sent and copied back in float32, 11.8 when gradients become views of what was sent, and 11.4 when convolutions' gradients
 travel in fp16, which is what the pass computed them in; at 128 voxels 20.1, 21.3, 21.5 and 20.8, at 64 voxels 5.9, 6.8,
 6.7 and 6.4. Of the last at 96 voxels, packing and unpacking take 0.2 ms, and what sending takes from the pass 0.3. Buckets
-of 16 MiB or 64 MiB differ by 0.1 ms at most; fewer channels for NCCL cost more than the multiprocessors they leave free bring (2, 4, 8 and
-16 of them: 12.0, 11.7, 11.6, 11.5).
+of 16 MiB or 64 MiB differ by 0.1 ms at most; fewer channels for NCCL cost more than the multiprocessors that they leave free
+bring (2, 4, 8 and 16 of them: 12.0, 11.7, 11.6, 11.5).
 """
 
 from collections.abc import Iterable, Iterator
