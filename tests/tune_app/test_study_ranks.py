@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import ray
 import torch
 from ray._private.state import actors
 from rich.console import Console
-from study_runs import TINY, check_whole, medtune, processes, wait_for_rows, wait_until
+from study_runs import TINY, check_whole, medtune, processes, rows_of, wait_for_rows, wait_until
 
+from trainables.diagnosis import VERDICTS
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles, build_spec
 from tune_app.study import run_study
@@ -66,6 +68,43 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp
         ray.shutdown()
     study = load_study(tmp_path / "study")
     assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, "stopped after the first of 500 epochs"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: Path) -> None:
+    """Four trials of two ranks at a time: the one that loses a rank goes on from its checkpoint, the others just go on."""
+    root = tmp_path / "study"
+    spec = build_spec(
+        {
+            "data": str(table),
+            "trials": 4,
+            "ranks": 2,
+            "max_concurrent": 4,
+            "config": SMALL | {"epochs": 150, "batch_size": 3},
+            "policy": {"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
+            "sampler": "random",
+            "cache": str(tmp_path / "cache"),
+        }
+    )
+
+    def kill_a_rank_when_all_train() -> None:
+        wait_until(lambda: len({row["trial"] for row in rows_of(root)}) == 4, "an epoch of each trial", 300)
+        os.kill(processes("ray::_Rank")[0].pid, signal.SIGKILL)
+
+    quiet = Console(quiet=True)
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill_a_rank_when_all_train)
+            outcome = run_study(spec, root, console=quiet, notes=quiet)
+            killed.result()
+    finally:
+        ray.shutdown()
+    assert outcome.states == {"completed": 4}
+    check_whole(root, trials=4, epochs=150)
+    assert sorted(load_study(root).trials["failures"]) == [0, 0, 0, 1]
 
 
 @pytest.mark.gpu
