@@ -158,7 +158,7 @@ def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
             "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
             "RAY_AIR_NEW_OUTPUT": "0",
             "RAY_USAGE_STATS_ENABLED": "0",  # a local Ray would report its use to Ray's makers
-            "RAY_TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+            "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that reports its end without memory has no score
         }
     )
     handler = LogFile(path)
