@@ -165,6 +165,7 @@ class _Run:
             # What the process's last run held lies in pools of its streams and graphs: neither this run, whose stream is
             # another, nor another process could use it.
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.epoch = 0

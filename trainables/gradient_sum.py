@@ -29,9 +29,9 @@ class GradientSum:
     """Sums the gradients of those `parameters` that are trainable now; make another when that changes.
 
     Every rank must make it from the same parameters and run the same backward passes. `convolutions_as`: what gradients
-    of convolutions' weights travel as, and are added up in; None: as they are. fp16 under autocast costs the rounding of
-    the additions alone, as those gradients are fp16 numbers already; a sum too large for it is infinite, like any gradient
-    that the loss scale has made too large.
+    of convolutions' weights travel as, and are added up in; None: as they are. fp16 under autocast costs little beside the
+    rounding of the additions: a single pass has computed those gradients in fp16. A sum too large for it is infinite on
+    every rank alike, as any gradient is that the loss scale has made too large.
     """
 
     def __init__(

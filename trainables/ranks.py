@@ -44,8 +44,8 @@ LEAVE_S = 5
 """Seconds rank 0's process may go on with a thread that waits for a lost rank: its error has been told by then."""
 STOP_S = 30.0
 """Seconds a rank may take to end a run that is over or stopped; where it takes longer, it is ended itself."""
-NO_LIMIT = timedelta(days=365)
-"""For waits that the gang itself ends: its deadline names the rank that hangs, torch's would not."""
+NO_LIMIT = timedelta(days=20)
+"""For waits that the gang itself ends, as its deadline names the rank that hangs: what fits 31 bits in milliseconds."""
 LEADER = "medtune-rank-0"
 GO, STOP = "go", "stop"
 
@@ -111,6 +111,7 @@ def gang(
     """
     processes = RankProcesses(world) if processes is None else processes
     if processes.store is None:
+        assert not dist.is_initialized(), "this process is rank 0 of other ranks already"
         processes.store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
     store = processes.store
     processes.runs += 1
@@ -151,7 +152,8 @@ def leave_if_stuck(*, patience_s: float = 1.0, after_s: int = LEAVE_S) -> None:
 
     A collective that waits for a lost rank cannot be interrupted, and keeps the process from ending in good order: on two
     H100s NCCL's kernel kept its GPU busy for 18 s after the other rank was killed, until Ray lost its patience. Call it
-    where the process has no more work, and its error is on the way. An alarm ends it even where Python runs no more.
+    where the process has no more work, and its error is on the way. An alarm ends it even where Python runs no more. Not
+    sooner: a process that ends while Tune makes it ready for the next trial costs that trial all of its failures.
     """
     if _Leader.last is not None and wait([_Leader.last], patience_s).not_done:
         signal.alarm(after_s)

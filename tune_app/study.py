@@ -623,6 +623,15 @@ class StudyScheduler(PolicyScheduler):
             self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
         return action
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Have Tune end the process of a trial that failed for good with several ranks: it has lost them.
+
+        Tune asks this just before it keeps the process for the next trial, and keeps only those that it has seen start.
+        """
+        super().on_trial_complete(tune_controller, trial, result)
+        if self.session.ranks > 1 and trial_name(trial) in self.session.fatal:
+            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
         # ERROR is set before this, not after, where the trial is going to be tried again.

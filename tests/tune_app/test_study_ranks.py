@@ -107,6 +107,51 @@ def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: P
     assert sorted(load_study(root).trials["failures"]) == [0, 0, 0, 1]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """One of several ranks has lost the others, and its process with them: the next trial has others from the first."""
+
+    def trial_that_may_lack_memory(trial: dict[str, Any], setting: Any) -> None:
+        from trainables import ranks, saved_run
+        from trainables.ray_trainable import run_trial
+
+        def none_left(*_: object) -> None:
+            raise MemoryError("none left")
+
+        before = saved_run.open_inputs
+        if trial["trial"] == "00000":
+            ranks.open_inputs = saved_run.open_inputs = none_left
+        try:
+            run_trial(trial, setting)
+        finally:
+            saved_run.open_inputs = before  # a process of one rank serves the next trial; that of several must not
+
+    monkeypatch.setattr("tune_app.study.run_trial", trial_that_may_lack_memory)
+    given = {
+        "data": str(table), "trials": 3, "ranks": ranks, "max_concurrent": 1, "max_failures": 0, "sampler": "random",
+        "config": SMALL | {"epochs": 2, "batch_size": 3}, "cache": str(tmp_path / "cache"),
+        "policy": {"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
+    }  # fmt: skip
+    quiet = Console(quiet=True)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
+        classes = sorted(actor["ActorClassName"] for actor in actors().values())
+    finally:
+        ray.shutdown()
+    assert outcome.states == {"failed": 1, "completed": 2}
+    trials = load_study(tmp_path / "study").trials
+    assert trials["reason"][0].startswith("out of memory: " + ("rank 0 on node" if ranks > 1 else "none left"))
+    assert list(trials["failures"][1:]) == [0, 0]
+    assert classes == (["ImplicitFunc"] if ranks == 1 else ["ImplicitFunc"] * 2 + ["_Rank"] * 2), (
+        "no more than it takes"
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.ray
