@@ -16,8 +16,9 @@ import pytest
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles
 
-TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
-TINY += ["--set", "train_auc_volumes=0"]
+SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+TINY = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+"""The same for the command line."""
 
 
 def medtune(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:

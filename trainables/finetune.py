@@ -246,8 +246,12 @@ class _Run:
 
     def put_away(self) -> None:
         """Drop what would keep the run on its device: graphs, and hooks, which hold in a circle what they hang on."""
-        self.graph = None
+        self._forget_step()
         self.validation_graphs.clear()
+
+    def _forget_step(self) -> None:
+        """Drop what holds for one set of trainable stages: the captured step, and the hooks of the gradient sum."""
+        self.graph, self.warm_steps = None, 0
         if self.gradient_sum is not None:
             self.gradient_sum.remove()
             self.gradient_sum = None
@@ -292,10 +296,7 @@ class _Run:
         active = drw_active(self.epoch, config.drw_start_epoch)
         stages = trainable_stages(self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs)
         if set_trainable(self.network, stages):
-            self.graph, self.warm_steps = None, 0
-            if self.gradient_sum is not None:
-                self.gradient_sum.remove()
-                self.gradient_sum = None
+            self._forget_step()
         if self.world > 1 and self.gradient_sum is None:
             half = torch.float16 if self.precision.dtype is torch.float16 else None  # bf16 is too coarse to add up in
             self.gradient_sum = GradientSum(self.network.parameters(), convolutions_as=half)

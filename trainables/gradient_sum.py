@@ -51,6 +51,10 @@ class GradientSum:
                 self._buckets.append(filling[kind])
             filling[kind].add(parameter, place)
         self._buckets.sort(key=lambda bucket: bucket.last)
+        for (
+            bucket
+        ) in self._buckets:  # odd sizes at the end: nothing behind them begins where a GPU reads 16 bytes at a time
+            bucket.parameters.sort(key=lambda parameter: parameter.numel() % 8 > 0)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))  # type: ignore[no-untyped-call]
             for bucket in self._buckets
@@ -103,7 +107,7 @@ class GradientSum:
 
 @dataclass
 class _Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters of one dtype whose gradients travel together."""
 
     dtype: torch.dtype
     """What they travel as."""
@@ -117,16 +121,14 @@ class _Bucket:
     def add(self, parameter: Tensor, place: int) -> None:
         self.nbytes += parameter.numel() * self.dtype.itemsize
         self.last = place
-        # Odd sizes at the end: behind them nothing begins where a GPU can read 16 bytes at a time.
-        at = len(self.parameters) if parameter.numel() % 8 else sum(p.numel() % 8 == 0 for p in self.parameters)
-        self.parameters.insert(at, parameter)
+        self.parameters.append(parameter)
 
     def collected(self) -> Tensor:
         """Return all gradients in one row; the parameters have none until `hand_out`."""
         grads = [_as_stored(parameter) for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        if all(grad.dtype == self.dtype for grad in grads):
+        if grads[0].dtype == self.dtype:
             return torch.cat(grads)
         flat = grads[0].new_empty(sum(grad.numel() for grad in grads), dtype=self.dtype)
         torch._foreach_copy_(self._pieces(flat), grads)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
@@ -35,13 +34,13 @@ class _Rank:
 
 
 class RankProcesses:
-    """Processes of ranks 1 .. world - 1, each in its bundle of `group` (default: the current placement group).
+    """Processes of ranks 1 .. world - 1, each in its bundle of the current placement group.
 
     They serve one run after the other, and end with the last handle to them, or with this process.
     """
 
-    def __init__(self, world: int, group: PlacementGroup | None = None) -> None:
-        group = group or ray.util.get_current_placement_group()
+    def __init__(self, world: int) -> None:
+        group = ray.util.get_current_placement_group()
         assert group is not None, "ranks live in a placement group"
         assert group.bundle_count >= world, "one bundle a rank"
         self.world = world

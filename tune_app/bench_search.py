@@ -56,9 +56,9 @@ def bench_search(
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
-    medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour. `gpus_per_trial` is medtune's; the plain
-    side has a GPU a trial. `record` is given the result so far whenever a trial of the plain side has ended. Writes below
-    `folder`.
+    medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour.
+    `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever a trial of
+    the plain side has ended. Writes below `folder`.
     """
     sides = set(sides)
     if unknown := sorted(sides - set(SIDES)):

@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray import tune
 from rich.console import Console
-from study_runs import TINY, check_whole, finished, medtune, rows_of, wait_for_rows
+from study_runs import SMALL, TINY, check_whole, finished, medtune, rows_of, wait_for_rows
 
 from trainables.checkpoints import load_state
 from trainables.config import build_config
@@ -32,9 +32,6 @@ from tune_app.synthetic import write_cohort
 
 WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "objective": None, "reason": None}
 """A trial's record as it is read again."""
-
-
-SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import ray
 import torch
 from ray._private.state import actors
 from rich.console import Console
-from study_runs import TINY, check_whole, medtune, processes, rows_of, wait_for_rows, wait_until
+from study_runs import SMALL, TINY, check_whole, medtune, processes, rows_of, wait_for_rows, wait_until
 
 from trainables.diagnosis import VERDICTS
 from tune_app.results import load_study
@@ -23,8 +23,6 @@ from tune_app.synthetic import write_cohort
 
 STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
 """Two processes each, with seconds of imports: more by MEDTUNE_STOPPED_TRIALS, such as 30 before a release."""
-
-SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 
 
 @pytest.fixture(scope="module")
