@@ -186,6 +186,9 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
     wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(network))
     wrapped.register_comm_hook(None, fp16_compress_hook)
     wrapped(volumes).square().sum().backward()  # the oracle: its hook divides by the ranks, a power of two
+    halves = [parameter.grad.clone() for parameter in wrapped.parameters()]
+    del wrapped  # as its group's last owner it would wait, holding the interpreter, for a thread that needs that, too
+    gc.collect()
     whole = copy.deepcopy(network)
     with GradientSum(whole.parameters()).over(last=True):
         whole(volumes).square().sum().backward()
@@ -196,11 +199,11 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
             network(volumes).square().sum().backward()
         summing.remove()
         rounded = 0
-        for ours, halves, full in zip(network.parameters(), wrapped.parameters(), whole.parameters(), strict=True):
+        for ours, half, full in zip(network.parameters(), halves, whole.parameters(), strict=True):
             assert ours.grad.dtype == torch.float32
             assert ours.grad.stride() == ours.stride()
             if ours.dim() == 5:
-                torch.testing.assert_close(ours.grad, world * halves.grad, rtol=0, atol=1e-6)
+                torch.testing.assert_close(ours.grad, world * half, rtol=0, atol=1e-6)
                 rounded += not torch.equal(ours.grad, full.grad)
             else:
                 assert torch.equal(ours.grad, full.grad)
