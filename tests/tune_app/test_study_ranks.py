@@ -30,6 +30,11 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
 
 
+def actor_classes() -> list[str]:
+    """Of all actors there were, by their last name: Ray tells some by their qualified one."""
+    return sorted(actor["ActorClassName"].rpartition(".")[2] for actor in actors().values())
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
@@ -61,7 +66,7 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp
         groups = ray.util.placement_group_table().values()
         assert {group["state"] for group in groups} <= {"REMOVED"}
         assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
-        assert sorted(actor["ActorClassName"] for actor in actors().values()) == ["ImplicitFunc", "_Rank"]
+        assert actor_classes() == ["ImplicitFunc", "_Rank"]
     finally:
         ray.shutdown()
     study = load_study(tmp_path / "study")
@@ -138,7 +143,7 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
-        classes = sorted(actor["ActorClassName"] for actor in actors().values())
+        classes = actor_classes()
     finally:
         ray.shutdown()
     assert outcome.states == {"failed": 1, "completed": 2}
@@ -174,7 +179,7 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
     try:
         outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
         assert sum(outcome.states.values()) == outcome.states.get("stopped", 0) + outcome.states["completed"] == 5
-        assert sorted(actor["ActorClassName"] for actor in actors().values()) == ["ImplicitFunc", "_Rank"]
+        assert actor_classes() == ["ImplicitFunc", "_Rank"]
         assert wait_until(lambda: ray.available_resources()["GPU"] >= 2.0, "GPUs free") < 5
     finally:
         ray.shutdown()
