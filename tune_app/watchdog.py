@@ -30,8 +30,16 @@ class StalledError(RuntimeError):
     """A study in which nothing can go on; what to do stands in the message, and `medtune resume` goes on from here."""
 
 
-State = Literal["waiting", "running", "no room"]
-"""waiting: for its place in the cluster; no room: on its disk, where it waits to write."""
+State = Literal["waiting", "taking over", "running", "no room"]
+"""waiting: for its place in the cluster; taking over: its process is there, and still ends the trial before; no room: on
+its disk, where it waits to write."""
+
+BEFORE_RUNNING: tuple[State, ...] = ("waiting", "taking over")
+WAITS: dict[State, str] = {
+    "waiting": "has waited for its place for",
+    "taking over": "has waited for the trial before it in its process for",
+    "no room": "has waited for room on its disk for",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Watchdog:
     """Compares what trials show from look to look.
 
     `say` gets each line for the user, `why` returns the reason a trial does not move, `end` ends its process. Raises
-    StalledError from `look` when for `deadline_s` trials have been waiting for a place and none was running. A deadline
+    StalledError from `look` when for `deadline_s` trials have been waiting to begin and none was running. A deadline
     counts from the first step on; until then it is `START_S` at the least.
     """
 
@@ -96,11 +104,11 @@ class Watchdog:
         self._quiet = {seen.name: self._updated(seen, now) for seen in current}
         for quiet in self._quiet.values():
             self._judge(quiet, now)
-        if current and all(seen.state == "waiting" for seen in current):
+        if current and all(seen.state in BEFORE_RUNNING for seen in current):
             waited = now - max(quiet.since for quiet in self._quiet.values())
             if waited >= self._start_s:
                 reason = self._why(current[0])
-                raise StalledError(f"no trial has found its place for {_time(waited)}: {reason}")
+                raise StalledError(f"no trial has begun for {_time(waited)}: {reason}")
 
     def _updated(self, seen: Seen, now: float) -> _Quiet:
         before = self._quiet.get(seen.name)
@@ -122,8 +130,7 @@ class Watchdog:
             quiet.since = quiet.said = now
             quiet.moved = False
         elif silent >= self._quiet_s and now - quiet.said >= max(self._quiet_s, (quiet.said - quiet.since)):
-            what = {"waiting": "waits for its place since", "no room": "waits for room on its disk since"}
-            told = what.get(quiet.seen.state, "nothing done for")
+            told = WAITS.get(quiet.seen.state, "nothing done for")
             self._say(f"trial {quiet.seen.name}: {told} {_time(silent)}: {self._why(quiet.seen)}")
             quiet.said = now
 
@@ -155,6 +162,14 @@ def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, f
     free = resources()
     told = [" and ".join(f"{each.get(name, 0.0):g} {name}" for name in ("CPU", "GPU")) for each in (need, free)]
     return f"it takes {told[0]} in {len(bundles)} bundle(s), {told[1]} are free: add a node, or end what holds them"
+
+
+def ending(before: str | None, files: Callable[[str], TrialFiles]) -> str:
+    """Return why a trial whose process is there has not begun; `before`: the trial that the process served last, if known."""
+    if before is None:
+        return "its process has not ended the trial before, whose last files may still be on their way to their disk"
+    folder = files(before).folder
+    return f"its process has not ended trial {before}, whose last files may still be on their way to {folder}"
 
 
 def _last_line(path: Path) -> str:
@@ -189,6 +204,7 @@ def watch_tune(
 
     # Of one look only: a handle that outlives Ray's end keeps a connection of Ray's open.
     actors: dict[str, Any] = {}
+    served: dict[object, str] = {}  # the last trial of each process
 
     def end(name: str) -> None:
         if actors.get(name) is not None:
@@ -197,6 +213,8 @@ def watch_tune(
     def why(seen: Seen) -> str:
         if seen.state == "waiting":
             return placing(bundles, ray.available_resources)
+        if seen.state == "taking over":
+            return ending(served.get(seen.process), files)
         return reason_of(files(seen.name))
 
     watchdog = Watchdog(say=say, why=why, end=end, deadline_s=deadline_s)
@@ -210,11 +228,15 @@ def watch_tune(
                 continue
             name = str(trial.config["trial"])
             actors[name] = trial.temporary_state.ray_actor
+            process = actors[name] and actors[name]._actor_id
             state, mark = moved(files(name), rows(name))
-            state = state if trial.status == "RUNNING" else "waiting"
-            seen.append(Seen(name, state, mark, actors[name] and actors[name]._actor_id))
+            if trial.status == "RUNNING":
+                served[process] = name
+            else:
+                state = "waiting" if process is None else "taking over"
+            seen.append(Seen(name, state, mark, process))
         try:
-            if local and any(each.state == "waiting" for each in seen) and not ray.cluster_resources().get("CPU"):
+            if local and any(each.state in BEFORE_RUNNING for each in seen) and not ray.cluster_resources().get("CPU"):
                 raise StalledError("Ray has lost its node on this machine: `medtune resume` goes on with a new one")
             watchdog.look(seen)
         finally:

@@ -1,5 +1,6 @@
 """A study as its user meets it: run, killed, resumed, interrupted; with a real Ray and real NIfTI files."""
 
+import functools
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from trainables.checkpoints import load_state
 from trainables.config import build_config
 from trainables.finetune import configured_network
 from trainables.weights import save_medicalnet
+from tune_app import watchdog
 from tune_app.display import Display
 from tune_app.results import StudyDamageError, load_study, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
@@ -89,7 +91,10 @@ def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Pat
 def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next trial of its process starts when the file is there, instead of failing on a process that is not free."""
+    """The next trial of its process starts when the file is there, instead of failing on a process that is not free.
+
+    Meanwhile the user is told what it waits for.
+    """
 
     def trial_with_a_slow_disk(trial: dict[str, Any], setting: Any) -> None:
         import time
@@ -108,13 +113,18 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         run_trial(trial, setting)
 
     monkeypatch.setattr("tune_app.study.run_trial", trial_with_a_slow_disk)
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.5)
+    monkeypatch.setattr(watchdog, "Watchdog", functools.partial(watchdog.Watchdog, quiet_s=1.0))
+    notes = Console(file=io.StringIO(), width=1000)
     given = {
         "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_concurrent": 1, "sampler": "random",
         "config": SMALL | {"epochs": 500}, "policy": {"max_epochs": 3},
     }  # fmt: skip
-    quiet = Console(quiet=True)
-    outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
+    outcome = run_study(build_spec(given), tmp_path / "study", console=Console(quiet=True), notes=notes)
     assert outcome.states == {"stopped": 3}
+    told = notes.file.getvalue()
+    assert "trial 00001: has waited for the trial before it in its process for" in told
+    assert f"its process has not ended trial 00000, whose last files may still be on their way to {tmp_path}" in told
     trials = load_study(tmp_path / "study").trials
     assert list(trials["failures"]) == [0, 0, 0]
     for name in ("00000", "00001"):  # the third epoch's median replaces what went before

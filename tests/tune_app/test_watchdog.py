@@ -1,5 +1,7 @@
 """Trials that stand still are named, told why, and ended in time; those that are only slow, or not to blame, are not."""
 
+import functools
+import itertools
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +92,8 @@ def test_a_study_in_which_nothing_finds_its_place_ends() -> None:
     waiting = Seen("00002", "waiting", mark=0)
     for step in range(300):
         scene.live(10, Seen("00001", "running", mark=step), waiting)
-    assert scene.said[0].startswith("trial 00002: waits for its place since 100 s: because")
-    with pytest.raises(StalledError, match="no trial has found its place for 17 min: because"):
+    assert scene.said[0].startswith("trial 00002: has waited for its place for 100 s: because")
+    with pytest.raises(StalledError, match="no trial has begun for 17 min: because"):
         scene.live(2000, Seen("00003", "waiting", mark=0))
 
 
@@ -135,8 +137,35 @@ def test_a_full_disk_is_told_at_once_and_ends_nothing() -> None:
     scene.live(5, Seen("00001", "no room", mark=1))
     assert scene.said == ["trial 00001: the disk is full; make room, and the trial goes on by itself"]
     scene.live(5000, Seen("00001", "no room", mark=1))
-    assert scene.said[1].startswith("trial 00001: waits for room on its disk since 100 s: because")
+    assert scene.said[1].startswith("trial 00001: has waited for room on its disk for 100 s: because")
     assert not scene.ended
+
+
+def test_a_trial_whose_process_ends_another_is_told_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that it waits for CPUs or a GPU, which its process has: the disk of the trial before is to blame."""
+    times = itertools.count(0.0, 2.5)
+    monkeypatch.setattr(watchdog, "Watchdog", functools.partial(Watchdog, clock=lambda: next(times)))
+    actor = SimpleNamespace(_actor_id="a")
+    said: list[str] = []
+    look = watch_tune(
+        lambda name: TrialFiles(tmp_path / name), lambda name: 0, [], say=said.append, deadline_s=1000.0, local=False
+    )
+
+    def trial(name: str, status: str) -> SimpleNamespace:
+        return SimpleNamespace(config={"trial": name}, status=status, temporary_state=SimpleNamespace(ray_actor=actor))
+
+    def follow() -> None:
+        for _ in range(1000):
+            look([trial("00000", "TERMINATED"), trial("00001", "PENDING")])
+
+    for _ in range(3):
+        look([trial("00000", "RUNNING")])
+    with pytest.raises(StalledError, match="no trial has begun for 17 min: its process has not ended trial 00000"):
+        follow()
+    assert said[0] == (
+        "trial 00001: has waited for the trial before it in its process for 5 min: its process has not ended trial "
+        f"00000, whose last files may still be on their way to {tmp_path / '00000'}"
+    )
 
 
 def test_no_actor_is_held_once_its_trial_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
