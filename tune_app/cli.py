@@ -30,6 +30,7 @@ from tune_app.cli_common import (
     DataOption,
     GpusOption,
     OutOption,
+    RetryOption,
     SetOption,
     WeightsOption,
     cache_folder,
@@ -223,6 +224,7 @@ def run(
     cache: CacheOption = None,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
     from trainables.storage import url_of
@@ -254,13 +256,16 @@ def run(
         raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
-    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on)
+    if retry_failed and not go_on and elsewhere.get() is None:
+        raise typer.BadParameter("--retry-failed goes with --resume: only a study that is there has failed trials")
+    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on, retry_failed=retry_failed)
 
 
 @app.command()
 def resume(
     study: Annotated[Path, typer.Argument(help="Folder of the study.")],
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.spec import StudyFiles
@@ -268,22 +273,28 @@ def resume(
 
     files = StudyFiles(opened(study)[0])
     files.require()
-    _run_and_tell(files.read_spec(), study, address=address, resume=True)
+    _run_and_tell(files.read_spec(), study, address=address, resume=True, retry_failed=retry_failed)
 
 
-def _run_and_tell(spec: Any, root: Path, *, address: str | None, resume: bool, go_on: bool = False) -> None:
+def _run_and_tell(
+    spec: Any, root: Path, *, address: str | None, resume: bool, go_on: bool = False, retry_failed: bool = False
+) -> None:
     if (send := elsewhere.get()) is not None:
-        raise typer.Exit(send(spec, root))
+        raise typer.Exit(send(spec, root, retry_failed))
     from trainables.storage import url_of
-    from tune_app.study import INTERRUPTED, run_study
+    from tune_app.study import FAILED_TRIALS, INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
     place = url_of(root) or root
     err.print(f"study: {place}", soft_wrap=True, markup=False)
-    outcome = run_study(spec, root, console=err, notes=err, address=address, resume=resume, go_on=go_on)
+    outcome = run_study(
+        spec, root, console=err, notes=err, address=address, resume=resume, go_on=go_on, retry_failed=retry_failed
+    )
     print_summary(root, out)
     if outcome.exit_code == INTERRUPTED:
         err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
+    elif outcome.exit_code == FAILED_TRIALS:
+        err.print(f"try failed trials again with: medtune resume {place} --retry-failed", soft_wrap=True, markup=False)
     raise typer.Exit(outcome.exit_code)
 
 

@@ -54,9 +54,13 @@ def submit(
     """
     from tune_app.submit import Cluster, build_submission, cluster_file, kuberay_manifest
 
-    def send(spec: Any, root: Path) -> int:
+    def send(spec: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
         if kuberay or cluster_yaml:
+            if retry_failed:
+                raise typer.BadParameter(
+                    "--retry-failed is for one job: a manifest would have each of its starts do that"
+                )
             cluster = Cluster(max_workers=workers, gpus=gpus, mount=mount)
             cluster = replace(cluster, image=image) if image else cluster
             if kuberay:
@@ -65,9 +69,9 @@ def submit(
                 _write_text(cluster_yaml, cluster_file(place, cluster))
             return 0
         if dry_run:
-            print(build_submission(spec, place, pip=pip).dry_run(), end="")
+            print(build_submission(spec, place, pip=pip, retry_failed=retry_failed).dry_run(), end="")
             return 0
-        return _send(spec, place, address, pip=pip, follow=follow, allow_open=allow_open)
+        return _send(spec, place, address, pip=pip, follow=follow, allow_open=allow_open, retry_failed=retry_failed)
 
     token = elsewhere.set(send)
     try:
@@ -83,7 +87,9 @@ def _place(root: Path) -> str:
     return cluster_place(str(root))
 
 
-def _send(spec: Any, place: str, address: str | None, *, pip: bool, follow: bool, allow_open: bool) -> int:
+def _send(
+    spec: Any, place: str, address: str | None, *, pip: bool, follow: bool, allow_open: bool, retry_failed: bool
+) -> int:
     from tune_app.jobs import ENDED, Jobs
     from tune_app.submit import build_submission
 
@@ -94,7 +100,8 @@ def _send(spec: Any, place: str, address: str | None, *, pip: bool, follow: bool
         job_id = running[-1].submission_id
         err.print(f"{place} is running already, as {job_id}: nothing is sent", soft_wrap=True, markup=False)
     else:
-        submission = build_submission(spec, place, earlier=[job.submission_id for job in earlier], pip=pip)
+        ids = [job.submission_id for job in earlier]
+        submission = build_submission(spec, place, earlier=ids, pip=pip, retry_failed=retry_failed)
         job_id = submission.submission_id
         err.print(f"sending {submission.size_line()} to {jobs.url}", soft_wrap=True, markup=False)
         jobs.send(submission)

@@ -15,8 +15,9 @@ from tune_app.yaml_text import YamlError, load_yaml
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
-elsewhere: ContextVar[Callable[[Any, Path], int] | None] = ContextVar("elsewhere", default=None)
-"""What takes a study (spec, folder) instead of running it here, and returns the exit code; set by `medtune submit`."""
+elsewhere: ContextVar[Callable[[Any, Path, bool], int] | None] = ContextVar("elsewhere", default=None)
+"""What takes a study (spec, folder, whether failed trials are tried again) instead of running it here, and returns the
+exit code; set by `medtune submit`."""
 
 DataOption = Annotated[
     Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
@@ -33,6 +34,9 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write t
 GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
 ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Let trials that have failed go on, too, from their checkpoints.")
+]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")]
 
 

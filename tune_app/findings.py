@@ -391,7 +391,7 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
         yield Caution(
             f"{len(failed)} of {len(study.trials)} trials failed",
             f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
-            "Each trial's trial.log has the traceback.",
+            f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` lets them go on.",
         )
     damaged = [note for note in study.notes if "damaged" in note or "has" in note]
     if damaged:

@@ -19,7 +19,7 @@ import math
 import sqlite3
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -83,8 +83,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     run's config differs from the defaults in. Trials that a killed search left running come first, under the same name
     and with the same overrides; then the settings of `warm_start` that were never asked for (names of
     `search_spaces.spaces.WARM_STARTS`; None: all that lie in the space); then what the sampler draws, until the study
-    has `num_trials` trials. Failed trials count and are not asked for again; `warm_start_from` adds to what the sampler
-    knows and counts for nothing.
+    has `num_trials` trials. Failed trials count, and are not asked for again unless `retry` names them: those are then
+    as a killed search would have left them. `warm_start_from` adds to what the sampler knows and counts for nothing.
 
     `objective` takes a trial's rows, one an epoch, in order, and returns what it is worth: larger is better, and a
     value that is not finite is no score. `metric` is the column it is computed from, shown epoch by epoch. A result
@@ -113,6 +113,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         rows: Mapping[int, Sequence[Row]] | None = None,
         identity: Mapping[str, Scalar] | None = None,
         failure: str | None = None,
+        retry: Collection[int] = (),
     ) -> None:
         super().__init__(metric=metric, mode="max")
         if sampler not in get_args(SamplerName):
@@ -146,7 +147,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._reasons: dict[int, str] = {}
         self._own = 0
         self._left: deque[int] = deque()
-        self._load(rows or {})
+        self._load(rows or {}, retry)
         self.taken_over = self._take_over(warm_start_from)
         asked = {trial.user_attrs.get(_POINT) for trial in self._trials()}
         self._points = deque((name, sample) for name, sample in points.items() if name not in asked)
@@ -364,9 +365,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         told = self._study.tell(number, value if state == TrialState.COMPLETE else None, state=state)
         self._database.finish(number, state, told.value, reason)
 
-    def _load(self, rows: Mapping[int, Sequence[Row]]) -> None:
-        """Fill memory from the database, and take up what a killed search left."""
+    def _load(self, rows: Mapping[int, Sequence[Row]], retry: Collection[int]) -> None:
+        """Fill memory from the database, and take up what a killed search left, and what is to be tried again."""
         for trial in self._database.found:
+            if trial.number in retry and trial.state == TrialState.FAIL:
+                self._database.reopen(trial.number)
+                trial.state, trial.datetime_complete = TrialState.RUNNING, None
+                trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key != _REASON}
             if trial.state == TrialState.WAITING:
                 raise SearchError(
                     f"{self._database.name}: trial {trial.number} was queued by another program; this search queues its "
@@ -605,6 +610,17 @@ class _Database:
             db.execute(sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row)))
             _insert(db, models.TrialValueModel, trial_id, _values(value))
             _insert(db, models.TrialUserAttributeModel, trial_id, _attributes({_REASON: reason} if reason else {}))
+
+    @_with_room
+    def reopen(self, number: int) -> None:
+        """Have a trial that has failed run again, which Optuna itself refuses."""
+        trial_id = self._ids[number]
+        trials, attributes = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
+        running = {"state": TrialState.RUNNING, "datetime_complete": None}
+        with self._storage.engine.begin() as db:
+            db.execute(sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(running))
+            reason = (attributes.c.trial_id == trial_id) & (attributes.c.key == _REASON)
+            db.execute(sqlalchemy.delete(attributes).where(reason))
 
     def close(self) -> None:
         self._storage.remove_session()

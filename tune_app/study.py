@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -90,10 +90,12 @@ def run_study(
     address: str | None = None,
     resume: bool = False,
     go_on: bool = False,
+    retry_failed: bool = False,
 ) -> Outcome:
     """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
 
     `root` may be object storage (s3://...): the work is then mirrored there. `go_on`: resume where there is a study.
+    `retry_failed`: trials that have failed for good go on, too, from their checkpoints.
 
     `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
     Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
@@ -104,7 +106,17 @@ def run_study(
     url = url_of(root)
     try:
         with mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files:
-            return _run_in(spec, files, url, console=console, notes=notes, address=address, resume=resume, go_on=go_on)
+            return _run_in(
+                spec,
+                files,
+                url,
+                console=console,
+                notes=notes,
+                address=address,
+                resume=resume,
+                go_on=go_on,
+                retry_failed=retry_failed,
+            )
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
 
@@ -119,6 +131,7 @@ def _run_in(
     address: str | None,
     resume: bool,
     go_on: bool,
+    retry_failed: bool,
 ) -> Outcome:
     root = files.root
     root.mkdir(parents=True, exist_ok=True)
@@ -127,13 +140,30 @@ def _run_in(
         with FileLock(files.lock, timeout=1), ray_to_file(files.log, notes), stopping_on_request(files):
             if go_on and files.spec.exists():
                 spec, resume = resumed_spec(files, spec), True
-            return _run_locked(spec, files, url, console=console, notes=notes, address=address, resume=resume)
+            return _run_locked(
+                spec,
+                files,
+                url,
+                console=console,
+                notes=notes,
+                address=address,
+                resume=resume,
+                retry_failed=retry_failed,
+            )
     except Timeout:
         raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
 
 
 def _run_locked(
-    spec: StudySpec, files: StudyFiles, url: str | None, *, console: Any, notes: Any, address: str | None, resume: bool
+    spec: StudySpec,
+    files: StudyFiles,
+    url: str | None,
+    *,
+    console: Any,
+    notes: Any,
+    address: str | None,
+    resume: bool,
+    retry_failed: bool,
 ) -> Outcome:
     if files.spec.exists() and not resume:
         place = url or files.root
@@ -192,7 +222,7 @@ def _run_locked(
                 storage=url,
             )
             notes.print(plan.text, soft_wrap=True)
-            session.begin()
+            session.begin(retry_failed=retry_failed)
             interrupted = session.run(partial(run_trial, setting=setting), plan, local=own_session is not None)
     states = recorder.states()
     if own_session is not None and not states.get("failed"):
@@ -397,7 +427,16 @@ class Recorder:
             "failures": 0,
             "objective": None,
         }
-        self._write(record | where | {"state": "running", "ended": None, "reason": None, "error": None})
+        self._write(record | where | NOT_ENDED)
+
+    def failed(self) -> list[str]:
+        """Trials that have failed for good."""
+        return [trial for trial, record in self.records.items() if record["state"] == "failed"]
+
+    def reopened(self, trial: str) -> None:
+        """A trial that has failed is to go on: its record is that of one left by a killed driver."""
+        self._write(self.records[trial] | NOT_ENDED | {"objective": None})
+        self.written(trial)
 
     def failed_once(self, trial: str) -> None:
         self._write(self.records[trial] | {"failures": self.records[trial]["failures"] + 1})
@@ -526,14 +565,22 @@ class _Session:
             for path in make_room(self.files, self.budget, self.recorder.records.values()):
                 log.info("disk budget: removed %s", path)
 
-    def begin(self) -> None:
+    def begin(self, *, retry_failed: bool = False) -> None:
         """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
-        self.searcher = self._searcher()
-        for note in self.searcher.notes:
+        retried = self.recorder.failed() if retry_failed else []
+        self.searcher = self._searcher(retried)
+        for trial in retried:  # after the Optuna study: one that is running only there is settled as failed again
+            self.recorder.reopened(trial)
+        notes = [*self.searcher.notes]
+        if retried:
+            notes.append(f"failed before, to go on from their checkpoints: {', '.join(retried)}")
+        elif retry_failed:
+            notes.append("no trial has failed: none is tried again")
+        for note in notes:
             self.display.note(note)
         self._rebuild(self.searcher)
 
-    def _searcher(self) -> Any:
+    def _searcher(self, retried: Sequence[str]) -> Any:
         if self.spec.kind != "search":
             return PlannedSearcher(self.spec)
         return OptunaSearcher(
@@ -550,6 +597,7 @@ class _Session:
             rows={int(trial): rows for trial, rows in self.recorder.rows.items()},
             identity={"cohort": self.cohort, "objective": self.spec.objective},
             failure=FATAL,
+            retry=[int(trial) for trial in retried],
         )
 
     def _rebuild(self, searcher: Any) -> None:
@@ -579,6 +627,8 @@ class _Session:
 
 
 ENDED = ("completed", "stopped", "failed")
+NOT_ENDED = {"state": "running", "ended": None, "reason": None, "error": None}
+"""In the record of a trial that runs, or is to go on."""
 
 
 def stop_reason(decision: Decision) -> str:

@@ -78,19 +78,26 @@ class Submission:
 
 
 def build_submission(
-    spec: StudySpec, study: str, *, earlier: Collection[str] = (), pip: bool = True, source: Path | None = None
+    spec: StudySpec,
+    study: str,
+    *,
+    earlier: Collection[str] = (),
+    pip: bool = True,
+    source: Path | None = None,
+    retry_failed: bool = False,
 ) -> Submission:
     """Return the job that runs `spec` in the folder or URL `study`, and goes on with what is there already.
 
     `earlier`: ids of the jobs that the cluster knows, since Ray takes no id twice. `pip`: pin the packages that are
-    installed here. `source`: folder that holds the packages; None: where they were imported from.
+    installed here. `source`: folder that holds the packages; None: where they were imported from. `retry_failed`: trials
+    of the study that have failed go on, too.
 
     Raises SpecError for a study folder that a cluster cannot see, and for a package over Ray's limit.
     """
     study = cluster_place(study)
     return Submission(
         submission_id=next_id(study, earlier),
-        entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study)}",
+        entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study, retry_failed=retry_failed)}",
         package=_checked(pack_code(source or Path(__file__).parents[1], {SPEC_FILE: spec_text(spec)})),
         runtime_env=_runtime_env(pip),
         metadata={"medtune_study": study, "medtune_spec": spec.hash()},
@@ -117,9 +124,9 @@ def _runtime_env(pip: bool) -> dict[str, Any]:
     return {"env_vars": variables} | ({"pip": pinned_requirements()} if pip else {})
 
 
-def entry_arguments(spec_file: str, study: str) -> str:
+def entry_arguments(spec_file: str, study: str, *, retry_failed: bool = False) -> str:
     """Return the arguments of `medtune` that a job runs: start the study, or go on with it if it is there."""
-    return shlex.join(["run", spec_file, "--out", study, "--resume"])
+    return shlex.join(["run", spec_file, "--out", study, "--resume", *["--retry-failed"] * retry_failed])
 
 
 def cluster_place(study: str) -> str:

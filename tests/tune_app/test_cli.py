@@ -148,6 +148,7 @@ def test_usage_errors_say_what_is_missing() -> None:
     assert result.exit_code == 2
     assert "name the table of volumes: --data TABLE" in " ".join(result.output.replace("│", " ").split())
     assert invoke("run", "--data", "t.csv", "--gpus-per-trial", "some").exit_code == 2
+    assert invoke("run", "--data", "t.csv", "--retry-failed").exit_code == 2, "a new study has no failed trials"
     assert invoke("train").exit_code == 2
     assert invoke("nonsense").exit_code == 2
 

@@ -185,6 +185,38 @@ def test_the_study_ends_at_its_number_of_trials_failed_ones_included(tmp_path):
     assert more.suggest("f") == Searcher.FINISHED
 
 
+def test_a_failed_trial_may_be_tried_again(tmp_path):
+    first = make(tmp_path, num_trials=3)
+    suggested = [first.suggest(name) for name in "abc"]
+    run(first, "a", [0.6, 0.7], error=True)
+    run(first, "b", [0.5] * EPOCHS)
+    run(first, "c", [0.4], error=True)
+    first.close()
+
+    killed = make(tmp_path, num_trials=3, retry=[0])  # before it could say in the record that trial 0 goes on
+    killed.close()
+    settling = make(tmp_path, num_trials=3)
+    settling.settle(0, "failed", None, [row(1, 0.6), row(2, 0.7)], reason="lost its node")
+    settling.close()
+    assert [trial.state.name for trial in read(tmp_path).trials] == ["FAIL", "COMPLETE", "FAIL"]
+    assert read(tmp_path).trials[0].user_attrs["reason"] == "lost its node"
+
+    second = make(tmp_path, num_trials=3, retry=[0, 1])  # one that has not failed stays as it is
+    assert second.left_running == (0,)
+    assert second.failed() == {2: "the trial ended with an error"}
+    running = read(tmp_path).trials[0]
+    assert (running.state.name, running.datetime_complete) == ("RUNNING", None)
+    assert "reason" not in running.user_attrs
+    assert running.intermediate_values == {1: 0.6, 2: 0.7}
+    assert second.suggest("d") == suggested[0]
+    assert second.suggest("e") == Searcher.FINISHED
+    run(second, "d", [0.6, 0.7, 0.8, 0.9])
+    trial = read(tmp_path).trials[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == objective_value([row(e, v) for e, v in enumerate([0.6, 0.7, 0.8, 0.9], 1)])
+    assert second.study.trials[0].state == TrialState.COMPLETE
+
+
 # ---- what is drawn ----
 
 

@@ -22,6 +22,7 @@ from study_runs import SMALL, TINY, check_whole, finished, medtune, rows_of, wai
 
 from trainables.checkpoints import load_state
 from trainables.config import build_config
+from trainables.diagnosis import VERDICTS
 from trainables.finetune import configured_network
 from trainables.weights import save_medicalnet
 from tune_app import watchdog
@@ -129,6 +130,65 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
     assert list(trials["failures"]) == [0, 0, 0]
     for name in ("00000", "00001"):  # the third epoch's median replaces what went before
         assert load_state(StudyFiles(tmp_path / "study").trial(name).best)["epoch"] == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_failed_trials_go_on_when_they_are_asked_to(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From their checkpoints, under their names, with no row written twice; the others are left as they are."""
+    mended = tmp_path / "mended"
+
+    def trial_on_a_lost_share(trial: dict[str, Any], setting: Any) -> None:
+        import errno
+
+        from trainables import saved_run
+        from trainables.ray_trainable import run_trial
+
+        whole = saved_run.save_state
+
+        def lost(path: Path, state: dict[str, Any]) -> None:
+            if state["epoch"] == 3 and trial["trial"] != "00001" and not mended.exists():
+                raise OSError(errno.ESTALE, "Stale file handle")
+            whole(path, state)
+
+        saved_run.save_state = lost
+        try:
+            run_trial(trial, setting)
+        finally:
+            saved_run.save_state = whole
+
+    monkeypatch.setattr("tune_app.study.run_trial", trial_on_a_lost_share)
+    given = {
+        "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_failures": 0, "sampler": "random",
+        "config": SMALL | {"epochs": 4},
+        "policy": {"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
+    }  # fmt: skip
+    root, files = tmp_path / "study", StudyFiles(tmp_path / "study")
+    spec, quiet = build_spec(given), Console(quiet=True)
+    outcome = run_study(spec, root, console=quiet, notes=quiet)
+    assert (outcome.exit_code, outcome.states) == (3, {"failed": 2, "completed": 1})
+    assert "Stale file handle" in read_record(files.trial("00000").record)["reason"]
+    before, whole_one = rows_of(root), files.trial("00001").record.read_bytes()
+    again = run_study(spec, root, console=quiet, notes=quiet, resume=True)
+    assert again.states == outcome.states, "not without being asked to"
+    assert rows_of(root) == before
+
+    mended.touch()
+    told = Console(file=io.StringIO(), width=1000)
+    done = run_study(spec, root, console=told, notes=quiet, resume=True, retry_failed=True)
+    assert (done.exit_code, done.states) == (0, {"completed": 3})
+    assert "failed before, to go on from their checkpoints: 00000, 00002" in told.file.getvalue()
+    check_whole(root, trials=3, epochs=4)
+    assert rows_of(root)[: len(before)] == before
+    assert files.trial("00001").record.read_bytes() == whole_one
+    record = read_record(files.trial("00000").record)
+    assert (record["state"], record["reason"], record["error"], record["failures"]) == ("completed", None, None, 0)
+    study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    assert "epoch 3 of 4" in files.trial("00000").log.read_text()
+    assert files.trial("00000").log.read_text().count("epoch 1 of 4") == 2, "told again, not trained again"
 
 
 @pytest.mark.ray

@@ -133,6 +133,10 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
     assert shown["entrypoint"] == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
     assert shown["study"]["trials"] == 8
     assert "tune_app/cli.py" in shown["package"]["files"]
+    again = yaml.safe_load(CliRunner().invoke(cli.app, [*asked, "--retry-failed"], catch_exceptions=False).stdout)
+    assert again["entrypoint"] == shown["entrypoint"] + " --retry-failed"
+    manifest = CliRunner().invoke(cli.app, ["submit", "--kuberay", "-", *asked[2:], "--retry-failed"])
+    assert manifest.exit_code == 2, "its job may start more than once"
     wrong = CliRunner().invoke(cli.app, [*asked, "--trails", "3"])
     assert wrong.exit_code == 2, "options are checked before anything is sent"
 
