@@ -46,6 +46,7 @@ from tune_app.serve_studies import (
     UnreadableError,
     comparison,
     curves,
+    failed_trials,
     figure,
     glance,
     log_tail,
@@ -407,14 +408,27 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         return Asked(study=asked.name, became="queued")
 
     @app.post("/api/studies/{study}/start")
-    def start(study: StudyId) -> Asked:
-        """Let a study wait for the machine: begun when it never was, resumed otherwise."""
+    def start(study: StudyId, retry_failed: bool = False) -> Asked:
+        """Let a study wait for the machine: begun when it never was, resumed otherwise.
+
+        `retry_failed`: trials that have failed go on, too.
+        """
         path = folder.path(study)
         if StudyFiles(path).spec.is_file():
             reading = folder.reading(study)
-            if reading is not None and state_of(path, reading.study, queue) == "ended":
-                raise QueueError(f"{path.name} has ended: every trial ran to its end or was stopped")
-        queue.add(path)
+            if reading is not None:
+                failed = failed_trials(reading.study)
+                if retry_failed and not failed:
+                    raise QueueError(f"{path.name}: no trial has failed")
+                if not retry_failed and state_of(path, reading.study, queue) == "ended":
+                    raise QueueError(
+                        f"{path.name} has ended, {failed} of its trials failed: retry_failed=true lets those go on"
+                        if failed
+                        else f"{path.name} has ended: every trial ran to its end or was stopped"
+                    )
+        elif retry_failed:
+            raise QueueError(f"{path.name} has not begun: no trial has failed")
+        queue.add(path, retry_failed=retry_failed)
         return Asked(study=study, became="queued")
 
     @app.post("/api/studies/{study}/stop")
@@ -455,6 +469,7 @@ def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[st
         "stopping": bool(entry and entry.stopping and entry.exit_code is None and state in ("running", "starting")),
         "exit_code": entry.exit_code if entry else None,
         "can_start": state in ("new", "unstarted", "interrupted"),
+        "can_retry": reading is not None and state in ("ended", "interrupted") and failed_trials(reading.study) > 0,
         "can_stop": state in ("running", "starting", "queued"),
         "said": [line for line in console if line][-6:],
     }
@@ -468,7 +483,13 @@ def _line(study: str, path: Path, folder: StudyFolder, queue: StudyQueue) -> dic
     try:
         reading = folder.reading(study, wait=False)
     except UnreadableError as error:
-        return row | {"state": "unreadable", "error": printable(str(error)), "can_start": False, "can_stop": False}
+        return row | {
+            "state": "unreadable",
+            "error": printable(str(error)),
+            "can_start": False,
+            "can_retry": False,
+            "can_stop": False,
+        }
     if reading is None:
         return row | _standing(path, None, queue)
     shown: dict[str, Any] = folder.memo(reading, "glance", glance)

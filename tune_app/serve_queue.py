@@ -32,7 +32,8 @@ log = logging.getLogger("medtune.serve")
 EVERY_S = 0.5
 """Seconds between two looks at whether the next study can start."""
 
-Action = Literal["run", "resume"]
+Action = Literal["run", "resume", "retry"]
+"""retry: resume, and have failed trials go on."""
 
 
 class QueueError(ValueError):
@@ -89,13 +90,18 @@ class StudyQueue:
 
     # What the page asks for --------------------------------------------------------------------------------------------
 
-    def add(self, root: Path) -> None:
-        """Let the study wait for its turn. Raises QueueError when it waits, starts or runs already."""
+    def add(self, root: Path, *, retry_failed: bool = False) -> None:
+        """Let the study wait for its turn, its failed trials too where asked.
+
+        Raises QueueError when it waits, starts or runs already.
+        """
         files = StudyFiles(root)
         with self._guard:
             if self.is_active(root):
                 raise QueueError(f"{root.name} waits or runs already")
-            action: Action = "resume" if files.spec.is_file() else "run"
+            action: Action = "run"
+            if files.spec.is_file():
+                action = "retry" if retry_failed else "resume"
             if action == "run" and not files.asked.is_file():
                 raise QueueError(f"{root.name} holds neither a study nor a study file")
             self.waiting.append(Entry(str(root), action, time.time()))
@@ -200,7 +206,7 @@ class StudyQueue:
         if entry.action == "run":
             command += ["run", str(files.asked), "--out", place]
         else:
-            command += ["resume", place]
+            command += ["resume", place, *["--retry-failed"] * (entry.action == "retry")]
         command += ["--address", self._address] if self._address else []
         with files.console.open("ab") as console:
             console.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {entry.action}\n".encode())

@@ -219,6 +219,11 @@ def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
     return "ended" if len(study.trials) >= study.spec.num_trials and ended.all() else "interrupted"
 
 
+def failed_trials(study: Study) -> int:
+    """Return how many trials have failed for good."""
+    return int((study.trials["state"] == "failed").sum())
+
+
 def glance(study: Study) -> dict[str, Any]:
     """Return a study's line in the list."""
     states = {str(state): int(count) for state, count in study.trials["state"].value_counts().items()}

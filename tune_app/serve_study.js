@@ -156,6 +156,7 @@ export function studyView(id, query) {
     const start = told.state === "interrupted" ? "resume" : "start";
     return h("div", { class: "tools" },
       told.can_start ? h("button", { class: "tool main", id: "start", onclick: async () => { if (await act(`${base}/start`, "waiting for the machine")) refresh(); } }, start) : "",
+      told.can_retry ? h("button", { class: "tool", id: "retry", onclick: async () => { if (await act(`${base}/start?retry_failed=true`, "waiting for the machine")) refresh(); } }, "let failed trials go on") : "",
       told.can_stop ? h("button", { class: "tool", id: "stop", onclick: async () => {
         if (told.state === "queued" || (await confirmThat("Stop the study? Its trials keep their checkpoints, and it can be resumed.", "stop the study"))) {
           if (await act(`${base}/stop`, told.state === "queued" ? "taken from the queue" : "asked to stop")) refresh();

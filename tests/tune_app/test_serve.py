@@ -71,6 +71,7 @@ def test_the_list_tells_every_study_below_the_folder(client: TestClient, tmp_pat
     assert rows["first"]["states"] == study.trials["state"].value_counts().to_dict()
     assert (rows["first"]["state"], rows[SECOND]["state"]) == ("ended", "interrupted")
     assert (rows["first"]["can_start"], rows[SECOND]["can_start"]) == (False, True)
+    assert (rows["first"]["can_retry"], rows[SECOND]["can_retry"]) == (True, True)
 
 
 def test_trials_and_curves_are_those_of_the_dataframes(client: TestClient, tmp_path: Path) -> None:
@@ -410,6 +411,36 @@ def test_stopping_asks_the_driver_and_says_when_there_is_none(client: TestClient
         assert client.post(f"{path}/start", headers=BEARER).status_code == 409, "it runs already"
     ended = client.post(f"{path}/trials/00000/stop", headers=BEARER)
     assert (ended.status_code, "has ended" in ended.json()["detail"][0]) == (409, True)
+
+
+def test_failed_trials_go_on_when_they_are_asked_to(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = tmp_path / "first", StudyFiles(tmp_path / "group" / "second & <b>third<" / "b>")
+    refused = client.post("/api/studies/first/start", headers=BEARER)
+    assert (refused.status_code, "1 of its trials failed: retry_failed=true" in refused.json()["detail"][0]) == (
+        409,
+        True,
+    )
+    with FileLock(other.lock):  # a driver started by hand has the machine
+        asked = client.post("/api/studies/first/start?retry_failed=true", headers=BEARER)
+        assert asked.json()["became"] == "queued"
+        told = client.get("/api/studies/first").json()
+        assert (told["state"], told["can_retry"]) == ("queued", False)
+        assert client.post("/api/studies/first/stop", headers=BEARER).json()["became"] == "removed"
+    for record in first.glob("trials/*/trial.json"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "completed"}))
+    assert wait_for(lambda: not client.get("/api/studies/first").json()["can_retry"])
+    refused = client.post("/api/studies/first/start?retry_failed=true", headers=BEARER)
+    assert (refused.status_code, refused.json()["detail"]) == (409, ["first: no trial has failed"])
+
+    commands = []
+    monkeypatch.setattr("tune_app.serve_queue.subprocess.Popen", lambda command, **_: commands.append(command))
+    queue = StudyQueue(tmp_path / "queue.json", list)
+    queue.add(first, retry_failed=True)
+    assert StudyQueue(tmp_path / "queue.json", list).waiting[0].action == "retry", "so it is after a restart"
+    assert queue.advance()
+    assert commands[0][-3:] == ["resume", str(first), "--retry-failed"]
 
 
 def an_unrunnable_study(root: Path) -> Path:
