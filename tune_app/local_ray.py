@@ -2,14 +2,16 @@
 
 import logging
 import os
+import re
 import secrets
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import psutil
 import ray
@@ -148,6 +150,31 @@ class _Told(logging.Handler):
         self.notes.print(f"note: {record.getMessage()}", soft_wrap=True, markup=False)
 
 
+class _WithoutRaylets:
+    """Standard output without what Ray prints there of its raylets, whatever `log_to_driver` says: that goes to its log.
+
+    A worker that died is a page of guesses at why; who it was and what becomes of the trial is told by the study.
+    """
+
+    notice = re.compile(r"(?:\x1b\[\d+m)?\(raylet(?:, ip=[^)]*)?\)(?:\x1b\[\d+m)?\s*(.*)", re.DOTALL)
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._thread = threading.local()
+
+    def write(self, text: str) -> int:
+        ended, self._thread.inside = getattr(self._thread, "inside", False) and text == "\n", False
+        if found := self.notice.match(text):
+            logging.getLogger("ray.raylet").error("%s", found[1])  # the level that Ray leaves its loggers
+            self._thread.inside = True  # `print` writes the line's end by itself
+        elif not ended:
+            self._stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
     """Send what Ray, Optuna and we log to the study's log; of it only our own warnings go to `notes`, too."""
@@ -170,7 +197,8 @@ def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
         if logger.name == "medtune":
             logger.addHandler(_Told(notes))
         logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
-    with warnings.catch_warnings():
+    told = cast(TextIO, _WithoutRaylets(sys.stdout)) if sys.stdout is not None else None
+    with warnings.catch_warnings(), redirect_stdout(told):
         warnings.simplefilter("ignore")
         try:
             yield

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._private.worker import print_to_stdstream
+from rich.console import Console
 
-from tune_app.local_ray import keep_strangers_out
+from tune_app.local_ray import keep_strangers_out, ray_to_file
 
 STUDY = """
 import os, subprocess, sys
@@ -113,3 +115,22 @@ with open(sys.argv[1], "w") as answer:
 def test_a_session_that_is_over_leaves_no_trainable_behind(tmp_path: Path) -> None:
     """Ray keeps the last thousand classes of actors in a cache, each with the function it was made for and its arguments."""
     assert answers(FORGOTTEN, tmp_path) == ["0"]
+
+
+def test_what_ray_says_of_its_raylets_goes_to_the_log_and_nothing_else_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray prints it to standard output, where a study's results are expected, without asking `log_to_driver`."""
+    died = {"lines": ["A worker died.\nSome common causes include: ..."], "pid": "raylet", "is_err": False}
+    with ray_to_file(tmp_path / "log", Console(quiet=True)):
+        print_to_stdstream(died, ignore_prefix=False)
+        print("one\n\ntwo", end="\n")
+        print()
+        Console(width=40).print("three")
+        print_to_stdstream({"lines": ["from elsewhere"], "pid": "raylet", "ip": "10.0.0.2", "is_err": False}, False)
+        print("(raylets are Ray's)")
+    print("(raylet) afterwards")
+    assert capsys.readouterr().out == "one\n\ntwo\n\nthree\n(raylets are Ray's)\n(raylet) afterwards\n"
+    log = (tmp_path / "log").read_text()
+    assert "ERROR ray.raylet A worker died.\nSome common causes include: ..." in log
+    assert "from elsewhere" in log
