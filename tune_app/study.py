@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,39 +105,10 @@ def run_study(
     """
     url = url_of(root)
     try:
-        with mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files:
-            return _run_in(
-                spec,
-                files,
-                url,
-                console=console,
-                notes=notes,
-                address=address,
-                resume=resume,
-                go_on=go_on,
-                retry_failed=retry_failed,
-            )
-    finally:
-        gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
-
-
-def _run_in(
-    spec: StudySpec,
-    files: StudyFiles,
-    url: str | None,
-    *,
-    console: Any,
-    notes: Any,
-    address: str | None,
-    resume: bool,
-    go_on: bool,
-    retry_failed: bool,
-) -> Outcome:
-    root = files.root
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        with FileLock(files.lock, timeout=1), ray_to_file(files.log, notes), stopping_on_request(files):
+        with (
+            mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files,
+            _only_driver(files, notes),
+        ):
             if go_on and files.spec.exists():
                 spec, resume = resumed_spec(files, spec), True
             return _run_locked(
@@ -150,8 +121,23 @@ def _run_in(
                 resume=resume,
                 retry_failed=retry_failed,
             )
+    finally:
+        gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
+
+
+@contextmanager
+def _only_driver(files: StudyFiles, notes: Any) -> Iterator[None]:
+    """Hold the study's folder, with its log. Raises StudyBusyError when another driver does."""
+    files.root.mkdir(parents=True, exist_ok=True)
+    try:
+        # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
+        held = FileLock(files.lock).acquire(timeout=1)
     except Timeout:
-        raise StudyBusyError(f"{root}: another driver is running this study; wait for it, or stop it first") from None
+        raise StudyBusyError(
+            f"{files.root}: another driver is running this study; wait for it, or stop it first"
+        ) from None
+    with held, ray_to_file(files.log, notes), stopping_on_request(files):
+        yield
 
 
 def _run_locked(
