@@ -36,6 +36,8 @@ from trainables.rank_actors import RankProcesses
 from trainables.saved_run import open_inputs, saved_run
 from trainables.training_thread import KeptThread
 
+log = logging.getLogger("medtune.trial")
+
 START_S = 300.0
 """Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
 ANSWER_S = 5.0
@@ -139,6 +141,9 @@ def _all_ended(leader: "_Leader", futures: list[Any]) -> bool:
     """Wait for the ranks to end their run, which takes no more than putting things away; False when one does not."""
     if wait([leader.running], STOP_S).not_done:
         return False
+    if leader.error is not None:  # while it put things away: nobody asks for results any more
+        log.error("rank 0 failed at the end of its run, its process is not used again: %r", leader.error)
+        return False
     ended, going = ray.wait(futures, num_returns=len(futures), timeout=STOP_S)
     try:
         ray.get(ended)
@@ -235,17 +240,22 @@ def _failed(rank: int, node: str, cause: BaseException) -> str:
 
 
 def _who_hangs(leader: "_Leader", processes: RankProcesses, waited: float) -> str:
-    """Name the rank that is behind the others: the one that does not answer, or has come least far."""
-    behind = (leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())
+    """Name the rank that is behind the others: the one that does not answer, or has come least far.
+
+    All stand at the same step where one of them hangs in the next, as the others wait for it there: then all are named.
+    """
+    found = [(leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())]
     for rank, actor in enumerate(processes.actors, start=1):
         try:
             epoch, step, node = ray.get(actor.where.remote(), timeout=ANSWER_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             home = _home(processes.homes[rank - 1])
             return f"rank {rank} on node {home} does not answer, and no step ended for {waited:.0f} s: it hangs or is cut off"
-        behind = min(behind, (epoch, step, rank, node))
-    epoch, step, rank, node = behind
-    return f"rank {rank} on node {node} hangs in epoch {epoch} after step {step}: no step ended for {waited:.0f} s"
+        found.append((epoch, step, rank, node))
+    epoch, step, *_ = min(found)
+    behind = [f"rank {rank} on node {node}" for *place, rank, node in found if place == [epoch, step]]
+    who = behind[0] if len(behind) == 1 else f"one of {', '.join(behind)}"
+    return f"{who} hangs in epoch {epoch} after step {step}: no step ended for {waited:.0f} s"
 
 
 def _home(answer: Any) -> str:
@@ -285,6 +295,8 @@ class _Leader:
     ) -> None:
         self.results: queue.Queue[EpochResult | BaseException | None] = queue.Queue()
         self.position = Position(heartbeat=heartbeat)
+        self.error: Exception | None = None
+        """What ended the run."""
         self._proceed = threading.Semaphore(0)
         self._stopped = False
         self.running = _Leader.last = self.thread.submit(self._train, work, place, store, resume)
@@ -308,6 +320,7 @@ class _Leader:
                         return
             self.results.put(None)
         except Exception as error:  # noqa: BLE001  # handed to the calling thread, which raises it
+            self.error = error
             self.results.put(error)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ import torch.multiprocessing as mp
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
+from trainables import ranks
 from trainables.config import FineTuneConfig, build_config
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
@@ -381,6 +383,50 @@ def test_a_lost_rank_is_named_and_the_others_are_gone(
         ray.get(future, timeout=120)
     assert time.monotonic() - struck < 60
     wait_until(lambda: not rank_processes_running(), "the other ranks gone", 20)
+
+
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ([(2, 5), (2, 3)], "rank 2 on node n2 hangs in epoch 2 after step 3"),
+        ([(2, 5), (3, 0)], "rank 0 on node n0 hangs in epoch 2 after step 4"),
+        ([(2, 4), (2, 5)], "one of rank 0 on node n0, rank 1 on node n1 hangs in epoch 2 after step 4"),
+    ],
+)
+def test_the_rank_that_is_behind_is_named_and_all_of_them_where_none_is(
+    others: list[tuple[int, int]], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0, after step 4 of epoch 2, is no more to blame for waiting than the one it waits for."""
+    monkeypatch.setattr(ranks.ray.util, "get_node_ip_address", lambda: "n0")
+    monkeypatch.setattr(ranks.ray, "get", lambda answer, timeout: answer)
+    actors = [
+        SimpleNamespace(where=SimpleNamespace(remote=lambda answer=(*at, f"n{rank}"): answer))
+        for rank, at in enumerate(others, 1)
+    ]
+    leader = SimpleNamespace(position=ranks.Position(2, 4))
+    said = ranks._who_hangs(leader, SimpleNamespace(actors=actors), 60.0)  # type: ignore[arg-type]
+    assert said == f"{named}: no step ended for 60 s"
+
+
+def test_an_error_of_rank_0_while_it_stops_is_told_and_its_process_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU's error may show only when the run is put away: the next trial must not meet it."""
+
+    def epochs(*_: Any) -> Any:
+        try:
+            yield "an epoch"
+        finally:
+            raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(ranks, "_rank_epochs", epochs)
+    monkeypatch.setattr(ranks.log, "propagate", True)
+    store: Any = SimpleNamespace(set=lambda *_: None)
+    leader = ranks._Leader(None, ranks.Place(0, 1, 1, "here", 0), store, None, None)  # type: ignore[arg-type]
+    assert leader.results.get(timeout=10) == "an epoch"
+    leader.stop()
+    assert not ranks._all_ended(leader, [])
+    assert "illegal memory access" in caplog.text
 
 
 @pytest.mark.parametrize("stuck", [True, False])
