@@ -51,9 +51,8 @@ class GradientSum:
                 self._buckets.append(filling[kind])
             filling[kind].add(parameter, place)
         self._buckets.sort(key=lambda bucket: bucket.last)
-        for (
-            bucket
-        ) in self._buckets:  # odd sizes at the end: nothing behind them begins where a GPU reads 16 bytes at a time
+        for bucket in self._buckets:
+            # Odd sizes at the end: nothing behind them begins where a GPU reads 16 bytes at a time
             bucket.parameters.sort(key=lambda parameter: parameter.numel() % 8 > 0)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))  # type: ignore[no-untyped-call]

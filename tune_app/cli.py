@@ -203,12 +203,10 @@ def run(
     sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
     pretrained_path: WeightsOption = None,
-    gpus_per_trial: Annotated[
-        str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")
-    ] = None,
+    gpus_per_trial: GpusOption = None,
     ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
     cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")] = None,
+    max_concurrent: ConcurrentOption = None,
     disk_budget: Annotated[
         float | None, typer.Option("--disk-budget", help="GiB the study may take; the worst trials' weights go first.")
     ] = None,
@@ -222,7 +220,7 @@ def run(
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    address: AddressOption = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
     retry_failed: RetryOption = False,
 ) -> None:
@@ -264,7 +262,7 @@ def run(
 @app.command()
 def resume(
     study: Annotated[Path, typer.Argument(help="Folder of the study.")],
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")] = None,
+    address: AddressOption = None,
     retry_failed: RetryOption = False,
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""

@@ -166,10 +166,8 @@ def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, f
 
 def ending(before: str | None, files: Callable[[str], TrialFiles]) -> str:
     """Return why a trial whose process is there has not begun; `before`: the trial that the process served last, if known."""
-    if before is None:
-        return "its process has not ended the trial before, whose last files may still be on their way to their disk"
-    folder = files(before).folder
-    return f"its process has not ended trial {before}, whose last files may still be on their way to {folder}"
+    which, where = ("the trial before", "their disk") if before is None else (f"trial {before}", files(before).folder)
+    return f"its process has not ended {which}, whose last files may still be on their way to {where}"
 
 
 def _last_line(path: Path) -> str:
