@@ -21,7 +21,7 @@ from trainables.manifest import Manifest, ManifestError, read_manifest, split_ro
 from trainables.storage import url_of
 from tune_app.analysis import COLLAPSES
 from tune_app.objective import OBJECTIVES
-from tune_app.results import Study
+from tune_app.results import ENDED, Study
 from tune_app.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
 from tune_app.tables import came_back, format_value, printable
 from tune_app.yaml_text import YamlError, load_yaml
@@ -242,7 +242,7 @@ def _plan_text(study: Study) -> str:
     for name in ("seed", "fold"):
         count = len({trial.overrides.get(name) for trial in planned})
         parts.append(f"{count} {name}{'s' if count != 1 else ''}")
-    ended = int(study.trials["state"].isin(["completed", "stopped", "failed"]).sum())
+    ended = int(study.trials["state"].isin(ENDED).sum())
     runs = f"{len(planned)} runs" if ended == len(planned) else f"{ended} of {len(planned)} runs"
     return f"{runs}: {' x '.join(parts)}, {study.spec.epochs} epochs each"
 

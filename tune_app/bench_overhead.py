@@ -36,8 +36,9 @@ from search_spaces.written import space_from
 from tune_app.bench_search import machine
 from tune_app.display import Display
 from tune_app.local_ray import keep_strangers_out, ray_to_file
+from tune_app.recorder import Recorder
 from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.study import Lifecycle, Plan, Recorder, _Session
+from tune_app.study import Lifecycle, Plan, _Session
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")

@@ -30,14 +30,13 @@ from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.ablation import ADJUSTED_LEVEL, choose_folds, difference_text, only, plan, run_lines
 from tune_app.analysis import COLLAPSES, interval_over_folds
 from tune_app.objective import OBJECTIVES
-from tune_app.results import Study, load_study
+from tune_app.results import ENDED, Study, load_study
 from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec, default_cache
 from tune_app.tables import format_value, printable
 
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""
 
-ENDED = ("completed", "stopped", "failed")
 
 OF_SEARCHES = ("space", "planned", "trials", "seed", "sampler", "warm_start", "warm_start_from", "storage", "policy")
 """Fields of a spec that mean nothing in a confirmation."""

@@ -26,7 +26,7 @@ from tune_app.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.analysis import COLLAPSES, axis_of
 from tune_app.confirm import judge, judged_lines, score_lines
 from tune_app.objective import OBJECTIVES
-from tune_app.results import Study, load_study
+from tune_app.results import ENDED, Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.tables import came_back, format_value, printable
 
@@ -106,7 +106,7 @@ def _found(study: Study) -> str:
         if told:
             return told
     best = study.best()
-    ended = study.trials["state"].isin(["completed", "stopped", "failed"]).all()
+    ended = study.trials["state"].isin(ENDED).all()
     parts = [
         f"Trial {best['trial']} is best{'' if ended else ' so far'} with {best['objective']:.3f}{_interval(best)}"
         f"{_against_documented(study, best)}"

@@ -191,6 +191,7 @@ class Study:
 
 
 STATES = ("completed", "stopped", "running", "interrupted", "failed")
+ENDED = ("completed", "stopped", "failed")
 
 
 @dataclass(frozen=True, repr=False)
@@ -346,7 +347,7 @@ def _read_records(files: StudyFiles, damage: list[str]) -> dict[str, dict[str, A
 def _record_problem(folder: str, record: Mapping[str, Any]) -> str | None:
     if record.get("trial", folder) != folder:
         return f"says it is trial {record['trial']!r}: a folder was renamed or copied"
-    if record.get("state") not in ("running", "completed", "stopped", "failed"):
+    if record.get("state") not in ("running", *ENDED):
         return f"state {record.get('state')!r}: one of running, completed, stopped, failed"
     if not isinstance(record.get("overrides", {}), dict):
         return f"overrides are a {type(record['overrides']).__name__}, must be an object"

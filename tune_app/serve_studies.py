@@ -20,7 +20,7 @@ from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from tune_app import figures, findings
 from tune_app.objective import OBJECTIVES
-from tune_app.results import Study, is_held, load_study
+from tune_app.results import ENDED, Study, is_held, load_study
 from tune_app.serve_queue import StudyQueue
 from tune_app.serve_storage import Replica
 from tune_app.spec import SpecError, StudyFiles
@@ -215,7 +215,7 @@ def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
         return "unstarted" if files.console.is_file() else "new"
     if study is None:
         return "unread"
-    ended = study.trials["state"].isin(["completed", "stopped", "failed"])
+    ended = study.trials["state"].isin(ENDED)
     return "ended" if len(study.trials) >= study.spec.num_trials and ended.all() else "interrupted"
 
 
@@ -303,7 +303,7 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
     if now > since and len(recent):
         told["busy"] = min(1.0, float(recent["epoch_s"].sum()) / ((now - since) * len(running)))
         told["volumes_per_s"] = plain(recent.groupby("trial", observed=True)["volumes_per_s"].last().sum())
-    ended = trials[trials["state"].isin(["completed", "stopped", "failed"]) & trials["wall_s"].notna()]
+    ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna()]
     epoch_s = float(epochs["epoch_s"].mean())
     pace = epoch_s
     if len(ended) and ended["epochs_run"].sum():

@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +35,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from trainables import installed_version
-from trainables.checkpoints import TrialFiles, sweep_temporaries, when_there_is_room, write_json
+from trainables.checkpoints import TrialFiles, sweep_temporaries
 from trainables.config import FineTuneConfig, build_config
-from trainables.diagnosis import diagnose
 from trainables.manifest import read_manifest
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
 from trainables.scans import Recipe
@@ -50,10 +48,11 @@ from tune_app.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.packing import measure_packing, pick_packing
 from tune_app.ray_scheduler import PolicyScheduler
-from tune_app.results import StudyDamageError, read_record, read_rows
+from tune_app.recorder import Recorder
+from tune_app.results import ENDED, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
-from tune_app.spec import SpecError, StudyFiles, StudySpec, append_line, default_cache, mend_last_line, resumed_spec
+from tune_app.spec import SpecError, StudyFiles, StudySpec, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.storage import drop_unrecorded, mirrored
 from tune_app.watchdog import watch_tune
@@ -352,136 +351,6 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
 # A session -------------------------------------------------------------------------------------------------------------
 
 
-RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
-DECIDED = {"trial", "epoch", "action", "reason", "summary"}
-"""What a trial's record and a decision must have for a study to go on."""
-
-
-class Recorder:
-    """The study directory as the driver writes it: rows, decisions, and one record a trial.
-
-    Raises StudyDamageError when what earlier drivers wrote has been damaged.
-    """
-
-    def __init__(self, spec: StudySpec, files: StudyFiles) -> None:
-        self.spec, self.files = spec, files
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        """Of trials that have not ended: a row takes some 6 kB, and a long study has many."""
-        for row in read_rows(files.epochs):
-            self.rows.setdefault(row["trial"], []).append(row)
-        self.records = {path.parent.name: read_record(path) for path in sorted(files.trials.glob("*/trial.json"))}
-        decisions = read_rows(files.decisions)
-        if problems := [*self._damage(decisions)]:
-            raise StudyDamageError(problems)
-        self.logged = {(row["trial"], row["epoch"]) for row in decisions}
-        self._writer = ThreadPoolExecutor(1, "records")
-        self._writing: dict[str, Future[None]] = {}
-
-    def _damage(self, decisions: list[dict[str, Any]]) -> Iterator[str]:
-        """What no driver has written and none can go on from, though it may be read."""
-        for trial, record in self.records.items():
-            path = self.files.trial(trial).record
-            if missing := sorted(RECORDED - record.keys()):
-                yield f"{path}: has no {', '.join(missing)}"
-            if not trial.isdecimal():
-                yield f"{path}: trial {trial!r} has no number for a name"
-        for trial in self.rows.keys() - self.records.keys():
-            yield f"{self.files.epochs}: has rows of trial {trial}, but {self.files.trial(trial).record} is not there: put it back"
-        for line, row in enumerate(decisions, start=1):
-            if missing := sorted(DECIDED - row.keys()):
-                yield f"{self.files.decisions}:{line}: has no {', '.join(missing)}"
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        """Keep a new row of a trial; called before anything is decided on it."""
-        self.written(row["trial"])  # rows of a trial without a record could not be read
-        self.rows.setdefault(row["trial"], []).append(dict(row))
-        when_there_is_room(lambda: append_line(self.files.epochs, row), self.files.epochs)
-
-    def decision(self, decision: Decision) -> None:
-        row = decision.as_row()
-        if (row["trial"], row["epoch"]) not in self.logged:
-            self.logged.add((row["trial"], row["epoch"]))
-            when_there_is_room(lambda: append_line(self.files.decisions, row), self.files.decisions)
-
-    def began(self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any) -> None:
-        record = self.records.get(trial) or {
-            "trial": trial,
-            "number": int(trial),
-            "variant": variant,
-            "overrides": dict(overrides),
-            "started": time.time(),
-            "failures": 0,
-            "objective": None,
-        }
-        self._write(record | where | NOT_ENDED)
-
-    def failed(self) -> list[str]:
-        """Trials that have failed for good."""
-        return [trial for trial, record in self.records.items() if record["state"] == "failed"]
-
-    def reopened(self, trial: str) -> None:
-        """A trial that has failed is to go on: its record is that of one left by a killed driver."""
-        self._write(self.records[trial] | NOT_ENDED | {"objective": None})
-        self.written(trial)
-
-    def failed_once(self, trial: str) -> None:
-        self._write(self.records[trial] | {"failures": self.records[trial]["failures"] + 1})
-        self.written(trial)
-
-    def ended(self, trial: str, state: str, reason: str, *, error: str | None = None) -> dict[str, Any]:
-        rows = self.rows.get(trial, [])
-        record = self.records[trial]
-        diagnosis = diagnose(rows, build_config({**self.spec.config, **record["overrides"]})) if rows else None
-        self._write(
-            record
-            | {
-                "state": state,
-                "reason": reason or None,
-                "error": error,
-                "ended": time.time(),
-                "objective": objective_value(rows, self.spec.objective),
-                "verdict": diagnosis.verdict if diagnosis else None,
-                "verdict_epoch": diagnosis.epoch if diagnosis else None,
-                "verdict_summary": diagnosis.summary if diagnosis else None,
-                "advice": diagnosis.advice if diagnosis else None,
-                "healed_epochs": diagnosis.healed_epochs if diagnosis else None,
-            }
-        )
-        if state == "failed":
-            self.written(trial)  # nothing else says why; the other ends follow from the rows
-        self.rows.pop(trial, None)
-        return self.records[trial]
-
-    def written(self, trial: str) -> None:
-        """Wait until the record of the trial is on disk."""
-        if (writing := self._writing.pop(trial, None)) is not None:
-            writing.result()
-
-    def flush(self) -> None:
-        """Wait until all records are on disk."""
-        for trial in list(self._writing):
-            self.written(trial)
-
-    def close(self) -> None:
-        """Wait until all records are on disk, and end the thread that writes them."""
-        self.flush()
-        self._writer.shutdown()
-
-    def states(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for record in self.records.values():
-            counts[record["state"]] = counts.get(record["state"], 0) + 1
-        return counts
-
-    def _write(self, record: dict[str, Any]) -> None:
-        """Have the record written. In a thread: waiting for the disk would hold up all other trials."""
-        trial = record["trial"]
-        self.written(trial)
-        self.records[trial] = record
-        path = self.files.trial(trial).record
-        self._writing[trial] = self._writer.submit(when_there_is_room, lambda: write_json(path, record), path)
-
-
 class _Session:
     """One driver at work on a study: rebuilds what earlier ones left, then runs the rest."""
 
@@ -610,11 +479,6 @@ class _Session:
         """The complete configuration of a trial, as plain values."""
         overrides = self.recorder.records[trial]["overrides"]
         return build_config({**self.spec.config, **overrides}).model_dump(mode="json")
-
-
-ENDED = ("completed", "stopped", "failed")
-NOT_ENDED = {"state": "running", "ended": None, "reason": None, "error": None}
-"""In the record of a trial that runs, or is to go on."""
 
 
 def stop_reason(decision: Decision) -> str:

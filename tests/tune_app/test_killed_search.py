@@ -32,10 +32,11 @@ import tune_app
 from trainables.checkpoints import sweep_temporaries
 from trainables.ray_trainable import FATAL
 from tune_app.display import Display
+from tune_app.recorder import Recorder
 from tune_app.results import read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import StudyFiles, build_spec, mend_last_line
-from tune_app.study import Recorder, StudyScheduler, _Session
+from tune_app.study import StudyScheduler, _Session
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(Path(str(package.__file__)).parent) for package in (trainables, tune_app))

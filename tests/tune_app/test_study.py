@@ -27,10 +27,11 @@ from trainables.finetune import configured_network
 from trainables.weights import save_medicalnet
 from tune_app import watchdog
 from tune_app.display import Display
+from tune_app.recorder import Recorder
 from tune_app.results import StudyDamageError, load_study, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Plan, Recorder, _Session, log_callbacks, plan_resources, run_study, watching_only
+from tune_app.study import Interrupt, Plan, _Session, log_callbacks, plan_resources, run_study, watching_only
 from tune_app.synthetic import write_cohort
 
 WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "objective": None, "reason": None}
