@@ -43,6 +43,7 @@ arithmetic alone would take 1.6 ms. Not tried: gradients of the two paths into a
 (0.3 ms), weights kept in half precision (0.2 to 0.4), BatchNorm's second small kernels folded away (0.4).
 """
 
+import functools
 import math
 import os
 import resource
@@ -162,8 +163,7 @@ class _Run:
     ) -> None:
         self.config, self.device = config, device
         if device.type == "cuda":
-            # What the process's last run held lies in pools of its streams and graphs: neither this run, whose stream is
-            # another, nor another process could use it.
+            # What the process's last run held lies in pools of its graphs: neither this run nor another process could use it.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -171,8 +171,8 @@ class _Run:
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []
         self.precision = choose_precision(config.amp, device)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition; read at its first use
+        # cuBLAS's own condition for a deterministic run, which reads it once: a process may have run others before.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Set either way: the process may have run another trial before. Trilinear resampling has no deterministic kernel.
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
@@ -223,7 +223,7 @@ class _Run:
         self.at_once = 1 if apart else self._micro_batches_that_fit()
         self.passes: dict[int, list[_Pass]] = {}
         self.gradient_sum: GradientSum | None = None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _side_stream(device) if device.type == "cuda" else None
         # Capturing a deterministic run would be sound, but what it is for is comparing with an eager one.
         self.graphs = graphs and not config.deterministic and self._can_be_captured()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -732,6 +732,12 @@ def _in_one_piece(network: nn.Module) -> Tensor:
         module._buffers[name] = whole[start : start + buffer.numel()].view(buffer.shape)
         start += buffer.numel()
     return whole
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a run captures and replays: one for all runs of the process, as cuBLAS keeps a workspace for each it has met."""
+    return torch.cuda.Stream(device)
 
 
 def _place(network: Classifier, device: torch.device) -> Classifier:
