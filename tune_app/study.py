@@ -55,6 +55,7 @@ from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, StudySpec, default_cache, mend_last_line, resumed_spec
 from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
 from tune_app.storage import drop_unrecorded, mirrored
+from tune_app.tune_repairs import lost_processes_told_once
 from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
@@ -405,7 +406,7 @@ class _Session:
             ),
         )
         try:
-            with self.interrupt:
+            with self.interrupt, lost_processes_told_once():
                 tuner.fit()
         except KeyboardInterrupt:
             return True

@@ -155,6 +155,37 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
     )
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_lost_between_two_trials_costs_the_next_one_a_single_attempt(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    def trial_that_takes_its_process_with_it(trial: dict[str, Any], setting: Any) -> None:
+        from trainables.ray_trainable import run_trial
+
+        try:
+            run_trial(trial, setting)
+        finally:
+            if trial["trial"] == "00000":  # stopped, and its process has been given the next trial
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("tune_app.study.run_trial", trial_that_takes_its_process_with_it)
+    given = {
+        "data": str(table), "trials": 3, "ranks": ranks, "max_concurrent": 1, "max_failures": 1, "sampler": "random",
+        "config": SMALL | {"epochs": 500, "batch_size": 3}, "cache": str(tmp_path / "cache"),
+        "policy": {"max_epochs": 1},
+    }  # fmt: skip
+    quiet = Console(quiet=True)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
+    finally:
+        ray.shutdown()
+    assert outcome.states == {"stopped": 3}
+    assert list(load_study(tmp_path / "study").trials["failures"]) == [0, 1, 0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.ray

@@ -1,0 +1,32 @@
+"""What Ray Tune gets wrong in a search, mended in its own objects for as long as one runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+
+
+@contextmanager
+def lost_processes_told_once() -> Iterator[None]:
+    """Let a process that dies while Tune makes it ready for its next trial cost that trial one failure, as any other does.
+
+    Tune tells such a death twice, for the process and for the call it was in: by the first the trial is to start again,
+    by the second, which finds it waiting, it ends for good, whatever its `max_failures`; and it would never have
+    started, as it still counts as being made ready (`TuneController._actor_failed` and `_schedule_trial_reset`, as of
+    Ray 2.60).
+    """
+    tell = TuneController._trial_task_failure
+
+    def tell_once(controller: TuneController, trial: Trial, exception: Exception) -> None:
+        told = trial in controller._resetting_trials and trial not in controller._trial_to_actor
+        if told and trial.status == Trial.PENDING:
+            controller._resetting_trials.discard(trial)
+        else:
+            tell(controller, trial, exception)
+
+    TuneController._trial_task_failure = tell_once
+    try:
+        yield
+    finally:
+        TuneController._trial_task_failure = tell
