@@ -94,9 +94,11 @@ class FineTuneConfig(BaseModel):
 
     # Data
     volume_shape: ShapeDHW = (96, 96, 96)
-    """Voxels (D, H, W) the network sees; one number is a cube. Larger volumes are cropped, smaller ones padded."""
+    """Voxels the network sees along (x, y, z), which are left-right, back-front and feet-head whatever the file's order; one
+    number is a cube. Larger volumes are cropped, smaller ones padded."""
     spacing_mm: SpacingDHW | None = None
-    """Spacing (D, H, W) volumes are resampled to. None: the smallest isotropic spacing at which each whole volume fits."""
+    """Spacing in mm along (x, y, z) that volumes are resampled to. None: the smallest isotropic spacing at which each whole
+    volume fits."""
     intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
     """zscore over all voxels; zscore_nonzero over voxels > 0 (MedicalNet's rule: on CT in HU it drops air and fat); window clips and scales to [-1, 1]."""
     window_low: float = -1000.0

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from trainables.config import FineTuneConfig
-from trainables.scans import Recipe, VolumeError, prepare_scan, read_header, read_scan
+from trainables.scans import Recipe, VolumeError, prepare_scan, read_header, read_scan, target_spacing
 from trainables.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.volumes import Progress, in_threads
 
@@ -147,10 +147,10 @@ def check_manifest(
     ]
     problems = problems + unreadable + _same_voxels(readable, found)
     if problems:
-        return CheckReport(None, problems, _notices(found))
+        return CheckReport(None, problems, _notices(found, recipe))
     manifest = _manifest(table, rows, num_classes)
     problems = _fold_problems(manifest, config)
-    return CheckReport(None if problems else manifest, problems, _notices(found))
+    return CheckReport(None if problems else manifest, problems, _notices(found, recipe))
 
 
 def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate: bool) -> Split:
@@ -639,16 +639,32 @@ def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:
     return []
 
 
-def _notices(found: Iterable[_Finding]) -> list[str]:
+def _notices(found: Iterable[_Finding], recipe: Recipe) -> list[str]:
     good = [finding for finding in found if finding.problem is None]
     if not good:
         return []
     shapes, spacings = np.array([f.shape for f in good]), np.array([f.spacing_mm for f in good])
-    notices = [f"voxels {_span(shapes, 'd')}, spacing {_span(spacings, '.3g')} mm (D x H x W, RAS+)"]
+    notices = [
+        f"voxels {_span(shapes, 'd')}, spacing {_span(spacings, '.3g')} mm (x, y, z: left-right, back-front, feet-head)",
+        _prepared(shapes, spacings, recipe),
+    ]
     blind = sum(not finding.oriented for finding in good)
     if blind:
         notices.append(f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says")
     return notices
+
+
+def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Recipe) -> str:
+    """What the recipe makes of the scans, in words: their new spacing, and how much of them is cut off."""
+    targets = np.array([target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)])
+    kept = np.minimum(recipe.volume_shape / np.maximum(np.round(shapes * spacings / targets), 1), 1)
+    cropped = int((kept < 1).any(axis=1).sum())
+    told = "none is cropped"
+    if cropped:
+        least, axis = kept.min(), "xyz"[int(kept.min(axis=0).argmin())]
+        told = f"{cropped} of {len(kept)} are cropped, one to {least:.0%} of its extent along {axis}"
+    voxels = " x ".join(map(str, recipe.volume_shape))
+    return f"prepared: {voxels} voxels of {_span(targets, '.3g')} mm; {told}"
 
 
 def _span(values: npt.NDArray[Any], form: str) -> str:

@@ -165,7 +165,7 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
     file. An axis that keeps its spacing keeps its values, bit for bit. Beyond the edge the outermost voxel goes on.
     """
     voxels = scan.voxels
-    spacing_mm = recipe.spacing_mm or _fitting_spacing(scan, recipe.volume_shape)
+    spacing_mm = target_spacing(voxels.shape[1:], scan.spacing_mm, recipe)
     for axis, (old_mm, new_mm, wanted) in enumerate(
         zip(scan.spacing_mm, spacing_mm, recipe.volume_shape, strict=True), 1
     ):
@@ -178,9 +178,12 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
     return np.ascontiguousarray(voxels)
 
 
-def _fitting_spacing(scan: Scan, shape: tuple[int, int, int]) -> tuple[float, float, float]:
-    extents_mm = np.multiply(scan.voxels.shape[1:], scan.spacing_mm)
-    return (float((extents_mm / shape).max()),) * 3
+def target_spacing(shape: Sequence[int], spacing_mm: Sequence[float], recipe: Recipe) -> tuple[float, float, float]:
+    """Return the spacing (D, H, W) in mm to which the recipe brings a scan of this shape and spacing."""
+    if recipe.spacing_mm is not None:
+        return recipe.spacing_mm
+    extents_mm = np.multiply(shape, spacing_mm)
+    return (float((extents_mm / recipe.volume_shape).max()),) * 3
 
 
 def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:

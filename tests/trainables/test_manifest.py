@@ -494,9 +494,18 @@ def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
     assert len(report.manifest.rows) == 8
     assert report.lines() == [
         "8 volumes of 8 subjects; class 0: 4, class 1: 4",
-        "voxels 9 x 10 x 8 to 9 x 10 x 15, spacing 1 x 1 x 2 mm (D x H x W, RAS+)",
+        "voxels 9 x 10 x 8 to 9 x 10 x 15, spacing 1 x 1 x 2 mm (x, y, z: left-right, back-front, feet-head)",
+        "prepared: 8 x 8 x 8 voxels of 2 x 2 x 2 to 3.75 x 3.75 x 3.75 mm; none is cropped",
     ]
     assert seen == [(done, 8) for done in range(1, 9)]
+
+
+def test_what_a_spacing_cuts_off_is_told_with_its_axis(real_table: Path) -> None:
+    """1 mm: 15 slices of 2 mm become 30, of which 24 stay."""
+    prepared = check_manifest(real_table, 2, small(volume_shape=(9, 10, 24), spacing_mm=1)).lines()[2]
+    assert prepared == (
+        "prepared: 9 x 10 x 24 voxels of 1 x 1 x 1 mm; 3 of 8 are cropped, one to 80% of its extent along z"
+    )
 
 
 def test_splits_and_folds_are_among_the_sentences(real_table: Path) -> None:
