@@ -81,14 +81,19 @@ def _told(error: Exception) -> str:
     return str(error)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(metadata.version("medtune"))
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    if version:
-        out.print(metadata.version("medtune"))
-        raise typer.Exit
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 

@@ -189,7 +189,10 @@ class Confirmation:
     """Whether the search chose by none of them."""
     finished: bool
     winner: str | None
-    """The best variant that is better than the documented settings at p < .05 after correction; None where there is none."""
+    """The best variant that is better than the documented settings at p < .05 after correction; None where there is none,
+    and where a fold judged by is one that the search chose by."""
+    ahead: str | None
+    """The variant that would be the winner, had the search not chosen it by one of these folds."""
     not_told_apart: tuple[str, ...]
     """Other variants that may be as good as the winner."""
 
@@ -215,16 +218,16 @@ def judge(study: Study) -> Confirmation:
     effects.attrs = compared.attrs  # a join loses them
     finished = unfinished(study) == 0
     sure = effects[(effects["call"] == "better") & (effects["p_holm"] < ADJUSTED_LEVEL)]
-    winner = None
-    if finished and len(sure):
-        winner = str(sure.sort_values("mean", ascending=False)["variant"].iloc[0])
+    best = str(sure.sort_values("mean", ascending=False)["variant"].iloc[0]) if finished and len(sure) else None
+    chosen_by = bool(set(folds) & set(study.spec.seen_folds))
+    winner, ahead = (None, best) if chosen_by else (best, None)
     ties: tuple[str, ...] = ()
     if winner is not None:
         against = judged.effects(baseline=winner)
         apart = (against["call"] == "worse") & (against["p_holm"] < ADJUSTED_LEVEL)
         ties = tuple(against.loc[~apart & ~against["variant"].isin([winner, REFERENCE]), "variant"])
-    is_unseen = bool(study.spec.seen_folds) and not set(folds) & set(study.spec.seen_folds)
-    return Confirmation(effects, tuple(folds), is_unseen, finished, winner, ties)
+    is_unseen = bool(study.spec.seen_folds) and not chosen_by
+    return Confirmation(effects, tuple(folds), is_unseen, finished, winner, ahead, ties)
 
 
 def _means(study: Study) -> pd.DataFrame:
@@ -295,6 +298,13 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
         lines.append(
             f"Not finished: {unfinished(study)} of {len(study.spec.planned)} runs have not ended, and no winner is "
             f"named before. Go on with: medtune resume {study.path}"
+        )
+    elif found.ahead is not None:
+        row = effects.set_index("variant").loc[found.ahead]
+        lines.append(
+            f"No winner: {found.ahead} is ahead of the documented settings by {row['mean']:+.3f} ({row['low']:+.3f} to "
+            f"{row['high']:+.3f}), but the search chose it by some of these volumes. The documented settings stay, until it "
+            f"is confirmed on two other folds: medtune confirm {study.spec.confirms or 'SEARCH'} --folds all --out NEW"
         )
     else:
         lines.append("No winner: the data cannot tell any of them from the documented settings, which therefore stay.")

@@ -55,13 +55,18 @@ def is_loopback(host: str) -> bool:
 
 
 def use_token_if_there() -> str | None:
-    """Have Ray send the token that is set or saved; returns where it comes from. Call it before Ray is imported."""
+    """Have Ray send the token that is set or saved; returns where it comes from. Call it before Ray is imported.
+
+    Raises JobServerError when RAY_AUTH_TOKEN_PATH, which goes before the saved one, leads nowhere.
+    """
     places = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN"),
         "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH"),
         "~/.ray/auth_token": (Path.home() / ".ray" / "auth_token").is_file(),
     }
     place = next((name for name, there in places.items() if there), None)
+    if place == "RAY_AUTH_TOKEN_PATH" and not (file := Path(os.environ[place]).expanduser()).is_file():
+        raise JobServerError(f"RAY_AUTH_TOKEN_PATH={file}: no such file; point it to the token's, or unset it")
     if place and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
     return place if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None

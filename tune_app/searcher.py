@@ -135,20 +135,23 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._column = metric
         self._failure = failure
 
-        self._database = _Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
-        self._claim()
         self._memory = InMemoryStorage()
         with _quiet():
             self._memory_study = self._memory.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
             self._study = optuna.load_study(study_name=STUDY_NAME, storage=self._memory)
-
         self._numbers: dict[str, int] = {}  # Ray's trial ids
         self._rows: dict[int, dict[int, Row]] = {}  # of running trials, by epoch
         self._reasons: dict[int, str] = {}
         self._own = 0
         self._left: deque[int] = deque()
-        self._load(rows or {}, retry)
-        self.taken_over = self._take_over(warm_start_from)
+        self._database = _Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
+        try:
+            self._claim()
+            self._load(rows or {}, retry)
+            self.taken_over = self._take_over(warm_start_from)
+        except BaseException:
+            self.close()
+            raise
         asked = {trial.user_attrs.get(_POINT) for trial in self._trials()}
         self._points = deque((name, sample) for name, sample in points.items() if name not in asked)
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,6 +154,9 @@ def _run_locked(
     if files.spec.exists() and not resume:
         place = url or files.root
         raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
+    if not files.spec.exists():
+        _refuse_other_folders(files.root, spec)
+    made = [path for path in (files.spec, files.database) if not path.exists()]
     log_callbacks(spec, files)  # what is missing must be told before the study has begun
     sweep_temporaries(files.root)
     for record in files.trials.glob("*/"):
@@ -208,7 +211,13 @@ def _run_locked(
                 storage=url,
             )
             notes.print(plan.text, soft_wrap=True)
-            session.begin(retry_failed=retry_failed)
+            try:
+                session.begin(retry_failed=retry_failed)
+            except Exception:
+                if not resume:  # the corrected command would be told that the folder holds a study
+                    for path in made:
+                        path.unlink(missing_ok=True)
+                raise
             interrupted = session.run(partial(run_trial, setting=setting), plan, local=own_session is not None)
     states = recorder.states()
     if own_session is not None and not states.get("failed"):
@@ -216,6 +225,16 @@ def _run_locked(
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+
+
+def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
+    """Raise SpecError where a new study would lie among files of something else."""
+    others = {"model.json": "a model", TrialFiles(root).checkpoint.name: "a run of `medtune train`"}
+    held = next((what for name, what in others.items() if (root / name).exists()), None)
+    if Path(spec.data).parent == root.resolve():
+        held = "the data"
+    if held is not None:
+        raise SpecError([f"{root}: holds {held}; a study has a folder of its own: name another with --out"])
 
 
 def _check_weights(spec: StudySpec) -> None:
@@ -425,16 +444,19 @@ class _Session:
         """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
         retried = self.recorder.failed() if retry_failed else []
         self.searcher = self._searcher(retried)
-        for trial in retried:  # after the Optuna study: one that is running only there is settled as failed again
-            self.recorder.reopened(trial)
-        notes = [*self.searcher.notes]
-        if retried:
-            notes.append(f"failed before, to go on from their checkpoints: {', '.join(retried)}")
-        elif retry_failed:
-            notes.append("no trial has failed: none is tried again")
-        for note in notes:
-            self.display.note(note)
-        self._rebuild(self.searcher)
+        with ExitStack() as unless_begun:
+            unless_begun.callback(self.searcher.close)
+            for trial in retried:  # after the Optuna study: one that is running only there is settled as failed again
+                self.recorder.reopened(trial)
+            notes = [*self.searcher.notes]
+            if retried:
+                notes.append(f"failed before, to go on from their checkpoints: {', '.join(retried)}")
+            elif retry_failed:
+                notes.append("no trial has failed: none is tried again")
+            for note in notes:
+                self.display.note(note)
+            self._rebuild(self.searcher)
+            unless_begun.pop_all()
 
     def _searcher(self, retried: Sequence[str]) -> Any:
         if self.spec.kind != "search":

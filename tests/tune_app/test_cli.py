@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudySpec]:
 
 def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_the_version_is_printed_without_a_command() -> None:
+    asked = invoke("--version")
+    assert asked.exit_code == 0
+    assert asked.stdout.strip() == metadata.version("medtune")
 
 
 def run_main(*arguments: object, columns: int = 80) -> subprocess.CompletedProcess[str]:

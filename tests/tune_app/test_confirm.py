@@ -230,6 +230,13 @@ def test_folds_that_chose_count_where_fewer_than_two_others_were_run(a_confirmat
     study = replace(with_objective(a_confirmation, {}), spec=spec)
     assert judge(study).folds == (0, 1, 2, 3)
     assert not judge(study).unseen
+    ahead = replace(with_objective(a_confirmation, {"trial-00007": 0.08}), spec=spec)
+    assert judge(ahead).winner is None, "they may have been lucky for it"
+    assert judge(ahead).ahead == "trial-00007"
+    assert judge(ahead).choice == "documented"
+    text = " ".join(printed(ahead).split())
+    assert "No winner: trial-00007 is ahead of the documented settings by +0.0" in text
+    assert "medtune confirm SEARCH --folds all --out NEW" in text
     assert "also those that chose the candidates: too few others were run" in " ".join(printed(study).split())
 
 

@@ -415,6 +415,31 @@ def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, 
     assert not StudyFiles(tmp_path / "study").spec.exists()
 
 
+@pytest.mark.ray
+def test_a_study_whose_search_cannot_begin_leaves_its_folder_free(table: Path, tmp_path: Path) -> None:
+    root = tmp_path / "study"
+    asked = ["run", "--data", table, "--trials", 1, "--epochs", 1, "--out", root, "--cache", tmp_path / "cache", *TINY]
+    refused = medtune(*asked, "--warm-start-from", tmp_path / "gone")
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert "gone/study.db is missing" in " ".join(err.split())
+    assert sorted(path.name for path in root.glob("[!.]*")) == ["study.log"]
+    finished(medtune(*asked))
+    check_whole(root, trials=1, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [("model.json", "a model"), ("checkpoint.pt", "a run of `medtune train`"), ("table.csv", "the data")],
+)
+def test_a_study_does_not_move_into_a_folder_of_something_else(tmp_path: Path, file: str, what: str) -> None:
+    (tmp_path / file).touch()
+    data = tmp_path / ("table.csv" if file == "table.csv" else "elsewhere/table.csv")
+    with pytest.raises(SpecError, match=f"holds {what}; a study has a folder of its own: name another with --out"):
+        run_study(build_spec({"data": str(data)}), tmp_path, console=Console(), notes=Console())
+    assert not StudyFiles(tmp_path).spec.exists()
+
+
 def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
