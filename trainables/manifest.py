@@ -23,7 +23,7 @@ import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ COLUMNS = {
     ),
 }
 """The columns a table must have, and what they are for."""
+
+TOLD_APART = 3
+"""Rows with the very same problem that are told one by one."""
 
 MAX_FOLDS = 50
 MAX_ROWS = 1_000_000
@@ -198,6 +201,8 @@ class _Row:
     file: Path | str | None = None
     """Absolute path, or URL."""
     label: int | None = None
+    stated_label: int | None = None
+    """The label as written, where it is a whole number, allowed or not."""
     subject: str | None = None
     split: str | None = None
     fold: int | None = None
@@ -217,10 +222,40 @@ def _checked_rows(table: Path, num_classes: int) -> tuple[list[_Row], list[str]]
         raise ManifestError([*problems, f"table {url_of(table) or table}: no rows; a row a volume is needed"])
     folder = absolute(table).rpartition("/")[0]
     rows = [_row(record, len(columns), folder, num_classes) for record in records]
-    problems += [f"{row.name}: {problem}" for row in rows for problem in row.problems.values()]
+    problems += _row_problems(rows)
     problems += _same_files(rows)
     problems += _split_problems(rows, columns, num_classes)
     return rows, problems
+
+
+def _row_problems(rows: list[_Row]) -> list[str]:
+    """Each row's problems, in a line for each; what is the same in many rows, such as a coding from 1, in one line."""
+    alike: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        for problem in row.problems.values():
+            alike[problem].append(row)
+    many = {problem: those for problem, those in alike.items() if len(those) > TOLD_APART}
+    told = [
+        f"rows {_ranges([row.number for row in those])} ({len(those)}): {problem}" for problem, those in many.items()
+    ]
+    told += [f"{row.name}: {one}" for row in rows for one in row.problems.values() if one not in many]
+    labels = {row.stated_label for row in rows if row.stated_label is not None}
+    if labels and 0 not in labels and min(labels) == 1 and any("label" in row.problems for row in rows):
+        told.insert(
+            0, f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label"
+        )
+    return told
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`1-3, 7` for 1, 2, 3 and 7: each of the numbers, which ascend."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 def _column_problems(columns: list[str]) -> list[str]:
@@ -253,6 +288,7 @@ def _row(record: "_Record", width: int, folder: str, num_classes: int) -> _Row:
             row.problems["path"] = problem
     if "label" in values:
         row.label = _whole_number(values["label"])
+        row.stated_label = row.label
         if row.label is None or row.label >= num_classes:
             row.problems["label"] = (
                 f"label {_quoted(values['label'])}: a whole number from 0 to {num_classes - 1} is needed "
@@ -364,7 +400,8 @@ def _real(file: Path | str) -> str:
 
 
 def _split_problems(rows: list[_Row], columns: list[str], num_classes: int) -> list[str]:
-    """Problems of the table's own split and folds; classes are counted only where every label is known."""
+    """Problems of the table's own split and folds; classes are counted only where every label and split is known."""
+    known = all("split" not in row.problems for row in rows)
     rows = [row for row in rows if "split" not in row.problems]
     words = {row.split for row in rows} - {None}
     sides = [(row, row.split or "no split") for row in rows]
@@ -377,7 +414,7 @@ def _split_problems(rows: list[_Row], columns: list[str], num_classes: int) -> l
     problems += _leaks(sides)
 
     pool = [row for row in rows if row.split != "test"]
-    counted = "label" in columns and all(row.label is not None for row in rows)
+    counted = known and "label" in columns and all(row.label is not None for row in rows)
     if counted and "val" in words:
         for word in ("train", "val"):
             problems += _absent([row for row in rows if row.split == word], f"split {word!r}", num_classes)
@@ -428,9 +465,8 @@ def _absent(part: list[_Row], where: str, num_classes: int) -> list[str]:
         return []
     found = ", ".join(f"{count} of class {label}" for label, count in sorted(counts.items(), key=str)) or "none"
     few = f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}"
-    return [
-        f"{where} has no row of class {few} (rows: {found}; num_classes={num_classes}): move or add rows, or lower num_classes"
-    ]
+    fewer = ", or lower num_classes" if num_classes > 2 else ""
+    return [f"{where} has no row of class {few} (rows: {found}; num_classes={num_classes}): move or add rows{fewer}"]
 
 
 def _made_folds(

@@ -347,6 +347,8 @@ def results(
         print(table.to_json(orient="records", indent=1))
     elif meanings:
         out.print(meanings_table(table))
+    elif table.empty:
+        out.print("no trial has begun" if subject.trials.empty else "no trial fits --where")
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
 

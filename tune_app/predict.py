@@ -492,10 +492,10 @@ def _result_file(out: Path | None, say: Callable[[str], None]) -> Iterator[IO[st
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as stream:
+    with partial.open("w", encoding="utf-8", newline="") as stream:
+        try:
             yield stream
-    except BaseException:
-        say(f"interrupted: what was scored by then is in {partial}")
-        raise
+        except BaseException:
+            say(f"interrupted: what was scored by then is in {partial}")
+            raise
     partial.replace(out)

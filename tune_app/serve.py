@@ -621,6 +621,8 @@ def serve(
     replica = Replica(url) if url else None
     root = replica.root if replica else root
     own = root / ".medtune"
+    if replica is None and not root.exists():
+        say(f"{root} was not there: an empty folder, which has no studies yet")
     own.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_urlsafe(24)
     access = Access(token, host=host, port=port, names=names, private=private)

@@ -456,6 +456,9 @@ class _Session:
             for note in notes:
                 self.display.note(note)
             self._rebuild(self.searcher)
+            ended = self.recorder.states()
+            if sum(ended.get(state, 0) for state in ENDED) >= self.spec.num_trials:
+                self.display.note(f"nothing left to do: all {self.spec.num_trials} trials have ended")
             unless_begun.pop_all()
 
     def _searcher(self, retried: Sequence[str]) -> Any:

@@ -55,7 +55,7 @@ def stopped_lines(study: Study) -> list[str]:
     sick = (trials["verdict"].notna() & (trials["verdict"] != "healthy")) | came_back(trials)
     warned = trials[(trials["state"] == "completed") & sick]
     lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
-    spent, full = int(trials["epochs_run"].sum()), len(trials) * study.spec.epochs
+    spent, full = int(trials["epochs_run"].sum()), study.spec.num_trials * study.spec.epochs
     if full and spent < full and not study.running:
         lines.append(f"epochs spent: {spent} of {full} ({100 * spent / full:.0f} %)")
     return lines or ["no trial was stopped"]

@@ -355,6 +355,10 @@ def printable(text: str) -> str:
 _ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[@-Z\\^_]")
 
 
+NAMED_AT_MOST = 20
+"""Columns that a table without room for them names."""
+
+
 def render_table(table: pd.DataFrame, width: int = 80) -> Table:
     """Return a Rich table of trials no wider than `width` characters, from the columns of `results_table`.
 
@@ -365,12 +369,12 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
     shown: list[tuple[list[str], list[str], bool]] = []
     left_out: list[str] = []
     room = width
-    for position, (name, cells, right) in enumerate(columns):
+    for position, (names, name, cells, right) in enumerate(columns):
         longest = min(max(map(len, cells), default=0), 40)
         head = _broken_name(name, max(longest, 6))
         need = max(longest, *map(len, head)) + (2 if shown else 0)
         if need > room and position > 0:
-            left_out.append(name)
+            left_out += names
             continue
         room -= need
         shown.append((head, cells, right))
@@ -386,15 +390,17 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
     for row in range(len(table)):
         rendered.add_row(*(Text(cells[row]) for _, cells, _ in shown))
     if left_out:
-        rendered.caption = Text(f"not shown: {', '.join(left_out)} (--columns NAME,..., or --format csv)")
+        named, more = left_out[:NAMED_AT_MOST], len(left_out) - NAMED_AT_MOST
+        rest = f" and {more} more (`--meanings` names them)" if more > 0 else ""
+        rendered.caption = Text(f"not shown: {', '.join(named)}{rest} (--columns NAME,..., or --format csv)")
         rendered.caption_justify = "left"
     return rendered
 
 
-def _merged(table: pd.DataFrame) -> list[tuple[str, list[str], bool]]:
-    """Heading, cells, whether numbers; columns that belong together as one."""
+def _merged(table: pd.DataFrame) -> list[tuple[list[str], str, list[str], bool]]:
+    """Names, heading, cells, whether numbers; columns that belong together as one."""
     text = formatted(table)
-    merged: list[tuple[str, list[str], bool]] = []
+    merged: list[tuple[list[str], str, list[str], bool]] = []
     done: set[str] = set()
     for name in map(str, table.columns):
         if name in done:
@@ -406,7 +412,7 @@ def _merged(table: pd.DataFrame) -> list[tuple[str, list[str], bool]]:
         parts = [text[part].tolist() for part in (name, *others)]
         cells = [_joined(name, values) if others else values[0] for values in zip(*parts, strict=True)]
         right = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
-        merged.append((heading, cells, bool(right)))
+        merged.append(([name, *others], heading, cells, bool(right)))
     return merged
 
 

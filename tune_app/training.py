@@ -71,13 +71,14 @@ def train_once(
     if files.checkpoint.exists():
         notes.print(f"going on from the checkpoint in {folder}", soft_wrap=True)
     rows: list[Mapping[str, Any]] = []
-    console.print(HEADER)
     if multi_gpu and gpus > 1:
         keep_strangers_out()
         run = local_gang_rows(RankWork(config, str(table), str(cohort_folder), gpu=True), gpus, files)
     else:
         run = saved_run(config, files, lambda resume: finetune(config, cohort, split, device=device, resume=resume))
     for row in run:
+        if not rows:  # not before: a run may be refused
+            console.print(HEADER)
         rows.append(row)
         console.print(epoch_line(row, config.epochs))
     verdict = diagnose(rows, config)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -506,6 +507,35 @@ def test_what_a_spacing_cuts_off_is_told_with_its_axis(real_table: Path) -> None
     assert prepared == (
         "prepared: 9 x 10 x 24 voxels of 1 x 1 x 1 mm; 3 of 8 are cropped, one to 80% of its extent along z"
     )
+
+
+def test_the_same_problem_in_many_rows_is_one_line(real_table: Path) -> None:
+    header, *rows = real_table.read_text().splitlines()
+    path, label, subject = (header.split(",").index(name) for name in ("path", "label", "subject"))
+    cells = [row.split(",") for row in rows]
+    written = [
+        [row[path], str(int(row[label]) + 1), row[subject], "training" if n else "train"] for n, row in enumerate(cells)
+    ]
+    real_table.write_text("\n".join(["path,label,subject,split", *map(",".join, written)]))
+    twos = [number for number, row in enumerate(written, 1) if row[1] == "2"]
+    first, labels, splits = check_manifest(real_table, 2, small()).problems
+    assert first == "labels begin at 1, up to 2; classes are counted from 0: subtract 1 from every label"
+    assert labels.endswith("(4): label '2': a whole number from 0 to 1 is needed (num_classes=2)")
+    assert sorted(map(int, re.findall(r"\d+", labels.split("(")[0]))) == twos
+    assert splits == "rows 2-8 (7): split 'training': train, val or test is needed; did you mean 'train'?"
+
+
+def test_a_class_is_not_missed_in_rows_whose_split_is_unknown(real_table: Path) -> None:
+    """Nor is num_classes=1 advised, which is not possible."""
+    header, *rows = real_table.read_text().splitlines()
+    real_table.write_text("\n".join([f"{header},split", *(f"{row},training" for row in rows)]))
+    (problem,) = check_manifest(real_table, 2, small()).problems
+    assert "did you mean 'train'" in problem
+    label = header.split(",").index("label")
+    zeros = [",".join(["0" if n == label else cell for n, cell in enumerate(row.split(","))]) for row in rows]
+    real_table.write_text("\n".join([header, *zeros]))
+    (problem,) = check_manifest(real_table, 2, small()).problems
+    assert problem == "the table has no row of class 1 (rows: 8 of class 0; num_classes=2): move or add rows"
 
 
 def test_splits_and_folds_are_among_the_sentences(real_table: Path) -> None:

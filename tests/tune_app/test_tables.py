@@ -260,6 +260,21 @@ def test_nothing_in_a_cell_is_taken_as_markup_or_obeyed_by_the_terminal() -> Non
     assert "\x1b[2J" not in shown
 
 
+def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are_many(study: Study) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(
+        render_table(results_table(study, columns="trial,state,reason,best_val_auc*,best_epoch,epochs_run"), 30)
+    )
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "best_val_auc, best_val_auc_low, best_val_auc_high" in text
+    assert "best_epoch, epochs_run" in text
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_table(results_table(study, columns="all"), 80))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "more (`--meanings` names them)" in " ".join(text.split())
+    assert len(text.splitlines()) < len(study.trials) + 15
+
+
 def test_an_empty_table_renders(study: Study) -> None:
     table = results_table(study, where="val_auc > 2")
     assert formatted(table).empty
