@@ -7,7 +7,7 @@ before-values. Nothing here loads torch or Ray, so that a study can be checked o
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -241,6 +241,22 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     return config
 
 
+def problem_lines(errors: Iterable[Mapping[str, Any]], *, below: int = 0) -> list[str]:
+    """Return Pydantic's `errors` as lines `place: message`; those of the whole as its message's lines.
+
+    `below`: leading parts of each place that are left out.
+    """
+    lines: list[str] = []
+    for item in errors:
+        place, message = ".".join(map(str, item["loc"][below:])), item["msg"].removeprefix(OF_PYDANTIC)
+        lines += [f"{place}: {message}"] if place else message.splitlines()
+    return lines
+
+
+OF_PYDANTIC = "Value error, "
+"""What Pydantic puts before a validator's own words."""
+
+
 def _unknown(given: object) -> str:
     name = str(given)  # YAML allows any scalar for a key
     guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
@@ -260,7 +276,7 @@ def _problems(error: ValidationError, given: dict[str, Any]) -> list[str]:
     problems: list[str] = []
     bad: set[str] = set()
     for item in error.errors(include_url=False):
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix(OF_PYDANTIC)
         if item["loc"]:
             name = str(item["loc"][0])
             bad.add(name)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
 from trainables.diagnosis import HEALTHY
 from trainables.scans import Recipe
 from trainables.volumes import new_folder
@@ -340,7 +340,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
     except ModelError:
         raise
     except ValidationError as error:
-        told = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
+        told = problem_lines(error.errors(include_url=False))
         raise ModelError([f"{files.info}: {line}; export it anew" for line in told[:5]]) from None
     except ConfigError as error:
         raise ModelError([f"model {folder}: config.json: {line}; export it anew" for line in error.problems]) from None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trainables.config import FineTuneConfig
+from trainables.config import FineTuneConfig, problem_lines
 from trainables.diagnosis import HEALTHY, VERDICTS, DrwStart, RunMonitor, Verdict
 from tune_app.objective import Reduction, RunningValue, as_number
 from tune_app.yaml_text import YamlError, load_yaml
@@ -140,8 +140,7 @@ def read_policy(path: Path) -> PolicySpec:
     try:
         return PolicySpec(**{str(name): value for name, value in fields.items()})
     except ValidationError as error:
-        items = error.errors(include_url=False)
-        raise PolicyError([f"{path}: {'.'.join(map(str, i['loc']))}: {i['msg']}" for i in items]) from None
+        raise PolicyError([f"{path}: {line}" for line in problem_lines(error.errors(include_url=False))]) from None
 
 
 RAY_ASHA = PolicySpec(

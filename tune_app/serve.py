@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from search_spaces.space import NOT_SEARCHED
 from search_spaces.spaces import SPACES
 from trainables.checkpoints import replacing
-from trainables.config import FineTuneConfig
+from trainables.config import FineTuneConfig, problem_lines
 from trainables.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
@@ -582,7 +582,7 @@ def _answer(status: int) -> Any:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    lines = [f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors()]
+    lines = problem_lines(error.errors(), below=1)
     return JSONResponse({"detail": [printable(line) for line in lines]}, 422)
 
 

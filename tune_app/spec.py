@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
-from trainables.config import ConfigError, Scalar, build_config
+from trainables.config import ConfigError, Scalar, build_config, problem_lines
 from trainables.storage import is_url
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
@@ -190,12 +190,7 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     try:
         spec = StudySpec(**{str(name): value for name, value in fields.items() if name in StudySpec.model_fields})
     except ValidationError as error:
-        problems = list(unknown)
-        for item in error.errors(include_url=False):
-            message = item["msg"].removeprefix("Value error, ")
-            place = ".".join(str(part) for part in item["loc"])
-            problems += [f"{place}: {message}"] if place else message.splitlines()
-        raise SpecError(problems) from None
+        raise SpecError([*unknown, *problem_lines(error.errors(include_url=False))]) from None
     if unknown:
         raise SpecError(unknown)
     return spec

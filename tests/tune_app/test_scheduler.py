@@ -8,7 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from trainables.diagnosis import VERDICTS
-from tune_app.scheduler import DEFAULT_ACTIONS, RAY_ASHA, Policy, PolicySpec, rung_cutoff, rung_epochs
+from tune_app.scheduler import (
+    DEFAULT_ACTIONS,
+    RAY_ASHA,
+    Policy,
+    PolicyError,
+    PolicySpec,
+    read_policy,
+    rung_cutoff,
+    rung_epochs,
+)
 
 PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}
 SILENT = dict.fromkeys(VERDICTS, "ignore")
@@ -328,3 +337,14 @@ def test_the_policy_of_a_study_file_is_checked_and_completed():
             PolicySpec(**wrong)
     with pytest.raises(ValueError, match="at least one epoch"):
         Policy(PolicySpec(), 0)
+
+
+def test_a_policy_file_tells_each_violation_in_our_own_words(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text("grace_epochs: 0\nactions: {healthy: stop}\n")
+    with pytest.raises(PolicyError) as told:
+        read_policy(path)
+    assert told.value.problems == [
+        f"{path}: grace_epochs: Input should be greater than or equal to 1",
+        f"{path}: actions: healthy=stop would end every trial: warn or ignore",
+    ]
