@@ -200,6 +200,13 @@ def _decides(info: ModelInfo) -> list[str]:
     ]
     if info.calibration.slope == 0:
         lines.append("**Slope 0: the scores rank no better than chance; every volume gets the share of its class.**")
+    briers = [info.validation.metrics.get(f"brier_{which}") for which in ("uncalibrated", "unseen")]
+    before, unseen = (None if brier is None else brier.value for brier in briers)
+    if before is not None and unseen is not None and unseen > before:
+        lines.append(
+            f"**It did not help here**: fitted on the other subjects, it takes the Brier score from {before:.3f} to {unseen:.3f} "
+            "(lower is better). It takes more volumes than these to fit it."
+        )
     return lines
 
 

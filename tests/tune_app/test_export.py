@@ -24,7 +24,7 @@ from trainables.volumes import CohortError, open_cohort, prepare_cohort
 from tune_app import export
 from tune_app.calibration import Calibration
 from tune_app.export import ExportError, choose, evaluate, export_model, judge, require_onnx, retrain_model, wilson
-from tune_app.model_folder import ModelError, ModelFiles, ModelInfo
+from tune_app.model_folder import Measured, ModelError, ModelFiles, ModelInfo
 from tune_app.predict import find_scans, load_model, predict
 from tune_app.results import load_study
 from tune_app.spec import SpecError, StudyFiles
@@ -391,6 +391,20 @@ def test_the_card_says_what_went_wrong_in_the_run_also_if_it_healed(
     lines = [line for line in card.splitlines() if line.startswith(f"- **The run of trial {member.trial}**: ")]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
+
+
+@pytest.mark.parametrize(("before", "unseen", "told"), [(0.21, 0.24, True), (0.24, 0.21, False)])
+def test_the_card_says_when_the_calibration_makes_it_worse(
+    exported_model: Path, before: float, unseen: float, told: bool
+) -> None:
+    info = info_of(exported_model)
+    briers = {"brier_uncalibrated": Measured(value=before), "brier_unseen": Measured(value=unseen)}
+    metrics = {**info.validation.metrics, **briers}
+    info = info.model_copy(update={"validation": info.validation.model_copy(update={"metrics": metrics})})
+    card = " ".join(export.model_card(info, [build_config()]).split())
+    assert (
+        "It did not help here**: fitted on the other subjects, it takes the Brier score from 0.210 to 0.240" in card
+    ) == told
 
 
 def test_names_in_the_card_cannot_become_markup(exported_model: Path) -> None:
