@@ -390,7 +390,7 @@ def _state_api() -> Finding:
     except (RayStateApiException, OSError, ValueError) as error:
         said = f"does not answer: {str(error).splitlines()[0]}"
         return Finding("head", "State API", "look", said, "start the head with --include-dashboard=true")
-    return Finding("head", "State API", "good", f"answers, {number} nodes")
+    return Finding("head", "State API", "good", f"answers, {number} node{'s' * (number != 1)}")
 
 
 def _port(port: int, use: str) -> Finding:

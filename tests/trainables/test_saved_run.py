@@ -13,7 +13,7 @@ import torch
 
 from trainables import checkpoints
 from trainables import saved_run as module
-from trainables.checkpoints import TrialFiles, load_state
+from trainables.checkpoints import TrialFiles, load_state, write_json
 from trainables.config import build_config
 from trainables.finetune import EpochResult
 from trainables.saved_run import SAVING_PAUSE, BestEpoch, saved_run
@@ -201,3 +201,12 @@ def test_a_disk_that_does_not_take_the_best_weights_ends_the_run_before_a_checkp
     assert [next(again)["epoch"] for _ in range(3)] == [1, 2, 3]
     again.close()  # type: ignore[attr-defined]
     assert re.search(r"best\.pt was not written, and the run has ended: .*input/output error", caplog.text)
+
+
+def test_a_file_that_cannot_be_written_is_told_by_its_own_name(tmp_path: Path) -> None:
+    """And not by that of its temporary sibling, which is too long here."""
+    path = tmp_path / ("a" * 250)
+    with pytest.raises(OSError, match="File name too long") as told:
+        write_json(path, {})
+    assert told.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
