@@ -20,16 +20,19 @@ class _Rank:
         from trainables.ranks import Position
 
         self.position = Position()
+        self.begun = 0
 
-    def where(self) -> tuple[int, int, str]:
-        return self.position.epoch, self.position.step, ray.util.get_node_ip_address()
+    def where(self, run: int = 0) -> tuple[int, int, str]:
+        """Epoch and step of this run, 0 and 0 if it is not the one that was begun last, and the node."""
+        position = (self.position.epoch, self.position.step) if run == self.begun else (0, 0)
+        return *position, ray.util.get_node_ip_address()
 
     def run(self, work: Any, place: Any, resume: Mapping[str, Any] | None) -> None:
         """Train as the rank at `place`, a `trainables.ranks.Place`, of `work`, a `trainables.ranks.RankWork`."""
         from trainables.ranks import Position, follow
         from trainables.training_thread import in_training_thread
 
-        self.position = Position()
+        self.position, self.begun = Position(), place.run
         in_training_thread(follow, work, place, resume, self.position)
 
 

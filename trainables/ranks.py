@@ -247,7 +247,7 @@ def _who_hangs(leader: "_Leader", processes: RankProcesses, waited: float) -> st
     found = [(leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())]
     for rank, actor in enumerate(processes.actors, start=1):
         try:
-            epoch, step, node = ray.get(actor.where.remote(), timeout=ANSWER_S)
+            epoch, step, node = ray.get(actor.where.remote(processes.runs), timeout=ANSWER_S)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
             home = _home(processes.homes[rank - 1])
             return f"rank {rank} on node {home} does not answer, and no step ended for {waited:.0f} s: it hangs or is cut off"

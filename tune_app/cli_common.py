@@ -26,11 +26,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
 ]
-CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of prepared cohorts.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of prepared cohorts; default: $MEDTUNE_CACHE, or ~/.cache/medtune."),
+]
 WeightsOption = Annotated[
     Path | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.", resolve_path=True)
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: a new one below studies/.")]
 GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
 ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]

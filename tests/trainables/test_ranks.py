@@ -29,7 +29,7 @@ from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
 from trainables.manifest import read_manifest
 from trainables.network import Classifier
-from trainables.rank_actors import rank_processes
+from trainables.rank_actors import _Rank, rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
 from trainables.scans import Recipe
@@ -400,12 +400,24 @@ def test_the_rank_that_is_behind_is_named_and_all_of_them_where_none_is(
     monkeypatch.setattr(ranks.ray.util, "get_node_ip_address", lambda: "n0")
     monkeypatch.setattr(ranks.ray, "get", lambda answer, timeout: answer)
     actors = [
-        SimpleNamespace(where=SimpleNamespace(remote=lambda answer=(*at, f"n{rank}"): answer))
+        SimpleNamespace(where=SimpleNamespace(remote=lambda run, answer=(*at, f"n{rank}"): answer))
         for rank, at in enumerate(others, 1)
     ]
     leader = SimpleNamespace(position=ranks.Position(2, 4))
-    said = ranks._who_hangs(leader, SimpleNamespace(actors=actors), 60.0)  # type: ignore[arg-type]
+    said = ranks._who_hangs(leader, SimpleNamespace(actors=actors, runs=1), 60.0)  # type: ignore[arg-type]
     assert said == f"{named}: no step ended for 60 s"
+
+
+def test_a_rank_that_has_not_begun_a_run_does_not_stand_where_the_last_one_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or rank 0, which waits for it in the first epoch, would be the one that is behind."""
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "n1")
+    rank = _Rank()
+    assert rank.where() == (0, 0, "n1")
+    rank.position, rank.begun = ranks.Position(4, 12), 1
+    assert rank.where(1) == (4, 12, "n1")
+    assert rank.where(2) == (0, 0, "n1")
 
 
 def test_an_error_of_rank_0_while_it_stops_is_told_and_its_process_given_up(
