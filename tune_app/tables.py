@@ -405,9 +405,10 @@ def _merged(table: pd.DataFrame) -> list[tuple[list[str], str, list[str], bool]]
     for name in map(str, table.columns):
         if name in done:
             continue
-        others, heading = _TOGETHER.get(name, ((), name))
+        alone = "scale s" if name == "s" else name  # a lone s reads as seconds
+        others, heading = _TOGETHER.get(name, ((), alone))
         if not set(others) <= set(table.columns):
-            others, heading = (), name
+            others, heading = (), alone
         done |= set(others)
         parts = [text[part].tolist() for part in (name, *others)]
         cells = [_joined(name, values) if others else values[0] for values in zip(*parts, strict=True)]

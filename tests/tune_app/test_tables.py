@@ -275,6 +275,12 @@ def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are
     assert len(text.splitlines()) < len(study.trials) + 15
 
 
+def test_the_scale_of_the_logits_does_not_read_as_seconds() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_table(pd.DataFrame({"trial": ["00000"], "s": [15.0]})))
+    assert console.file.getvalue().split()[:3] == ["scale", "trial", "s"]  # type: ignore[attr-defined]
+
+
 def test_an_empty_table_renders(study: Study) -> None:
     table = results_table(study, where="val_auc > 2")
     assert formatted(table).empty
