@@ -37,7 +37,6 @@ from tune_app.tables import format_value, printable
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""
 
-
 OF_SEARCHES = ("space", "planned", "trials", "seed", "sampler", "warm_start", "warm_start_from", "storage", "policy")
 """Fields of a spec that mean nothing in a confirmation."""
 

@@ -18,7 +18,7 @@ from study_runs import SMALL, TINY, check_whole, medtune, processes, rows_of, wa
 from trainables.diagnosis import VERDICTS
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles, build_spec
-from tune_app.study import run_study
+from tune_app.study import Outcome, run_study
 from tune_app.synthetic import write_cohort
 
 STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
@@ -28,6 +28,18 @@ STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
+
+
+def run_in_turn(table: Path, folder: Path, **fields: Any) -> tuple[Outcome, list[str]]:
+    """Run three small trials one after the other, in a Ray of their own; how they ended, and the classes of its actors."""
+    given = {"data": str(table), "trials": 3, "max_concurrent": 1, "sampler": "random", "cache": str(folder / "cache")}
+    quiet = Console(quiet=True)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        outcome = run_study(build_spec(given | fields), folder / "study", console=quiet, notes=quiet)
+        return outcome, actor_classes()
+    finally:
+        ray.shutdown()
 
 
 def actor_classes() -> list[str]:
@@ -134,18 +146,14 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
             saved_run.open_inputs = before  # a process of one rank serves the next trial; that of several must not
 
     monkeypatch.setattr("tune_app.study.run_trial", trial_that_may_lack_memory)
-    given = {
-        "data": str(table), "trials": 3, "ranks": ranks, "max_concurrent": 1, "max_failures": 0, "sampler": "random",
-        "config": SMALL | {"epochs": 2, "batch_size": 3}, "cache": str(tmp_path / "cache"),
-        "policy": {"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
-    }  # fmt: skip
-    quiet = Console(quiet=True)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
-        classes = actor_classes()
-    finally:
-        ray.shutdown()
+    outcome, classes = run_in_turn(
+        table,
+        tmp_path,
+        ranks=ranks,
+        max_failures=0,
+        config=SMALL | {"epochs": 2, "batch_size": 3},
+        policy={"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
+    )
     assert outcome.states == {"failed": 1, "completed": 2}
     trials = load_study(tmp_path / "study").trials
     assert trials["reason"][0].startswith("out of memory: " + ("rank 0 on node" if ranks > 1 else "none left"))
@@ -171,17 +179,14 @@ def test_a_process_lost_between_two_trials_costs_the_next_one_a_single_attempt(
                 os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr("tune_app.study.run_trial", trial_that_takes_its_process_with_it)
-    given = {
-        "data": str(table), "trials": 3, "ranks": ranks, "max_concurrent": 1, "max_failures": 1, "sampler": "random",
-        "config": SMALL | {"epochs": 500, "batch_size": 3}, "cache": str(tmp_path / "cache"),
-        "policy": {"max_epochs": 1},
-    }  # fmt: skip
-    quiet = Console(quiet=True)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        outcome = run_study(build_spec(given), tmp_path / "study", console=quiet, notes=quiet)
-    finally:
-        ray.shutdown()
+    outcome, _ = run_in_turn(
+        table,
+        tmp_path,
+        ranks=ranks,
+        max_failures=1,
+        config=SMALL | {"epochs": 500, "batch_size": 3},
+        policy={"max_epochs": 1},
+    )
     assert outcome.states == {"stopped": 3}
     assert list(load_study(tmp_path / "study").trials["failures"]) == [0, 1, 0]
 
