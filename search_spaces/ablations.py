@@ -27,7 +27,9 @@ def variants(name: str, epochs: int = DOCUMENT_EPOCHS) -> Variants:
     if name not in VARIANT_SETS:
         guess = difflib.get_close_matches(name, VARIANT_SETS, n=1)
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
-        raise ValueError(f"unknown set of variants {name!r}: one of {', '.join(VARIANT_SETS)}{hint}")
+        raise ValueError(
+            f"unknown set of variants {name!r}: one of {', '.join(VARIANT_SETS)}{hint}"
+        )
     return VARIANT_SETS[name](epochs)
 
 
@@ -39,7 +41,10 @@ def reference(name: str) -> str:
 def _documented(epochs: int) -> Variants:
     return {
         "baseline": with_fixes((), epochs),
-        **{f"only-{key}": with_fixes([key], epochs) for key in ("differential-lr", "reduced-ldam", "delayed-drw")},
+        **{
+            f"only-{key}": with_fixes([key], epochs)
+            for key in ("differential-lr", "reduced-ldam", "delayed-drw")
+        },
         "combined": with_fixes(_DOCUMENTED, epochs),
     }
 
@@ -54,7 +59,10 @@ def _add_one(epochs: int) -> Variants:
 def _leave_one_out(epochs: int) -> Variants:
     return {
         "all-fixes": with_fixes(_ALWAYS, epochs),
-        **{f"without-{key}": with_fixes([k for k in _ALWAYS if k != key], epochs) for key in _ALWAYS},
+        **{
+            f"without-{key}": with_fixes([k for k in _ALWAYS if k != key], epochs)
+            for key in _ALWAYS
+        },
     }
 
 

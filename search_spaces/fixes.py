@@ -129,7 +129,9 @@ def with_fixes(keys: Iterable[str] = (), epochs: int = DOCUMENT_EPOCHS) -> dict[
     on = set(keys)
     known = [fix.key for fix in FIXES]
     if unknown := sorted(on - set(known)):
-        raise ValueError(f"unknown fixes {', '.join(map(repr, unknown))}: there are {', '.join(known)}")
+        raise ValueError(
+            f"unknown fixes {', '.join(map(repr, unknown))}: there are {', '.join(known)}"
+        )
     overrides: dict[str, Scalar] = {}
     for fix in FIXES:
         overrides |= fix.after if fix.key in on else fix.before
@@ -192,7 +194,9 @@ def fixes_markdown() -> str:
     lines = ["| Fix | Before | After | Why | Source |", "|---|---|---|---|---|"]
     for row in fix_rows():
         before, after = "<br>".join(row.before), "<br>".join(row.after)
-        lines.append(f"| {row.title} (`{row.key}`) | {before} | {after} | {row.why} | {row.source} |")
+        lines.append(
+            f"| {row.title} (`{row.key}`) | {before} | {after} | {row.why} | {row.source} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -216,5 +220,7 @@ def _scaled(name: str, value: Scalar, epochs: int) -> Scalar:
     if name == "drw_start_epoch" and isinstance(value, int):
         return drw_start_at((value - 1) / DOCUMENT_EPOCHS, epochs)
     if name == "freeze_backbone_epochs" and isinstance(value, int) and value:
-        return max(1, round(value / DOCUMENT_EPOCHS * epochs))  # frozen for no epoch would be another variant
+        return max(
+            1, round(value / DOCUMENT_EPOCHS * epochs)
+        )  # frozen for no epoch would be another variant
     return value

@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from search_spaces.fixes import DOCUMENT_EPOCHS, baseline, drw_start_at, shown
 from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
@@ -104,14 +109,22 @@ class Condition(NamedTuple):
 READ_ONLY_WHEN: dict[str, Condition] = {
     "max_m": Condition("loss=ldam", ("loss",), lambda v: v["loss"] == "ldam"),
     "s": Condition(
-        "loss=ldam or head=cosine", ("loss", "head"), lambda v: v["loss"] == "ldam" or v["head"] == "cosine"
+        "loss=ldam or head=cosine",
+        ("loss", "head"),
+        lambda v: v["loss"] == "ldam" or v["head"] == "cosine",
     ),
     "focal_gamma": Condition("loss=focal", ("loss",), lambda v: v["loss"] == "focal"),
     "unfreeze_stage_epochs": Condition(
-        "the backbone is frozen at first", ("freeze_backbone_epochs",), lambda v: v["freeze_backbone_epochs"] > 0
+        "the backbone is frozen at first",
+        ("freeze_backbone_epochs",),
+        lambda v: v["freeze_backbone_epochs"] > 0,
     ),
-    "window_low": Condition("intensity=window", ("intensity",), lambda v: v["intensity"] == "window"),
-    "window_high": Condition("intensity=window", ("intensity",), lambda v: v["intensity"] == "window"),
+    "window_low": Condition(
+        "intensity=window", ("intensity",), lambda v: v["intensity"] == "window"
+    ),
+    "window_high": Condition(
+        "intensity=window", ("intensity",), lambda v: v["intensity"] == "window"
+    ),
     "ema_warmup": Condition("ema_decay > 0", ("ema_decay",), lambda v: v["ema_decay"] > 0),
     "ema_buffers": Condition("ema_decay > 0", ("ema_decay",), lambda v: v["ema_decay"] > 0),
     "drw_beta": Condition(
@@ -180,7 +193,8 @@ class Parameter:
         """Whether the distribution can produce `value`."""
         if isinstance(self.distribution, CategoricalDistribution):
             return any(
-                value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices
+                value == choice and isinstance(value, bool) == isinstance(choice, bool)
+                for choice in self.choices
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
@@ -208,7 +222,11 @@ class Parameter:
         if self.distribution.log:
             return f"{text}, log"
         step = self.distribution.step
-        return f"{text}, step {shown(step)}" if step and (step != 1 or isinstance(step, float)) else text
+        return (
+            f"{text}, step {shown(step)}"
+            if step and (step != 1 or isinstance(step, float))
+            else text
+        )
 
 
 class SpaceRow(NamedTuple):
@@ -242,7 +260,9 @@ class Space:
         decided = {parameter.hyperparameter for parameter in self.parameters.values()}
         late = [p for p in self.parameters.values() if p.reads & decided]
         early = [p for p in self.parameters.values() if not p.reads & decided]
-        object.__setattr__(self, "parameters", {p.name: p for p in (*early, *late)})  # what decides goes first
+        object.__setattr__(
+            self, "parameters", {p.name: p for p in (*early, *late)}
+        )  # what decides goes first
 
     @property
     def conditional(self) -> bool:
@@ -256,7 +276,14 @@ class Space:
         return {
             p.name: p.distribution
             for p in self.parameters.values()
-            if not (decided & set(READ_ONLY_WHEN[p.hyperparameter].reads if p.hyperparameter in READ_ONLY_WHEN else ()))
+            if not (
+                decided
+                & set(
+                    READ_ONLY_WHEN[p.hyperparameter].reads
+                    if p.hyperparameter in READ_ONLY_WHEN
+                    else ()
+                )
+            )
         }
 
     def sample(self, suggest: Callable[[Parameter], Scalar], epochs: int) -> Sample:
@@ -285,12 +312,16 @@ class Space:
             if not is_read(parameter.hyperparameter, values):
                 continue
             if parameter.name not in sample:
-                raise ValueError(f"space {self.name} needs a value for {parameter.name}; got {_listed(sample)}")
+                raise ValueError(
+                    f"space {self.name} needs a value for {parameter.name}; got {_listed(sample)}"
+                )
             values[parameter.hyperparameter] = parameter.decode(sample[parameter.name], values)
             overrides[parameter.hyperparameter] = values[parameter.hyperparameter]
         return overrides
 
-    def overrides_to_sample(self, overrides: Mapping[str, Any], epochs: int) -> tuple[Sample | None, list[str]]:
+    def overrides_to_sample(
+        self, overrides: Mapping[str, Any], epochs: int
+    ) -> tuple[Sample | None, list[str]]:
         """Return the sample that gives `overrides` in a run of `epochs` epochs, or None and every reason there is none.
 
         Nothing is clipped: a setting outside a range, or another one than the space holds, lies outside the space.
@@ -306,7 +337,10 @@ class Space:
         reasons = [
             f"{name}={shown(given[name])}, the space holds {shown(held[name])}"
             for name in overrides
-            if name not in searched and name not in NOT_COMPARED and is_read(name, given) and given[name] != held[name]
+            if name not in searched
+            and name not in NOT_COMPARED
+            and is_read(name, given)
+            and given[name] != held[name]
         ]
         sample: Sample = {}
         for parameter in self.parameters.values():
@@ -327,9 +361,13 @@ class Space:
         for parameter in self.parameters.values():
             name, condition = parameter.hyperparameter, READ_ONLY_WHEN.get(parameter.hyperparameter)
             if name in config:
-                notes.append(f"{parameter.name} is not searched: {name} is set to {shown(config[name])}")
+                notes.append(
+                    f"{parameter.name} is not searched: {name} is set to {shown(config[name])}"
+                )
             elif condition and not set(condition.reads) & searched and not condition.holds(values):
-                notes.append(f"{parameter.name} is not searched: it is read only when {condition.text}")
+                notes.append(
+                    f"{parameter.name} is not searched: it is read only when {condition.text}"
+                )
             else:
                 kept[parameter.name] = parameter
         return replace(self, parameters=kept, fixed=fixed, notes=tuple(notes))
@@ -353,7 +391,9 @@ class Space:
 
     def never_read(self) -> list[str]:
         """Return one line for each parameter that no sample of the space would read."""
-        epochs = max(self._epochs(None), DOCUMENT_EPOCHS)  # in a run of one epoch, no share of it is a whole epoch
+        epochs = max(
+            self._epochs(None), DOCUMENT_EPOCHS
+        )  # in a run of one epoch, no share of it is a whole epoch
         seen: set[str] = set()
         for corner in self._corners():
             seen.update(self.sample(_lookup(corner), epochs))
@@ -374,7 +414,9 @@ class Space:
                 parameter.range_text(),
                 shown(parameter.encode(original)) if parameter.hyperparameter in baseline() else "",
                 shown(parameter.encode(usual)),
-                READ_ONLY_WHEN[parameter.hyperparameter].text if parameter.hyperparameter in READ_ONLY_WHEN else "",
+                READ_ONLY_WHEN[parameter.hyperparameter].text
+                if parameter.hyperparameter in READ_ONLY_WHEN
+                else "",
                 parameter.why,
             )
             for role in get_args(Role)
@@ -392,7 +434,12 @@ class Space:
     def to_mapping(self) -> dict[str, Any]:
         """Return the space written out as a study file has it; `space_from` gives the same space back."""
         groups = {"searched": "search", "retuned": "retune"}
-        written: dict[str, Any] = {"name": self.name, "title": self.title, "search": {}, "retune": {}}
+        written: dict[str, Any] = {
+            "name": self.name,
+            "title": self.title,
+            "search": {},
+            "retune": {},
+        }
         for parameter in self.parameters.values():
             written[groups[parameter.role]][parameter.name] = _written(parameter)
         return written | {"fixed": dict(self.fixed), "notes": list(self.notes)}
@@ -448,6 +495,8 @@ def _written(parameter: Parameter) -> dict[str, Any]:
         written = {"low": distribution.low, "high": distribution.high}
         if distribution.log:
             written["log"] = True
-        elif distribution.step and not (isinstance(distribution, IntDistribution) and distribution.step == 1):
+        elif distribution.step and not (
+            isinstance(distribution, IntDistribution) and distribution.step == 1
+        ):
             written["step"] = distribution.step
     return written | ({"why": parameter.why} if parameter.why else {})

@@ -15,7 +15,12 @@ def _log(name: str, low: float, high: float, role: Role = "searched", why: str =
 
 
 def _even(
-    name: str, low: float, high: float, role: Role = "searched", why: str = "", step: float | None = None
+    name: str,
+    low: float,
+    high: float,
+    role: Role = "searched",
+    why: str = "",
+    step: float | None = None,
 ) -> Parameter:
     return Parameter(name, FloatDistribution(low, high, step=step), role, why)
 
@@ -24,7 +29,13 @@ def _one_of(name: str, *choices: Scalar, why: str = "") -> Parameter:
     return Parameter(name, CategoricalDistribution(choices), "searched", why)
 
 
-def _space(name: str, title: str, *parameters: Parameter, fixed: Mapping[str, Scalar], notes: tuple[str, ...]) -> Space:
+def _space(
+    name: str,
+    title: str,
+    *parameters: Parameter,
+    fixed: Mapping[str, Scalar],
+    notes: tuple[str, ...],
+) -> Space:
     return Space(name, title, {parameter.name: parameter for parameter in parameters}, fixed, notes)
 
 
@@ -39,10 +50,15 @@ SPACES: dict[str, Space] = {
             "the document's knobs, around its original and its recommended values",
             _even("max_m", 0.05, 0.5),
             _log("s", 5.0, 40.0),
-            _even("drw_start_share", 0.1, 0.9, why="25 of 60 epochs is 0.4; LDAM as published is 0.8"),
+            _even(
+                "drw_start_share", 0.1, 0.9, why="25 of 60 epochs is 0.4; LDAM as published is 0.8"
+            ),
             _log("grad_clip", 0.25, 4.0),
             _log(
-                "one_minus_ema_decay", 5e-4, 2e-2, why="it has to be read in updates: 1 / this is the average's memory"
+                "one_minus_ema_decay",
+                5e-4,
+                2e-2,
+                why="it has to be read in updates: 1 / this is the average's memory",
             ),
             _log("backbone_lr", 2e-5, 5e-4, "retuned", _RETUNED),
             _log("classifier_lr", 1e-4, 5e-3, "retuned", _RETUNED),
@@ -71,7 +87,10 @@ SPACES: dict[str, Space] = {
             _one_of("loss", "ldam", "cross_entropy", "focal"),
             _one_of("head", "cosine", "linear"),
             _one_of(
-                "geometry", "strided", "dilated", why="dilated is MedicalNet's own, at about 5 times the arithmetic"
+                "geometry",
+                "strided",
+                "dilated",
+                why="dilated is MedicalNet's own, at about 5 times the arithmetic",
             ),
             _even("max_m", 0.05, 0.5),
             _log("s", 4.0, 60.0),
@@ -80,7 +99,9 @@ SPACES: dict[str, Space] = {
             _log("grad_clip", 0.1, 10.0),
             _log("one_minus_ema_decay", 1e-4, 5e-2),
             _even("freeze_backbone_share", 0.0, 0.3, step=0.1, why="0 does not freeze"),
-            Parameter("unfreeze_stage_epochs", IntDistribution(0, 3), why="0 thaws all stages at once"),
+            Parameter(
+                "unfreeze_stage_epochs", IntDistribution(0, 3), why="0 thaws all stages at once"
+            ),
             _even("dropout", 0.0, 0.6),
             _even("augmentation_strength", 0.0, 2.0),
             _log("backbone_lr", 5e-6, 1e-3, "retuned", _RETUNED),
@@ -136,13 +157,18 @@ def warm_start_points(space: Space, epochs: int, names: Iterable[str] | None = N
     """
     wanted = list(WARM_STARTS) if names is None else list(names)
     if unknown := [name for name in wanted if name not in WARM_STARTS]:
-        raise SpaceError([f"unknown warm start {', '.join(unknown)}: there are {', '.join(WARM_STARTS)}"])
+        raise SpaceError(
+            [f"unknown warm start {', '.join(unknown)}: there are {', '.join(WARM_STARTS)}"]
+        )
     searched = {parameter.hyperparameter for parameter in space.parameters.values()}
     points: dict[str, Sample] = {}
     left_out: dict[str, list[str]] = {}
     for name in wanted:
         # A share of the run is exact at the document's own length; epochs themselves are those of this run.
-        lengths = {length: _searched_values(space, name, length, searched) for length in (epochs, DOCUMENT_EPOCHS)}
+        lengths = {
+            length: _searched_values(space, name, length, searched)
+            for length in (epochs, DOCUMENT_EPOCHS)
+        }
         reasons: list[str] = []
         sample: Sample = {}
         for parameter in space.parameters.values():

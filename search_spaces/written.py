@@ -5,7 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from search_spaces.fixes import shown
 from search_spaces.space import DERIVED, NOT_SEARCHED, Parameter, Role, Space, SpaceError, tidy
@@ -71,9 +76,13 @@ def _written_space(written: Mapping[str, Any]) -> Space:
             except SpaceError as error:
                 problems += error.problems
                 continue
-            twin = next((p for p in own.values() if p.hyperparameter == own_parameter.hyperparameter), None)
+            twin = next(
+                (p for p in own.values() if p.hyperparameter == own_parameter.hyperparameter), None
+            )
             if twin is not None:
-                problems.append(f"{twin.name} and {name} both decide {own_parameter.hyperparameter}: keep one")
+                problems.append(
+                    f"{twin.name} and {name} both decide {own_parameter.hyperparameter}: keep one"
+                )
             own[name] = own_parameter
 
     fixed: dict[str, Scalar] = {
@@ -87,7 +96,9 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         fixed = {}
     for parameter in own.values():
         if parameter.hyperparameter in fixed:
-            problems.append(f"{parameter.hyperparameter} is both fixed and decided by {parameter.name}: keep one")
+            problems.append(
+                f"{parameter.hyperparameter} is both fixed and decided by {parameter.name}: keep one"
+            )
 
     notes = written.get("notes") or ()
     if isinstance(notes, str) or not isinstance(notes, Sequence):
@@ -98,7 +109,9 @@ def _written_space(written: Mapping[str, Any]) -> Space:
     if base is not None:
         base = base.within(fixed)
         decided = {parameter.hyperparameter for parameter in own.values()}
-        parameters = {name: p for name, p in base.parameters.items() if p.hyperparameter not in decided} | own
+        parameters = {
+            name: p for name, p in base.parameters.items() if p.hyperparameter not in decided
+        } | own
         fixed = {name: value for name, value in base.fixed.items() if name not in decided}
         inherited_notes = base.notes
     if not parameters and not problems:
@@ -120,7 +133,9 @@ def _mapping(written: Mapping[str, Any], group: str, problems: list[str]) -> dic
     if entries is None:
         return {}
     if not isinstance(entries, Mapping):
-        problems.append(f"{group}: a mapping of names to {'values' if group == 'fixed' else 'ranges'}, not {entries!r}")
+        problems.append(
+            f"{group}: a mapping of names to {'values' if group == 'fixed' else 'ranges'}, not {entries!r}"
+        )
         return {}
     return {str(name): entry for name, entry in entries.items()}
 
@@ -130,7 +145,9 @@ def _parameter(name: str, entry: Any, role: Role) -> Parameter:
     if hyperparameter not in FineTuneConfig.model_fields:
         raise SpaceError([_unknown(name)])
     if hyperparameter in NOT_SEARCHED:
-        raise SpaceError([f"{name} is not searched: {NOT_SEARCHED[hyperparameter]}; it may stand under `fixed`"])
+        raise SpaceError(
+            [f"{name} is not searched: {NOT_SEARCHED[hyperparameter]}; it may stand under `fixed`"]
+        )
     if isinstance(entry, list | tuple):
         entry = {"choices": entry}
     if not isinstance(entry, Mapping):
@@ -140,7 +157,9 @@ def _parameter(name: str, entry: Any, role: Role) -> Parameter:
             ]
         )
     if unknown := [
-        f"{name}: unknown field {key!r}{_guess(key, _RANGE_FIELDS)}" for key in entry if key not in _RANGE_FIELDS
+        f"{name}: unknown field {key!r}{_guess(key, _RANGE_FIELDS)}"
+        for key in entry
+        if key not in _RANGE_FIELDS
     ]:
         raise SpaceError(unknown)
     distribution = _choices(name, entry) if "choices" in entry else _range(name, entry)
@@ -148,13 +167,20 @@ def _parameter(name: str, entry: Any, role: Role) -> Parameter:
 
 
 def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
-    problems = [f"{name}: {key} does not go with choices" for key in ("low", "high", "log", "step") if key in entry]
+    problems = [
+        f"{name}: {key} does not go with choices"
+        for key in ("low", "high", "log", "step")
+        if key in entry
+    ]
     choices = entry["choices"]
     if isinstance(choices, str) or not isinstance(choices, Sequence):
         raise SpaceError([*problems, f"{name}: choices must be a list, not {choices!r}"])
     if len(choices) < 2:
         raise SpaceError(
-            [*problems, f"{name}: {len(choices)} choices, at least two are needed; one value goes under `fixed`"]
+            [
+                *problems,
+                f"{name}: {len(choices)} choices, at least two are needed; one value goes under `fixed`",
+            ]
         )
     wanted = _kind(name)
     values: list[Scalar] = []
@@ -163,7 +189,9 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if wanted in (int, float):
             number = _number(value)
             if number is None or (wanted is int and not number.is_integer()):
-                problems.append(f"{name}: {choice!r} is no {'whole ' if wanted is int else ''}number")
+                problems.append(
+                    f"{name}: {choice!r} is no {'whole ' if wanted is int else ''}number"
+                )
                 continue
             value = int(number) if wanted is int else number
         elif wanted is bool and not isinstance(value, bool):
@@ -172,7 +200,9 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
         elif not isinstance(value, str | int | float | bool | None):
             problems.append(f"{name}: {choice!r} is no single value; write a shape as '96x96x64'")
             continue
-        if value in values and not any(isinstance(v, bool) != isinstance(value, bool) for v in values if v == value):
+        if value in values and not any(
+            isinstance(v, bool) != isinstance(value, bool) for v in values if v == value
+        ):
             problems.append(f"{name}: {choice!r} stands there twice")
         values.append(value)
     if name in DERIVED:
@@ -185,7 +215,9 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
 def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     wanted = _kind(name)
     if wanted not in (int, float):
-        raise SpaceError([f"{name} has no range, it takes choices: write {name}: [{', '.join(_possible(name))}]"])
+        raise SpaceError(
+            [f"{name} has no range, it takes choices: write {name}: [{', '.join(_possible(name))}]"]
+        )
     problems = [f"{name}: {key} is missing" for key in ("low", "high") if key not in entry]
     numbers: dict[str, float] = {}
     for key in ("low", "high", "step"):
@@ -193,7 +225,9 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
             continue
         number = _number(entry[key])
         if number is None or (wanted is int and not number.is_integer()):
-            problems.append(f"{name}: {key}={entry[key]!r} is no {'whole ' if wanted is int else ''}number")
+            problems.append(
+                f"{name}: {key}={entry[key]!r} is no {'whole ' if wanted is int else ''}number"
+            )
         else:
             numbers[key] = number
     log = entry.get("log") or False
@@ -212,7 +246,12 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
         problems.append(f"{name}: step does not go with log")
     if step is not None and step <= 0:
         problems.append(f"{name}: step={shown(step)}, it must be > 0")
-    if step is not None and step > 0 and low < high and abs((steps := (high - low) / step) - round(steps)) > 1e-8:
+    if (
+        step is not None
+        and step > 0
+        and low < high
+        and abs((steps := (high - low) / step) - round(steps)) > 1e-8
+    ):
         nearest = tidy(low + math.floor(steps) * step)
         problems.append(
             f"{name}: steps of {shown(step)} from {shown(low)} never reach high={shown(high)}, but {shown(nearest)}"
@@ -273,7 +312,9 @@ def _off(name: str, value: Any) -> Any:
 
 def _unknown(name: str) -> str:
     guesses = difflib.get_close_matches(name, [*DERIVED, *FineTuneConfig.model_fields], n=1)
-    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (guesses[0] if guesses else None)
+    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (
+        guesses[0] if guesses else None
+    )
     hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"
     return f"unknown hyperparameter {name!r}; {hint}"
 

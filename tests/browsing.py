@@ -22,14 +22,23 @@ Browser = Any
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
     """One headless Chromium; the test is skipped, with what is missing, where there is none."""
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'")
+    selenium = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'"
+    )
     from selenium.webdriver.chrome.service import Service
 
     program = next(
-        (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
     )
     driver = shutil.which("chromedriver")
-    missing = [name for name, found in (("chromium", program), ("chromedriver", driver)) if found is None]
+    missing = [
+        name for name, found in (("chromium", program), ("chromedriver", driver)) if found is None
+    ]
     if missing:
         pytest.skip(f"{' and '.join(missing)} missing: apt-get install chromium chromium-driver")
     options = selenium.ChromeOptions()
@@ -74,11 +83,16 @@ def wait_for(condition: Callable[[], Any], what: str = "", deadline_s: float = D
 
 def click(browser: Browser, selector: str) -> None:
     """Scroll there and click; again when the page has just drawn it anew."""
-    from selenium.common.exceptions import ElementNotInteractableException, StaleElementReferenceException
+    from selenium.common.exceptions import (
+        ElementNotInteractableException,
+        StaleElementReferenceException,
+    )
 
     wait(browser, "return document.querySelector(arguments[0])", selector)
     for _ in range(20):
-        browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
+        browser.execute_script(
+            "document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector
+        )
         try:
             browser.find_element("css selector", selector).click()
         except (StaleElementReferenceException, ElementNotInteractableException):
@@ -89,4 +103,8 @@ def click(browser: Browser, selector: str) -> None:
 
 def complaints(browser: Browser) -> list[str]:
     """Errors and warnings of the page's console: scripts, and what its content security policy refused."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return [
+        entry["message"]
+        for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+    ]

@@ -105,7 +105,10 @@ class Round:
     problems: list[str] = field(default_factory=list)
 
     def line(self) -> str:
-        told = ", ".join(fault.name + ("" if fault.done else " (too late)") for fault in self.faults) or "no fault"
+        told = (
+            ", ".join(fault.name + ("" if fault.done else " (too late)") for fault in self.faults)
+            or "no fault"
+        )
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.trials.items()))
         end = "; ".join(self.problems) or "all holds"
         return f"seed {self.seed}, {self.ranks} rank(s): {told}; {self.starts} starts, {states}, {self.seconds:.0f} s: {end}"
@@ -120,7 +123,9 @@ def plan_round(seed: int) -> Round:
     for _ in range(rng.randint(1, 3)):
         who = rng.choice(whom)
         # For good only where something is there to notice: nobody watches over a frozen driver but its user.
-        how = rng.choice(("kill", "kill", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause"))
+        how = rng.choice(
+            ("kill", "kill", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause")
+        )
         faults.append(Fault(who, how, rng.uniform(0.5, 12.0)))
     return Round(seed, ranks, faults)
 
@@ -137,16 +142,24 @@ def run_round(result: Round, table: Path, folder: Path) -> Round:
     try:
         while not finished:
             if time.monotonic() - began > ROUND_S or result.starts > 12:
-                result.problems.append(f"did not come to its end in {ROUND_S:.0f} s and {result.starts} starts")
+                result.problems.append(
+                    f"did not come to its end in {ROUND_S:.0f} s and {result.starts} starts"
+                )
                 break
             words = (
-                ["resume", study] if (study / "study.json").exists() else ["run", folder / "study.yaml", "--out", study]
+                ["resume", study]
+                if (study / "study.json").exists()
+                else ["run", folder / "study.yaml", "--out", study]
             )
             driver = start(words, tag, folder / f"driver-{result.starts}.log")
             result.starts += 1
             since = time.monotonic()
             while driver.poll() is None and time.monotonic() - began < ROUND_S:
-                if fault is not None and time.monotonic() - since > fault.after_s and inflict(fault, tag, study):
+                if (
+                    fault is not None
+                    and time.monotonic() - since > fault.after_s
+                    and inflict(fault, tag, study)
+                ):
                     fault.lost = epochs_lost(study)
                     fault, since = next(faults, None), time.monotonic()
                 time.sleep(0.05)
@@ -156,7 +169,9 @@ def run_round(result: Round, table: Path, folder: Path) -> Round:
             finished = driver.returncode == 0
             left = wait_for_none(tag)
             if left:
-                result.problems.append(f"left running after start {result.starts}: {', '.join(left)}")
+                result.problems.append(
+                    f"left running after start {result.starts}: {', '.join(left)}"
+                )
                 end_all(tag)
     finally:
         end_all(tag)
@@ -217,7 +232,11 @@ def inflict(fault: Fault, tag: str, study: Path) -> bool:
     for process in processes(tag):
         with suppress(psutil.Error):
             words = process.cmdline()
-            if words and VICTIMS[fault.who](words) and (fault.how != "freeze" or process.create_time() + 3.0 < begun):
+            if (
+                words
+                and VICTIMS[fault.who](words)
+                and (fault.how != "freeze" or process.create_time() + 3.0 < begun)
+            ):
                 fits.append(process)
     if not fits:
         return False
@@ -270,7 +289,9 @@ def epochs_lost(study: Path) -> int:
             saved[trial] = 0
     ended = {trial for trial, count in rows_by_trial(files).items() if count >= TINY["epochs"]}
     ended |= {row["trial"] for row in read_rows(files.decisions) if row["action"] == "stop"}
-    return max([0, *(count - saved[trial] for trial, count in reported.items() if trial not in ended)])
+    return max(
+        [0, *(count - saved[trial] for trial, count in reported.items() if trial not in ended)]
+    )
 
 
 def rows_by_trial(files: StudyFiles) -> Counter[str]:
@@ -307,7 +328,8 @@ def check(root: Path, result: Round) -> list[str]:
     policy = Policy(spec.policy, spec.epochs)
     overrides = {trial: study.record(trial)["overrides"] for trial in study.trials["trial"]}
     configs = {
-        trial: build_config({**spec.config, **given}).model_dump(mode="json") for trial, given in overrides.items()
+        trial: build_config({**spec.config, **given}).model_dump(mode="json")
+        for trial, given in overrides.items()
     }
     replayed = [decision.as_row() for decision in policy.replay(read_rows(files.epochs), configs)]
     logged = {(row["trial"], row["epoch"]): row for row in read_rows(files.decisions)}
@@ -325,7 +347,9 @@ def check(root: Path, result: Round) -> list[str]:
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     if size > BUDGET_GIB * 2**30:
         problems.append(f"{size / 2**20:.1f} MiB on disk, the budget is {BUDGET_GIB * 1024:.1f}")
-    problems += [f"{fault.name}: {fault.lost} epochs lost" for fault in result.faults if fault.lost > 1]
+    problems += [
+        f"{fault.name}: {fault.lost} epochs lost" for fault in result.faults if fault.lost > 1
+    ]
     return problems
 
 
@@ -334,13 +358,19 @@ def leftovers(folder: Path, study: Path) -> list[str]:
     problems = [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".*.tmp")]
     problems += [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".building-*")]
     used = {name for process in psutil.process_iter() for name in mapped(process)}
-    problems += [f"shared memory {path}" for path in Path("/dev/shm").glob("plasma*") if str(path) not in used]
+    problems += [
+        f"shared memory {path}"
+        for path in Path("/dev/shm").glob("plasma*")
+        if str(path) not in used
+    ]
     return problems
 
 
 def mapped(process: psutil.Process) -> list[str]:
     with suppress(psutil.Error):
-        return [region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")]
+        return [
+            region.path for region in process.memory_maps() if region.path.startswith("/dev/shm/")
+        ]
     return []
 
 
@@ -357,17 +387,27 @@ def summary(rounds: list[Round]) -> str:
         [
             f"{good} of {len(rounds)} rounds hold, {sum(r.epochs for r in rounds)} epochs, "
             f"{sum(r.starts for r in rounds)} driver starts, {sum(r.seconds for r in rounds) / 60:.0f} min",
-            f"{len(faults)} faults: " + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
-            "whole epochs lost by a fault: " + ", ".join(f"{n} by {count}" for n, count in sorted(lost.items())),
+            f"{len(faults)} faults: "
+            + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
+            "whole epochs lost by a fault: "
+            + ", ".join(f"{n} by {count}" for n, count in sorted(lost.items())),
         ]
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the first round; the others count on from it")
-    parser.add_argument("--keep", type=Path, help="folder for the studies of rounds in which something does not hold")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first round; the others count on from it"
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the studies of rounds in which something does not hold",
+    )
     options = parser.parse_args()
     rounds = []
     with tempfile.TemporaryDirectory(prefix="medtune-chaos-") as name:
@@ -383,7 +423,12 @@ def main() -> int:
                 result.problems.append(traceback.format_exc())
             print(result.line(), flush=True)
             if result.problems and options.keep:
-                shutil.copytree(folder, options.keep / folder.name, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+                shutil.copytree(
+                    folder,
+                    options.keep / folder.name,
+                    dirs_exist_ok=True,
+                    ignore_dangling_symlinks=True,
+                )
             shutil.rmtree(folder, ignore_errors=True)
     print(summary(rounds))
     return int(any(result.problems for result in rounds))

@@ -54,19 +54,59 @@ class Cluster:
 
     def start(self, *arguments: object, ip: str, cpus: int = 1, within: Sequence[str] = ()) -> Node:
         """Start a node with the address `ip`; `within`: what its command line begins with."""
-        fixed = ["--node-ip-address", ip, "--num-cpus", cpus, "--object-store-memory", 80_000_000, "--block"]
-        fixed += ["--min-worker-port", 0, "--max-worker-port", 0, "--dashboard-agent-listen-port", 0]
-        command = [*within, sys.executable, "-m", "ray.scripts.scripts", "start", *map(str, [*arguments, *fixed])]
+        fixed = [
+            "--node-ip-address",
+            ip,
+            "--num-cpus",
+            cpus,
+            "--object-store-memory",
+            80_000_000,
+            "--block",
+        ]
+        fixed += [
+            "--min-worker-port",
+            0,
+            "--max-worker-port",
+            0,
+            "--dashboard-agent-listen-port",
+            0,
+        ]
+        command = [
+            *within,
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *map(str, [*arguments, *fixed]),
+        ]
         with (self.folder / f"{ip}.log").open("ab") as log:
-            node = Node(subprocess.Popen(command, stdout=log, stderr=log, env=self.env, start_new_session=True))
+            node = Node(
+                subprocess.Popen(
+                    command, stdout=log, stderr=log, env=self.env, start_new_session=True
+                )
+            )
         self.nodes.append(node)
         return node
 
     def start_head(self, *, cpus: int = 1, within: Sequence[str] = ()) -> Node:
         """The head, with dashboard and job server on its address alone."""
         head = self.start(
-            *("--head", "--port", self.port, "--temp-dir", self.folder / "r", "--disable-usage-stats"),
-            *("--dashboard-host", self.host, "--dashboard-port", self.dashboard, "--include-dashboard", "true"),
+            *(
+                "--head",
+                "--port",
+                self.port,
+                "--temp-dir",
+                self.folder / "r",
+                "--disable-usage-stats",
+            ),
+            *(
+                "--dashboard-host",
+                self.host,
+                "--dashboard-port",
+                self.dashboard,
+                "--include-dashboard",
+                "true",
+            ),
             ip=self.host,
             cpus=cpus,
             within=within,
@@ -78,12 +118,19 @@ class Cluster:
         """A node with a CPU for one rank of a trial."""
         alive = len(self.living())
         # Files of its own: two nodes of one machine would unpack the job's code over each other.
-        there = ("--address", f"{self.host}:{self.port}", "--temp-dir", self.folder / f"s{len(self.nodes)}")
+        there = (
+            "--address",
+            f"{self.host}:{self.port}",
+            "--temp-dir",
+            self.folder / f"s{len(self.nodes)}",
+        )
         node = self.start(*there, ip=ip, within=within)
 
         def joined() -> bool:
             nonlocal node
-            if node.process.poll() is not None:  # Ray gives a node 30 s to start, which a busy machine may not make
+            if (
+                node.process.poll() is not None
+            ):  # Ray gives a node 30 s to start, which a busy machine may not make
                 node.kill()
                 node = self.start(*there, ip=ip, within=within)
             return len(self.living()) > alive
@@ -97,19 +144,27 @@ class Cluster:
 
     def get(self, path: str) -> Any:
         token = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=token), timeout=30) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + path, headers=token), timeout=30
+        ) as answer:
             return json.loads(answer.read())
 
     def medtune(self, *arguments: object, **env: str) -> subprocess.Popen[str]:
         """Start a command as a user of the cluster would, on another machine as it were."""
-        return medtune(*arguments, env=self.env | {"RAY_API_SERVER_ADDRESS": self.url} | env, cwd=ROOT)
+        return medtune(
+            *arguments, env=self.env | {"RAY_API_SERVER_ADDRESS": self.url} | env, cwd=ROOT
+        )
 
-    def done(self, *arguments: object, code: int = 0, timeout_s: float = 240, **env: str) -> tuple[str, str]:
+    def done(
+        self, *arguments: object, code: int = 0, timeout_s: float = 240, **env: str
+    ) -> tuple[str, str]:
         """Run a command to its end, expecting its exit code; returns stdout and stderr."""
         return ended(self.medtune(*arguments, **env), code=code, timeout_s=timeout_s)
 
 
-def ended(process: subprocess.Popen[str], *, code: int = 0, timeout_s: float = 400) -> tuple[str, str]:
+def ended(
+    process: subprocess.Popen[str], *, code: int = 0, timeout_s: float = 400
+) -> tuple[str, str]:
     out, err = process.communicate(timeout=timeout_s)
     assert process.returncode == code, f"exit {process.returncode}, not {code}\n{out}\n{err}"
     assert "Traceback" not in err
@@ -147,7 +202,11 @@ def make_cluster(folder: Path, table: Path, **fields: Any) -> Cluster:
     token.write_text("a-token-of-this-test-alone-0123456789")
     token.chmod(0o600)
     (folder / "home").mkdir()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") and name != "PYTHONPATH"
+    }
     env |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint is `python -m ...`
         "HOME": str(folder / "home"),

@@ -21,7 +21,9 @@ def s3_server(port: int = 0) -> Iterator[dict[str, str]]:
     host, port = serving.get_host_and_port()
     url = f"http://{host}:{port}"
     try:
-        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=30).close()
+        urllib.request.urlopen(
+            urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=30
+        ).close()
         yield {
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "test",
@@ -43,7 +45,9 @@ def put_folder(url: str, folder: Path) -> None:
 
 def put_raw(server: dict[str, str], path: str, content: bytes) -> None:
     """Write an object whose name may be anything: libraries put `..` in order first."""
-    connection = http.client.HTTPConnection(server["AWS_ENDPOINT_URL"].removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(
+        server["AWS_ENDPOINT_URL"].removeprefix("http://"), timeout=30
+    )
     connection.request("PUT", path, content)
     assert connection.getresponse().status in (200, 204)
     connection.close()

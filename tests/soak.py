@@ -102,7 +102,14 @@ class Look:
 def one_study(root: Path, table: Path, cache: Path, number: int) -> Look:
     config: dict[str, Any] = TINY | {"epochs": 4}
     spec = build_spec(
-        {"data": str(table), "trials": 3, "seed": number, "config": config, "cache": str(cache), "gpus_per_trial": 0}
+        {
+            "data": str(table),
+            "trials": 3,
+            "seed": number,
+            "config": config,
+            "cache": str(cache),
+            "gpus_per_trial": 0,
+        }
     )
     quiet = Console(file=(root.parent / "console.txt").open("w"))
     began = time.monotonic()
@@ -118,7 +125,13 @@ def one_study(root: Path, table: Path, cache: Path, number: int) -> Look:
         actor_mib=1024 * float(study.epochs["peak_memory_gib"].max()),
         files=me.num_fds(),
         threads=me.num_threads(),
-        processes=len([child for child in me.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]),
+        processes=len(
+            [
+                child
+                for child in me.children(recursive=True)
+                if child.status() != psutil.STATUS_ZOMBIE
+            ]
+        ),
         shared=len(list(Path("/dev/shm").glob("*"))),
         sessions_mib=sessions_mib(),
     )
@@ -134,16 +147,28 @@ def sessions_mib() -> float:
 
 def stack_alone(sessions: int) -> dict[str, float]:
     """Return what a search of Ray and Optuna adds to its process for good, of each measure of a `Look`."""
-    done = subprocess.run([sys.executable, "-c", ALONE, str(sessions)], capture_output=True, text=True, check=False)
-    looks = np.array([line.split()[1:] for line in done.stdout.splitlines() if line.startswith("look")], dtype=float)
-    if done.returncode:  # a busy machine does not start Ray in its 30 s: what was seen until then counts
-        print(f"Ray and Optuna alone ended after {len(looks)} of {sessions}: {done.stderr.strip().splitlines()[-1:]}")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(sessions)], capture_output=True, text=True, check=False
+    )
+    looks = np.array(
+        [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("look")],
+        dtype=float,
+    )
+    if (
+        done.returncode
+    ):  # a busy machine does not start Ray in its 30 s: what was seen until then counts
+        print(
+            f"Ray and Optuna alone ended after {len(looks)} of {sessions}: {done.stderr.strip().splitlines()[-1:]}"
+        )
     if len(looks) < LEAST_ALONE:
-        raise SystemExit(f"{len(looks)} searches of Ray and Optuna alone are too few to compare with: run it again")
+        raise SystemExit(
+            f"{len(looks)} searches of Ray and Optuna alone are too few to compare with: run it again"
+        )
     counted = looks[len(looks) // 3 :]
     slopes = np.polyfit(np.arange(len(counted)), counted, 1)[0]
     return {
-        name: max(0.0, float(slope)) for name, slope in zip(("driver_mib", "files", "threads"), slopes, strict=True)
+        name: max(0.0, float(slope))
+        for name, slope in zip(("driver_mib", "files", "threads"), slopes, strict=True)
     }
 
 
@@ -155,8 +180,15 @@ def verdict(looks: list[Look], alone: dict[str, float]) -> list[str]:
     problems = []
     counted = looks[min(3, len(looks) // 3) :]
     first, second = counted[: len(counted) // 2], counted[len(counted) // 2 :]
-    for name, room in (("driver_mib", ROOM_MIB), ("actor_mib", ROOM_MIB), ("files", 3.0), ("threads", 3.0)):
-        before, after = (float(np.median([getattr(look, name) for look in half])) for half in (first, second))
+    for name, room in (
+        ("driver_mib", ROOM_MIB),
+        ("actor_mib", ROOM_MIB),
+        ("files", 3.0),
+        ("threads", 3.0),
+    ):
+        before, after = (
+            float(np.median([getattr(look, name) for look in half])) for half in (first, second)
+        )
         stack = alone.get(name, 0.0) * len(counted) / 2
         if after > before + stack + room:
             problems.append(
@@ -170,10 +202,16 @@ def verdict(looks: list[Look], alone: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument(
-        "--alone", type=int, default=24, metavar="SESSIONS", help="of Ray and Optuna alone, to compare with"
+        "--alone",
+        type=int,
+        default=24,
+        metavar="SESSIONS",
+        help="of Ray and Optuna alone, to compare with",
     )
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
@@ -192,7 +230,10 @@ def main() -> int:
                 flush=True,
             )
     alone = stack_alone(options.alone)
-    print("Ray and Optuna alone add in a search: " + ", ".join(f"{name} {value:.2f}" for name, value in alone.items()))
+    print(
+        "Ray and Optuna alone add in a search: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in alone.items())
+    )
     problems = verdict(looks, alone)
     print(f"{len(looks)} studies: " + ("; ".join(problems) or "nothing rose, nothing was left"))
     return int(bool(problems))

@@ -16,12 +16,20 @@ import pytest
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles
 
-SMALL: dict[str, Any] = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+SMALL: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.125,
+    "volume_shape": 16,
+    "num_folds": 2,
+    "train_auc_volumes": 0,
+}
 TINY = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
 """The same for the command line."""
 
 
-def medtune(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+def medtune(
+    *arguments: object, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     """Start the command as a user would, in a process group of its own. `env`: all of its environment (None: this one)."""
     return subprocess.Popen(
         [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
@@ -45,13 +53,20 @@ def rows_of(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_rows(process: subprocess.Popen[str], root: Path, count: int, *, deadline_s: float = 280) -> None:
+def wait_for_rows(
+    process: subprocess.Popen[str], root: Path, count: int, *, deadline_s: float = 280
+) -> None:
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        if StudyFiles(root).epochs.exists() and StudyFiles(root).epochs.read_bytes().count(b"\n") >= count:
+        if (
+            StudyFiles(root).epochs.exists()
+            and StudyFiles(root).epochs.read_bytes().count(b"\n") >= count
+        ):
             return
         if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode} before {count} rows: {process.communicate()}")
+            pytest.fail(
+                f"ended with {process.returncode} before {count} rows: {process.communicate()}"
+            )
         time.sleep(0.05)
     pytest.fail(f"no {count} rows within {deadline_s} s")
 
@@ -78,7 +93,9 @@ def processes(text: str, of: psutil.Process | None = None) -> list[psutil.Proces
     found = []
     for process in (of or psutil.Process()).children(recursive=True):
         try:
-            alive = process.status() != psutil.STATUS_ZOMBIE and any(text in part for part in process.cmdline())
+            alive = process.status() != psutil.STATUS_ZOMBIE and any(
+                text in part for part in process.cmdline()
+            )
         except psutil.NoSuchProcess:
             continue
         if alive:

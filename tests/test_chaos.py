@@ -51,7 +51,9 @@ def test_rounds_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
     }
 
 
-def test_only_what_a_trial_has_to_repeat_counts_as_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_a_trial_has_to_repeat_counts_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk budget takes an ended trial's checkpoint, maybe in the very moment it is looked at."""
     files = StudyFiles(tmp_path)
 
@@ -101,16 +103,30 @@ def test_a_round_that_breaks_does_not_end_the_others(
 def test_the_make_targets_start(target: str) -> None:
     """The folders of tests are named like the packages and must not be taken for them."""
     root = Path(__file__).parents[1]
-    of_make = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # `make test` hands them on, and make then tells of its folders
+    of_make = (
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+    )  # `make test` hands them on, and make then tells of its folders
     clean = {key: text for key, text in os.environ.items() if key not in (*of_make, "PYTHONPATH")}
     told = subprocess.run(
-        ["make", "-n", target, "ARGS=--help"], cwd=root, env=clean, capture_output=True, text=True, check=True
+        ["make", "-n", target, "ARGS=--help"],
+        cwd=root,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()[-1]
     words = told.split()  # settings, python, script, options
     settings = dict(word.split("=") for word in words if "=" in word)
     arguments = words[len(settings) + 1 :]
     shown = subprocess.run(
-        [sys.executable, *arguments], cwd=root, env=clean | settings, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=root,
+        env=clean | settings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout

@@ -36,7 +36,11 @@ def imports_of(tree):
 def run_at_import(tree):
     """The module's own imports: not those inside functions, nor those for type checkers only."""
     body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    body = [node for node in body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    body = [
+        node
+        for node in body
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
     return ast.Module(body, [])
 
 
@@ -44,7 +48,10 @@ def own(module):
     return module.split(".")[0] in PACKAGES
 
 
-TREES = {name_of(path): ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for path in MODULES}
+TREES = {
+    name_of(path): ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for path in MODULES
+}
 IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
 
 
@@ -73,7 +80,9 @@ def test_imports_point_one_way(module):
 def test_search_spaces_need_nothing_but_optunas_distributions():
     for module in (name for name in IMPORTS if name.startswith("search_spaces")):
         foreign = {
-            name for name in IMPORTS[module] if not own(name) and name.split(".")[0] not in sys.stdlib_module_names
+            name
+            for name in IMPORTS[module]
+            if not own(name) and name.split(".")[0] not in sys.stdlib_module_names
         }
         assert foreign <= {"optuna.distributions"}, f"{module} imports {sorted(foreign)}"
 
@@ -81,7 +90,11 @@ def test_search_spaces_need_nothing_but_optunas_distributions():
 @pytest.mark.parametrize("module", [name for name in IMPORTS if name.startswith("trainables")])
 def test_training_does_not_know_ray(module):
     if module not in MAY_IMPORT_RAY:
-        wrong = {name for name in IMPORTS[module] if name.split(".")[0] == "ray" or name in MAY_IMPORT_RAY}
+        wrong = {
+            name
+            for name in IMPORTS[module]
+            if name.split(".")[0] == "ray" or name in MAY_IMPORT_RAY
+        }
         assert not wrong, f"{module} imports {sorted(wrong)}: only {sorted(MAY_IMPORT_RAY)} may"
 
 
@@ -90,15 +103,24 @@ def test_the_config_imports_nothing_of_ours():
 
 
 def test_no_module_imports_itself_in_a_circle():
-    graph = {name: {n for n in imports_of(run_at_import(tree)) if n in TREES} - {name} for name, tree in TREES.items()}
-    assert len(tuple(TopologicalSorter(graph).static_order())) == len(TREES)  # raises CycleError with the circle
+    graph = {
+        name: {n for n in imports_of(run_at_import(tree)) if n in TREES} - {name}
+        for name, tree in TREES.items()
+    }
+    assert len(tuple(TopologicalSorter(graph).static_order())) == len(
+        TREES
+    )  # raises CycleError with the circle
 
 
 def loaded_by(code, *arguments):
     """Run `code` in a fresh interpreter, and return which of the heavy packages it has loaded at its end."""
     report = f"\nimport sys; print('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code + report, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", code + report, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
     )
     assert done.returncode == 0, f"{code.strip()}\n{done.stderr}"
     return done.stdout.splitlines()[-1].split()[1:]

@@ -18,7 +18,12 @@ COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")
 def code_in(text):
     """Code blocks and code spans of Markdown: prose may put any word after the name."""
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))]
+    return [
+        *blocks,
+        *re.findall(
+            r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        ),
+    ]
 
 
 def problems_of(text):
@@ -41,15 +46,25 @@ def problems_of(text):
                     break
                 command = command.commands[word]
             else:
-                known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+                known = {
+                    name
+                    for parameter in command.params
+                    for name in (*parameter.opts, *parameter.secondary_opts)
+                }
                 options = re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", rest.split("#")[0].split("|")[0])
-                found += [f"no option {name} of `{path}`" for name in options if name not in known | {"--help"}]
+                found += [
+                    f"no option {name} of `{path}`"
+                    for name in options
+                    if name not in known | {"--help"}
+                ]
     return found
 
 
 def test_the_table_of_fixes_is_the_one_in_the_code():
     between = re.findall(r"<!-- fixes:begin -->\n(.*?)<!-- fixes:end -->", README, flags=re.DOTALL)
-    assert between == [fixes_markdown()], "put the output of `medtune fixes --format markdown` between the markers"
+    assert between == [fixes_markdown()], (
+        "put the output of `medtune fixes --format markdown` between the markers"
+    )
     assert README.count("(`") >= len(FIXES)
 
 
@@ -62,7 +77,10 @@ def test_every_command_and_option_that_is_named_exists():
     [
         ("`medtune ablate --data T --seeds 3`", []),
         ("```\nmedtune data import FILE.npz OUT --limit 3\nmedtune fixes  # --all\n```\n", []),
-        ("```\nmedtune run \\\n  --data T \\\n  --trails 3\n```\n", ["no option --trails of `medtune run`"]),
+        (
+            "```\nmedtune run \\\n  --data T \\\n  --trails 3\n```\n",
+            ["no option --trails of `medtune run`"],
+        ),
         ("`medtune ablation`", ["no command `medtune ablation`"]),
         ("`medtune data chek TABLE`", ["no command `medtune data chek`"]),
         ("medtune is a program --with options", []),

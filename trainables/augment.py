@@ -22,7 +22,9 @@ ROTATION_DEG = 15.0  # about each of the three axes
 SCALE = 0.10  # one factor for all axes: shapes keep their proportions
 SHIFT = 0.05  # of each side
 INTENSITY_SCALE = 0.10
-INTENSITY_SHIFT = 0.10  # in the volumes' unit: standard deviations, or tenths of half an intensity window
+INTENSITY_SHIFT = (
+    0.10  # in the volumes' unit: standard deviations, or tenths of half an intensity window
+)
 NOISE = 0.05  # largest standard deviation of the noise, same unit
 
 
@@ -62,7 +64,9 @@ def augment_batch(
         )
     )
     moved = affine_batch(
-        torch.addcmul(offset, volumes, gain),  # commutes with interpolation, and widens to float32 on the way
+        torch.addcmul(
+            offset, volumes, gain
+        ),  # commutes with interpolation, and widens to float32 on the way
         angles_B3=math.radians(ROTATION_DEG) * centered[:, 3:6],
         scale_B=1 + SCALE * centered[:, 6],
         shift_B3=SHIFT * centered[:, 7:10],
@@ -101,11 +105,17 @@ def affine_batch(
     voxels (D, H, W), any unit. Beyond the border the nearest voxel continues: zero is tissue in a z-scored volume.
     """
     grid = _sampling_grid(volumes_BCDHW.shape[2:], angles_B3, scale_B, shift_B3, spacing)
-    return F.grid_sample(volumes_BCDHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        volumes_BCDHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def _sampling_grid(
-    sides: Sequence[int], angles_B3: Tensor, scale_B: Tensor, shift_B3: Tensor, spacing: Sequence[float]
+    sides: Sequence[int],
+    angles_B3: Tensor,
+    scale_B: Tensor,
+    shift_B3: Tensor,
+    spacing: Sequence[float],
 ) -> Tensor:
     """Where each output voxel is read, (B, D, H, W, 3) in grid_sample's coordinates: (W, H, D), from -1 to 1 edge to edge.
 
@@ -123,8 +133,15 @@ def _sampling_grid(
     extent = [side * step for side, step in zip(sides, spacing, strict=True)]
     parts = []
     for j, side in enumerate(sides):
-        position_Bs = torch.linspace(1 / side - 1, 1 - 1 / side, side, device=scale_B.device) - 2 * shift_B3[:, j, None]
-        columns_B3 = torch.stack([rotation[j][i] * (extent[j] / extent[i]) for i in (2, 1, 0)], dim=1)
+        position_Bs = (
+            torch.linspace(1 / side - 1, 1 - 1 / side, side, device=scale_B.device)
+            - 2 * shift_B3[:, j, None]
+        )
+        columns_B3 = torch.stack(
+            [rotation[j][i] * (extent[j] / extent[i]) for i in (2, 1, 0)], dim=1
+        )
         parts.append(position_Bs[:, :, None] * (columns_B3 / scale_B[:, None])[:, None, :])
-    slices = parts[0][:, :, None] + parts[1][:, None]  # the small sum first: the whole grid is written only once
+    slices = (
+        parts[0][:, :, None] + parts[1][:, None]
+    )  # the small sum first: the whole grid is written only once
     return slices[:, :, :, None] + parts[2][:, None, None]

@@ -35,7 +35,12 @@ def _kernels() -> Any:
 
 def fused_on(x: Tensor) -> bool:
     """Whether tensors like `x` take the Triton kernels: on a GPU, unless algorithms must be torch's deterministic ones."""
-    return x.is_cuda and x.dim() == 5 and not torch.are_deterministic_algorithms_enabled() and _kernels() is not None
+    return (
+        x.is_cuda
+        and x.dim() == 5
+        and not torch.are_deterministic_algorithms_enabled()
+        and _kernels() is not None
+    )
 
 
 class BatchNorm(nn.BatchNorm3d):
@@ -48,7 +53,12 @@ class BatchNorm(nn.BatchNorm3d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:  # noqa: A002
         """Return relu(norm(input) + residual), shape and dtype of `input` (B, C, D, H, W)."""
-        if self.affine and self.track_running_stats and self.momentum is not None and fused_on(input):
+        if (
+            self.affine
+            and self.track_running_stats
+            and self.momentum is not None
+            and fused_on(input)
+        ):
             if self.training:
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(self.groups)
@@ -59,7 +69,9 @@ class BatchNorm(nn.BatchNorm3d):
             if not torch.is_grad_enabled():
                 return _evaluate(self, input, residual, relu)
         if self.training and self.groups > 1:
-            normed = torch.cat([super(BatchNorm, self).forward(part) for part in input.chunk(self.groups)])
+            normed = torch.cat(
+                [super(BatchNorm, self).forward(part) for part in input.chunk(self.groups)]
+            )
         else:
             normed = super().forward(input)
         if residual is not None:
@@ -67,7 +79,9 @@ class BatchNorm(nn.BatchNorm3d):
         return F.relu(normed, inplace=True) if relu else normed
 
 
-def norm_act(norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+def norm_act(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, *, relu: bool = True
+) -> Tensor:
     """Return relu(norm(x) + residual), fused where `norm` is a BatchNorm of this module (SyncBatchNorm is not)."""
     if isinstance(norm, BatchNorm):
         return norm(x, residual, relu)
@@ -130,11 +144,22 @@ class _Grouped(torch.autograd.Function):
         x = _channels_last(x)
         rows, channels, height, width, tiles, splits, per_split = _layout(x, groups)
         if rows <= 1:
-            raise ValueError(f"BatchNorm needs more than one value a channel, got {tuple(x.shape)} in {groups} groups")
+            raise ValueError(
+                f"BatchNorm needs more than one value a channel, got {tuple(x.shape)} in {groups} groups"
+            )
         partial = torch.empty(groups, splits, 2, channels, device=x.device)
         mean, rstd = torch.empty(2, groups, channels, device=x.device)
         kernels.moments[(tiles, splits, groups)](
-            x, partial, rows, channels, per_split, splits, BM=height, BC=width, STAGES=STAGES, num_warps=WARPS
+            x,
+            partial,
+            rows,
+            channels,
+            per_split,
+            splits,
+            BM=height,
+            BC=width,
+            STAGES=STAGES,
+            num_warps=WARPS,
         )
         kernels.finish_moments[(-(-channels // 16),)](
             x, partial, mean, rstd, running_mean, running_var, rows, channels, splits, groups, momentum, eps,
@@ -144,7 +169,9 @@ class _Grouped(torch.autograd.Function):
         if residual is not None:
             residual = _channels_last(residual)
         _normalise(x, residual, y, mean, rstd, weight, bias, groups, relu)
-        ctx.save_for_backward(x, y if residual is not None and relu else None, mean, rstd, weight, bias)
+        ctx.save_for_backward(
+            x, y if residual is not None and relu else None, mean, rstd, weight, bias
+        )
         ctx.groups, ctx.relu, ctx.has_residual = groups, relu, residual is not None
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
@@ -172,7 +199,18 @@ class _Grouped(torch.autograd.Function):
             dz, x, dx, sums, mean, rstd, weight, bias, rows, channels,
             RELU=ctx.relu and not ctx.has_residual, BM=height, BC=width,
         )  # fmt: skip
-        return dx, dweight, dbias, dz if ctx.has_residual else None, None, None, None, None, None, None
+        return (
+            dx,
+            dweight,
+            dbias,
+            dz if ctx.has_residual else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _normalise(
@@ -195,7 +233,15 @@ def _evaluate(norm: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -
     if residual is not None:
         residual = _channels_last(residual)
     _normalise(
-        x, residual, y, norm.running_mean, torch.rsqrt(norm.running_var + norm.eps), norm.weight, norm.bias, 1, relu
+        x,
+        residual,
+        y,
+        norm.running_mean,
+        torch.rsqrt(norm.running_var + norm.eps),
+        norm.weight,
+        norm.bias,
+        1,
+        relu,
     )
     return y
 
@@ -205,7 +251,12 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = _channels_last(x)
         sides = [(side + 1) // 2 for side in x.shape[2:]]
-        y = torch.empty((*x.shape[:2], *sides), dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        y = torch.empty(
+            (*x.shape[:2], *sides),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last_3d,
+        )
         taken = torch.empty_like(y, dtype=torch.uint8)
         count, channels = y.numel() // y.shape[1], y.shape[1]
         width = _tile(channels)[1]

@@ -92,7 +92,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinities become null: JSON has no word for them."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(without_nonfinite(value), indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(without_nonfinite(value), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -133,7 +135,10 @@ def when_there_is_room(
                     f"{path}: no room on its disk for {timeout_s:.0f} s; make room, and go on"
                 ) from None
             if not waited:
-                log.warning("the disk is full: waiting to write %s; make room, and it goes on by itself", path)
+                log.warning(
+                    "the disk is full: waiting to write %s; make room, and it goes on by itself",
+                    path,
+                )
         if waits is not None:
             waits()
         pause_s = min(5.0, 0.2 + waited / 4)
@@ -178,7 +183,11 @@ def sweep_temporaries(folder: Path, *written: Path) -> int:
     what it writes itself.
     """
     names = [path.name for path in written] or ["*"]
-    leftovers = [found for name in names for found in folder.glob(f".{name}.*.tmp")] if folder.is_dir() else []
+    leftovers = (
+        [found for name in names for found in folder.glob(f".{name}.*.tmp")]
+        if folder.is_dir()
+        else []
+    )
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
     return len(leftovers)
@@ -200,14 +209,26 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    damaged = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+    damaged = (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own remarks on pickles it refuses
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except damaged as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or no checkpoint ({reason}): remove it to start anew") from error
+        raise CheckpointError(
+            f"{path}: damaged, or no checkpoint ({reason}): remove it to start anew"
+        ) from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start anew")
+        raise CheckpointError(
+            f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start anew"
+        )
     return state

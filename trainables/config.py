@@ -45,7 +45,9 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
-        return type(self), (self.problems,)  # the default would pass the joined text, and Ray pickles errors
+        return type(self), (
+            self.problems,
+        )  # the default would pass the joined text, and Ray pickles errors
 
 
 def _as_triple(value: object) -> object:
@@ -75,7 +77,9 @@ Positive = Annotated[float, Field(gt=0)]
 class FineTuneConfig(BaseModel):
     """One fine-tuning run. Immutable; build it with `build_config`, which tells all violations together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     # Length and place
     epochs: int = Field(60, ge=1, le=10_000)
@@ -192,15 +196,23 @@ class FineTuneConfig(BaseModel):
         if self.depth not in DEPTHS:
             problems.append(f"depth={self.depth}: MedicalNet has {', '.join(map(str, DEPTHS))}")
         if min(self.volume_shape) < 8:
-            problems.append(f"volume_shape={self.volume_shape}: every side must be at least 8 voxels")
+            problems.append(
+                f"volume_shape={self.volume_shape}: every side must be at least 8 voxels"
+            )
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             problems.append(f"spacing_mm={self.spacing_mm}: every value must be > 0")
         if self.window_low >= self.window_high:
-            problems.append(f"window_low={self.window_low} must be below window_high={self.window_high}")
+            problems.append(
+                f"window_low={self.window_low} must be below window_high={self.window_high}"
+            )
         if set(self.flip_axes) - set("xyz") or len(set(self.flip_axes)) < len(self.flip_axes):
-            problems.append(f"flip_axes={self.flip_axes!r}: letters of x, y, z, each at most once, or empty")
+            problems.append(
+                f"flip_axes={self.flip_axes!r}: letters of x, y, z, each at most once, or empty"
+            )
         if self.warmup_epochs >= self.epochs:
-            problems.append(f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}")
+            problems.append(
+                f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}"
+            )
         if self.freeze_backbone_epochs > self.epochs:
             problems.append(
                 f"freeze_backbone_epochs={self.freeze_backbone_epochs} must be at most epochs={self.epochs}"
@@ -231,7 +243,9 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     """
     overrides = dict(overrides or {})
     unknown = [_unknown(str(name)) for name in overrides if name not in FineTuneConfig.model_fields]
-    known = {name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields}
+    known = {
+        name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields
+    }
     try:
         config = FineTuneConfig(**known)
     except ValidationError as error:
@@ -248,7 +262,10 @@ def problem_lines(errors: Iterable[Mapping[str, Any]], *, below: int = 0) -> lis
     """
     lines: list[str] = []
     for item in errors:
-        place, message = ".".join(map(str, item["loc"][below:])), item["msg"].removeprefix(OF_PYDANTIC)
+        place, message = (
+            ".".join(map(str, item["loc"][below:])),
+            item["msg"].removeprefix(OF_PYDANTIC),
+        )
         lines += [f"{place}: {message}"] if place else message.splitlines()
     return lines
 
@@ -260,7 +277,9 @@ OF_PYDANTIC = "Value error, "
 def _unknown(given: object) -> str:
     name = str(given)  # YAML allows any scalar for a key
     guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
-    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (guesses[0] if guesses else None)
+    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (
+        guesses[0] if guesses else None
+    )
     hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"
     return f"unknown hyperparameter {name!r}; {hint}"
 

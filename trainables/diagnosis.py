@@ -160,7 +160,9 @@ class Diagnosis:
         return sum(fall.epochs for fall in self.healed)
 
 
-def diagnose(rows: Iterable[Mapping[str, Any]], config: FineTuneConfig | Mapping[str, Any] | None = None) -> Diagnosis:
+def diagnose(
+    rows: Iterable[Mapping[str, Any]], config: FineTuneConfig | Mapping[str, Any] | None = None
+) -> Diagnosis:
     """Return the diagnosis of a run from its rows, in the order of their epochs.
 
     `config` is the run's config or its overrides; the defaults hold for what it leaves out. Without any (None: a curve
@@ -296,8 +298,12 @@ class RunMonitor:
         self._caught_up = False
         self._patience = max(LAG_PATIENCE, math.ceil(self._setting["epochs"] / 3))
         # Whether there is anything to drop from
-        self._held_back = self._setting["freeze_backbone_epochs"] + math.ceil(self._setting["warmup_epochs"])
-        self._time_to_learn = max(NEVER_LEARNED_EPOCHS, self._setting["epochs"] / 4 if config is not None else 0)
+        self._held_back = self._setting["freeze_backbone_epochs"] + math.ceil(
+            self._setting["warmup_epochs"]
+        )
+        self._time_to_learn = max(
+            NEVER_LEARNED_EPOCHS, self._setting["epochs"] / 4 if config is not None else 0
+        )
         # The rest
         self._broken, self._saturated, self._gap = _Streak(), _Streak(), _Streak()
         self._updates = 0.0
@@ -345,21 +351,35 @@ class RunMonitor:
     # What each row adds -----------------------------------------------------------------------------------------------
 
     def _judge_lag(
-        self, epoch: int, row: Mapping[str, Any], raw: float, raw_error: float, ema: float, ema_error: float
+        self,
+        epoch: int,
+        row: Mapping[str, Any],
+        raw: float,
+        raw_error: float,
+        ema: float,
+        ema_error: float,
     ) -> None:
         lags = False
         both = "val_auc_raw" in row and ("val_auc_ema" in row or "val_auc" in row)
-        if both and math.isfinite(raw) and epoch > 2:  # one or two epochs behind is what an average is
+        if (
+            both and math.isfinite(raw) and epoch > 2
+        ):  # one or two epochs behind is what an average is
             if not math.isfinite(ema):
                 lags = True
             else:
-                far = max(SMALLEST_LAG, (1 - LARGEST_SHARE_KEPT) * (raw - 0.5), _noise(raw_error, ema_error))
+                far = max(
+                    SMALLEST_LAG,
+                    (1 - LARGEST_SHARE_KEPT) * (raw - 0.5),
+                    _noise(raw_error, ema_error),
+                )
                 lags = raw - 1.96 * raw_error > 0.5 and raw - ema > far
                 if not lags and ema - 1.96 * ema_error > 0.5:
                     self._caught_up = True
         self._lag.count(epoch, lags)
 
-    def _judge_broken(self, epoch: int, row: Mapping[str, Any], auc: float, raw: float, one_class: bool) -> None:
+    def _judge_broken(
+        self, epoch: int, row: Mapping[str, Any], auc: float, raw: float, one_class: bool
+    ) -> None:
         """The run itself is broken: not only its average, and not for want of a class to compare with."""
         updates = row.get("updates")
         stuck = False
@@ -382,13 +402,24 @@ class RunMonitor:
             depth = drop / max(deep, self._noise)
             if self._scatter < math.inf:
                 sudden = max(SMALLEST_SUDDEN_DROP, deep, SCATTERS * self._scatter)
-                depth = max(depth, min(drop / deep, (self._usual - auc) / sudden if math.isfinite(auc) else math.inf))
+                depth = max(
+                    depth,
+                    min(
+                        drop / deep,
+                        (self._usual - auc) / sudden if math.isfinite(auc) else math.inf,
+                    ),
+                )
             # No AUC and one below chance are worth as much as chance: from there a run has come back, or it has not
             known = max(auc, 0.5) if math.isfinite(auc) else 0.5
             self._lowest = min(self._lowest, known) if self._below.length else known
             returning = known - self._lowest > SHARE_REGAINED * (best.auc - self._lowest)
             # Part of the way back is neither recovered nor confirmed: noise must not hide a collapse, nor a recovery be one
-            if self._below.length and depth > 0.5 and (returning or depth <= 1) and self._waited < LONGEST_WAIT:
+            if (
+                self._below.length
+                and depth > 0.5
+                and (returning or depth <= 1)
+                and self._waited < LONGEST_WAIT
+            ):
                 self._waited += 1
             else:
                 self._waited = 0
@@ -412,7 +443,12 @@ class RunMonitor:
     def _judge_gap(self, epoch: int, row: Mapping[str, Any], auc: float, error: float) -> None:
         train = _number(row.get("train_auc"))
         self._best_train_auc = max(self._best_train_auc, train)
-        wide = math.isfinite(train) and math.isfinite(auc) and train - auc > GAP and train > auc + 1.96 * error
+        wide = (
+            math.isfinite(train)
+            and math.isfinite(auc)
+            and train - auc > GAP
+            and train > auc + 1.96 * error
+        )
         self._gap.count(epoch, wide)
 
     def _judge_loss(self, epoch: int, row: Mapping[str, Any]) -> None:
@@ -420,8 +456,14 @@ class RunMonitor:
             return
         loss = _number(row["train_loss"])
         usual = sorted(self._losses)[len(self._losses) // 2] if self._losses else math.nan
-        if not math.isfinite(loss) or (len(self._losses) >= 3 and loss > LOSS_SPIKE_FACTOR * usual > 0):
-            self._spike = (epoch, loss, usual) if self._spike is None or self._epochs_since_spike else self._spike
+        if not math.isfinite(loss) or (
+            len(self._losses) >= 3 and loss > LOSS_SPIKE_FACTOR * usual > 0
+        ):
+            self._spike = (
+                (epoch, loss, usual)
+                if self._spike is None or self._epochs_since_spike
+                else self._spike
+            )
             self._epochs_since_spike = 0
         else:
             self._epochs_since_spike += 1
@@ -431,7 +473,11 @@ class RunMonitor:
                 self._spike = None
 
     def _follow_fall(self, epoch: int, found: Diagnosis) -> None:
-        if found.verdict in FALLS and (found.settled or self._fall is not None) and found.epoch is not None:
+        if (
+            found.verdict in FALLS
+            and (found.settled or self._fall is not None)
+            and found.epoch is not None
+        ):
             self._fall = self._fall or _Fall(found.epoch)
             self._fall.add(epoch, found)
         elif self._fall is not None:
@@ -507,7 +553,10 @@ class RunMonitor:
                 evidence[name] = round(float(row[name]), 4)
 
         # What is not finite is not warming up, and what will still be mostly initial weights at the end has no time to
-        lost = math.isfinite(carried) and carried ** (self._setting["epochs"] / int(row["epoch"])) > CARRIED_TO_THE_END
+        lost = (
+            math.isfinite(carried)
+            and carried ** (self._setting["epochs"] / int(row["epoch"])) > CARRIED_TO_THE_END
+        )
         settled = fell or lost or lag.length >= self._patience or not math.isfinite(ema)
         read = f"{ema:.3f}" if math.isfinite(ema) else "no finite score"
         what = "fell behind" if self._caught_up or fell else "never caught up with"
@@ -524,7 +573,11 @@ class RunMonitor:
     def _average_returns(self, raw: float, ema: float) -> Diagnosis | None:
         """The average, which fell behind a sound network, is near it again, and still below what it was."""
         best, below = self._raw.best, self._below
-        if self._fall is None or "ema_lag" not in self._fall.names or not raw > best.auc - _deep(best.auc):
+        if (
+            self._fall is None
+            or "ema_lag" not in self._fall.names
+            or not raw > best.auc - _deep(best.auc)
+        ):
             return None
         before = self._deployed.best
         return Diagnosis(
@@ -552,7 +605,13 @@ class RunMonitor:
         if not self._setting["ema_warmup"]:
             changes.append("ema_warmup=true")
         if decay > 0.98 or not changes:
-            lower = 0.995 if decay > 0.995 else 0.98 if decay > 0.98 else max(0.0, round(1 - 4 * (1 - decay), 4))
+            lower = (
+                0.995
+                if decay > 0.995
+                else 0.98
+                if decay > 0.98
+                else max(0.0, round(1 - 4 * (1 - decay), 4))
+            )
             changes.append(f"ema_decay={lower:g}")
         return "set " + ", ".join(changes)
 
@@ -584,7 +643,11 @@ class RunMonitor:
         )
         setting = self._setting
         start = self._drw.epoch
-        if start is not None and start <= below.first <= start + DRW_WINDOW and best.epoch <= start + 1:
+        if (
+            start is not None
+            and start <= below.first <= start + DRW_WINDOW
+            and best.epoch <= start + 1
+        ):
             evidence["drw_start_epoch"] = start
             late = round(0.8 * setting["epochs"])
             later = late if late > start else start + 10
@@ -628,7 +691,10 @@ class RunMonitor:
             tied = _number(row.get(f"val_tied_{weights}"))
             part = []
             if math.isfinite(probabilities) and math.isfinite(logits):
-                evidence |= {f"auc_{weights}": round(logits, 4), f"auc_probability_{weights}": round(probabilities, 4)}
+                evidence |= {
+                    f"auc_{weights}": round(logits, 4),
+                    f"auc_probability_{weights}": round(probabilities, 4),
+                }
                 part.append(f"AUC {probabilities:.3f} from probabilities, {logits:.3f} from logits")
             if math.isfinite(tied):
                 evidence[f"tied_{weights}"] = round(tied, 4)
@@ -656,7 +722,9 @@ class RunMonitor:
         if trained < self._time_to_learn:
             return None
         setting = self._setting
-        best = self._raw.best if self._raw.best.auc > self._deployed.best.auc else self._deployed.best
+        best = (
+            self._raw.best if self._raw.best.auc > self._deployed.best.auc else self._deployed.best
+        )
         train = self._best_train_auc
         # Learned, if only by heart: that is another finding. And chance must be told from a useful run at all.
         if best.auc >= CHANCE_BAND or train >= 0.75 or best.auc + 1.96 * best.error > 0.85:
@@ -669,7 +737,11 @@ class RunMonitor:
         }
         if math.isfinite(train):
             evidence["train_auc"] = round(train, 4)
-        changes = [] if setting["pretrained_path"] or not setting.known else ["pretrained_path=<a MedicalNet file>"]
+        changes = (
+            []
+            if setting["pretrained_path"] or not setting.known
+            else ["pretrained_path=<a MedicalNet file>"]
+        )
         changes += [
             f"backbone_lr={_short(setting['backbone_lr'] * 3)}",
             f"classifier_lr={_short(setting['classifier_lr'] * 3)}",
@@ -679,8 +751,14 @@ class RunMonitor:
             1,
             evidence,
             f"not above chance in {epoch} epochs: best 3-epoch median "
-            + (f"{best.auc:.3f} +- {1.96 * best.error:.3f}" if math.isfinite(best.auc) else "is no number"),
-            "set " + ", ".join(changes) + "; check labels and `volume_shape` with `medtune data check` first",
+            + (
+                f"{best.auc:.3f} +- {1.96 * best.error:.3f}"
+                if math.isfinite(best.auc)
+                else "is no number"
+            ),
+            "set "
+            + ", ".join(changes)
+            + "; check labels and `volume_shape` with `medtune data check` first",
             settled=trained >= 2 * self._time_to_learn,
         )
 
@@ -703,7 +781,12 @@ class RunMonitor:
         return Diagnosis(
             "train_validation_gap",
             gap.first,
-            {"train_auc": round(train, 4), "auc": round(auc, 4), "gap": round(train - auc, 4), "epochs": gap.length},
+            {
+                "train_auc": round(train, 4),
+                "auc": round(auc, 4),
+                "gap": round(train - auc, 4),
+                "epochs": gap.length,
+            },
             f"training AUC {train:.3f}, validation AUC {auc:.3f}: over {GAP:g} apart since epoch {gap.first}, "
             f"no better validation median since epoch {best.epoch}",
             "set " + ", ".join(changes),
@@ -727,7 +810,11 @@ class RunMonitor:
         if not self._setting["warmup_epochs"]:
             changes.append("warmup_epochs=3")
         return Diagnosis(
-            "loss_spike", epoch, evidence, f"training loss {times} at epoch {epoch}", "set " + ", ".join(changes)
+            "loss_spike",
+            epoch,
+            evidence,
+            f"training loss {times} at epoch {epoch}",
+            "set " + ", ".join(changes),
         )
 
     def _too_noisy(self, row: Mapping[str, Any], auc: float, one_class: bool) -> Diagnosis | None:
@@ -736,10 +823,14 @@ class RunMonitor:
         if not one_class and (unclear.length < 5 or not best.auc - auc <= noise):
             return None
         counts: Evidence = {
-            name: int(row[f"val_{name}"]) for name in ("positive", "negative") if row.get(f"val_{name}") is not None
+            name: int(row[f"val_{name}"])
+            for name in ("positive", "negative")
+            if row.get(f"val_{name}") is not None
         }
         sizes = (
-            f" with {counts['positive']} positive and {counts['negative']} negative volumes" if len(counts) == 2 else ""
+            f" with {counts['positive']} positive and {counts['negative']} negative volumes"
+            if len(counts) == 2
+            else ""
         )
         advice = (
             f"set num_folds={max(2, min(3, int(self._setting['num_folds']) - 1))} for a larger validation fold, and compare "
@@ -816,7 +907,10 @@ def _auc(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
         auc = _number(row.get("val_auc"))
     if not math.isfinite(auc):
         return math.nan, math.nan
-    low, high = _number(row.get(f"val_auc{weights}_low")), _number(row.get(f"val_auc{weights}_high"))
+    low, high = (
+        _number(row.get(f"val_auc{weights}_low")),
+        _number(row.get(f"val_auc{weights}_high")),
+    )
     positive, negative = row.get("val_positive"), row.get("val_negative")
     error = (high - low) / 3.92 if math.isfinite(high - low) else math.nan
     if error >= 0.02 or not (positive and negative):
@@ -829,8 +923,14 @@ def _auc(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
 def _saturates(row: Mapping[str, Any], weights: str) -> bool:
     if f"val_auc_probability_{weights}" not in row and f"val_tied_{weights}" not in row:
         return False
-    auc, probability = _number(row.get(f"val_auc_{weights}")), _number(row.get(f"val_auc_probability_{weights}"))
-    return auc - probability > SATURATED_GAP or _number(row.get(f"val_tied_{weights}")) > SATURATED_TIES
+    auc, probability = (
+        _number(row.get(f"val_auc_{weights}")),
+        _number(row.get(f"val_auc_probability_{weights}")),
+    )
+    return (
+        auc - probability > SATURATED_GAP
+        or _number(row.get(f"val_tied_{weights}")) > SATURATED_TIES
+    )
 
 
 def _short(value: float) -> str:

@@ -45,7 +45,9 @@ class AveragedWeights:
         buffers: Literal["averaged", "copied"] = "averaged",
     ) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r}: must be in [0, 1); 0 makes the average the raw weights")
+            raise ValueError(
+                f"decay={decay!r}: must be in [0, 1); 0 makes the average the raw weights"
+            )
         if buffers not in ("averaged", "copied"):
             raise ValueError(f"buffers={buffers!r}: must be 'averaged' or 'copied'")
         for name, weight in network.named_parameters():
@@ -70,7 +72,9 @@ class AveragedWeights:
         """
         averages, values, copies, originals = self._pairs(network)
         weight = averaging_weight(self.updates, decay=self.decay, warmup=self.warmup)
-        skipped = torch.zeros_like(weight, dtype=torch.float32) if skip is None else skip.float().view(())
+        skipped = (
+            torch.zeros_like(weight, dtype=torch.float32) if skip is None else skip.float().view(())
+        )
         if weight.is_cpu:
             if not skipped:
                 torch._foreach_lerp_(averages, values, weight.item())
@@ -94,7 +98,9 @@ class AveragedWeights:
         if copies:
             torch._foreach_copy_(copies, originals)
 
-    def _pairs(self, network: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def _pairs(
+        self, network: nn.Module
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """What is averaged and with what, and what is copied and from what."""
         averages, values, copies, originals = [], [], [], []
         mine = [*self.network.named_parameters(), *self.network.named_buffers()]
@@ -106,7 +112,9 @@ class AveragedWeights:
                 f"({', '.join(differ[:3])}, ...): pass the bare module, not its DDP or compiled wrapper"
             )
         for (_, average), (_, value) in zip(mine, new, strict=True):
-            if average.is_floating_point() and (isinstance(average, nn.Parameter) or self.buffers == "averaged"):
+            if average.is_floating_point() and (
+                isinstance(average, nn.Parameter) or self.buffers == "averaged"
+            ):
                 averages.append(average)
                 values.append(value.detach())
             else:
@@ -134,7 +142,11 @@ def recalibrate_batchnorm(network: nn.Module, batches: Iterable[Tensor]) -> None
     its AUC returns, the weights were sound and the statistics were the fault.
     Raises ValueError if no batch arrives. As torch's `update_bn`, except for the proportions and the dropout kept off.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    layers = [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
     modes = [(module, module.training) for module in network.modules()]
     momenta = [layer.momentum for layer in layers]
     seen = 0

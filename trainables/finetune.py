@@ -119,7 +119,9 @@ def choose_precision(amp: str, device: torch.device) -> Precision:
     if amp == "off":
         return Precision(torch.float32, "amp is off")
     if device.type != "cuda":
-        return Precision(torch.float32, f"amp={amp} is for GPUs, and this run is on the {device.type}")
+        return Precision(
+            torch.float32, f"amp={amp} is for GPUs, and this run is on the {device.type}"
+        )
     if amp == "bf16":
         return Precision(torch.bfloat16, "amp=bf16")
     return Precision(torch.float16, "amp=fp16, with a loss scale")
@@ -159,7 +161,13 @@ class _Run:
     """State of one run between epochs. Only `finetune` makes one."""
 
     def __init__(
-        self, config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, graphs: bool = True
+        self,
+        config: FineTuneConfig,
+        cohort: Cohort,
+        split: Split,
+        device: torch.device,
+        *,
+        graphs: bool = True,
     ) -> None:
         self.config, self.device = config, device
         if device.type == "cuda":
@@ -190,12 +198,17 @@ class _Run:
         self.network: Classifier = _place(network, device)
         if config.sync_batchnorm and self.world > 1:
             if device.type != "cuda":
-                raise ValueError("sync_batchnorm=True needs GPUs: torch has no SyncBatchNorm on the CPU")
+                raise ValueError(
+                    "sync_batchnorm=True needs GPUs: torch has no SyncBatchNorm on the CPU"
+                )
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.statistics = _in_one_piece(self.network)
         self.statistics_before = self.statistics.clone()
         self.average = AveragedWeights(
-            self.network, decay=config.ema_decay, warmup=config.ema_warmup, buffers=config.ema_buffers
+            self.network,
+            decay=config.ema_decay,
+            warmup=config.ema_warmup,
+            buffers=config.ema_buffers,
         )
         self.optimizer, self.peak_lrs = _build_optimizer(config, self.network, self.world, device)
         step_size = config.batch_size * config.gradient_accumulation_steps * self.world
@@ -213,13 +226,19 @@ class _Run:
 
         # What a captured step reads and writes: these tensors keep their place for the whole run.
         self.weights_C = torch.ones_like(weights)
-        self.order = torch.zeros(len(split.train), dtype=torch.int64, device=device)  # places in the resident cohort
+        self.order = torch.zeros(
+            len(split.train), dtype=torch.int64, device=device
+        )  # places in the resident cohort
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # of the step, in the order
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
         # SyncBatchNorm knows no groups: it would take the statistics of all micro-batches together
-        apart = device.type != "cuda" or config.deterministic or (config.sync_batchnorm and self.world > 1)
+        apart = (
+            device.type != "cuda"
+            or config.deterministic
+            or (config.sync_batchnorm and self.world > 1)
+        )
         self.at_once = 1 if apart else self._micro_batches_that_fit()
         self.passes: dict[int, list[_Pass]] = {}
         self.gradient_sum: GradientSum | None = None
@@ -228,7 +247,9 @@ class _Run:
         self.graphs = graphs and not config.deterministic and self._can_be_captured()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm_steps = 0
-        self.validation_index = torch.zeros(config.validation_batch_size, dtype=torch.int64, device=device)
+        self.validation_index = torch.zeros(
+            config.validation_batch_size, dtype=torch.int64, device=device
+        )
         self.validation_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def _can_be_captured(self) -> bool:
@@ -260,7 +281,9 @@ class _Run:
         """How many micro-batches may go through the network together."""
         config = self.config
         each = config.batch_size * activation_bytes(config)
-        fit = int(ACTIVATION_SHARE * torch.cuda.get_device_properties(self.device).total_memory / each)
+        fit = int(
+            ACTIVATION_SHARE * torch.cuda.get_device_properties(self.device).total_memory / each
+        )
         most = config.gradient_accumulation_steps
         return max(n for n in range(1, most + 1) if most % n == 0 and n <= max(1, fit))
 
@@ -271,7 +294,9 @@ class _Run:
         started = time.perf_counter()
         self.epoch += 1
         active = drw_active(self.epoch, config.drw_start_epoch)
-        stages = trainable_stages(self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs)
+        stages = trainable_stages(
+            self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs
+        )
         loss_sums_S, norms_S = self.train_part(heartbeat)
         trained = time.perf_counter()
 
@@ -290,21 +315,29 @@ class _Run:
         self.rows.append(metrics)
         return metrics
 
-    def train_part(self, heartbeat: Callable[[int, int], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def train_part(
+        self, heartbeat: Callable[[int, int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The optimiser steps of the current epoch: sums of losses and gradient norms, one of each a step."""
         config = self.config
         active = drw_active(self.epoch, config.drw_start_epoch)
-        stages = trainable_stages(self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs)
+        stages = trainable_stages(
+            self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs
+        )
         if set_trainable(self.network, stages):
             self._forget_step()
         if self.world > 1 and self.gradient_sum is None:
-            half = torch.float16 if self.precision.dtype is torch.float16 else None  # bf16 is too coarse to add up in
+            half = (
+                torch.float16 if self.precision.dtype is torch.float16 else None
+            )  # bf16 is too coarse to add up in
             self.gradient_sum = GradientSum(self.network.parameters(), convolutions_as=half)
         train_mode(self.network)
         torch.manual_seed(_seed(config.seed, self.epoch, self.rank))
         self.generator.manual_seed(_seed(config.seed, self.epoch, self.rank, 1))
 
-        order = self.split.train[np.random.default_rng((config.seed, self.epoch)).permutation(len(self.split.train))]
+        order = self.split.train[
+            np.random.default_rng((config.seed, self.epoch)).permutation(len(self.split.train))
+        ]
         loss_sums = torch.zeros(self.steps_per_epoch, device=self.device)
         norms = torch.zeros(self.steps_per_epoch, device=self.device)
         with self._on_own_stream():
@@ -322,7 +355,9 @@ class _Run:
         self._agree_on_buffers()
         if self.world > 1:
             dist.all_reduce(loss_sums)
-        both = torch.stack([loss_sums, norms]).double().cpu().numpy()  # the one wait of the training part
+        both = (
+            torch.stack([loss_sums, norms]).double().cpu().numpy()
+        )  # the one wait of the training part
         return both[0], both[1]
 
     @contextmanager
@@ -370,19 +405,31 @@ class _Run:
         for part in passes:
             volumes, labels = self._batch(order, begin, part)
             volumes = augment_batch(
-                volumes, strength=config.augmentation_strength, flip_axes=config.flip_axes, generator=self.generator
+                volumes,
+                strength=config.augmentation_strength,
+                flip_axes=config.flip_axes,
+                generator=self.generator,
             )
             set_groups(self.network, part.groups)
             with self._autocast():
                 logits_BC = self.network(volumes)
             losses_B = sample_losses(
-                logits_BC, labels, loss=config.loss, margins=self.margins, s=self.scale, focal_gamma=config.focal_gamma
+                logits_BC,
+                labels,
+                loss=config.loss,
+                margins=self.margins,
+                s=self.scale,
+                focal_gamma=config.focal_gamma,
             )
             loss = (self.weights_C[labels] * losses_B).sum() / count
             if not part.counts:
                 loss = loss * 0.0
             self.loss_sum += loss.detach() * count
-            with nullcontext() if self.gradient_sum is None else self.gradient_sum.over(part is passes[-1]):
+            with (
+                nullcontext()
+                if self.gradient_sum is None
+                else self.gradient_sum.over(part is passes[-1])
+            ):
                 (loss * self.loss_scale).backward()
 
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -400,13 +447,17 @@ class _Run:
         torch.where(found_inf > 0, self.statistics_before, self.statistics, out=self.statistics)
         self.average.update(self.network, skip=found_inf)
         if self.precision.dtype is torch.float16:
-            torch._amp_update_scale_(self.loss_scale, self.growth_tracker, found_inf, 2.0, 0.5, 2000)
+            torch._amp_update_scale_(
+                self.loss_scale, self.growth_tracker, found_inf, 2.0, 0.5, 2000
+            )
 
     def _passes(self, count: int) -> list["_Pass"]:
         """This rank's passes through the network in a step of `count` volumes; made once, as a capture uploads nothing."""
         if count not in self.passes:
             made: list[_Pass] = []
-            for chunk in rank_micro_batches(np.arange(count), self.config.batch_size, self.rank, self.world):
+            for chunk in rank_micro_batches(
+                np.arange(count), self.config.batch_size, self.rank, self.world
+            ):
                 last = made[-1] if made else None
                 if not len(chunk):  # a rank left without work still joins, with weight zero
                     made.append(_Pass(np.arange(2), 1, counts=False))
@@ -442,7 +493,9 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         half = self.precision.dtype is not torch.float32
-        return torch.autocast(self.device.type, dtype=self.precision.dtype if half else None, enabled=half)
+        return torch.autocast(
+            self.device.type, dtype=self.precision.dtype if half else None, enabled=half
+        )
 
     def _agree_on_buffers(self) -> None:
         """Give all ranks rank 0's BatchNorm statistics, raw and averaged, so that all validate one network."""
@@ -462,7 +515,9 @@ class _Run:
             "epoch": self.epoch,
             "updates": int(self.average.updates),
             "skipped_updates": int(len(norms_S) - len(finite)),
-            "train_loss": float(loss_sums_S[taken].sum() / sizes_S[taken].sum()) if taken.any() else math.nan,
+            "train_loss": float(loss_sums_S[taken].sum() / sizes_S[taken].sum())
+            if taken.any()
+            else math.nan,
             "lr_backbone": by_name["backbone"],
             "lr_classifier": by_name["classifier"],
             "grad_norm": float(np.median(finite)) if len(finite) else math.nan,
@@ -480,7 +535,9 @@ class _Run:
         subset = _fixed_subset(self.split.train, self.labels, self.config.train_auc_volumes)
         metrics["train_auc"] = math.nan
         if len(subset):
-            scores = score_metrics(self._scores(self.network, subset), self.labels[subset], scale=self.scale)
+            scores = score_metrics(
+                self._scores(self.network, subset), self.labels[subset], scale=self.scale
+            )
             metrics["train_auc"] = scores["auc"]
         metrics["val_positive"] = int((labels > 0).sum())
         metrics["val_negative"] = int((labels == 0).sum())
@@ -492,7 +549,9 @@ class _Run:
         network.eval()
         set_groups(network, 1)
         per_rank = math.ceil(len(rows) / self.world)
-        padded = np.resize(rows, per_rank * self.world)  # the sampler's duplicates; dropped again below
+        padded = np.resize(
+            rows, per_rank * self.world
+        )  # the sampler's duplicates; dropped again below
         mine = padded[self.rank :: self.world]
         size = self.config.validation_batch_size
         if self.graphs and len(mine) >= size:
@@ -506,14 +565,18 @@ class _Run:
         if self.world > 1:
             gathered = [torch.empty_like(logits) for _ in range(self.world)]
             dist.all_gather(gathered, logits)
-            logits = torch.stack(gathered, dim=1).flatten(0, 1)  # row i of rank r is padded[i * world + r]
+            logits = torch.stack(gathered, dim=1).flatten(
+                0, 1
+            )  # row i of rank r is padded[i * world + r]
         return logits[: len(rows)].cpu()
 
     def _captured_scores(self, network: nn.Module, rows: np.ndarray) -> Tensor:
         """Logits of `rows`, each batch one CUDA graph, captured once for a network: its weights are changed in place."""
         assert self.stream is not None
         size = self.config.validation_batch_size
-        batches = np.resize(rows, (math.ceil(len(rows) / size), size))  # the last is filled up from the first
+        batches = np.resize(
+            rows, (math.ceil(len(rows) / size), size)
+        )  # the last is filled up from the first
         with self._on_own_stream():
             places = torch.from_numpy(self.volumes.position[batches]).to(self.device)
             self.validation_index.copy_(places[0])
@@ -560,13 +623,17 @@ class _Run:
             for key, rows in (("train_rows", self.split.train), ("val_rows", self.split.val))
         ]
         if not all(same_rows):
-            raise ResumeError("the checkpoint was trained on other rows: the table or its folds changed; start anew")
+            raise ResumeError(
+                "the checkpoint was trained on other rows: the table or its folds changed; start anew"
+            )
         self.epoch = state["epoch"]
         self.rows = [dict(row) for row in state["rows"]]
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # torch keeps the loaded value, which may be on another device
+        for group in (
+            self.optimizer.param_groups
+        ):  # torch keeps the loaded value, which may be on another device
             group["lr"] = torch.as_tensor(group["lr"]).to(self.device)
             if "capturable" in group:
                 group["capturable"] = self.device.type == "cuda"
@@ -596,7 +663,9 @@ def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
         )
     if state["config_hash"] != config.hash():
         ours, theirs = config.model_dump(mode="json"), state["config"]
-        differing = [f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]]
+        differing = [
+            f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]
+        ]
         raise ResumeError(
             f"the checkpoint is of another configuration ({', '.join(differing)}): start anew in another folder"
         )
@@ -666,8 +735,12 @@ def _build_optimizer(
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": True}
     capturable = device.type == "cuda"
     if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, **common)
-        for parameter in network.parameters():  # torch leaves them unwritten when the first step is skipped
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, momentum=0.9, nesterov=True, **common
+        )
+        for (
+            parameter
+        ) in network.parameters():  # torch leaves them unwritten when the first step is skipped
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, capturable=capturable, **common)
@@ -688,7 +761,9 @@ def step_ends(count: int, step_size: int, batch_size: int) -> list[int]:
     return ends
 
 
-def rank_micro_batches(rows: np.ndarray, batch_size: int, rank: int, world: int) -> list[np.ndarray]:
+def rank_micro_batches(
+    rows: np.ndarray, batch_size: int, rank: int, world: int
+) -> list[np.ndarray]:
     """Return this rank's micro-batches of a step; as many on every rank, the last ones possibly empty.
 
     A last micro-batch of one volume joins the one before it: see `step_ends`.

@@ -44,7 +44,11 @@ class GradientSum:
         self._buckets: list[_Bucket] = []
         filling: dict[tuple[torch.dtype, torch.dtype], _Bucket] = {}
         for place, parameter in enumerate(reversed([p for p in parameters if p.requires_grad])):
-            dtype = convolutions_as if convolutions_as is not None and parameter.dim() == 5 else parameter.dtype
+            dtype = (
+                convolutions_as
+                if convolutions_as is not None and parameter.dim() == 5
+                else parameter.dtype
+            )
             kind = dtype, parameter.dtype
             if kind not in filling or filling[kind].nbytes >= bucket_bytes:
                 filling[kind] = _Bucket(dtype)
@@ -86,7 +90,9 @@ class GradientSum:
             self._active = False
         if len(self._sent) < len(self._buckets):
             missing = sum(bucket.missing for bucket in self._buckets)
-            raise RuntimeError(f"{missing} trainable parameters got no gradient in the backward pass")
+            raise RuntimeError(
+                f"{missing} trainable parameters got no gradient in the backward pass"
+            )
         for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
             work.wait()
             bucket.hand_out(flat)
@@ -135,8 +141,12 @@ class _Bucket:
 
     def hand_out(self, flat: Tensor) -> None:
         """Give each parameter its piece of `flat` as gradient, in the order of its own memory."""
-        for parameter, piece in zip(self.parameters, self._pieces(flat.to(self.parameters[0].dtype)), strict=True):
-            parameter.grad = piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+        for parameter, piece in zip(
+            self.parameters, self._pieces(flat.to(self.parameters[0].dtype)), strict=True
+        ):
+            parameter.grad = piece.as_strided(
+                parameter.shape, parameter.stride(), piece.storage_offset()
+            )
 
     def _pieces(self, flat: Tensor) -> list[Tensor]:
         return list(torch.split(flat, [parameter.numel() for parameter in self.parameters]))

@@ -140,7 +140,9 @@ def backward_sums(
 
 
 @triton.jit
-def finish_backward(partial, sums, dweight, dbias, C, splits, groups, BS: tl.constexpr, BC: tl.constexpr):
+def finish_backward(
+    partial, sums, dweight, dbias, C, splits, groups, BS: tl.constexpr, BC: tl.constexpr
+):
     """Sums over the splits (G, 2, C), and over the groups: the gradients of weight and bias."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = c < C
@@ -211,7 +213,11 @@ def max_pool(x, y, taken, count, D, H, W, OD, OH, OW, C, BM: tl.constexpr, BC: t
         w = 2 * ow - 1 + k % 3
         inside = in_o & (d >= 0) & (d < D) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         at = ((n * D + d) * H + h) * W + w
-        v = tl.load(x + at[:, None] * C + c[None, :], mask=inside[:, None] & in_c[None, :], other=float("-inf"))
+        v = tl.load(
+            x + at[:, None] * C + c[None, :],
+            mask=inside[:, None] & in_c[None, :],
+            other=float("-inf"),
+        )
         v = v.to(tl.float32)
         better = (v > best) | (v != v)
         best = tl.where(better, v, best)
@@ -223,7 +229,9 @@ def max_pool(x, y, taken, count, D, H, W, OD, OH, OW, C, BM: tl.constexpr, BC: t
 
 
 @triton.jit
-def max_pool_backward(dy, taken, dx, count, D, H, W, OD, OH, OW, C, BM: tl.constexpr, BC: tl.constexpr):
+def max_pool_backward(
+    dy, taken, dx, count, D, H, W, OD, OH, OW, C, BM: tl.constexpr, BC: tl.constexpr
+):
     """Each input voxel gathers from the windows (at most eight) that it is in: no atomics, so always the same sum."""
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)

@@ -41,7 +41,9 @@ def class_weights(class_counts: Sequence[int] | np.ndarray, beta: float) -> Tens
     Source: Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples.
     """
     if not 0 <= beta < 1:
-        raise ValueError(f"beta={beta!r}: the weight (1 - beta) / (1 - beta^n) is defined for 0 <= beta < 1")
+        raise ValueError(
+            f"beta={beta!r}: the weight (1 - beta) / (1 - beta^n) is defined for 0 <= beta < 1"
+        )
     counts = _checked(class_counts)
     # 1 - beta^n by expm1: the plain difference loses digits as beta nears 1
     seen = -np.expm1(counts * np.log(beta)) if beta > 0 else np.ones_like(counts)
@@ -65,7 +67,13 @@ def logit_scale(loss: str, head: str, s: float) -> float:
 
 
 def sample_losses(
-    logits_BC: Tensor, labels_B: Tensor, *, loss: str, margins: Tensor | None = None, s: float, focal_gamma: float = 2.0
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    *,
+    loss: str,
+    margins: Tensor | None = None,
+    s: float,
+    focal_gamma: float = 2.0,
 ) -> Tensor:
     """Return each sample's loss, float32 of shape (B,), not weighted and not reduced.
 
@@ -90,7 +98,9 @@ def sample_losses(
         # for gamma < 1, and the textbook form has NaN for a gradient
         log_p_BC = F.log_softmax(s * z_BC, dim=1)
         log_rest_B = log_p_BC.masked_fill(_onehot(labels_B, z_BC), -torch.inf).logsumexp(dim=1)
-        return -torch.exp(focal_gamma * log_rest_B) * log_p_BC.gather(1, labels_B[:, None]).squeeze(1)
+        return -torch.exp(focal_gamma * log_rest_B) * log_p_BC.gather(1, labels_B[:, None]).squeeze(
+            1
+        )
     raise ValueError(f"loss={loss!r}: must be 'ldam', 'cross_entropy' or 'focal'")
 
 
@@ -103,7 +113,11 @@ def _checked(class_counts: Sequence[int] | np.ndarray) -> np.ndarray:
     counts = np.asarray(class_counts, dtype=np.float64)
     missing = [j for j, count in enumerate(counts) if not count >= 1]
     if missing or len(counts) < 2:
-        which = f"class {', '.join(map(str, missing))} has no training sample" if missing else "fewer than two classes"
+        which = (
+            f"class {', '.join(map(str, missing))} has no training sample"
+            if missing
+            else "fewer than two classes"
+        )
         raise ValueError(
             f"training samples of each class {[int(n) for n in counts]}: {which}; every class needs at least one: "
             "choose another fold, or lower num_classes"

@@ -33,7 +33,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from trainables.config import FineTuneConfig
-from trainables.scans import Recipe, VolumeError, prepare_scan, read_header, read_scan, target_spacing
+from trainables.scans import (
+    Recipe,
+    VolumeError,
+    prepare_scan,
+    read_header,
+    read_scan,
+    target_spacing,
+)
 from trainables.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.volumes import Progress, in_threads
 
@@ -68,7 +75,9 @@ class ManifestError(ValueError):
         super().__init__("\n".join(problems))
 
     def __reduce__(self) -> tuple[type["ManifestError"], tuple[list[str]]]:
-        return type(self), (self.problems,)  # the default would pass the joined text, and Ray pickles errors
+        return type(self), (
+            self.problems,
+        )  # the default would pass the joined text, and Ray pickles errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +117,20 @@ class CheckReport:
         if self.manifest is None:
             return self.notices
         rows = self.manifest.rows
-        classes = ", ".join(f"class {label}: {count}" for label, count in sorted(Counter(rows["label"]).items()))
+        classes = ", ".join(
+            f"class {label}: {count}" for label, count in sorted(Counter(rows["label"]).items())
+        )
         lines = [f"{len(rows)} volumes of {rows['subject'].nunique()} subjects; {classes}"]
         given = Counter(word for word in rows["split"] if word is not None)
         if given:
-            lines.append("split: " + ", ".join(f"{word} {given[word]}" for word in SPLITS if given[word]))
+            lines.append(
+                "split: " + ", ".join(f"{word} {given[word]}" for word in SPLITS if given[word])
+            )
         folds = Counter(int(fold) for fold in rows["fold"].dropna())
         if folds:
-            lines.append("folds: " + ", ".join(f"{fold}: {count}" for fold, count in sorted(folds.items())))
+            lines.append(
+                "folds: " + ", ".join(f"{fold}: {count}" for fold, count in sorted(folds.items()))
+            )
         return lines + self.notices
 
 
@@ -144,9 +159,13 @@ def check_manifest(
     rows, problems = _checked_rows(table, num_classes)
     readable = [row for row in rows if row.file is not None]
     recipe = Recipe.from_config(config)
-    found: list[_Finding] = in_threads(lambda row: _read_volume(str(row.file), recipe), readable, progress=progress)
+    found: list[_Finding] = in_threads(
+        lambda row: _read_volume(str(row.file), recipe), readable, progress=progress
+    )
     unreadable = [
-        f"{row.name}: {finding.problem}" for row, finding in zip(readable, found, strict=True) if finding.problem
+        f"{row.name}: {finding.problem}"
+        for row, finding in zip(readable, found, strict=True)
+        if finding.problem
     ]
     problems = problems + unreadable + _same_voxels(readable, found)
     if problems:
@@ -177,12 +196,18 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
         given = sorted({int(number) for number in folds})
         if fold not in given:
             raise ManifestError(
-                [f"fold={fold}: the table's fold column has {', '.join(map(str, given))}; choose one of them"]
+                [
+                    f"fold={fold}: the table's fold column has {', '.join(map(str, given))}; choose one of them"
+                ]
             )
         validates = folds == fold
     else:
         if not 0 <= fold < num_folds:
-            raise ManifestError([f"fold={fold}: there are folds 0 to {num_folds - 1}; raise num_folds or lower fold"])
+            raise ManifestError(
+                [
+                    f"fold={fold}: there are folds 0 to {num_folds - 1}; raise num_folds or lower fold"
+                ]
+            )
         labels = rows["label"].to_numpy(dtype=np.int64)[pool]
         subjects = rows["subject"].to_numpy(dtype=object)[pool]
         validates = _made_folds(labels, subjects, num_folds, manifest.num_classes) == fold
@@ -219,7 +244,9 @@ def _checked_rows(table: Path, num_classes: int) -> tuple[list[_Row], list[str]]
     columns, records = _records(table)
     problems = _column_problems(columns)
     if not records:
-        raise ManifestError([*problems, f"table {url_of(table) or table}: no rows; a row a volume is needed"])
+        raise ManifestError(
+            [*problems, f"table {url_of(table) or table}: no rows; a row a volume is needed"]
+        )
     folder = absolute(table).rpartition("/")[0]
     rows = [_row(record, len(columns), folder, num_classes) for record in records]
     problems += _row_problems(rows)
@@ -236,13 +263,22 @@ def _row_problems(rows: list[_Row]) -> list[str]:
             alike[problem].append(row)
     many = {problem: those for problem, those in alike.items() if len(those) > TOLD_APART}
     told = [
-        f"rows {_ranges([row.number for row in those])} ({len(those)}): {problem}" for problem, those in many.items()
+        f"rows {_ranges([row.number for row in those])} ({len(those)}): {problem}"
+        for problem, those in many.items()
     ]
-    told += [f"{row.name}: {one}" for row in rows for one in row.problems.values() if one not in many]
+    told += [
+        f"{row.name}: {one}" for row in rows for one in row.problems.values() if one not in many
+    ]
     labels = {row.stated_label for row in rows if row.stated_label is not None}
-    if labels and 0 not in labels and min(labels) == 1 and any("label" in row.problems for row in rows):
+    if (
+        labels
+        and 0 not in labels
+        and min(labels) == 1
+        and any("label" in row.problems for row in rows)
+    ):
         told.insert(
-            0, f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label"
+            0,
+            f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label",
         )
     return told
 
@@ -266,12 +302,16 @@ def _column_problems(columns: list[str]) -> list[str]:
         folded = {column.strip().lower(): column for column in columns}
         near = folded.get(name) or next(iter(difflib.get_close_matches(name, columns, n=1)), None)
         hint = f" (is it {_shown(near)!r}? rename that)" if near else ""
-        found = ", ".join(_shown(column) for column in columns[:12]) + (", ..." if len(columns) > 12 else "")
+        found = ", ".join(_shown(column) for column in columns[:12]) + (
+            ", ..." if len(columns) > 12 else ""
+        )
         problems.append(f"no column {name!r}{hint}; the columns are {found}. It is {meaning}")
         if len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
             problems[-1] += ". Columns must be separated by commas"
     twice = [
-        column for column, count in Counter(columns).items() if count > 1 and column in (*COLUMNS, "split", "fold")
+        column
+        for column, count in Counter(columns).items()
+        if count > 1 and column in (*COLUMNS, "split", "fold")
     ]
     return problems + [f"column {column!r} is there twice: remove one" for column in twice]
 
@@ -280,7 +320,9 @@ def _row(record: "_Record", width: int, folder: str, num_classes: int) -> _Row:
     values = {name: _text(cell) for name, cell in record.cells.items()}
     row = _Row(record.number, _shown(values.get("path", "")))
     if record.width != width:
-        row.problems["cells"] = f"{record.width} cells, the header has {width}: quote a cell that contains a comma"
+        row.problems["cells"] = (
+            f"{record.width} cells, the header has {width}: quote a cell that contains a comma"
+        )
         return row
     if "path" in values:
         row.file, problem = _file(values["path"], folder)
@@ -298,18 +340,26 @@ def _row(record: "_Record", width: int, folder: str, num_classes: int) -> _Row:
     if "subject" in values:
         row.subject = values["subject"] or None
         if row.subject is None:
-            row.problems["subject"] = "no subject: name whom the volume is of, as in all its other volumes"
+            row.problems["subject"] = (
+                "no subject: name whom the volume is of, as in all its other volumes"
+            )
     if values.get("split"):
         row.split = values["split"] if values["split"] in SPLITS else None
         if row.split is None:
-            near = difflib.get_close_matches(values["split"].lower(), [*SPLITS, "valid", "training"], n=1)
+            near = difflib.get_close_matches(
+                values["split"].lower(), [*SPLITS, "valid", "training"], n=1
+            )
             word = {"valid": "val", "training": "train"}.get(near[0], near[0]) if near else None
             hint = f"; did you mean {word!r}?" if word else ""
-            row.problems["split"] = f"split {_quoted(values['split'])}: train, val or test is needed{hint}"
+            row.problems["split"] = (
+                f"split {_quoted(values['split'])}: train, val or test is needed{hint}"
+            )
     if values.get("fold"):
         row.fold = _whole_number(values["fold"])
         if row.fold is None or row.fold >= MAX_FOLDS:
-            row.problems["fold"] = f"fold {_quoted(values['fold'])}: a whole number from 0 to {MAX_FOLDS - 1} is needed"
+            row.problems["fold"] = (
+                f"fold {_quoted(values['fold'])}: a whole number from 0 to {MAX_FOLDS - 1} is needed"
+            )
             row.fold = None
     return row
 
@@ -346,7 +396,10 @@ def _file(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL
         return None, f"no file that can be read: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(mode):
-        return None, f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, a .nii or .nii.gz file is needed"
+        return (
+            None,
+            f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, a .nii or .nii.gz file is needed",
+        )
     if not os.access(file, os.R_OK):
         return None, "this user may not read it: change its permissions"
     return file.absolute(), None
@@ -378,7 +431,9 @@ def _manifest(table: Path, rows: list[_Row], num_classes: int) -> Manifest:
         "split": pd.Series([row.split for row in rows], dtype=object),
         "fold": pd.Series([row.fold for row in rows], dtype="Int64"),
     }
-    return Manifest(absolute(table), pd.DataFrame(columns), num_classes, tuple(row.number for row in rows))
+    return Manifest(
+        absolute(table), pd.DataFrame(columns), num_classes, tuple(row.number for row in rows)
+    )
 
 
 # Between rows ----------------------------------------------------------------------------------------------------------
@@ -408,7 +463,9 @@ def _split_problems(rows: list[_Row], columns: list[str], num_classes: int) -> l
     problems = []
     if words & {"train", "val"}:  # `test` alone leaves the others to be folded
         problems += [
-            f"{row.name}: no split, other rows have one: train, val or test" for row in rows if row.split is None
+            f"{row.name}: no split, other rows have one: train, val or test"
+            for row in rows
+            if row.split is None
         ]
         sides = [(row, row.split) for row in rows if row.split is not None]
     problems += _leaks(sides)
@@ -417,10 +474,16 @@ def _split_problems(rows: list[_Row], columns: list[str], num_classes: int) -> l
     counted = known and "label" in columns and all(row.label is not None for row in rows)
     if counted and "val" in words:
         for word in ("train", "val"):
-            problems += _absent([row for row in rows if row.split == word], f"split {word!r}", num_classes)
+            problems += _absent(
+                [row for row in rows if row.split == word], f"split {word!r}", num_classes
+            )
     elif counted:
-        problems += _absent(pool, "the table, less its test rows," if "test" in words else "the table", num_classes)
-    return problems + _given_fold_problems([row for row in pool if "fold" not in row.problems], counted, num_classes)
+        problems += _absent(
+            pool, "the table, less its test rows," if "test" in words else "the table", num_classes
+        )
+    return problems + _given_fold_problems(
+        [row for row in pool if "fold" not in row.problems], counted, num_classes
+    )
 
 
 def _given_fold_problems(pool: list[_Row], counted: bool, num_classes: int) -> list[str]:
@@ -428,11 +491,16 @@ def _given_fold_problems(pool: list[_Row], counted: bool, num_classes: int) -> l
     if not numbers:
         return []
     bare = [row for row in pool if row.fold is None]
-    problems = [f"{row.name}: no fold, other rows have one: number it, or make it split=test" for row in bare]
+    problems = [
+        f"{row.name}: no fold, other rows have one: number it, or make it split=test"
+        for row in bare
+    ]
     problems += _leaks([(row, f"fold {row.fold}") for row in pool if row.fold is not None])
     gaps = [str(number) for number in range(numbers[-1]) if number not in numbers]
     if gaps:
-        problems.append(f"no row is in fold {', '.join(gaps)}: folds are numbered from 0 without gaps")
+        problems.append(
+            f"no row is in fold {', '.join(gaps)}: folds are numbered from 0 without gaps"
+        )
     elif len(numbers) == 1:
         problems.append("every row is in fold 0: two folds or more are needed")
     elif counted and not bare:
@@ -463,14 +531,22 @@ def _absent(part: list[_Row], where: str, num_classes: int) -> list[str]:
     missing = [str(label) for label in range(num_classes) if not counts[label]]
     if not missing:
         return []
-    found = ", ".join(f"{count} of class {label}" for label, count in sorted(counts.items(), key=str)) or "none"
+    found = (
+        ", ".join(f"{count} of class {label}" for label, count in sorted(counts.items(), key=str))
+        or "none"
+    )
     few = f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}"
     fewer = ", or lower num_classes" if num_classes > 2 else ""
-    return [f"{where} has no row of class {few} (rows: {found}; num_classes={num_classes}): move or add rows{fewer}"]
+    return [
+        f"{where} has no row of class {few} (rows: {found}; num_classes={num_classes}): move or add rows{fewer}"
+    ]
 
 
 def _made_folds(
-    labels: npt.NDArray[np.int64], subjects: npt.NDArray[np.object_], num_folds: int, num_classes: int
+    labels: npt.NDArray[np.int64],
+    subjects: npt.NDArray[np.object_],
+    num_folds: int,
+    num_classes: int,
 ) -> npt.NDArray[np.int64]:
     """The fold in which each row validates. Rows are sorted first, so that their order in the table does not matter."""
     problems = []
@@ -498,18 +574,26 @@ def _made_folds(
     return folds
 
 
-def grouped_folds(labels: npt.NDArray[np.int64], subjects: npt.NDArray[Any], num_folds: int) -> npt.NDArray[np.int64]:
+def grouped_folds(
+    labels: npt.NDArray[np.int64], subjects: npt.NDArray[Any], num_folds: int
+) -> npt.NDArray[np.int64]:
     """Return the fold of each row: subjects whole, labels spread evenly, the same folds for the same rows in any order."""
     order = np.lexsort((labels, subjects.astype(str)))
     folds = np.empty(len(labels), dtype=np.int64)
-    folds[order] = _folds_of_sorted(tuple(labels[order].tolist()), tuple(map(str, subjects[order])), num_folds)
+    folds[order] = _folds_of_sorted(
+        tuple(labels[order].tolist()), tuple(map(str, subjects[order])), num_folds
+    )
     return folds
 
 
 @functools.lru_cache(maxsize=4)
-def _folds_of_sorted(labels: tuple[int, ...], subjects: tuple[str, ...], num_folds: int) -> tuple[int, ...]:
+def _folds_of_sorted(
+    labels: tuple[int, ...], subjects: tuple[str, ...], num_folds: int
+) -> tuple[int, ...]:
     """The folds of rows in their order. Remembered: a thousand rows take half a second, and every trial asks for them."""
-    from sklearn.model_selection import StratifiedGroupKFold  # a second to import, and only needed here
+    from sklearn.model_selection import (
+        StratifiedGroupKFold,
+    )  # a second to import, and only needed here
 
     folds = [0] * len(labels)
     folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=FOLD_SEED)
@@ -540,8 +624,14 @@ def table_bytes(table: Path) -> bytes:
                 return stream.read() if size <= MAX_TABLE_BYTES else _too_large(url, size)
         found = table.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise ManifestError([f"table {table}: a CSV or Parquet file is needed, this is a folder or device"])
-        return table.read_bytes() if found.st_size <= MAX_TABLE_BYTES else _too_large(str(table), found.st_size)
+            raise ManifestError(
+                [f"table {table}: a CSV or Parquet file is needed, this is a folder or device"]
+            )
+        return (
+            table.read_bytes()
+            if found.st_size <= MAX_TABLE_BYTES
+            else _too_large(str(table), found.st_size)
+        )
     except FileNotFoundError:
         what = "file" if url_of(table) is None else "object"
         raise ManifestError([f"table {url_of(table) or table}: no such {what}"]) from None
@@ -550,12 +640,16 @@ def table_bytes(table: Path) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, ManifestError):
             raise
-        raise ManifestError([f"table {table}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+        raise ManifestError(
+            [f"table {table}: cannot be read: {getattr(error, 'strerror', None) or error}"]
+        ) from None
 
 
 def _too_large(table: str, size: int) -> bytes:
     most = MAX_TABLE_BYTES // 2**20
-    raise ManifestError([f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"])
+    raise ManifestError(
+        [f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"]
+    )
 
 
 def _records(table: Path) -> tuple[list[str], list[_Record]]:
@@ -580,18 +674,26 @@ def _csv(table: str, content: bytes) -> tuple[list[str], list[_Record]]:
         lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ManifestError([f"table {table}: line {line} is not UTF-8 text: save it as UTF-8"]) from None
+        raise ManifestError(
+            [f"table {table}: line {line} is not UTF-8 text: save it as UTF-8"]
+        ) from None
     except csv.Error as error:
         raise ManifestError([f"table {table}: not a CSV table: {error}"]) from None
     if len(lines) > MAX_ROWS:
         raise ManifestError([f"table {table}: {len(lines)} rows, at most {MAX_ROWS} are read"])
     header = next((number for number, cells in enumerate(lines) if _filled(cells)), None)
     if header is None:
-        raise ManifestError([f"table {table}: empty: a header with path, label, subject and a row a volume are needed"])
+        raise ManifestError(
+            [
+                f"table {table}: empty: a header with path, label, subject and a row a volume are needed"
+            ]
+        )
     columns = [name.strip() for name in lines[header]]
     rows = enumerate(lines[header + 1 :], 1)
     return columns, [
-        _Record(n, dict(zip(columns, cells, strict=False)), len(cells)) for n, cells in rows if _filled(cells)
+        _Record(n, dict(zip(columns, cells, strict=False)), len(cells))
+        for n, cells in rows
+        if _filled(cells)
     ]
 
 
@@ -614,7 +716,10 @@ def _parquet(table: str, content: bytes) -> tuple[list[str], list[_Record]]:
         raise ManifestError([f"table {table}: not a Parquet table: {reason}"]) from None
     if count > MAX_ROWS:
         raise ManifestError([f"table {table}: {count} rows, at most {MAX_ROWS} are read"])
-    return columns, [_Record(n + 1, {name: values[name][n] for name in values}, len(columns)) for n in range(count)]
+    return columns, [
+        _Record(n + 1, {name: values[name][n] for name in values}, len(columns))
+        for n in range(count)
+    ]
 
 
 # Volumes ---------------------------------------------------------------------------------------------------------------
@@ -669,7 +774,12 @@ def _same_voxels(rows: list[_Row], found: list[_Finding]) -> list[str]:
 
 def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:
     try:
-        split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+        split_rows(
+            manifest,
+            fold=config.fold,
+            num_folds=config.num_folds,
+            cross_validate=config.cross_validate,
+        )
     except ManifestError as error:
         return error.problems
     return []
@@ -686,23 +796,32 @@ def _notices(found: Iterable[_Finding], recipe: Recipe) -> list[str]:
     ]
     blind = sum(not finding.oriented for finding in good)
     if blind:
-        notices.append(f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says")
+        notices.append(
+            f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says"
+        )
     return notices
 
 
 def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Recipe) -> str:
     """What the recipe makes of the scans, in words: their new spacing, and how much of them is cut off."""
-    targets = np.array([target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)])
+    targets = np.array(
+        [target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)]
+    )
     kept = np.minimum(recipe.volume_shape / np.maximum(np.round(shapes * spacings / targets), 1), 1)
     cropped = int((kept < 1).any(axis=1).sum())
     told = "none is cropped"
     if cropped:
         least, axis = kept.min(), "xyz"[int(kept.min(axis=0).argmin())]
-        told = f"{cropped} of {len(kept)} are cropped, one to {least:.0%} of its extent along {axis}"
+        told = (
+            f"{cropped} of {len(kept)} are cropped, one to {least:.0%} of its extent along {axis}"
+        )
     voxels = " x ".join(map(str, recipe.volume_shape))
     return f"prepared: {voxels} voxels of {_span(targets, '.3g')} mm; {told}"
 
 
 def _span(values: npt.NDArray[Any], form: str) -> str:
-    low, high = (" x ".join(format(value, form) for value in side) for side in (values.min(axis=0), values.max(axis=0)))
+    low, high = (
+        " x ".join(format(value, form) for value in side)
+        for side in (values.min(axis=0), values.max(axis=0))
+    )
     return low if low == high else f"{low} to {high}"

@@ -135,10 +135,18 @@ def score_metrics(logits_NC: "Array", labels_N: "Array", *, scale: float) -> dic
     best = [curve.best_threshold() for curve in curves]
     metrics["balanced_accuracy_best"] = _mean(value for value, _ in best)
     metrics["threshold"] = best[0][1] if num_classes == 2 else math.nan
-    metrics["sensitivity_at_90_specificity"] = _mean(curve.sensitivity_at_90_specificity() for curve in curves)
+    metrics["sensitivity_at_90_specificity"] = _mean(
+        curve.sensitivity_at_90_specificity() for curve in curves
+    )
     p32_NC = _softmax((scale * (z_NC - z_NC.max(axis=1, keepdims=True))).astype(np.float32))
-    margins = p32_NC[:, 1] - p32_NC[:, 0] if num_classes == 2 else p32_NC - (p32_NC.sum(axis=1, keepdims=True) - p32_NC)
-    metrics["auc_probability"] = _mean(_Curve(s, labels == c).auc() for c, s in _one_against_rest(margins))
+    margins = (
+        p32_NC[:, 1] - p32_NC[:, 0]
+        if num_classes == 2
+        else p32_NC - (p32_NC.sum(axis=1, keepdims=True) - p32_NC)
+    )
+    metrics["auc_probability"] = _mean(
+        _Curve(s, labels == c).auc() for c, s in _one_against_rest(margins)
+    )
     return metrics
 
 
@@ -149,11 +157,15 @@ def ranking_scores(logits_NC: "Array", *, scale: float) -> np.ndarray:
     which orders as the probability of class c does but does not round to 0 or 1.
     """
     z_NC = _float64(logits_NC)
-    with np.errstate(invalid="ignore"):  # infinite minus infinite is NaN, which every metric then is too
+    with np.errstate(
+        invalid="ignore"
+    ):  # infinite minus infinite is NaN, which every metric then is too
         if z_NC.shape[1] == 2:
             return scale * (z_NC[:, 1] - z_NC[:, 0])  # scaled last: equal differences stay equal
         z_NC = scale * z_NC
-        return np.stack([z - _logsumexp(np.delete(z_NC, c, axis=1)) for c, z in enumerate(z_NC.T)], axis=1)
+        return np.stack(
+            [z - _logsumexp(np.delete(z_NC, c, axis=1)) for c, z in enumerate(z_NC.T)], axis=1
+        )
 
 
 def auc_interval(scores: "Array", labels_N: "Array", *, confidence: float = 0.95) -> AucInterval:
@@ -169,7 +181,9 @@ def auc_interval(scores: "Array", labels_N: "Array", *, confidence: float = 0.95
     labels = _checked_labels(_float64(labels_N), num_classes)
     if not _rankable(values, labels, num_classes):
         return AucInterval(math.nan, math.nan, math.nan)
-    return _interval([_Curve(s, labels == c) for c, s in _one_against_rest(values)], labels, confidence)
+    return _interval(
+        [_Curve(s, labels == c) for c, s in _one_against_rest(values)], labels, confidence
+    )
 
 
 def compare_auc(scores_a: "Array", scores_b: "Array", labels_N: "Array") -> AucDifference:
@@ -181,7 +195,9 @@ def compare_auc(scores_a: "Array", scores_b: "Array", labels_N: "Array") -> AucD
     """
     a, b = _float64(scores_a), _float64(scores_b)
     if a.shape != b.shape:
-        raise ValueError(f"scores of shape {a.shape} against {b.shape}: both must be of the same samples and classes")
+        raise ValueError(
+            f"scores of shape {a.shape} against {b.shape}: both must be of the same samples and classes"
+        )
     num_classes = 2 if a.ndim == 1 else a.shape[1]
     labels = _checked_labels(_float64(labels_N), num_classes)
     if not (_rankable(a, labels, num_classes) and _rankable(b, labels, num_classes)):
@@ -193,10 +209,14 @@ def compare_auc(scores_a: "Array", scores_b: "Array", labels_N: "Array") -> AucD
     error = math.sqrt(_variance(_placements(curves_a) - _placements(curves_b), labels))
     if error < SMALLEST_ERROR:
         same = abs(difference) < SMALLEST_ERROR
-        return AucDifference(auc_a, auc_b, difference, *((difference, difference, 1.0) if same else [math.nan] * 3))
+        return AucDifference(
+            auc_a, auc_b, difference, *((difference, difference, 1.0) if same else [math.nan] * 3)
+        )
     z = NormalDist().inv_cdf(0.975)
     p = math.erfc(abs(difference) / error / math.sqrt(2))
-    return AucDifference(auc_a, auc_b, difference, difference - z * error, difference + z * error, p)
+    return AucDifference(
+        auc_a, auc_b, difference, difference - z * error, difference + z * error, p
+    )
 
 
 def hanley_mcneil_error(auc: float, positives: int, negatives: int) -> float:
@@ -205,7 +225,9 @@ def hanley_mcneil_error(auc: float, positives: int, negatives: int) -> float:
     Source: Hanley and McNeil 1982, The meaning and use of the area under a ROC curve, eq. 1.
     """
     q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
-    spread = auc * (1 - auc) + (positives - 1) * (q1 - auc * auc) + (negatives - 1) * (q2 - auc * auc)
+    spread = (
+        auc * (1 - auc) + (positives - 1) * (q1 - auc * auc) + (negatives - 1) * (q2 - auc * auc)
+    )
     return math.sqrt(max(spread, 0.0) / (positives * negatives))
 
 
@@ -233,7 +255,9 @@ class _Curve:
         return float(sizes[sizes > 1].sum() / sizes.sum())
 
     def auc(self) -> float:
-        twice = int((self.pos * (2 * (self.num_neg - self.fp) + self.neg)).sum())  # integers: exact at 0, 1/2 and 1
+        twice = int(
+            (self.pos * (2 * (self.num_neg - self.fp) + self.neg)).sum()
+        )  # integers: exact at 0, 1/2 and 1
         return twice / (2 * self.num_pos * self.num_neg)
 
     def placements(self) -> np.ndarray:
@@ -249,11 +273,15 @@ class _Curve:
     def best_threshold(self) -> tuple[float, float]:
         """Best balanced accuracy over all thresholds, and the threshold."""
         youden = self.tp * self.num_neg - self.fp * self.num_pos
-        candidates = np.flatnonzero(youden == youden.max())  # group 0 calls all positive: never worse than calling none
+        candidates = np.flatnonzero(
+            youden == youden.max()
+        )  # group 0 calls all positive: never worse than calling none
         upper = self.values[candidates]
         lower = self.values[np.maximum(candidates - 1, 0)]
         middle = lower + (upper - lower) / 2
-        thresholds = np.where(middle > lower, middle, upper)  # between neighbouring floats there is no middle
+        thresholds = np.where(
+            middle > lower, middle, upper
+        )  # between neighbouring floats there is no middle
         best = int(np.abs(thresholds).argmin())
         value = (1 + youden[candidates[best]] / (self.num_pos * self.num_neg)) / 2
         return float(value), float(thresholds[best])
@@ -303,7 +331,9 @@ def _reconcile(auc: float, end: float, z: float, positives: int, negatives: int)
     for _ in range(50):
         middle = (near + far) / 2
         # taken above one half, since the formula favours positives: intervals of opposite rankings mirror each other
-        if abs(middle - auc) < z * hanley_mcneil_error(max(middle, 1 - middle), positives, negatives):
+        if abs(middle - auc) < z * hanley_mcneil_error(
+            max(middle, 1 - middle), positives, negatives
+        ):
             near = middle
         else:
             far = middle
@@ -312,7 +342,10 @@ def _reconcile(auc: float, end: float, z: float, positives: int, negatives: int)
 
 def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    return float(np.abs(np.bincount(bins, weights=confidence - correct, minlength=ECE_BINS)).sum() / len(bins))
+    return float(
+        np.abs(np.bincount(bins, weights=confidence - correct, minlength=ECE_BINS)).sum()
+        / len(bins)
+    )
 
 
 def _softmax(z_NC: np.ndarray) -> np.ndarray:
@@ -332,7 +365,9 @@ def _mean(values: Any) -> float:
 
 
 def _rankable(scores: np.ndarray, labels: np.ndarray, num_classes: int) -> bool:
-    return bool(np.isfinite(scores).all()) and bool(np.bincount(labels, minlength=num_classes).all())
+    return bool(np.isfinite(scores).all()) and bool(
+        np.bincount(labels, minlength=num_classes).all()
+    )
 
 
 def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -343,6 +378,8 @@ def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _float64(values: "Array") -> np.ndarray:
-    if hasattr(values, "detach"):  # a torch tensor; bfloat16 has no numpy type, so it is widened first
+    if hasattr(
+        values, "detach"
+    ):  # a torch tensor; bfloat16 has no numpy type, so it is widened first
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)

@@ -48,7 +48,9 @@ class Classifier(nn.Module):
     or on a wrapper around it, the BatchNorm layers of frozen stages stay in eval mode.
     """
 
-    def __init__(self, backbone: ResNet, dropout: float, head: nn.Module, *, depth: int, geometry: str) -> None:
+    def __init__(
+        self, backbone: ResNet, dropout: float, head: nn.Module, *, depth: int, geometry: str
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
@@ -169,16 +171,28 @@ def stem_convolution(convolution: nn.Conv3d, x_BCDHW: Tensor) -> Tensor:
     channel cuDNN has no fast kernel, and pads the channel to 8 anyway.
     """
     d, h, w = x_BCDHW.shape[2:]
-    suits = d % 2 == h % 2 == w % 4 == 0 and convolution.kernel_size == (7, 7, 7) and convolution.stride == (2, 2, 2)
+    suits = (
+        d % 2 == h % 2 == w % 4 == 0
+        and convolution.kernel_size == (7, 7, 7)
+        and convolution.stride == (2, 2, 2)
+    )
     if not (suits and fused_on(x_BCDHW)):
         return convolution(x_BCDHW)
     # Outputs 2o and 2o + 1 see voxels 4o - 3 .. 4o + 5 of the last axis: blocks o - 1 .. o + 1; along the others, output o
     # sees voxels 2o - 3 .. 2o + 3: blocks o - 2 .. o + 1
-    both = torch.cat([F.pad(convolution.weight, (1 + 2 * j, 4 - 2 * j, 1, 0, 1, 0)) for j in range(2)])
+    both = torch.cat(
+        [F.pad(convolution.weight, (1 + 2 * j, 4 - 2 * j, 1, 0, 1, 0)) for j in range(2)]
+    )
     if torch.is_autocast_enabled("cuda"):
         x_BCDHW = x_BCDHW.to(torch.get_autocast_dtype("cuda"))  # half the bytes to rearrange
-    out = F.conv3d(_blocks_to_channels(F.pad(x_BCDHW, (4, 4, 4, 2, 4, 2))), _blocks_to_channels(both))
-    return out.permute(0, 2, 3, 4, 1).reshape(len(out), d // 2, h // 2, w // 2, -1).permute(0, 4, 1, 2, 3)
+    out = F.conv3d(
+        _blocks_to_channels(F.pad(x_BCDHW, (4, 4, 4, 2, 4, 2))), _blocks_to_channels(both)
+    )
+    return (
+        out.permute(0, 2, 3, 4, 1)
+        .reshape(len(out), d // 2, h // 2, w // 2, -1)
+        .permute(0, 4, 1, 2, 3)
+    )
 
 
 def _blocks_to_channels(x: Tensor) -> Tensor:
@@ -192,7 +206,9 @@ def convolve(convolution: nn.Conv3d, x_BCDHW: Tensor) -> Tensor:
     pointwise = convolution.kernel_size == (1, 1, 1) and convolution.stride == (1, 1, 1)
     if not (pointwise and fused_on(x_BCDHW) and convolution.bias is None):
         return convolution(x_BCDHW)
-    return F.linear(x_BCDHW.permute(0, 2, 3, 4, 1), convolution.weight.flatten(1)).permute(0, 4, 1, 2, 3)
+    return F.linear(x_BCDHW.permute(0, 2, 3, 4, 1), convolution.weight.flatten(1)).permute(
+        0, 4, 1, 2, 3
+    )
 
 
 class StemPool(nn.MaxPool3d):
@@ -219,13 +235,22 @@ def maximum_by_axis(x_BCDHW: Tensor) -> Tensor:
     for axis, size in zip((2, 3, 4), x_BCDHW.shape[2:], strict=True):
         out = (size + 1) // 2
         before = (slice(None),) * axis
-        first, middle, last = (x[(*before, slice(start, start + 2 * out - 1, 2))] for start in range(3))
+        first, middle, last = (
+            x[(*before, slice(start, start + 2 * out - 1, 2))] for start in range(3)
+        )
         x = torch.maximum(torch.maximum(first, middle), last)
     return x
 
 
 def build_network(
-    *, depth: int, width: float, geometry: str, head: str, num_classes: int, in_channels: int, dropout: float
+    *,
+    depth: int,
+    width: float,
+    geometry: str,
+    head: str,
+    num_classes: int,
+    in_channels: int,
+    dropout: float,
 ) -> Classifier:
     """Return a classifier with fresh weights (Kaiming normal, fan out, as MONAI's and MedicalNet's).
 
@@ -239,7 +264,9 @@ def build_network(
     if depth not in BLOCKS:
         raise ValueError(f"depth={depth}: MedicalNet has {', '.join(map(str, DEPTHS))}")
     if int(PLANES[0] * width) < 1:
-        raise ValueError(f"width={width:g} leaves the stem no channel: it must be at least 1/{PLANES[0]}")
+        raise ValueError(
+            f"width={width:g} leaves the stem no channel: it must be at least 1/{PLANES[0]}"
+        )
     assert geometry in ("strided", "dilated"), geometry
     assert head in ("cosine", "linear"), head
 
@@ -264,7 +291,9 @@ def build_network(
         dilate(backbone)
 
     features = backbone.in_planes  # MONAI leaves the channels of the last layer here
-    new_head = CosineHead(features, num_classes) if head == "cosine" else LinearHead(features, num_classes)
+    new_head = (
+        CosineHead(features, num_classes) if head == "cosine" else LinearHead(features, num_classes)
+    )
     return Classifier(backbone, dropout, new_head, depth=depth, geometry=geometry)
 
 
@@ -274,10 +303,15 @@ def parameter_groups(network: Classifier) -> dict[str, list[nn.Parameter]]:
     By the module that owns them, not by name: 'fc' may occur in any name. Every parameter is in exactly one group,
     frozen ones too: a group that is complete from the start needs no change to the optimiser when a stage thaws.
     """
-    groups = {"backbone": list(network.backbone.parameters()), "classifier": list(network.head.parameters())}
+    groups = {
+        "backbone": list(network.backbone.parameters()),
+        "classifier": list(network.head.parameters()),
+    }
     grouped = [id(parameter) for group in groups.values() for parameter in group]
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == {id(parameter) for parameter in network.parameters()}, "a parameter is in no group"
+    assert set(grouped) == {id(parameter) for parameter in network.parameters()}, (
+        "a parameter is in no group"
+    )
     return groups
 
 
@@ -290,7 +324,9 @@ def stage_modules(network: Classifier, stage: str) -> tuple[nn.Module, ...]:
     return (getattr(network.backbone, stage),)
 
 
-def trainable_stages(epoch: int, freeze_backbone_epochs: int, unfreeze_stage_epochs: int) -> tuple[str, ...]:
+def trainable_stages(
+    epoch: int, freeze_backbone_epochs: int, unfreeze_stage_epochs: int
+) -> tuple[str, ...]:
     """Return the stages that train in `epoch` (1-based), in the order of `STAGES`.
 
     The head alone for `freeze_backbone_epochs` epochs; then layer 4, and `unfreeze_stage_epochs` epochs after each
@@ -352,7 +388,11 @@ def _replace_norms(backbone: ResNet) -> None:
     for module in list(backbone.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm3d:
-                setattr(module, name, BatchNorm(child.num_features, eps=child.eps, momentum=child.momentum))
+                setattr(
+                    module,
+                    name,
+                    BatchNorm(child.num_features, eps=child.eps, momentum=child.momentum),
+                )
 
 
 def dilate(backbone: ResNet) -> None:

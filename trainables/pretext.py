@@ -65,7 +65,9 @@ def _capped(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return capped
 
 
-def pretext_cohort(cohort: Cohort, rows: npt.NDArray[np.int64], pretext: Pretext, file: Path) -> Cohort:
+def pretext_cohort(
+    cohort: Cohort, rows: npt.NDArray[np.int64], pretext: Pretext, file: Path
+) -> Cohort:
     """Return the volumes of `rows` as another cohort, labelled 0 .. classes - 1 by `pretext`; its volumes are in `file`.
 
     `rotation` writes `file`, ten volumes (C, D, H, W) float16 for each row, one after the other; `size` the rows' own.
@@ -81,7 +83,9 @@ def pretext_cohort(cohort: Cohort, rows: npt.NDArray[np.int64], pretext: Pretext
         labels = np.tile(np.arange(len(turns)), len(rows))
     else:
         if len(rows) < 2 * SIZES:
-            raise PretextError(f"{len(rows)} volumes: size needs {2 * SIZES}, two for each of its {SIZES} classes")
+            raise PretextError(
+                f"{len(rows)} volumes: size needs {2 * SIZES}, two for each of its {SIZES} classes"
+            )
         turns = TURNS[:1]
         shares = np.array([above_mean(cohort.volumes[row]) for row in rows])
         ranks = shares.argsort(kind="stable").argsort(kind="stable")

@@ -59,7 +59,9 @@ class RankProcesses:
             options = {
                 "num_cpus": bundle.get("CPU", 0),
                 "num_gpus": bundle.get("GPU", 0),
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=rank
+                ),
             }
             self.actors.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote())
         self.homes = [actor.where.remote() for actor in self.actors]
@@ -82,7 +84,9 @@ def rank_processes(world: int) -> RankProcesses:
     """
     global _kept
     if _kept is not None and _kept.lost:
-        raise RuntimeError("the trial before lost its ranks, and their rank 0 was this process: a new one is needed")
+        raise RuntimeError(
+            "the trial before lost its ranks, and their rank 0 was this process: a new one is needed"
+        )
     if _kept is None:
         _kept = RankProcesses(world)
     assert _kept.world == world, f"{world} ranks in a process whose trials have {_kept.world}"

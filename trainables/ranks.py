@@ -114,7 +114,9 @@ def gang(
     processes = RankProcesses(world) if processes is None else processes
     if processes.store is None:
         assert not dist.is_initialized(), "this process is rank 0 of other ranks already"
-        processes.store = TCPStore(ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False)
+        processes.store = TCPStore(
+            ray.util.get_node_ip_address(), 0, world, is_master=True, wait_for_workers=False
+        )
     store = processes.store
     processes.runs += 1
     remembered = None if resume is None else ray.put(dict(resume))
@@ -142,7 +144,9 @@ def _all_ended(leader: "_Leader", futures: list[Any]) -> bool:
     if wait([leader.running], STOP_S).not_done:
         return False
     if leader.error is not None:  # while it put things away: nobody asks for results any more
-        log.error("rank 0 failed at the end of its run, its process is not used again: %r", leader.error)
+        log.error(
+            "rank 0 failed at the end of its run, its process is not used again: %r", leader.error
+        )
         return False
     ended, going = ray.wait(futures, num_returns=len(futures), timeout=STOP_S)
     try:
@@ -175,7 +179,9 @@ def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[d
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if work.gpu else {})}
         group = ray.util.placement_group([bundle] * world, strategy="PACK")
         if not group.wait(timeout_seconds=60):
-            raise RankError(f"{world} ranks of {bundle} do not fit this machine: {ray.available_resources()}")
+            raise RankError(
+                f"{world} ranks of {bundle} do not fit this machine: {ray.available_resources()}"
+            )
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         options = {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
         leader = ray.remote(_LocalLeader).options(**options).remote()
@@ -214,7 +220,9 @@ def _watched(
             return
         if isinstance(result, BaseException):
             # A lost peer ends rank 0's collective too: give the peer's own end a moment to arrive, it says more.
-            ended, _ = ray.wait(list(pending), num_returns=1, timeout=ANSWER_S) if pending else ([], [])
+            ended, _ = (
+                ray.wait(list(pending), num_returns=1, timeout=ANSWER_S) if pending else ([], [])
+            )
             for future in ended:
                 try:
                     ray.get(future)
@@ -229,8 +237,12 @@ def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:
     if isinstance(error, ray.exceptions.RayTaskError):
         return RankError(_failed(rank, error.ip, error.cause))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown")
-    reason = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__  # Ray's page of guesses
+    where = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown"
+    )
+    reason = (
+        lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+    )  # Ray's page of guesses
     return RankError(f"rank {rank} on node {where} died: {reason}")
 
 
@@ -253,7 +265,9 @@ def _who_hangs(leader: "_Leader", processes: RankProcesses, waited: float) -> st
             return f"rank {rank} on node {home} does not answer, and no step ended for {waited:.0f} s: it hangs or is cut off"
         found.append((epoch, step, rank, node))
     epoch, step, *_ = min(found)
-    behind = [f"rank {rank} on node {node}" for *place, rank, node in found if place == [epoch, step]]
+    behind = [
+        f"rank {rank} on node {node}" for *place, rank, node in found if place == [epoch, step]
+    ]
     who = behind[0] if len(behind) == 1 else f"one of {', '.join(behind)}"
     return f"{who} hangs in epoch {epoch} after step {step}: no step ended for {waited:.0f} s"
 
@@ -302,14 +316,18 @@ class _Leader:
         self.running = _Leader.last = self.thread.submit(self._train, work, place, store, resume)
 
     def go_on(self) -> None:
-        self.position.since = time.monotonic()  # what the caller did meanwhile is not the ranks' time
+        self.position.since = (
+            time.monotonic()
+        )  # what the caller did meanwhile is not the ranks' time
         self._proceed.release()
 
     def stop(self) -> None:
         self._stopped = True
         self._proceed.release()
 
-    def _train(self, work: RankWork, place: "Place", store: TCPStore, resume: Mapping[str, Any] | None) -> None:
+    def _train(
+        self, work: RankWork, place: "Place", store: TCPStore, resume: Mapping[str, Any] | None
+    ) -> None:
         try:
             with closing(_rank_epochs(work, place, lambda: store, resume, self.position)) as epochs:
                 for number, result in enumerate(epochs):
@@ -341,7 +359,9 @@ class Place:
         return f"run {self.run}, after epoch {number}"
 
 
-def follow(work: RankWork, place: Place, resume: Mapping[str, Any] | None, position: Position) -> None:
+def follow(
+    work: RankWork, place: Place, resume: Mapping[str, Any] | None, position: Position
+) -> None:
     """Train as one of the ranks 1 .. world - 1, to the end or until rank 0 stops; `position` tells how far it has come."""
     # Apart from the process group's: a connection that waits answers nobody else, and NCCL asks its store now and then
     gate = _connection(place)
@@ -353,7 +373,9 @@ def follow(work: RankWork, place: Place, resume: Mapping[str, Any] | None, posit
 
 
 def _connection(place: Place) -> TCPStore:
-    return TCPStore(place.host, place.port, place.world, is_master=False, timeout=timedelta(seconds=START_S))
+    return TCPStore(
+        place.host, place.port, place.world, is_master=False, timeout=timedelta(seconds=START_S)
+    )
 
 
 def _rank_epochs(
@@ -380,4 +402,6 @@ def _rank_epochs(
             timeout=NO_LIMIT,
             device_id=device if work.gpu else None,
         )
-    yield from finetune(work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached)
+    yield from finetune(
+        work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached
+    )

@@ -69,7 +69,9 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
     running out of memory is reported as the trial's end instead, since it would only happen again.
     """
-    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S))  # read in this process, at its next trial
+    os.environ.setdefault(
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S)
+    )  # read in this process, at its next trial
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
     handler = LogFile(files.log)
@@ -166,7 +168,9 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     from trainables.rank_actors import rank_processes
 
     began = time.monotonic()
-    processes = rank_processes(setting.ranks) if setting.ranks > 1 else None  # they load what follows meanwhile
+    processes = (
+        rank_processes(setting.ranks) if setting.ranks > 1 else None
+    )  # they load what follows meanwhile
 
     import torch
 
@@ -174,7 +178,9 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     from trainables.ranks import RankWork, gang
     from trainables.saved_run import Epochs, open_inputs, saved_run
 
-    log.info("torch and MONAI loaded in %.1f s", time.monotonic() - began)  # 0 in a process that has trained before
+    log.info(
+        "torch and MONAI loaded in %.1f s", time.monotonic() - began
+    )  # 0 in a process that has trained before
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     alive = SignOfLife(files.alive)
@@ -182,9 +188,20 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     if setting.gpus_per_rank:
         wait_for_device_memory(setting.gpus_per_rank)
     if setting.ranks > 1:
-        work = RankWork(config, setting.table, setting.cohort, gpu=setting.gpus_per_rank > 0, threads=setting.threads)
+        work = RankWork(
+            config,
+            setting.table,
+            setting.cohort,
+            gpu=setting.gpus_per_rank > 0,
+            threads=setting.threads,
+        )
         epochs = lambda resume: gang(  # noqa: E731
-            work, setting.ranks, processes=processes, resume=resume, deadline_s=setting.deadline_s, heartbeat=alive.step
+            work,
+            setting.ranks,
+            processes=processes,
+            resume=resume,
+            deadline_s=setting.deadline_s,
+            heartbeat=alive.step,
         )
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)
@@ -199,7 +216,15 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
         store.fetch()
     keep = store.keep if store else None
     every = setting.checkpoint_epochs
-    for row in saved_run(config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep):
+    for row in saved_run(
+        config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep
+    ):
         alive()
-        log.info("epoch %d of %d: val_auc %.4f, %.1f s", row["epoch"], config.epochs, row["val_auc"], row["epoch_s"])
+        log.info(
+            "epoch %d of %d: val_auc %.4f, %.1f s",
+            row["epoch"],
+            config.epochs,
+            row["val_auc"],
+            row["epoch_s"],
+        )
         tune.report(row)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from trainables.volumes import Cohort
 
-RESIDENT_SHARE = 0.4  # of the free device memory: the rest is for the networks, their gradients and activations
+RESIDENT_SHARE = (
+    0.4  # of the free device memory: the rest is for the networks, their gradients and activations
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,22 @@ class Volumes:
     def resident_batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Volumes and labels at places in the resident cohort that only the device knows."""
         assert self.resident is not None
-        volumes = self.resident.volumes[index].float().contiguous(memory_format=torch.channels_last_3d)
+        volumes = (
+            self.resident.volumes[index].float().contiguous(memory_format=torch.channels_last_3d)
+        )
         return volumes, self.resident.labels[index]
 
     def batch(self, rows: np.ndarray) -> Tensor:
         """Return the volumes of `rows`, in their order."""
         if self.resident is not None:
-            return self.resident_batch(torch.from_numpy(self.position[rows]).to(self.device, non_blocking=True))[0]
+            return self.resident_batch(
+                torch.from_numpy(self.position[rows]).to(self.device, non_blocking=True)
+            )[0]
         # Sorted reads are sequential reads of the file; the order is put back in memory.
         order = np.argsort(rows, kind="stable")
-        block = np.empty((len(rows), *self.cohort.volumes.shape[1:]), dtype=self.cohort.volumes.dtype)
+        block = np.empty(
+            (len(rows), *self.cohort.volumes.shape[1:]), dtype=self.cohort.volumes.dtype
+        )
         block[order] = self.cohort.volumes[rows[order]]
         volumes = torch.from_numpy(block)
         if self.device.type != "cuda":

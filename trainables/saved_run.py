@@ -43,7 +43,9 @@ Epochs = Callable[[Mapping[str, Any] | None], Iterator[EpochResult]]
 """Starts the run anew (None) or from a state, and gives its epochs: `finetune`, or a gang of ranks."""
 
 
-def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -> tuple[Cohort, Split]:
+def open_inputs(
+    config: FineTuneConfig, table: str | Path, cohort: str | Path
+) -> tuple[Cohort, Split]:
     """Return the prepared cohort and which of its rows train and validate.
 
     On a node that has not got the cohort it is prepared first, once for all trials there. Raises CohortError that names
@@ -55,11 +57,15 @@ def open_inputs(config: FineTuneConfig, table: str | Path, cohort: str | Path) -
         if not folder.exists():
             made = prepare_cohort(manifest, Recipe.from_config(config), folder.parent)
             if made.name != folder.name:
-                raise CohortError([f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"])
+                raise CohortError(
+                    [f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"]
+                )
     except (ManifestError, CohortError) as error:
         here = f"node {socket.gethostname()}"
         raise CohortError([f"{here}: {problem}" for problem in error.problems]) from error
-    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    split = split_rows(
+        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+    )
     return open_cohort(folder), split
 
 
@@ -86,8 +92,12 @@ def saved_run(
     sweep_temporaries(files.folder, files.config, files.checkpoint, files.best)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     if resume is not None:
-        check_checkpoint(resume, config)  # before config.json is replaced, and before another run's rows are told
-    when_there_is_room(lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits)
+        check_checkpoint(
+            resume, config
+        )  # before config.json is replaced, and before another run's rows are told
+    when_there_is_room(
+        lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits
+    )
     best = BestEpoch()
     for row in resume["rows"] if resume else []:
         best.improved_by(row)
@@ -100,7 +110,9 @@ def saved_run(
                 if cost_s is None:
                     cost_s = CHECKPOINT_TO_BEST * weights.wait()
             worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
-            if (worth_it and result.epoch % checkpoint_epochs == 0) or result.epoch == config.epochs:
+            if (
+                worth_it and result.epoch % checkpoint_epochs == 0
+            ) or result.epoch == config.epochs:
                 weights.wait()
                 cost_s = _save(files.checkpoint, result.state(), waits)
                 if keep is not None:
@@ -134,7 +146,11 @@ class _WrittenBehind:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
         # Nobody is left to raise it to
-        if kind is GeneratorExit and self._writing is not None and (error := self._writing.exception()) is not None:
+        if (
+            kind is GeneratorExit
+            and self._writing is not None
+            and (error := self._writing.exception()) is not None
+        ):
             log.error("%s was not written, and the run has ended: %s", self.path, error)
 
 
@@ -155,7 +171,11 @@ def in_memory(state: Any) -> Any:
 
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
-    return {key: in_memory(value) for key, value in state.items()} if isinstance(state, Mapping) else state
+    return (
+        {key: in_memory(value) for key, value in state.items()}
+        if isinstance(state, Mapping)
+        else state
+    )
 
 
 class BestEpoch:

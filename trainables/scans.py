@@ -45,7 +45,10 @@ class VolumeError(ValueError):
         super().__init__(f"scan {path}: {reason}")
 
     def __reduce__(self) -> tuple[type["VolumeError"], tuple[Path | str, str]]:
-        return type(self), (self.path, self.reason)  # the default would pass the joined text, and Ray pickles errors
+        return type(self), (
+            self.path,
+            self.reason,
+        )  # the default would pass the joined text, and Ray pickles errors
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Recipe:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
         """Return the recipe that `json.dumps(dataclasses.asdict(recipe))` wrote: JSON knows no tuples."""
-        parts: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        parts: dict[str, Any] = {
+            n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()
+        }
         return cls(**parts)
 
 
@@ -149,7 +154,9 @@ def read_scan(path: Path | str, in_channels: int = 1) -> Scan:
         wanted = math.prod(header.file_shape) * header.dtype.itemsize
         data = stream.read(wanted)
         if len(data) < wanted:
-            raise _Refused(f"truncated: {len(data)} of {wanted} voxel bytes are there; copy it again")
+            raise _Refused(
+                f"truncated: {len(data)} of {wanted} voxel bytes are there; copy it again"
+            )
         _read_to_end(stream)  # a gzip checksum is compared only there
     raw = np.frombuffer(data, header.dtype).reshape(header.file_shape, order="F")
     with naming(path):
@@ -170,7 +177,9 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
         zip(scan.spacing_mm, spacing_mm, recipe.volume_shape, strict=True), 1
     ):
         ratio = min(max(new_mm / old_mm, 1e-9), 1e9)  # beyond, nothing but overflow is different
-        if abs(ratio - 1) < 1e-4:  # headers hold float32: over 500 voxels this shifts by a twentieth of one at most
+        if (
+            abs(ratio - 1) < 1e-4
+        ):  # headers hold float32: over 500 voxels this shifts by a twentieth of one at most
             start = max(0, voxels.shape[axis] // 2 - wanted // 2)
             voxels = voxels[(slice(None),) * axis + (slice(start, start + wanted),)]
         else:
@@ -178,7 +187,9 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
     return np.ascontiguousarray(voxels)
 
 
-def target_spacing(shape: Sequence[int], spacing_mm: Sequence[float], recipe: Recipe) -> tuple[float, float, float]:
+def target_spacing(
+    shape: Sequence[int], spacing_mm: Sequence[float], recipe: Recipe
+) -> tuple[float, float, float]:
     """Return the spacing (D, H, W) in mm to which the recipe brings a scan of this shape and spacing."""
     if recipe.spacing_mm is not None:
         return recipe.spacing_mm
@@ -190,7 +201,9 @@ def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:
     """Matrix (new, old) that resamples one axis of `old` voxels to voxels `ratio` times as large, at most `wanted`."""
     whole = max(1, round(old / ratio))  # voxels before cropping
     start = max(0, whole // 2 - wanted // 2)  # MONAI's centred crop
-    new = np.arange(min(wanted, whole)) + (start - (whole - 1) / 2)  # from the centre, in new voxels
+    new = np.arange(min(wanted, whole)) + (
+        start - (whole - 1) / 2
+    )  # from the centre, in new voxels
     distances = np.arange(old)[None, :] - (new * ratio + (old - 1) / 2)[:, None]
     weights = np.maximum(0, 1 - np.abs(distances) / max(1.0, ratio))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -198,7 +211,9 @@ def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:
 
 def _along(voxels: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
     before, after = voxels.shape[:axis], voxels.shape[axis + 1 :]
-    stacked = np.ascontiguousarray(voxels).reshape(math.prod(before), voxels.shape[axis], math.prod(after))
+    stacked = np.ascontiguousarray(voxels).reshape(
+        math.prod(before), voxels.shape[axis], math.prod(after)
+    )
     result = np.matmul(weights, stacked) if after else stacked[:, :, 0] @ weights.T
     return result.reshape(*before, len(weights), *after)
 
@@ -220,9 +235,17 @@ def _normalised(voxels: np.ndarray, recipe: Recipe) -> np.ndarray:
         else:
             counted = wide[wide > 0] if recipe.intensity == "zscore_nonzero" else wide.ravel()
             if not counted.size or _is_flat(counted):
-                same = f"every voxel that counts is {counted[0]:g}" if counted.size else "no voxel is > 0"
-                advice = "drop the row" if recipe.intensity == "zscore" else "or use intensity=zscore"
-                raise _Refused(f"{which}{same} where it was cropped, {recipe.intensity} needs several values: {advice}")
+                same = (
+                    f"every voxel that counts is {counted[0]:g}"
+                    if counted.size
+                    else "no voxel is > 0"
+                )
+                advice = (
+                    "drop the row" if recipe.intensity == "zscore" else "or use intensity=zscore"
+                )
+                raise _Refused(
+                    f"{which}{same} where it was cropped, {recipe.intensity} needs several values: {advice}"
+                )
             scaled = (wide - counted.mean()) / counted.std()
         result[channel] = scaled.clip(-LARGEST_VALUE, LARGEST_VALUE)
     return result
@@ -239,7 +262,8 @@ def _padded(voxels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
         return voxels
     padded = np.empty((len(voxels), *shape), dtype=np.float32)
     inside = tuple(
-        slice((full - part) // 2, (full - part) // 2 + part) for full, part in zip(shape, voxels.shape[1:], strict=True)
+        slice((full - part) // 2, (full - part) // 2 + part)
+        for full, part in zip(shape, voxels.shape[1:], strict=True)
     )
     for channel, values in enumerate(voxels):
         padded[channel] = values.min()
@@ -334,10 +358,14 @@ def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
     except (KeyError, HeaderDataError):
         dtype = np.dtype(np.void)
     if dtype.kind not in "iuf":
-        raise _Refused(f"datatype code {int(fields['datatype'])}: voxels must be integers or real numbers; convert it")
+        raise _Refused(
+            f"datatype code {int(fields['datatype'])}: voxels must be integers or real numbers; convert it"
+        )
     offset = float(fields["vox_offset"])
     if not length + 4 <= offset < MAX_VOXELS:
-        raise _Refused(f"vox_offset {offset:g}: voxels cannot start before byte {length + 4}; write the file again")
+        raise _Refused(
+            f"vox_offset {offset:g}: voxels cannot start before byte {length + 4}; write the file again"
+        )
     _check_size(shape, dtype.itemsize, int(offset), size, zipped)
     spacing, orientation = _geometry(fields)
     try:
@@ -372,24 +400,36 @@ def _fields(block: bytes) -> tuple[Any, int]:
         if found.startswith(magic):
             return fields, length
         pair = ", which is half of a .hdr and .img pair" if found[:2] == b"ni" else ""
-        raise _Refused(f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz")
-    raise _Refused("not a NIfTI file, or cut within its header: convert it to .nii.gz, or copy it again")
+        raise _Refused(
+            f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz"
+        )
+    raise _Refused(
+        "not a NIfTI file, or cut within its header: convert it to .nii.gz, or copy it again"
+    )
 
 
 def _shape(dim: list[int]) -> tuple[int, ...]:
     """The file's shape: three sides, and the channels where there are any; dimensions of size 1 behind z are dropped."""
     count, sides = dim[0], dim[1:]
     if not 1 <= count <= 7 or min(sides[:count]) < 1:
-        raise _Refused(f"dim {dim}: 1 to 7 dimensions of at least one voxel are allowed; write the file again")
+        raise _Refused(
+            f"dim {dim}: 1 to 7 dimensions of at least one voxel are allowed; write the file again"
+        )
     if count < 3 or min(sides[:3]) < 2:
-        raise _Refused(f"shape {_times(sides[:count])}: a volume of at least 2 voxels a side is needed, not an image")
+        raise _Refused(
+            f"shape {_times(sides[:count])}: a volume of at least 2 voxels a side is needed, not an image"
+        )
     more = [side for side in sides[3:count] if side > 1]
     if len(more) > 1:
-        raise _Refused(f"shape {_times(sides[:count])}: three dimensions, or three and channels, are allowed; split it")
+        raise _Refused(
+            f"shape {_times(sides[:count])}: three dimensions, or three and channels, are allowed; split it"
+        )
     return (*sides[:3], *more)
 
 
-def _check_size(shape: tuple[int, ...], itemsize: int, offset: int, size: int, zipped: bool) -> None:
+def _check_size(
+    shape: tuple[int, ...], itemsize: int, offset: int, size: int, zipped: bool
+) -> None:
     """Refuse a header that claims more than there is, before anything is allocated for it."""
     voxels = math.prod(shape)
     claimed = offset + voxels * itemsize
@@ -411,26 +451,34 @@ def _geometry(fields: Any) -> tuple[list[float], np.ndarray]:
         affine = np.asarray(fields.get_best_affine(), dtype=np.float64)
     except (ValueError, HeaderDataError) as error:  # a quaternion that is no rotation
         raise _Refused(f"no valid orientation ({error}): fix the header or drop the row") from None
-    unit = {1: 1000.0, 3: 0.001}.get(int(fields["xyzt_units"]) & 7, 1.0)  # metres, micrometres; the rest is mm
+    unit = {1: 1000.0, 3: 0.001}.get(
+        int(fields["xyzt_units"]) & 7, 1.0
+    )  # metres, micrometres; the rest is mm
     with np.errstate(all="ignore"):
         spacing = [float(value) * unit for value in np.sqrt((affine[:3, :3] ** 2).sum(axis=0))]
     if not all(math.isfinite(value) and value > 0 for value in spacing):
         raise _bad_spacing(spacing)
     if np.linalg.matrix_rank(affine[:3, :3] * unit / spacing, tol=1e-3) < 3:
-        raise _Refused("an affine that maps the volume onto a plane: fix the header or drop the row")
+        raise _Refused(
+            "an affine that maps the volume onto a plane: fix the header or drop the row"
+        )
     return spacing, io_orientation(affine)
 
 
 def _bad_spacing(spacing: Sequence[float]) -> _Refused:
     numbers = ", ".join(f"{value:g}" for value in spacing)
-    return _Refused(f"spacing ({numbers}) mm, every value must be finite and > 0: fix the header or drop the row")
+    return _Refused(
+        f"spacing ({numbers}) mm, every value must be finite and > 0: fix the header or drop the row"
+    )
 
 
 def _read_to_end(stream: IO[bytes]) -> None:
     for _ in range(64):
         if not stream.read(2**20):
             return
-    raise _Refused("goes on for more than 64 MiB after its last voxel: not what its header says; write it again")
+    raise _Refused(
+        "goes on for more than 64 MiB after its last voxel: not what its header says; write it again"
+    )
 
 
 def _canonical(raw: np.ndarray, header: ScanHeader) -> np.ndarray:
@@ -440,7 +488,10 @@ def _canonical(raw: np.ndarray, header: ScanHeader) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         if (header.slope, header.inter) != (1.0, 0.0):
             # In float64 where float32 cannot hold the stored integers: slope and intercept may cancel.
-            turned = turned.astype(np.result_type(turned.dtype, np.float32)) * header.slope + header.inter
+            turned = (
+                turned.astype(np.result_type(turned.dtype, np.float32)) * header.slope
+                + header.inter
+            )
         voxels = np.ascontiguousarray(turned, dtype=np.float32)
     low, high = voxels.min(), voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -451,7 +502,9 @@ def _canonical(raw: np.ndarray, header: ScanHeader) -> np.ndarray:
             "mask or drop them"
         )
     if _is_flat(voxels):
-        raise _Refused(f"constant: every voxel is {low:g}, there is nothing to learn from; drop the row")
+        raise _Refused(
+            f"constant: every voxel is {low:g}, there is nothing to learn from; drop the row"
+        )
     return voxels
 
 

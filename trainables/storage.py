@@ -65,7 +65,9 @@ class Remote:
         self.url = url
         self._errors = (OSError, ArrowException)
         try:
-            self.system, self.path = FileSystem.from_uri(quote(url, safe=OF_URLS))  # a name may have a space in it
+            self.system, self.path = FileSystem.from_uri(
+                quote(url, safe=OF_URLS)
+            )  # a name may have a space in it
         except (*self._errors, ValueError) as error:
             raise self._error("cannot be used", error) from None
 
@@ -168,7 +170,9 @@ class Remote:
         except self._errors as error:
             raise self._error("cannot be listed", error) from None
         objects = [
-            Listed(one.path.removeprefix(prefix), one.mtime, one.size) for one in found if one.type == FileType.File
+            Listed(one.path.removeprefix(prefix), one.mtime, one.size)
+            for one in found
+            if one.type == FileType.File
         ]
         return sorted(one for one in objects if _stays_below(one.name))
 
@@ -195,7 +199,11 @@ def bucket_of(url: str) -> tuple[Remote, str]:
     found = re.fullmatch(r"([a-z0-9]+://[^/]+)/+(.+)", url, re.DOTALL)
     if found is None:
         raise StorageError(f"{url}: a bucket, an object in one is needed")
-    variables = tuple(sorted(one for one in os.environ.items() if one[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+    variables = tuple(
+        sorted(
+            one for one in os.environ.items() if one[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))
+        )
+    )
     return _bucket(found[1], variables), found[2]
 
 

@@ -58,7 +58,9 @@ def in_training_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwar
     RuntimeError in the training thread itself, which would wait for ever.
     """
     if _trials.is_current():
-        raise RuntimeError(f"{NAME} cannot wait for itself: call the function without in_training_thread")
+        raise RuntimeError(
+            f"{NAME} cannot wait for itself: call the function without in_training_thread"
+        )
     future = _trials.submit(function, *args, **kwargs)
     try:
         return future.result()

@@ -88,7 +88,12 @@ class Cohort:
 
 
 def prepare_cohort(
-    manifest: "Manifest", recipe: Recipe, cache: Path, progress: Progress | None = None, *, workers: int | None = None
+    manifest: "Manifest",
+    recipe: Recipe,
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    workers: int | None = None,
 ) -> Path:
     """Return the folder `<cache>/<key>` of the prepared cohort, made now if it is not there; `open_cohort` reads it.
 
@@ -112,7 +117,9 @@ def prepare_cohort(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         digests, stats = _file_digests(paths, numbers, cache, workers)
-        contents = _key({"format": FORMAT_VERSION, "recipe": _deciding(recipe), "files": digests}, 24)
+        contents = _key(
+            {"format": FORMAT_VERSION, "recipe": _deciding(recipe), "files": digests}, 24
+        )
         folder = cache / f"{contents}-{_key(rows, 8)}"
         if _is_whole(folder):
             return folder
@@ -123,13 +130,20 @@ def prepare_cohort(
             _sweep(cache, building)
             try:
                 building.mkdir()
-                donor = next((other for other in sorted(cache.glob(f"{contents}-*")) if _is_whole(other)), None)
+                donor = next(
+                    (other for other in sorted(cache.glob(f"{contents}-*")) if _is_whole(other)),
+                    None,
+                )
                 if donor is None:
-                    spacings_mm = _build_volumes(building, paths, numbers, stats, recipe, progress, workers)
+                    spacings_mm = _build_volumes(
+                        building, paths, numbers, stats, recipe, progress, workers
+                    )
                 else:
                     _link(donor / "volumes.npy", building / "volumes.npy")
                     spacings_mm = open_cohort(donor).spacings_mm.tolist()
-                _write_record(building, {"sha256": digests, "spacings_mm": spacings_mm, **rows}, recipe)
+                _write_record(
+                    building, {"sha256": digests, "spacings_mm": spacings_mm, **rows}, recipe
+                )
                 shutil.rmtree(folder, ignore_errors=True)  # one that is there is damaged
                 _sync(building / "volumes.npy", building / "cohort.json", building)
                 building.rename(folder)
@@ -151,7 +165,9 @@ def open_cohort(folder: Path) -> Cohort:
         written = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
         if written["format"] != FORMAT_VERSION:
             raise CohortError(
-                [f"cohort {folder}: format {written['format']}, this is {FORMAT_VERSION}: prepare it again"]
+                [
+                    f"cohort {folder}: format {written['format']}, this is {FORMAT_VERSION}: prepare it again"
+                ]
             )
         volumes = np.load(folder / "volumes.npy", mmap_mode="r", allow_pickle=False)
         recipe = Recipe.from_json(written["recipe"])
@@ -166,11 +182,15 @@ def open_cohort(folder: Path) -> Cohort:
         )
         expected = (len(cohort.labels), recipe.in_channels, *recipe.volume_shape)
         if volumes.shape != expected or volumes.dtype != np.float16:
-            raise ValueError(f"volumes.npy holds {volumes.dtype} {volumes.shape}, float16 {expected} is expected")
+            raise ValueError(
+                f"volumes.npy holds {volumes.dtype} {volumes.shape}, float16 {expected} is expected"
+            )
     except CohortError:
         raise
     except FileNotFoundError as error:
-        raise CohortError([f"cohort {folder}: {Path(error.filename).name} is not there: prepare it again"]) from None
+        raise CohortError(
+            [f"cohort {folder}: {Path(error.filename).name} is not there: prepare it again"]
+        ) from None
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise CohortError([f"cohort {folder}: damaged ({error}): prepare it again"]) from None
     return cohort
@@ -178,7 +198,12 @@ def open_cohort(folder: Path) -> Cohort:
 
 def _write_record(folder: Path, rows: dict[str, Any], recipe: Recipe) -> None:
     versions = {name: installed_version(name) for name in ("medtune", "nibabel", "numpy")}
-    written = {"format": FORMAT_VERSION, "recipe": dataclasses.asdict(recipe), "versions": versions, **rows}
+    written = {
+        "format": FORMAT_VERSION,
+        "recipe": dataclasses.asdict(recipe),
+        "versions": versions,
+        **rows,
+    }
     (folder / "cohort.json").write_text(json.dumps(written) + "\n", encoding="utf-8")
 
 
@@ -258,8 +283,12 @@ def _build_volumes(
         with naming(paths[row]):
             now = stamp(paths[row])
         if now != stats[row]:
-            raise VolumeError(paths[row], "changed while it was being read; prepare again when it is complete")
-        with file.open("r+b") as slots:  # a write, not the map: on a full disk a map ends the process with SIGBUS
+            raise VolumeError(
+                paths[row], "changed while it was being read; prepare again when it is complete"
+            )
+        with file.open(
+            "r+b"
+        ) as slots:  # a write, not the map: on a full disk a map ends the process with SIGBUS
             slots.seek(start + row * stride)
             slots.write(volume.astype(np.float16).tobytes())
         return scan.spacing_mm
@@ -273,7 +302,10 @@ def _build_volumes(
 
 
 def _all_or_errors(
-    function: Callable[[int], Any], numbers: tuple[int, ...], workers: int | None, progress: Progress | None = None
+    function: Callable[[int], Any],
+    numbers: tuple[int, ...],
+    workers: int | None,
+    progress: Progress | None = None,
 ) -> list[Any]:
     """What `function` gives for each row from 0, or a CohortError with the VolumeErrors of all rows, by their numbers."""
 
@@ -295,7 +327,10 @@ def _all_or_errors(
 
 
 def in_threads(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int | None = None, progress: Progress | None = None
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Any]:
     """Return `function` of each item, in order, run by `workers` threads: one a core, at most 8.
 
@@ -327,7 +362,9 @@ def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
             break
         except Timeout:
             if not wait_s:
-                log.warning("waiting for another process that is preparing this cohort in %s", building)
+                log.warning(
+                    "waiting for another process that is preparing this cohort in %s", building
+                )
             wait_s = min(5.0, STALLED_S)
             beat, now = _beat(building), time.monotonic()
             if beat != seen:
@@ -431,12 +468,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises CohortError when `folder` holds something already.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CohortError([f"{folder}: exists and is not an empty folder; remove it or choose another"])
+        raise CohortError(
+            [f"{folder}: exists and is not an empty folder; remove it or choose another"]
+        )
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.absolute().name}."
     for left in folder.absolute().parent.iterdir():  # of a writer that was killed
         process = left.name.removeprefix(prefix).removesuffix(".tmp")
-        if left.name == f"{prefix}{process}.tmp" and process.isdecimal() and not _is_alive(int(process)):
+        if (
+            left.name == f"{prefix}{process}.tmp"
+            and process.isdecimal()
+            and not _is_alive(int(process))
+        ):
             shutil.rmtree(left, ignore_errors=True)
     temporary = folder.absolute().with_name(f"{prefix}{os.getpid()}.tmp")
     temporary.mkdir()
@@ -466,13 +509,20 @@ def _medmnist_parts(archive: Path, limit: int | None) -> dict[str, tuple[np.ndar
             raise ValueError("one array, not an archive of arrays")
         with arrays:
             for split in ("train", "val", "test"):
-                missing = [name for name in (f"{split}_images", f"{split}_labels") if name not in arrays.files]
+                missing = [
+                    name
+                    for name in (f"{split}_images", f"{split}_labels")
+                    if name not in arrays.files
+                ]
                 if missing:
                     problems.append(
                         f"{archive}: no {' and no '.join(missing)}; it holds {', '.join(arrays.files) or 'nothing'}"
                     )
                     continue
-                images, labels = arrays[f"{split}_images"][:limit], arrays[f"{split}_labels"][:limit]
+                images, labels = (
+                    arrays[f"{split}_images"][:limit],
+                    arrays[f"{split}_labels"][:limit],
+                )
                 problem = _medmnist_problem(images, labels)
                 if problem:
                     problems.append(f"{archive}: {split}: {problem}")
@@ -492,9 +542,13 @@ def _medmnist_problem(images: np.ndarray, labels: np.ndarray) -> str | None:
     if images.ndim != 4:
         return f"images of shape {images.shape}: (N, D, H, W) is needed, a 3D archive"
     if images.dtype not in (bool, np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64):
-        return f"images of type {images.dtype}: bool, integers of up to 32 bits or floats are needed"
+        return (
+            f"images of type {images.dtype}: bool, integers of up to 32 bits or floats are needed"
+        )
     if labels.size != len(labels) or len(labels) != len(images):
-        return f"labels of shape {labels.shape} for {len(images)} images: one label an image is needed"
+        return (
+            f"labels of shape {labels.shape} for {len(images)} images: one label an image is needed"
+        )
     if labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         return f"labels of type {labels.dtype}: whole numbers from 0 are needed"
     return None

@@ -56,19 +56,51 @@ class OfficialFile:
 
 
 _RELEASED = {
-    "resnet_10.pth": (57_456_599, "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0"),
-    "resnet_10_23dataset.pth": (57_456_599, "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605"),
-    "resnet_18.pth": (131_992_196, "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3"),
-    "resnet_18_23dataset.pth": (131_992_196, "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4"),
-    "resnet_34.pth": (253_276_232, "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658"),
-    "resnet_34_23dataset.pth": (253_276_232, "3ea7188e396774e4ef95b66e5e90a78273bb33f6e58d3d717bf24f5f1aaeaa28"),
-    "resnet_50.pth": (184_885_051, "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84"),
-    "resnet_50_23dataset.pth": (184_885_051, "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e"),
-    "resnet_101.pth": (341_330_267, "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf"),
+    "resnet_10.pth": (
+        57_456_599,
+        "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0",
+    ),
+    "resnet_10_23dataset.pth": (
+        57_456_599,
+        "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605",
+    ),
+    "resnet_18.pth": (
+        131_992_196,
+        "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3",
+    ),
+    "resnet_18_23dataset.pth": (
+        131_992_196,
+        "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4",
+    ),
+    "resnet_34.pth": (
+        253_276_232,
+        "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658",
+    ),
+    "resnet_34_23dataset.pth": (
+        253_276_232,
+        "3ea7188e396774e4ef95b66e5e90a78273bb33f6e58d3d717bf24f5f1aaeaa28",
+    ),
+    "resnet_50.pth": (
+        184_885_051,
+        "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84",
+    ),
+    "resnet_50_23dataset.pth": (
+        184_885_051,
+        "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e",
+    ),
+    "resnet_101.pth": (
+        341_330_267,
+        "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf",
+    ),
     "resnet_152.pth": (None, "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da"),
-    "resnet_200.pth": (507_146_295, "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8"),
+    "resnet_200.pth": (
+        507_146_295,
+        "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8",
+    ),
 }
-OFFICIAL_FILES = {name: OfficialFile(name, size, sha256) for name, (size, sha256) in _RELEASED.items()}
+OFFICIAL_FILES = {
+    name: OfficialFile(name, size, sha256) for name, (size, sha256) in _RELEASED.items()
+}
 """Every released file by name, with the size and sha256 that its repository on huggingface.co states."""
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
@@ -129,8 +161,12 @@ class LoadReport:
             "config": f"depth={self.depth} width={self.width:g} in_channels={self.in_channels}",
             "loaded": f"{len(self.loaded)} of {self.entries} entries, {self.parameters:,} parameters",
             "new": ", ".join(self.missing),
-            "counters": f"{len(self.counters)} absent, set to 0" if self.counters else "all in the file",
-            "ignored": f"{len(self.ignored)}: {', '.join(self.ignored)}" if self.ignored else "none",
+            "counters": f"{len(self.counters)} absent, set to 0"
+            if self.counters
+            else "all in the file",
+            "ignored": f"{len(self.ignored)}: {', '.join(self.ignored)}"
+            if self.ignored
+            else "none",
             "unexpected": ", ".join(self.unexpected) or "none",
         }
         return [f"{name:<10}  {text}" for name, text in rows.items()]
@@ -145,7 +181,9 @@ def load_pretrained(network: Classifier, path: str | Path) -> LoadReport:
     channels or shortcuts, entries missing or left over, other shapes, values that are not finite.
     """
     file = _read(Path(path), network.depth)
-    wanted = _Layout.of({name: tensor.shape for name, tensor in network.backbone.state_dict().items()})
+    wanted = _Layout.of(
+        {name: tensor.shape for name, tensor in network.backbone.state_dict().items()}
+    )
     _check_layout(file, wanted)
     report = _account(file, network, network.geometry)
     backbone = {name: torch.zeros((), dtype=torch.long) for name in network.backbone.state_dict()}
@@ -170,7 +208,8 @@ def inspect_weights(path: str | Path) -> LoadReport:
             geometry="strided",
             head="cosine",
             num_classes=2,
-            in_channels=layout.in_channels or 1,  # what a file lacks altogether is told entry by entry
+            in_channels=layout.in_channels
+            or 1,  # what a file lacks altogether is told entry by entry
             dropout=0.0,
         )
     return _account(file, network, None)
@@ -183,7 +222,10 @@ def save_medicalnet(backbone: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"module.{name}": tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    state = {
+        f"module.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in backbone.state_dict().items()
+    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.save({"state_dict": state}, temporary)
@@ -205,19 +247,30 @@ def fetch(name: str, folder: str | Path) -> Path:
     if target.exists():
         if target.is_file() and _sha256(target) == official.sha256:
             return target
-        raise WeightsError(f"{target}: is there already and is not the released file: move it away and fetch again")
+        raise WeightsError(
+            f"{target}: is there already and is not the released file: move it away and fetch again"
+        )
 
     import huggingface_hub  # here, since everything else works without a network
     from huggingface_hub import errors
 
     # Among its bases is the error of whichever HTTP library this version of the hub's client uses.
     transport: tuple[type, ...] = errors.HfHubHTTPError.__bases__
-    failures: tuple[type[BaseException], ...] = (errors.EntryNotFoundError, OSError, RuntimeError, *transport)
+    failures: tuple[type[BaseException], ...] = (
+        errors.EntryNotFoundError,
+        OSError,
+        RuntimeError,
+        *transport,
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         try:
             with _quiet("huggingface_hub"):
-                arrived = Path(huggingface_hub.hf_hub_download(official.repository, official.name, local_dir=temporary))
+                arrived = Path(
+                    huggingface_hub.hf_hub_download(
+                        official.repository, official.name, local_dir=temporary
+                    )
+                )
         except failures as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightsError(
@@ -282,7 +335,9 @@ class _Layout:
 
     @property
     def depth(self) -> int | None:
-        return next((depth for depth, layout in BLOCKS.items() if layout == (self.kind, self.blocks)), None)
+        return next(
+            (depth for depth, layout in BLOCKS.items() if layout == (self.kind, self.blocks)), None
+        )
 
     @property
     def shortcuts(self) -> str:
@@ -305,7 +360,11 @@ class _File:
     @property
     def layout(self) -> _Layout:
         return _Layout.of(
-            {name: tensor.shape for name, (_, tensor) in self.entries.items() if not name.startswith(HEADS)}
+            {
+                name: tensor.shape
+                for name, (_, tensor) in self.entries.items()
+                if not name.startswith(HEADS)
+            }
         )
 
     def fail(self, *problems: str) -> NoReturn:
@@ -319,7 +378,9 @@ def _read(path: Path, depth: int | None) -> _File:
         raise WeightsError(f"{path.absolute()}: no such file: {_where_from(path, depth)}")
     if not path.is_file():
         inside = sorted(file.name for file in path.glob("*.pth"))
-        raise WeightsError(f"{path}: is a folder: name the file in it" + (f", {_some(inside)}" if inside else ""))
+        raise WeightsError(
+            f"{path}: is a folder: name the file in it" + (f", {_some(inside)}" if inside else "")
+        )
     try:
         sha256 = _sha256(path)
     except OSError as error:
@@ -338,13 +399,17 @@ def _read(path: Path, depth: int | None) -> _File:
             f"{_some(others) or 'nothing'}"
         )
     if others:
-        raise WeightsError(f"{path}: has {_count(others)} without a tensor among its weights: {_some(others)}")
+        raise WeightsError(
+            f"{path}: has {_count(others)} without a tensor among its weights: {_some(others)}"
+        )
 
     entries: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
         bare = _without_prefixes(name)
         if bare in entries:
-            raise WeightsError(f"{path}: {entries[bare][0]} and {name} are both {bare}: save one network a file")
+            raise WeightsError(
+                f"{path}: {entries[bare][0]} and {name} are both {bare}: save one network a file"
+            )
         entries[bare] = (name, tensor)
     return _File(path, path.stat().st_size, sha256, entries)
 
@@ -355,7 +420,16 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _DAMAGED = (
     *(pickle.UnpicklingError, EOFError, struct.error, zipfile.BadZipFile, SafetensorError),
-    *(RuntimeError, ValueError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, OSError),
+    *(
+        RuntimeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+        ArithmeticError,
+        OSError,
+    ),
 )
 """What torch.load was seen to raise on truncated and on altered files, and its kin: it promises nothing."""
 
@@ -367,7 +441,9 @@ def _entries(path: Path) -> Mapping[object, object]:
     if not start:
         raise WeightsError(f"{path}: empty file: get it again")
     if start.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path}: a git-lfs pointer and not the file: run `git lfs pull`, or get the file itself")
+        raise WeightsError(
+            f"{path}: a git-lfs pointer and not the file: run `git lfs pull`, or get the file itself"
+        )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise WeightsError(f"{path}: a web page and not a checkpoint: get the file itself")
 
@@ -384,7 +460,11 @@ def _entries(path: Path) -> Mapping[object, object]:
             )
         elif start.startswith((_ZIP, _LEGACY)) or _is_safetensors(start):
             official = OFFICIAL_FILES.get(path.name)
-            released = f" of {official.size_bytes:,} in the released file" if official and official.size_bytes else ""
+            released = (
+                f" of {official.size_bytes:,} in the released file"
+                if official and official.size_bytes
+                else ""
+            )
             problem = f"truncated or damaged, {path.stat().st_size:,} bytes{released}: get it again"
         else:
             problem = "not a checkpoint: neither torch's format nor safetensors"
@@ -393,7 +473,9 @@ def _entries(path: Path) -> Mapping[object, object]:
     if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
         checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
-        raise WeightsError(f"{path}: not a checkpoint of weights: holds a {type(checkpoint).__name__}, not a dict")
+        raise WeightsError(
+            f"{path}: not a checkpoint of weights: holds a {type(checkpoint).__name__}, not a dict"
+        )
     return checkpoint
 
 
@@ -405,11 +487,15 @@ def _load(path: Path, start: bytes) -> object:
     if _is_safetensors(start):
         return load_file(path)
     if start.startswith(_ZIP):
-        with zipfile.ZipFile(path) as archive:  # its directory is at the end: a truncated one fails here
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # its directory is at the end: a truncated one fails here
             members = archive.namelist()
         if not any(member.endswith("data.pkl") for member in members):
             inside = [member for member in members if member.endswith((".pth", ".pt"))]
-            raise _NotACheckpoint(f"a zip archive and not a checkpoint: unpack it ({_some(inside or members)})")
+            raise _NotACheckpoint(
+                f"a zip archive and not a checkpoint: unpack it ({_some(inside or members)})"
+            )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -471,7 +557,9 @@ def _account(file: _File, network: Classifier, geometry: str | None) -> LoadRepo
     loaded = [name for name in file.entries if name in backbone]
     ignored = [original for name, (original, _) in file.entries.items() if name.startswith(HEADS)]
     unexpected = [
-        original for name, (original, _) in file.entries.items() if name not in backbone and not name.startswith(HEADS)
+        original
+        for name, (original, _) in file.entries.items()
+        if name not in backbone and not name.startswith(HEADS)
     ]
     absent = [name for name in backbone if name not in file.entries]
     counters = [name for name in absent if name.endswith(".num_batches_tracked")]
@@ -479,16 +567,22 @@ def _account(file: _File, network: Classifier, geometry: str | None) -> LoadRepo
 
     problems = []
     if lacking:
-        problems.append(f"lacks {_count(lacking)} of the backbone, and only the head may be new: {_some(lacking)}")
+        problems.append(
+            f"lacks {_count(lacking)} of the backbone, and only the head may be new: {_some(lacking)}"
+        )
     if unexpected:
-        problems.append(f"has {_count(unexpected)} that the network has no place for: {_some(unexpected)}")
+        problems.append(
+            f"has {_count(unexpected)} that the network has no place for: {_some(unexpected)}"
+        )
     reshaped = [
         f"{name} {tuple(file.entries[name][1].shape)} instead of {tuple(backbone[name].shape)}"
         for name in loaded
         if file.entries[name][1].shape != backbone[name].shape
     ]
     if reshaped:
-        problems.append(f"has another shape than the network in {_count(reshaped)}: {_some(reshaped)}")
+        problems.append(
+            f"has another shape than the network in {_count(reshaped)}: {_some(reshaped)}"
+        )
     retyped = [
         f"{name} {file.entries[name][1].dtype}"
         for name in loaded
@@ -535,7 +629,9 @@ def _without_prefixes(name: str) -> str:
 
 
 def _official_file(name: str) -> OfficialFile:
-    found = re.fullmatch(r"(?:medicalnet[_-]?)?resnet[_-]?(\d+)([_-]?23[_-]?(?:datasets?)?)?(?:\.pth)?", name.lower())
+    found = re.fullmatch(
+        r"(?:medicalnet[_-]?)?resnet[_-]?(\d+)([_-]?23[_-]?(?:datasets?)?)?(?:\.pth)?", name.lower()
+    )
     key = f"resnet_{found[1]}{'_23dataset' if found[2] else ''}.pth" if found else name
     if key not in OFFICIAL_FILES:
         raise WeightsError(f"{name!r} is none of the released files: {', '.join(OFFICIAL_FILES)}")

@@ -72,7 +72,11 @@ def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
     has_own = bool((rows["split"] == "val").any())
     if asked.strip() == "own":
         if not has_own:
-            raise SpecError([f"{manifest.table}: folds=own needs rows with split=val, and there are none: use all"])
+            raise SpecError(
+                [
+                    f"{manifest.table}: folds=own needs rows with split=val, and there are none: use all"
+                ]
+            )
         return Folds((0,), num_folds, cross_validate=False, own_split=True)
     given = rows.loc[rows["split"] != "test", "fold"]
     there = tuple(range(num_folds))
@@ -81,7 +85,11 @@ def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
         num_folds = max(there) + 1
     numbers = there if asked.strip() == "all" else _numbers(asked)
     if unknown := [str(number) for number in numbers if number not in there]:
-        raise SpecError([f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"])
+        raise SpecError(
+            [
+                f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"
+            ]
+        )
     folds = Folds(numbers, num_folds, cross_validate=has_own)
     problems: list[str] = []
     for number in numbers:
@@ -104,7 +112,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def plan(chosen: Mapping[str, Mapping[str, Scalar]], folds: Folds, seeds: Iterable[int]) -> list[PlannedTrial]:
+def plan(
+    chosen: Mapping[str, Mapping[str, Scalar]], folds: Folds, seeds: Iterable[int]
+) -> list[PlannedTrial]:
     """Return variants x seeds x folds. Variants change fastest: whatever an interrupted plan has run is paired."""
     return [
         PlannedTrial(variant=name, overrides={**overrides, **folds.overrides(fold), "seed": seed})
@@ -140,9 +150,18 @@ def _written_variants(path: Path) -> Variants:
     example = "write `reference: {}` and below it `other: {max_m: 0.3}`"
     if not isinstance(written, dict) or len(written) < 2:
         raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])
-    if bad := [str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)]:
-        raise SpecError([f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"])
-    return {str(name): absolute_paths(overrides or {}, path.parent) for name, overrides in written.items()}
+    if bad := [
+        str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)
+    ]:
+        raise SpecError(
+            [
+                f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"
+            ]
+        )
+    return {
+        str(name): absolute_paths(overrides or {}, path.parent)
+        for name, overrides in written.items()
+    }
 
 
 def ablation_spec(
@@ -168,11 +187,17 @@ def ablation_spec(
         raise SpecError(problems)
     decided = {name: "the variants" for overrides in chosen.values() for name in overrides}
     decided |= DECIDED
-    if clash := [f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided]:
+    if clash := [
+        f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided
+    ]:
         raise SpecError(clash)
     shared = build_config(config)
     manifest = read_manifest(data, num_classes=shared.num_classes)
-    planned = plan(chosen, choose_folds(manifest, folds, shared.num_folds), range(first_seed, first_seed + seeds))
+    planned = plan(
+        chosen,
+        choose_folds(manifest, folds, shared.num_folds),
+        range(first_seed, first_seed + seeds),
+    )
     return build_spec(
         {
             **fields,
@@ -194,7 +219,11 @@ def comparisons(study: Study) -> list[pd.DataFrame]:
     out of all fixes is read against these.
     """
     begun = set(study.trials["variant"].dropna())
-    names = [name for name in dict.fromkeys(trial.variant for trial in study.spec.planned) if name in begun]
+    names = [
+        name
+        for name in dict.fromkeys(trial.variant for trial in study.spec.planned)
+        if name in begun
+    ]
     if len(names) < 2:
         return []
     all_fixes = reference("leave-one-out")
@@ -204,11 +233,14 @@ def comparisons(study: Study) -> list[pd.DataFrame]:
     rest = [name for name in names if name not in without]
     groups = [(rest[0], rest)] if len(rest) > 1 else []
     return [
-        only(study, group).effects(baseline=first) for first, group in [*groups, (all_fixes, [all_fixes, *without])]
+        only(study, group).effects(baseline=first)
+        for first, group in [*groups, (all_fixes, [all_fixes, *without])]
     ]
 
 
-def only(study: Study, names: Iterable[str] | None = None, folds: Iterable[int] | None = None) -> Study:
+def only(
+    study: Study, names: Iterable[str] | None = None, folds: Iterable[int] | None = None
+) -> Study:
     """Return the study with the trials of these variants and folds alone; None lets all through."""
     from dataclasses import replace
 
@@ -231,7 +263,10 @@ def print_ablation(study: Study, console: Console) -> None:
         console.print()
         for line in [*effect_lines(effects), *last_epoch_lines(study, effects)]:
             console.print(line, markup=False)
-    lines = [*run_lines(study), *(["no effects yet: two variants have to begin"] if not tables else [])]
+    lines = [
+        *run_lines(study),
+        *(["no effects yet: two variants have to begin"] if not tables else []),
+    ]
     for line in lines:
         console.print(line, markup=False)
 
@@ -249,7 +284,9 @@ def _plan_text(study: Study) -> str:
 
 def effects_table(effects: pd.DataFrame) -> Table:
     """Return the effects as a Rich table of at most 80 columns (names up to 23 characters)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
+    )
     table.add_column("variant", max_width=23, overflow="ellipsis", no_wrap=True, vertical="bottom")
     for head in ("value", "difference [95 % CI]", "pairs", "col-\nlapsed"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
@@ -262,7 +299,9 @@ def effects_table(effects: pd.DataFrame) -> Table:
             "reference" if is_reference else difference_text(row),
             "" if is_reference else str(row["pairs"]),
             f"{row['collapsed']}/{row['runs']}" if row["collapsed"] else "-",
-            "" if is_reference else {"cannot tell": "unclear"}.get(str(row["call"]), str(row["call"])),
+            ""
+            if is_reference
+            else {"cannot tell": "unclear"}.get(str(row["call"]), str(row["call"])),
         )
     return table
 
@@ -301,7 +340,9 @@ def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) ->
         lines.append(
             f"{', '.join(same)} and {reference_name} score the same in every pair: no run reads what is changed."
         )
-    measured = [row for row in unclear if not pd.isna(row["low"]) and str(row["variant"]) not in same]
+    measured = [
+        row for row in unclear if not pd.isna(row["low"]) and str(row["variant"]) not in same
+    ]
     if measured:
         names = ", ".join(str(row["variant"]) for row in measured)
         widest = max((row["high"] - row["low"]) / 2 for row in measured)
@@ -335,7 +376,11 @@ def last_epoch_lines(study: Study, effects: pd.DataFrame) -> list[str]:
     column = OBJECTIVES[study.spec.objective].column
     last = only(study, effects["variant"]).effects(f"last_{column}", baseline=reference_name)
     both = zip(effects.to_dict("records"), last.to_dict("records"), strict=True)
-    other = [f"{row['variant']} {difference_text(row)}" for first, row in both if row["call"] != first["call"]]
+    other = [
+        f"{row['variant']} {difference_text(row)}"
+        for first, row in both
+        if row["call"] != first["call"]
+    ]
     if not other:
         return []
     return [f"In the last epoch instead of the best, it reads otherwise for: {'; '.join(other)}"]
@@ -357,15 +402,21 @@ def run_lines(study: Study) -> list[str]:
             when = f" (since epoch {_range(since)})" if len(since) else ""
             told.append(f"{len(rows)} {str(verdict).replace('_', ' ')}{when}")
         collapsed = int(sick["verdict"].isin(COLLAPSES).sum())
-        lines.append(f"{variant}: {collapsed} of {len(own)} runs collapsed for good; {', '.join(told)}")
+        lines.append(
+            f"{variant}: {collapsed} of {len(own)} runs collapsed for good; {', '.join(told)}"
+        )
     lines = ["Diagnoses:", *(f"  {line}" for line in lines)] if lines else []
     failed = trials[trials["state"] == "failed"]
     if len(failed):
-        lines.append(f"failed, and in no pair: {', '.join(f'{r.trial} ({r.variant})' for r in failed.itertuples())}")
+        lines.append(
+            f"failed, and in no pair: {', '.join(f'{r.trial} ({r.variant})' for r in failed.itertuples())}"
+        )
     empty = trials[(trials["state"] == "completed") & trials["objective"].isna()]
     if len(empty):
         names = ", ".join(f"{row.trial} ({row.variant})" for row in empty.itertuples())
-        lines.append(f"without a finite score, and in no pair: {names}; their variant looks better for it")
+        lines.append(
+            f"without a finite score, and in no pair: {names}; their variant looks better for it"
+        )
     return lines
 
 

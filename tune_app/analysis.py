@@ -66,7 +66,9 @@ class Axis:
         values = trials[self.name]
         if self.kind == "choice":
             order = {text: float(place) for place, text in enumerate(self.choices)}
-            found: np.ndarray = values.map(self._text).map(order).to_numpy("float64", na_value=math.nan)
+            found: np.ndarray = (
+                values.map(self._text).map(order).to_numpy("float64", na_value=math.nan)
+            )
         else:
             found = _on_scale(self.kind, values.to_numpy("float64", na_value=math.nan))
         if self.name in READ_ONLY_WHEN:
@@ -81,14 +83,22 @@ class Axis:
         if value is None or value is pd.NA:
             return math.nan
         if self.kind == "choice":
-            return float(self.choices.index(self._text(value))) if self._text(value) in self.choices else math.nan
+            return (
+                float(self.choices.index(self._text(value)))
+                if self._text(value) in self.choices
+                else math.nan
+            )
         return float(_on_scale(self.kind, np.array([float(value)]))[0])
 
     def text(self, place: float) -> str:
         """Return the hyperparameter's value at `place` as people write it."""
         if self.kind == "choice":
             return self.choices[round(place)] if 0 <= round(place) < len(self.choices) else ""
-        value = {"even": lambda: place, "log": lambda: 10**place, "one_minus_log": lambda: 1 - 10**-place}[self.kind]()
+        value = {
+            "even": lambda: place,
+            "log": lambda: 10**place,
+            "one_minus_log": lambda: 1 - 10**-place,
+        }[self.kind]()
         return format_value(self.name, float(f"{value:.6g}"))
 
     def ticks(self) -> list[tuple[float, str]]:
@@ -100,7 +110,9 @@ class Axis:
         elif self.kind == "log":
             places = [math.log10(value) for value in _round_powers(self.low, self.high)]
         else:  # round in 1 - value
-            places = [-math.log10(value) for value in reversed(_round_powers(-self.high, -self.low))]
+            places = [
+                -math.log10(value) for value in reversed(_round_powers(-self.high, -self.low))
+            ]
         return [(place, self.text(place)) for place in places]
 
     def share(self, place: float) -> float:
@@ -120,11 +132,17 @@ def axis_of(study: "Study", name: str) -> Axis:
     values = study.trials[name]
     parameter = _parameter(study, name)
     if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
-        texts = ["none" if choice is None else format_value(name, choice) for choice in parameter.choices]
-        seen = [text for text in _texts(name, values) if text not in texts]  # warm starts may lie outside
+        texts = [
+            "none" if choice is None else format_value(name, choice) for choice in parameter.choices
+        ]
+        seen = [
+            text for text in _texts(name, values) if text not in texts
+        ]  # warm starts may lie outside
         choices = (*texts, *seen)
         return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices, ranged=True)
-    if parameter is None and (not pd.api.types.is_numeric_dtype(values.dtype) or values.dtype == "boolean"):
+    if parameter is None and (
+        not pd.api.types.is_numeric_dtype(values.dtype) or values.dtype == "boolean"
+    ):
         choices = tuple(_texts(name, values))
         return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices)
     numbers = values.dropna().to_numpy("float64")
@@ -133,7 +151,11 @@ def axis_of(study: "Study", name: str) -> Axis:
         kind = "one_minus_log"
     elif parameter is not None:
         kind = "log" if parameter.distribution.log else "even"
-    elif len(numbers) and (numbers > 0).all() and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30):
+    elif (
+        len(numbers)
+        and (numbers > 0).all()
+        and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30)
+    ):
         kind = "log"
     ends = _ends(study, parameter) if parameter is not None else None
     ranged = ends is not None
@@ -149,15 +171,24 @@ def _round_values(low: float, high: float) -> list[float]:
     if high <= low:
         return [low]
     size = 10 ** math.floor(math.log10(high - low))
-    step = next(size * part for part in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / (size * part) <= 6)
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    step = next(
+        size * part for part in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / (size * part) <= 6
+    )
+    return [
+        step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _round_powers(low: float, high: float) -> list[float]:
     """Values from 10**low to 10**high with the fewest digits that make at least three: powers, then 1 3, 1 2 5 and so on."""
     exponents = range(math.floor(low), math.ceil(high) + 1)
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 7), range(1, 10)):
-        values = [m * 10.0**e for e in exponents for m in mantissas if low - 1e-9 <= math.log10(m) + e <= high + 1e-9]
+        values = [
+            m * 10.0**e
+            for e in exponents
+            for m in mantissas
+            if low - 1e-9 <= math.log10(m) + e <= high + 1e-9
+        ]
         if len(values) >= 3:
             return values
     return [10**low, 10**high]
@@ -189,16 +220,25 @@ def _on_scale(kind: str, values: np.ndarray) -> np.ndarray:
 
 
 def _texts(name: str, values: pd.Series) -> list[str]:
-    return sorted({"none" if value is pd.NA or value is None else format_value(name, value) for value in values})
+    return sorted(
+        {
+            "none" if value is pd.NA or value is None else format_value(name, value)
+            for value in values
+        }
+    )
 
 
 # Importance ------------------------------------------------------------------------------------------------------------
 
 
-def importance(study: "Study", metric: str, evaluator: str, repeats: int, seed: int) -> pd.DataFrame:
+def importance(
+    study: "Study", metric: str, evaluator: str, repeats: int, seed: int
+) -> pd.DataFrame:
     """See `Study.importance`."""
     column = column_of(study.trials, metric)
-    rows = study.trials[study.trials["state"].isin(["completed", "stopped"]) & study.trials[column].notna()]
+    rows = study.trials[
+        study.trials["state"].isin(["completed", "stopped"]) & study.trials[column].notna()
+    ]
     names = [name for name in study.searched if rows[name].nunique(dropna=False) > 1]
     if len(rows) < 4 or not names:
         raise ValueError(
@@ -206,13 +246,17 @@ def importance(study: "Study", metric: str, evaluator: str, repeats: int, seed: 
             f"that differ in {', '.join(names) or 'nothing'}"
         )
     if rows[column].nunique() < 2:
-        raise ValueError(f"{study.path}: all {len(rows)} ended trials have the same {column}: nothing to account for")
+        raise ValueError(
+            f"{study.path}: all {len(rows)} ended trials have the same {column}: nothing to account for"
+        )
     from optuna.importance import get_param_importances
 
     with _quiet_optuna():
         temporary = _temporary_study(study, rows, names, column)
         evaluators = _evaluators(evaluator, repeats, seed)
-        found = pd.DataFrame([get_param_importances(temporary, evaluator=each) for each in evaluators])
+        found = pd.DataFrame(
+            [get_param_importances(temporary, evaluator=each) for each in evaluators]
+        )
     table = pd.DataFrame(
         {
             "parameter": pd.Series(names, dtype="string"),
@@ -230,7 +274,11 @@ def importance(study: "Study", metric: str, evaluator: str, repeats: int, seed: 
     return table
 
 
-_EVALUATOR_NAMES = {"fanova": "fANOVA", "mdi": "mean decrease in impurity", "ped-anova": "PED-ANOVA"}
+_EVALUATOR_NAMES = {
+    "fanova": "fANOVA",
+    "mdi": "mean decrease in impurity",
+    "ped-anova": "PED-ANOVA",
+}
 
 
 def _temporary_study(study: "Study", rows: pd.DataFrame, names: list[str], column: str) -> Any:
@@ -249,10 +297,14 @@ def _temporary_study(study: "Study", rows: pd.DataFrame, names: list[str], colum
             places = _on_scale(axis.kind, rows[name].to_numpy("float64"))
             values[name] = places.tolist()
             distributions[name] = FloatDistribution(min(axis.low, *places), max(axis.high, *places))
-    temporary = optuna.create_study(direction="minimize" if smaller_is_better(column) else "maximize")
+    temporary = optuna.create_study(
+        direction="minimize" if smaller_is_better(column) else "maximize"
+    )
     for row, value in enumerate(rows[column].astype("float64")):
         params = {name: values[name][row] for name in names}
-        temporary.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+        temporary.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+        )
     return temporary
 
 
@@ -265,7 +317,10 @@ def _evaluators(evaluator: str, repeats: int, seed: int) -> list[Any]:
 
     if evaluator == "fanova":
         # Shallow trees: 1,000 trials take a second an evaluation instead of forty, with the same shares to two digits
-        return [FanovaImportanceEvaluator(n_trees=16, max_depth=6, seed=seed + i) for i in range(repeats)]
+        return [
+            FanovaImportanceEvaluator(n_trees=16, max_depth=6, seed=seed + i)
+            for i in range(repeats)
+        ]
     if evaluator == "mdi":
         return [MeanDecreaseImpurityImportanceEvaluator(seed=seed + i) for i in range(repeats)]
     if evaluator == "ped-anova":
@@ -320,7 +375,8 @@ def effects(study: "Study", metric: str, baseline: str | None) -> pd.DataFrame:
             "collapsed": int(own["verdict"].isin(COLLAPSES).sum()),
             "healed": int(came_back(own).sum()),
             "failed": int((own["state"] == "failed").sum()),
-            "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in counts.items()) or None,
+            "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
+            or None,
         }
         paired = _of_variant(values, variant)
         if variant == baseline:
@@ -337,9 +393,11 @@ def effects(study: "Study", metric: str, baseline: str | None) -> pd.DataFrame:
     table.attrs["how"] = (
         f"differences in {column} from {baseline}, paired over fold and seed ({folds} fold{'s' if folds != 1 else ''}); "
         "95 % intervals by Student's t"
-        + ("", ", and of this fold only", " on the folds, variance raised for overlapping training parts")[
-            min(folds, 2)
-        ]
+        + (
+            "",
+            ", and of this fold only",
+            " on the folds, variance raised for overlapping training parts",
+        )[min(folds, 2)]
     )
     return table
 
@@ -361,7 +419,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def _of_variant(values: pd.Series, variant: str) -> pd.Series:
     """Values of one variant by (fold, seed), none where it has none."""
-    own: pd.Series = values[values.index.get_level_values("variant") == variant].droplevel("variant")
+    own: pd.Series = values[values.index.get_level_values("variant") == variant].droplevel(
+        "variant"
+    )
     return own
 
 
@@ -390,19 +450,33 @@ def interval_over_folds(values: pd.Series, cut_into: int) -> dict[str, float]:
     by_fold = values.groupby(level="fold").mean().to_numpy("float64")
     several = len(by_fold) > 1
     units = by_fold if several else values.to_numpy("float64")
-    n, mean = len(units), float(units.mean())  # each fold counts once, however many of its runs failed
+    n, mean = (
+        len(units),
+        float(units.mean()),
+    )  # each fold counts once, however many of its runs failed
     if n < 2:
         return {"mean": mean, **_NO_INTERVAL}
     from scipy.stats import t
 
-    overlap = 1 / (max(cut_into, n) - 1) if several else 0.0  # volumes validated on over volumes trained on
+    overlap = (
+        1 / (max(cut_into, n) - 1) if several else 0.0
+    )  # volumes validated on over volumes trained on
     spread = float(units.std(ddof=1))
     if spread < 1e-9:  # rounding; the steps of an AUC are 1e-4 and larger
         none = not np.any(np.abs(units) > 1e-9)
-        return {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0} if none else {"mean": mean, **_NO_INTERVAL}
+        return (
+            {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+            if none
+            else {"mean": mean, **_NO_INTERVAL}
+        )
     error = spread * math.sqrt(1 / n + overlap)
     half = float(t.ppf(0.975, n - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half, "p": 2 * float(t.sf(abs(mean) / error, n - 1))}
+    return {
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "p": 2 * float(t.sf(abs(mean) / error, n - 1)),
+    }
 
 
 _NO_INTERVAL = {"low": math.nan, "high": math.nan, "p": math.nan}

@@ -128,11 +128,21 @@ def backtest(
       epochs of the onset; `delay_median`, `delay_max`: epochs from the onset to the stop, of those stopped
     """
     if not curves:
-        raise CurveError(["no curves to replay: name a study with finished epochs, or a folder of curve files"])
-    twice = sorted(name for name, count in Counter(curve.trial for curve in curves).items() if count > 1)
+        raise CurveError(
+            ["no curves to replay: name a study with finished epochs, or a folder of curve files"]
+        )
+    twice = sorted(
+        name for name, count in Counter(curve.trial for curve in curves).items() if count > 1
+    )
     if twice:
-        raise CurveError([f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"])
-    longest = max_epochs or max((int(row["epoch"]) for curve in curves for row in curve.rows[-1:]), default=1)
+        raise CurveError(
+            [
+                f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"
+            ]
+        )
+    longest = max_epochs or max(
+        (int(row["epoch"]) for curve in curves for row in curve.rows[-1:]), default=1
+    )
     worth = _Worth(curves, objective)
     rows = []
     for name, policy in (policies or POLICIES).items():
@@ -178,10 +188,14 @@ def backtest_generated(
     tables = []
     for seed in seeds:
         for positives, negatives in sizes:
-            curves = generate_curves(trials, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
+            curves = generate_curves(
+                trials, epochs=epochs, seed=seed, positives=positives, negatives=negatives
+            )
             table = backtest(curves, policies, workers=workers)
             tables.append(
-                pd.DataFrame({"positives": positives, "negatives": negatives, "seed": seed}, table.index).join(table)
+                pd.DataFrame(
+                    {"positives": positives, "negatives": negatives, "seed": seed}, table.index
+                ).join(table)
             )
     return pd.concat(tables, ignore_index=True)
 
@@ -194,26 +208,38 @@ class _Worth:
         self.full = [as_number(objective_value(curve.rows, objective)) for curve in curves]
         self.truths = [curve.truth for curve in curves]
         known = [truth.auc for truth in self.truths if truth is not None]
-        self.best_truth = max((np.nanmax(auc) for auc in known if np.isfinite(auc).any()), default=math.nan)
-        self.timed = all(isinstance(row.get("epoch_s"), int | float) for curve in curves for row in curve.rows)
+        self.best_truth = max(
+            (np.nanmax(auc) for auc in known if np.isfinite(auc).any()), default=math.nan
+        )
+        self.timed = all(
+            isinstance(row.get("epoch_s"), int | float) for curve in curves for row in curve.rows
+        )
 
     def compare(self, outcome: Replay) -> dict[str, Any]:
-        parts = [curve.rows[:epochs] for curve, epochs in zip(self.curves, outcome.epochs, strict=True)]
+        parts = [
+            curve.rows[:epochs] for curve, epochs in zip(self.curves, outcome.epochs, strict=True)
+        ]
         values = [
-            whole if len(part) == len(curve.rows) else as_number(objective_value(part, self.objective))
+            whole
+            if len(part) == len(curve.rows)
+            else as_number(objective_value(part, self.objective))
             for whole, part, curve in zip(self.full, parts, self.curves, strict=True)
         ]
         winner = max(range(len(values)), key=values.__getitem__)
         best, total = max(self.full), sum(len(curve.rows) for curve in self.curves)
         hours = _hours(parts) if self.timed else math.nan
-        by_diagnosis = [decision is not None and decision.reason == "diagnosis" for decision in outcome.ended]
+        by_diagnosis = [
+            decision is not None and decision.reason == "diagnosis" for decision in outcome.ended
+        ]
         return {
             "trials": len(self.curves),
             "epochs": sum(outcome.epochs),
             "epochs_all": total,
             "epochs_share": sum(outcome.epochs) / max(total, 1),
             "gpu_hours": hours,
-            "gpu_hours_saved": _hours([curve.rows for curve in self.curves]) - hours if self.timed else math.nan,
+            "gpu_hours_saved": _hours([curve.rows for curve in self.curves]) - hours
+            if self.timed
+            else math.nan,
             "makespan_hours": outcome.makespan / 3600 if self.timed else math.nan,
             "winner": self.curves[winner].trial,
             "winner_rank": 1 + sum(value > self.full[winner] for value in self.full),
@@ -221,7 +247,8 @@ class _Worth:
             "found_auc": _finite(values[winner]),
             "auc_lost": _finite(best) - _finite(values[winner]),
             "true_auc_lost": self.best_truth - self._true_auc(winner, parts[winner]),
-            "stopped_by_halving": sum(outcome.stopped) - sum(map(bool.__and__, by_diagnosis, outcome.stopped)),
+            "stopped_by_halving": sum(outcome.stopped)
+            - sum(map(bool.__and__, by_diagnosis, outcome.stopped)),
             "stopped_by_diagnosis": sum(by_diagnosis),
             "top_stopped": self._top_stopped(outcome, values),
             **self._wrongly(by_diagnosis, values),
@@ -236,13 +263,19 @@ class _Worth:
         return truth.auc[epoch - 1]
 
     def _top_stopped(self, outcome: Replay, values: list[float]) -> int:
-        top = sorted(range(len(self.full)), key=lambda index: -self.full[index])[: max(3, len(self.full) // 100)]
-        return sum(outcome.stopped[index] and self.full[index] - values[index] > 0.005 for index in top)
+        top = sorted(range(len(self.full)), key=lambda index: -self.full[index])[
+            : max(3, len(self.full) // 100)
+        ]
+        return sum(
+            outcome.stopped[index] and self.full[index] - values[index] > 0.005 for index in top
+        )
 
     def _wrongly(self, by_diagnosis: list[bool], values: list[float]) -> dict[str, Any]:
         wrong = total = 0
         sound: list[bool] = []
-        for truth, ended, whole, value in zip(self.truths, by_diagnosis, self.full, values, strict=True):
+        for truth, ended, whole, value in zip(
+            self.truths, by_diagnosis, self.full, values, strict=True
+        ):
             if truth is None:
                 total += 1
                 wrong += ended and whole - value > RECOVERED
@@ -261,13 +294,20 @@ class _Worth:
         for truth, curve, epochs, stopped in zip(
             self.truths, self.curves, outcome.epochs, outcome.stopped, strict=True
         ):
-            if truth is None or truth.onset is None or not epochs or curve.rows[epochs - 1]["epoch"] < truth.onset:
+            if (
+                truth is None
+                or truth.onset is None
+                or not epochs
+                or curve.rows[epochs - 1]["epoch"] < truth.onset
+            ):
                 continue  # ended before it collapsed: nothing was there to be caught
             delays.append(curve.rows[epochs - 1]["epoch"] - truth.onset if stopped else math.inf)
         caught = [delay for delay in delays if math.isfinite(delay)]
         return {
             "collapsed": len(delays),
-            "caught_share": sum(delay <= IN_TIME_EPOCHS for delay in delays) / len(delays) if delays else math.nan,
+            "caught_share": sum(delay <= IN_TIME_EPOCHS for delay in delays) / len(delays)
+            if delays
+            else math.nan,
             "delay_median": float(np.median(caught)) if caught else math.nan,
             "delay_max": max(caught, default=math.nan),
         }
@@ -290,7 +330,9 @@ class RayAsha:
     def __init__(self, max_epochs: int, metric: str = "val_auc", **settings: Any) -> None:
         from ray.tune.schedulers import ASHAScheduler  # here, because importing Ray takes seconds
 
-        self._scheduler = ASHAScheduler(time_attr="epoch", metric=metric, mode="max", max_t=max_epochs, **settings)
+        self._scheduler = ASHAScheduler(
+            time_attr="epoch", metric=metric, mode="max", max_t=max_epochs, **settings
+        )
         self._metric = metric
         self._trials: dict[str, _RayTrial] = {}
 

@@ -77,9 +77,17 @@ def bench_train(
     place = torch.device(device)
     machine = machine_facts(place)
     rows: list[dict[str, Any]] = []
-    result = {"machine": machine, "steps_per_epoch": steps, "depth": depth, "width": width, "rows": rows}
+    result = {
+        "machine": machine,
+        "steps_per_epoch": steps,
+        "depth": depth,
+        "width": width,
+        "rows": rows,
+    }
     for size, geometry, (batch, accumulation) in itertools.product(sizes, geometries, batches):
-        config = bench_config(size, batch, accumulation, depth=depth, width=width, geometry=geometry)
+        config = bench_config(
+            size, batch, accumulation, depth=depth, width=width, geometry=geometry
+        )
         cohort, split = made_cohort(config, steps * batch * accumulation)
         gflop = 3 * forward_flop(config) / 1e9
         plain = None
@@ -96,7 +104,9 @@ def bench_train(
                 "tflops": measured["volumes_per_s"] * gflop / 1e3,
             }
             plain = row if variant == "plain" else plain
-            row["speedup"] = None if plain is None else row["volumes_per_s"] / plain["volumes_per_s"]
+            row["speedup"] = (
+                None if plain is None else row["volumes_per_s"] / plain["volumes_per_s"]
+            )
             if machine["matmul_tflops"]:
                 row["share_of_matmul"] = row["tflops"] / machine["matmul_tflops"]
             rows.append(row)
@@ -132,7 +142,9 @@ def parse_batches(text: str) -> list[tuple[int, int]]:
     for part in text.split(","):
         batch, _, accumulation = part.strip().partition("x")
         if not batch.isdigit() or not (accumulation or "1").isdigit():
-            raise BenchError(f"batch {part!r}: write BATCHxACCUMULATION, such as 6x2, or a batch size")
+            raise BenchError(
+                f"batch {part!r}: write BATCHxACCUMULATION, such as 6x2, or a batch size"
+            )
         parsed.append((int(batch), int(accumulation or 1)))
     return parsed
 
@@ -170,7 +182,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["geometry"],
         row["batch"],
         row["variant"],
-        f"{row['volumes_per_s']:.3g}" if row["volumes_per_s"] < 100 else f"{row['volumes_per_s']:.0f}",
+        f"{row['volumes_per_s']:.3g}"
+        if row["volumes_per_s"] < 100
+        else f"{row['volumes_per_s']:.0f}",
         f"{row['ms_per_step']:.1f}",
         "" if row["gpu_busy"] is None else f"{row['gpu_busy']:.0%}",
         f"{row['peak_memory_gib']:.1f}",
@@ -207,7 +221,9 @@ def bench_data(
     `prepared`: our prepared cohort, made once (with all cores), and read in random order. Compressed NIfTI of about `size`
     voxels a side, one to three a subject, written below `folder`; the files are in the page cache for all alike.
     """
-    table = write_cohort(folder / "cohort", subjects=subjects, side=(size - size // 8, size + size // 8))
+    table = write_cohort(
+        folder / "cohort", subjects=subjects, side=(size - size // 8, size + size // 8)
+    )
     manifest = read_manifest(table)
     items = [{"image": path} for path in manifest.rows["path"]]
     usual = monai_preparation((size,) * 3)
@@ -229,8 +245,15 @@ def bench_data(
     measure("prepare", lambda: prepare_cohort(manifest, recipe, folder / "prepared"))
     cohort = open_cohort(prepare_cohort(manifest, recipe, folder / "prepared"))
     order = np.random.default_rng(0).permutation(len(items))
-    measure("prepared", lambda: [torch.from_numpy(np.array(cohort.volumes[i])).float() for i in order])
-    return {"machine": machine_facts(torch.device("cpu")), "size": size, "volumes": len(items), "rows": rows}
+    measure(
+        "prepared", lambda: [torch.from_numpy(np.array(cohort.volumes[i])).float() for i in order]
+    )
+    return {
+        "machine": machine_facts(torch.device("cpu")),
+        "size": size,
+        "volumes": len(items),
+        "rows": rows,
+    }
 
 
 def data_table(result: dict[str, Any]) -> Table:
@@ -269,7 +292,9 @@ def _ours(
     }
 
 
-def _deterministic(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, Any]:
+def _deterministic(
+    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
+) -> dict[str, Any]:
     config = config.model_copy(update={"deterministic": True})
     try:
         return _ours(config, cohort, split, device, graphs=True)  # which the run itself leaves out
@@ -277,7 +302,9 @@ def _deterministic(config: FineTuneConfig, cohort: Cohort, split: Split, device:
         torch.use_deterministic_algorithms(False)
 
 
-def _unaugmented(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, Any]:
+def _unaugmented(
+    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
+) -> dict[str, Any]:
     config = config.model_copy(update={"augmentation_strength": 0.0, "flip_axes": ""})
     return _ours(config, cohort, split, device, graphs=True)
 
@@ -288,10 +315,14 @@ def _unaugmented(config: FineTuneConfig, cohort: Cohort, split: Split, device: t
 class _InMemory(Dataset[tuple[Tensor, int]]):
     """Decoded float32 volumes in a list, as MONAI's CacheDataset holds them, and its random transforms."""
 
-    def __init__(self, cohort: Cohort, rows: np.ndarray, transform: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, cohort: Cohort, rows: np.ndarray, transform: Callable[[Tensor], Tensor] | None
+    ) -> None:
         self.transform = transform
         distinct = {int(row) % DISTINCT for row in rows}
-        tensors = {row: torch.from_numpy(cohort.volumes[row].astype(np.float32)) for row in distinct}
+        tensors = {
+            row: torch.from_numpy(cohort.volumes[row].astype(np.float32)) for row in distinct
+        }
         self.items = [(tensors[int(row) % DISTINCT], int(cohort.labels[row])) for row in rows]
 
     def __len__(self) -> int:
@@ -303,12 +334,19 @@ class _InMemory(Dataset[tuple[Tensor, int]]):
 
 
 def _plain(
-    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, augmented: bool = False
+    config: FineTuneConfig,
+    cohort: Cohort,
+    split: Split,
+    device: torch.device,
+    *,
+    augmented: bool = False,
 ) -> dict[str, Any]:
     _reset_peak(device)
     run = PlainRun(config, np.bincount(cohort.labels[split.train]), device, total_updates=100_000)
     half = device.type == "cuda"
-    dataset = _InMemory(cohort, split.train, monai_augmentation(config.flip_axes) if augmented else None)
+    dataset = _InMemory(
+        cohort, split.train, monai_augmentation(config.flip_axes) if augmented else None
+    )
 
     def epoch(loader: Iterable[Any]) -> None:
         run.train_epoch(loader, epoch=1)
@@ -342,7 +380,9 @@ def _plain(
 _VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dict[str, Any]]] = {
     "plain": _plain,
     "plain_augmented": functools.partial(_plain, augmented=True),
-    "eager": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=False),
+    "eager": lambda config, cohort, split, device: _ours(
+        config, cohort, split, device, graphs=False
+    ),
     "ours": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=True),
     "unaugmented": _unaugmented,
     "deterministic": _deterministic,
@@ -355,7 +395,9 @@ _VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dic
 def made_cohort(config: FineTuneConfig, train: int) -> tuple[Cohort, Split]:
     rng = np.random.default_rng(0)
     val = 2 * config.validation_batch_size
-    distinct = rng.standard_normal((DISTINCT, config.in_channels, *config.volume_shape), dtype=np.float32)
+    distinct = rng.standard_normal(
+        (DISTINCT, config.in_channels, *config.volume_shape), dtype=np.float32
+    )
     volumes = np.resize(distinct.astype(np.float16), (train + val, *distinct.shape[1:]))
     labels = (np.arange(train + val) % 5 == 0).astype(np.int64)
     text = np.array([str(row) for row in range(train + val)])
@@ -388,13 +430,18 @@ def _profile(epoch: Callable[[], object], steps: int, device: torch.device) -> d
     for event in profiler.profiler.kineto_results.events():
         if "CUDA" in str(event.device_type()) and event.duration_ns() > 0:
             spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
-            by_name[event.name()] = by_name.get(event.name(), 0.0) + event.duration_ns() / 1e6 / steps
+            by_name[event.name()] = (
+                by_name.get(event.name(), 0.0) + event.duration_ns() / 1e6 / steps
+            )
     busy, end = 0, 0
     for start, stop in sorted(spans):
         busy += max(0, stop - max(start, end))
         end = max(end, stop)
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:25]
-    return {"gpu_ms_per_step": busy / 1e6 / steps, "kernels": {name[:110]: round(ms, 4) for name, ms in longest}}
+    return {
+        "gpu_ms_per_step": busy / 1e6 / steps,
+        "kernels": {name[:110]: round(ms, 4) for name, ms in longest},
+    }
 
 
 def _wait(device: torch.device) -> None:

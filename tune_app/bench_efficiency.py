@@ -116,12 +116,18 @@ def bench_efficiency(
     def search(side: str, repetition: int, environment: Mapping[str, str] | None) -> None:
         place = folder / f"{side}-{repetition}"
         if side == "plain":
-            found = _plain({**common, "cohort": str(prepared)}, place, seconds, repetition, environment)
+            found = _plain(
+                {**common, "cohort": str(prepared)}, place, seconds, repetition, environment
+            )
         else:
             found = _study(side, common, place, seconds, repetition, environment)
         with keeping:
-            result["searches"].append({"side": side, "repetition": repetition, **found, "confirmed": []})
-            result["searches"].sort(key=lambda search: (search["repetition"], asked.index(search["side"])))
+            result["searches"].append(
+                {"side": side, "repetition": repetition, **found, "confirmed": []}
+            )
+            result["searches"].sort(
+                key=lambda search: (search["repetition"], asked.index(search["side"]))
+            )
             say(
                 f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
                 f"its best says {found['claimed']:.3f}"
@@ -131,9 +137,15 @@ def bench_efficiency(
     together = at_once or 1
     gpus = _visible_gpus() if at_once else []
     for first in range(0, repetitions, together):
-        wave = [(side, number) for number in range(first, min(first + together, repetitions)) for side in asked]
+        wave = [
+            (side, number)
+            for number in range(first, min(first + together, repetitions))
+            for side in asked
+        ]
         with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
-            begun = [pool.submit(search, side, number, _sharing(gpus, number)) for side, number in wave]
+            begun = [
+                pool.submit(search, side, number, _sharing(gpus, number)) for side, number in wave
+            ]
         for one in begun:
             one.result()
     _confirm(result, table, folder, common, folds, seeds)
@@ -147,13 +159,21 @@ def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
     if at_a_time is None:
         return None
     checkpoint, best = file_sizes(config)
-    return 2 * Budget(total=0, checkpoint=checkpoint, best=best, concurrent=at_a_time, keep_best=1).least / GIB
+    return (
+        2
+        * Budget(total=0, checkpoint=checkpoint, best=best, concurrent=at_a_time, keep_best=1).least
+        / GIB
+    )
 
 
 def _visible_gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")
+    return (
+        [str(index) for index in range(torch.cuda.device_count())]
+        if named is None
+        else named.split(",")
+    )
 
 
 def _sharing(gpus: list[str], repetition: int) -> dict[str, str] | None:
@@ -161,7 +181,10 @@ def _sharing(gpus: list[str], repetition: int) -> dict[str, str] | None:
     if not gpus:
         return None
     # Every Ray would start a worker a core before it trains anything
-    return os.environ | {"CUDA_VISIBLE_DEVICES": gpus[repetition % len(gpus)], "RAY_prestart_worker_first_driver": "0"}
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": gpus[repetition % len(gpus)],
+        "RAY_prestart_worker_first_driver": "0",
+    }
 
 
 def _study(
@@ -177,10 +200,24 @@ def _study(
     fields["config"] = {**common["config"], "seed": repetition}
     if side == "random":
         ignored = dict.fromkeys(VERDICTS, "ignore")
-        fields |= {"sampler": "random", "warm_start": [], "policy": {"halving": False, "actions": ignored}}
+        fields |= {
+            "sampler": "random",
+            "warm_start": [],
+            "policy": {"halving": False, "actions": ignored},
+        }
     place.mkdir(parents=True)
-    (place / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
-    command = [sys.executable, "-m", "tune_app.cli", "run", str(place / "study.yaml"), "--out", str(place / "study")]
+    (place / "study.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in fields.items() if v is not None})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tune_app.cli",
+        "run",
+        str(place / "study.yaml"),
+        "--out",
+        str(place / "study"),
+    ]
     spent = _until(seconds, command, place / "console.log", environment)
     study = load_study(place / "study")
     winner = _winner(study)
@@ -194,7 +231,9 @@ def _study(
     }
 
 
-def _until(seconds: float, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> float:
+def _until(
+    seconds: float, command: list[str], log: Path, environment: Mapping[str, str] | None = None
+) -> float:
     """Run a command until it ends or its time is over, when it gets Ctrl-C; returns the seconds until then."""
     began = time.perf_counter()
     with log.open("w") as told:
@@ -203,7 +242,11 @@ def _until(seconds: float, command: list[str], log: Path, environment: Mapping[s
         )
         try:
             if process.wait(seconds):
-                raise SpecError([f"the search ended with {process.returncode} before its time was over: see {log}"])
+                raise SpecError(
+                    [
+                        f"the search ended with {process.returncode} before its time was over: see {log}"
+                    ]
+                )
             return time.perf_counter() - began
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
@@ -230,7 +273,9 @@ def _winner(study: Study) -> str:
     sound = valued[(valued["state"] == "completed") & ~valued["verdict"].isin(COLLAPSES)]
     if valued.empty:
         raise SpecError([f"{study.path}: no trial has a value yet: give the searches more seconds"])
-    best = (sound if len(sound) else valued).sort_values(["objective", "number"], ascending=[False, True])
+    best = (sound if len(sound) else valued).sort_values(
+        ["objective", "number"], ascending=[False, True]
+    )
     return str(best["trial"].iloc[0])
 
 
@@ -238,7 +283,11 @@ def _winner(study: Study) -> str:
 
 
 def _plain(
-    common: Mapping[str, Any], place: Path, seconds: float, repetition: int, environment: Mapping[str, str] | None
+    common: Mapping[str, Any],
+    place: Path,
+    seconds: float,
+    repetition: int,
+    environment: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
     place.mkdir(parents=True)
@@ -247,7 +296,13 @@ def _plain(
     began = time.perf_counter()
     with (place / "console.log").open("w") as told:
         until = time.monotonic() + seconds  # of the machine, not of the process
-        command = [sys.executable, "-m", "tune_app.bench_efficiency", str(place / "given.json"), str(until)]
+        command = [
+            sys.executable,
+            "-m",
+            "tune_app.bench_efficiency",
+            str(place / "given.json"),
+            str(until),
+        ]
         done = subprocess.run(
             command,
             stdout=told,
@@ -258,7 +313,9 @@ def _plain(
         )
     if done.returncode:
         last = (place / "console.log").read_text().strip().rpartition("\n")[2]
-        raise SpecError([f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"])
+        raise SpecError(
+            [f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"]
+        )
     found: dict[str, Any] = json.loads((place / "found.json").read_text())
     return {"seconds": min(seconds, time.perf_counter() - began), **found}
 
@@ -275,31 +332,45 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
 
     settings = given["config"]
     space = space_from(given["space"], settings)
-    distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+    distributions = {
+        parameter.name: parameter.distribution for parameter in space.parameters.values()
+    }
     place = Path(given["place"])
-    start_ray({"log_to_driver": False, "logging_level": "ERROR"})  # which tries again, as a study does
+    start_ray(
+        {"log_to_driver": False, "logging_level": "ERROR"}
+    )  # which tries again, as a study does
     has_gpu = bool(ray.cluster_resources().get("GPU"))
     gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
-    at_once = int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
+    at_once = (
+        int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
+    )
     at_once = min(at_once, given["max_concurrent"] or at_once)
     reported: list[str] = []
 
     class Watch(tune.Callback):  # type: ignore[misc]
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any
+        ) -> None:
             reported.append(trial.trial_id)
 
     searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
     try:
         results = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_plain_trial, given=dict(given)), {"CPU": 1, "GPU": gpus}),
+            tune.with_resources(
+                tune.with_parameters(_plain_trial, given=dict(given)), {"CPU": 1, "GPU": gpus}
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=ConcurrencyLimiter(searcher, max_concurrent=at_once),
-                scheduler=ASHAScheduler(time_attr="epoch", metric="val_auc", mode="max", max_t=settings["epochs"]),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch", metric="val_auc", mode="max", max_t=settings["epochs"]
+                ),
                 num_samples=given["trials"],
                 reuse_actors=True,
                 time_budget_s=max(1.0, until - time.monotonic()),
             ),
-            run_config=tune.RunConfig(storage_path=str(place), name="plain", callbacks=[Watch()], verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=str(place), name="plain", callbacks=[Watch()], verbose=0
+            ),
         ).fit()
         if not reported:
             sys.exit("no trial has a value yet: give the searches more seconds")
@@ -345,7 +416,12 @@ def _report_epochs(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
 
 
 def _confirm(
-    result: dict[str, Any], table: Path, folder: Path, common: Mapping[str, Any], folds: str, seeds: int
+    result: dict[str, Any],
+    table: Path,
+    folder: Path,
+    common: Mapping[str, Any],
+    folds: str,
+    seeds: int,
 ) -> None:
     """Run all winners and the documented settings with the same new seeds on the same folds; fill in what they reach.
 
@@ -355,7 +431,10 @@ def _confirm(
 
     config = {name: value for name, value in common["config"].items() if name not in DECIDED}
     chosen: dict[str, dict[str, Scalar]] = {"documented": documented_after(config["epochs"])}
-    chosen |= {f"{search['side']}-{search['repetition']}": search["overrides"] for search in result["searches"]}
+    chosen |= {
+        f"{search['side']}-{search['repetition']}": search["overrides"]
+        for search in result["searches"]
+    }
     spec = ablation_spec(
         table,
         {
@@ -401,7 +480,9 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
                 _range([float(np.mean(row["confirmed"])) for row in rows if row["confirmed"]]),
             )
     if result["documented"]:
-        table.add_row("documented", "-", "-", "-", "-", "-", _range([float(np.mean(result["documented"]))]))
+        table.add_row(
+            "documented", "-", "-", "-", "-", "-", _range([float(np.mean(result["documented"]))])
+        )
     return table
 
 

@@ -69,7 +69,12 @@ def bench_overhead(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with ray_to_file(folder / "ray.log", Console(quiet=True)):
         keep_strangers_out()
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR)
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level=logging.ERROR,
+        )
         try:
             at_a_time = concurrent or int(ray.cluster_resources()["CPU"])
             sides: dict[str, _Ours | _Bare] = {
@@ -77,15 +82,21 @@ def bench_overhead(
                 "bare": _Bare(folder / "bare", epochs, at_a_time),
                 "stripped": _Bare(folder / "stripped", epochs, at_a_time, stripped=True),
             }
-            for side in SIDES:  # processes start, modules load, files are there: not what is measured
+            for (
+                side
+            ) in SIDES:  # processes start, modules load, files are there: not what is measured
                 sides[side].begin(at_a_time)()
-            say(f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}")
+            say(
+                f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}"
+            )
             for number in range(turns):
                 order = SIDES[number % 3 :] + SIDES[: number % 3]
                 turn = {side: sides[side].begin(size)().seconds_a_trial() for side in order}
                 done.append(turn)
                 told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
-                say(f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}")
+                say(
+                    f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}"
+                )
                 record(_result(done, size, epochs, at_a_time))
         finally:
             ray.shutdown()
@@ -103,7 +114,9 @@ class _Ends(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def seconds_a_trial(self) -> dict[str, float]:
         first, last = self.at[0], self.at[-1]
-        wall_s, cpu_s = ((end - begin) / (len(self.at) - 1) for begin, end in zip(first, last, strict=True))
+        wall_s, cpu_s = (
+            (end - begin) / (len(self.at) - 1) for begin, end in zip(first, last, strict=True)
+        )
         return {"wall_s": wall_s, "cpu_s": cpu_s}
 
 
@@ -117,9 +130,14 @@ class _OurEnds(Lifecycle):
         self.ends.on_trial_complete(*arguments, **info)
 
 
-def _result(done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_a_time: int) -> dict[str, Any]:
+def _result(
+    done: list[dict[str, dict[str, float]]], size: int, epochs: int, at_a_time: int
+) -> dict[str, Any]:
     means = {
-        side: {key: statistics.fmean(turn[side][key] for turn in done) for key in ("wall_s", "cpu_s")} for side in SIDES
+        side: {
+            key: statistics.fmean(turn[side][key] for turn in done) for key in ("wall_s", "cpu_s")
+        }
+        for side in SIDES
     }
     return {
         "machine": machine("ray", "optuna"),
@@ -142,7 +160,9 @@ def overhead_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     size = result["trials"] // len(result["turns"])
     for number, turn in enumerate(result["turns"]):
-        table.add_row(f"{number * size + 1} to {(number + 1) * size}, s a trial", *_cells(turn, "wall_s"))
+        table.add_row(
+            f"{number * size + 1} to {(number + 1) * size}, s a trial", *_cells(turn, "wall_s")
+        )
     table.add_row(f"all {result['trials']}, s a trial", *_cells(result, "wall_s"), style="bold")
     table.add_row("  of these CPU of the driver", *_cells(result, "cpu_s"))
     return table
@@ -169,13 +189,32 @@ def _trivial_trial(epochs: int) -> Callable[[dict[str, Any]], None]:
         from ray import tune
 
         drawn = config.get("overrides", config)
-        level = 0.85 - 0.1 * (math.log10(drawn["backbone_lr"]) + 4) ** 2 - 0.2 * (drawn["max_m"] - 0.2) ** 2
+        level = (
+            0.85
+            - 0.1 * (math.log10(drawn["backbone_lr"]) + 4) ** 2
+            - 0.2 * (drawn["max_m"] - 0.2) ** 2
+        )
         for epoch in range(1, epochs + 1):
             auc = 0.5 + (level - 0.5) * (1 - 0.5**epoch)
-            weights = {f"val_{name}_{kind}": auc for name in ("auc", "auprc", "tied") for kind in ("raw", "ema")}
+            weights = {
+                f"val_{name}_{kind}": auc
+                for name in ("auc", "auprc", "tied")
+                for kind in ("raw", "ema")
+            }
             bounds = {"val_auc": auc, "val_auc_low": auc - 0.1, "val_auc_high": auc + 0.1}
-            counts = {"val_positive": 20, "val_negative": 80, "updates": 30 * epoch, "skipped_updates": 0}
-            rest = {"train_loss": 1 / epoch, "train_auc": auc, "drw_active": False, "epoch_s": 0.0, "grad_norm": 1.0}
+            counts = {
+                "val_positive": 20,
+                "val_negative": 80,
+                "updates": 30 * epoch,
+                "skipped_updates": 0,
+            }
+            rest = {
+                "train_loss": 1 / epoch,
+                "train_auc": auc,
+                "drw_active": False,
+                "epoch_s": 0.0,
+                "grad_norm": 1.0,
+            }
             tune.report({"epoch": epoch, **bounds, **weights, **counts, **rest})
 
     return trial
@@ -200,43 +239,72 @@ class _Ours:
         spec = self._spec()
         console = Console(file=(self.files.root / "console.log").open("a"), width=80)
         recorder = Recorder(spec, self.files)
-        session = _Session(spec, "none", recorder, Display(console, num_trials=self.trials, epochs=self.epochs))
+        session = _Session(
+            spec, "none", recorder, Display(console, num_trials=self.trials, epochs=self.epochs)
+        )
         session.begin()
         session.lifecycle = lifecycle = _OurEnds(session)
 
         def run() -> _Ends:
-            session.run(_trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent, [{"CPU": 1.0}]))
+            session.run(
+                _trivial_trial(self.epochs), Plan(1, 1, 0.0, self.concurrent, [{"CPU": 1.0}])
+            )
             ended = recorder.states()
-            assert sum(ended.get(state, 0) for state in ("completed", "stopped")) == self.trials, ended
+            assert sum(ended.get(state, 0) for state in ("completed", "stopped")) == self.trials, (
+                ended
+            )
             return lifecycle.ends
 
         return run
 
     def _spec(self) -> StudySpec:
         return build_spec(
-            {"data": "none", "space": SPACE, "trials": self.trials, "config": {"epochs": self.epochs}, "warm_start": ()}
+            {
+                "data": "none",
+                "space": SPACE,
+                "trials": self.trials,
+                "config": {"epochs": self.epochs},
+                "warm_start": (),
+            }
         )
 
 
 class _Bare:
     """Ray Tune with `OptunaSearch`, continued in the same study in memory."""
 
-    def __init__(self, folder: Path, epochs: int, concurrent: int, *, stripped: bool = False) -> None:
-        self.folder, self.epochs, self.concurrent, self.stripped = folder, epochs, concurrent, stripped
+    def __init__(
+        self, folder: Path, epochs: int, concurrent: int, *, stripped: bool = False
+    ) -> None:
+        self.folder, self.epochs, self.concurrent, self.stripped = (
+            folder,
+            epochs,
+            concurrent,
+            stripped,
+        )
         self.storage = optuna.storages.InMemoryStorage()
         space = space_from(SPACE, {"epochs": epochs})
-        self.distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+        self.distributions = {
+            parameter.name: parameter.distribution for parameter in space.parameters.values()
+        }
 
     def begin(self, count: int) -> Callable[[], _Ends]:
         """Open the study; returns what runs `count` more trials and says when they ended."""
         searcher = OptunaSearch(
-            self.distributions, metric="val_auc", mode="max", storage=self.storage, study_name="bare", seed=0
+            self.distributions,
+            metric="val_auc",
+            mode="max",
+            storage=self.storage,
+            study_name="bare",
+            seed=0,
         )
         ends = _Ends()
         tuner = tune.Tuner(
             tune.with_resources(_trivial_trial(self.epochs), _bundle()),
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=count, max_concurrent_trials=self.concurrent, reuse_actors=True
+                search_alg=searcher,
+                num_samples=count,
+                max_concurrent_trials=self.concurrent,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=uuid.uuid4().hex, storage_path=str(self.folder), callbacks=[ends], verbose=0

@@ -49,7 +49,11 @@ def bench_ranks(
         raise BenchError(f"{max(worlds)} ranks: there are {torch.cuda.device_count()} GPUs here")
     batch_size, accumulation = batch
     rows: list[dict[str, Any]] = []
-    result = {"machine": machine_facts(place), "steps_per_epoch": steps, "batch": f"{batch_size}x{accumulation}"}
+    result = {
+        "machine": machine_facts(place),
+        "steps_per_epoch": steps,
+        "batch": f"{batch_size}x{accumulation}",
+    }
     result |= {"depth": depth, "width": width, "rows": rows}
     for size in sizes:
         config = bench_config(size, batch_size, accumulation, depth=depth, width=width)
@@ -58,8 +62,12 @@ def bench_ranks(
             measured = _measured(config, world, steps, place.type)
             rate = measured["volumes_per_s"]
             first = rate / world if first is None else first
-            rows.append({"size": size, "ranks": world, **measured, "efficiency": rate / (world * first)})
-            say(f"{size} voxels, {world} ranks: {rate:.0f} volumes/s, {measured['ms_per_step']:.1f} ms a step")
+            rows.append(
+                {"size": size, "ranks": world, **measured, "efficiency": rate / (world * first)}
+            )
+            say(
+                f"{size} voxels, {world} ranks: {rate:.0f} volumes/s, {measured['ms_per_step']:.1f} ms a step"
+            )
             record(result)
     return result
 

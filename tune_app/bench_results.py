@@ -95,7 +95,9 @@ def write_made_study(root: Path, curves: list[Curve], epochs: int) -> None:
     """Write curves to `root` as the study of a search that stopped none of them."""
     files = StudyFiles(root)
     names = [name for name in FineTuneConfig.model_fields if name not in NOT_SEARCHED]
-    spec = build_spec({"data": "/data/table.csv", "trials": len(curves), "config": {"epochs": epochs}})
+    spec = build_spec(
+        {"data": "/data/table.csv", "trials": len(curves), "config": {"epochs": epochs}}
+    )
     files.root.mkdir(parents=True)
     files.write({"spec": spec.model_dump(mode="json"), "cohort": "made", "created": CREATED})
     rng = np.random.default_rng(0)
@@ -106,11 +108,30 @@ def write_made_study(root: Path, curves: list[Curve], epochs: int) -> None:
             given = {name: value for name, value in (curve.config or {}).items() if name in names}
             found = diagnose(curve.rows, config)
             write_json(files.trial(curve.trial).config, config.model_dump(mode="json"))
-            record = {"trial": curve.trial, "number": number, "variant": None, "overrides": given, "node": "made"}
-            record |= {"state": "completed", "started": CREATED, "ended": CREATED + 60.0 * epochs, "gpus": 1.0}
-            record |= {"objective": objective_value(curve.rows, DEFAULT_OBJECTIVE), "failures": 0, "error": None}
+            record = {
+                "trial": curve.trial,
+                "number": number,
+                "variant": None,
+                "overrides": given,
+                "node": "made",
+            }
+            record |= {
+                "state": "completed",
+                "started": CREATED,
+                "ended": CREATED + 60.0 * epochs,
+                "gpus": 1.0,
+            }
+            record |= {
+                "objective": objective_value(curve.rows, DEFAULT_OBJECTIVE),
+                "failures": 0,
+                "error": None,
+            }
             record |= {"verdict": found.verdict, "verdict_epoch": found.epoch, "reason": None}
-            record |= {"verdict_summary": found.summary, "advice": found.advice, "healed_epochs": found.healed_epochs}
+            record |= {
+                "verdict_summary": found.summary,
+                "advice": found.advice,
+                "healed_epochs": found.healed_epochs,
+            }
             write_json(files.trial(curve.trial).record, record)
             for row in curve.rows:
                 filled = dict(zip(others, rng.random(len(others)).tolist(), strict=True))
@@ -125,7 +146,9 @@ def results_table_of(result: dict[str, Any]) -> Table:
     for heading in ("step", "seconds", "CPU s", "peak MiB"):
         table.add_column(heading, justify="left" if heading == "step" else "right")
     for row in result["rows"]:
-        table.add_row(row["step"], f"{row['seconds']:.2f}", f"{row['cpu_s']:.2f}", f"{row['peak_mib']:.0f}")
+        table.add_row(
+            row["step"], f"{row['seconds']:.2f}", f"{row['cpu_s']:.2f}", f"{row['peak_mib']:.0f}"
+        )
     return table
 
 

@@ -64,7 +64,12 @@ def bench_search(
     if unknown := sorted(sides - set(SIDES)):
         raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
     settings = {**config, "epochs": epochs}
-    search = {"trials": trials, "epochs": epochs, "grace_epochs": grace_epochs, "reduction_factor": reduction_factor}
+    search = {
+        "trials": trials,
+        "epochs": epochs,
+        "grace_epochs": grace_epochs,
+        "reduction_factor": reduction_factor,
+    }
     result: dict[str, Any] = {
         "machine": machine("torch", "ray", "optuna", "monai"),
         **search,
@@ -75,15 +80,22 @@ def bench_search(
         "medtune": None,
         "ratio": None,
     }
-    for side in [side for side in SIDES if side in sides]:  # plain first: a study sets variables for Ray
+    for side in [
+        side for side in SIDES if side in sides
+    ]:  # plain first: a study sets variables for Ray
         started = time.perf_counter()
 
         def keep(
-            runs: list[list[float]], side: str = side, started: float = started, more: Mapping[str, Any] = {}
+            runs: list[list[float]],
+            side: str = side,
+            started: float = started,
+            more: Mapping[str, Any] = {},
         ) -> None:
             result[side] = _side(runs, grace_epochs, time.perf_counter() - started) | dict(more)
             if result["plain"] and result["medtune"]:
-                result["ratio"] = result["medtune"]["trials_per_hour"] / result["plain"]["trials_per_hour"]
+                result["ratio"] = (
+                    result["medtune"]["trials_per_hour"] / result["plain"]["trials_per_hour"]
+                )
             record(result)
 
         place = folder / side
@@ -92,7 +104,9 @@ def bench_search(
             if side == "plain":
                 runs = _plain(table, place, settings, search, gpu=gpu, seed=seed, ended=keep)
             else:
-                runs, more = _medtune(table, place, settings, search, gpus_per_trial=gpus_per_trial, seed=seed)
+                runs, more = _medtune(
+                    table, place, settings, search, gpus_per_trial=gpus_per_trial, seed=seed
+                )
         keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
         say(
@@ -122,10 +136,17 @@ def gpus_watched() -> Iterator[list[float]]:
     if program is None:
         yield shares
         return
-    command = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=1000"]
+    command = [
+        program,
+        "--query-gpu=utilization.gpu",
+        "--format=csv,noheader,nounits",
+        "--loop-ms=1000",
+    ]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={visible}")
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    watching = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         yield shares
     finally:
@@ -176,7 +197,16 @@ def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[st
 def search_table(result: Mapping[str, Any]) -> Table:
     """Return what the sides came to as a Rich table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("side", "trials", "seconds", "trials/hour", "epochs", "s an epoch", "AUC at first rung", "best AUC"):
+    for name in (
+        "side",
+        "trials",
+        "seconds",
+        "trials/hour",
+        "epochs",
+        "s an epoch",
+        "AUC at first rung",
+        "best AUC",
+    ):
         table.add_column(name, justify="left" if name == "side" else "right")
     for side in SIDES:
         if (row := result[side]) is not None:
@@ -194,7 +224,9 @@ def search_table(result: Mapping[str, Any]) -> Table:
     if result["ratio"] is not None:
         told.append(f"medtune: {result['ratio']:.1f} times the trials an hour")
     if (ours := result["medtune"]) is not None:
-        between = "" if ours["between_s"] is None else f", {ours['between_s']:.1f} s between two trials"
+        between = (
+            "" if ours["between_s"] is None else f", {ours['between_s']:.1f} s between two trials"
+        )
         told.append(
             f"{ours['at_once']} trials at a time, {ours['training_share']:.0%} of their time in epochs{between}"
         )
@@ -284,15 +316,21 @@ def _plain(
     going: dict[str, list[float]] = {}
 
     class Watch(tune.Callback):  # type: ignore[misc]
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any
+        ) -> None:
             going.setdefault(trial.trial_id, []).append(float(result["val_auc"]))
 
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **_: Any
+        ) -> None:
             runs.append(going[trial.trial_id])
             ended(runs)
 
     space = space_from(SPACE, settings)
-    distributions = {parameter.name: parameter.distribution for parameter in space.parameters.values()}
+    distributions = {
+        parameter.name: parameter.distribution for parameter in space.parameters.values()
+    }
     keep_strangers_out()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
@@ -311,9 +349,13 @@ def _plain(
                     reduction_factor=search["reduction_factor"],
                 ),
                 num_samples=search["trials"],
-                max_concurrent_trials=max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))),
+                max_concurrent_trials=max(
+                    1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+                ),
             ),
-            run_config=tune.RunConfig(storage_path=str(folder.resolve()), callbacks=[Watch()], verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=str(folder.resolve()), callbacks=[Watch()], verbose=0
+            ),
         )
         results = tuner.fit()
         assert not results.errors, results.errors
@@ -334,12 +376,19 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     from trainables.manifest import read_manifest, split_rows
     from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
 
-    overrides = space_from(SPACE, given["settings"]).sample_to_overrides(drawn, given["settings"]["epochs"])
+    overrides = space_from(SPACE, given["settings"]).sample_to_overrides(
+        drawn, given["settings"]["epochs"]
+    )
     config = build_config({**given["settings"], **overrides})
     manifest = read_manifest(Path(given["table"]))
-    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    split = split_rows(
+        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+    )
     usual = Compose(monai_preparation(config.volume_shape))
-    paths, labels = manifest.rows["path"].to_numpy(), manifest.rows["label"].to_numpy(dtype=np.int64)
+    paths, labels = (
+        manifest.rows["path"].to_numpy(),
+        manifest.rows["label"].to_numpy(dtype=np.int64),
+    )
 
     def cached(rows: Any) -> Any:
         items = [{"image": paths[row], "label": int(labels[row])} for row in rows]

@@ -66,7 +66,13 @@ def bench_start(
     if place.type == "cuda":
         torch.cuda.empty_cache()  # what it measured with
     rows: list[dict[str, Any]] = []
-    result = {"machine": machine, "size": size, "batch": f"{batch[0]}x{batch[1]}", "at_once": at_once, "rows": rows}
+    result = {
+        "machine": machine,
+        "size": size,
+        "batch": f"{batch[0]}x{batch[1]}",
+        "at_once": at_once,
+        "rows": rows,
+    }
     config = bench_config(size, *batch, depth=depth, width=width, geometry=geometry)
     for count in volumes:
         by_process = _measured(config, count, at_once, place.type)
@@ -74,14 +80,20 @@ def bench_start(
             seen = [measured[run] for measured in by_process]
             row: dict[str, Any] = {"volumes": count, "run": run}
             row |= {name: statistics.median(one[name] for one in seen) for name in seen[0]}
-            row["cost_s"] = row["load_s"] + row["set_up_s"] + row["first_epoch_s"] - row["later_epoch_s"]
+            row["cost_s"] = (
+                row["load_s"] + row["set_up_s"] + row["first_epoch_s"] - row["later_epoch_s"]
+            )
             rows.append(row)
-            say(f"{count} volumes, {run}: first epoch {row['first_epoch_s']:.1f} s, then {row['later_epoch_s']:.2f} s")
+            say(
+                f"{count} volumes, {run}: first epoch {row['first_epoch_s']:.1f} s, then {row['later_epoch_s']:.2f} s"
+            )
         record(result)
     return result
 
 
-def _measured(config: FineTuneConfig, volumes: int, at_once: int, kind: str) -> list[dict[str, dict[str, float]]]:
+def _measured(
+    config: FineTuneConfig, volumes: int, at_once: int, kind: str
+) -> list[dict[str, dict[str, float]]]:
     answers: SimpleQueue[dict[str, dict[str, float]]] = get_context("spawn").SimpleQueue()
     cohort, split = made_cohort(config, volumes)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +136,9 @@ def _process(
     answers.put(found)
 
 
-def _run(config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device) -> dict[str, float]:
+def _run(
+    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
+) -> dict[str, float]:
     started = time.perf_counter()
     run = _Run(config, cohort, split, device)
     set_up_s = time.perf_counter() - started
@@ -142,9 +156,19 @@ def start_table(result: dict[str, Any]) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
     )
-    for name in ("volumes", "run", "load\ns", "set-up\ns", "first\nepoch s", "later\nepochs s", "cost\ns"):
+    for name in (
+        "volumes",
+        "run",
+        "load\ns",
+        "set-up\ns",
+        "first\nepoch s",
+        "later\nepochs s",
+        "cost\ns",
+    ):
         table.add_column(name, justify="left" if name == "run" else "right")
     for row in result["rows"]:
-        seconds = [row[name] for name in ("load_s", "set_up_s", "first_epoch_s", "later_epoch_s", "cost_s")]
+        seconds = [
+            row[name] for name in ("load_s", "set_up_s", "first_epoch_s", "later_epoch_s", "cost_s")
+        ]
         table.add_row(str(row["volumes"]), row["run"], *(f"{value:.2f}" for value in seconds))
     return table

@@ -24,7 +24,9 @@ CROSS_FITS = 10
 class Calibration(BaseModel):
     """Scaled logits z -> probabilities softmax(slope * z + offsets); the order of volumes within a class pair stays."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     slope: float = Field(ge=0)
     """Stretches the scaled logits: below 1 the network was over-confident. 0: it ranks no better than chance."""
@@ -57,7 +59,9 @@ def fit_calibration(z_NC: Array, labels_N: Array) -> Calibration:
     targets[np.arange(count), labels] += counts[labels]
     targets /= (counts[labels] + classes)[:, None]
     z = z - z.mean(axis=1, keepdims=True)
-    spread = float(np.abs(z).max()) or 1.0  # logits of a saturated network reach hundreds: the search wants about 1
+    spread = (
+        float(np.abs(z).max()) or 1.0
+    )  # logits of a saturated network reach hundreds: the search wants about 1
     z = z / spread
 
     def cross_entropy(parameters: Array) -> tuple[float, Array]:
@@ -70,8 +74,12 @@ def fit_calibration(z_NC: Array, labels_N: Array) -> Calibration:
     start = np.zeros(classes)
     bounds = [(0.0, None), *[(None, None)] * (classes - 1)]
     tight: Any = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 10_000}
-    found = minimize(cross_entropy, start, jac=True, method="L-BFGS-B", bounds=bounds, options=tight).x
-    return Calibration(slope=float(found[0] / spread), offsets=(0.0, *(float(part) for part in found[1:])))
+    found = minimize(
+        cross_entropy, start, jac=True, method="L-BFGS-B", bounds=bounds, options=tight
+    ).x
+    return Calibration(
+        slope=float(found[0] / spread), offsets=(0.0, *(float(part) for part in found[1:]))
+    )
 
 
 def cross_fits(labels_N: Array, groups_N: Array) -> Iterator[tuple[Array, Array]]:
@@ -83,7 +91,9 @@ def cross_fits(labels_N: Array, groups_N: Array) -> Iterator[tuple[Array, Array]
     names, codes = np.unique(groups_N, return_inverse=True)
     order = np.random.default_rng(0).permutation(len(names))
     top = np.zeros(len(names), dtype=np.int64)
-    rarity = np.argsort(np.argsort(-np.bincount(labels_N), kind="stable"))  # 0: the most frequent class
+    rarity = np.argsort(
+        np.argsort(-np.bincount(labels_N), kind="stable")
+    )  # 0: the most frequent class
     np.maximum.at(top, codes, rarity[labels_N])
     dealt = order[np.argsort(-top[order], kind="stable")]
     parts = min(CROSS_FITS, len(names))

@@ -91,10 +91,15 @@ def _print_version(asked: bool) -> None:
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr
+    )
 
 
 # One run ---------------------------------------------------------------------------------------------------------------
@@ -105,37 +110,66 @@ def train(
     data: DataOption,
     fold: Annotated[int | None, typer.Option("--fold", help="Fold that validates.")] = None,
     pretrained_path: WeightsOption = None,
-    lr: Annotated[float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")
+    ] = None,
     classifier_lr: Annotated[
-        float | None, typer.Option("--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given.")
+        float | None,
+        typer.Option(
+            "--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch_size", "--batch-size", help="Volumes a micro-batch.")
     ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs")] = None,
-    optimizer: Annotated[str | None, typer.Option("--optimizer", help="adam, adamw or sgd.")] = None,
-    loss: Annotated[str | None, typer.Option("--loss", help="LDAM, cross_entropy or focal.")] = None,
-    scheduler: Annotated[str | None, typer.Option("--scheduler", help="cosine or constant.")] = None,
-    max_m: Annotated[float | None, typer.Option("--max-m", help="Margin of the rarest class.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="adam, adamw or sgd.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="LDAM, cross_entropy or focal.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="cosine or constant.")
+    ] = None,
+    max_m: Annotated[
+        float | None, typer.Option("--max-m", help="Margin of the rarest class.")
+    ] = None,
     s: Annotated[float | None, typer.Option("--s", help="Scale of the logits.")] = None,
     drw_start_epoch: Annotated[
         int | None, typer.Option("--drw-start-epoch", help="First epoch with class weights.")
     ] = None,
-    grad_clip: Annotated[float | None, typer.Option("--grad-clip", help="Largest gradient norm; 0 for none.")] = None,
-    ema_decay: Annotated[float | None, typer.Option("--ema-decay", help="Decay of the averaged weights.")] = None,
+    grad_clip: Annotated[
+        float | None, typer.Option("--grad-clip", help="Largest gradient norm; 0 for none.")
+    ] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option("--ema-decay", help="Decay of the averaged weights.")
+    ] = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="Before the head.")] = None,
     gradient_accumulation_steps: Annotated[
         int | None,
-        typer.Option("--gradient_accumulation_steps", "--gradient-accumulation-steps", help="Micro-batches an update."),
+        typer.Option(
+            "--gradient_accumulation_steps",
+            "--gradient-accumulation-steps",
+            help="Micro-batches an update.",
+        ),
     ] = None,
     freeze_backbone_epochs: Annotated[
-        int | None, typer.Option("--freeze-backbone-epochs", help="Epochs in which only the head trains.")
+        int | None,
+        typer.Option("--freeze-backbone-epochs", help="Epochs in which only the head trains."),
     ] = None,
-    multi_gpu: Annotated[bool, typer.Option("--multi_gpu", "--multi-gpu", help="All GPUs of this machine.")] = False,
+    multi_gpu: Annotated[
+        bool, typer.Option("--multi_gpu", "--multi-gpu", help="All GPUs of this machine.")
+    ] = False,
     gpu: Annotated[
-        bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU.")
+        bool,
+        typer.Option(
+            "--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU."
+        ),
     ] = True,
-    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")] = None,
+    amp: Annotated[
+        bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")
+    ] = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
@@ -161,19 +195,32 @@ def train(
         "freeze_backbone_epochs": freeze_backbone_epochs,
         "amp": None if amp is None else ("fp16" if amp else "off"),
     }
-    config = build_config({k: v for k, v in given.items() if v is not None} | parse_settings(setting))
+    config = build_config(
+        {k: v for k, v in given.items() if v is not None} | parse_settings(setting)
+    )
     from tune_app.training import train_once
 
     folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
     raise typer.Exit(
-        train_once(config, data, folder, cache_folder(cache), gpu=gpu, multi_gpu=multi_gpu, console=out, notes=err)
+        train_once(
+            config,
+            data,
+            folder,
+            cache_folder(cache),
+            gpu=gpu,
+            multi_gpu=multi_gpu,
+            console=out,
+            notes=err,
+        )
     )
 
 
 @app.command()
 def config(
     setting: SetOption = None,
-    output: Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")] = "table",
+    output: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="table or json.")
+    ] = "table",
 ) -> None:
     """List every hyperparameter: value, effect and unit."""
     checked = build_config(parse_settings(setting))
@@ -200,33 +247,54 @@ def _plain(value: object) -> str:
 
 @app.command()
 def run(
-    study_file: Annotated[Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")] = None,
+    study_file: Annotated[
+        Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
-    space: Annotated[str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
+    ] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
-    sampler: Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
-    ranks: Annotated[int | None, typer.Option("--ranks", help="Processes a trial is spread over.")] = None,
-    cpus_per_rank: Annotated[int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
+    ] = None,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")
+    ] = None,
     max_concurrent: ConcurrentOption = None,
     disk_budget: Annotated[
-        float | None, typer.Option("--disk-budget", help="GiB the study may take; the worst trials' weights go first.")
+        float | None,
+        typer.Option(
+            "--disk-budget", help="GiB the study may take; the worst trials' weights go first."
+        ),
     ] = None,
     warm_start_from: Annotated[
-        list[Path] | None, typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated.")
+        list[Path] | None,
+        typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated."),
     ] = None,
-    log: Annotated[str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
+    ] = None,
     wait_for_resources_s: Annotated[
-        float | None, typer.Option("--wait-for-resources", help="Seconds to wait for a cluster that scales itself up.")
+        float | None,
+        typer.Option(
+            "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
+        ),
     ] = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
     address: AddressOption = None,
-    go_on: Annotated[bool, typer.Option("--resume", help="Go on where --out holds this very study.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Go on where --out holds this very study.")
+    ] = False,
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
@@ -247,7 +315,9 @@ def run(
         "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
-        "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from) if warm_start_from else None,
+        "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from)
+        if warm_start_from
+        else None,
         "cache": cache and str(cache.resolve()),
     }
     fields |= {name: value for name, value in given.items() if value is not None}
@@ -256,11 +326,15 @@ def run(
     settings |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
     fields["config"] = {**(fields.get("config") or {}), **settings}
     if "data" not in fields:
-        raise typer.BadParameter("name the table of volumes: --data TABLE, or data: in the study file")
+        raise typer.BadParameter(
+            "name the table of volumes: --data TABLE, or data: in the study file"
+        )
     spec = build_spec(fields)
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
     if retry_failed and not go_on and elsewhere.get() is None:
-        raise typer.BadParameter("--retry-failed goes with --resume: only a study that is there has failed trials")
+        raise typer.BadParameter(
+            "--retry-failed goes with --resume: only a study that is there has failed trials"
+        )
     _run_and_tell(spec, root, address=address, resume=False, go_on=go_on, retry_failed=retry_failed)
 
 
@@ -280,7 +354,13 @@ def resume(
 
 
 def _run_and_tell(
-    spec: Any, root: Path, *, address: str | None, resume: bool, go_on: bool = False, retry_failed: bool = False
+    spec: Any,
+    root: Path,
+    *,
+    address: str | None,
+    resume: bool,
+    go_on: bool = False,
+    retry_failed: bool = False,
 ) -> None:
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root, retry_failed))
@@ -291,33 +371,56 @@ def _run_and_tell(
     place = url_of(root) or root
     err.print(f"study: {place}", soft_wrap=True, markup=False)
     outcome = run_study(
-        spec, root, console=err, notes=err, address=address, resume=resume, go_on=go_on, retry_failed=retry_failed
+        spec,
+        root,
+        console=err,
+        notes=err,
+        address=address,
+        resume=resume,
+        go_on=go_on,
+        retry_failed=retry_failed,
     )
     print_summary(root, out)
     if outcome.exit_code == INTERRUPTED:
         err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
     elif outcome.exit_code == FAILED_TRIALS:
-        err.print(f"try failed trials again with: medtune resume {place} --retry-failed", soft_wrap=True, markup=False)
+        err.print(
+            f"try failed trials again with: medtune resume {place} --retry-failed",
+            soft_wrap=True,
+            markup=False,
+        )
     raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
 def results(
     studies: Annotated[list[Path], typer.Argument(help="Folders of studies.")],
-    columns: Annotated[list[str] | None, typer.Option("--columns", help="Names or patterns, or all.")] = None,
-    sort: Annotated[list[str] | None, typer.Option("--sort", help="Column; a leading minus: largest first.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", help="Names or patterns, or all.")
+    ] = None,
+    sort: Annotated[
+        list[str] | None, typer.Option("--sort", help="Column; a leading minus: largest first.")
+    ] = None,
     where: Annotated[
         list[str] | None, typer.Option("--where", help="Such as 'val_auc > 0.8'; may be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
-    output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
+    output: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")
+    ] = "table",
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="Write trials, epochs and decisions as CSV to this folder.")
+        Path | None,
+        typer.Option("--csv", help="Write trials, epochs and decisions as CSV to this folder."),
     ] = None,
     parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
-    skip_damage: Annotated[bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")] = False,
+    skip_damage: Annotated[
+        bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")
+    ] = False,
     meanings: Annotated[
-        bool, typer.Option("--meanings", help="List what columns there are, with type and meaning, instead.")
+        bool,
+        typer.Option(
+            "--meanings", help="List what columns there are, with type and meaning, instead."
+        ),
     ] = False,
 ) -> None:
     """Show trials, best first; works while the study runs and after its driver was killed."""
@@ -339,7 +442,11 @@ def results(
         table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
     else:
         table = results_table(
-            subject, columns=columns, sort=sort or ("-objective", "number"), where=where or (), limit=limit
+            subject,
+            columns=columns,
+            sort=sort or ("-objective", "number"),
+            where=where or (),
+            limit=limit,
         )
     if output == "csv":
         print(table.to_csv(index=False), end="")
@@ -356,11 +463,15 @@ def results(
 @app.command()
 def report(
     study: Annotated[Path, typer.Argument(help="Folder of the study.")],
-    compare: Annotated[Path | None, typer.Option("--compare", help="Another study to set beside it.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", help="Another study to set beside it.")
+    ] = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", help="HTML file; default: report.html in the study.")
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Write it again whenever the study has news.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever the study has news.")
+    ] = False,
 ) -> None:
     """Write the study as one self-contained HTML page."""
     from trainables.storage import url_of
@@ -368,7 +479,9 @@ def report(
     from tune_app.results import load_study
 
     if compare is not None and watch:
-        raise typer.BadParameter("--watch writes the page of one study: leave out --compare, or --watch")
+        raise typer.BadParameter(
+            "--watch writes the page of one study: leave out --compare, or --watch"
+        )
     if compare is not None:
         path = out_file or study / f"comparison-{compare.name}.html"
         write_comparison(load_study(study), load_study(compare), path)
@@ -382,7 +495,9 @@ def report(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("medtune-demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path(
+        "medtune-demo"
+    ),
     trials: Annotated[int, typer.Option("--trials", min=2)] = 8,
     epochs: Annotated[int, typer.Option("--epochs", min=3)] = 12,
 ) -> None:
@@ -394,20 +509,33 @@ def demo(
 
 @app.command()
 def backtest(
-    studies: Annotated[list[Path] | None, typer.Argument(help="Finished studies, or files of curves.")] = None,
+    studies: Annotated[
+        list[Path] | None, typer.Argument(help="Finished studies, or files of curves.")
+    ] = None,
     policy: Annotated[
-        list[Path] | None, typer.Option("--policy", help="YAML file with fields of `policy:`; may be repeated.")
+        list[Path] | None,
+        typer.Option("--policy", help="YAML file with fields of `policy:`; may be repeated."),
     ] = None,
     generate: Annotated[
         int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
-    positives: Annotated[int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")] = 50,
-    negatives: Annotated[int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")] = 200,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")] = 8,
-    objective: Annotated[str, typer.Option("--objective", help="What a trial is worth.")] = DEFAULT_OBJECTIVE,
-    output: Annotated[Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")] = "table",
+    positives: Annotated[
+        int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")
+    ] = 50,
+    negatives: Annotated[
+        int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")
+    ] = 200,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")
+    ] = 8,
+    objective: Annotated[
+        str, typer.Option("--objective", help="What a trial is worth.")
+    ] = DEFAULT_OBJECTIVE,
+    output: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")
+    ] = "table",
 ) -> None:
     """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses.
 
@@ -430,7 +558,9 @@ def backtest(
         err.print(
             f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
         )
-        curves = generate_curves(generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives)
+        curves = generate_curves(
+            generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives
+        )
         compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:
         compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
@@ -452,7 +582,9 @@ def _backtest_table(compared: Any) -> Table:
         values = compared[column]
         if column != "policy" and not values.isna().all():
             told = [
-                "-" if value != value else (f"{value:.3g}" if isinstance(value, float) else str(value))
+                "-"
+                if value != value
+                else (f"{value:.3g}" if isinstance(value, float) else str(value))
                 for value in values
             ]
             table.add_row(str(column).replace("_", " "), *told)
@@ -465,7 +597,8 @@ def _backtest_table(compared: Any) -> Table:
 @app.command()
 def fixes(
     output: Annotated[
-        Literal["table", "markdown"], typer.Option("--format", help="table, or the README's own Markdown.")
+        Literal["table", "markdown"],
+        typer.Option("--format", help="table, or the README's own Markdown."),
     ] = "table",
 ) -> None:
     """Show the documented fixes: values before and after, reason and source."""
@@ -490,24 +623,34 @@ def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")
     table = Table(box=None, pad_edge=False, header_style="bold")
     if name is None:
         for heading in ("space", "what it varies", "sampled"):
-            table.add_column(heading, no_wrap=heading == "space", justify="right" if heading == "sampled" else "left")
+            table.add_column(
+                heading,
+                no_wrap=heading == "space",
+                justify="right" if heading == "sampled" else "left",
+            )
         for space in SPACES.values():
             table.add_row(space.name, space.title, str(len(space.parameters)))
         out.print(table)
-        out.print("\n`medtune spaces NAME` shows one; a study file may hold one of your own", markup=False)
+        out.print(
+            "\n`medtune spaces NAME` shows one; a study file may hold one of your own", markup=False
+        )
         return
     space = space_from(name)
     out.print(f"[bold]{space.name}[/bold]: {space.title}\n")
     for heading in ("parameter", "range or value", "before", "default"):
         names = heading in ("parameter", "range or value")
-        table.add_column(heading, no_wrap=heading != "range or value", justify="left" if names else "right")
+        table.add_column(
+            heading, no_wrap=heading != "range or value", justify="left" if names else "right"
+        )
     titles = {"searched": "searched:", "retuned": "retuned, to be fair:", "fixed": "fixed:"}
     told: dict[str, list[str]] = {}
     for role, rows in itertools.groupby(space.describe(), key=lambda row: row.role):
         table.add_row(titles[role])
         for row in rows:
             table.add_row(f"  {row.name}", row.values, row.before or "-", row.default)
-            said = "; ".join(filter(None, [row.why, f"read only when {row.when}" if row.when else ""]))
+            said = "; ".join(
+                filter(None, [row.why, f"read only when {row.when}" if row.when else ""])
+            )
             told.setdefault(said, []).append(row.name)
     out.print(table)
     out.print()
@@ -519,9 +662,14 @@ def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")
 # Ablation, confirmation, study file ------------------------------------------------------------------------------------
 
 
-SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Runs of each variant on each fold.")]
+SeedsOption = Annotated[
+    int, typer.Option("--seeds", min=1, help="Runs of each variant on each fold.")
+]
 FoldsOption = Annotated[
-    str, typer.Option("--folds", help="all, numbers such as 0,1, or own: the table's own train and val rows.")
+    str,
+    typer.Option(
+        "--folds", help="all, numbers such as 0,1, or own: the table's own train and val rows."
+    ),
 ]
 
 
@@ -530,15 +678,23 @@ def ablate(
     data: DataOption,
     variants: Annotated[
         str,
-        typer.Option("--variants", help="documented, add-one, leave-one-out, all, or a YAML file: name to settings."),
+        typer.Option(
+            "--variants",
+            help="documented, add-one, leave-one-out, all, or a YAML file: name to settings.",
+        ),
     ] = "documented",
     seeds: SeedsOption = 3,
     first_seed: Annotated[
-        int, typer.Option("--first-seed", min=0, help="Seeds count from here: to add runs to an earlier ablation.")
+        int,
+        typer.Option(
+            "--first-seed", min=0, help="Seeds count from here: to add runs to an earlier ablation."
+        ),
     ] = 0,
     folds: FoldsOption = "all",
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
-    objective: Annotated[str | None, typer.Option("--objective", help="What a run is worth.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="What a run is worth.")
+    ] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
     max_concurrent: ConcurrentOption = None,
@@ -560,7 +716,9 @@ def ablate(
         "cache": cache and str(cache.resolve()),
     }
     fields = {name: value for name, value in given.items() if value is not None}
-    spec = ablation_spec(data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields)
+    spec = ablation_spec(
+        data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields
+    )
     from_seed = f" from {first_seed}" if first_seed else ""
     err.print(
         f"{spec.num_trials} runs of {spec.epochs} epochs: "
@@ -577,19 +735,31 @@ def confirm(
     seeds: SeedsOption = 3,
     folds: FoldsOption = "all",
     test: Annotated[
-        bool, typer.Option("--test", help="Afterwards, once: score what was confirmed on the test rows.")
+        bool,
+        typer.Option("--test", help="Afterwards, once: score what was confirmed on the test rows."),
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")
+    ] = False,
     gpus_per_trial: GpusOption = None,
     max_concurrent: ConcurrentOption = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the confirmation; default: confirmation/ in the search.")
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of the confirmation; default: confirmation/ in the search."
+        ),
     ] = None,
     cache: CacheOption = None,
     address: AddressOption = None,
 ) -> None:
     """Run a search's best again, beside the documented settings, on all folds with new seeds: is there a winner?"""
-    from tune_app.confirm import confirmation_spec, confirmed_on_test, print_confirmation, same_plan, unfinished
+    from tune_app.confirm import (
+        confirmation_spec,
+        confirmed_on_test,
+        print_confirmation,
+        same_plan,
+        unfinished,
+    )
     from tune_app.results import load_study
     from tune_app.spec import StudyFiles
 
@@ -621,9 +791,13 @@ def confirm(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("study.yaml"),
-    data: Annotated[str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")] = "table.csv",
+    data: Annotated[
+        str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")
+    ] = "table.csv",
     space: Annotated[str, typer.Option("--space", help="Search space.")] = "documented",
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
 ) -> None:
     """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
     from tune_app.study_file import write_study_file

@@ -7,33 +7,51 @@ from typing import Annotated, Any
 
 import typer
 
-from tune_app.cli_common import ConcurrentOption, DeviceOption, SetOption, out, parse_settings, to_stderr
+from tune_app.cli_common import (
+    ConcurrentOption,
+    DeviceOption,
+    SetOption,
+    out,
+    parse_settings,
+    to_stderr,
+)
 
 DepthOption = Annotated[int, typer.Option("--depth")]
 WidthOption = Annotated[float, typer.Option("--width", help="Factor on all channels.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")]
-ResultOption = Annotated[Path | None, typer.Option("--out", help="JSON file of everything measured.")]
+ResultOption = Annotated[
+    Path | None, typer.Option("--out", help="JSON file of everything measured.")
+]
 
 bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
 
 
 @bench_app.command("train")
 def bench_train_command(
-    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "64,96,128",
-    geometries: Annotated[str, typer.Option("--geometries", help="strided, dilated or both.")] = "strided,dilated",
-    batches: Annotated[str, typer.Option("--batches", help="Batch size x accumulation steps.")] = "6x2,24x1",
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
+    ] = "64,96,128",
+    geometries: Annotated[
+        str, typer.Option("--geometries", help="strided, dilated or both.")
+    ] = "strided,dilated",
+    batches: Annotated[
+        str, typer.Option("--batches", help="Batch size x accumulation steps.")
+    ] = "6x2,24x1",
     depth: DepthOption = 50,
     width: WidthOption = 1.0,
     steps: StepsOption = 24,
     variants: Annotated[
         str,
         typer.Option(
-            "--variants", help="plain, plain_augmented, unaugmented, eager (no CUDA graphs), deterministic, ours."
+            "--variants",
+            help="plain, plain_augmented, unaugmented, eager (no CUDA graphs), deterministic, ours.",
         ),
     ] = "plain,ours",
     device: DeviceOption = "auto",
     out_file: ResultOption = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
 ) -> None:
     """Time whole training steps: a plain loop against medtune's own, side by side."""
     from tune_app.bench import bench_train, markdown_table, parse_batches, result_table
@@ -66,9 +84,15 @@ def _whole_numbers(text: str, option: str) -> list[int]:
 
 @bench_app.command("ranks")
 def bench_ranks_command(
-    sizes: Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")] = "96,128",
-    ranks: Annotated[str, typer.Option("--ranks", help="GPUs of a run, separated by commas.")] = "1,2",
-    batch: Annotated[str, typer.Option("--batch", help="Batch size of a GPU x accumulation steps.")] = "6x2",
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
+    ] = "96,128",
+    ranks: Annotated[
+        str, typer.Option("--ranks", help="GPUs of a run, separated by commas.")
+    ] = "1,2",
+    batch: Annotated[
+        str, typer.Option("--batch", help="Batch size of a GPU x accumulation steps.")
+    ] = "6x2",
     depth: DepthOption = 50,
     width: WidthOption = 1.0,
     steps: StepsOption = 24,
@@ -97,10 +121,16 @@ def bench_ranks_command(
 def bench_start_command(
     size: Annotated[int, typer.Option("--size", help="Voxels a side.")] = 64,
     volumes: Annotated[
-        str, typer.Option("--volumes", help="Training volumes, separated by commas: with and without a full last step.")
+        str,
+        typer.Option(
+            "--volumes",
+            help="Training volumes, separated by commas: with and without a full last step.",
+        ),
     ] = "1029,1032",
     batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
-    at_once: Annotated[int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")] = 1,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")
+    ] = 1,
     geometry: Annotated[str, typer.Option("--geometry", help="strided or dilated.")] = "strided",
     depth: DepthOption = 50,
     width: WidthOption = 1.0,
@@ -131,7 +161,9 @@ def _one_batch(text: str) -> tuple[int, int]:
 
     (pair,) = parse_batches(text) if "," not in text else [(0, 0)]
     if not all(pair):
-        raise typer.BadParameter(f"--batch {text!r}: one batch size, or BATCHxACCUMULATION such as 6x2")
+        raise typer.BadParameter(
+            f"--batch {text!r}: one batch size, or BATCHxACCUMULATION such as 6x2"
+        )
     return pair
 
 
@@ -141,9 +173,15 @@ def bench_search_command(
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials on each side.")] = 16,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 27,
     grace: Annotated[int, typer.Option("--grace", min=1, help="Epoch of the first rung.")] = 3,
-    factor: Annotated[float, typer.Option("--factor", help="One in so many trials passes a rung.")] = 3.0,
-    sides: Annotated[str, typer.Option("--sides", help="plain, medtune or both.")] = "plain,medtune",
-    gpus_per_trial: Annotated[str | None, typer.Option("--gpus-per-trial", help="Of medtune's side.")] = None,
+    factor: Annotated[
+        float, typer.Option("--factor", help="One in so many trials passes a rung.")
+    ] = 3.0,
+    sides: Annotated[
+        str, typer.Option("--sides", help="plain, medtune or both.")
+    ] = "plain,medtune",
+    gpus_per_trial: Annotated[
+        str | None, typer.Option("--gpus-per-trial", help="Of medtune's side.")
+    ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of both samplers.")] = 0,
@@ -178,20 +216,36 @@ def bench_search_command(
 def bench_efficiency_command(
     data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each search.")] = 120,
-    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Searches of each side.")] = 3,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", min=1, help="Searches of each side.")
+    ] = 3,
     at_once: Annotated[
         int | None,
-        typer.Option("--at-once", min=1, help="Repetitions at a time, each on one GPU that its sides share."),
+        typer.Option(
+            "--at-once", min=1, help="Repetitions at a time, each on one GPU that its sides share."
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 30,
-    space: Annotated[str, typer.Option("--space", help="Search space of all sides.")] = "documented",
-    sides: Annotated[str, typer.Option("--sides", help="Some of random, plain, medtune.")] = "random,plain,medtune",
-    folds: Annotated[str, typer.Option("--folds", help="Of the confirmation: all, numbers, or own.")] = "all",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Of the confirmation, on each fold.")] = 1,
-    gpus_per_trial: Annotated[float | None, typer.Option("--gpus-per-trial", help="On all sides.")] = None,
+    space: Annotated[
+        str, typer.Option("--space", help="Search space of all sides.")
+    ] = "documented",
+    sides: Annotated[
+        str, typer.Option("--sides", help="Some of random, plain, medtune.")
+    ] = "random,plain,medtune",
+    folds: Annotated[
+        str, typer.Option("--folds", help="Of the confirmation: all, numbers, or own.")
+    ] = "all",
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Of the confirmation, on each fold.")
+    ] = 1,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option("--gpus-per-trial", help="On all sides.")
+    ] = None,
     max_concurrent: ConcurrentOption = None,
     settings: SetOption = None,
-    folder: Annotated[Path | None, typer.Option("--work", help="Folder to keep all studies in.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--work", help="Folder to keep all studies in.")
+    ] = None,
     out_file: ResultOption = None,
 ) -> None:
     """Tell what the same time buys of random search, plain Ray Tune and medtune: winners run again and compared."""
@@ -227,7 +281,9 @@ def _recorder(file: Path | None) -> Callable[[dict[str, Any]], object]:
 @bench_app.command("data")
 def bench_data_command(
     size: Annotated[int, typer.Option("--size", min=8, help="Voxels a side.")] = 96,
-    subjects: Annotated[int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")] = 24,
+    subjects: Annotated[
+        int, typer.Option("--subjects", min=2, help="Subjects, of one to three volumes each.")
+    ] = 24,
     out_file: ResultOption = None,
 ) -> None:
     """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
@@ -263,9 +319,12 @@ def bench_results_command(
 def bench_overhead_command(
     trials: Annotated[int, typer.Option("--trials", min=2, help="Trials on each side.")] = 1000,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Rows a trial reports.")] = 1,
-    turns: Annotated[int, typer.Option("--turns", min=1, help="Turns the sides take, each of equal size.")] = 10,
+    turns: Annotated[
+        int, typer.Option("--turns", min=1, help="Turns the sides take, each of equal size.")
+    ] = 10,
     concurrent: Annotated[
-        int | None, typer.Option("--max-concurrent", min=1, help="Trials at a time; default: one a CPU.")
+        int | None,
+        typer.Option("--max-concurrent", min=1, help="Trials at a time; default: one a CPU."),
     ] = None,
     out_file: ResultOption = None,
 ) -> None:

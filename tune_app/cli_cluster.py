@@ -15,37 +15,66 @@ from rich.text import Text
 from tune_app.cli_common import CacheOption, elsewhere, err, out
 
 app = typer.Typer()
-jobs_app = typer.Typer(help="Jobs on a Ray cluster: list, logs, stop, status.", no_args_is_help=True)
+jobs_app = typer.Typer(
+    help="Jobs on a Ray cluster: list, logs, stop, status.", no_args_is_help=True
+)
 
 ServerOption = Annotated[
     str | None,
-    typer.Option("--address", help="Job server; default: RAY_API_SERVER_ADDRESS, then http://127.0.0.1:8265."),
+    typer.Option(
+        "--address", help="Job server; default: RAY_API_SERVER_ADDRESS, then http://127.0.0.1:8265."
+    ),
 ]
-OpenOption = Annotated[bool, typer.Option("--allow-open", help="Even to a network where no token is asked for.")]
-JobArgument = Annotated[str, typer.Argument(help="Id of the job, or the study's folder: its latest job.")]
+OpenOption = Annotated[
+    bool, typer.Option("--allow-open", help="Even to a network where no token is asked for.")
+]
+JobArgument = Annotated[
+    str, typer.Argument(help="Id of the job, or the study's folder: its latest job.")
+]
 
 
 @app.command()
 def submit(
     context: typer.Context,
-    command: Annotated[list[str], typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm.")],
+    command: Annotated[
+        list[str],
+        typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm."),
+    ],
     address: ServerOption = None,
     pip: Annotated[
-        bool, typer.Option("--pip/--no-pip", help="Install this machine's versions there, where others are installed.")
+        bool,
+        typer.Option(
+            "--pip/--no-pip",
+            help="Install this machine's versions there, where others are installed.",
+        ),
     ] = True,
-    follow: Annotated[bool, typer.Option("--follow/--detach", help="Show the log until the job ends.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow/--detach", help="Show the log until the job ends.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")
+    ] = False,
     allow_open: OpenOption = False,
     kuberay: Annotated[
-        Path | None, typer.Option("--kuberay", metavar="FILE", help="Write a KubeRay manifest instead; - for stdout.")
+        Path | None,
+        typer.Option(
+            "--kuberay", metavar="FILE", help="Write a KubeRay manifest instead; - for stdout."
+        ),
     ] = None,
     cluster_yaml: Annotated[
-        Path | None, typer.Option("--cluster-yaml", metavar="FILE", help="Write a file for `ray up` instead.")
+        Path | None,
+        typer.Option("--cluster-yaml", metavar="FILE", help="Write a file for `ray up` instead."),
     ] = None,
-    image: Annotated[str | None, typer.Option("--image", help="Container image with medtune, for those files.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="GPU nodes at most, in those files.")] = 4,
+    image: Annotated[
+        str | None, typer.Option("--image", help="Container image with medtune, for those files.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="GPU nodes at most, in those files.")
+    ] = 4,
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of a node, in those files.")] = 1,
-    mount: Annotated[str, typer.Option("--mount", help="Folder that all nodes share, in those files.")] = "/shared",
+    mount: Annotated[
+        str, typer.Option("--mount", help="Folder that all nodes share, in those files.")
+    ] = "/shared",
 ) -> None:
     """Run a study on a Ray cluster: send code and spec, follow the log, return its exit code. Ctrl-C detaches.
 
@@ -69,9 +98,19 @@ def submit(
                 _write_text(cluster_yaml, cluster_file(place, cluster))
             return 0
         if dry_run:
-            print(build_submission(spec, place, pip=pip, retry_failed=retry_failed).dry_run(), end="")
+            print(
+                build_submission(spec, place, pip=pip, retry_failed=retry_failed).dry_run(), end=""
+            )
             return 0
-        return _send(spec, place, address, pip=pip, follow=follow, allow_open=allow_open, retry_failed=retry_failed)
+        return _send(
+            spec,
+            place,
+            address,
+            pip=pip,
+            follow=follow,
+            allow_open=allow_open,
+            retry_failed=retry_failed,
+        )
 
     token = elsewhere.set(send)
     try:
@@ -88,7 +127,14 @@ def _place(root: Path) -> str:
 
 
 def _send(
-    spec: Any, place: str, address: str | None, *, pip: bool, follow: bool, allow_open: bool, retry_failed: bool
+    spec: Any,
+    place: str,
+    address: str | None,
+    *,
+    pip: bool,
+    follow: bool,
+    allow_open: bool,
+    retry_failed: bool,
 ) -> int:
     from tune_app.jobs import ENDED, Jobs
     from tune_app.submit import build_submission
@@ -98,7 +144,11 @@ def _send(
     running = [job for job in earlier if str(job.status.value) not in ENDED]
     if running:
         job_id = running[-1].submission_id
-        err.print(f"{place} is running already, as {job_id}: nothing is sent", soft_wrap=True, markup=False)
+        err.print(
+            f"{place} is running already, as {job_id}: nothing is sent",
+            soft_wrap=True,
+            markup=False,
+        )
     else:
         ids = [job.submission_id for job in earlier]
         submission = build_submission(spec, place, earlier=ids, pip=pip, retry_failed=retry_failed)
@@ -124,7 +174,9 @@ def _follow(jobs: Any, job_id: str) -> int:
         return 130
     job = jobs.find(job_id)
     if code:
-        err.print(f"{job_id} {job.status.value.lower()}: {job.message}", soft_wrap=True, markup=False)
+        err.print(
+            f"{job_id} {job.status.value.lower()}: {job.message}", soft_wrap=True, markup=False
+        )
     return code
 
 
@@ -143,7 +195,9 @@ def _write_text(path: Path, text: str) -> None:
 
 @app.command()
 def fetch(
-    study: Annotated[str, typer.Argument(help="URL of a study in object storage, such as s3://bucket/study.")],
+    study: Annotated[
+        str, typer.Argument(help="URL of a study in object storage, such as s3://bucket/study.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
 ) -> None:
     """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
@@ -161,10 +215,13 @@ def doctor(
     address: Annotated[
         str | None,
         typer.Option(
-            "--address", help="Job server (http://...), or a Ray cluster (auto, host:port); none: this machine."
+            "--address",
+            help="Job server (http://...), or a Ray cluster (auto, host:port); none: this machine.",
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Table that every node should see.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Table that every node should see.")
+    ] = None,
     out_folder: Annotated[
         str | None, typer.Option("--out", help="Study that every node should be able to write.")
     ] = None,
@@ -189,7 +246,10 @@ def doctor(
 
     if address:
         found = diagnose_cluster(
-            os.environ.get("RAY_ADDRESS", address) if address == "auto" else address, data, out_folder, cache
+            os.environ.get("RAY_ADDRESS", address) if address == "auto" else address,
+            data,
+            out_folder,
+            cache,
         )
     else:
         found = diagnose_machine(data, out_folder, cache)
@@ -203,7 +263,11 @@ def doctor(
         table.add_column()
         for finding in (one for one in found if one.node == node):
             told = finding.said + (f": {finding.remedy}" if finding.remedy else "")
-            table.add_row(Text(f"  {signs[finding.state]}", style=styles[finding.state]), finding.what, Text(told))
+            table.add_row(
+                Text(f"  {signs[finding.state]}", style=styles[finding.state]),
+                finding.what,
+                Text(told),
+            )
         out.print(table)
     raise typer.Exit(int(any(finding.state == "bad" for finding in found)))
 
@@ -215,7 +279,9 @@ def doctor(
 def jobs_list(
     address: ServerOption = None,
     every: Annotated[bool, typer.Option("--all", help="Jobs that are not medtune's, too.")] = False,
-    output: Annotated[Literal["table", "json"], typer.Option("--format", help="table or json.")] = "table",
+    output: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="table or json.")
+    ] = "table",
     allow_open: OpenOption = False,
 ) -> None:
     """List the cluster's studies, oldest first."""
@@ -228,27 +294,45 @@ def jobs_list(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("job", "state", "started", "minutes", "exit"):
-        table.add_column(name, justify="right" if name in ("minutes", "exit") else "left", no_wrap=name != "job")
+        table.add_column(
+            name, justify="right" if name in ("minutes", "exit") else "left", no_wrap=name != "job"
+        )
     for row in rows:
-        began = time.strftime("%m-%d %H:%M", time.localtime(row["started"])) if row["started"] else "-"
+        began = (
+            time.strftime("%m-%d %H:%M", time.localtime(row["started"])) if row["started"] else "-"
+        )
         minutes = f"{row['seconds'] / 60:.1f}" if row["seconds"] is not None else "-"
-        table.add_row(row["job"], row["state"], began, minutes, "-" if row["exit"] is None else str(row["exit"]))
+        table.add_row(
+            row["job"],
+            row["state"],
+            began,
+            minutes,
+            "-" if row["exit"] is None else str(row["exit"]),
+        )
     out.print(table if rows else "no jobs", soft_wrap=not rows)
 
 
 @jobs_app.command("status")
-def jobs_status(job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False) -> None:
+def jobs_status(
+    job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False
+) -> None:
     """Show one job as JSON: state, study, exit code, where its driver runs, what went wrong."""
     from tune_app.jobs import Jobs
 
     found = Jobs(address, allow_open=allow_open).find(job)
-    print(json.dumps(_row(found) | {"message": found.message, "entrypoint": found.entrypoint}, indent=1))
+    print(
+        json.dumps(
+            _row(found) | {"message": found.message, "entrypoint": found.entrypoint}, indent=1
+        )
+    )
 
 
 @jobs_app.command("logs")
 def jobs_logs(
     job: JobArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends; returns its code.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends; returns its code.")
+    ] = False,
     address: ServerOption = None,
     allow_open: OpenOption = False,
 ) -> None:
@@ -263,13 +347,19 @@ def jobs_logs(
 
 
 @jobs_app.command("stop")
-def jobs_stop(job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False) -> None:
+def jobs_stop(
+    job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False
+) -> None:
     """End a job as Ctrl-C would: its study is closed, and submitting it again goes on with it."""
     from tune_app.jobs import Jobs
 
     jobs = Jobs(address, allow_open=allow_open)
     found = jobs.find(job)
-    out.print(f"{found.submission_id} {jobs.stop(found.submission_id).lower()}", soft_wrap=True, markup=False)
+    out.print(
+        f"{found.submission_id} {jobs.stop(found.submission_id).lower()}",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _row(job: Any) -> dict[str, Any]:

@@ -15,32 +15,53 @@ from tune_app.yaml_text import YamlError, load_yaml
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
-elsewhere: ContextVar[Callable[[Any, Path, bool], int] | None] = ContextVar("elsewhere", default=None)
+elsewhere: ContextVar[Callable[[Any, Path, bool], int] | None] = ContextVar(
+    "elsewhere", default=None
+)
 """What takes a study (spec, folder, whether failed trials are tried again) instead of running it here, and returns the
 exit code; set by `medtune submit`."""
 
 DataOption = Annotated[
-    Path, typer.Option("--data", help="Table of volumes: path, label, subject, optionally fold or split.")
+    Path,
+    typer.Option(
+        "--data", help="Table of volumes: path, label, subject, optionally fold or split."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."),
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Any hyperparameter; `medtune config` lists them."
+    ),
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option("--cache", help="Folder of prepared cohorts; default: $MEDTUNE_CACHE, or ~/.cache/medtune."),
+    typer.Option(
+        "--cache", help="Folder of prepared cohorts; default: $MEDTUNE_CACHE, or ~/.cache/medtune."
+    ),
 ]
 WeightsOption = Annotated[
     Path | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.", resolve_path=True)
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: a new one below studies/.")]
-GpusOption = Annotated[str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")]
-ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
-AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")]
-RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Let trials that have failed go on, too, from their checkpoints.")
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder to write to; default: a new one below studies/."),
 ]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")]
+GpusOption = Annotated[
+    str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")
+]
+ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")
+]
+RetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed", help="Let trials that have failed go on, too, from their checkpoints."
+    ),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto, cpu or cuda.")
+]
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
@@ -85,19 +106,28 @@ def gpus_option(text: str | None) -> float | str | None:
         return text
     number = as_number(text)
     if number is None:
-        raise typer.BadParameter(f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto")
+        raise typer.BadParameter(
+            f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto"
+        )
     return number
 
 
 def to_stderr(text: str) -> None:
-    err.print(text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None)
+    err.print(
+        text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None
+    )
 
 
 class progress_bar:
     """A bar on stderr while the block runs; gives a callback (done, total). Nothing is drawn when stderr is no terminal."""
 
     def __init__(self, title: str) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
         self.title = title
 

@@ -10,11 +10,19 @@ from tune_app.cli_common import CacheOption, DeviceOption, out, to_stderr
 app = typer.Typer()
 
 TrialOption = Annotated[str | None, typer.Option("--trial", help="Trial by its id.")]
-BestOption = Annotated[bool, typer.Option("--best", help="The best trial; so it is without another choice.")]
-ConfirmedOption = Annotated[bool, typer.Option("--confirmed", help="What the study's confirmation chose.")]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="The best trial; so it is without another choice.")
+]
+ConfirmedOption = Annotated[
+    bool, typer.Option("--confirmed", help="What the study's confirmation chose.")
+]
 ModelOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
-MovedOption = Annotated[Path | None, typer.Option("--data", help="Table of volumes, where it has moved.")]
-OnnxOption = Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked against torch.")]
+MovedOption = Annotated[
+    Path | None, typer.Option("--data", help="Table of volumes, where it has moved.")
+]
+OnnxOption = Annotated[
+    bool, typer.Option("--onnx", help="Write model.onnx too, checked against torch.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that is there.")]
 
 
@@ -25,7 +33,9 @@ def export(
     trial: TrialOption = None,
     best: BestOption = False,
     confirmed: ConfirmedOption = False,
-    ensemble: Annotated[int | None, typer.Option("--ensemble", metavar="K", help="The K best together.")] = None,
+    ensemble: Annotated[
+        int | None, typer.Option("--ensemble", metavar="K", help="The K best together.")
+    ] = None,
     data: MovedOption = None,
     cache: CacheOption = None,
     device: DeviceOption = "auto",
@@ -37,7 +47,9 @@ def export(
     from tune_app.predict import choose_device
 
     if trial is not None and (best or confirmed or ensemble):
-        raise typer.BadParameter("--trial is a choice by itself: leave out --best, --confirmed and --ensemble")
+        raise typer.BadParameter(
+            "--trial is a choice by itself: leave out --best, --confirmed and --ensemble"
+        )
     if best and confirmed:
         raise typer.BadParameter("--best or --confirmed, not both")
     info = export_model(
@@ -95,16 +107,28 @@ def retrain(
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
-    paths: Annotated[list[Path], typer.Argument(help="NIfTI files, folders of them, or tables with a column path.")],
-    out_file: Annotated[Path | None, typer.Option("--out", help="CSV file; default: standard output.")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI files, folders of them, or tables with a column path."),
+    ],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="CSV file; default: standard output.")
+    ] = None,
     device: DeviceOption = "auto",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Volumes scored at a time.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Volumes scored at a time.")
+    ] = 8,
     explain: Annotated[
-        Path | None, typer.Option("--explain", metavar="FOLDER", help="Write a Grad-CAM of each volume.")
+        Path | None,
+        typer.Option("--explain", metavar="FOLDER", help="Write a Grad-CAM of each volume."),
     ] = None,
     explain_layer: Annotated[
         Literal["layer4", "layer3", "layer2", "layer1"],
-        typer.Option("--explain-layer", metavar="LAYER", help="layer4 to layer1: lower ones locate better, mean less."),
+        typer.Option(
+            "--explain-layer",
+            metavar="LAYER",
+            help="layer4 to layer1: lower ones locate better, mean less.",
+        ),
     ] = "layer4",
 ) -> None:
     """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""

@@ -17,15 +17,21 @@ app = typer.Typer()
 def serve(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder or URL (s3://bucket/studies) whose studies are shown; new ones are put there."),
+        typer.Argument(
+            help="Folder or URL (s3://bucket/studies) whose studies are shown; new ones are put there."
+        ),
     ] = Path("studies"),
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8321,
     allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", help="Further host name it goes by; may be repeated.")
+        list[str] | None,
+        typer.Option("--allow-host", help="Further host name it goes by; may be repeated."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Reading takes the token as well, on this machine, too.")
+        bool,
+        typer.Option("--private", help="Reading takes the token as well, on this machine, too."),
     ] = False,
     address: AddressOption = None,
 ) -> None:
@@ -46,20 +52,36 @@ def serve(
 
 @bench_app.command("serve")
 def bench_serve_command(
-    viewers: Annotated[int, typer.Option("--viewers", min=1, help="Pages that are open at the same time.")] = 50,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each of the two runs.")] = 20.0,
+    viewers: Annotated[
+        int, typer.Option("--viewers", min=1, help="Pages that are open at the same time.")
+    ] = 50,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=1, help="Of each of the two runs.")
+    ] = 20.0,
     trials: Annotated[int, typer.Option("--trials", min=2)] = 1000,
     epochs: Annotated[int, typer.Option("--epochs", min=24)] = 60,
     search: Annotated[
-        int, typer.Option("--search", min=0, help="Time a real small search instead, alone and watched, so many times.")
+        int,
+        typer.Option(
+            "--search",
+            min=0,
+            help="Time a real small search instead, alone and watched, so many times.",
+        ),
     ] = 0,
 ) -> None:
     """Time the service: rows of a running study to many viewers, its processor time, and the writer's own pace."""
     from tune_app.serve_bench import bench_serve, bench_watched_search
 
     if search:
-        print(json.dumps(bench_watched_search(viewers=viewers, turns=search, say=to_stderr), indent=1))
+        print(
+            json.dumps(bench_watched_search(viewers=viewers, turns=search, say=to_stderr), indent=1)
+        )
         return
     print(
-        json.dumps(bench_serve(viewers=viewers, seconds=seconds, trials=trials, epochs=epochs, say=to_stderr), indent=1)
+        json.dumps(
+            bench_serve(
+                viewers=viewers, seconds=seconds, trials=trials, epochs=epochs, say=to_stderr
+            ),
+            indent=1,
+        )
     )

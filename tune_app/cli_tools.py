@@ -19,7 +19,9 @@ from tune_app.cli_common import (
 )
 
 data_app = typer.Typer(help="Tables of volumes: check, prepare, import.", no_args_is_help=True)
-weights_app = typer.Typer(help="MedicalNet checkpoints: check, fetch, make one.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="MedicalNet checkpoints: check, fetch, make one.", no_args_is_help=True
+)
 
 # Data ------------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +36,9 @@ def data_check(
 
     checked = build_config(parse_settings(setting))
     with progress_bar("checking") as progress:
-        report = check_manifest(table, num_classes=checked.num_classes, config=checked, progress=progress)
+        report = check_manifest(
+            table, num_classes=checked.num_classes, config=checked, progress=progress
+        )
     if report.problems:
         raise ManifestError(report.problems)
     for line in report.lines():
@@ -55,7 +59,9 @@ def data_prepare(
     checked = build_config(parse_settings(setting))
     manifest = read_manifest(table, num_classes=checked.num_classes)
     with progress_bar("preparing") as progress:
-        folder = prepare_cohort(manifest, Recipe.from_config(checked), cache_folder(cache), progress=progress)
+        folder = prepare_cohort(
+            manifest, Recipe.from_config(checked), cache_folder(cache), progress=progress
+        )
     volumes = open_cohort(folder).volumes
     out.print(
         f"{len(volumes)} volumes of {'x'.join(map(str, volumes.shape[2:]))} voxels, {volumes.nbytes / 2**20:.0f} MiB"
@@ -67,7 +73,9 @@ def data_prepare(
 def data_import(
     file: Annotated[Path, typer.Argument(help="MedMNIST 3D archive (.npz).")],
     folder: Annotated[Path, typer.Argument(help="Where the volumes and table.csv go.")],
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Volumes of each split, the first ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Volumes of each split, the first ones.")
+    ] = None,
 ) -> None:
     """Write a MedMNIST archive as NIfTI files and a table with its official split."""
     from trainables.volumes import import_medmnist
@@ -117,9 +125,15 @@ def weights_pretrain(
         Literal["rotation", "size"],
         typer.Option("--pretext", help="rotation: how was it turned? size: how much does it fill?"),
     ] = "rotation",
-    share: Annotated[float, typer.Option("--share", help="Of the training subjects, in tenths.")] = 0.5,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the pretext's volumes.")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the CPU, and it says so.")] = True,
+    share: Annotated[
+        float, typer.Option("--share", help="Of the training subjects, in tenths.")
+    ] = 0.5,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Passes over the pretext's volumes.")
+    ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the CPU, and it says so.")
+    ] = True,
     setting: SetOption = None,
     cache: CacheOption = None,
 ) -> None:

@@ -32,8 +32,14 @@ _SCORES = {  # of either network; the ends of an interval keep their place at th
 METRICS: dict[str, tuple[str, str]] = {
     "updates": ("Int64", "optimiser updates so far"),
     "skipped_updates": ("Int64", "updates of this epoch skipped for a non-finite gradient"),
-    "train_loss": ("float64", "mean training loss; not comparable between losses, margins and scales"),
-    "train_auc": ("float64", "AUC of the raw weights on a fixed part of the training fold, without augmentation"),
+    "train_loss": (
+        "float64",
+        "mean training loss; not comparable between losses, margins and scales",
+    ),
+    "train_auc": (
+        "float64",
+        "AUC of the raw weights on a fixed part of the training fold, without augmentation",
+    ),
     "lr_backbone": ("float64", "learning rate of the backbone in the epoch's last update"),
     "lr_classifier": ("float64", "learning rate of the head in the epoch's last update"),
     "drw_active": ("boolean", "whether class weights were in the loss"),
@@ -45,7 +51,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "val_auc_low": ("float64", "lower end of its 95 % DeLong interval"),
     "val_auc_high": ("float64", "upper end of its 95 % DeLong interval"),
     **{
-        name.format(weights): ("float64", f"{'raw' if weights == 'raw' else 'averaged'} weights: {meaning}")
+        name.format(weights): (
+            "float64",
+            f"{'raw' if weights == 'raw' else 'averaged'} weights: {meaning}",
+        )
         for weights in WEIGHTS
         for name, meaning in _SCORES.items()
     },
@@ -63,7 +72,10 @@ METRICS: dict[str, tuple[str, str]] = {
 EPOCH_COLUMNS: dict[str, tuple[str, str]] = {
     "trial": ("string", "id of the trial"),
     "epoch": ("int64", "1-based"),
-    "arrival": ("int64", "0-based place in epochs.jsonl: the order in which the driver learnt of it"),
+    "arrival": (
+        "int64",
+        "0-based place in epochs.jsonl: the order in which the driver learnt of it",
+    ),
     "time": ("float64", "Unix seconds when the driver read it"),
     **METRICS,
 }
@@ -72,30 +84,51 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "trial": ("string", "id of the trial: name of its folder"),
     "number": ("Int64", "number of the Optuna trial"),
     "variant": ("string", "what it is an instance of, in ablations and confirmations"),
-    "state": ("string", "running, completed, stopped (early), failed, or interrupted: running, but its driver is gone"),
-    "stopped_by": ("string", "what ended a stopped trial: halving, diagnosis, or requested: somebody asked for it"),
+    "state": (
+        "string",
+        "running, completed, stopped (early), failed, or interrupted: running, but its driver is gone",
+    ),
+    "stopped_by": (
+        "string",
+        "what ended a stopped trial: halving, diagnosis, or requested: somebody asked for it",
+    ),
     "verdict": ("string", "what its curves say: healthy, or what went wrong"),
     "since_epoch": ("Int64", "epoch from which the verdict holds"),
     "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
-    "healed_epochs": ("Int64", "epochs spent in collapses that it came back from: no other column tells of them"),
+    "healed_epochs": (
+        "Int64",
+        "epochs spent in collapses that it came back from: no other column tells of them",
+    ),
     "reason": ("string", "why it was stopped, in words"),
     "advice": ("string", "what to change"),
     "error": ("string", "what it failed of"),
-    "objective": ("float64", "what it is worth by the study's objective, so far where it did not run to the end"),
+    "objective": (
+        "float64",
+        "what it is worth by the study's objective, so far where it did not run to the end",
+    ),
     "epochs_run": ("Int64", "epochs it has rows of; `epochs` is what it was asked for"),
-    "best_epoch": ("Int64", "epoch of the best 3-epoch median of val_auc, the epoch of the `best_` columns"),
+    "best_epoch": (
+        "Int64",
+        "epoch of the best 3-epoch median of val_auc, the epoch of the `best_` columns",
+    ),
     "peak_val_auc": ("float64", "highest val_auc of any single epoch"),
     "peak_epoch": ("Int64", "its epoch"),
     "started": ("datetime64[us, UTC]", "when it started"),
     "ended": ("datetime64[us, UTC]", "when it ended"),
-    "wall_s": ("float64", "seconds from start to end, interruptions included; to its last row while it has no end"),
+    "wall_s": (
+        "float64",
+        "seconds from start to end, interruptions included; to its last row while it has no end",
+    ),
     "work_s": ("float64", "seconds spent in its epochs"),
     "gpus": ("float64", "GPUs it held"),
     "gpu_s": ("float64", "gpus x work_s"),
     "node": ("string", "machine it ran on"),
     "failures": ("Int64", "times it was started again after a failure"),
     "checkpoint": ("string", "file to go on from; missing when there is none"),
-    "best_checkpoint": ("string", "file with the averaged weights of `best_epoch`; missing when there is none"),
+    "best_checkpoint": (
+        "string",
+        "file with the averaged weights of `best_epoch`; missing when there is none",
+    ),
 }
 """Columns of `.trials` before the hyperparameters -> (dtype, meaning)."""
 
@@ -107,5 +140,7 @@ _DECISION_DTYPES: dict[Any, str] = {
     bool: "boolean",
 }
 
-DECISION_COLUMNS = {item.name: _DECISION_DTYPES.get(item.type, "string") for item in fields(Decision)}
+DECISION_COLUMNS = {
+    item.name: _DECISION_DTYPES.get(item.type, "string") for item in fields(Decision)
+}
 """Columns of `.decisions` -> dtype: the fields of `tune_app.scheduler.Decision`, in their order."""

@@ -37,10 +37,28 @@ from tune_app.tables import format_value, printable
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""
 
-OF_SEARCHES = ("space", "planned", "trials", "seed", "sampler", "warm_start", "warm_start_from", "storage", "policy")
+OF_SEARCHES = (
+    "space",
+    "planned",
+    "trials",
+    "seed",
+    "sampler",
+    "warm_start",
+    "warm_start_from",
+    "storage",
+    "policy",
+)
 """Fields of a spec that mean nothing in a confirmation."""
 
-REPORTED = ("auprc", "balanced_accuracy", "accuracy", "brier", "ece", "auc_probability", "logit_gap")
+REPORTED = (
+    "auprc",
+    "balanced_accuracy",
+    "accuracy",
+    "brier",
+    "ece",
+    "auc_probability",
+    "logit_gap",
+)
 """What is recorded of the test rows beside AUC: nothing whose threshold would be chosen on them."""
 
 
@@ -75,7 +93,11 @@ def choose_candidates(search: Study, top: int) -> Candidates:
     for trial in sound.sort_values(["objective", "number"], ascending=[False, True])["trial"]:
         if len(found.overrides) == top:
             break
-        overrides = {name: value for name, value in search.record(str(trial))["overrides"].items() if name != "seed"}
+        overrides = {
+            name: value
+            for name, value in search.record(str(trial))["overrides"].items()
+            if name != "seed"
+        }
         setting = _same_setting(search.spec, overrides)
         if setting in known:
             found.notes.append(f"trial {trial} is {known[setting]}: run as such")
@@ -90,10 +112,14 @@ def choose_candidates(search: Study, top: int) -> Candidates:
             ]
         )
     if len(found.overrides) < top:
-        found.notes.append(f"the search has {len(found.overrides)} configurations to confirm, not {top}")
+        found.notes.append(
+            f"the search has {len(found.overrides)} configurations to confirm, not {top}"
+        )
     unended = int((~trials["state"].isin(ENDED)).sum())
     if unended:
-        found.notes.append(f"{unended} trials of the search have not ended; `medtune resume {search.path}` ends them")
+        found.notes.append(
+            f"{unended} trials of the search have not ended; `medtune resume {search.path}` ends them"
+        )
     return found
 
 
@@ -113,16 +139,28 @@ def confirmation_spec(
     """
     spec = search.spec
     if spec.kind != "search":
-        raise SpecError([f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"])
+        raise SpecError(
+            [
+                f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"
+            ]
+        )
     if search.running:
         raise SpecError([f"{search.path}: the search is still running: confirm when it has ended"])
-    if problems := [f"{name}={value}: 1 or more" for name, value in (("top", top), ("seeds", seeds)) if value < 1]:
+    if problems := [
+        f"{name}={value}: 1 or more"
+        for name, value in (("top", top), ("seeds", seeds))
+        if value < 1
+    ]:
         raise SpecError(problems)
     chosen = choose_candidates(search, top)
     shared = build_config(spec.config)
     manifest = read_manifest(Path(spec.data), num_classes=shared.num_classes)
     where = choose_folds(manifest, folds, shared.num_folds)
-    variants = {REFERENCE: documented_after(spec.epochs), "defaults": all_fixes(spec.epochs), **chosen.overrides}
+    variants = {
+        REFERENCE: documented_after(spec.epochs),
+        "defaults": all_fixes(spec.epochs),
+        **chosen.overrides,
+    }
     first_seed = int(search.trials["seed"].max()) + 1
     split_decided = bool((manifest.rows["split"] == "val").any()) and not shared.cross_validate
     searched = {0} if split_decided else {int(fold) for fold in search.trials["fold"].dropna()}
@@ -204,10 +242,14 @@ class Confirmation:
 def judge(study: Study) -> Confirmation:
     """Return what the runs of a confirmation say by now. Raises SpecError when `study` is none, or has hardly begun."""
     if study.spec.kind != "confirmation":
-        raise SpecError([f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"])
+        raise SpecError(
+            [f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"]
+        )
     begun = set(study.trials["variant"].dropna())
     if REFERENCE not in begun or len(begun) < 2:
-        raise SpecError([f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"])
+        raise SpecError(
+            [f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"]
+        )
     run = sorted({int(fold) for fold in study.trials["fold"].dropna()})
     unseen = [fold for fold in run if fold not in study.spec.seen_folds]
     folds = unseen if len(unseen) > 1 else run  # one fold would not tell how much folds differ
@@ -217,7 +259,11 @@ def judge(study: Study) -> Confirmation:
     effects.attrs = compared.attrs  # a join loses them
     finished = unfinished(study) == 0
     sure = effects[(effects["call"] == "better") & (effects["p_holm"] < ADJUSTED_LEVEL)]
-    best = str(sure.sort_values("mean", ascending=False)["variant"].iloc[0]) if finished and len(sure) else None
+    best = (
+        str(sure.sort_values("mean", ascending=False)["variant"].iloc[0])
+        if finished and len(sure)
+        else None
+    )
     chosen_by = bool(set(folds) & set(study.spec.seen_folds))
     winner, ahead = (None, best) if chosen_by else (best, None)
     ties: tuple[str, ...] = ()
@@ -231,7 +277,9 @@ def judge(study: Study) -> Confirmation:
 
 def _means(study: Study) -> pd.DataFrame:
     """The 95 % interval of each variant's mean objective, by variant."""
-    trials = study.trials[(study.trials["state"] == "completed") & study.trials["objective"].notna()]
+    trials = study.trials[
+        (study.trials["state"] == "completed") & study.trials["objective"].notna()
+    ]
     cut_into = int(trials["num_folds"].max()) if len(trials) else 0
     rows = {
         variant: interval_over_folds(own.set_index(["fold", "seed"])["objective"], cut_into)
@@ -248,7 +296,9 @@ def print_confirmation(study: Study, console: Console) -> None:
     except SpecError as error:
         console.print(str(error), soft_wrap=True, markup=False)
         return
-    console.print(f"{OBJECTIVES[study.spec.objective].title}; {len(study.spec.planned)} runs", soft_wrap=True)
+    console.print(
+        f"{OBJECTIVES[study.spec.objective].title}; {len(study.spec.planned)} runs", soft_wrap=True
+    )
     console.print()
     console.print(_table(found.effects))
     console.print()
@@ -260,7 +310,9 @@ def print_confirmation(study: Study, console: Console) -> None:
 
 
 def _table(effects: pd.DataFrame) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
+    )
     table.add_column("variant", max_width=14, overflow="ellipsis", no_wrap=True, vertical="bottom")
     for head in ("mean [95 % CI]", "difference [95 % CI]", "Holm p", "col-\nlapsed"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")
@@ -306,41 +358,59 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
             f"is confirmed on two other folds: medtune confirm {study.spec.confirms or 'SEARCH'} --folds all --out NEW"
         )
     else:
-        lines.append("No winner: the data cannot tell any of them from the documented settings, which therefore stay.")
+        lines.append(
+            "No winner: the data cannot tell any of them from the documented settings, which therefore stay."
+        )
         alone = effects[(effects["call"] == "better") & ~(effects["p_holm"] < ADJUSTED_LEVEL)]
         lines += [
             f"{row['variant']} would be better if it were the only one compared (p {row['p']:.3f}); as one of {others} "
             f"it may be luck (Holm p {row['p_holm']:.3f})."
             for row in alone.to_dict("records")
         ]
-        worse = effects.loc[(effects["call"] == "worse") & (effects["p_holm"] < ADJUSTED_LEVEL), "variant"]
+        worse = effects.loc[
+            (effects["call"] == "worse") & (effects["p_holm"] < ADJUSTED_LEVEL), "variant"
+        ]
         if len(worse):
             lines.append(f"Worse than the documented settings: {', '.join(worse)}.")
     shown = ", ".join(map(str, found.folds))
     if len(found.folds) < 2:
-        chose = ", which chose the candidates too" if set(found.folds) & set(study.spec.seen_folds) else ""
+        chose = (
+            ", which chose the candidates too"
+            if set(found.folds) & set(study.spec.seen_folds)
+            else ""
+        )
         lines.append(f"On one split{chose}; intervals speak of seeds only.")
     elif found.unseen:
         seen = ", ".join(map(str, study.spec.seen_folds))
-        lines.append(f"Judged on folds {shown}; fold {seen} chose the candidates and is not counted.")
+        lines.append(
+            f"Judged on folds {shown}; fold {seen} chose the candidates and is not counted."
+        )
     elif study.spec.seen_folds:
-        lines.append(f"Judged on folds {shown}, also those that chose the candidates: too few others were run.")
+        lines.append(
+            f"Judged on folds {shown}, also those that chose the candidates: too few others were run."
+        )
     if _chosen_by_own_split(study.spec):
         lines.append(f"The search chose by the table's own val rows: {_SPLIT_SEEN}.")
     return [*lines, f"({effects.attrs['how']})"]
 
 
 def _chosen_by_own_split(spec: StudySpec) -> bool:
-    return any(trial.overrides.get("cross_validate") for trial in spec.planned) and not spec.seen_folds
+    return (
+        any(trial.overrides.get("cross_validate") for trial in spec.planned) and not spec.seen_folds
+    )
 
 
 def _settings(study: Study, variant: str) -> str:
     """What a variant changes against the documented settings."""
     configs = [
-        build_config({**study.spec.config, **_planned(study.spec, name)}).model_dump() for name in (variant, REFERENCE)
+        build_config({**study.spec.config, **_planned(study.spec, name)}).model_dump()
+        for name in (variant, REFERENCE)
     ]
     changed = [name for name in configs[0] if configs[0][name] != configs[1][name]]
-    return ", ".join(f"{name} {format_value(name, configs[0][name])}" for name in changed) or "no other settings"
+    return (
+        ", ".join(f"{name} {format_value(name, configs[0][name])}" for name in changed)
+        or "no other settings"
+    )
 
 
 def _planned(spec: StudySpec, variant: str) -> dict[str, Scalar]:
@@ -350,10 +420,16 @@ def _planned(spec: StudySpec, variant: str) -> dict[str, Scalar]:
 # The test rows ---------------------------------------------------------------------------------------------------------
 
 
-def confirmed_on_test(search: Path, root: Path, *, cache: Path | None, again: bool, notes: Console) -> None:
+def confirmed_on_test(
+    search: Path, root: Path, *, cache: Path | None, again: bool, notes: Console
+) -> None:
     """Score the test rows for the confirmation in `root`, or say that this was done before; see `score_test`."""
     if not StudyFiles(root).spec.exists():
-        raise SpecError([f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"])
+        raise SpecError(
+            [
+                f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
+            ]
+        )
     study = load_study(root)
     earlier = _read_record(_test_file(study))
     if earlier and not again:
@@ -369,7 +445,11 @@ def confirmed_on_test(search: Path, root: Path, *, cache: Path | None, again: bo
 
 
 def score_test(
-    root: Path, *, cache: Path, again: bool = False, notes: Callable[[str], None] = lambda text: None
+    root: Path,
+    *,
+    cache: Path,
+    again: bool = False,
+    notes: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Score the confirmed variant of the study in `root` on the table's test rows, once; return the record.
 
@@ -388,21 +468,31 @@ def score_test(
         return earlier[-1]
     found = judge(study)
     if not found.finished:
-        raise SpecError([judged_lines(study, found)[0] + "; the test rows are scored at the very end"])
+        raise SpecError(
+            [judged_lines(study, found)[0] + "; the test rows are scored at the very end"]
+        )
     spec = study.spec
     base = build_config(spec.config)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
     rows = split_rows(manifest, **_split_of(study, found.choice)).test
     if not len(rows):
         raise SpecError(
-            [f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"]
+            [
+                f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"
+            ]
         )
     labels = manifest.rows["label"].to_numpy()[rows]
     if missing := sorted(set(range(base.num_classes)) - set(labels.tolist())):
-        raise SpecError([f"{spec.data}: the test rows have no volume of class {', '.join(map(str, missing))}"])
+        raise SpecError(
+            [f"{spec.data}: the test rows have no volume of class {', '.join(map(str, missing))}"]
+        )
     folder = prepare_cohort(manifest, Recipe.from_config(base), cache)
     if folder.name != study.info.get("cohort"):
-        raise SpecError([f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"])
+        raise SpecError(
+            [
+                f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
+            ]
+        )
     names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
     scored = {name: _score_variant(study, name, folder, manifest, rows, notes) for name in names}
     record = _as_record(study, found, scored, labels, times=len(earlier) + 1)
@@ -422,13 +512,19 @@ def _read_record(path: Path) -> list[dict[str, Any]]:
     try:
         scored: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["scored"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpecError([f"{path}: damaged ({error}): it is the record of the test scores, restore it"]) from None
+        raise SpecError(
+            [f"{path}: damaged ({error}): it is the record of the test scores, restore it"]
+        ) from None
     return scored
 
 
 def _split_of(study: Study, variant: str) -> dict[str, Any]:
     config = build_config({**study.spec.config, **_planned(study.spec, variant)})
-    return {"fold": config.fold, "num_folds": config.num_folds, "cross_validate": config.cross_validate}
+    return {
+        "fold": config.fold,
+        "num_folds": config.num_folds,
+        "cross_validate": config.cross_validate,
+    }
 
 
 @dataclass(frozen=True)
@@ -453,31 +549,53 @@ def _score_variant(
     labels = np.asarray(cohort.labels)[rows]
     total: np.ndarray = np.zeros(())
     runs = []
-    own = study.trials[(study.trials["variant"] == variant) & (study.trials["state"] == "completed")]
+    own = study.trials[
+        (study.trials["variant"] == variant) & (study.trials["state"] == "completed")
+    ]
     for trial in own.to_dict("records"):
         path = StudyFiles(study.path).trial(str(trial["trial"])).best
         if not path.is_file():
             raise SpecError(
-                [f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"]
+                [
+                    f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"
+                ]
             )
         state = load_state(path)
         if set(rows.tolist()) & {*state["train_rows"].tolist(), *state["val_rows"].tolist()}:
-            raise SpecError([f"trial {trial['trial']} was trained on test rows: the table's split changed since"])
+            raise SpecError(
+                [
+                    f"trial {trial['trial']} was trained on test rows: the table's split changed since"
+                ]
+            )
         logits, scale = _averaged_logits(state, cohort.volumes, rows)
         scores = ranking_scores(logits, scale=scale)
         auc = auc_interval(scores, labels).auc
         runs.append(
-            {"trial": trial["trial"], "fold": trial["fold"], "seed": trial["seed"], "epoch": state["epoch"], "auc": auc}
+            {
+                "trial": trial["trial"],
+                "fold": trial["fold"],
+                "seed": trial["seed"],
+                "epoch": state["epoch"],
+                "auc": auc,
+            }
         )
-        notes(f"{variant}, fold {trial['fold']}, seed {trial['seed']}: scored with epoch {state['epoch']}")
+        notes(
+            f"{variant}, fold {trial['fold']}, seed {trial['seed']}: scored with epoch {state['epoch']}"
+        )
         total = total + scale * logits.astype(np.float64)
     if not runs:
-        raise SpecError([f"{study.path}: no run of {variant} completed: nothing to score the test rows with"])
+        raise SpecError(
+            [f"{study.path}: no run of {variant} completed: nothing to score the test rows with"]
+        )
     logits = total / len(runs)
-    return _Scored(runs, ranking_scores(logits, scale=1.0), score_metrics(logits, labels, scale=1.0))
+    return _Scored(
+        runs, ranking_scores(logits, scale=1.0), score_metrics(logits, labels, scale=1.0)
+    )
 
 
-def _averaged_logits(state: Mapping[str, Any], volumes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
+def _averaged_logits(
+    state: Mapping[str, Any], volumes: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Logits (N, C) float32 of the averaged weights on `rows` in float32, and their scale."""
     import torch
 
@@ -492,7 +610,11 @@ def _averaged_logits(state: Mapping[str, Any], volumes: np.ndarray, rows: np.nda
     size = config.validation_batch_size
     with torch.no_grad():
         parts = [
-            network(torch.from_numpy(volumes[rows[start : start + size]].astype(np.float32)).to(device)).float().cpu()
+            network(
+                torch.from_numpy(volumes[rows[start : start + size]].astype(np.float32)).to(device)
+            )
+            .float()
+            .cpu()
             for start in range(0, len(rows), size)
         ]
     return torch.cat(parts).numpy(), logit_scale(config.loss, config.head, config.s)
@@ -561,7 +683,9 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
             line += f" [{other['low']:+.3f}, {other['high']:+.3f}], DeLong p {other['p']:.3f}"
         lines.append(line)
     if record["times"] > 1:
-        lines.append(f"  This was look number {record['times']} at the test rows: the first one is the honest one.")
+        lines.append(
+            f"  This was look number {record['times']} at the test rows: the first one is the honest one."
+        )
     return lines
 
 

@@ -42,7 +42,9 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-COLLAPSING: frozenset[Kind] = frozenset({"collapsing_average", "collapsing_after_drw", "collapsing", "diverging"})
+COLLAPSING: frozenset[Kind] = frozenset(
+    {"collapsing_average", "collapsing_after_drw", "collapsing", "diverging"}
+)
 """Kinds that lose what they had learned and should be stopped."""
 
 SOUND: frozenset[Kind] = frozenset({"healthy", "dipping"})
@@ -118,10 +120,14 @@ def read_curves(path: Path) -> list[Curve]:
         return _from_table(path, alone=True)
     if (path / "epochs.jsonl").is_file():
         return _from_study(path)
-    files = sorted(file for file in path.glob("*") if file.suffix in READERS) if path.is_dir() else []
+    files = (
+        sorted(file for file in path.glob("*") if file.suffix in READERS) if path.is_dir() else []
+    )
     if not files:
         raise CurveError(
-            [f"{path}: no curves here: name a study's folder, or {', '.join(READERS)} files or a folder of them"]
+            [
+                f"{path}: no curves here: name a study's folder, or {', '.join(READERS)} files or a folder of them"
+            ]
         )
     curves: list[Curve] = []
     problems: list[str] = []
@@ -136,14 +142,18 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _from_study(folder: Path) -> list[Curve]:
-    from tune_app.spec import StudyFiles  # here, because it loads Optuna, and generating curves should not
+    from tune_app.spec import (
+        StudyFiles,
+    )  # here, because it loads Optuna, and generating curves should not
 
     files = StudyFiles(folder)
     problems: list[str] = []
     by_trial: dict[str, list[dict[str, Any]]] = {}
     for number, row in _json_lines(files.epochs, problems):
         if "trial" not in row or "epoch" not in row:
-            problems.append(f"{files.epochs} line {number}: a row needs trial and epoch, this one has {sorted(row)}")
+            problems.append(
+                f"{files.epochs} line {number}: a row needs trial and epoch, this one has {sorted(row)}"
+            )
         else:
             by_trial.setdefault(str(row["trial"]), []).append(row)
     curves = []
@@ -178,7 +188,9 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str
         if isinstance(row, dict):
             yield number, row
         else:
-            problems.append(f"{path} line {number}: a row is a JSON object, this is a {type(row).__name__}")
+            problems.append(
+                f"{path} line {number}: a row is a JSON object, this is a {type(row).__name__}"
+            )
 
 
 def _from_table(path: Path, *, alone: bool) -> list[Curve]:
@@ -191,7 +203,10 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
     missing = [name for name in ("epoch", "val_auc") if name not in table.columns]
     if missing:
         raise CurveError(
-            [f"{path}: column {name!r} is missing; there are {', '.join(map(str, table.columns))}" for name in missing]
+            [
+                f"{path}: column {name!r} is missing; there are {', '.join(map(str, table.columns))}"
+                for name in missing
+            ]
         )
     problems: list[str] = []
     epochs = pd.to_numeric(table["epoch"], errors="coerce")
@@ -200,7 +215,9 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
             f"{path} row {number + 1}: epoch {table.at[number, 'epoch']!r} must be a whole number from 1 on"
         )
     scores = pd.to_numeric(table["val_auc"], errors="coerce")
-    given = table["val_auc"].notna() & ~table["val_auc"].astype(str).str.strip().str.lower().isin(["nan", ""])
+    given = table["val_auc"].notna() & ~table["val_auc"].astype(str).str.strip().str.lower().isin(
+        ["nan", ""]
+    )
     for number in table.index[(scores.isna() & given) | (scores.abs() > 1)]:
         problems.append(
             f"{path} row {number + 1}: val_auc {table.at[number, 'val_auc']!r} must be a number from 0 to 1, or empty"
@@ -221,10 +238,15 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
         for column in (str(name) for name in part.columns if str(name).startswith("config.")):
             values = {json.dumps(record.get(column), default=str) for record in records}
             if len(values) > 1:
-                problems.append(f"{path}: trial {trial} has {len(values)} values of {column}; a run has one config")
+                problems.append(
+                    f"{path}: trial {trial} has {len(values)} values of {column}; a run has one config"
+                )
             if records[0].get(column) is not None:
                 config[column.removeprefix("config.")] = records[0][column]
-        rows = [{name: value for name, value in record.items() if not name.startswith("config.")} for record in records]
+        rows = [
+            {name: value for name, value in record.items() if not name.startswith("config.")}
+            for record in records
+        ]
         curves.append(Curve(f"{prefix}{trial}", rows, config or None))
     if problems:
         raise CurveError(problems)
@@ -236,7 +258,9 @@ def _plain(record: Mapping[Any, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for name, value in record.items():
         scalar = value.item() if hasattr(value, "item") else value
-        plain[str(name)] = None if isinstance(scalar, float) and not math.isfinite(scalar) else scalar
+        plain[str(name)] = (
+            None if isinstance(scalar, float) and not math.isfinite(scalar) else scalar
+        )
     return plain
 
 
@@ -273,7 +297,9 @@ def generate_curves(
     quadratic penalty (chi-square with three degrees of freedom), as a response is flat near its optimum.
     """
     if epochs < 24:
-        raise ValueError(f"epochs={epochs}: runs need at least 24 to rise, to collapse and to stay collapsed")
+        raise ValueError(
+            f"epochs={epochs}: runs need at least 24 to rise, to collapse and to stay collapsed"
+        )
     rng = np.random.default_rng(seed)
     shares = dict(mix or MIX)
     weights = np.array(list(shares.values()), dtype=float)
@@ -284,7 +310,14 @@ def generate_curves(
     curves = []
     for index, run in enumerate(runs):
         rows = _rows(rng, run, noise, epochs)
-        curves.append(Curve(f"{index:05d}", rows, run.config, Truth(run.kind, run.onset, tuple(map(float, run.ema)))))
+        curves.append(
+            Curve(
+                f"{index:05d}",
+                rows,
+                run.config,
+                Truth(run.kind, run.onset, tuple(map(float, run.ema))),
+            )
+        )
     return curves
 
 
@@ -318,7 +351,9 @@ def _draw_run(rng: np.random.Generator, kind: Kind, epochs: int, ceiling: float)
             return _Run(kind, config, raw, ema, first)
 
 
-def _true_aucs(rng: np.random.Generator, kind: Kind, config: dict[str, Any], ceiling: float) -> tuple[Floats, Floats]:
+def _true_aucs(
+    rng: np.random.Generator, kind: Kind, config: dict[str, Any], ceiling: float
+) -> tuple[Floats, Floats]:
     """Return raw and averaged AUC by epoch, and add to `config` what makes such a run."""
     epochs, drw_start = config["epochs"], config["drw_start_epoch"]
     steady = _steady_course(rng, kind, epochs, ceiling)
@@ -344,7 +379,11 @@ def _true_aucs(rng: np.random.Generator, kind: Kind, config: dict[str, Any], cei
     else:
         half_life_epochs = rng.uniform(0.3, 2.0)
         ema = _average(steady, 1 - 0.5 ** (1 / half_life_epochs))
-    ema = ema + 0.01 * (ema > 0.6) + _slope(ema) * wander / 3 * _mostly_down(_autoregressive(rng, epochs, 0.7))
+    ema = (
+        ema
+        + 0.01 * (ema > 0.6)
+        + _slope(ema) * wander / 3 * _mostly_down(_autoregressive(rng, epochs, 0.7))
+    )
     raw, ema = _bounded(raw - dips), _bounded(ema - ema_dips)
 
     if kind == "collapsing_average":
@@ -362,7 +401,9 @@ def _steady_course(rng: np.random.Generator, kind: Kind, epochs: int, ceiling: f
     """Return the AUC a run would have if nothing happened to it: a rise towards what its hyperparameters allow."""
     reached = max(0.6, ceiling - 0.017 * rng.chisquare(3))
     if kind in COLLAPSING:
-        reached = max(0.65, reached - rng.uniform(0, 0.12))  # what collapses was rarely the best before
+        reached = max(
+            0.65, reached - rng.uniform(0, 0.12)
+        )  # what collapses was rarely the best before
     if kind == "never_learning":
         reached = rng.uniform(0.5, 0.56)
     t = np.arange(1, epochs + 1, dtype=float)
@@ -374,7 +415,9 @@ def _steady_course(rng: np.random.Generator, kind: Kind, epochs: int, ceiling: f
     return np.asarray(steady)
 
 
-def _dips(rng: np.random.Generator, kind: Kind, epochs: int, drw_start: int) -> tuple[Floats, Floats]:
+def _dips(
+    rng: np.random.Generator, kind: Kind, epochs: int, drw_start: int
+) -> tuple[Floats, Floats]:
     """Return what raw and averaged AUC lose for a moment, by epoch."""
     raw, ema = np.zeros(epochs), np.zeros(epochs)
     for epoch in range(epochs):  # early on raw networks fall for an epoch, and are back in the next
@@ -383,7 +426,9 @@ def _dips(rng: np.random.Generator, kind: Kind, epochs: int, drw_start: int) -> 
     if kind == "dipping":
         # Of one epoch, or of two; four epochs apart or more, or they would be one long one
         places = rng.choice(
-            np.arange(4, epochs, 6), size=min(int(rng.integers(1, 5)), (epochs - 4) // 6), replace=False
+            np.arange(4, epochs, 6),
+            size=min(int(rng.integers(1, 5)), (epochs - 4) // 6),
+            replace=False,
         )
         for start in places + rng.integers(0, 2):
             length, depth = 1 + int(rng.random() < 0.3), rng.uniform(0.15, 0.4)
@@ -401,7 +446,9 @@ def _fall(auc: Floats, place: tuple[int, int], floor: float) -> Floats:
     start, length = place
     t = np.arange(1, len(auc) + 1)
     left = np.clip(1 - (t - start + 1) / length, 0, 1)
-    return np.where(t >= start, floor + (auc - floor) * left + 0.1 * (auc - auc[start - 1]) * (1 - left), auc)
+    return np.where(
+        t >= start, floor + (auc - floor) * left + 0.1 * (auc - auc[start - 1]) * (1 - left), auc
+    )
 
 
 def _onset(auc: Floats) -> int | None:
@@ -437,7 +484,9 @@ def _autoregressive(rng: np.random.Generator, length: int, memory: float) -> Flo
     series = np.empty(length)
     level = shocks[0]
     for index in range(length):
-        level = shocks[0] if index == 0 else memory * level + math.sqrt(1 - memory**2) * shocks[index]
+        level = (
+            shocks[0] if index == 0 else memory * level + math.sqrt(1 - memory**2) * shocks[index]
+        )
         series[index] = level
     return series
 
@@ -473,7 +522,9 @@ class _ScoreNoise:
     MEMORY = (0.5, 0.9)
     """... and more slowly."""
 
-    def __init__(self, rng: np.random.Generator, positives: int, negatives: int, epochs: int) -> None:
+    def __init__(
+        self, rng: np.random.Generator, positives: int, negatives: int, epochs: int
+    ) -> None:
         self.rng, self.positives, self.negatives, self.epochs = rng, positives, negatives, epochs
         self.volumes = rng.standard_normal(positives + negatives)
 
@@ -506,15 +557,23 @@ def auc_and_error(scores: Floats, positives: int) -> tuple[Floats, Floats]:
     rows, volumes = scores.shape
     positive = np.argsort(scores, axis=1) < positives
     beaten = np.cumsum(~positive, axis=1)[positive].reshape(rows, positives) / (volumes - positives)
-    beaten_by = 1 - np.cumsum(positive, axis=1)[~positive].reshape(rows, volumes - positives) / positives
-    variance = beaten.var(axis=1, ddof=1) / positives + beaten_by.var(axis=1, ddof=1) / (volumes - positives)
+    beaten_by = (
+        1 - np.cumsum(positive, axis=1)[~positive].reshape(rows, volumes - positives) / positives
+    )
+    variance = beaten.var(axis=1, ddof=1) / positives + beaten_by.var(axis=1, ddof=1) / (
+        volumes - positives
+    )
     return beaten.mean(axis=1), np.sqrt(variance)
 
 
-def _rows(rng: np.random.Generator, run: _Run, noise: _ScoreNoise, epochs: int) -> list[dict[str, Any]]:
+def _rows(
+    rng: np.random.Generator, run: _Run, noise: _ScoreNoise, epochs: int
+) -> list[dict[str, Any]]:
     positives, negatives = noise.positives, noise.negatives
     columns: dict[str, Sequence[Any]] = {}
-    for name, truth, noises in zip(("raw", "ema"), (run.raw, run.ema), noise.of_run(run.raw, run.ema), strict=True):
+    for name, truth, noises in zip(
+        ("raw", "ema"), (run.raw, run.ema), noise.of_run(run.raw, run.ema), strict=True
+    ):
         finite = np.isfinite(truth)
         scores = noises
         scores[:, :positives] += _separation(np.where(finite, truth, 0.5))[:, None]
@@ -538,13 +597,18 @@ def _rows(rng: np.random.Generator, run: _Run, noise: _ScoreNoise, epochs: int) 
     t = np.arange(1, epochs + 1)
     drw_start = run.config["drw_start_epoch"]
     loss = (
-        (0.3 + 1.2 * np.exp(-t / 10)) * np.exp(0.08 * rng.standard_normal(epochs)) * np.where(t >= drw_start, 0.7, 1.0)
+        (0.3 + 1.2 * np.exp(-t / 10))
+        * np.exp(0.08 * rng.standard_normal(epochs))
+        * np.where(t >= drw_start, 0.7, 1.0)
     )
     if rng.random() < 0.05:
         loss[rng.integers(4, epochs)] *= rng.uniform(3, 6)
     sound = np.isfinite(run.raw)
     train = np.clip(
-        ndtr(_separation(np.where(sound, run.raw, 0.5)) * 1.2 / math.sqrt(2)) + 0.02 * rng.standard_normal(epochs), 0, 1
+        ndtr(_separation(np.where(sound, run.raw, 0.5)) * 1.2 / math.sqrt(2))
+        + 0.02 * rng.standard_normal(epochs),
+        0,
+        1,
     )
     seconds = rng.uniform(20, 60) * np.exp(0.03 * rng.standard_normal(epochs))
     columns |= {

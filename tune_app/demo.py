@@ -45,7 +45,9 @@ SPACE: dict[str, Any] = {
 network on small volumes learns in a dozen epochs at ten times the documented rates, which are therefore not searched."""
 
 
-def demo_spec(table: Path, weights: Path | None, *, trials: int, epochs: int, cache: Path) -> StudySpec:
+def demo_spec(
+    table: Path, weights: Path | None, *, trials: int, epochs: int, cache: Path
+) -> StudySpec:
     """Return the demo's study: a small space with the document's before-settings and the defaults tried first."""
     config = SMALL | {"epochs": epochs}
     if weights is not None:
@@ -79,7 +81,9 @@ def pretrain(folder: Path, cache: Path, *, epochs: int, seed: int = 0) -> Path:
         }
     )
     manifest = read_manifest(table, num_classes=config.num_classes)
-    cohort, split = open_inputs(config, table, prepare_cohort(manifest, Recipe.from_config(config), cache))
+    cohort, split = open_inputs(
+        config, table, prepare_cohort(manifest, Recipe.from_config(config), cache)
+    )
     *_, last = finetune(config, cohort, split)
     network = configured_network(config)
     network.load_state_dict(last.state()["network"])

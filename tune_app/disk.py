@@ -84,18 +84,29 @@ def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
     return 4 * (parameters * (2 + moments) + 2 * buffers) + 4 * 512 * tensors + rows + 2**16, best
 
 
-def make_room(files: StudyFiles, budget: Budget, records: Iterable[Mapping[str, Any]]) -> list[Path]:
+def make_room(
+    files: StudyFiles, budget: Budget, records: Iterable[Mapping[str, Any]]
+) -> list[Path]:
     """Remove what has to go for the study to fit its budget with the running trials at their largest; returns what went.
 
     `records` are all trials' trial.json. Of the ended trials the `keep_best` best by objective keep their best.pt.
     """
     records = list(records)
     ended = [record for record in records if record["state"] != "running"]
-    running = sum(_size(files.trial(record["trial"]).folder) for record in records if record["state"] == "running")
+    running = sum(
+        _size(files.trial(record["trial"]).folder)
+        for record in records
+        if record["state"] == "running"
+    )
     over = _size(files.root) - running + budget.running + LOGS - budget.total
-    ended.sort(key=lambda record: -math.inf if record.get("objective") is None else record["objective"])
+    ended.sort(
+        key=lambda record: -math.inf if record.get("objective") is None else record["objective"]
+    )
     candidates = [files.trial(record["trial"]).checkpoint for record in ended]
-    candidates += [files.trial(record["trial"]).best for record in ended[: max(0, len(ended) - budget.keep_best)]]
+    candidates += [
+        files.trial(record["trial"]).best
+        for record in ended[: max(0, len(ended) - budget.keep_best)]
+    ]
     gone = []
     for path in candidates:
         if over <= 0:
@@ -115,7 +126,9 @@ def _largest(spec: StudySpec) -> list[FineTuneConfig]:
         return [build_config({**spec.config, **trial.overrides}) for trial in spec.planned]
     base = build_config(spec.config).model_dump()
     space = spec.resolved_space()
-    largest: dict[str, Any] = {name: space.fixed[name] for name in ("depth", "width") if name in space.fixed}
+    largest: dict[str, Any] = {
+        name: space.fixed[name] for name in ("depth", "width") if name in space.fixed
+    }
     for name in ("depth", "width"):
         if name in space.parameters:
             largest[name] = max(float(str(end)) for end in space.parameters[name].ends)

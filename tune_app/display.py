@@ -25,7 +25,11 @@ class Display:
         self.epochs = epochs
         self.started = time.monotonic()
         self.trials: dict[str, dict[str, Any]] = {}
-        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self.live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         if self.live:
@@ -81,12 +85,20 @@ class Display:
             by_state[trial["state"]] = by_state.get(trial["state"], 0) + 1
         counts = ", ".join(f"{number} {state}" for state, number in sorted(by_state.items()))
         table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-        for name, justify in (("trial", "left"), ("epoch", "right"), ("AUC raw", "right"), ("AUC EMA", "right")):
+        for name, justify in (
+            ("trial", "left"),
+            ("epoch", "right"),
+            ("AUC raw", "right"),
+            ("AUC EMA", "right"),
+        ):
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("best", justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
         running = [trial for trial in self.trials.values() if trial["state"] == "running"]
-        ended = sorted((t for t in self.trials.values() if t["state"] != "running"), key=lambda t: t.get("order", 0.0))
+        ended = sorted(
+            (t for t in self.trials.values() if t["state"] != "running"),
+            key=lambda t: t.get("order", 0.0),
+        )
         for trial in [*ended[-SHOWN_ENDED:], *running]:
             row = trial.get("row", {})
             said = trial["state"] + (f": {trial['reason']}" if trial.get("reason") else "")

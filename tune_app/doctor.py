@@ -50,7 +50,9 @@ class Finding:
     remedy: str = ""
 
 
-def diagnose_machine(data: str | None = None, study: str | None = None, cache: Path | None = None) -> list[Finding]:
+def diagnose_machine(
+    data: str | None = None, study: str | None = None, cache: Path | None = None
+) -> list[Finding]:
     """Look at this machine alone."""
     facts = node_facts(data, study, str(cache) if cache else None, None)
     found = judge_node(facts, node="here")
@@ -70,8 +72,12 @@ def diagnose_cluster(
         if not ray.is_initialized():
             package = Path(folder) / "medtune.zip"
             package.write_bytes(pack_code(Path(__file__).parents[1]))
-            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a job's code is on every node already
-            ray.init(address, runtime_env=None if in_job else {"working_dir": str(package)}, **options)
+            in_job = (
+                "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+            )  # a job's code is on every node already
+            ray.init(
+                address, runtime_env=None if in_job else {"working_dir": str(package)}, **options
+            )
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             lost = [node for node in ray.nodes() if not node["Alive"]]
@@ -94,9 +100,17 @@ def diagnose_cluster(
                         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                         clock, took = _clock(ray, probe.options(scheduling_strategy=place))
                     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
-                        said = f"no answer within {NODE_S:.0f} s: {str(error).strip().splitlines()[0]}"
+                        said = (
+                            f"no answer within {NODE_S:.0f} s: {str(error).strip().splitlines()[0]}"
+                        )
                         found.append(
-                            Finding(name, "answers", "bad", said, "look at that node's raylet.out, or take it away")
+                            Finding(
+                                name,
+                                "answers",
+                                "bad",
+                                said,
+                                "look at that node's raylet.out, or take it away",
+                            )
                         )
                         continue
                     facts[name] = answer
@@ -104,7 +118,13 @@ def diagnose_cluster(
                     found.append(judge_clock(name, clock, took))
             found += judge_together(facts)
             found += [
-                Finding(node["NodeManagerAddress"], "answers", "look", "lost", "nothing, if you took it away")
+                Finding(
+                    node["NodeManagerAddress"],
+                    "answers",
+                    "look",
+                    "lost",
+                    "nothing, if you took it away",
+                )
                 for node in lost
             ]
             found.append(_state_api())
@@ -116,7 +136,9 @@ def diagnose_cluster(
 # On a node -------------------------------------------------------------------------------------------------------------
 
 
-def node_facts(data: str | None, study: str | None, cache: str | None, nonce: str | None) -> dict[str, Any]:
+def node_facts(
+    data: str | None, study: str | None, cache: str | None, nonce: str | None
+) -> dict[str, Any]:
     """Everything that is seen from a node, as plain values."""
     place = Path(cache) if cache else default_cache()
     return {
@@ -135,7 +157,11 @@ def node_facts(data: str | None, study: str | None, cache: str | None, nonce: st
 
 
 def _timed_facts(
-    data: str | None, study: str | None, cache: str | None, nonce: str | None, meet: tuple[str, int] | None
+    data: str | None,
+    study: str | None,
+    cache: str | None,
+    nonce: str | None,
+    meet: tuple[str, int] | None,
 ) -> dict[str, Any]:
     if meet is None:
         return {"time": time.time()}
@@ -204,7 +230,10 @@ def _data_seen(table: str) -> dict[str, str]:
     missing = [str(path) for path, found in zip(rows["path"], there, strict=True) if not found]
     if missing:
         remedy = {"remedy": DATA_REMEDY} if is_url(missing[0]) else {}
-        return {"error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}", **remedy}
+        return {
+            "error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}",
+            **remedy,
+        }
     return {"digest": content, "volumes": str(len(rows))}
 
 
@@ -238,11 +267,17 @@ def _bucket_seen(url: str, nonce: str | None) -> dict[str, str]:
     try:
         remote = Remote(url)
         remote.write(probe, b"here")
-        came = remote.read(probe) == b"here" and (nonce is None or remote.read(f".medtune-doctor-{nonce}") is not None)
+        came = remote.read(probe) == b"here" and (
+            nonce is None or remote.read(f".medtune-doctor-{nonce}") is not None
+        )
         remote.delete(probe)
     except StorageError as error:
         return {"error": str(error), "remedy": BUCKET_REMEDY}
-    return {} if came else {"error": f"{url}: what the head writes is not seen here", "remedy": BUCKET_REMEDY}
+    return (
+        {}
+        if came
+        else {"error": f"{url}: what the head writes is not seen here", "remedy": BUCKET_REMEDY}
+    )
 
 
 def _mark_folder(study: str) -> Path:
@@ -307,25 +342,51 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
     found: list[Finding] = []
 
     def say(what: str, good: bool, said: str, remedy: str, *, otherwise: State = "bad") -> None:
-        found.append(Finding(node, what, "good" if good else otherwise, said, "" if good else remedy))
+        found.append(
+            Finding(node, what, "good" if good else otherwise, said, "" if good else remedy)
+        )
 
     versions = facts["versions"]
     old = [name for name, least in NEEDED.items() if _numbers(versions[name]) < least]
     told = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in VERSIONS)
-    say("versions", not old, f"Python {facts['python']}, {told}", f"upgrade {', '.join(old)}: see pyproject.toml")
+    say(
+        "versions",
+        not old,
+        f"Python {facts['python']}, {told}",
+        f"upgrade {', '.join(old)}: see pyproject.toml",
+    )
     seen = len(facts["gpus"])
     if gpus is not None and gpus > seen:
-        say("GPUs", False, f"Ray counts {gpus:g}, nvidia-smi shows {seen}", "install the driver, or mend --num-gpus")
+        say(
+            "GPUs",
+            False,
+            f"Ray counts {gpus:g}, nvidia-smi shows {seen}",
+            "install the driver, or mend --num-gpus",
+        )
     elif seen and facts["nccl"] is None:
-        say("GPUs", False, f"{seen}, but torch is built for CPUs only", "install torch for the driver's CUDA version")
+        say(
+            "GPUs",
+            False,
+            f"{seen}, but torch is built for CPUs only",
+            "install torch for the driver's CUDA version",
+        )
     else:
         say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
     say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
     shm = facts["shm_gib"]
     said = "there is no /dev/shm" if shm is None else f"{shm:.1f} GiB"
-    say("shared memory", shm is not None and shm >= SHM_GIB, said, "docker run --shm-size=8g, or mount /dev/shm larger")
+    say(
+        "shared memory",
+        shm is not None and shm >= SHM_GIB,
+        said,
+        "docker run --shm-size=8g, or mount /dev/shm larger",
+    )
     disk = facts["disk_gib"]
-    said = f"{disk:.0f} GiB free at {facts['cache']}" if disk is not None else f"{facts['cache']} cannot be looked at"
+    said = (
+        f"{disk:.0f} GiB free at {facts['cache']}"
+        if disk is not None
+        else f"{facts['cache']} cannot be looked at"
+    )
     say(
         "disk",
         disk is not None and disk >= DISK_GIB,
@@ -333,20 +394,35 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         "free some room, or choose another --cache",
         otherwise="look",
     )
-    say("open files", facts["files"] >= FILES, f"{facts['files']} at most", "ulimit -n 65536", otherwise="look")
+    say(
+        "open files",
+        facts["files"] >= FILES,
+        f"{facts['files']} at most",
+        "ulimit -n 65536",
+        otherwise="look",
+    )
     if facts.get("data") is not None:
         error = facts["data"].get("error")
         said = error or f"{facts['data']['volumes']} volumes, table {facts['data']['digest']}"
-        remedy = facts["data"].get("remedy", "mount the folder with the data at the same path on every node")
+        remedy = facts["data"].get(
+            "remedy", "mount the folder with the data at the same path on every node"
+        )
         say("data", not error, said, remedy)
     if facts.get("study") is not None:
         error = facts["study"].get("error")
-        remedy = facts["study"].get("remedy", "mount the same shared folder on every node, writable")
+        remedy = facts["study"].get(
+            "remedy", "mount the same shared folder on every node, writable"
+        )
         say("storage", not error, error or "can be written", remedy)
     if "meets" in facts:
         error = facts["meets"]
         said = error or "the driver's node can be reached"
-        say("ports", not error, said, "let the nodes reach each other on all ports: ranks choose theirs")
+        say(
+            "ports",
+            not error,
+            said,
+            "let the nodes reach each other on all ports: ranks choose theirs",
+        )
     return found
 
 
@@ -354,7 +430,11 @@ def judge_clock(node: str, skew_s: float, took_s: float) -> Finding:
     """What the difference of a node's clock means; pure."""
     if abs(skew_s) - took_s / 2 > SKEW_S:
         return Finding(
-            node, "clock", "look", f"{skew_s:+.1f} s", "run chrony or ntpd: times in the study would mislead"
+            node,
+            "clock",
+            "look",
+            f"{skew_s:+.1f} s",
+            "run chrony or ntpd: times in the study would mislead",
         )
     return Finding(node, "clock", "good", f"{skew_s:+.2f} s, within {took_s / 2:.2f} s")
 
@@ -362,10 +442,22 @@ def judge_clock(node: str, skew_s: float, took_s: float) -> Finding:
 def judge_together(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """What must be the same on all nodes; pure."""
     kinds: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
-        "same Python": (lambda one: one["python"], "install one Python version: Ray refuses to mix them"),
-        "same versions": (lambda one: tuple(one["versions"].items()), "pip install -c constraints.txt . on every node"),
-        "same NCCL": (lambda one: one["nccl"] if one["gpus"] else None, "install the same torch on every node"),
-        "same data": (lambda one: (one["data"] or {}).get("digest"), "mount the same folder on every node"),
+        "same Python": (
+            lambda one: one["python"],
+            "install one Python version: Ray refuses to mix them",
+        ),
+        "same versions": (
+            lambda one: tuple(one["versions"].items()),
+            "pip install -c constraints.txt . on every node",
+        ),
+        "same NCCL": (
+            lambda one: one["nccl"] if one["gpus"] else None,
+            "install the same torch on every node",
+        ),
+        "same data": (
+            lambda one: (one["data"] or {}).get("digest"),
+            "mount the same folder on every node",
+        ),
     }
     found = []
     for what, (value, remedy) in kinds.items():
@@ -375,7 +467,11 @@ def judge_together(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
                 groups.setdefault(value(one), []).append(node)
         if len(groups) > 1:
             few = min(groups.values(), key=len)
-            found.append(Finding("all nodes", what, "bad", f"{', '.join(few)} differ from the others", remedy))
+            found.append(
+                Finding(
+                    "all nodes", what, "bad", f"{', '.join(few)} differ from the others", remedy
+                )
+            )
     if not found and len(facts) > 1:
         found.append(Finding("all nodes", "alike", "good", f"{len(facts)} nodes"))
     return found
@@ -389,7 +485,9 @@ def _state_api() -> Finding:
         number = len(list_nodes(timeout=20))
     except (RayStateApiException, OSError, ValueError) as error:
         said = f"does not answer: {str(error).splitlines()[0]}"
-        return Finding("head", "State API", "look", said, "start the head with --include-dashboard=true")
+        return Finding(
+            "head", "State API", "look", said, "start the head with --include-dashboard=true"
+        )
     return Finding("head", "State API", "good", f"answers, {number} node{'s' * (number != 1)}")
 
 

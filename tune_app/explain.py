@@ -38,7 +38,12 @@ PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 
 
 def grad_cam(
-    network: Classifier, volume_CDHW: Tensor, target: int, *, layer: str = "layer4", scale: float = 1.0
+    network: Classifier,
+    volume_CDHW: Tensor,
+    target: int,
+    *,
+    layer: str = "layer4",
+    scale: float = 1.0,
 ) -> Tensor:
     """Return the Grad-CAM (D, H, W) of the log-odds of class `target` on the cells of `layer`, upsampled, >= 0.
 
@@ -50,12 +55,17 @@ def grad_cam(
     seen: list[Tensor] = []
 
     def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())  # a fresh leaf: nothing below the layer is differentiated
+        seen.append(
+            output.detach().requires_grad_()
+        )  # a fresh leaf: nothing below the layer is differentiated
         return seen[0]
 
     handle = getattr(network.backbone, layer).register_forward_hook(cut)
     try:
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with (
+            torch.enable_grad(),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
             logits_C = scale * network(volume_CDHW[None])[0]
             others = torch.cat([logits_C[:target], logits_C[target + 1 :]])
             (gradient,) = torch.autograd.grad(logits_C[target] - others.logsumexp(dim=0), seen[0])
@@ -81,7 +91,12 @@ def explain(model: Model, volume_CDHW: Array, target: int, *, layer: str = "laye
     """
     volume = torch.from_numpy(np.ascontiguousarray(volume_CDHW)).float().to(model.device)
     maps = [
-        _unit(grad_cam(network, volume, target, layer=layer, scale=member.scale).double().cpu().numpy())
+        _unit(
+            grad_cam(network, volume, target, layer=layer, scale=member.scale)
+            .double()
+            .cpu()
+            .numpy()
+        )
         for network, member in zip(model.networks, model.info.members, strict=True)
     ]
     return _unit(np.mean(maps, axis=0))
@@ -108,7 +123,9 @@ class Explainer:
         if min(coarse) >= 3:
             return []
         advice = "" if self.layer == LAYERS[-1] else "; --explain-layer layer3 or lower has more"
-        return [f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly say where{advice}"]
+        return [
+            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly say where{advice}"
+        ]
 
     def __call__(self, prediction: Prediction) -> str:
         """Write map and picture of a scored prediction; returns the map's path.
@@ -127,7 +144,9 @@ class Explainer:
         write_map(path, map_RAS, header, source, f"Grad-CAM {self.layer} class {target}")
         said = f"evidence for class {target} ({self.layer}), probability {scored.probabilities_C[target]:.3f}"
         scan = read_scan(source, self.model.recipe.in_channels)
-        write_slices(self.folder / f"{name}_cam.png", scan.voxels[0], map_RAS, scan.spacing_mm, said)
+        write_slices(
+            self.folder / f"{name}_cam.png", scan.voxels[0], map_RAS, scan.spacing_mm, said
+        )
         return str(path)
 
     def _free_name(self, source: Path) -> str:
@@ -153,7 +172,9 @@ def to_scan_grid(map_DHW: Array, header: ScanHeader, recipe: Recipe) -> Array:
     fitting = float((extents_mm / recipe.volume_shape).max())
     spacing_mm = recipe.spacing_mm or (fitting,) * 3
     result = map_DHW
-    for axis, (old, old_mm, new_mm) in enumerate(zip(header.shape, header.spacing_mm, spacing_mm, strict=True)):
+    for axis, (old, old_mm, new_mm) in enumerate(
+        zip(header.shape, header.spacing_mm, spacing_mm, strict=True)
+    ):
         side = recipe.volume_shape[axis]
         places = scan_positions(old, side, new_mm / old_mm)
         result = _sampled(result, axis, places, side)
@@ -185,7 +206,9 @@ def _sampled(values: Array, axis: int, places: Array, side: int) -> Array:
     return np.asarray(mixed * inside.reshape(shape))
 
 
-def write_map(path: Path, map_RAS: Array, header: ScanHeader, source: Path, description: str) -> None:
+def write_map(
+    path: Path, map_RAS: Array, header: ScanHeader, source: Path, description: str
+) -> None:
     """Write a map as .nii.gz with the grid of `source`: its shape, axes, affine, orientation codes and units.
 
     Values are stored as bytes with a scale: 0 to 1 in 255 steps. Texts of the source's header are left behind, they
@@ -228,7 +251,9 @@ def _raw_header(path: Path) -> Any:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else path.open("rb") as stream:
         block = stream.read(540)
-    second = 540 in np.frombuffer(block[:4], "<i4").tolist() + np.frombuffer(block[:4], ">i4").tolist()
+    second = (
+        540 in np.frombuffer(block[:4], "<i4").tolist() + np.frombuffer(block[:4], ">i4").tolist()
+    )
     kind, length = (nib.Nifti2Header, 540) if second else (nib.Nifti1Header, 348)
     return kind(block[:length], check=False)
 
@@ -236,21 +261,31 @@ def _raw_header(path: Path) -> Any:
 # The picture -----------------------------------------------------------------------------------------------------------
 
 
-def write_slices(path: Path, voxels_RAS: Array, map_RAS: Array, spacing_mm: Sequence[float], caption: str) -> None:
+def write_slices(
+    path: Path, voxels_RAS: Array, map_RAS: Array, spacing_mm: Sequence[float], caption: str
+) -> None:
     """Write a PNG of three slices through the strongest voxel of the map, the map laid over the scan.
 
     Radiological view: the patient's right is on the left of axial and coronal slices; letters at the edges say so.
     Brightness of the overlay follows the map, so that it reads in greyscale too.
     """
     found = bool(map_RAS.max() > 0)
-    point = np.unravel_index(int(map_RAS.argmax()), map_RAS.shape) if found else [side // 2 for side in map_RAS.shape]
+    point = (
+        np.unravel_index(int(map_RAS.argmax()), map_RAS.shape)
+        if found
+        else [side // 2 for side in map_RAS.shape]
+    )
     low, high = np.percentile(voxels_RAS, (1, 99))
     grey = ((voxels_RAS - low) / max(float(high - low), 1e-12)).clip(0, 1)
-    panels = [_panel(grey, map_RAS, spacing_mm, name, axis, int(point[axis])) for name, axis in PLANES]
+    panels = [
+        _panel(grey, map_RAS, spacing_mm, name, axis, int(point[axis])) for name, axis in PLANES
+    ]
 
     font = ImageFont.load_default(14)
     height = max(panel.height for panel in panels)
-    picture = Image.new("RGB", (sum(panel.width for panel in panels) + 10 * 4, height + 44), "black")
+    picture = Image.new(
+        "RGB", (sum(panel.width for panel in panels) + 10 * 4, height + 44), "black"
+    )
     draw = ImageDraw.Draw(picture)
     left = 10
     for panel in panels:
@@ -258,29 +293,56 @@ def write_slices(path: Path, voxels_RAS: Array, map_RAS: Array, spacing_mm: Sequ
         left += panel.width + 10
     text = caption if found else f"{caption}: nothing in this layer speaks for it"
     draw.text((10, height + 18), text, fill="white", font=font)
-    draw.text((picture.width - 10, height + 18), "not for diagnosis", fill="#999999", font=font, anchor="ra")
+    draw.text(
+        (picture.width - 10, height + 18),
+        "not for diagnosis",
+        fill="#999999",
+        font=font,
+        anchor="ra",
+    )
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
-def _panel(grey: Array, map_RAS: Array, spacing_mm: Sequence[float], name: str, axis: int, index: int) -> Image.Image:
+def _panel(
+    grey: Array, map_RAS: Array, spacing_mm: Sequence[float], name: str, axis: int, index: int
+) -> Image.Image:
     """One slice as a picture: up is anterior (axial) or superior, left is the patient's right, or anterior (sagittal)."""
     across, up = [other for other in range(3) if other != axis]
     slices = [np.flip(values.take(index, axis=axis).T, axis=(0, 1)) for values in (grey, map_RAS)]
     size_mm = (grey.shape[across] * spacing_mm[across], grey.shape[up] * spacing_mm[up])
     pixels = [max(1, round(PANEL * side / max(size_mm))) for side in size_mm]
     scan, seen = (
-        np.asarray(Image.fromarray(part.astype(np.float32)).resize((pixels[0], pixels[1]), Image.Resampling.BILINEAR))
+        np.asarray(
+            Image.fromarray(part.astype(np.float32)).resize(
+                (pixels[0], pixels[1]), Image.Resampling.BILINEAR
+            )
+        )
         for part in slices
     )
-    heat = np.stack([np.clip(3 * seen - part, 0, 1) for part in range(3)], axis=-1)  # black, red, yellow, white
+    heat = np.stack(
+        [np.clip(3 * seen - part, 0, 1) for part in range(3)], axis=-1
+    )  # black, red, yellow, white
     mixed = (1 - 0.6 * seen[..., None]) * scan[..., None] + 0.6 * seen[..., None] * heat
     panel = Image.fromarray((255 * mixed.clip(0, 1)).astype(np.uint8), "RGB")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14)
     edges = {0: ("A", "P", "S", "I"), 1: ("R", "L", "S", "I"), 2: ("R", "L", "A", "P")}[axis]
     middle, centre = panel.height / 2, panel.width / 2
-    spots = ((3, middle, "lm"), (panel.width - 3, middle, "rm"), (centre, 2, "ma"), (centre, panel.height - 3, "md"))
+    spots = (
+        (3, middle, "lm"),
+        (panel.width - 3, middle, "rm"),
+        (centre, 2, "ma"),
+        (centre, panel.height - 3, "md"),
+    )
     for letter, (x, y, anchor) in zip(edges, spots, strict=True):
-        draw.text((x, y), letter, fill="white", font=font, anchor=anchor, stroke_width=1, stroke_fill="black")
+        draw.text(
+            (x, y),
+            letter,
+            fill="white",
+            font=font,
+            anchor=anchor,
+            stroke_width=1,
+            stroke_fill="black",
+        )
     draw.text((3, 2), name, fill="white", font=font, stroke_width=1, stroke_fill="black")
     return panel

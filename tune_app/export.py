@@ -101,14 +101,18 @@ class Chosen:
     choice: Choice
 
 
-def choose(study: Study, *, trial: str | None = None, confirmed: bool = False, ensemble: int | None = None) -> Chosen:
+def choose(
+    study: Study, *, trial: str | None = None, confirmed: bool = False, ensemble: int | None = None
+) -> Chosen:
     """Return the trials to export: one by its id, the best by the study's objective, or the `ensemble` best.
 
     `confirmed` looks only at the runs of the variant that the confirmation chose, and takes of them the one in the
     middle: the best of equal runs is merely lucky. Raises ExportError when there is no such trial, SpecError when
     `study` is no confirmation.
     """
-    usable = study.trials[study.trials["best_checkpoint"].notna() & study.trials["objective"].notna()]
+    usable = study.trials[
+        study.trials["best_checkpoint"].notna() & study.trials["objective"].notna()
+    ]
     scored = len(usable)
     told = f"by the study's objective, {study.spec.objective}"
 
@@ -124,13 +128,19 @@ def choose(study: Study, *, trial: str | None = None, confirmed: bool = False, e
         luck = "whoever asked for this trial may have known its score"
         return chosen(rows, f"trial {name} was asked for by name", luck, rows["best_epoch"].iloc[0])
 
-    usable = usable[usable["state"] != "failed"].sort_values("objective", ascending=False, kind="stable")
+    usable = usable[usable["state"] != "failed"].sort_values(
+        "objective", ascending=False, kind="stable"
+    )
     how = f"of {scored} trials, the best {told}"
     luck = f"the trial was chosen on them as the best of {scored}"
     if confirmed:
         found = confirm.judge(study)
         if not found.finished:
-            raise ExportError([f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` goes on"])
+            raise ExportError(
+                [
+                    f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` goes on"
+                ]
+            )
         usable = usable[usable["variant"] == found.choice]
         how = f"variant {found.choice}, confirmed as better than the documented settings"
         if found.winner is None:
@@ -141,14 +151,26 @@ def choose(study: Study, *, trial: str | None = None, confirmed: bool = False, e
         raise ExportError([f"{study.path}: no trial has weights and a score yet"])
     if ensemble is not None and not 2 <= ensemble <= len(usable):
         raise ExportError(
-            [f"--ensemble {ensemble}: 2 to {len(usable)} are possible, as many trials as have weights and a score"]
+            [
+                f"--ensemble {ensemble}: 2 to {len(usable)} are possible, as many trials as have weights and a score"
+            ]
         )
     if confirmed:
         epochs = statistics.median(usable["best_epoch"])
         if ensemble is not None:
             spread = usable.sort_values(["seed", "fold"], kind="stable").head(ensemble)
-            return chosen(spread, f"{how}; {ensemble} of them together, over as many folds as there are", luck, epochs)
-        return chosen(usable.iloc[[(len(usable) - 1) // 2]], f"{how}; the run in the middle of them", luck, epochs)
+            return chosen(
+                spread,
+                f"{how}; {ensemble} of them together, over as many folds as there are",
+                luck,
+                epochs,
+            )
+        return chosen(
+            usable.iloc[[(len(usable) - 1) // 2]],
+            f"{how}; the run in the middle of them",
+            luck,
+            epochs,
+        )
     if ensemble is not None:
         how = f"of {scored} trials, the best {ensemble} {told}, together"
         luck = f"the trials were chosen on them as the best {ensemble} of {scored}"
@@ -202,12 +224,17 @@ def export_model(
         if one.member.trouble:
             say(f"note: trial {one.member.trial}: {one.member.trouble}")
     rows = np.unique(np.concatenate([one.split.val for one in members]))
-    z_NC, scale = pooled([one.member for one in members], np.stack([one.logits[rows] for one in members]))
+    z_NC, scale = pooled(
+        [one.member for one in members], np.stack([one.logits[rows] for one in members])
+    )
     info = ModelInfo(
         kind="network" if len(members) == 1 else "ensemble",
         members=tuple(one.member for one in members),
         training=_training(
-            manifest, cohort, np.unique(np.concatenate([one.split.train for one in members])), runs[0].config
+            manifest,
+            cohort,
+            np.unique(np.concatenate([one.split.train for one in members])),
+            runs[0].config,
         ),
         **_judged(z_NC, scale, cohort, rows),
         **_common(study, cohort, runs[0].config, chosen),
@@ -245,18 +272,30 @@ def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
                     when=time.strftime("%Y-%m-%d", time.gmtime(record["time"])),
                     runs=len(record["runs"]),
                     ensemble_auc=Measured(
-                        value=record["auc"], low=record["auc_low"], high=record["auc_high"], interval="DeLong"
+                        value=record["auc"],
+                        low=record["auc_low"],
+                        high=record["auc_high"],
+                        interval="DeLong",
                     ),
-                    **{name: record[name] for name in HeldOut.model_fields.keys() - {"when", "runs", "ensemble_auc"}},
+                    **{
+                        name: record[name]
+                        for name in HeldOut.model_fields.keys() - {"when", "runs", "ensemble_auc"}
+                    },
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError([f"{files.test}: damaged ({' '.join(str(error).split())[:200]}); restore it"]) from None
+        raise ExportError(
+            [f"{files.test}: damaged ({' '.join(str(error).split())[:200]}); restore it"]
+        ) from None
     return None
 
 
 def _judged(z_NC: Array, scale: float, cohort: Cohort, rows: Array) -> dict[str, Any]:
     found = judge(z_NC, scale, cohort.labels[rows], cohort.subjects[rows])
-    return {"threshold": found.threshold, "calibration": found.calibration, "validation": found.evaluation}
+    return {
+        "threshold": found.threshold,
+        "calibration": found.calibration,
+        "validation": found.evaluation,
+    }
 
 
 @dataclass(frozen=True)
@@ -281,7 +320,9 @@ def _read_run(trial: pd.Series) -> _Run:
         return _Run(
             trial=str(trial["trial"]),
             verdict=None if pd.isna(trial["verdict"]) else str(trial["verdict"]),
-            verdict_summary=None if pd.isna(trial["verdict_summary"]) else str(trial["verdict_summary"]),
+            verdict_summary=None
+            if pd.isna(trial["verdict_summary"])
+            else str(trial["verdict_summary"]),
             config=build_config(state["config"]),
             epoch=int(state["epoch"]),
             weights=state["average"]["network"],
@@ -289,8 +330,18 @@ def _read_run(trial: pd.Series) -> _Run:
             val=state["val_rows"].numpy(),
             row=state["row"],
         )
-    except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError([f"{path}: damaged or of another version ({' '.join(str(error).split())[:200]})"]) from None
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        UnpicklingError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise ExportError(
+            [f"{path}: damaged or of another version ({' '.join(str(error).split())[:200]})"]
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,45 +356,63 @@ class _Member:
     """(N, C) of all rows of the cohort, NaN for those it was not asked to score."""
 
 
-def _open(config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None) -> tuple[Manifest, Cohort]:
+def _open(
+    config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None
+) -> tuple[Manifest, Cohort]:
     manifest = read_manifest(data or Path(study.spec.data), num_classes=config.num_classes)
     folder = cache or Path(study.spec.cache or default_cache())
     return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), folder))
 
 
-def _network(config: FineTuneConfig, weights: dict[str, Tensor], device: torch.device) -> Classifier:
+def _network(
+    config: FineTuneConfig, weights: dict[str, Tensor], device: torch.device
+) -> Classifier:
     network = configured_network(config)
     network.load_state_dict(weights, strict=True)
     return on_device(network, device)
 
 
-def _logits(network: Classifier, cohort: Cohort, rows: Array, classes: int, device: torch.device) -> Array:
+def _logits(
+    network: Classifier, cohort: Cohort, rows: Array, classes: int, device: torch.device
+) -> Array:
     """Logits (N, C) of the whole cohort, NaN but for `rows`."""
     found = np.full((len(cohort.labels), classes), np.nan)
     for start in range(0, len(rows), BATCH):
         chunk = rows[start : start + BATCH]
-        found[chunk] = network_logits(network, torch.from_numpy(np.array(cohort.volumes[chunk])).float(), device)
+        found[chunk] = network_logits(
+            network, torch.from_numpy(np.array(cohort.volumes[chunk])).float(), device
+        )
     return found
 
 
-def _measured(run: _Run, manifest: Manifest, cohort: Cohort, device: torch.device, *, folder: str) -> _Member:
+def _measured(
+    run: _Run, manifest: Manifest, cohort: Cohort, device: torch.device, *, folder: str
+) -> _Member:
     """Score the run's validation volumes anew. Raises ExportError unless rows, recipe and AUC are those of the study."""
     trial, config = run.trial, run.config
-    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    split = split_rows(
+        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+    )
     if not (np.array_equal(split.train, run.train) and np.array_equal(split.val, run.val)):
         raise ExportError(
-            [f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"]
+            [
+                f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"
+            ]
         )
     if Recipe.from_config(config) != cohort.recipe:
         raise ExportError(
-            [f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"]
+            [
+                f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"
+            ]
         )
     network = _network(config, run.weights, device)
     logits = _logits(network, cohort, split.val, config.num_classes, device)
     scale = logit_scale(config.loss, config.head, config.s)
     labels = cohort.labels[split.val]
     if not np.isfinite(logits[split.val]).all():
-        raise ExportError([f"trial {trial}: its scores are not finite, it is of no use; choose another"])
+        raise ExportError(
+            [f"trial {trial}: its scores are not finite, it is of no use; choose another"]
+        )
     auc = score_metrics(logits[split.val], labels, scale=scale)["auc"]
     recorded, precision = run.row["val_auc"], str(run.row["precision"])
     if not abs(auc - recorded) <= AUC_TOLERANCE[precision]:
@@ -422,7 +491,10 @@ def _write(
         for one in members:
             weights, member = files.weights(one.member.folder), one.member
             weights.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.cpu().clone().contiguous() for name, tensor in one.network.state_dict().items()}
+            tensors = {
+                name: tensor.cpu().clone().contiguous()
+                for name, tensor in one.network.state_dict().items()
+            }
             weights.write_bytes(save_tensors(tensors, {"format": "pt"}))
             # Only the name: where a checkpoint lay on this machine is nobody's business, and no part of the model.
             config = one.config.model_copy(update={"pretrained_path": info.training.pretrained})
@@ -430,7 +502,9 @@ def _write(
             if onnx:
                 sample = np.flatnonzero(np.isfinite(one.logits[:, 0]))[:4]
                 volumes = torch.from_numpy(np.array(cohort.volumes[sample])).float()
-                difference = write_onnx(files.onnx(member.folder), one.config, tensors, member.scale, volumes)
+                difference = write_onnx(
+                    files.onnx(member.folder), one.config, tensors, member.scale, volumes
+                )
                 member = member.model_copy(update={"onnx_difference": difference})
             written.append(member)
         info = info.model_copy(update={"members": tuple(written)})
@@ -451,7 +525,9 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
         )
         lines.append(f"before:    validation AUC {value}, of trial {info.members[0].trial}")
     else:
-        lines.append(f"validated: AUC {value} on {info.validation.volumes} volumes that also chose it: optimistic")
+        lines.append(
+            f"validated: AUC {value} on {info.validation.volumes} volumes that also chose it: optimistic"
+        )
     if info.threshold is not None:
         lines.append(
             f"decides 1: score_1 >= {info.threshold:.4g}, which is probability_1 >= {info.threshold_calibrated:.4g}"
@@ -489,9 +565,17 @@ def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judg
     log_odds = class_scores(z_NC, scale=scale)
     unseen_z, unseen_decisions = np.full_like(z_NC, np.nan), np.full(len(z_NC), -1)
     for fit, held_out in cross_fits(labels_N, subjects_N):
-        unseen_z[held_out] = fit_calibration(scale * z_NC[fit], labels_N[fit]).logits(scale * z_NC[held_out])
-        best = score_metrics(z_NC[fit], labels_N[fit], scale=scale)["threshold"] if classes == 2 else None
-        unseen_decisions[held_out] = decide(log_odds[held_out], 0.0 if best is not None and math.isnan(best) else best)
+        unseen_z[held_out] = fit_calibration(scale * z_NC[fit], labels_N[fit]).logits(
+            scale * z_NC[held_out]
+        )
+        best = (
+            score_metrics(z_NC[fit], labels_N[fit], scale=scale)["threshold"]
+            if classes == 2
+            else None
+        )
+        unseen_decisions[held_out] = decide(
+            log_odds[held_out], 0.0 if best is not None and math.isnan(best) else best
+        )
     evaluation = evaluate(
         z_NC,
         scale,
@@ -532,21 +616,31 @@ def evaluate(
         plain = score_metrics(z_NC[rows], labels_N[rows], scale=scale)
         found = {name: plain[name] for name in ("auc", "auprc", "sensitivity_at_90_specificity")}
         for name, made in decisions.items():
-            found[f"balanced_accuracy{name}"] = _balanced_accuracy(made[rows], labels_N[rows], classes)
-        return found | {f"brier{name}": float(of_each[rows].mean()) for name, of_each in errors.items()}
+            found[f"balanced_accuracy{name}"] = _balanced_accuracy(
+                made[rows], labels_N[rows], classes
+            )
+        return found | {
+            f"brier{name}": float(of_each[rows].mean()) for name, of_each in errors.items()
+        }
 
     values = resampled(np.arange(len(labels_N)))
     low, high = _bootstrap(resampled, subjects_N)
     by_subject = {
         name: Measured(
-            value=_known(value), low=_known(low[name]), high=_known(high[name]), interval="bootstrap over subjects"
+            value=_known(value),
+            low=_known(low[name]),
+            high=_known(high[name]),
+            interval="bootstrap over subjects",
         )
         for name, value in values.items()
     }
     plain = score_metrics(z_NC, labels_N, scale=scale)
     metrics = {
         "auc": Measured(
-            value=_known(plain["auc"]), low=_known(plain["auc_low"]), high=_known(plain["auc_high"]), interval="DeLong"
+            value=_known(plain["auc"]),
+            low=_known(plain["auc_low"]),
+            high=_known(plain["auc_high"]),
+            interval="DeLong",
         )
     }
     if len(np.unique(subjects_N)) < len(subjects_N):
@@ -557,11 +651,15 @@ def evaluate(
         shares = {f"recall_{c}": labels_N == c for c in range(classes)}
         if classes == 2:
             shares = {"sensitivity": shares["recall_1"], "specificity": shares["recall_0"]}
-        metrics |= {f"{share}{name}": wilson((made == labels_N)[among]) for share, among in shares.items()}
+        metrics |= {
+            f"{share}{name}": wilson((made == labels_N)[among]) for share, among in shares.items()
+        }
     metrics |= {f"brier{name}": by_subject[f"brier{name}"] for name in calibrated}
     for name, logits in calibrated.items():
         # No interval: a resample repeats volumes, which empties bins, and its errors are all larger than the true one.
-        metrics[f"ece{name}"] = Measured(value=_known(score_metrics(logits, labels_N, scale=1.0)["ece"]))
+        metrics[f"ece{name}"] = Measured(
+            value=_known(score_metrics(logits, labels_N, scale=1.0)["ece"])
+        )
     return Evaluation(
         volumes=len(labels_N),
         subjects=len(np.unique(subjects_N)),
@@ -577,8 +675,14 @@ def wilson(right: Array) -> Measured:
         return Measured(value=None)
     share = float(right.mean())
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Measured(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), interval="Wilson")
+    half = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    )
+    return Measured(
+        value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), interval="Wilson"
+    )
 
 
 def _bootstrap(
@@ -589,11 +693,15 @@ def _bootstrap(
     rows_of = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
     rng = np.random.default_rng(0)
     draws = [
-        measure(np.concatenate([rows_of[code] for code in rng.integers(0, len(rows_of), len(rows_of))]))
+        measure(
+            np.concatenate([rows_of[code] for code in rng.integers(0, len(rows_of), len(rows_of))])
+        )
         for _ in range(BOOTSTRAPS)
     ]
     table = pd.DataFrame(draws)
-    low, high = ({str(name): float(end) for name, end in table.quantile(q).items()} for q in (0.025, 0.975))
+    low, high = (
+        {str(name): float(end) for name, end in table.quantile(q).items()} for q in (0.025, 0.975)
+    )
     return low, high
 
 
@@ -607,7 +715,9 @@ def _balanced_accuracy(decisions_N: Array, labels_N: Array, classes: int) -> flo
     counts = np.bincount(labels_N, minlength=classes)
     if not counts.all():
         return math.nan
-    return float((np.bincount(labels_N[decisions_N == labels_N], minlength=classes) / counts).mean())
+    return float(
+        (np.bincount(labels_N[decisions_N == labels_N], minlength=classes) / counts).mean()
+    )
 
 
 def _known(value: float) -> float | None:
@@ -636,7 +746,9 @@ class _Scaled(nn.Module):
         return logits
 
 
-def write_onnx(path: Path, config: FineTuneConfig, weights: dict[str, Tensor], scale: float, volumes: Tensor) -> float:
+def write_onnx(
+    path: Path, config: FineTuneConfig, weights: dict[str, Tensor], scale: float, volumes: Tensor
+) -> float:
     """Write the network as ONNX and run it on `volumes` in ONNX Runtime; returns the largest difference from torch.
 
     Input `volumes` (batch, C, D, H, W) float32, prepared; output `logits` (batch, classes), scaled: their softmax is
@@ -647,7 +759,9 @@ def write_onnx(path: Path, config: FineTuneConfig, weights: dict[str, Tensor], s
 
     cpu = torch.device("cpu")
     scaled = _Scaled(_network(config, weights, cpu), scale).eval()
-    sample = torch.cat([volumes, volumes])[: max(2, len(volumes))]  # a batch of one would be taken for fixed
+    sample = torch.cat([volumes, volumes])[
+        : max(2, len(volumes))
+    ]  # a batch of one would be taken for fixed
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -676,7 +790,9 @@ def write_onnx(path: Path, config: FineTuneConfig, weights: dict[str, Tensor], s
             difference = max(difference, float(np.abs(found - expected).max()))
             largest = max(largest, float(np.abs(expected).max()))
     if not difference <= ONNX_TOLERANCE * max(1.0, largest):
-        raise ExportError([f"ONNX: its logits differ from torch's by {difference:.2g}; export without --onnx"])
+        raise ExportError(
+            [f"ONNX: its logits differ from torch's by {difference:.2g}; export without --onnx"]
+        )
     return difference
 
 
@@ -712,11 +828,17 @@ def retrain_model(
     manifest, cohort = _open(run.config, study, data, cache)
     source = _measured(run, manifest, cohort, device, folder=".")
     everything = np.union1d(source.split.train, source.split.val)
-    say(f"training on {len(everything)} volumes, {chosen.epochs} epochs of a schedule of {run.config.epochs}")
+    say(
+        f"training on {len(everything)} volumes, {chosen.epochs} epochs of a schedule of {run.config.epochs}"
+    )
     work = TrialFiles(out.with_name(f"{out.name}.training"))
     weights = _trained(run.config, cohort, everything, chosen.epochs, work, device, say)
     member = source.member.model_copy(
-        update={"epoch": chosen.epochs, "validates": "nothing: it was trained on every volume", "auc": None}
+        update={
+            "epoch": chosen.epochs,
+            "validates": "nothing: it was trained on every volume",
+            "auc": None,
+        }
     )
     member = member.model_copy(update={"verdict": None, "verdict_summary": None})
     network = _network(run.config, weights, device)
@@ -729,26 +851,46 @@ def retrain_model(
         **_judged(source.logits[rows], member.scale, cohort, rows),
         **_common(study, cohort, run.config, chosen),
     )
-    scores = _scores_csv(rows, cohort.labels[rows], class_scores(source.logits[rows], scale=member.scale))
+    scores = _scores_csv(
+        rows, cohort.labels[rows], class_scores(source.logits[rows], scale=member.scale)
+    )
     written = _write(out, info, [retrained], scores, cohort, onnx=onnx, force=force)
     shutil.rmtree(work.folder, ignore_errors=True)
     return written
 
 
 def _trained(
-    config: FineTuneConfig, cohort: Cohort, rows: Array, epochs: int, work: TrialFiles, device: torch.device, say: Say
+    config: FineTuneConfig,
+    cohort: Cohort,
+    rows: Array,
+    epochs: int,
+    work: TrialFiles,
+    device: torch.device,
+    say: Say,
 ) -> dict[str, Tensor]:
     """Averaged weights after `epochs` epochs on `rows`, going on from what an earlier call left in `work`."""
     labels = cohort.labels[rows]
     # A run validates something each epoch. Here it is a few of its own training volumes: it shows that the run
     # learns and decides nothing.
-    few = np.sort(np.concatenate([rows[labels == c][:RETRAIN_WATCHED] for c in range(config.num_classes)]))
+    few = np.sort(
+        np.concatenate([rows[labels == c][:RETRAIN_WATCHED] for c in range(config.num_classes)])
+    )
     split = Split(rows, few, np.empty(0, dtype=np.int64))
-    if work.checkpoint.exists():  # rows of an earlier call are handed out before the run compares itself with them
+    if (
+        work.checkpoint.exists()
+    ):  # rows of an earlier call are handed out before the run compares itself with them
         left = load_state(work.checkpoint)
-        if left["config_hash"] != config.hash() or not np.array_equal(left["train_rows"].numpy(), rows):
-            raise ExportError([f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"])
-    run = saved_run(config, work, lambda resume: finetune(config, cohort, split, device=device, resume=resume))
+        if left["config_hash"] != config.hash() or not np.array_equal(
+            left["train_rows"].numpy(), rows
+        ):
+            raise ExportError(
+                [
+                    f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"
+                ]
+            )
+    run = saved_run(
+        config, work, lambda resume: finetune(config, cohort, split, device=device, resume=resume)
+    )
     with closing(run) as epoch_rows:  # type: ignore[type-var]  # generators close
         for row in islice(epoch_rows, epochs):
             say(
@@ -757,8 +899,14 @@ def _trained(
             )
     state = load_state(work.checkpoint)
     if state["epoch"] != epochs:
-        raise ExportError([f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"])
+        raise ExportError(
+            [
+                f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"
+            ]
+        )
     weights: dict[str, Tensor] = state["average"]["network"]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise ExportError([f"{work.folder}: the run ended in weights that are not finite; choose another trial"])
+        raise ExportError(
+            [f"{work.folder}: the run ended in weights that are not finite; choose another trial"]
+        )
     return weights

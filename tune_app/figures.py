@@ -71,7 +71,9 @@ GROUPS: dict[str, Group] = {
         Group("halved", "stopped at a rung", "#6f7884", "solid", "circle-open", "○"),
         Group("requested", "stopped on request", "#536273", "solid", "square-open", "□"),
         Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),
-        Group("collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"),
+        Group(
+            "collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"
+        ),
         Group("collapsed", "collapsed", "#7b0f63", "longdash", "diamond", "◆"),
         Group("saturated", "scores saturated", "#5a3db4", "longdashdot", "square", "■"),
         Group("non_finite", "not finite", "#303030", "dot", "cross", "✚"),
@@ -117,7 +119,8 @@ def curves(study: Study, metric: str) -> Figure:
     drawn, best = _drawn_trials(study)
     rows = study.epochs[study.epochs["trial"].isin(drawn["trial"])]
     lines = {
-        trial: (own["epoch"].tolist(), _rounded(own[metric])) for trial, own in rows.groupby("trial", observed=True)
+        trial: (own["epoch"].tolist(), _rounded(own[metric]))
+        for trial, own in rows.groupby("trial", observed=True)
     }
     starts = {
         trial: own.loc[own["drw_active"].fillna(False).astype(bool), "epoch"].min()
@@ -137,27 +140,47 @@ def curves(study: Study, metric: str) -> Figure:
         data.append(_many_lines(group, [(t["trial"], *lines[t["trial"]]) for t in trials]))
         ends = [t for t in trials if t["state"] in ("stopped", "failed")]
         marks.append(
-            _points(group, [(t["trial"], lines[t["trial"]][0][-1], lines[t["trial"]][1][-1]) for t in ends], "ended")
+            _points(
+                group,
+                [(t["trial"], lines[t["trial"]][0][-1], lines[t["trial"]][1][-1]) for t in ends],
+                "ended",
+            )
         )
-        begun = [(t["trial"], starts[t["trial"]], lines[t["trial"]]) for t in trials if not pd.isna(starts[t["trial"]])]
-        places = [(trial, int(epoch), values[list(epochs).index(epoch)]) for trial, epoch, (epochs, values) in begun]
+        begun = [
+            (t["trial"], starts[t["trial"]], lines[t["trial"]])
+            for t in trials
+            if not pd.isna(starts[t["trial"]])
+        ]
+        places = [
+            (trial, int(epoch), values[list(epochs).index(epoch)])
+            for trial, epoch, (epochs, values) in begun
+        ]
         marks.append({**_points(group, places, "DRW begins"), "meta": {"group": key, "drw": True}})
     shapes = [_vertical(rung, GRID, "dot") for rung in study.rungs]
-    notes = [_note(rung, f"rung {rung}" if i == 0 else str(rung)) for i, rung in enumerate(study.rungs)]
+    notes = [
+        _note(rung, f"rung {rung}" if i == 0 else str(rung)) for i, rung in enumerate(study.rungs)
+    ]
     shapes.append(_horizontal(0.5))
     if best is not None and best in lines:
         epochs, values = lines[best]
         line = {"color": INK, "width": 3}
-        data.append(_line(f"best: {best}", [best] * len(epochs), epochs, values, line) | {"meta": {"best": True}})
+        data.append(
+            _line(f"best: {best}", [best] * len(epochs), epochs, values, line)
+            | {"meta": {"best": True}}
+        )
         if not pd.isna(starts[best]):
             shapes.append(_vertical(int(starts[best]), INK, "dash"))
             notes.append(_note(int(starts[best]), "DRW begins (best)", low=True))
     data += [mark for mark in marks if mark["x"]]
-    data.append(_line("picked", [], [], [], {"color": "#c75300", "width": 4}) | {"meta": {"picked": True}})
+    data.append(
+        _line("picked", [], [], [], {"color": "#c75300", "width": 4}) | {"meta": {"picked": True}}
+    )
     finite = [value for _, values in lines.values() for value in values if value is not None]
     low = min(0.45, *finite) if finite else 0.45
     axis = _whole_numbers(max((epochs[-1] for epochs, _ in lines.values()), default=0))
-    layout = _layout(360, "epoch", "validation AUC", xaxis=axis, yaxis={"range": [max(0.0, low - 0.03), 1.02]})
+    layout = _layout(
+        360, "epoch", "validation AUC", xaxis=axis, yaxis={"range": [max(0.0, low - 0.03), 1.02]}
+    )
     return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
 
 
@@ -175,7 +198,9 @@ def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
     return pd.concat([ranked.iloc[:half], evenly]), best
 
 
-def _many_lines(group: Group, lines: Sequence[tuple[str, list[int], list[float | None]]]) -> dict[str, Any]:
+def _many_lines(
+    group: Group, lines: Sequence[tuple[str, list[int], list[float | None]]]
+) -> dict[str, Any]:
     """All lines of a group as one trace with gaps: a trace a trial would take seconds to draw."""
     x: list[int | None] = []
     y: list[float | None] = []
@@ -184,12 +209,18 @@ def _many_lines(group: Group, lines: Sequence[tuple[str, list[int], list[float |
         x += [*epochs, None]
         y += [*values, None]
         ids += [*([trial] * len(epochs)), None]
-    style = {"color": group.colour, "width": 1.3 if group.key != "healthy" else 1.6, "dash": group.dash}
+    style = {
+        "color": group.colour,
+        "width": 1.3 if group.key != "healthy" else 1.6,
+        "dash": group.dash,
+    }
     few = 0.9 if len(lines) < 15 else 0.55
     return _line(group.title, ids, x, y, style) | {"meta": {"group": group.key}, "opacity": few}
 
 
-def _line(name: str, ids: Sequence[Any], x: Sequence[Any], y: Sequence[Any], style: dict[str, Any]) -> dict[str, Any]:
+def _line(
+    name: str, ids: Sequence[Any], x: Sequence[Any], y: Sequence[Any], style: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
@@ -252,9 +283,14 @@ def progress(study: Study) -> Figure:
         )
     best = _rounded(trials["objective"].cummax())
     line = {"color": INK, "width": 2, "shape": "hv"}
-    data.append(_line("best so far", trials["trial"].tolist(), trials["number"].tolist(), best, line))
+    data.append(
+        _line("best so far", trials["trial"].tolist(), trials["number"].tolist(), best, line)
+    )
     axis = _whole_numbers(trials["number"].max())
-    return {"data": data, "layout": _layout(280, "trial, in the order they began", "objective", xaxis=axis)}
+    return {
+        "data": data,
+        "layout": _layout(280, "trial, in the order they began", "objective", xaxis=axis),
+    }
 
 
 def stopped(table: pd.DataFrame) -> Figure:
@@ -292,7 +328,13 @@ def stopped(table: pd.DataFrame) -> Figure:
 
 
 def _title_of(reason: str) -> str:
-    return "halving" if reason == "halving" else GROUPS[reason].title if reason in GROUPS else escape(reason)
+    return (
+        "halving"
+        if reason == "halving"
+        else GROUPS[reason].title
+        if reason in GROUPS
+        else escape(reason)
+    )
 
 
 def parallel(study: Study) -> Figure:
@@ -311,8 +353,20 @@ def parallel(study: Study) -> Figure:
     ids = trials["trial"].tolist()
     tenth, half = max(1, math.ceil(len(ids) / 10)), math.ceil(len(ids) / 2)
     tiers = (
-        ("rest", "lower half", range(half, len(ids)), {"color": "#8b939e", "width": 1, "dash": "dot"}, 0.6),
-        ("upper", "upper half", range(tenth, half), {"color": "#00609c", "width": 1.3, "dash": "solid"}, 0.7),
+        (
+            "rest",
+            "lower half",
+            range(half, len(ids)),
+            {"color": "#8b939e", "width": 1, "dash": "dot"},
+            0.6,
+        ),
+        (
+            "upper",
+            "upper half",
+            range(tenth, half),
+            {"color": "#00609c", "width": 1.3, "dash": "solid"},
+            0.7,
+        ),
         ("top", "best tenth", range(tenth), {"color": INK, "width": 2.6, "dash": "solid"}, 1.0),
     )
     data = []
@@ -324,7 +378,11 @@ def parallel(study: Study) -> Figure:
             x += [*range(len(columns)), None]
             y += [*(column[rank] for column in columns), None]
             who += [*([ids[rank]] * len(columns)), None]
-        trace = _line(title, who, x, y, style) | {"meta": {"tier": key}, "opacity": opacity, "connectgaps": False}
+        trace = _line(title, who, x, y, style) | {
+            "meta": {"tier": key},
+            "opacity": opacity,
+            "connectgaps": False,
+        }
         data.append(
             trace
             | {
@@ -333,7 +391,9 @@ def parallel(study: Study) -> Figure:
                 "hovertemplate": "%{customdata}<extra></extra>",
             }
         )
-    data.append(_line("picked", [], [], [], {"color": "#c75300", "width": 3}) | {"meta": {"picked": True}})
+    data.append(
+        _line("picked", [], [], [], {"color": "#c75300", "width": 3}) | {"meta": {"picked": True}}
+    )
     notes = []
     for i, axis in enumerate([*axes, worth]):
         for place, text in axis.ticks():
@@ -405,7 +465,9 @@ def slice_of(study: Study, name: str) -> Figure:
     trials = trials.assign(place=axis.places(trials))
     trials = trials[trials["place"].notna()]
     if axis.kind == "choice":  # side by side, or trials of one choice hide each other
-        trials = trials.assign(place=trials["place"] + 0.36 * (np.arange(len(trials)) * 0.618034 % 1 - 0.5))
+        trials = trials.assign(
+            place=trials["place"] + 0.36 * (np.arange(len(trials)) * 0.618034 % 1 - 0.5)
+        )
     data = []
     for key, rows in _by_group(trials):
         group = GROUPS[key]
@@ -425,7 +487,11 @@ def slice_of(study: Study, name: str) -> Figure:
                     "line": {"width": 1.5, "color": group.colour},
                 },
                 "meta": {"group": key},
-                "hovertemplate": "%{customdata}: " + name + " %{text}, %{y:.3f}<extra>" + group.title + "</extra>",
+                "hovertemplate": "%{customdata}: "
+                + name
+                + " %{text}, %{y:.3f}<extra>"
+                + group.title
+                + "</extra>",
             }
         )
     data.append(
@@ -460,10 +526,18 @@ def slice_of(study: Study, name: str) -> Figure:
         shapes.append(_vertical(place, INK, "solid" if after else "dash"))
         label = "before, after" if same else "after" if after else "before"
         leftmost = place == min(other for _, other in marks if math.isfinite(other))
-        side = {} if same else {"xanchor": "right" if leftmost else "left", "xshift": -2 if leftmost else 2}
+        side = (
+            {}
+            if same
+            else {"xanchor": "right" if leftmost else "left", "xshift": -2 if leftmost else 2}
+        )
         notes.append(_note(place, label) | side)
     margin = 0.06 * (max(places) - min(places) or 1.0) + (0.25 if axis.kind == "choice" else 0)
-    ticks = [(place, text) for place, text in axis.ticks() if min(places) - margin <= place <= max(places) + margin]
+    ticks = [
+        (place, text)
+        for place, text in axis.ticks()
+        if min(places) - margin <= place <= max(places) + margin
+    ]
     layout = _layout(230, name, None, margin={"l": 44, "r": 38, "t": 18, "b": 40})
     layout["xaxis"] |= {
         "tickvals": [place for place, _ in ticks],
@@ -505,11 +579,21 @@ def effects(table: pd.DataFrame) -> Figure:
                     "thickness": 2,
                     "width": 6,
                 },
-                "marker": {"symbol": symbol, "size": 11, "color": colour, "line": {"width": 2, "color": colour}},
+                "marker": {
+                    "symbol": symbol,
+                    "size": 11,
+                    "color": colour,
+                    "line": {"width": 2, "color": colour},
+                },
                 "hovertemplate": "%{y}: %{x:+.3f}<extra>" + title + "</extra>",
             }
         )
-    layout = _layout(110 + 38 * len(rows), f"difference from {escape(table.attrs['baseline'])}", None, showlegend=True)
+    layout = _layout(
+        110 + 38 * len(rows),
+        f"difference from {escape(table.attrs['baseline'])}",
+        None,
+        showlegend=True,
+    )
     layout["yaxis"] |= {
         "automargin": True,
         "categoryorder": "array",
@@ -546,11 +630,20 @@ def runs_by_variant(study: Study) -> Figure:
                 "mode": "markers",
                 "name": f"fold {fold}",
                 "x": _rounded(rows["objective"]),
-                "y": [variants.index(name) + 0.12 * (i - (len(folds) - 1) / 2) for name in rows["variant"]],
-                "customdata": [
-                    f"{trial}, seed {seed}" for trial, seed in zip(rows["trial"], rows["seed"], strict=True)
+                "y": [
+                    variants.index(name) + 0.12 * (i - (len(folds) - 1) / 2)
+                    for name in rows["variant"]
                 ],
-                "marker": {"symbol": symbols[i % len(symbols)], "size": 8, "color": "#00609c", "opacity": 0.7},
+                "customdata": [
+                    f"{trial}, seed {seed}"
+                    for trial, seed in zip(rows["trial"], rows["seed"], strict=True)
+                ],
+                "marker": {
+                    "symbol": symbols[i % len(symbols)],
+                    "size": 8,
+                    "color": "#00609c",
+                    "opacity": 0.7,
+                },
                 "hovertemplate": f"%{{customdata}}, fold {fold}: %{{x:.3f}}<extra></extra>",
             }
         )
@@ -558,8 +651,17 @@ def runs_by_variant(study: Study) -> Figure:
     for row, name in enumerate(variants):
         ends = [row - 0.32, row + 0.32]
         data.append(
-            _line("mean", ["mean"] * 2, [round(float(means[name]), 4)] * 2, ends, {"color": INK, "width": 3})
-            | {"showlegend": False, "hovertemplate": "mean %{x:.3f}<extra>" + escape(name) + "</extra>"}
+            _line(
+                "mean",
+                ["mean"] * 2,
+                [round(float(means[name]), 4)] * 2,
+                ends,
+                {"color": INK, "width": 3},
+            )
+            | {
+                "showlegend": False,
+                "hovertemplate": "mean %{x:.3f}<extra>" + escape(name) + "</extra>",
+            }
         )
     title = "<br>".join(wrap(OBJECTIVES[study.spec.objective].title, 24))
     layout = _layout(120 + 44 * len(variants), title, None, showlegend=True)
@@ -601,7 +703,9 @@ def budget_curve(study: Study) -> tuple[list[int], list[float | None]]:
     best = -math.inf
     spent: list[int] = []
     reached: list[float | None] = []
-    for number, (trial, value) in enumerate(zip(rows["trial"], rows[objective.column], strict=True), start=1):
+    for number, (trial, value) in enumerate(
+        zip(rows["trial"], rows[objective.column], strict=True), start=1
+    ):
         worth = running.setdefault(trial, RunningValue(objective.reduction)).update(value)
         if worth > best:
             best = worth
@@ -652,17 +756,30 @@ def _by_group(trials: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 def _rounded(values: "pd.Series | np.ndarray") -> list[float | None]:
     """Four decimals, and null for what is no number: JSON has no NaN, and a page need not weigh more than it shows."""
-    return [round(float(value), 4) if math.isfinite(value) else None for value in np.asarray(values, dtype="float64")]
+    return [
+        round(float(value), 4) if math.isfinite(value) else None
+        for value in np.asarray(values, dtype="float64")
+    ]
 
 
 def _layout(height: int, x: str | None, y: str | None, **more: Any) -> dict[str, Any]:
-    axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "automargin": True, "fixedrange": False}
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": FAINT,
+        "zeroline": False,
+        "automargin": True,
+        "fixedrange": False,
+    }
     layout: dict[str, Any] = {
         "height": height,
         "margin": {"l": 52, "r": 14, "t": 22, "b": 44},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": INK},
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+            "size": 12,
+            "color": INK,
+        },
         "hoverlabel": {"bgcolor": PAPER, "bordercolor": FAINT, "font": {"color": INK}},
         "hovermode": "closest",
         "showlegend": False,
@@ -714,11 +831,27 @@ def _note(x: float, text: str, *, low: bool = False) -> dict[str, Any]:
     place = {"y": 0.01, "yanchor": "bottom"} if low else {"y": 1.0, "yanchor": "bottom"}
     side = {"xanchor": "left", "xshift": 4} if low else {"xanchor": "center"}
     font = {"size": 10, "color": FAINT}
-    return {"x": x, "xref": "x", "yref": "paper", "text": text, "showarrow": False, "font": font, **place, **side}
+    return {
+        "x": x,
+        "xref": "x",
+        "yref": "paper",
+        "text": text,
+        "showarrow": False,
+        "font": font,
+        **place,
+        **side,
+    }
 
 
 def _text(
-    x: float, y: float, text: str | list[str], *, xanchor: str, size: int, xshift: int = 0, bold: bool = False
+    x: float,
+    y: float,
+    text: str | list[str],
+    *,
+    xanchor: str,
+    size: int,
+    xshift: int = 0,
+    bold: bool = False,
 ) -> dict[str, Any]:
     shown = "<br>".join(escape(line) for line in ([text] if isinstance(text, str) else text))
     return {

@@ -74,8 +74,14 @@ def summary(study: Study) -> tuple[str, str]:
 
 def _asked(study: Study) -> str:
     spec, trials = study.spec, study.trials
-    network = f"a 3D ResNet-{trials['depth'].iloc[0]}" if trials["depth"].nunique() == 1 else "a 3D ResNet"
-    where = f"on {spec.data.rsplit('/', 1)[-1]}{_validation(study)}, in {spec.epochs} epochs a trial"
+    network = (
+        f"a 3D ResNet-{trials['depth'].iloc[0]}"
+        if trials["depth"].nunique() == 1
+        else "a 3D ResNet"
+    )
+    where = (
+        f"on {spec.data.rsplit('/', 1)[-1]}{_validation(study)}, in {spec.epochs} epochs a trial"
+    )
     if (space := study.space) is not None:
         return (
             f"Which of {spec.trials} settings of the space {space.name} ({len(space.parameters)} hyperparameters) gives "
@@ -85,7 +91,9 @@ def _asked(study: Study) -> str:
     folds, seeds = (trials[name].nunique() for name in ("fold", "seed"))
     runs = f"{folds} fold{'s' if folds != 1 else ''} and {seeds} seed{'s' if seeds != 1 else ''}"
     if spec.kind == "ablation":
-        return f"What does each of {len(variants)} variants change for {network} {where}, over {runs}?"
+        return (
+            f"What does each of {len(variants)} variants change for {network} {where}, over {runs}?"
+        )
     return f"Which of {len(variants)} configurations of {network} holds up {where}, over {runs}?"
 
 
@@ -159,9 +167,13 @@ def _effects_sentence(table: pd.DataFrame) -> str:
     for call in ("better", "worse"):
         rows = table[table["call"] == call].sort_values("mean", ascending=False)
         for row in rows.to_dict("records"):
-            told.append(f"{row['variant']} is {call} by {abs(row['mean']):.3f} ({_range(row)}, {row['pairs']} pairs)")
+            told.append(
+                f"{row['variant']} is {call} by {abs(row['mean']):.3f} ({_range(row)}, {row['pairs']} pairs)"
+            )
     unclear = table.loc[table["call"] == "cannot tell", "variant"].tolist()
-    sentence = f"Against {reference}, " + ("; ".join(told) if told else "no difference stands out from chance")
+    sentence = f"Against {reference}, " + (
+        "; ".join(told) if told else "no difference stands out from chance"
+    )
     return sentence + (f"; for {_and(unclear)} the data cannot tell" if unclear and told else "")
 
 
@@ -225,7 +237,13 @@ def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
     if math.isfinite(low) and math.isfinite(high) and high > low:
         return float(high - low) / 3.92
     positive, negative = trial["best_val_positive"], trial["best_val_negative"]
-    if math.isfinite(auc) and not pd.isna(positive) and not pd.isna(negative) and positive and negative:
+    if (
+        math.isfinite(auc)
+        and not pd.isna(positive)
+        and not pd.isna(negative)
+        and positive
+        and negative
+    ):
         return hanley_mcneil_error(float(auc), int(positive), int(negative))
     return math.nan
 
@@ -239,7 +257,9 @@ def rivals_within_noise(study: Study) -> tuple[int, float]:
         return 0, math.nan
     best = study.best()
     half = 1.96 * standard_error(best)
-    trials = study.trials[(study.trials["state"] != "failed") & (study.trials["trial"] != best["trial"])]
+    trials = study.trials[
+        (study.trials["state"] != "failed") & (study.trials["trial"] != best["trial"])
+    ]
     return int((trials["objective"] > best["objective"] - half).sum()), half
 
 
@@ -265,7 +285,9 @@ def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
     for name, value in settings.items():
         column = rows[name]
         same = (
-            np.isclose(column.astype("float64"), value) if isinstance(value, float) else (column == value).fillna(False)
+            np.isclose(column.astype("float64"), value)
+            if isinstance(value, float)
+            else (column == value).fillna(False)
         )
         rows = rows[np.asarray(same, dtype=bool)]
     rows = rows[rows["objective"].notna()]
@@ -331,7 +353,15 @@ def stops(study: Study) -> pd.DataFrame:
     epochs took, times the epochs it did not run.
     """
     stopped = study.trials[study.trials["state"] == "stopped"].copy()
-    names = ["reason", "trials", "epochs_run", "epochs_spared", "time_spared_s", "gpu_s_spared", "example"]
+    names = [
+        "reason",
+        "trials",
+        "epochs_run",
+        "epochs_spared",
+        "time_spared_s",
+        "gpu_s_spared",
+        "example",
+    ]
     if stopped.empty:
         return pd.DataFrame(columns=names)
     by_diagnosis = stopped["stopped_by"] == "diagnosis"
@@ -339,7 +369,9 @@ def stops(study: Study) -> pd.DataFrame:
     stopped["ended_by"] = stopped["verdict"].where(by_diagnosis, otherwise).fillna("diagnosis")
     stopped["told"] = stopped["verdict_summary"].where(by_diagnosis, stopped["reason"]).fillna("")
     stopped["spared"] = (stopped["epochs"] - stopped["epochs_run"]).astype("float64")
-    stopped["time"] = stopped["spared"] * stopped["work_s"] / stopped["epochs_run"].astype("float64")
+    stopped["time"] = (
+        stopped["spared"] * stopped["work_s"] / stopped["epochs_run"].astype("float64")
+    )
     rows = [
         (
             str(reason),
@@ -352,7 +384,9 @@ def stops(study: Study) -> pd.DataFrame:
         )
         for reason, group in stopped.groupby("ended_by")
     ]
-    return pd.DataFrame(rows, columns=names).sort_values("epochs_spared", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows, columns=names).sort_values(
+        "epochs_spared", ascending=False, ignore_index=True
+    )
 
 
 # What to distrust ------------------------------------------------------------------------------------------------------
@@ -395,7 +429,9 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
         )
     damaged = [note for note in study.notes if "damaged" in note or "has" in note]
     if damaged:
-        yield Caution("The study's files are damaged", "; ".join(damaged[:5]), "What is damaged was left out.")
+        yield Caution(
+            "The study's files are damaged", "; ".join(damaged[:5]), "What is damaged was left out."
+        )
 
 
 def _about_the_best(study: Study) -> Iterator[Caution]:
@@ -409,7 +445,12 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
         )
     raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
     half = 1.96 * standard_error(best)
-    if math.isfinite(half) and math.isfinite(raw) and math.isfinite(averaged) and raw - averaged > half:
+    if (
+        math.isfinite(half)
+        and math.isfinite(raw)
+        and math.isfinite(averaged)
+        and raw - averaged > half
+    ):
         yield Caution(
             "The weights that would be deployed are worse than the raw ones",
             f"In epoch {best['best_epoch']} of trial {best['trial']} the raw weights reach {raw:.3f}, the averaged ones "
@@ -466,7 +507,10 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
         yield Caution(
             f"{came_to_nothing.sum()} of {len(study.trials)} trials came to nothing",
             ", ".join(
-                f"{verdict} {n}" for verdict, n in study.trials.loc[came_to_nothing, "verdict"].value_counts().items()
+                f"{verdict} {n}"
+                for verdict, n in study.trials.loc[came_to_nothing, "verdict"]
+                .value_counts()
+                .items()
             ),
             "The space lies mostly where training fails: move it, or hold what the diagnoses blame.",
         )
@@ -484,7 +528,9 @@ def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution
     near = [axis.share(float(other)) for other in axis.places(top)]
     together = sum(other < 0.2 if share <= EDGE else other > 0.8 for other in near)
     ahead = (top["objective"] == best["objective"]).sum() == 1
-    if together < 2 and not ahead:  # one of several that are equally good, and the others lie elsewhere
+    if (
+        together < 2 and not ahead
+    ):  # one of several that are equally good, and the others lie elsewhere
         return
     end = "lower" if share <= EDGE else "upper"
     yield Caution(
@@ -541,7 +587,9 @@ def checklist(study: Study) -> list[Check]:
     """
     best = leading(study)
     places = study.epochs.groupby("trial", observed=True).indices
-    columns = {name: study.epochs[name].to_numpy("float64", na_value=math.nan) for name in _CHECKED_COLUMNS}
+    columns = {
+        name: study.epochs[name].to_numpy("float64", na_value=math.nan) for name in _CHECKED_COLUMNS
+    }
     shown: dict[str, list[bool]] = {text: [] for _, text, _ in _CHECKS}
     evidence: dict[str, tuple[bool | None, str]] = {}
     for trial in study.trials.to_dict("records"):
@@ -584,7 +632,11 @@ class _Curves:
 
     def phases(self) -> list[np.ndarray]:
         """Places before and from the start of DRW on: the loss is on another scale in each."""
-        return [places for places in (np.flatnonzero(~self.active), np.flatnonzero(self.active)) if len(places)]
+        return [
+            places
+            for places in (np.flatnonzero(~self.active), np.flatnonzero(self.active))
+            if len(places)
+        ]
 
     def _worst_jump(self) -> tuple[float, int]:
         """The largest loss against the median of up to five epochs before, and its epoch."""
@@ -607,13 +659,21 @@ def _median3(values: np.ndarray) -> np.ndarray:
 
 def _smooth_loss(curves: _Curves) -> tuple[bool | None, str]:
     if len(curves.loss) < 4 or not np.isfinite(curves.loss).all():
-        return (None, "fewer than 4 epochs") if np.isfinite(curves.loss).all() else (False, "the loss is not finite")
+        return (
+            (None, "fewer than 4 epochs")
+            if np.isfinite(curves.loss).all()
+            else (False, "the loss is not finite")
+        )
     falls, told = True, []
-    for places, when in zip(curves.phases(), ("before the class weights", "with them"), strict=False):
+    for places, when in zip(
+        curves.phases(), ("before the class weights", "with them"), strict=False
+    ):
         if len(places) >= 4:
             loss = curves.loss[places]
             falls &= bool(np.median(loss[-3:]) <= np.median(loss[:3]) * 1.02)
-            told.append(f"{loss[0]:.3g} to {loss[-1]:.3g} {when if len(curves.phases()) > 1 else 'in all'}")
+            told.append(
+                f"{loss[0]:.3g} to {loss[-1]:.3g} {when if len(curves.phases()) > 1 else 'in all'}"
+            )
     jump, epoch = curves.worst_jump
     told.append(f"largest step {jump:.2f} times the epochs before, in epoch {epoch}")
     return falls and jump < 1.5, "loss " + "; ".join(told)
@@ -624,9 +684,15 @@ def _auc_rises(curves: _Curves) -> tuple[bool | None, str]:
     if len(median) < 4:
         return None, "fewer than 6 epochs with an AUC"
     third = max(1, len(median) // 3)
-    start, end, best = float(np.mean(median[:third])), float(np.mean(median[-third:])), float(median.max())
+    start, end, best = (
+        float(np.mean(median[:third])),
+        float(np.mean(median[-third:])),
+        float(median.max()),
+    )
     held = bool(median[-1] >= best - curves.slack)
-    told = f"3-epoch median {median[0]:.3f} at first, {best:.3f} at best, {median[-1]:.3f} at the end"
+    told = (
+        f"3-epoch median {median[0]:.3f} at first, {best:.3f} at best, {median[-1]:.3f} at the end"
+    )
     return held and (end > start or start >= best - curves.slack), told
 
 
@@ -643,7 +709,10 @@ def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
     if not np.isfinite(falls).any():
         return None, "no AUC"
     at = int(np.nanargmax(falls))
-    return True, f"largest fall of the 3-epoch median {falls[at]:.3f}, by epoch {curves.epoch[at + 2]}"
+    return (
+        True,
+        f"largest fall of the 3-epoch median {falls[at]:.3f}, by epoch {curves.epoch[at + 2]}",
+    )
 
 
 def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
@@ -669,14 +738,22 @@ def _drw_starts(curves: _Curves) -> tuple[bool | None, str]:
         if asked > ran:
             return None, f"due in epoch {asked}, the run ended after {ran}{scaled}"
         return False, f"due in epoch {asked}, never active in {ran} epochs{scaled}"
-    return curves.drw_epoch == asked, f"active from epoch {curves.drw_epoch}, asked for {asked}{scaled}"
+    return (
+        curves.drw_epoch == asked,
+        f"active from epoch {curves.drw_epoch}, asked for {asked}{scaled}",
+    )
 
 
 def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
     nans = int((~np.isfinite(curves.loss)).sum())
     skipped = float(np.nansum(curves.columns["skipped_updates"]))
     nonfinite = int(
-        (np.nan_to_num(np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])) > 0).sum()
+        (
+            np.nan_to_num(
+                np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])
+            )
+            > 0
+        ).sum()
     )
     jump, epoch = curves.worst_jump
     told = "losses and scores finite in every epoch"
@@ -684,7 +761,9 @@ def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
         told = f"epochs whose loss is not finite: {nans}, whose scores: {nonfinite}"
     told += f"; {skipped:g} updates skipped"
     if jump:
-        told += f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
+        told += (
+            f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
+        )
     return nans > 0 or nonfinite > 0 or jump >= LOSS_SPIKE_FACTOR, told
 
 
@@ -717,7 +796,10 @@ def _wide_gap(curves: _Curves) -> tuple[bool | None, str]:
     if pd.isna(curves.trial["best_epoch"]):
         return None, "no best epoch"
     at = curves.epoch == curves.trial["best_epoch"]
-    train, validation = float(curves.columns["train_auc"][at][0]), float(curves.columns["val_auc_raw"][at][0])
+    train, validation = (
+        float(curves.columns["train_auc"][at][0]),
+        float(curves.columns["val_auc_raw"][at][0]),
+    )
     if not math.isfinite(train) or not math.isfinite(validation):
         return None, "no training AUC was measured"
     told = f"training {train:.3f}, validation {validation:.3f} (raw weights, epoch {curves.trial['best_epoch']})"

@@ -37,7 +37,9 @@ def job_server(address: str | None) -> str:
     url = given if "://" in given else f"http://{given}"
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise JobServerError(f"--address {given}: the job server is an http(s) address, such as {DEFAULT_ADDRESS}")
+        raise JobServerError(
+            f"--address {given}: the job server is an http(s) address, such as {DEFAULT_ADDRESS}"
+        )
     if parts.username or parts.password:
         raise JobServerError(
             "--address holds a password, which every process list shows: put a token in a file instead"
@@ -51,7 +53,9 @@ def is_loopback(host: str) -> bool:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return bool(found) and all(ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found)
+    return bool(found) and all(
+        ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found
+    )
 
 
 def use_token_if_there() -> str | None:
@@ -65,8 +69,13 @@ def use_token_if_there() -> str | None:
         "~/.ray/auth_token": (Path.home() / ".ray" / "auth_token").is_file(),
     }
     place = next((name for name, there in places.items() if there), None)
-    if place == "RAY_AUTH_TOKEN_PATH" and not (file := Path(os.environ[place]).expanduser()).is_file():
-        raise JobServerError(f"RAY_AUTH_TOKEN_PATH={file}: no such file; point it to the token's, or unset it")
+    if (
+        place == "RAY_AUTH_TOKEN_PATH"
+        and not (file := Path(os.environ[place]).expanduser()).is_file()
+    ):
+        raise JobServerError(
+            f"RAY_AUTH_TOKEN_PATH={file}: no such file; point it to the token's, or unset it"
+        )
     if place and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
     return place if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
@@ -97,7 +106,11 @@ class Jobs:
         server that is on a network without a token, unless `allow_open`."""
         self.url = job_server(address)
         self.token = use_token_if_there()
-        if not allow_open and not is_loopback(str(urlsplit(self.url).hostname)) and open_to_anyone(self.url):
+        if (
+            not allow_open
+            and not is_loopback(str(urlsplit(self.url).hostname))
+            and open_to_anyone(self.url)
+        ):
             raise JobServerError(
                 f"{self.url} runs the code of anyone who reaches it: no token is asked for. Start the cluster with "
                 "RAY_AUTH_MODE=token, or on loopback with a tunnel to it; --allow-open sends all the same"
@@ -122,7 +135,9 @@ class Jobs:
                     f"{self.url} asks for a token: save it in ~/.ray/auth_token (mode 600), or point RAY_AUTH_TOKEN_PATH "
                     "to its file; RAY_AUTH_MODE must not be disabled"
                 ) from None
-            raise JobServerError(f"{self.url} refuses the token of {self.token}: it is another cluster's") from None
+            raise JobServerError(
+                f"{self.url} refuses the token of {self.token}: it is another cluster's"
+            ) from None
         except (requests.RequestException, ConnectionError) as error:
             raise JobServerError(unreachable(self.url, error)) from None
         except RuntimeError as error:
@@ -150,7 +165,9 @@ class Jobs:
             jobs = [job for job in jobs if job.submission_id.startswith(stem)]
             if jobs:
                 return jobs[-1]
-        raise JobServerError(f"{self.url} knows no job or study {name!r}: `medtune jobs list` shows what it knows")
+        raise JobServerError(
+            f"{self.url} knows no job or study {name!r}: `medtune jobs list` shows what it knows"
+        )
 
     def send(self, submission: Submission) -> None:
         """Upload the package and start the job."""
@@ -171,7 +188,9 @@ class Jobs:
         deadline = time.monotonic() + wait_s
         while (state := str(self.find(submission_id).status.value)) not in ENDED:
             if time.monotonic() > deadline:
-                raise JobServerError(f"{submission_id} has not ended {wait_s:.0f} s after it was told to: ask again")
+                raise JobServerError(
+                    f"{submission_id} has not ended {wait_s:.0f} s after it was told to: ask again"
+                )
             time.sleep(0.5)
         return state
 

@@ -58,7 +58,11 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
         yield None
         return
     cluster = address or os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.ERROR}
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "configure_logging": True,
+        "logging_level": logging.ERROR,
+    }
     if cluster:
         ray.init(address=cluster, **common)
     else:
@@ -76,7 +80,9 @@ def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
 def start_ray(options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
-    os.environ.setdefault("RAY_enable_open_telemetry", "0")  # its exporter's thread outlives each `ray.shutdown`
+    os.environ.setdefault(
+        "RAY_enable_open_telemetry", "0"
+    )  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
             ray.init(include_dashboard=False, **options)
@@ -108,7 +114,9 @@ def _shut_down_ray() -> None:
 def _forget_what_ray_keeps() -> None:
     """Let go of what Ray keeps of each session for as long as the process lives: trainables and their texts, as keys."""
     ray.util.debug.reset_log_once()
-    cached = getattr(ray._raylet, "has_async_methods", None)  # its cache holds the last 1,024 classes of actors
+    cached = getattr(
+        ray._raylet, "has_async_methods", None
+    )  # its cache holds the last 1,024 classes of actors
     if cached is not None:
         cached.cache_clear()
 
@@ -126,7 +134,9 @@ def end_workers(session: str, *, patience_s: float = LEAVING_S) -> None:
         left = [process for process in left if _works_for(process, session)]
     for process in left:
         with suppress(psutil.Error):
-            log.warning("%s (process %d) outlived its Ray and is killed", process.name(), process.pid)
+            log.warning(
+                "%s (process %d) outlived its Ray and is killed", process.name(), process.pid
+            )
             process.kill()
 
 
@@ -156,7 +166,9 @@ class _WithoutRaylets:
     A worker that died is a page of guesses at why; who it was and what becomes of the trial is told by the study.
     """
 
-    notice = re.compile(r"(?:\x1b\[\d+m)?\(raylet(?:, ip=[^)]*)?\)(?:\x1b\[\d+m)?\s*(.*)", re.DOTALL)
+    notice = re.compile(
+        r"(?:\x1b\[\d+m)?\(raylet(?:, ip=[^)]*)?\)(?:\x1b\[\d+m)?\s*(.*)", re.DOTALL
+    )
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -165,7 +177,9 @@ class _WithoutRaylets:
     def write(self, text: str) -> int:
         ended, self._thread.inside = getattr(self._thread, "inside", False) and text == "\n", False
         if found := self.notice.match(text):
-            logging.getLogger("ray.raylet").error("%s", found[1])  # the level that Ray leaves its loggers
+            logging.getLogger("ray.raylet").error(
+                "%s", found[1]
+            )  # the level that Ray leaves its loggers
             self._thread.inside = True  # `print` writes the line's end by itself
         elif not ended:
             self._stream.write(text)

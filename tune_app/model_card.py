@@ -135,12 +135,16 @@ def _worth(info: ModelInfo) -> list[str]:
             "Each volume is scored by those members only that were not trained on it: fewer than score a new one."
         )
     if len(info.members) > 1:
-        lines.append("Members were put on one scale by calibrations fitted on all these volumes, in those rows too.")
+        lines.append(
+            "Members were put on one scale by calibrations fitted on all these volumes, in those rows too."
+        )
     lines += ["", *_table(info.validation)]
     if info.test is not None:
         test = info.test
         looks = (
-            "" if test.times == 1 else f" This was look number {test.times} at them: the first one is the honest one."
+            ""
+            if test.times == 1
+            else f" This was look number {test.times} at them: the first one is the honest one."
         )
         lines += [
             "",
@@ -154,7 +158,9 @@ def _worth(info: ModelInfo) -> list[str]:
 
 def _table(evaluation: Evaluation) -> list[str]:
     lines = ["| metric | value | 95 % interval | |", "|---|---|---|---|"]
-    return lines + [f"| {_name(name)} | {_cells(one)} |" for name, one in evaluation.metrics.items()]
+    return lines + [
+        f"| {_name(name)} | {_cells(one)} |" for name, one in evaluation.metrics.items()
+    ]
 
 
 def _name(name: str) -> str:
@@ -173,11 +179,15 @@ def _cells(one: Measured) -> str:
 def _decides(info: ModelInfo) -> list[str]:
     fitted = f"{info.validation.volumes} validation volumes"
     if info.kind == "retrained":
-        fitted = f"{fitted} of trial {info.members[0].trial}, carried over to this network unmeasured"
+        fitted = (
+            f"{fitted} of trial {info.members[0].trial}, carried over to this network unmeasured"
+        )
     offsets = ", ".join(f"{offset:.4g}" for offset in info.calibration.offsets)
     lines = ["## Operating point and calibration", ""]
     if info.threshold is None:
-        lines += ["The class with the largest score is decided; there is no threshold with more than two classes."]
+        lines += [
+            "The class with the largest score is decided; there is no threshold with more than two classes."
+        ]
     else:
         assert info.threshold_probability is not None
         assert info.threshold_calibrated is not None
@@ -199,7 +209,9 @@ def _decides(info: ModelInfo) -> list[str]:
         f"cause), fitted on the {fitted}. Calibrated probabilities hold for the validation volumes' share of classes.",
     ]
     if info.calibration.slope == 0:
-        lines.append("**Slope 0: the scores rank no better than chance; every volume gets the share of its class.**")
+        lines.append(
+            "**Slope 0: the scores rank no better than chance; every volume gets the share of its class.**"
+        )
     briers = [info.validation.metrics.get(f"brier_{which}") for which in ("uncalibrated", "unseen")]
     before, unseen = (None if brier is None else brier.value for brier in briers)
     if before is not None and unseen is not None and unseen > before:
@@ -220,7 +232,11 @@ def _reads(info: ModelInfo, config: FineTuneConfig) -> list[str]:
     intensity = f"`{recipe.intensity}`" + (
         f" {recipe.window_low:g} to {recipe.window_high:g}" if recipe.intensity == "window" else ""
     )
-    headers = "must state an orientation" if not info.training.unoriented else "may lack an orientation, as in training"
+    headers = (
+        "must state an orientation"
+        if not info.training.unoriented
+        else "may lack an orientation, as in training"
+    )
     return [
         "## Input",
         "",
@@ -247,7 +263,9 @@ def _limits(info: ModelInfo) -> list[str]:
         if one.trouble:
             lines.append(f"- **The run of trial {one.trial}**: {_plain(one.trouble)}.")
     if info.training.unoriented:
-        lines.append(f"- {info.training.unoriented} training files state no orientation; LAS was assumed for them.")
+        lines.append(
+            f"- {info.training.unoriented} training files state no orientation; LAS was assumed for them."
+        )
     return lines
 
 
@@ -283,7 +301,9 @@ def _three(value: float | None) -> str:
 
 def _plain(text: str) -> str:
     """Text of names and messages that cannot become markup."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter for letter in " ".join(text.split()))
+    return "".join(
+        f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter for letter in " ".join(text.split())
+    )
 
 
 def _code(text: str) -> str:

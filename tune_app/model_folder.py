@@ -52,7 +52,9 @@ class ModelError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Measured(_Part):
@@ -158,7 +160,10 @@ class Training(_Part):
             ("spacing", spacing_mm, self.spacing_low_mm, self.spacing_high_mm),
             ("extent", extent_mm, self.extent_low_mm, self.extent_high_mm),
         ):
-            if not all(a / NOTED_FACTOR <= b <= c * NOTED_FACTOR for a, b, c in zip(low, value, high, strict=True)):
+            if not all(
+                a / NOTED_FACTOR <= b <= c * NOTED_FACTOR
+                for a, b, c in zip(low, value, high, strict=True)
+            ):
                 notes.append(f"{name} {times(value)} mm outside training's {_between(low, high)}")
         return notes
 
@@ -274,7 +279,9 @@ class ModelFiles:
         """Write SHA256SUMS over all files that are there but the card, and have the disk hold them."""
         lines = []
         for path in sorted(
-            path for path in self.root.rglob("*") if path.is_file() and path not in (self.sums, self.card)
+            path
+            for path in self.root.rglob("*")
+            if path.is_file() and path not in (self.sums, self.card)
         ):
             with path.open("rb") as file:
                 lines.append(
@@ -301,7 +308,9 @@ class ModelFiles:
         for line in listed.decode("utf-8", "replace").splitlines():
             match = re.fullmatch(r"([0-9a-f]{64})  ([0-9A-Za-z_./-]{1,200})", line)
             if match is None or ".." in match[2].split("/") or match[2].startswith("/"):
-                problems.append(f"{self.sums}: line {line[:80]!r} is no checksum of a file in this folder")
+                problems.append(
+                    f"{self.sums}: line {line[:80]!r} is no checksum of a file in this folder"
+                )
                 continue
             problem, content = _checked(self.root / match[2], match[1])
             problems += [problem] if problem else []
@@ -330,26 +339,39 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         fields = json.loads(contents["model.json"])
         if isinstance(fields, dict) and fields.get("format") != MODEL_FORMAT:
             raise ModelError(
-                [f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"]
+                [
+                    f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"
+                ]
             )
         info = ModelInfo.model_validate(fields)
         recipe = info.recipe
-        configs = [build_config(json.loads(contents[_name(member, "config.json")])) for member in info.members]
+        configs = [
+            build_config(json.loads(contents[_name(member, "config.json")]))
+            for member in info.members
+        ]
     except KeyError as error:
-        raise ModelError([f"{files.sums}: does not list {error.args[0]}: copy the folder again"]) from None
+        raise ModelError(
+            [f"{files.sums}: does not list {error.args[0]}: copy the folder again"]
+        ) from None
     except ModelError:
         raise
     except ValidationError as error:
         told = problem_lines(error.errors(include_url=False))
         raise ModelError([f"{files.info}: {line}; export it anew" for line in told[:5]]) from None
     except ConfigError as error:
-        raise ModelError([f"model {folder}: config.json: {line}; export it anew" for line in error.problems]) from None
+        raise ModelError(
+            [f"model {folder}: config.json: {line}; export it anew" for line in error.problems]
+        ) from None
     except (ValueError, TypeError) as error:
-        raise ModelError([f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"]) from None
+        raise ModelError(
+            [f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"]
+        ) from None
     for config in configs:
         if Recipe.from_config(config) != recipe or config.num_classes != info.num_classes:
             raise ModelError(
-                [f"model {folder}: config.json and model.json disagree on input or classes: export it anew"]
+                [
+                    f"model {folder}: config.json and model.json disagree on input or classes: export it anew"
+                ]
             )
     return info, configs
 
@@ -359,7 +381,9 @@ def weights_of(member: Member, contents: dict[str, bytes], folder: Path) -> byte
     try:
         return contents[_name(member, "model.safetensors")]
     except KeyError as error:
-        raise ModelError([f"{ModelFiles(folder).sums}: does not list {error.args[0]}: copy the folder again"]) from None
+        raise ModelError(
+            [f"{ModelFiles(folder).sums}: does not list {error.args[0]}: copy the folder again"]
+        ) from None
 
 
 def _name(member: Member, file: str) -> str:
@@ -376,7 +400,9 @@ def new_model(folder: Path, *, force: bool) -> Iterator[ModelFiles]:
     old = folder.exists() and any(folder.iterdir())
     build = folder.with_name(f".{folder.name}.new") if old else folder
     if old:
-        shutil.rmtree(build, ignore_errors=True)  # of an export that was killed before its last step
+        shutil.rmtree(
+            build, ignore_errors=True
+        )  # of an export that was killed before its last step
     with new_folder(build) as temporary:
         files = ModelFiles(temporary)
         yield files
@@ -402,7 +428,9 @@ def check_target(folder: Path, *, force: bool) -> None:
         return
     files = ModelFiles(folder)
     if not (files.sums.is_file() and files.info.is_file()):
-        raise ModelError([f"{folder}: holds something that is no exported model; choose another folder"])
+        raise ModelError(
+            [f"{folder}: holds something that is no exported model; choose another folder"]
+        )
     if not force:
         raise ModelError([f"{folder}: holds an exported model; --force replaces it"])
 

@@ -32,14 +32,26 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("best_median3", "val_auc", "best_median3", "best 3-epoch median of validation AUC"),
+        Objective(
+            "best_median3", "val_auc", "best_median3", "best 3-epoch median of validation AUC"
+        ),
         Objective("best", "val_auc", "best", "best validation AUC of any one epoch"),
         Objective("last", "val_auc", "last", "validation AUC of the last epoch"),
         Objective("smoothed", "val_auc", "smoothed", "median validation AUC of the last 3 epochs"),
-        Objective("best_median3_raw", "val_auc_raw", "best_median3", "best 3-epoch median, weights not averaged"),
+        Objective(
+            "best_median3_raw",
+            "val_auc_raw",
+            "best_median3",
+            "best 3-epoch median, weights not averaged",
+        ),
         Objective("best_raw", "val_auc_raw", "best", "best epoch, weights not averaged"),
         Objective("last_raw", "val_auc_raw", "last", "last epoch, weights not averaged"),
-        Objective("best_median3_auprc", "val_auprc_ema", "best_median3", "best 3-epoch median of validation AUPRC"),
+        Objective(
+            "best_median3_auprc",
+            "val_auprc_ema",
+            "best_median3",
+            "best 3-epoch median of validation AUPRC",
+        ),
         Objective(
             "best_median3_balanced_accuracy",
             "val_balanced_accuracy_best_ema",
@@ -78,7 +90,11 @@ def best_epoch(rows: Sequence[Mapping[str, Any]], objective: str = DEFAULT_OBJEC
         return int(ordered[-1]["epoch"])
     if chosen.reduction == "best":
         return int(ordered[values.index(value)]["epoch"])
-    starts = range(max(len(values) - WINDOW, 0), -1, -1) if chosen.reduction == "smoothed" else range(len(values))
+    starts = (
+        range(max(len(values) - WINDOW, 0), -1, -1)
+        if chosen.reduction == "smoothed"
+        else range(len(values))
+    )
     for start in starts:
         if _low_median(values[start : start + WINDOW]) == value:
             return int(ordered[start + values[start : start + WINDOW].index(value)]["epoch"])

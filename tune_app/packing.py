@@ -63,7 +63,12 @@ def pick_packing(volumes_per_s: Mapping[int, float]) -> int:
 
 
 def measure_packing(
-    config: FineTuneConfig, table: str, cohort: str, *, candidates: tuple[int, ...] = CANDIDATES, device: str = "cuda"
+    config: FineTuneConfig,
+    table: str,
+    cohort: str,
+    *,
+    candidates: tuple[int, ...] = CANDIDATES,
+    device: str = "cuda",
 ) -> dict[int, float]:
     """Return the total throughput, volumes a second, of 1, 2, 4 ... short runs at once on one GPU of this Ray.
 
@@ -81,15 +86,23 @@ def measure_packing(
         totals[number] = total_throughput(windows)
         if len(totals) > 1 and totals[number] < list(totals.values())[-2]:
             break
-        if device == "cuda" and 2 * sum(one.memory_gib for one in windows) > MEMORY_SHARE * windows[0].total_gib:
+        if (
+            device == "cuda"
+            and 2 * sum(one.memory_gib for one in windows) > MEMORY_SHARE * windows[0].total_gib
+        ):
             break
     return totals
 
 
-def measure_together(number: int, config: FineTuneConfig, table: str, cohort: str, *, device: str) -> list[Window]:
+def measure_together(
+    number: int, config: FineTuneConfig, table: str, cohort: str, *, device: str
+) -> list[Window]:
     """Return what each of `number` short runs did while all ran: none is timed before the last one has warmed up."""
     share = {"num_gpus": 1 / number} if device == "cuda" else {"num_cpus": 1}
-    probes = [ray.remote(_Probe).options(**share).remote(config, table, cohort, device) for _ in range(number)]
+    probes = [
+        ray.remote(_Probe).options(**share).remote(config, table, cohort, device)
+        for _ in range(number)
+    ]
     try:
         ray.get([probe.warm_up.remote() for probe in probes], timeout=600)
         windows: list[Window] = ray.get([probe.measure.remote() for probe in probes], timeout=600)
@@ -121,11 +134,18 @@ class _Probe:
         turn = np.empty(len(labels), dtype=np.int64)
         for label in np.unique(labels):
             turn[labels == label] = np.arange((labels == label).sum())
-        part = Split(np.sort(split.train[np.argsort(turn, kind="stable")[:wanted]]), split.val[:2], split.test)
+        part = Split(
+            np.sort(split.train[np.argsort(turn, kind="stable")[:wanted]]),
+            split.val[:2],
+            split.test,
+        )
         short = self.config.model_copy(
             update={"epochs": 1 + PROBE_EPOCHS, "warmup_epochs": 0.0, "train_auc_volumes": 0}
         )
-        self.epochs, self.volumes = finetune(short, data, part, device=self.device), PROBE_EPOCHS * wanted
+        self.epochs, self.volumes = (
+            finetune(short, data, part, device=self.device),
+            PROBE_EPOCHS * wanted,
+        )
         next(self.epochs)
 
     def measure(self) -> Window:

@@ -52,7 +52,11 @@ def monai_augmentation(flip_axes: str = "x") -> Callable[[Tensor], Tensor]:
         [
             *flips,
             RandAffine(
-                prob=1.0, rotate_range=(turn,) * 3, scale_range=(SCALE,) * 3, mode="bilinear", padding_mode="border"
+                prob=1.0,
+                rotate_range=(turn,) * 3,
+                scale_range=(SCALE,) * 3,
+                mode="bilinear",
+                padding_mode="border",
             ),
             RandScaleIntensity(factors=INTENSITY_SCALE, prob=1.0),
             RandShiftIntensity(offsets=INTENSITY_SHIFT, prob=1.0),
@@ -87,13 +91,19 @@ class PlainRun:
     """A network, its average and its optimiser; `class_counts` are those of the training rows."""
 
     def __init__(
-        self, config: FineTuneConfig, class_counts: np.ndarray, device: torch.device, total_updates: int
+        self,
+        config: FineTuneConfig,
+        class_counts: np.ndarray,
+        device: torch.device,
+        total_updates: int,
     ) -> None:
         torch.backends.cudnn.benchmark = False
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
         self.network = PlainNetwork(config).to(device)
-        self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        self.average = {
+            name: value.detach().clone() for name, value in self.network.state_dict().items()
+        }
         self.optimizer = torch.optim.Adam(
             [
                 {"params": self.network.backbone.parameters(), "lr": config.backbone_lr},
@@ -101,7 +111,9 @@ class PlainRun:
             ],
             weight_decay=config.weight_decay,
         )
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=total_updates)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, T_max=total_updates
+        )
         self.half = device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
         self.margins = ldam_margins(class_counts, config.max_m).to(device)
@@ -111,14 +123,23 @@ class PlainRun:
     def train_epoch(self, batches: Iterable[Any], epoch: int) -> None:
         """One pass over `batches` of (volumes, labels); `epoch` is 1-based."""
         config = self.config
-        weights = self.weights if drw_active(epoch, config.drw_start_epoch) else torch.ones_like(self.weights)
+        weights = (
+            self.weights
+            if drw_active(epoch, config.drw_start_epoch)
+            else torch.ones_like(self.weights)
+        )
         self.network.train()
         self.optimizer.zero_grad()
         for index, (volumes, labels) in enumerate(batches):
-            volumes, labels = volumes.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            volumes, labels = (
+                volumes.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
             with self._autocast():
                 logits = self.network(volumes)
-                losses = sample_losses(logits, labels, loss="ldam", margins=self.margins, s=config.s)
+                losses = sample_losses(
+                    logits, labels, loss="ldam", margins=self.margins, s=config.s
+                )
                 loss = (weights[labels] * losses).mean()
             self.scaler.scale(loss / config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
             if (index + 1) % config.gradient_accumulation_steps:
@@ -162,4 +183,6 @@ class PlainRun:
         return both[:, 1] - both[:, 0], torch.cat(labels).numpy()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.float16 if self.half else None, enabled=self.half)
+        return torch.autocast(
+            self.device.type, dtype=torch.float16 if self.half else None, enabled=self.half
+        )

@@ -58,7 +58,9 @@ class Model:
     def logits(self, volumes_BCDHW: Array) -> Array:
         """Return the members' unscaled logits (M, B, C), float64, of prepared volumes."""
         volumes = torch.from_numpy(np.ascontiguousarray(volumes_BCDHW)).float()
-        return np.stack([network_logits(network, volumes, self.device) for network in self.networks])
+        return np.stack(
+            [network_logits(network, volumes, self.device) for network in self.networks]
+        )
 
     def predict(self, logits_MBC: Array) -> "Scores":
         """Return scores, calibrated probabilities and decisions from the members' logits."""
@@ -135,7 +137,9 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                [f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"]
+                [
+                    f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"
+                ]
             ) from None
         networks.append(on_device(network, device))
     return Model(folder, short_id, info, tuple(networks), device)
@@ -162,7 +166,9 @@ def choose_device(name: str) -> torch.device:
 def network_logits(network: Classifier, volumes_BCDHW: Tensor, device: torch.device) -> Array:
     """Return logits (B, C), float64, in float32 arithmetic. A batch that the GPU has no room for is cut in two."""
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
             volumes = volumes_BCDHW.to(device)
             if device.type == "cuda":
                 volumes = volumes.contiguous(memory_format=torch.channels_last_3d)
@@ -185,7 +191,10 @@ def pooled(members: Sequence[Member], logits_MNC: Array) -> tuple[Array, float]:
     """
     if len(members) == 1:
         return logits_MNC[0], members[0].scale
-    calibrated = [member.calibration.logits(member.scale * z) for member, z in zip(members, logits_MNC, strict=True)]
+    calibrated = [
+        member.calibration.logits(member.scale * z)
+        for member, z in zip(members, logits_MNC, strict=True)
+    ]
     return np.nanmean(calibrated, axis=0), 1.0
 
 
@@ -217,7 +226,8 @@ def find_scans(paths: Sequence[Path], num_classes: int) -> list[Source]:
             found = sorted(
                 file
                 for file in path.rglob("*")
-                if file.name.endswith(SCANS) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+                if file.name.endswith(SCANS)
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
             )
             new = [Source(str(file)) for file in found]
             new = new or [Source(str(path), problem="no .nii or .nii.gz file in this folder")]
@@ -232,20 +242,42 @@ def find_scans(paths: Sequence[Path], num_classes: int) -> list[Source]:
 
 def _of_table(table: Path, num_classes: int) -> list[Source]:
     try:
-        rows = pd.read_parquet(table) if table.suffix.lower() == ".parquet" else pd.read_csv(table, dtype=str)
-    except (OSError, ValueError, UnicodeError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
-        return [Source(str(table), problem=f"not a table that can be read: {' '.join(str(error).split())[:200]}")]
+        rows = (
+            pd.read_parquet(table)
+            if table.suffix.lower() == ".parquet"
+            else pd.read_csv(table, dtype=str)
+        )
+    except (
+        OSError,
+        ValueError,
+        UnicodeError,
+    ) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        return [
+            Source(
+                str(table),
+                problem=f"not a table that can be read: {' '.join(str(error).split())[:200]}",
+            )
+        ]
     if "path" not in rows.columns:
         return [
-            Source(str(table), problem=f"no column 'path'; its columns are {', '.join(map(str, rows.columns))[:200]}")
+            Source(
+                str(table),
+                problem=f"no column 'path'; its columns are {', '.join(map(str, rows.columns))[:200]}",
+            )
         ]
-    labels = pd.to_numeric(rows["label"], errors="coerce") if "label" in rows.columns else pd.Series(np.nan, rows.index)
+    labels = (
+        pd.to_numeric(rows["label"], errors="coerce")
+        if "label" in rows.columns
+        else pd.Series(np.nan, rows.index)
+    )
     known = labels.isin(range(num_classes))
     return [
         Source(str(table.parent / str(path)), label=int(label) if is_class else None)
         if isinstance(path, str) and path
         else Source(f"{table} row {number}", problem="no path in this row")
-        for number, (path, label, is_class) in enumerate(zip(rows["path"], labels, known, strict=True), 1)
+        for number, (path, label, is_class) in enumerate(
+            zip(rows["path"], labels, known, strict=True), 1
+        )
     ]
 
 
@@ -276,7 +308,8 @@ def _refusals(header: ScanHeader, info: ModelInfo, recipe: Recipe) -> list[str]:
     problems = info.training.problems_of(header.spacing_mm, header.oriented)
     if header.channels != recipe.in_channels:
         problems.insert(
-            0, f"{header.channels} channel(s), the model takes {recipe.in_channels}: give the file it was made for"
+            0,
+            f"{header.channels} channel(s), the model takes {recipe.in_channels}: give the file it was made for",
         )
     return problems
 
@@ -309,7 +342,9 @@ def predict(
     recipe = model.recipe
     batch: list[tuple[Source, _Read]] = []
     with closing(
-        _read_ahead(sources, model.info, recipe, 2 * batch_size, workers or min(8, os.cpu_count() or 1))  # type: ignore[type-var]
+        _read_ahead(
+            sources, model.info, recipe, 2 * batch_size, workers or min(8, os.cpu_count() or 1)
+        )  # type: ignore[type-var]
     ) as reads:
         for source, read in reads:
             batch.append((source, read))
@@ -358,7 +393,12 @@ def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
     (of the class decided for, where there are more than two); label where a table gave one; explanation; note; problem.
     """
     classes = range(info.num_classes)
-    names = ["path", "decision", *[f"probability_{c}" for c in classes], *[f"score_{c}" for c in classes]]
+    names = [
+        "path",
+        "decision",
+        *[f"probability_{c}" for c in classes],
+        *[f"score_{c}" for c in classes],
+    ]
     names += ["members_sd", "members_low", "members_high"] if len(info.members) > 1 else []
     names += ["label"] if labelled else []
     return [*names, *(["explanation"] if explained else []), "note", "problem"]
@@ -367,8 +407,15 @@ def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
 def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None) -> dict[str, str]:
     """Return the cells of one prediction, by column; numbers with nine digits, enough to give a float32 back exactly."""
     source, scored = prediction.source, prediction.scored
-    cells = {"path": source.path, "note": "; ".join(prediction.notes), "problem": prediction.problem or ""}
-    cells |= {"label": "" if source.label is None else str(source.label), "explanation": explanation or ""}
+    cells = {
+        "path": source.path,
+        "note": "; ".join(prediction.notes),
+        "problem": prediction.problem or "",
+    }
+    cells |= {
+        "label": "" if source.label is None else str(source.label),
+        "explanation": explanation or "",
+    }
     if scored is None:
         return cells
     cells["decision"] = str(scored.decision)
@@ -479,7 +526,9 @@ def run_predict(
     predictions = predict(model, sources, batch_size=batch_size)
     with closing(predictions), _result_file(out, say) as stream:  # type: ignore[type-var]
         labelled = any(source.label is not None for source in sources)
-        tally = write_predictions(model, predictions, stream, labelled=labelled, explain=explainer, say=say)
+        tally = write_predictions(
+            model, predictions, stream, labelled=labelled, explain=explainer, say=say
+        )
     for line in tally.lines(model.info):
         say(line)
     return 1 if tally.refused else 0

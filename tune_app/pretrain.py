@@ -44,7 +44,15 @@ PRETEXT_DEFAULTS: dict[str, Scalar] = {
 }
 """Where pretraining differs from the defaults of fine-tuning, unless set: all weights are new, so they share one rate."""
 
-DECIDED = ("loss", "head", "pretrained_path", "drw_start_epoch", "fold", "num_folds", "cross_validate")
+DECIDED = (
+    "loss",
+    "head",
+    "pretrained_path",
+    "drw_start_epoch",
+    "fold",
+    "num_folds",
+    "cross_validate",
+)
 """Hyperparameters that the pretext decides or that have no meaning in it."""
 
 RECORD = "pretraining.json"
@@ -58,9 +66,16 @@ def pretext_config(pretext: Pretext, settings: Mapping[str, Any]) -> FineTuneCon
     """
     if clash := [name for name in DECIDED if name in settings]:
         raise ConfigError([f"{name} is decided by the pretext: leave it out" for name in clash])
-    own: dict[str, Any] = {"flip_axes": ""} if pretext == "rotation" else {"augmentation_strength": 0.0}
+    own: dict[str, Any] = (
+        {"flip_axes": ""} if pretext == "rotation" else {"augmentation_strength": 0.0}
+    )
     if clash := [name for name in own if name in settings]:
-        raise ConfigError([f"{name} would change the labels of the pretext {pretext}: leave it out" for name in clash])
+        raise ConfigError(
+            [
+                f"{name} would change the labels of the pretext {pretext}: leave it out"
+                for name in clash
+            ]
+        )
     fixed = {"num_classes": classes_of(pretext), "loss": "cross_entropy", "head": "linear"}
     return build_config({**PRETEXT_DEFAULTS, **own, **settings, **fixed})
 
@@ -85,9 +100,13 @@ def pretrain(
     """
     tenths = round(share * TENTHS)
     if not math.isclose(tenths, share * TENTHS) or not 1 <= tenths <= TENTHS:
-        raise PretextError(f"a share of {share:g}: 0.1 to 1 of the training subjects, in steps of 0.1")
+        raise PretextError(
+            f"a share of {share:g}: 0.1 to 1 of the training subjects, in steps of 0.1"
+        )
     config = pretext_config(pretext, settings)
-    manifest = read_manifest(table, num_classes=build_config({"num_classes": 2, **settings}).num_classes)
+    manifest = read_manifest(
+        table, num_classes=build_config({"num_classes": 2, **settings}).num_classes
+    )
     used = pretraining_rows(manifest, tenths)
     cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
     cohort = open_cohort(cohort_folder)
@@ -124,7 +143,9 @@ def pretrain(
         rows: list[Mapping[str, Any]] = []
         console.print(HEADER)
         for row in saved_run(
-            config, files, lambda resume: finetune(config, volumes, split, device=device, resume=resume)
+            config,
+            files,
+            lambda resume: finetune(config, volumes, split, device=device, resume=resume),
         ):
             rows.append(row)
             console.print(epoch_line(row, config.epochs))
@@ -140,11 +161,14 @@ def pretrain(
     reached = {"accuracy": accuracy, "chance": 1 / config.num_classes, "held_out": len(split.val)}
     described = {"file": weights.name, "sha256": inspect_weights(weights).sha256}
     write_json(folder / RECORD, {**record, **reached, "weights": described})
-    console.print(f"\n{accuracy_text(accuracy, config.num_classes, len(split.val))}", soft_wrap=True)
+    console.print(
+        f"\n{accuracy_text(accuracy, config.num_classes, len(split.val))}", soft_wrap=True
+    )
     console.print(f"weights: {weights}", soft_wrap=True, markup=False)
     if others:
         console.print(
-            f"table of the {others} volumes whose subjects were not used: {folder / 'finetune.csv'}", soft_wrap=True
+            f"table of the {others} volumes whose subjects were not used: {folder / 'finetune.csv'}",
+            soft_wrap=True,
         )
     return weights
 
@@ -192,5 +216,7 @@ def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         before = {}
     names = ("pretext", "cohort", "share")
-    if other := [f"{name} {before.get(name)}" for name in names if before.get(name) != record[name]]:
+    if other := [
+        f"{name} {before.get(name)}" for name in names if before.get(name) != record[name]
+    ]:
         raise PretextError(f"{folder}: holds a run of {', '.join(other)}: choose another folder")

@@ -10,7 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment import Trial
-from ray.tune.result import AUTO_RESULT_KEYS, DEBUG_METRICS, DEFAULT_EXPERIMENT_INFO_KEYS, DONE, SHOULD_CHECKPOINT
+from ray.tune.result import (
+    AUTO_RESULT_KEYS,
+    DEBUG_METRICS,
+    DEFAULT_EXPERIMENT_INFO_KEYS,
+    DONE,
+    SHOULD_CHECKPOINT,
+)
 from ray.tune.schedulers.trial_scheduler import FIFOScheduler, TrialScheduler
 
 from tune_app.scheduler import Decision, Policy
@@ -18,7 +24,13 @@ from tune_app.scheduler import Decision, Policy
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
 
-RAYS_OWN = {*AUTO_RESULT_KEYS, *DEBUG_METRICS, *DEFAULT_EXPERIMENT_INFO_KEYS, DONE, SHOULD_CHECKPOINT}
+RAYS_OWN = {
+    *AUTO_RESULT_KEYS,
+    *DEBUG_METRICS,
+    *DEFAULT_EXPERIMENT_INFO_KEYS,
+    DONE,
+    SHOULD_CHECKPOINT,
+}
 """Keys that Ray adds to what a trial reports; they belong to its attempt, not to the run."""
 
 
@@ -55,15 +67,23 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         self._metric = metric
         return True
 
-    def on_trial_result(self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]
+    ) -> str:
         """Record, decide and log a new epoch; CONTINUE for a known one, unless the trial has been stopped before."""
         name = str(trial.config["trial"])
         if "epoch" not in result:
             return str(TrialScheduler.CONTINUE)
         row = {
-            key: value for key, value in result.items() if key not in RAYS_OWN and not key.startswith(("config/", "__"))
+            key: value
+            for key, value in result.items()
+            if key not in RAYS_OWN and not key.startswith(("config/", "__"))
         }
-        row = {"trial": name, "time": time.time(), **{key: _storable(value) for key, value in row.items()}}
+        row = {
+            "trial": name,
+            "time": time.time(),
+            **{key: _storable(value) for key, value in row.items()},
+        }
         new = not self.policy.known(name, int(row["epoch"]))
         if new:
             self._record(row)
@@ -77,7 +97,11 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
 
     def debug_string(self) -> str:
         """Return one line for Ray's own status output."""
-        rungs = ", ".join(f"{rung:g}" for rung in self.policy.rungs) if self.policy.spec.halving else "none"
+        rungs = (
+            ", ".join(f"{rung:g}" for rung in self.policy.rungs)
+            if self.policy.spec.halving
+            else "none"
+        )
         return f"medtune policy: {self._stopped} stopped, rungs at epochs {rungs}"
 
     def save(self, checkpoint_path: str) -> None:

@@ -32,7 +32,10 @@ class Recorder:
         """Of trials that have not ended: a row takes some 6 kB, and a long study has many."""
         for row in read_rows(files.epochs):
             self.rows.setdefault(row["trial"], []).append(row)
-        self.records = {path.parent.name: read_record(path) for path in sorted(files.trials.glob("*/trial.json"))}
+        self.records = {
+            path.parent.name: read_record(path)
+            for path in sorted(files.trials.glob("*/trial.json"))
+        }
         decisions = read_rows(files.decisions)
         if problems := [*self._damage(decisions)]:
             raise StudyDamageError(problems)
@@ -66,7 +69,9 @@ class Recorder:
             self.logged.add((row["trial"], row["epoch"]))
             when_there_is_room(lambda: append_line(self.files.decisions, row), self.files.decisions)
 
-    def began(self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any) -> None:
+    def began(
+        self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any
+    ) -> None:
         record = self.records.get(trial) or {
             "trial": trial,
             "number": int(trial),
@@ -91,10 +96,16 @@ class Recorder:
         self._write(self.records[trial] | {"failures": self.records[trial]["failures"] + 1})
         self.written(trial)
 
-    def ended(self, trial: str, state: str, reason: str, *, error: str | None = None) -> dict[str, Any]:
+    def ended(
+        self, trial: str, state: str, reason: str, *, error: str | None = None
+    ) -> dict[str, Any]:
         rows = self.rows.get(trial, [])
         record = self.records[trial]
-        diagnosis = diagnose(rows, build_config({**self.spec.config, **record["overrides"]})) if rows else None
+        diagnosis = (
+            diagnose(rows, build_config({**self.spec.config, **record["overrides"]}))
+            if rows
+            else None
+        )
         self._write(
             record
             | {
@@ -142,4 +153,6 @@ class Recorder:
         self.written(trial)
         self.records[trial] = record
         path = self.files.trial(trial).record
-        self._writing[trial] = self._writer.submit(when_there_is_room, lambda: write_json(path, record), path)
+        self._writing[trial] = self._writer.submit(
+            when_there_is_room, lambda: write_json(path, record), path
+        )

@@ -35,7 +35,14 @@ MOST_ROWS = 500
 REFRESH_S = 30
 """Seconds after which the page of a running study loads itself again, when asked to."""
 
-DASHES = {"solid": "", "dot": "2 4", "dash": "8 5", "longdash": "13 6", "dashdot": "8 4 2 4", "longdashdot": "13 4 2 4"}
+DASHES = {
+    "solid": "",
+    "dot": "2 4",
+    "dash": "8 5",
+    "longdash": "13 6",
+    "dashdot": "8 4 2 4",
+    "longdashdot": "13 4 2 4",
+}
 """Plotly's dashes as SVG has them."""
 
 
@@ -68,7 +75,8 @@ def watch_report(
     seen: tuple[float, ...] | None = None
     while True:
         now = tuple(
-            file.stat().st_mtime if file.exists() else 0.0 for file in (files.epochs, files.decisions, files.spec)
+            file.stat().st_mtime if file.exists() else 0.0
+            for file in (files.epochs, files.decisions, files.spec)
         )
         study = load_study(root)
         last = until(study)
@@ -135,13 +143,23 @@ class Section:
         self.parts.append({"kind": "head", "text": text})
 
     def figure(
-        self, page: "_Page", name: str, figure: figures.Figure, label: str, caption: str = "", wide: int = 0
+        self,
+        page: "_Page",
+        name: str,
+        figure: figures.Figure,
+        label: str,
+        caption: str = "",
+        wide: int = 0,
     ) -> None:
         page.plots[name] = figure
-        self.parts.append({"kind": "figure", "id": name, "caption": caption, "label": label, "wide": wide})
+        self.parts.append(
+            {"kind": "figure", "id": name, "caption": caption, "label": label, "wide": wide}
+        )
 
     def table(self, table: Table, *, name: str = "", style: str = "", fold: str = "") -> None:
-        self.parts.append({"kind": "table", "table": table, "id": name, "style": style, "fold": fold})
+        self.parts.append(
+            {"kind": "table", "table": table, "id": name, "style": style, "fold": fold}
+        )
 
 
 @dataclass
@@ -167,7 +185,15 @@ class _Page:
 
 def _page(study: Study, refresh_s: float | None) -> _Page:
     asked, found = findings.summary(study)
-    page = _Page(study.name, _subtitle(study), asked, found, _tiles(study), _footer(study), refresh_s=refresh_s)
+    page = _Page(
+        study.name,
+        _subtitle(study),
+        asked,
+        found,
+        _tiles(study),
+        _footer(study),
+        refresh_s=refresh_s,
+    )
     cautions = findings.cautions(study)
     if cautions:
         section = page.section("cautions", "Before you trust this")
@@ -219,10 +245,17 @@ def _tiles(study: Study) -> list[dict[str, str]]:
     trials = study.trials
     tiles = []
     if study.scored and study.spec.kind == "search":
-        tiles.append({"value": f"{study.best()['objective']:.3f}", "text": OBJECTIVES[study.spec.objective].title})
+        tiles.append(
+            {
+                "value": f"{study.best()['objective']:.3f}",
+                "text": OBJECTIVES[study.spec.objective].title,
+            }
+        )
     elif study.scored:
         variant = str(findings.leading(study)["variant"])
-        mean = trials.loc[(trials["variant"] == variant) & (trials["state"] != "failed"), "objective"].mean()
+        mean = trials.loc[
+            (trials["variant"] == variant) & (trials["state"] != "failed"), "objective"
+        ].mean()
         text = f"highest mean {OBJECTIVES[study.spec.objective].title}: {printable(variant)}"
         tiles.append({"value": f"{mean:.3f}", "text": text})
     states = trials["state"].value_counts()
@@ -234,29 +267,49 @@ def _tiles(study: Study) -> list[dict[str, str]]:
     if gpu:
         tiles.append({"value": duration(gpu), "text": "GPU time, in the epochs of all trials"})
     else:
-        tiles.append({"value": duration(float(trials["work_s"].sum())), "text": "in the epochs of all trials together"})
+        tiles.append(
+            {
+                "value": duration(float(trials["work_s"].sum())),
+                "text": "in the epochs of all trials together",
+            }
+        )
     return tiles
 
 
 def _best(page: _Page, study: Study) -> None:
     best = findings.leading(study)
     search = study.spec.kind == "search"
-    section = page.section("best", f"The {'best' if search else 'leading'} configuration against the documented one")
+    section = page.section(
+        "best", f"The {'best' if search else 'leading'} configuration against the documented one"
+    )
     rows = []
     for row in findings.configuration(study).to_dict("records"):
         name = str(row["name"])
         meaning = (FineTuneConfig.model_fields[name].description or "").split(". ")[0]
         mark = "≠" if row["differs"] else ""
-        cells = [Cell(name, "nowrap name"), *(Cell(str(row[key]), "nowrap") for key in ("before", "after"))]
-        cells += [Cell(f"{row['best']} {mark}".strip(), "nowrap"), Cell(meaning, "text faint roomy")]
+        cells = [
+            Cell(name, "nowrap name"),
+            *(Cell(str(row[key]), "nowrap") for key in ("before", "after")),
+        ]
+        cells += [
+            Cell(f"{row['best']} {mark}".strip(), "nowrap"),
+            Cell(meaning, "text faint roomy"),
+        ]
         rows.append(Row(cells, kind="differs" if row["differs"] else ""))
     values = []
     for settings in findings.documented_settings(study).values():
         trial = findings.trial_with(study, settings)
-        values.append("not run" if trial is None else f"{trial['objective']:.3f} ({trial['trial']})")
+        values.append(
+            "not run" if trial is None else f"{trial['objective']:.3f} ({trial['trial']})"
+        )
     rows.append(
         Row(
-            [Cell("objective"), *(Cell(value) for value in values), Cell(f"{best['objective']:.3f}"), Cell("", "roomy")]
+            [
+                Cell("objective"),
+                *(Cell(value) for value in values),
+                Cell(f"{best['objective']:.3f}"),
+                Cell("", "roomy"),
+            ]
         )
     )
     heads = [Head(text) for text in ("hyperparameter", "before", "after", f"trial {best['trial']}")]
@@ -272,9 +325,12 @@ def _best(page: _Page, study: Study) -> None:
 def _checklist(page: _Page, study: Study) -> None:
     best = findings.leading(study)
     section = page.section("checklist", "The document's checklist")
-    which = "" if pd.isna(best["variant"]) else f", the best run of {printable(str(best['variant']))}"
+    which = (
+        "" if pd.isna(best["variant"]) else f", the best run of {printable(str(best['variant']))}"
+    )
     section.text(
-        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.", style="faint"
+        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.",
+        style="faint",
     )
     checks = findings.checklist(study)
     for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
@@ -338,7 +394,9 @@ def _stops(page: _Page, study: Study) -> None:
     table = findings.stops(study)
     trials, spared = int(table["trials"].sum()), int(table["epochs_spared"].sum())
     time_spared, gpu = float(table["time_spared_s"].sum()), float(table["gpu_s_spared"].sum())
-    told = f"{trials} of {len(study.trials)} trials were stopped early: {spared} epochs were not run"
+    told = (
+        f"{trials} of {len(study.trials)} trials were stopped early: {spared} epochs were not run"
+    )
     if time_spared > 0:
         told += f", about {duration(gpu if gpu > 0 else time_spared)} of {'GPU time' if gpu > 0 else 'work'} at the pace of those trials"
     section.text(f"{told}.")
@@ -346,7 +404,9 @@ def _stops(page: _Page, study: Study) -> None:
     rows = [
         Row(
             [
-                Cell(figures.GROUPS[reason].title if reason in figures.GROUPS else reason, "nowrap"),
+                Cell(
+                    figures.GROUPS[reason].title if reason in figures.GROUPS else reason, "nowrap"
+                ),
                 Cell(str(row["trials"]), "number"),
                 Cell(str(row["epochs_spared"]), "number"),
                 Cell(duration(float(row["time_spared_s"])), "number nowrap"),
@@ -393,7 +453,11 @@ def _each_stop(study: Study) -> Table:
 def _verdict(trial: Mapping[Any, Any]) -> str:
     if pd.isna(trial["verdict"]):
         return "-"
-    title = figures.GROUPS[trial["verdict"]].title if trial["verdict"] in figures.GROUPS else str(trial["verdict"])
+    title = (
+        figures.GROUPS[trial["verdict"]].title
+        if trial["verdict"] in figures.GROUPS
+        else str(trial["verdict"])
+    )
     since = trial.get("since_epoch", pd.NA)  # no column where no trial has one
     return title if pd.isna(since) else f"{title} since {since}"
 
@@ -464,10 +528,14 @@ def _search(page: _Page, study: Study) -> None:
 def _variants(page: _Page, study: Study) -> None:
     confirmation = study.spec.kind == "confirmation"
     section = page.section(
-        "effects", "Confirmation over folds and seeds" if confirmation else "What each variant changes"
+        "effects",
+        "Confirmation over folds and seeds" if confirmation else "What each variant changes",
     )
     if confirmation:
-        section.text(f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.place}.", style="faint")
+        section.text(
+            f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.place}.",
+            style="faint",
+        )
     tables = findings.effects_tables(study)
     if not tables:
         section.text("Nothing to compare yet: two variants have to begin.", style="faint")
@@ -528,7 +596,8 @@ def _effects_table(table: pd.DataFrame) -> Table:
                     Cell("" if pd.isna(row["pairs"]) else str(row["pairs"]), "number"),
                     Cell("" if pd.isna(row["value"]) else f"{row['value']:.3f}", "number"),
                     Cell(
-                        f"{row['collapsed']} of {row['runs']}" + (f", {row['healed']} healed" if row["healed"] else "")
+                        f"{row['collapsed']} of {row['runs']}"
+                        + (f", {row['healed']} healed" if row["healed"] else "")
                     ),
                     Cell(_shown("verdicts", row["verdicts"]), "text"),
                 ]
@@ -560,7 +629,10 @@ def _trials(page: _Page, study: Study) -> None:
     section = page.section("trials", "Every trial")
     table = results_table(study, limit=MOST_ROWS)
     if len(table) < len(study.trials):
-        section.text(f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.", style="faint")
+        section.text(
+            f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.",
+            style="faint",
+        )
     section.parts.append({"kind": "filter", "table": "all-trials"})
     about = study.trials.set_index("trial")
     joined = {"best_val_auc_low", "best_val_auc_high", "since_epoch"}
@@ -575,7 +647,9 @@ def _trials(page: _Page, study: Study) -> None:
     }
     heads = []
     for name in names:
-        numeric = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        numeric = (
+            pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        )
         first = "descending" if numeric and ("auc" in name or name == "objective") else "ascending"
         heads.append(Head(headings.get(name, name), "number" if numeric else "", first))
     heads.append(Head("why it ended early", "text"))
@@ -589,12 +663,18 @@ def _trials(page: _Page, study: Study) -> None:
             elif name == "verdict":
                 cells.append(Cell(_verdict(row), "nowrap"))
             elif name == "best_val_auc" and not pd.isna(value):
-                text = f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+                text = (
+                    f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+                )
                 cells.append(Cell(text, "number nowrap", value=repr(float(value))))
             elif isinstance(value, float | int) and not isinstance(value, bool):
                 missing = pd.isna(value)
                 cells.append(
-                    Cell(format_value(name, value), "number nowrap", value="" if missing else repr(float(value)))
+                    Cell(
+                        format_value(name, value),
+                        "number nowrap",
+                        value="" if missing else repr(float(value)),
+                    )
                 )
             else:
                 cells.append(Cell(_shown(name, value), "nowrap"))
@@ -611,7 +691,8 @@ def _environment(page: _Page, study: Study) -> None:
     rows += [("cohort", str(info["cohort"]))] if "cohort" in info else []
     for group in ("hardware", "versions"):
         rows += [
-            (f"{group[:-1] if group == 'versions' else group}: {name}", text) for name, text in _flat(info.get(group))
+            (f"{group[:-1] if group == 'versions' else group}: {name}", text)
+            for name, text in _flat(info.get(group))
         ]
     nodes = sorted(set(study.trials["node"].dropna()))
     if nodes:
@@ -624,7 +705,10 @@ def _environment(page: _Page, study: Study) -> None:
         rows.append(("peak device memory", f"{memory:.1f} GiB"))
     rows += [("note", note) for note in study.notes]
     heads = [Head("what"), Head("value")]
-    cells = [Row([Cell(printable(name), "nowrap"), Cell(printable(value), "text")]) for name, value in rows]
+    cells = [
+        Row([Cell(printable(name), "nowrap"), Cell(printable(value), "text")])
+        for name, value in rows
+    ]
     section.table(Table("environment", heads, cells), style="narrow")
     spec = study.spec.model_dump(mode="json", exclude_defaults=True)
     settings = [
@@ -669,22 +753,32 @@ def _comparison(first: Study, second: Study) -> _Page:
         "Which of the two studies found the better configuration, and at what cost?",
         _verdict_of_two(pair),
         [
-            {"value": _best_text(study), "text": f"{name}: {OBJECTIVES[study.spec.objective].title}"}
+            {
+                "value": _best_text(study),
+                "text": f"{name}: {OBJECTIVES[study.spec.objective].title}",
+            }
             for name, study in pair
         ]
         + [
-            {"value": str(len(study.epochs)), "text": f"{name}: epochs of {len(study.trials)} trials"}
+            {
+                "value": str(len(study.epochs)),
+                "text": f"{name}: epochs of {len(study.trials)} trials",
+            }
             for name, study in pair
         ],
         f"Written by medtune, {_now()} UTC.",
     )
     doubts = list(_doubts(pair))
     if doubts:
-        page.section("cautions", "Before you compare").parts.append({"kind": "cautions", "cautions": doubts})
+        page.section("cautions", "Before you compare").parts.append(
+            {"kind": "cautions", "cautions": doubts}
+        )
     scored = all(study.scored for _, study in pair)
     if scored:
         section = page.section("budget", "What the same budget bought")
-        section.figure(page, "budget", figures.progress_of_two(pair), "best objective so far over epochs spent")
+        section.figure(
+            page, "budget", figures.progress_of_two(pair), "best objective so far over epochs spent"
+        )
         section = page.section("best", "The two best trials")
         section.figure(
             page,
@@ -801,13 +895,20 @@ def _specifications(pair: Sequence[tuple[str, Study]]) -> Table:
     specs = [study.spec.model_dump(mode="json") for _, study in pair]
     rows = []
     for name in specs[0]:
-        texts = [f"{len(spec[name])} trials" if name == "planned" else json.dumps(spec[name]) for spec in specs]
+        texts = [
+            f"{len(spec[name])} trials" if name == "planned" else json.dumps(spec[name])
+            for spec in specs
+        ]
         differs = specs[0][name] != specs[1][name]
         if differs:
             rows.append(Row([Cell(name), *(Cell(text[:400], "text") for text in texts)]))
     if not rows:
         rows.append(Row([Cell("all fields"), Cell("the same"), Cell("the same")]))
-    return Table("differences of the specifications", [Head("field"), *(Head(name) for name, _ in pair)], rows)
+    return Table(
+        "differences of the specifications",
+        [Head("field"), *(Head(name) for name, _ in pair)],
+        rows,
+    )
 
 
 # The page as text ------------------------------------------------------------------------------------------------------
@@ -825,7 +926,8 @@ def render(page: _Page) -> str:
     hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in (_plotly(), script))
     text: str = _template().render(
         **{
-            name: getattr(page, name) for name in ("title", "subtitle", "asked", "found", "tiles", "sections", "footer")
+            name: getattr(page, name)
+            for name in ("title", "subtitle", "asked", "found", "tiles", "sections", "footer")
         },
         refresh_s=page.refresh_s,
         script_hashes=Markup(hashes),
@@ -841,7 +943,9 @@ def render(page: _Page) -> str:
 @cache
 def _template() -> Any:
     here = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined
+    )
     environment.filters["prose"] = _prose
     environment.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
     return environment.get_template("report.html")
@@ -853,7 +957,8 @@ def _prose(text: str) -> Markup:
     if len(parts) % 2 == 0:
         return Markup.escape(text)
     return Markup("").join(
-        Markup("<code>{}</code>").format(part) if i % 2 else Markup.escape(part) for i, part in enumerate(parts)
+        Markup("<code>{}</code>").format(part) if i % 2 else Markup.escape(part)
+        for i, part in enumerate(parts)
     )
 
 

@@ -34,7 +34,14 @@ from tune_app.objective import OBJECTIVES, RunningValue
 from tune_app.scheduler import Policy
 from tune_app.spec import StudyFiles, StudySpec, build_spec
 from tune_app.storage import opened
-from tune_app.tables import column_of, formatted, require_column, results_table, select, smaller_is_better
+from tune_app.tables import (
+    column_of,
+    formatted,
+    require_column,
+    results_table,
+    select,
+    smaller_is_better,
+)
 
 
 class StudyDamageError(ValueError):
@@ -99,7 +106,9 @@ class Study:
         column = column_of(rows, metric)
         rows = rows[(rows["state"] != "failed") & rows[column].notna()]
         if rows.empty:
-            raise ValueError(f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}")
+            raise ValueError(
+                f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}"
+            )
         values = rows[column].to_numpy("float64")
         return rows.iloc[int(values.argmin() if smaller_is_better(column) else values.argmax())]
 
@@ -114,7 +123,9 @@ class Study:
         return read_record(StudyFiles(self.path).trial(trial).record)
 
     def curves(
-        self, metric: str | Sequence[str] = ("val_auc_raw", "val_auc_ema"), where: str | Sequence[str] = ()
+        self,
+        metric: str | Sequence[str] = ("val_auc_raw", "val_auc_ema"),
+        where: str | Sequence[str] = (),
     ) -> pd.DataFrame:
         """Return long form: trial, variant, state, verdict, epoch, metric, value; NaN where there is no score."""
         metrics = [metric] if isinstance(metric, str) else list(metric)
@@ -122,7 +133,9 @@ class Study:
             require_column(name, self.epochs.columns)
         about = select(self.trials, where)[["trial", "variant", "state", "verdict"]]
         rows = self.epochs[["trial", "epoch", *metrics]].merge(about, on="trial", how="inner")
-        long = rows.melt(["trial", "variant", "state", "verdict", "epoch"], metrics, "metric", "value")
+        long = rows.melt(
+            ["trial", "variant", "state", "verdict", "epoch"], metrics, "metric", "value"
+        )
         long["metric"] = long["metric"].astype("string")
         long["value"] = long["value"].astype("float64")
         return long.sort_values(["trial", "metric", "epoch"], kind="stable", ignore_index=True)
@@ -177,13 +190,20 @@ class Study:
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{escape(self.name)}</b>: {escape(self.sentence())}</p>"]
         if len(self.trials):
-            parts.append(formatted(self.leaderboard(10)).to_html(index=False, escape=True, border=0, na_rep=""))
+            parts.append(
+                formatted(self.leaderboard(10)).to_html(
+                    index=False, escape=True, border=0, na_rep=""
+                )
+            )
         return "\n".join(parts)
 
     def sentence(self) -> str:
         """Return kind, trials by state, epochs and the best objective in a line."""
         states = self.trials["state"].value_counts()
-        told = ", ".join(f"{states[state]} {state}" for state in STATES if state in states) or "none yet"
+        told = (
+            ", ".join(f"{states[state]} {state}" for state in STATES if state in states)
+            or "none yet"
+        )
         best = self.trials.loc[self.trials["state"] != "failed", "objective"].max()
         value = "" if pd.isna(best) else f", best {self.spec.objective} {best:.3f}"
         now = "running" if self.running else self.spec.kind
@@ -253,19 +273,38 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     rungs = _rungs(spec, decisions)
     trials = _trials_table(files, spec, records, epochs, rungs, running)
     trials["stopped_by"] = (
-        trials["trial"].map(_stopped_by(decisions)).astype("string").where(trials["state"] == "stopped")
+        trials["trial"]
+        .map(_stopped_by(decisions))
+        .astype("string")
+        .where(trials["state"] == "stopped")
     )
     _diagnose_the_rest(trials, epochs)
     searched = _searched(spec, records, trials)
-    return Study(files.root, spec, info, trials, epochs, decisions, running, rungs, searched, tuple(notes), url)
+    return Study(
+        files.root,
+        spec,
+        info,
+        trials,
+        epochs,
+        decisions,
+        running,
+        rungs,
+        searched,
+        tuple(notes),
+        url,
+    )
 
 
-def load_studies(paths: Iterable["str | Path | Study"], *, on_damage: Literal["error", "skip"] = "error") -> Studies:
+def load_studies(
+    paths: Iterable["str | Path | Study"], *, on_damage: Literal["error", "skip"] = "error"
+) -> Studies:
     """Return several studies, loaded or to be loaded, with dataframes concatenated below a first column `study`.
 
     `study` is the folder's name, with as many parent folders as it takes to tell them apart.
     """
-    studies = tuple(path if isinstance(path, Study) else load_study(path, on_damage=on_damage) for path in paths)
+    studies = tuple(
+        path if isinstance(path, Study) else load_study(path, on_damage=on_damage) for path in paths
+    )
     if not studies:
         raise ValueError("no study named")
     names = _distinct_names([study.path for study in studies])
@@ -292,13 +331,23 @@ def column_meanings(study: Study | None = None) -> pd.DataFrame:
     """
     rows = [("trials", name, *what) for name, what in TRIAL_COLUMNS.items()]
     for name, hyperparameter in FineTuneConfig.model_fields.items():
-        rows.append(("trials", name, _config_dtype(name), (hyperparameter.description or "").split(". ")[0]))
+        rows.append(
+            ("trials", name, _config_dtype(name), (hyperparameter.description or "").split(". ")[0])
+        )
     for place, when in (("last", "in its last epoch"), ("best", "in its best epoch")):
         rows += [
-            ("trials", f"{place}_{name}", dtype, f"{meaning}; {when}") for name, (dtype, meaning) in METRICS.items()
+            ("trials", f"{place}_{name}", dtype, f"{meaning}; {when}")
+            for name, (dtype, meaning) in METRICS.items()
         ]
     for rung in study.rungs if study else ():
-        rows.append(("trials", f"val_auc_at_{rung}", "float64", f"val_auc in epoch {rung}, where trials are compared"))
+        rows.append(
+            (
+                "trials",
+                f"val_auc_at_{rung}",
+                "float64",
+                f"val_auc in epoch {rung}, where trials are compared",
+            )
+        )
     rows += [("epochs", name, *what) for name, what in EPOCH_COLUMNS.items()]
     return pd.DataFrame(rows, columns=["table", "column", "dtype", "meaning"]).astype("string")
 
@@ -406,7 +455,11 @@ def _read_epochs(path: Path, damage: list[str], notes: list[str]) -> pd.DataFram
     table = table[[*EPOCH_COLUMNS, *unknown]]
     table = table.astype({name: dtype for name, (dtype, _) in EPOCH_COLUMNS.items()})
     for name in unknown:  # new metrics of a later version: numbers stay numbers, a column of nulls is one of no scores
-        table[name] = table[name].astype("float64") if table[name].isna().all() else table[name].convert_dtypes()
+        table[name] = (
+            table[name].astype("float64")
+            if table[name].isna().all()
+            else table[name].convert_dtypes()
+        )
     return table.sort_values(["trial", "epoch"], kind="stable", ignore_index=True)
 
 
@@ -424,7 +477,9 @@ def _read_epochs_fast(content: bytes) -> pd.DataFrame | None:
     }
     given = {name: kinds[dtype] for name, (dtype, _) in EPOCH_COLUMNS.items() if name != "arrival"}
     if not content.strip():
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, (dtype, _) in EPOCH_COLUMNS.items()})
+        return pd.DataFrame(
+            {name: pd.Series(dtype=dtype) for name, (dtype, _) in EPOCH_COLUMNS.items()}
+        )
     try:
         table = arrow_json.read_json(
             pa.BufferReader(content),
@@ -433,7 +488,10 @@ def _read_epochs_fast(content: bytes) -> pd.DataFrame | None:
         )
     except pa.ArrowException:
         return None
-    if any(pa.types.is_nested(column.type) for column in table.schema) or "arrival" in table.column_names:
+    if (
+        any(pa.types.is_nested(column.type) for column in table.schema)
+        or "arrival" in table.column_names
+    ):
         return None
     frame: pd.DataFrame = table.to_pandas(integer_object_nulls=False)
     if len(frame) != content.count(b"\n") or frame[["trial", "epoch"]].isna().any(axis=None):
@@ -473,7 +531,12 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
     if not _is_trial_id(row.get("trial")):
         return f"trial {row.get('trial')!r}: must be the id of a trial"
     epoch = row.get("epoch")
-    if isinstance(epoch, bool) or not isinstance(epoch, int | float) or epoch % 1 or not 1 <= epoch < LARGEST_WHOLE:
+    if (
+        isinstance(epoch, bool)
+        or not isinstance(epoch, int | float)
+        or epoch % 1
+        or not 1 <= epoch < LARGEST_WHOLE
+    ):
         return f"epoch {epoch!r}: must be a whole number from 1"
     for name, value in row.items():
         dtype = EPOCH_COLUMNS.get(name, ("", ""))[0]
@@ -495,10 +558,17 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
 LARGEST_WHOLE = 2**53
 """No count in a study comes near; from here on a float is not the number that was written."""
 
-_DTYPE_WORDS = {"float64": "a number", "Int64": "a whole number", "boolean": "true or false", "string": "text"}
+_DTYPE_WORDS = {
+    "float64": "a number",
+    "Int64": "a whole number",
+    "boolean": "true or false",
+    "string": "text",
+}
 
 
-def _json_lines(path: Path, content: bytes, damage: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(
+    path: Path, content: bytes, damage: list[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(text, parse_constant=_constant)
@@ -529,7 +599,9 @@ def _read_decisions(path: Path, damage: list[str], notes: list[str]) -> pd.DataF
         return pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(DECISION_COLUMNS)
     except (TypeError, ValueError, OverflowError) as error:
         damage.append(f"{path}: a value is not of its kind: {_one_line(error)}")
-        return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in DECISION_COLUMNS.items()})
+        return pd.DataFrame(
+            {name: pd.Series(dtype=dtype) for name, dtype in DECISION_COLUMNS.items()}
+        )
 
 
 # One row a trial -------------------------------------------------------------------------------------------------------
@@ -544,8 +616,14 @@ def _trials_table(
     running: bool,
 ) -> pd.DataFrame:
     ids = sorted({*records, *epochs["trial"].unique()}, key=lambda trial: (len(trial), trial))
-    values = {trial: list(rows) for trial, rows in epochs.groupby("trial", observed=True)[_objective_column(spec)]}
-    rows = [_trial_row(files, spec, trial, records.get(trial), values.get(trial, []), running) for trial in ids]
+    values = {
+        trial: list(rows)
+        for trial, rows in epochs.groupby("trial", observed=True)[_objective_column(spec)]
+    }
+    rows = [
+        _trial_row(files, spec, trial, records.get(trial), values.get(trial, []), running)
+        for trial in ids
+    ]
     names = [*TRIAL_COLUMNS, *FineTuneConfig.model_fields]
     table = pd.DataFrame(rows, columns=names, index=pd.Index(ids, name="trial"))
 
@@ -559,7 +637,11 @@ def _trials_table(
     for name in ("started", "ended"):
         table[name] = pd.to_datetime(pd.to_numeric(table[name]), unit="s", utc=True)
 
-    best, peak, last = _best_rows(epochs), _peak_rows(epochs), epochs.drop_duplicates("trial", keep="last")
+    best, peak, last = (
+        _best_rows(epochs),
+        _peak_rows(epochs),
+        epochs.drop_duplicates("trial", keep="last"),
+    )
     table["best_epoch"] = best.set_index("trial")["epoch"].reindex(table.index)
     table["peak_epoch"] = peak.set_index("trial")["epoch"].reindex(table.index)
     table["peak_val_auc"] = peak.set_index("trial")["val_auc"].reindex(table.index)
@@ -568,13 +650,20 @@ def _trials_table(
         for place, chosen in (("last", last), ("best", best))
     ]
     at_rungs = pd.DataFrame(
-        {f"val_auc_at_{rung}": epochs[epochs["epoch"] == rung].set_index("trial")["val_auc"] for rung in rungs},
+        {
+            f"val_auc_at_{rung}": epochs[epochs["epoch"] == rung].set_index("trial")["val_auc"]
+            for rung in rungs
+        },
         index=table.index,
     )
     dtypes = {name: dtype for name, (dtype, _) in TRIAL_COLUMNS.items()}
     dtypes |= {name: _config_dtype(name) for name in FineTuneConfig.model_fields}
-    whole = pd.concat([table.astype(dtypes), *places, at_rungs.astype("float64")], axis=1).reset_index(drop=True)
-    return whole.copy()  # in one piece: a frame of a hundred blocks is slow, and pandas complains at each new column
+    whole = pd.concat(
+        [table.astype(dtypes), *places, at_rungs.astype("float64")], axis=1
+    ).reset_index(drop=True)
+    return (
+        whole.copy()
+    )  # in one piece: a frame of a hundred blocks is slow, and pandas complains at each new column
 
 
 def _trial_row(
@@ -651,7 +740,9 @@ def _best_rows(epochs: pd.DataFrame) -> pd.DataFrame:
     median = pd.concat([value, one, two], axis=1).median(axis=1, skipna=True)
     place, length = by_trial.cumcount(), by_trial.transform("size")
     median = median.where(place != 1, np.minimum(value, one))
-    median = median.where((place >= 2) | (length < 3), -math.inf)  # what stood in for a median is forgotten
+    median = median.where(
+        (place >= 2) | (length < 3), -math.inf
+    )  # what stood in for a median is forgotten
     found = median[median > -math.inf]
     return epochs.loc[found.groupby(epochs["trial"], observed=True).idxmax()]
 
@@ -661,17 +752,23 @@ def _peak_rows(epochs: pd.DataFrame) -> pd.DataFrame:
     return epochs.loc[values.groupby(epochs["trial"], observed=True).idxmax()]
 
 
-def _searched(spec: StudySpec, records: Mapping[str, Mapping[str, Any]], trials: pd.DataFrame) -> tuple[str, ...]:
+def _searched(
+    spec: StudySpec, records: Mapping[str, Mapping[str, Any]], trials: pd.DataFrame
+) -> tuple[str, ...]:
     """Hyperparameters that trials were given by the sampler or the plan and in which they differ."""
     given = {name for record in records.values() for name in record.get("overrides", {})}
     names = [name for name in FineTuneConfig.model_fields if name in given - {"fold", "seed"}]
-    return tuple(name for name in names if trials[name].nunique(dropna=False) > 1 or len(trials) < 2)
+    return tuple(
+        name for name in names if trials[name].nunique(dropna=False) > 1 or len(trials) < 2
+    )
 
 
 def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
     """Fill in what the curves of running and interrupted trials say by now: the driver says it at a trial's end."""
     for index, trial in trials[trials["verdict"].isna() & (trials["epochs_run"] > 0)].iterrows():
-        config = {name: trial[name] for name in FineTuneConfig.model_fields if pd.notna(trial[name])}
+        config = {
+            name: trial[name] for name in FineTuneConfig.model_fields if pd.notna(trial[name])
+        }
         rows = epochs[epochs["trial"] == trial["trial"]].to_dict("records")
         found = diagnose([{k: v for k, v in row.items() if v is not pd.NA} for row in rows], config)
         trials.loc[index, ["verdict", "verdict_summary"]] = [found.verdict, found.summary]
@@ -682,7 +779,10 @@ def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
 
 def _stopped_by(decisions: pd.DataFrame) -> pd.Series:
     """What ended each stopped trial, by trial: its last stop in the log."""
-    stops = decisions[(decisions["action"] == "stop") & decisions["reason"].isin(["halving", "diagnosis", "requested"])]
+    stops = decisions[
+        (decisions["action"] == "stop")
+        & decisions["reason"].isin(["halving", "diagnosis", "requested"])
+    ]
     return stops.drop_duplicates("trial", keep="last").set_index("trial")["reason"]
 
 
@@ -691,7 +791,11 @@ def _rungs(spec: StudySpec, decisions: pd.DataFrame) -> tuple[int, ...]:
 
     Rungs need not fall on whole epochs; a trial is compared in the first epoch that reaches one.
     """
-    planned = Policy(spec.policy, spec.epochs).rungs if spec.kind == "search" and spec.policy.halving else []
+    planned = (
+        Policy(spec.policy, spec.epochs).rungs
+        if spec.kind == "search" and spec.policy.halving
+        else []
+    )
     met = [float(rung) for rung in decisions["rung"].dropna().unique()]
     return tuple(sorted({math.ceil(rung) for rung in [*planned, *met]}))
 
@@ -730,7 +834,11 @@ def read_record(path: Path) -> dict[str, Any]:
 def _write(study: Study, folder: Path, kind: Literal["csv", "parquet"]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, table in (("trials", study.trials), ("epochs", study.epochs), ("decisions", study.decisions)):
+    for name, table in (
+        ("trials", study.trials),
+        ("epochs", study.epochs),
+        ("decisions", study.decisions),
+    ):
         path = folder / f"{name}.{kind}"
         with replacing(path) as temporary:
             if kind == "csv":

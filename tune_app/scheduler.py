@@ -134,13 +134,19 @@ def read_policy(path: Path) -> PolicySpec:
     try:
         fields = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YamlError) as error:
-        raise PolicyError([f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]) from None
+        raise PolicyError(
+            [f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]
+        ) from None
     if not isinstance(fields, dict):
-        raise PolicyError([f"{path}: a policy is a mapping of fields to values, such as `halving: false`"])
+        raise PolicyError(
+            [f"{path}: a policy is a mapping of fields to values, such as `halving: false`"]
+        )
     try:
         return PolicySpec(**{str(name): value for name, value in fields.items()})
     except ValidationError as error:
-        raise PolicyError([f"{path}: {line}" for line in problem_lines(error.errors(include_url=False))]) from None
+        raise PolicyError(
+            [f"{path}: {line}" for line in problem_lines(error.errors(include_url=False))]
+        ) from None
 
 
 RAY_ASHA = PolicySpec(
@@ -215,9 +221,13 @@ class Policy:
         self.max_epochs = min(max_epochs, spec.max_epochs or max_epochs)
         self._sign = 1.0 if mode == "max" else -1.0
         grace = spec.grace_epochs or max(FIRST_COMPARABLE, round(max_epochs / 10))
-        self.rungs = rung_epochs(min(grace, self.max_epochs), self.max_epochs, spec.reduction_factor)
+        self.rungs = rung_epochs(
+            min(grace, self.max_epochs), self.max_epochs, spec.reduction_factor
+        )
         # Highest first: a row counts at the highest rung it has reached and the trial has not been seen at
-        self._arrivals: list[tuple[float, dict[str, float]]] = [(rung, {}) for rung in reversed(self.rungs)]
+        self._arrivals: list[tuple[float, dict[str, float]]] = [
+            (rung, {}) for rung in reversed(self.rungs)
+        ]
         self._trials: dict[str, _Trial] = {}
 
     def known(self, trial_id: str, epoch: int) -> bool:
@@ -227,10 +237,16 @@ class Policy:
 
     def stopped(self) -> dict[str, Decision]:
         """Return the decision that ended each trial, of those that were ended; completed ones are among them."""
-        return {name: trial.ended for name, trial in self._trials.items() if trial.ended is not None}
+        return {
+            name: trial.ended for name, trial in self._trials.items() if trial.ended is not None
+        }
 
     def decide(
-        self, trial_id: str, config: Mapping[str, Any] | None, row: Mapping[str, Any], requested: str | None = None
+        self,
+        trial_id: str,
+        config: Mapping[str, Any] | None,
+        row: Mapping[str, Any],
+        requested: str | None = None,
     ) -> Decision:
         """Return what becomes of the trial that reports this row.
 
@@ -277,23 +293,57 @@ class Policy:
         """Decide on rows of epochs.jsonl in the order of the file; `configs` by trial, as `decide` takes them."""
         return [self.decide(row["trial"], configs.get(row["trial"]), row) for row in rows]
 
-    def _decide_new(self, trial_id: str, trial: "_Trial", epoch: int, row: Mapping[str, Any]) -> Decision:
+    def _decide_new(
+        self, trial_id: str, trial: "_Trial", epoch: int, row: Mapping[str, Any]
+    ) -> Decision:
         diagnosis = trial.monitor.update(row) if trial.diagnosed else HEALTHY
         action = self.spec.actions[diagnosis.verdict]
         since = diagnosis.epoch
-        if action == "stop" and diagnosis.settled and epoch < min(self.max_epochs, trial.own_epochs):
-            return Decision(trial_id, epoch, "stop", "diagnosis", diagnosis.verdict, since, summary=diagnosis.summary)
-        warning = action != "ignore" and diagnosis.verdict != "healthy" and diagnosis.verdict != trial.told
+        if (
+            action == "stop"
+            and diagnosis.settled
+            and epoch < min(self.max_epochs, trial.own_epochs)
+        ):
+            return Decision(
+                trial_id,
+                epoch,
+                "stop",
+                "diagnosis",
+                diagnosis.verdict,
+                since,
+                summary=diagnosis.summary,
+            )
+        warning = (
+            action != "ignore"
+            and diagnosis.verdict != "healthy"
+            and diagnosis.verdict != trial.told
+        )
         if action != "ignore":
             trial.told = diagnosis.verdict
         if epoch >= self.max_epochs:
             # A run in its own last epoch ends by itself: stopping it would kill what it still has to write.
             ends: Literal["continue", "stop"] = "continue" if epoch >= trial.own_epochs else "stop"
-            return Decision(trial_id, epoch, ends, "completed", diagnosis.verdict, since, warning, diagnosis.summary)
+            return Decision(
+                trial_id,
+                epoch,
+                ends,
+                "completed",
+                diagnosis.verdict,
+                since,
+                warning,
+                diagnosis.summary,
+            )
         due = self._rung_due(trial_id, epoch) if self.spec.halving else None
         if due is None:
             return Decision(
-                trial_id, epoch, "continue", "between_rungs", diagnosis.verdict, since, warning, diagnosis.summary
+                trial_id,
+                epoch,
+                "continue",
+                "between_rungs",
+                diagnosis.verdict,
+                since,
+                warning,
+                diagnosis.summary,
             )
         rung, arrivals = due
         start = trial.drw.epoch
@@ -301,9 +351,19 @@ class Policy:
             until = start + self.spec.drw_guard_epochs
             summary = f"rung {rung:g} waits for epoch {until}: class weights began at epoch {start}"
             return Decision(
-                trial_id, epoch, "continue", "drw_guard", diagnosis.verdict, since, warning, summary, rung=rung
+                trial_id,
+                epoch,
+                "continue",
+                "drw_guard",
+                diagnosis.verdict,
+                since,
+                warning,
+                summary,
+                rung=rung,
             )
-        return self._compare(trial_id, trial, epoch, rung, arrivals, diagnosis.verdict, since, warning)
+        return self._compare(
+            trial_id, trial, epoch, rung, arrivals, diagnosis.verdict, since, warning
+        )
 
     def _rung_due(self, trial_id: str, epoch: int) -> tuple[float, dict[str, float]] | None:
         for rung, arrivals in self._arrivals:
@@ -332,7 +392,11 @@ class Policy:
         reason: Reason = "halving" if fails else "rung"
         if fails and self._is_finalist(trial_id, value):
             reason = "finalist"
-        shown = "no finite value" if not finite else f"{self.spec.compared} {self.metric} {self._sign * value:.4f}"
+        shown = (
+            "no finite value"
+            if not finite
+            else f"{self.spec.compared} {self.metric} {self._sign * value:.4f}"
+        )
         if cutoff is None:
             summary = f"first at rung {rung:g} with {shown}"
         else:
@@ -360,7 +424,9 @@ class Policy:
         """Whether fewer than `finalists` other trials have a better compared value by now, stopped ones included."""
         if not self.spec.finalists or not math.isfinite(value):
             return False
-        better = sum(trial.value > value for name, trial in self._trials.items() if name != trial_id)
+        better = sum(
+            trial.value > value for name, trial in self._trials.items() if name != trial_id
+        )
         return better < self.spec.finalists
 
 
@@ -385,7 +451,11 @@ def rung_cutoff(values: list[float], reduction_factor: float) -> float | None:
     position = (len(values) - 1) * percent / 100
     ordered = np.sort(np.asarray(values))
     low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
-    return float(low + (high - low) * (position - math.floor(position))) if math.isfinite(low) else -math.inf
+    return (
+        float(low + (high - low) * (position - math.floor(position)))
+        if math.isfinite(low)
+        else -math.inf
+    )
 
 
 class _Trial:

@@ -117,13 +117,18 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     ) -> None:
         super().__init__(metric=metric, mode="max")
         if sampler not in get_args(SamplerName):
-            raise SearchError(f"unknown sampler {sampler!r}: one of {', '.join(get_args(SamplerName))}")
+            raise SearchError(
+                f"unknown sampler {sampler!r}: one of {', '.join(get_args(SamplerName))}"
+            )
         if problems := space.problems(epochs):
             raise SpaceError(problems)
         points, self.warm_start_left_out = warm_start_points(space, epochs, warm_start)
         if warm_start is not None and self.warm_start_left_out:
             raise SpaceError(
-                [f"warm start {name!r}: {'; '.join(why)}" for name, why in self.warm_start_left_out.items()]
+                [
+                    f"warm start {name!r}: {'; '.join(why)}"
+                    for name, why in self.warm_start_left_out.items()
+                ]
             )
         self._space = space
         self._epochs = epochs
@@ -137,7 +142,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
 
         self._memory = InMemoryStorage()
         with _quiet():
-            self._memory_study = self._memory.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
+            self._memory_study = self._memory.create_new_study(
+                [StudyDirection.MAXIMIZE], STUDY_NAME
+            )
             self._study = optuna.load_study(study_name=STUDY_NAME, storage=self._memory)
         self._numbers: dict[str, int] = {}  # Ray's trial ids
         self._rows: dict[int, dict[int, Row]] = {}  # of running trials, by epoch
@@ -166,13 +173,18 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         else:
             return str(Searcher.FINISHED)
         self._numbers[trial_id] = number
-        return {"trial": trial_name(number), "overrides": dict(self._trial(number).user_attrs[_OVERRIDES])}
+        return {
+            "trial": trial_name(number),
+            "overrides": dict(self._trial(number).user_attrs[_OVERRIDES]),
+        }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record the epoch, the first time it is reported."""
         self._keep(self._numbers[trial_id], result)
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Tell the study how the trial ended, once.
 
         An error is a failure. A trial that reached the last epoch is complete, with the objective's value; any other
@@ -183,13 +195,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             return  # a finished trial's process may still go wrong on its way out
         state: EndState | None = "failed" if error else None
         if result is not None:
-            self._keep(number, result)  # Ray does not pass on the result that a trial was stopped at
+            self._keep(
+                number, result
+            )  # Ray does not pass on the result that a trial was stopped at
             if self._failure is not None and result.get(self._failure) is not None:
                 self.note(number, str(result[self._failure]))
                 state = "failed"
         self._finish(number, state)
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
         """Accept Tune's settings unread: space and metric are this searcher's own."""
         return True
 
@@ -217,7 +233,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                 if not any(reason.startswith("the same point as") for reason in why)
             ]
         if self.taken_over.added or self.taken_over.left_out:
-            left_out = ", ".join(f"{count} ({reason})" for reason, count in self.taken_over.left_out.items())
+            left_out = ", ".join(
+                f"{count} ({reason})" for reason, count in self.taken_over.left_out.items()
+            )
             told.append(
                 f"the sampler starts from {self.taken_over.added} trials of earlier studies"
                 + (f"; left out: {left_out}" if left_out else "")
@@ -263,7 +281,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         if self._trial(number).state.is_finished():
             return
         if number not in self._left:
-            raise SearchError(f"trial {trial_name(number)} runs in this session: it cannot be settled from outside")
+            raise SearchError(
+                f"trial {trial_name(number)} runs in this session: it cannot be settled from outside"
+            )
         self._left.remove(number)
         if reason is not None:
             self.note(number, reason)
@@ -285,7 +305,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         if self._points:
             attrs[_POINT], sample = self._points.popleft()
             distributions = {name: self._space.parameters[name].distribution for name in sample}
-            asked = optuna.trial.create_trial(state=TrialState.RUNNING, params=sample, distributions=distributions)
+            asked = optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=sample, distributions=distributions
+            )
             self._memory.create_new_trial(self._memory_study, asked)
         else:
             with _no_experimental_warnings():
@@ -320,13 +342,20 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         if self._sampler_name == "random":
             return RandomSampler(seed=stream)
         if self._sampler_name == "tpe":
-            sampler = TPESampler(seed=stream, multivariate=True, constant_liar=True, group=self._space.conditional)
+            sampler = TPESampler(
+                seed=stream, multivariate=True, constant_liar=True, group=self._space.conditional
+            )
             if self._space.conditional:
                 return sampler  # groups come from which parameters occurred together
         else:
-            other = {"independent_sampler": RandomSampler(seed=stream), "warn_independent_sampling": False}
+            other = {
+                "independent_sampler": RandomSampler(seed=stream),
+                "warn_independent_sampling": False,
+            }
             if self._sampler_name == "qmc":
-                sampler = QMCSampler(seed=self._seed, scramble=True, **other)  # one sequence for the whole study
+                sampler = QMCSampler(
+                    seed=self._seed, scramble=True, **other
+                )  # one sequence for the whole study
             else:
                 sampler = GPSampler(seed=stream, **other)
         # The space is known; Optuna would look for it in all trials each time, and draw the first ones without it.
@@ -350,7 +379,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         """Tell memory and database. Without `ended`, whether the trial is complete is read off its rows."""
         rows = self._rows.pop(number)
         for epoch, known in self._trial(number).intermediate_values.items():
-            rows.setdefault(epoch, {"epoch": epoch, self._column: known})  # lines lost to a power cut
+            rows.setdefault(
+                epoch, {"epoch": epoch, self._column: known}
+            )  # lines lost to a power cut
         ordered = [row for _, row in sorted(rows.items())]
         reason = self._reasons.pop(number, None)
         if ended is None:
@@ -365,7 +396,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             state = TrialState.PRUNED
             if ended == "completed":
                 reason = reason or f"no finite {self._column} to go by after {len(rows)} epochs"
-        told = self._study.tell(number, value if state == TrialState.COMPLETE else None, state=state)
+        told = self._study.tell(
+            number, value if state == TrialState.COMPLETE else None, state=state
+        )
         self._database.finish(number, state, told.value, reason)
 
     def _load(self, rows: Mapping[int, Sequence[Row]], retry: Collection[int]) -> None:
@@ -374,7 +407,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             if trial.number in retry and trial.state == TrialState.FAIL:
                 self._database.reopen(trial.number)
                 trial.state, trial.datetime_complete = TrialState.RUNNING, None
-                trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key != _REASON}
+                trial.user_attrs = {
+                    key: value for key, value in trial.user_attrs.items() if key != _REASON
+                }
             if trial.state == TrialState.WAITING:
                 raise SearchError(
                     f"{self._database.name}: trial {trial.number} was queued by another program; this search queues its "
@@ -393,13 +428,21 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
 
     def _claim(self) -> None:
         """Mark a new study as this search's; refuse another search's."""
-        search = {"space": self._space.to_mapping(), "epochs": self._epochs, "identity": self._identity}
+        search = {
+            "space": self._space.to_mapping(),
+            "epochs": self._epochs,
+            "identity": self._identity,
+        }
         search = json.loads(json.dumps(search))  # as it reads back: tuples are lists there
         found = self._database.attrs.get(_SEARCH)
         if found is None and not self._database.found:
             self._database.set_attr(_SEARCH, search)
         elif found != search:
-            parts = [part for part in search if not isinstance(found, Mapping) or found.get(part) != search[part]]
+            parts = [
+                part
+                for part in search
+                if not isinstance(found, Mapping) or found.get(part) != search[part]
+            ]
             raise SearchError(
                 f"{self._database.name} holds the trials of another search: {', '.join(parts)} differ. Values of the "
                 "two would be mixed: choose a new folder, and `--warm-start-from` this one to use what fits"
@@ -440,9 +483,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def _earlier_trials(self, earlier: "_Database") -> Iterator[tuple[FrozenTrial, str | None]]:
         """The finished trials of an earlier study as they would stand in this one, or the reason they cannot."""
         identity = earlier.attrs.get(_SEARCH, {}).get("identity", {})
-        differing = sorted(key for key in {*identity, *self._identity} if identity.get(key) != self._identity.get(key))
+        differing = sorted(
+            key
+            for key in {*identity, *self._identity}
+            if identity.get(key) != self._identity.get(key)
+        )
         for trial in earlier.found:
-            if _FROM in trial.user_attrs or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            if _FROM in trial.user_attrs or trial.state not in (
+                TrialState.COMPLETE,
+                TrialState.PRUNED,
+            ):
                 continue  # what that study took over itself belongs to the study it came from
             if differing:
                 yield trial, f"another {' and '.join(differing)}"
@@ -498,15 +548,23 @@ def trial_name(number: int) -> str:
 
 def sqlite_url(path: Path) -> str:
     """Return the storage URL of a SQLite file; a path may hold any character, such as `#`, `?`, `%` or braces."""
-    return sqlalchemy.URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+    return sqlalchemy.URL.create("sqlite", database=str(path.resolve())).render_as_string(
+        hide_password=False
+    )
 
 
 def _sqlite_path(url: str) -> Path | None:
     try:
         parsed = sqlalchemy.make_url(url)
     except sqlalchemy.exc.ArgumentError:
-        raise SearchError(f"storage {url!r} is no database URL: write sqlite:///FILE, or leave it out") from None
-    in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+        raise SearchError(
+            f"storage {url!r} is no database URL: write sqlite:///FILE, or leave it out"
+        ) from None
+    in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (
+        None,
+        "",
+        ":memory:",
+    )
     return Path(str(parsed.database)).resolve() if in_file else None
 
 
@@ -550,14 +608,18 @@ class _Database:
             if not own:
                 raise SearchError(f"{self.name} holds no study of this program") from None
             with _quiet():
-                self._study = int(self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME))
+                self._study = int(
+                    self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
+                )
         self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
         """The study's user attributes."""
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
         """All trials it held when it was opened, by number."""
         self._ids = {trial.number: trial._trial_id for trial in self.found}
         trials = models.TrialModel.__table__
-        self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(trials.c.study_id == self._study)
+        self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(
+            trials.c.study_id == self._study
+        )
 
     @_with_room
     def set_attr(self, key: str, value: Any) -> None:
@@ -581,19 +643,25 @@ class _Database:
                     f"{self.name}: another process adds trials to this study (the last is {found}, this one was to be "
                     f"{number}); end one of the two, and resume"
                 )
-            trial_id = db.execute(_insertion(models.TrialModel), _columns(row)).inserted_primary_key[0]
+            trial_id = db.execute(
+                _insertion(models.TrialModel), _columns(row)
+            ).inserted_primary_key[0]
             parameters = [
                 {
                     "param_name": name,
                     "param_value": trial.distributions[name].to_internal_repr(value),
-                    "distribution_json": optuna.distributions.distribution_to_json(trial.distributions[name]),
+                    "distribution_json": optuna.distributions.distribution_to_json(
+                        trial.distributions[name]
+                    ),
                 }
                 for name, value in trial.params.items()
             ]
             _insert(db, models.TrialParamModel, trial_id, parameters)
             _insert(db, models.TrialUserAttributeModel, trial_id, _attributes(trial.user_attrs))
             _insert(db, models.TrialSystemAttributeModel, trial_id, _attributes(trial.system_attrs))
-            _insert(db, models.TrialIntermediateValueModel, trial_id, _steps(trial.intermediate_values))
+            _insert(
+                db, models.TrialIntermediateValueModel, trial_id, _steps(trial.intermediate_values)
+            )
             _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
         self._ids[number] = trial_id
 
@@ -601,18 +669,29 @@ class _Database:
     def report(self, number: int, step: int, value: float) -> None:
         """Write an intermediate value; a finite one, of a step that has none."""
         with self._storage.engine.begin() as db:
-            _insert(db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value}))
+            _insert(
+                db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value})
+            )
 
     @_with_room
-    def finish(self, number: int, state: TrialState, value: float | None, reason: str | None) -> None:
+    def finish(
+        self, number: int, state: TrialState, value: float | None, reason: str | None
+    ) -> None:
         """Write how a running trial ended."""
         trial_id = self._ids[number]
         row = models.TrialModel(state=state, datetime_complete=datetime.now())
         with self._storage.engine.begin() as db:
             trials = models.TrialModel.__table__
-            db.execute(sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row)))
+            db.execute(
+                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row))
+            )
             _insert(db, models.TrialValueModel, trial_id, _values(value))
-            _insert(db, models.TrialUserAttributeModel, trial_id, _attributes({_REASON: reason} if reason else {}))
+            _insert(
+                db,
+                models.TrialUserAttributeModel,
+                trial_id,
+                _attributes({_REASON: reason} if reason else {}),
+            )
 
     @_with_room
     def reopen(self, number: int) -> None:
@@ -621,7 +700,9 @@ class _Database:
         trials, attributes = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
         running = {"state": TrialState.RUNNING, "datetime_complete": None}
         with self._storage.engine.begin() as db:
-            db.execute(sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(running))
+            db.execute(
+                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(running)
+            )
             reason = (attributes.c.trial_id == trial_id) & (attributes.c.key == _REASON)
             db.execute(sqlalchemy.delete(attributes).where(reason))
 
@@ -641,7 +722,9 @@ class _Database:
             try:
                 return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
             except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-                raise SearchError(f"storage {self.name} cannot be opened: {_one_line(error)}") from error
+                raise SearchError(
+                    f"storage {self.name} cannot be opened: {_one_line(error)}"
+                ) from error
         try:
             if self._own:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -649,7 +732,9 @@ class _Database:
                     db.execute("PRAGMA journal_mode=WAL")
             storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
-            raise SearchError(f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}") from error
+            raise SearchError(
+                f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}"
+            ) from error
         storage.engine.dispose()  # the next connection is the first that the listener sees
         sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
         return storage
@@ -658,11 +743,15 @@ class _Database:
 def _columns(row: Any) -> dict[str, Any]:
     """What Optuna's own model would write, by column: times are not stored as they are given."""
     mapper: Any = sqlalchemy.inspect(type(row))
-    values = {attribute.columns[0].name: getattr(row, attribute.key) for attribute in mapper.column_attrs}
+    values = {
+        attribute.columns[0].name: getattr(row, attribute.key) for attribute in mapper.column_attrs
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _insert(db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]) -> None:
+def _insert(
+    db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]
+) -> None:
     if rows:
         db.execute(_insertion(model), [{"trial_id": trial_id, **row} for row in rows])
 
@@ -680,7 +769,8 @@ def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _steps(values: Mapping[int, float]) -> list[dict[str, Any]]:
     finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
     return [
-        {"step": step, "intermediate_value": value, "intermediate_value_type": finite} for step, value in values.items()
+        {"step": step, "intermediate_value": value, "intermediate_value_type": finite}
+        for step, value in values.items()
     ]
 
 
@@ -704,11 +794,19 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
         value = trial.suggest_categorical(parameter.name, distribution.choices)
     elif isinstance(distribution, IntDistribution):
         value = trial.suggest_int(
-            parameter.name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            parameter.name,
+            distribution.low,
+            distribution.high,
+            step=distribution.step,
+            log=distribution.log,
         )
     else:
         value = trial.suggest_float(
-            parameter.name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            parameter.name,
+            distribution.low,
+            distribution.high,
+            step=distribution.step,
+            log=distribution.log,
         )
     return value
 

@@ -120,7 +120,9 @@ class NewStudy(BaseModel):
 
 
 StudyId = Annotated[str, InPath(max_length=LIMIT, description="Id of the study, from the list.")]
-TrialId = Annotated[str, InPath(max_length=64, pattern="^[0-9A-Za-z_-]+$", description="Id of the trial.")]
+TrialId = Annotated[
+    str, InPath(max_length=64, pattern="^[0-9A-Za-z_-]+$", description="Id of the trial.")
+]
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"model": Problem, "description": text}
     for code, text in {
@@ -149,19 +151,25 @@ STATUS: dict[type[Exception], int] = {
 }
 
 
-def build_app(root: Path, access: Access, *, address: str | None = None, replica: Replica | None = None) -> FastAPI:
+def build_app(
+    root: Path, access: Access, *, address: str | None = None, replica: Replica | None = None
+) -> FastAPI:
     """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use.
 
     `replica`: keeps `root` as a copy of what is in object storage, and has begun.
     """
     folder = StudyFolder(root, replica)
     here = replica.driven_here if replica else lambda: list(folder.paths().values())
-    queue = StudyQueue(folder.root / ".medtune" / "queue.json", here, address=address, place=folder.place)
+    queue = StudyQueue(
+        folder.root / ".medtune" / "queue.json", here, address=address, place=folder.place
+    )
 
     def told(study: str, reading: Reading) -> dict[str, Any]:
         path = folder.path(study)
         about: dict[str, Any] = dict(folder.memo(reading, "overview", overview))
-        about["stop_requests"] = [p.stem for p in StudyFiles(path).requests.glob("*.json") if p.stem != "study"]
+        about["stop_requests"] = [
+            p.stem for p in StudyFiles(path).requests.glob("*.json") if p.stem != "study"
+        ]
         about["trouble"] = replica.trouble if replica else None
         return {"id": study, **about, **_standing(path, reading, queue)}
 
@@ -243,14 +251,22 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         if not access.is_token(given.token, (request.client.host if request.client else "?")):
             raise Refused(403, "this is not the token that `medtune serve` printed")
         value = access.new_session()
-        response.set_cookie(access.cookie, value, max_age=SESSION_S, httponly=True, samesite="strict", path="/")
-        return Session(logged_in=True, csrf=access.csrf(value), reading="open" if access.open_to_read else "token")
+        response.set_cookie(
+            access.cookie, value, max_age=SESSION_S, httponly=True, samesite="strict", path="/"
+        )
+        return Session(
+            logged_in=True,
+            csrf=access.csrf(value),
+            reading="open" if access.open_to_read else "token",
+        )
 
     @app.delete("/api/session")
     def log_out(response: Response) -> Session:
         """Take the cookie back."""
         response.delete_cookie(access.cookie, path="/")
-        return Session(logged_in=False, csrf=None, reading="open" if access.open_to_read else "token")
+        return Session(
+            logged_in=False, csrf=None, reading="open" if access.open_to_read else "token"
+        )
 
     # Reading -----------------------------------------------------------------------------------------------------------
 
@@ -281,7 +297,12 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         path = folder.path(study)
         if not StudyFiles(path).spec.is_file():
             return JSONResponse(
-                {"id": study, "name": path.name, "path": folder.place(path), **_standing(path, None, queue)}
+                {
+                    "id": study,
+                    "name": path.name,
+                    "path": folder.place(path),
+                    **_standing(path, None, queue),
+                }
             )
         reading = folder.reading(study)
         assert reading is not None
@@ -293,7 +314,9 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         if where.strip():
             reading = folder.reading(study)
             assert reading is not None
-            return Response(to_json(trials_table(reading.study, where)), media_type="application/json")
+            return Response(
+                to_json(trials_table(reading.study, where)), media_type="application/json"
+            )
         return sent(study, "trials", lambda found: trials_table(found))
 
     @app.get("/api/studies/{study}/curves")
@@ -316,7 +339,9 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         second: Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")],
     ) -> Response:
         """Set two trials of a study side by side."""
-        return sent(study, ("compare", first, second), lambda found: comparison(found, first, second))
+        return sent(
+            study, ("compare", first, second), lambda found: comparison(found, first, second)
+        )
 
     @app.get("/api/studies/{study}/figures/{name}")
     def one_figure(study: StudyId, name: Annotated[str, InPath(max_length=100)]) -> Response:
@@ -353,7 +378,10 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
         write_report(reading.study, path)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{study}-report.html")
         return FileResponse(
-            path, filename=name, media_type="text/html", background=BackgroundTask(lambda: path.unlink(missing_ok=True))
+            path,
+            filename=name,
+            media_type="text/html",
+            background=BackgroundTask(lambda: path.unlink(missing_ok=True)),
         )
 
     @app.get("/api/studies/{study}/events", response_class=StreamingResponse)
@@ -376,7 +404,9 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
             finally:
                 await stream.aclose()  # type: ignore[attr-defined]
 
-        return StreamingResponse(whole(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        return StreamingResponse(
+            whole(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+        )
 
     @app.get("/api/form")
     def form() -> Response:
@@ -403,7 +433,9 @@ def build_app(root: Path, access: Access, *, address: str | None = None, replica
             raise QueueError(f"{asked.name}: there is such a folder already; choose another name")
         path.mkdir(parents=True)
         with replacing(StudyFiles(path).asked) as temporary:
-            temporary.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            temporary.write_text(
+                yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
         queue.add(path)
         return Asked(study=asked.name, became="queued")
 
@@ -466,10 +498,17 @@ def _standing(path: Path, reading: Reading | None, queue: StudyQueue) -> dict[st
     return {
         "state": state,
         "place": queue.place(path),
-        "stopping": bool(entry and entry.stopping and entry.exit_code is None and state in ("running", "starting")),
+        "stopping": bool(
+            entry
+            and entry.stopping
+            and entry.exit_code is None
+            and state in ("running", "starting")
+        ),
         "exit_code": entry.exit_code if entry else None,
         "can_start": state in ("new", "unstarted", "interrupted"),
-        "can_retry": reading is not None and state in ("ended", "interrupted") and failed_trials(reading.study) > 0,
+        "can_retry": reading is not None
+        and state in ("ended", "interrupted")
+        and failed_trials(reading.study) > 0,
         "can_stop": state in ("running", "starting", "queued"),
         "said": [line for line in console if line][-6:],
     }
@@ -505,7 +544,11 @@ def _read_all(folder: StudyFolder, ended: threading.Event) -> None:
                 if study not in done and StudyFiles(folder.path(study)).spec.is_file():
                     done.add(study)
                     folder.reading(study)
-            except (UnknownError, UnreadableError, OSError) as error:  # damaged, or removed meanwhile
+            except (
+                UnknownError,
+                UnreadableError,
+                OSError,
+            ) as error:  # damaged, or removed meanwhile
                 log.warning("%s", error)
 
 
@@ -544,27 +587,59 @@ def _form() -> bytes:
         written = space.to_mapping()
         rows = {row.name: row for row in space.describe()}
         parameters = [
-            {"name": name, "role": role, **ranges, "before": rows[name].before, "default": rows[name].default}
+            {
+                "name": name,
+                "role": role,
+                **ranges,
+                "before": rows[name].before,
+                "default": rows[name].default,
+            }
             for role in ("search", "retune")
             for name, ranges in written[role].items()
         ]
-        spaces.append({"name": space.name, "title": space.title, "parameters": parameters, "fixed": written["fixed"]})
+        spaces.append(
+            {
+                "name": space.name,
+                "title": space.title,
+                "parameters": parameters,
+                "fixed": written["fixed"],
+            }
+        )
     hyperparameters = [
-        {"name": name, "default": format_value(name, info.default), "meaning": info.description or ""}
+        {
+            "name": name,
+            "default": format_value(name, info.default),
+            "meaning": info.description or "",
+        }
         if not isinstance(info.default, tuple)
-        else {"name": name, "default": "x".join(map(str, info.default)), "meaning": info.description or ""}
+        else {
+            "name": name,
+            "default": "x".join(map(str, info.default)),
+            "meaning": info.description or "",
+        }
         for name, info in FineTuneConfig.model_fields.items()
     ]
     fields = {
         name: StudySpec.model_fields[name].description
-        for name in ("data", "space", "trials", "objective", "sampler", "seed", "gpus_per_trial", "max_concurrent")
+        for name in (
+            "data",
+            "space",
+            "trials",
+            "objective",
+            "sampler",
+            "seed",
+            "gpus_per_trial",
+            "max_concurrent",
+        )
     }
     return to_json(
         {
             "spaces": spaces,
             "hyperparameters": hyperparameters,
             "fields": fields,
-            "objectives": [{"name": each.name, "title": each.title} for each in OBJECTIVES.values()],
+            "objectives": [
+                {"name": each.name, "title": each.title} for each in OBJECTIVES.values()
+            ],
             "samplers": ["tpe", "random", "qmc", "gp"],
             "not_searched": NOT_SEARCHED,
             "palette": figures.PALETTE,
@@ -614,10 +689,18 @@ def serve(
     from filelock import FileLock, Timeout
 
     if token is not None and len(token) < LEAST_TOKEN:
-        raise SpecError([f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"])
+        raise SpecError(
+            [
+                f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"
+            ]
+        )
     url = url_of(root)
     if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
-        raise SpecError([f"{root}: name a folder, or a bucket in object storage: {', '.join(SCHEMES)}://bucket/..."])
+        raise SpecError(
+            [
+                f"{root}: name a folder, or a bucket in object storage: {', '.join(SCHEMES)}://bucket/..."
+            ]
+        )
     replica = Replica(url) if url else None
     root = replica.root if replica else root
     own = root / ".medtune"

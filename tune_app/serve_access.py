@@ -84,12 +84,17 @@ class Throttle:
 
     def check(self, address: str) -> None:
         """Raise Refused (429) while there have been too many wrong tokens."""
-        for times, limit in ((self._by_address.get(address, deque()), TRIES), (self._all, GLOBAL_TRIES)):
+        for times, limit in (
+            (self._by_address.get(address, deque()), TRIES),
+            (self._all, GLOBAL_TRIES),
+        ):
             while times and times[0] <= self._now() - WINDOW_S:
                 times.popleft()
             if len(times) >= limit:
                 wait = int(times[0] + WINDOW_S - self._now()) + 1
-                raise Refused(429, f"too many wrong tokens: try again in {wait} s", {"retry-after": str(wait)})
+                raise Refused(
+                    429, f"too many wrong tokens: try again in {wait} s", {"retry-after": str(wait)}
+                )
 
     def wrong(self, address: str) -> None:
         """Count a wrong token from `address`."""
@@ -143,7 +148,9 @@ class Access:
     def is_session(self, value: str) -> bool:
         """Whether `value` is a cookie of ours that has not expired."""
         content, _, signature = value.rpartition(".")
-        if not content or not hmac.compare_digest(signature.encode(), self._sign("session", content).encode()):
+        if not content or not hmac.compare_digest(
+            signature.encode(), self._sign("session", content).encode()
+        ):
             return False
         return int(content.split(".")[0]) > self._now()
 
@@ -152,13 +159,18 @@ class Access:
         return self._sign("csrf", session)
 
     def _sign(self, purpose: str, content: str) -> str:
-        return hmac.new(self._token.encode(), f"{purpose}:{content}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(
+            self._token.encode(), f"{purpose}:{content}".encode(), hashlib.sha256
+        ).hexdigest()
 
     # One request -------------------------------------------------------------------------------------------------------
 
     def check(self, scope: Scope) -> None:
         """Raise Refused unless the request may go on; leaves `scope["session"]` (or "") and `scope["trusted"]`."""
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         self._check_host(headers.get("host", ""))
         address = (scope.get("client") or ("?",))[0]
         session = self._session(headers.get("cookie", ""))
@@ -171,8 +183,14 @@ class Access:
         if path == "/api/session" or not path.startswith("/api/"):
             return  # the page's own files hold nothing of any study
         if not scope["trusted"] and (changes or not self.open_to_read):
-            what = "this changes something" if changes else "the service can be reached from other machines"
-            raise Refused(401, f"{what}: send the token that `medtune serve` printed, or log in on the page")
+            what = (
+                "this changes something"
+                if changes
+                else "the service can be reached from other machines"
+            )
+            raise Refused(
+                401, f"{what}: send the token that `medtune serve` printed, or log in on the page"
+            )
         if (
             changes
             and not bearer
@@ -180,7 +198,9 @@ class Access:
                 headers.get("x-medtune-csrf", "").encode("latin-1"), self.csrf(session).encode()
             )
         ):
-            raise Refused(403, "X-Medtune-CSRF is missing or not this session's: load the page again")
+            raise Refused(
+                403, "X-Medtune-CSRF is missing or not this session's: load the page again"
+            )
 
     def _check_host(self, host: str) -> None:
         name = host.lower()
@@ -189,7 +209,9 @@ class Access:
         elif name.count(":") == 1:
             name = name.partition(":")[0]
         try:
-            ipaddress.ip_address(name)  # rebinding needs a name; an address is what the browser really connected to
+            ipaddress.ip_address(
+                name
+            )  # rebinding needs a name; an address is what the browser really connected to
         except ValueError:
             if name.rstrip(".") not in self.names:
                 raise Refused(
@@ -200,7 +222,9 @@ class Access:
     def _check_origin(self, headers: dict[str, str], scheme: str) -> None:
         origin = headers.get("origin")
         # Behind a proxy that ends TLS the page is https and we are http: host and port have to agree, the scheme not.
-        allowed = {f"{kind}://{headers.get('host', '')}".lower() for kind in (scheme, "http", "https")}
+        allowed = {
+            f"{kind}://{headers.get('host', '')}".lower() for kind in (scheme, "http", "https")
+        }
         if origin is not None and origin.lower() not in allowed:
             raise Refused(403, f"origin {origin[:100]!r} is not this service's page")
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
@@ -231,7 +255,11 @@ class Guard:
                 extra = {**HEADERS, "cache-control": "no-store"}
                 message["headers"] = [
                     *message["headers"],
-                    *((k.encode(), v.encode()) for k, v in extra.items() if k.encode() not in named),
+                    *(
+                        (k.encode(), v.encode())
+                        for k, v in extra.items()
+                        if k.encode() not in named
+                    ),
                 ]
             await send(message)
 
@@ -253,7 +281,11 @@ class Guard:
             await self.app(scope, limited, guarded)
         except Refused as refused:
             body = json.dumps({"detail": [refused.detail]}).encode()
-            headers = {"content-type": "application/json", "content-length": str(len(body)), **refused.headers}
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                **refused.headers,
+            }
             if refused.status == 401:
                 headers["www-authenticate"] = "Bearer"
             await guarded(

@@ -35,8 +35,12 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
     """Write a study of generated curves, all trials completed but the last, which runs; returns its files."""
     files = StudyFiles(root)
     root.mkdir(parents=True)
-    spec = build_spec({"data": "/generated/table.csv", "trials": trials, "config": {"epochs": epochs}})
-    files.write({"spec": spec.model_dump(mode="json"), "cohort": "generated", "created": time.time()})
+    spec = build_spec(
+        {"data": "/generated/table.csv", "trials": trials, "config": {"epochs": epochs}}
+    )
+    files.write(
+        {"spec": spec.model_dump(mode="json"), "cohort": "generated", "created": time.time()}
+    )
     lines = []
     for number, curve in enumerate(generate_curves(trials, epochs=max(epochs, 24), seed=0)):
         name = f"{number:05d}"
@@ -44,12 +48,22 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
         for row in rows:
             lines.append(json.dumps({"trial": name, "time": time.time(), "epoch_s": 1.0, **row}))
         state = "completed" if number < trials - 1 else "running"
-        record = {"trial": name, "number": number, "overrides": {"s": 5.0 + number % 30}, "state": state}
+        record = {
+            "trial": name,
+            "number": number,
+            "overrides": {"s": 5.0 + number % 30},
+            "state": state,
+        }
         record |= {"started": time.time(), "gpus": 0.0, "failures": 0}
         if (
             state == "completed"
         ):  # with what a driver writes at a trial's end, or each would be diagnosed at each reading
-            record |= {"ended": time.time(), "verdict": "healthy", "verdict_summary": "nothing found", "objective": 0.8}
+            record |= {
+                "ended": time.time(),
+                "verdict": "healthy",
+                "verdict_summary": "nothing found",
+                "objective": 0.8,
+            }
         write_json(files.trial(name).record, record)
     files.epochs.write_text("\n".join(line.replace("NaN", "null") for line in lines) + "\n")
     files.decisions.write_text("")
@@ -57,7 +71,12 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
 
 
 def bench_serve(
-    *, viewers: int, seconds: float, trials: int, epochs: int, say: Callable[[str], None] = lambda text: None
+    *,
+    viewers: int,
+    seconds: float,
+    trials: int,
+    epochs: int,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Return latencies in milliseconds, the service's share of one processor, and the writer's pace, of one run."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,12 +119,25 @@ def bench_serve(
     }
 
 
-SEARCH = ("--trials", "2", "--epochs", "60", "--max-concurrent", "1", "--gpus-per-trial", "0", "--seed", "0")
+SEARCH = (
+    "--trials",
+    "2",
+    "--epochs",
+    "60",
+    "--max-concurrent",
+    "1",
+    "--gpus-per-trial",
+    "0",
+    "--seed",
+    "0",
+)
 SMALL = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 """The search that is watched: small trials one at a time, so that every run of it has the same epochs."""
 
 
-def bench_watched_search(*, viewers: int, turns: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def bench_watched_search(
+    *, viewers: int, turns: int, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
     """Return the seconds from a real CPU search's first epoch to its last, without a service and with one and `viewers`.
 
     Alternately, and in the other order every other turn; `rows` are the epochs of each run; runs that differ in
@@ -115,21 +147,42 @@ def bench_watched_search(*, viewers: int, turns: int, say: Callable[[str], None]
         table = write_cohort(Path(folder) / "cohort", subjects=16, side=(14, 18))
         studies = Path(folder) / "studies"
         studies.mkdir()
-        told: dict[str, Any] = {"viewers": viewers, "alone_s": [], "watched_s": [], "rows": [], "rows_seen": []}
+        told: dict[str, Any] = {
+            "viewers": viewers,
+            "alone_s": [],
+            "watched_s": [],
+            "rows": [],
+            "rows_seen": [],
+        }
         for turn in range(turns):
             for watched in (False, True) if turn % 2 == 0 else (True, False):
                 name = f"{turn}-{'watched' if watched else 'alone'}"
                 files = StudyFiles(studies / name)
-                command = [sys.executable, "-m", "tune_app.cli", "run", "--data", str(table), "--out", str(files.root)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tune_app.cli",
+                    "run",
+                    "--data",
+                    str(table),
+                    "--out",
+                    str(files.root),
+                ]
                 command += [*SEARCH, "--cache", str(Path(folder) / "cache")]
-                command += [text for key, value in SMALL.items() for text in ("--set", f"{key}={value}")]
+                command += [
+                    text for key, value in SMALL.items() for text in ("--set", f"{key}={value}")
+                ]
                 service, url = _start(studies) if watched else (None, "")
                 try:
-                    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                    driver = subprocess.Popen(
+                        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                    )
                     if watched:
                         told["rows_seen"] += asyncio.run(_watch(url, name, driver, viewers))
                     if driver.wait() != 0:
-                        raise RuntimeError(f"the search {name} ended with exit code {driver.returncode}")
+                        raise RuntimeError(
+                            f"the search {name} ended with exit code {driver.returncode}"
+                        )
                 finally:
                     if service is not None:
                         service.terminate()
@@ -144,7 +197,9 @@ def bench_watched_search(*, viewers: int, turns: int, say: Callable[[str], None]
     return told
 
 
-async def _watch(url: str, study: str, driver: "subprocess.Popen[bytes]", viewers: int) -> list[int]:
+async def _watch(
+    url: str, study: str, driver: "subprocess.Popen[bytes]", viewers: int
+) -> list[int]:
     """Look on with so many open streams until the driver ends; returns how many rows each of them was sent."""
     host, port = url.removeprefix("http://").split(":")
     seen = [0] * viewers
@@ -152,7 +207,9 @@ async def _watch(url: str, study: str, driver: "subprocess.Popen[bytes]", viewer
     async def view(number: int) -> None:
         while True:  # there is no such study before its driver has begun it
             reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
-            writer.write(f"GET /api/studies/{study}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+            writer.write(
+                f"GET /api/studies/{study}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+            )
             try:
                 if b" 200 " not in await reader.readline():
                     await asyncio.sleep(0.5)
@@ -181,7 +238,10 @@ def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tune_app.cli", "serve", str(root), "--port", str(port)]
-    environment = os.environ | {"MEDTUNE_TOKEN": secrets.token_hex(8), "MEDTUNE_CACHE": str(root.parent / "cache")}
+    environment = os.environ | {
+        "MEDTUNE_TOKEN": secrets.token_hex(8),
+        "MEDTUNE_CACHE": str(root.parent / "cache"),
+    }
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 120
@@ -214,7 +274,9 @@ async def _run(url: str, files: StudyFiles, viewers: int, seconds: float) -> dic
 
     async def view() -> None:
         reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
-        writer.write(f"GET /api/studies/load/events?seen={seen} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        writer.write(
+            f"GET /api/studies/load/events?seen={seen} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+        )
         event = ""
         try:
             while line := await reader.readline():

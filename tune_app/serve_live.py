@@ -16,7 +16,14 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from tune_app.serve_studies import Reading, StudyFolder, UnknownError, UnreadableError, to_json, trials_table
+from tune_app.serve_studies import (
+    Reading,
+    StudyFolder,
+    UnknownError,
+    UnreadableError,
+    to_json,
+    trials_table,
+)
 from tune_app.spec import StudyFiles
 
 EVERY_S = 0.5
@@ -42,7 +49,9 @@ class TooManyViewersError(RuntimeError):
 class Feeds:
     """One feed a study that somebody looks at."""
 
-    def __init__(self, folder: StudyFolder, describe: Callable[[str, Reading], dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: StudyFolder, describe: Callable[[str, Reading], dict[str, Any]]
+    ) -> None:
         self._folder, self._describe = folder, describe
         self._feeds: dict[str, _Feed] = {}
         self.viewers = 0
@@ -61,7 +70,9 @@ class Feeds:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(MOST_WAITING)
         self.viewers += 1
         feed.viewers.add(queue)
-        upto = feed.start()  # no await between this and the line above: what comes later is in the queue
+        upto = (
+            feed.start()
+        )  # no await between this and the line above: what comes later is in the queue
         try:
             yield b"retry: 2000\n\n"
             while seen < upto:
@@ -97,9 +108,17 @@ class _Feed:
     """What one study's viewers share."""
 
     def __init__(
-        self, study: str, path: Path, folder: StudyFolder, describe: Callable[[str, Reading], dict[str, Any]]
+        self,
+        study: str,
+        path: Path,
+        folder: StudyFolder,
+        describe: Callable[[str, Reading], dict[str, Any]],
     ) -> None:
-        self.study, self.files, self.viewers = study, StudyFiles(path), set[asyncio.Queue[bytes | None]]()
+        self.study, self.files, self.viewers = (
+            study,
+            StudyFiles(path),
+            set[asyncio.Queue[bytes | None]](),
+        )
         self._folder, self._describe = folder, describe
         self._task: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -124,7 +143,9 @@ class _Feed:
 
     async def _follow(self) -> None:
         while True:
-            with suppress(OSError):  # a file removed, or a disk gone for the moment: the next look may tell
+            with suppress(
+                OSError
+            ):  # a file removed, or a disk gone for the moment: the next look may tell
                 self._send_rows()
             if (
                 self._reading is None or self._reading.done()
@@ -142,7 +163,9 @@ class _Feed:
         decided = _whole_size(self.files.decisions)
         if decided > self._decided:
             rows, self._decided = _rows(self.files.decisions, self._decided, decided)
-            self._send(_event("decisions", [row for row in rows if row.get("reason") != "between_rungs"]))
+            self._send(
+                _event("decisions", [row for row in rows if row.get("reason") != "between_rungs"])
+            )
 
     async def _send_overview(self) -> None:
         try:
@@ -163,7 +186,9 @@ class _Feed:
         table = self._folder.memo(reading, "trials", trials_table)
         lines = {row["trial"]: to_json(row) for row in table["rows"]}
         columns = to_json(table["columns"])
-        changed = [row for row in table["rows"] if self._lines.get(row["trial"]) != lines[row["trial"]]]
+        changed = [
+            row for row in table["rows"] if self._lines.get(row["trial"]) != lines[row["trial"]]
+        ]
         same_columns = self._lines.get("") == columns
         first = not self._lines
         self._lines = lines | {"": columns}

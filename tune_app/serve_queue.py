@@ -138,13 +138,24 @@ class StudyQueue:
     def is_starting(self, root: Path) -> bool:
         """Whether its driver was started and does not hold the study yet."""
         with self._guard:
-            ours = self.last is not None and self.last.path == str(root) and self.last.exit_code is None
+            ours = (
+                self.last is not None
+                and self.last.path == str(root)
+                and self.last.exit_code is None
+            )
             begun = self.last is not None and self.last.begun
-            return ours and not begun and not is_held(StudyFiles(root).lock) and is_held(self.machine_lock)
+            return (
+                ours
+                and not begun
+                and not is_held(StudyFiles(root).lock)
+                and is_held(self.machine_lock)
+            )
 
     def is_active(self, root: Path) -> bool:
         """Whether the study waits, starts or runs."""
-        return self.place(root) is not None or self.is_starting(root) or is_held(StudyFiles(root).lock)
+        return (
+            self.place(root) is not None or self.is_starting(root) or is_held(StudyFiles(root).lock)
+        )
 
     # The machine's turns -----------------------------------------------------------------------------------------------
 
@@ -249,4 +260,6 @@ class StudyQueue:
             self.waiting = [Entry(**row) for row in value["waiting"]]
             self.last = Entry(**value["last"]) if value["last"] else None
         except (ValueError, KeyError, TypeError) as error:
-            raise QueueError(f"{self._file}: damaged, remove it and queue the studies again: {error}") from None
+            raise QueueError(
+                f"{self._file}: damaged, remove it and queue the studies again: {error}"
+            ) from None

@@ -112,7 +112,11 @@ class Replica:
                 if self.trouble is None or not isinstance(error, StorageError):
                     log.warning("%s", error)
                 since = time.strftime("%Y-%m-%d %H:%M:%S")
-                what = "the storage does not answer" if isinstance(error, StorageError) else "the copy cannot be kept"
+                what = (
+                    "the storage does not answer"
+                    if isinstance(error, StorageError)
+                    else "the copy cannot be kept"
+                )
                 if self.trouble is None or not self.trouble.startswith(what):
                     self.trouble = f"{what} since {since}, what is shown is as of then: {error}"
             self._wake.wait(rest)
@@ -129,18 +133,28 @@ class Replica:
     def pull(self) -> None:
         """List once, and bring the copy up to that. Raises StorageError, and OSError for this machine's disk."""
         listed = self.remote.listing()
-        studies = {one.name.removesuffix("study.json") for one in listed if one.name.rpartition("/")[2] == "study.json"}
+        studies = {
+            one.name.removesuffix("study.json")
+            for one in listed
+            if one.name.rpartition("/")[2] == "study.json"
+        }
         wanted = {
             one.name: (one.written, one.size)
             for one in listed
             if (found := OF_A_STUDY.fullmatch(one.name)) and found[1] in studies
         }
-        self._copy({name for name, stamp in wanted.items() if self._have.get(name) != stamp}, wanted)
+        self._copy(
+            {name for name, stamp in wanted.items() if self._have.get(name) != stamp}, wanted
+        )
         for name in set(self._have) - set(wanted):
             (self.root / name).unlink(missing_ok=True)
             del self._have[name]
-        self._follow_drivers({one.name.removesuffix(LEASE): one.written for one in listed if _is_lease(one)}, studies)
-        self._exchange_requests({one.name for one in listed if REQUEST_THERE.fullmatch(one.name)}, studies)
+        self._follow_drivers(
+            {one.name.removesuffix(LEASE): one.written for one in listed if _is_lease(one)}, studies
+        )
+        self._exchange_requests(
+            {one.name for one in listed if REQUEST_THERE.fullmatch(one.name)}, studies
+        )
 
     def _copy(self, changed: set[str], wanted: dict[str, tuple[datetime, int]]) -> None:
         # A record may be written twice in one second, by which listings tell: once more, the next time.
@@ -167,7 +181,11 @@ class Replica:
             elif self._leases[study][0] == written:
                 seen = self._leases[study][1]
             self._leases[study] = written, seen
-        alive = {s for s, (_, seen) in self._leases.items() if s in leases and s in studies and now - seen < FRESH_S}
+        alive = {
+            s
+            for s, (_, seen) in self._leases.items()
+            if s in leases and s in studies and now - seen < FRESH_S
+        }
         for study in set(self._locks) - alive:
             self._let_go(study)
         for study in alive - set(self._locks):

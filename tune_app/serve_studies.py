@@ -104,7 +104,9 @@ class StudyFolder:
         asked = time.monotonic()
         found = self.paths().get(study) or self.paths(since=asked).get(study)
         if found is None:
-            raise UnknownError(f"no study {printable(study)[:100]!r} here; the list shows all of them")
+            raise UnknownError(
+                f"no study {printable(study)[:100]!r} here; the list shows all of them"
+            )
         return found
 
     def _walk(self, folder: Path, depth: int) -> list[Path]:
@@ -118,7 +120,12 @@ class StudyFolder:
             return found
         skipped = {files.trials, files.ray, files.requests} if found else set()
         for child in children:
-            if child not in skipped and not child.name.startswith(".") and child.is_dir() and not child.is_symlink():
+            if (
+                child not in skipped
+                and not child.name.startswith(".")
+                and child.is_dir()
+                and not child.is_symlink()
+            ):
                 found += self._walk(child, depth + 1)
         return found
 
@@ -179,7 +186,11 @@ class StudyFolder:
         files = StudyFiles(path)
         watched = [files.spec, files.epochs, files.decisions, files.trials, files.test]
         records = files.trials.glob("*/trial.json") if files.trials.is_dir() else ()
-        return (is_held(files.lock), *map(_mark, watched), max((_mark(record)[0] for record in records), default=0))
+        return (
+            is_held(files.lock),
+            *map(_mark, watched),
+            max((_mark(record)[0] for record in records), default=0),
+        )
 
     def memo(self, reading: Reading, key: Any, make: Callable[[Study], Any]) -> Any:
         """Return `make(study)`, computed once a reading, however many ask at the same time."""
@@ -226,7 +237,9 @@ def failed_trials(study: Study) -> int:
 
 def glance(study: Study) -> dict[str, Any]:
     """Return a study's line in the list."""
-    states = {str(state): int(count) for state, count in study.trials["state"].value_counts().items()}
+    states = {
+        str(state): int(count) for state, count in study.trials["state"].value_counts().items()
+    }
     best = study.best() if study.scored else None
     last = study.epochs["time"].max()
     return {
@@ -265,7 +278,8 @@ def overview(study: Study) -> dict[str, Any]:
         "searched": list(study.searched),
         "notes": list(study.notes),
         "groups": [
-            {"count": count, **figures.GROUPS[key]._asdict()} for key, count in figures.groups_of(study).items()
+            {"count": count, **figures.GROUPS[key]._asdict()}
+            for key, count in figures.groups_of(study).items()
         ],
         "figures": figure_names(study),
         "progress": progress(study),
@@ -302,7 +316,9 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
     recent = epochs[(epochs["time"] >= since) & epochs["trial"].isin(running["trial"])]
     if now > since and len(recent):
         told["busy"] = min(1.0, float(recent["epoch_s"].sum()) / ((now - since) * len(running)))
-        told["volumes_per_s"] = plain(recent.groupby("trial", observed=True)["volumes_per_s"].last().sum())
+        told["volumes_per_s"] = plain(
+            recent.groupby("trial", observed=True)["volumes_per_s"].last().sum()
+        )
     ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna()]
     epoch_s = float(epochs["epoch_s"].mean())
     pace = epoch_s
@@ -334,10 +350,14 @@ def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
     table = results_table(study, where=where, sort="number")
     about = study.trials.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
-    names = [str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")]
+    names = [
+        str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")
+    ]
     columns = []
     for name in names:
-        numeric = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        numeric = (
+            pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
+        )
         falling = numeric and ("auc" in name or name == "objective")
         columns.append(
             {
@@ -398,7 +418,10 @@ def curves(study: Study) -> dict[str, Any]:
 
 def _rounded(values: pd.Series) -> list[float | None]:
     scale = 4 if values.abs().max() > 0.01 else 8  # a learning rate is small all along
-    return [None if value != value else round(value, scale) for value in values.to_numpy("float64").tolist()]
+    return [
+        None if value != value else round(value, scale)
+        for value in values.to_numpy("float64").tolist()
+    ]
 
 
 CURVES_OF_A_TRIAL: tuple[str, ...] = (
@@ -417,11 +440,35 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         raise UnknownError(f"{study.name} has no trial {printable(trial)[:100]!r}")
     row = found.iloc[0]
     rows = study.epochs[study.epochs["trial"] == trial]
-    names = ("state", "stopped_by", "verdict", "verdict_summary", "reason", "advice", "error", "variant", "node")
-    told: dict[str, Any] = {name: None if pd.isna(row[name]) else _lines(str(row[name])) for name in names}
-    numbers = ("number", "since_epoch", "objective", "best_epoch", "epochs_run", "epochs", "failures", "gpus")
+    names = (
+        "state",
+        "stopped_by",
+        "verdict",
+        "verdict_summary",
+        "reason",
+        "advice",
+        "error",
+        "variant",
+        "node",
+    )
+    told: dict[str, Any] = {
+        name: None if pd.isna(row[name]) else _lines(str(row[name])) for name in names
+    }
+    numbers = (
+        "number",
+        "since_epoch",
+        "objective",
+        "best_epoch",
+        "epochs_run",
+        "epochs",
+        "failures",
+        "gpus",
+    )
     told |= {name: plain(row[name]) for name in numbers}
-    told |= {f"best_{name}": plain(row[f"best_{name}"]) for name in ("val_auc", "val_auc_low", "val_auc_high")}
+    told |= {
+        f"best_{name}": plain(row[f"best_{name}"])
+        for name in ("val_auc", "val_auc_low", "val_auc_high")
+    }
     group = figures.group_of(row[["state", "verdict", "stopped_by"]].to_dict())
     active = rows.loc[rows["drw_active"].fillna(False).astype(bool), "epoch"]
     settings = []
@@ -440,7 +487,9 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
             }
         )
     decisions = study.decisions[study.decisions["trial"] == trial]
-    kept = decisions[~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)]
+    kept = decisions[
+        ~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)
+    ]
     return {
         "trial": trial,
         "study": study.name,
@@ -453,7 +502,9 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         "settings": settings,
         "curves": {
             "epoch": rows["epoch"].tolist(),
-            **{name: _rounded(rows[name]) for name in CURVES_OF_A_TRIAL if rows[name].notna().any()},
+            **{
+                name: _rounded(rows[name]) for name in CURVES_OF_A_TRIAL if rows[name].notna().any()
+            },
         },
         "decisions": [
             {name: plain(value) for name, value in decision.items() if name in _DECISION_SHOWN}
@@ -464,7 +515,17 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
     }
 
 
-_DECISION_SHOWN = ("epoch", "action", "reason", "verdict", "summary", "rung", "rank", "arrived", "warning")
+_DECISION_SHOWN = (
+    "epoch",
+    "action",
+    "reason",
+    "verdict",
+    "summary",
+    "rung",
+    "rank",
+    "arrived",
+    "warning",
+)
 
 
 def _setting(name: str, value: Any) -> str:
@@ -493,12 +554,22 @@ def comparison(study: Study, first: str, second: str) -> dict[str, Any]:
     ):
         outcome.append([title, *(_outcome(page, name, column) for page in pages)])
     settings = [
-        {"name": left["name"], "values": [left["value"], right["value"]], "meaning": left["meaning"]}
+        {
+            "name": left["name"],
+            "values": [left["value"], right["value"]],
+            "meaning": left["meaning"],
+        }
         for left, right in zip(pages[0]["settings"], pages[1]["settings"], strict=True)
         if left["value"] != right["value"]
     ]
     same = len(pages[0]["settings"]) - len(settings)
-    return {"trials": [first, second], "outcome": outcome, "settings": settings, "same": same, "pages": pages}
+    return {
+        "trials": [first, second],
+        "outcome": outcome,
+        "settings": settings,
+        "same": same,
+        "pages": pages,
+    }
 
 
 def _outcome(page: Mapping[str, Any], name: str, column: str) -> str:
@@ -525,7 +596,10 @@ def figure_names(study: Study) -> list[dict[str, str]]:
     if study.scored and study.spec.kind == "search" and len(study.trials) > 1:
         names += [("progress", "How the search went")]
         if study.searched:
-            names += [("importance", "Which hyperparameters mattered"), ("parallel", "All settings at a glance")]
+            names += [
+                ("importance", "Which hyperparameters mattered"),
+                ("parallel", "All settings at a glance"),
+            ]
             names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]
     if (study.trials["state"] == "stopped").any():
         names += [("stopped", "What was stopped, and what it saved")]
@@ -540,11 +614,16 @@ def figure(study: Study, name: str) -> dict[str, Any]:
     if name == "effects":
         tables = findings.effects_tables(study)
         if not tables or not tables[0]["mean"].notna().any():
-            raise ValueError("nothing to compare yet: two variants have to end on the same fold and seed")
+            raise ValueError(
+                "nothing to compare yet: two variants have to end on the same fold and seed"
+            )
         drawn = figures.effects(tables[0])
         caption = f"{tables[0].attrs['how']}. Hollow: the data cannot tell."
     elif name == "runs":
-        drawn, caption = figures.runs_by_variant(study), "A mark is a run, its shape the fold; the bar is the mean."
+        drawn, caption = (
+            figures.runs_by_variant(study),
+            "A mark is a run, its shape the fold; the bar is the mean.",
+        )
     elif name == "progress":
         drawn, caption = figures.progress(study), "A mark is a trial; the line is the best so far."
     elif name == "importance":

@@ -110,13 +110,17 @@ class StudySpec(BaseModel):
     @field_validator("config", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
-        return {} if value is None else value  # what YAML reads where every line below `config:` is a comment
+        return (
+            {} if value is None else value
+        )  # what YAML reads where every line below `config:` is a comment
 
     @field_validator("cache")
     @classmethod
     def _folder(cls, value: str | None) -> str | None:
         if value is not None and is_url(value):
-            raise ValueError(f"{value}: a folder is needed, on each node or shared; the data themselves may be a URL")
+            raise ValueError(
+                f"{value}: a folder is needed, on each node or shared; the data themselves may be a URL"
+            )
         return value
 
     @field_validator("objective")
@@ -129,7 +133,9 @@ class StudySpec(BaseModel):
     @field_validator("gpus_per_trial")
     @classmethod
     def _whole_or_fraction(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, float) and not (0 <= value <= 1 or (value > 1 and value.is_integer())):  # nor inf, nor NaN
+        if isinstance(value, float) and not (
+            0 <= value <= 1 or (value > 1 and value.is_integer())
+        ):  # nor inf, nor NaN
             raise ValueError(f"{value:g} GPUs a trial: a whole number, or a fraction of one GPU")
         return value
 
@@ -139,14 +145,18 @@ class StudySpec(BaseModel):
         try:
             build_config(self.config)
         except ConfigError as error:
-            raise ValueError("\n".join(f"config: {problem}" for problem in error.problems)) from None
+            raise ValueError(
+                "\n".join(f"config: {problem}" for problem in error.problems)
+            ) from None
         if self.kind == "search":
             try:
                 self.resolved_space()
             except SpaceError as error:
                 problems += [f"space: {problem}" for problem in error.problems]
             if self.planned:
-                problems.append("planned trials belong to an ablation or a confirmation, this is a search")
+                problems.append(
+                    "planned trials belong to an ablation or a confirmation, this is a search"
+                )
         else:
             if not self.planned:
                 problems.append(f"kind={self.kind} needs planned trials")
@@ -154,9 +164,13 @@ class StudySpec(BaseModel):
                 try:
                     build_config({**self.config, **trial.overrides})
                 except ConfigError as error:
-                    problems += [f"variant {trial.variant}: {problem}" for problem in error.problems]
+                    problems += [
+                        f"variant {trial.variant}: {problem}" for problem in error.problems
+                    ]
         if problems:
-            raise ValueError("\n".join(dict.fromkeys(problems)))  # a variant has its problem on every fold
+            raise ValueError(
+                "\n".join(dict.fromkeys(problems))
+            )  # a variant has its problem on every fold
         return self
 
     @property
@@ -185,10 +199,16 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     for name in fields:
         if name not in StudySpec.model_fields:
             guess = difflib.get_close_matches(str(name), StudySpec.model_fields, n=1)
-            hint = f"; did you mean {guess[0]!r}?" if guess else f": one of {', '.join(StudySpec.model_fields)}"
+            hint = (
+                f"; did you mean {guess[0]!r}?"
+                if guess
+                else f": one of {', '.join(StudySpec.model_fields)}"
+            )
             unknown.append(f"unknown field {name!r}{hint}")
     try:
-        spec = StudySpec(**{str(name): value for name, value in fields.items() if name in StudySpec.model_fields})
+        spec = StudySpec(
+            **{str(name): value for name, value in fields.items() if name in StudySpec.model_fields}
+        )
     except ValidationError as error:
         raise SpecError([*unknown, *problem_lines(error.errors(include_url=False))]) from None
     if unknown:
@@ -222,7 +242,11 @@ def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
         if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
     ]
     if differ:
-        raise SpecError([f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"])
+        raise SpecError(
+            [
+                f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"
+            ]
+        )
     how = {name: getattr(asked, name) for name in HOW_ONLY}
     if asked.gpus_per_trial == "auto":
         how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
@@ -243,10 +267,18 @@ def read_study_file(path: Path) -> dict[str, Any]:
     except YamlError as error:
         raise SpecError([f"{path}: {error}"]) from None
     if not isinstance(fields, dict):
-        raise SpecError([f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"])
+        raise SpecError(
+            [
+                f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"
+            ]
+        )
     config = fields.get("config")
     if not isinstance(config, dict | None):
-        raise SpecError([f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"])
+        raise SpecError(
+            [
+                f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"
+            ]
+        )
     return absolute_paths(fields, path.parent)
 
 
@@ -357,7 +389,11 @@ class StudyFiles:
     def require(self) -> None:
         """Raise SpecError unless this is a study of a version that can be read."""
         if not self.spec.is_file():
-            raise SpecError([f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"])
+            raise SpecError(
+                [
+                    f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"
+                ]
+            )
         self.read()
 
     def read(self) -> dict[str, Any]:
@@ -369,10 +405,16 @@ class StudyFiles:
             raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
         if found != STUDY_FORMAT:
             raise SpecError(
-                [f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"]
+                [
+                    f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"
+                ]
             )
         if not isinstance(value.get("spec"), dict):
-            raise SpecError([f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"])
+            raise SpecError(
+                [
+                    f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"
+                ]
+            )
         return value
 
     def read_spec(self) -> StudySpec:

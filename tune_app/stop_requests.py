@@ -54,7 +54,9 @@ def asked_to_stop(files: StudyFiles) -> list[str]:
 
 def answered_requests(rows: list[dict[str, Any]]) -> dict[tuple[str, int], str]:
     """Return (trial, epoch) -> summary of the decisions that were asked for, from the rows of decisions.jsonl."""
-    return {(row["trial"], row["epoch"]): row["summary"] for row in rows if row["reason"] == "requested"}
+    return {
+        (row["trial"], row["epoch"]): row["summary"] for row in rows if row["reason"] == "requested"
+    }
 
 
 class TrialRequests:
@@ -86,7 +88,9 @@ def stopping_on_request(files: StudyFiles) -> Iterator[None]:
         return
     ended = threading.Event()
     before = signal.signal(STOP_SIGNAL, _interrupt)
-    watcher = threading.Thread(target=_watch, args=(files.stop_request, ended), name="stop-request", daemon=True)
+    watcher = threading.Thread(
+        target=_watch, args=(files.stop_request, ended), name="stop-request", daemon=True
+    )
     watcher.start()
     try:
         yield

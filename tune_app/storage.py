@@ -66,7 +66,9 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
     try:
         shutil.rmtree(folder, ignore_errors=True)  # what the storage has is the truth
         folder.mkdir(parents=True)
-        listed = [one for one in remote.listing() if not one.name.endswith(".pt") and one.name != LEASE]
+        listed = [
+            one for one in remote.listing() if not one.name.endswith(".pt") and one.name != LEASE
+        ]
         copy_objects(remote, [one.name for one in listed], folder)
         mirror.has_brought(listed)
         with mirror:
@@ -99,7 +101,9 @@ class Mirror:
                     break
                 if now != there:
                     who = json.loads(now).get("driver", "another machine")
-                    raise BusyError(f"{self.remote.url}: {who} is driving this study; wait for it, or stop it first")
+                    raise BusyError(
+                        f"{self.remote.url}: {who} is driving this study; wait for it, or stop it first"
+                    )
         self._beat()
         time.sleep(1.0)
         if self._driver() != self.identity:
@@ -126,8 +130,15 @@ class Mirror:
     def send(self) -> None:
         """Send what has changed since the last time."""
         # Read in the order of trust: records first, the rows they rest on last; sent the other way round.
-        records = {f"trials/{path.parent.name}/trial.json": path for path in self.files.trials.glob("*/trial.json")}
-        found = {name: content for name, path in records.items() if (content := _content(path)) is not None}
+        records = {
+            f"trials/{path.parent.name}/trial.json": path
+            for path in self.files.trials.glob("*/trial.json")
+        }
+        found = {
+            name: content
+            for name, path in records.items()
+            if (content := _content(path)) is not None
+        }
         if self.files.database.is_file():
             found[self.files.database.name] = _database(self.files.database)
         for path in (self.files.log, self.files.decisions, self.files.epochs, self.files.spec):
@@ -171,7 +182,9 @@ class Mirror:
 
     def _beat(self) -> None:
         self._beats += 1
-        self.remote.write(LEASE, json.dumps({"driver": self.identity, "beat": self._beats}).encode())
+        self.remote.write(
+            LEASE, json.dumps({"driver": self.identity, "beat": self._beats}).encode()
+        )
 
     def _driver(self) -> str | None:
         there = self.remote.read(LEASE)
@@ -217,7 +230,9 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
     listed = {one.name: one.written for one in remote.listing()}
     if "study.json" not in listed:
         raise SpecError(
-            [f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"]
+            [
+                f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"
+            ]
         )
     folder = folder_of(url, "seen")
     shutil.rmtree(folder, ignore_errors=True)

@@ -52,8 +52,20 @@ from tune_app.recorder import Recorder
 from tune_app.results import ENDED, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.searcher import OptunaSearcher
-from tune_app.spec import SpecError, StudyFiles, StudySpec, default_cache, mend_last_line, resumed_spec
-from tune_app.stop_requests import STOP_SIGNAL, TrialRequests, answered_requests, stopping_on_request
+from tune_app.spec import (
+    SpecError,
+    StudyFiles,
+    StudySpec,
+    default_cache,
+    mend_last_line,
+    resumed_spec,
+)
+from tune_app.stop_requests import (
+    STOP_SIGNAL,
+    TrialRequests,
+    answered_requests,
+    stopping_on_request,
+)
 from tune_app.storage import drop_unrecorded, mirrored
 from tune_app.tune_repairs import lost_processes_told_once
 from tune_app.watchdog import watch_tune
@@ -65,7 +77,17 @@ ACCELERATOR = "accelerator_type:"
 """How Ray names the resource that a node has for its kind of GPU."""
 ANSWER_S = 10.0
 """Seconds a trial's process may take to say where it runs, before its record is written without that."""
-VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "pandas", "nibabel", "numpy", "scikit-learn")
+VERSIONS = (
+    "medtune",
+    "torch",
+    "ray",
+    "optuna",
+    "monai",
+    "pandas",
+    "nibabel",
+    "numpy",
+    "scikit-learn",
+)
 
 
 class StudyBusyError(RuntimeError):
@@ -153,7 +175,9 @@ def _run_locked(
 ) -> Outcome:
     if files.spec.exists() and not resume:
         place = url or files.root
-        raise SpecError([f"{place}: holds a study already; `medtune resume {place}` goes on with it"])
+        raise SpecError(
+            [f"{place}: holds a study already; `medtune resume {place}` goes on with it"]
+        )
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
     made = [path for path in (files.spec, files.database) if not path.exists()]
@@ -163,7 +187,9 @@ def _run_locked(
         sweep_temporaries(record, TrialFiles(record).record)
     _sweep_ray(spec, files)
     base = build_config(spec.config)
-    if would_start_ray(address):  # the path is of the nodes: elsewhere it need not lead anywhere from here
+    if would_start_ray(
+        address
+    ):  # the path is of the nodes: elsewhere it need not lead anywhere from here
         _check_weights(spec)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
     cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
@@ -177,7 +203,10 @@ def _run_locked(
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
     if url is not None and (ahead := drop_unrecorded(files)):
-        log.warning("trials %s report their epochs again: their records had not been mirrored", ", ".join(ahead))
+        log.warning(
+            "trials %s report their epochs again: their records had not been mirrored",
+            ", ".join(ahead),
+        )
     with ray_to_work_with(address) as own_session:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
@@ -218,10 +247,14 @@ def _run_locked(
                     for path in made:
                         path.unlink(missing_ok=True)
                 raise
-            interrupted = session.run(partial(run_trial, setting=setting), plan, local=own_session is not None)
+            interrupted = session.run(
+                partial(run_trial, setting=setting), plan, local=own_session is not None
+            )
     states = recorder.states()
     if own_session is not None and not states.get("failed"):
-        shutil.rmtree(own_session, ignore_errors=True)  # Ray's logs: it keeps those of every session for ever
+        shutil.rmtree(
+            own_session, ignore_errors=True
+        )  # Ray's logs: it keeps those of every session for ever
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
@@ -234,7 +267,9 @@ def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
     if Path(spec.data).parent == root.resolve():
         held = "the data"
     if held is not None:
-        raise SpecError([f"{root}: holds {held}; a study has a folder of its own: name another with --out"])
+        raise SpecError(
+            [f"{root}: holds {held}; a study has a folder of its own: name another with --out"]
+        )
 
 
 def _check_weights(spec: StudySpec) -> None:
@@ -243,10 +278,14 @@ def _check_weights(spec: StudySpec) -> None:
     Else every trial of the search would find that out by itself. In a process of its own: a driver does without torch.
     """
     configs = [
-        build_config({**spec.config, **overrides}) for overrides in [{}, *(one.overrides for one in spec.planned)]
+        build_config({**spec.config, **overrides})
+        for overrides in [{}, *(one.overrides for one in spec.planned)]
     ]
     networks = {
-        (one.pretrained_path, *(f"{name}={getattr(one, name)}" for name in ("depth", "width", "in_channels")))
+        (
+            one.pretrained_path,
+            *(f"{name}={getattr(one, name)}" for name in ("depth", "width", "in_channels")),
+        )
         for one in configs
         if one.pretrained_path is not None
     }
@@ -259,13 +298,19 @@ def _check_weights(spec: StudySpec) -> None:
             check=False,
         )
         if checked.returncode:
-            raise SpecError([line.removeprefix("error: ") for line in checked.stderr.strip().splitlines()])
+            raise SpecError(
+                [line.removeprefix("error: ") for line in checked.stderr.strip().splitlines()]
+            )
 
 
-def _with_measured_packing(spec: StudySpec, base: FineTuneConfig, cohort: Path, notes: Any) -> StudySpec:
+def _with_measured_packing(
+    spec: StudySpec, base: FineTuneConfig, cohort: Path, notes: Any
+) -> StudySpec:
     """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
     if not ray.cluster_resources().get("GPU"):
-        raise SpecError(["gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"])
+        raise SpecError(
+            ["gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"]
+        )
     totals = measure_packing(base, _told(spec.data), str(cohort))
     number = pick_packing(totals)
     told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())
@@ -291,7 +336,10 @@ def _await_resources(spec: StudySpec, notes: Any) -> tuple["Plan", dict[str, flo
                 raise
             if not asked:
                 request_resources(bundles=trial_bundle(spec, has_gpu=True))
-                notes.print(f"waiting up to {spec.wait_for_resources_s:.0f} s for resources: {error}", soft_wrap=True)
+                notes.print(
+                    f"waiting up to {spec.wait_for_resources_s:.0f} s for resources: {error}",
+                    soft_wrap=True,
+                )
                 asked = True
             time.sleep(min(5.0, spec.wait_for_resources_s / 10))
 
@@ -331,14 +379,20 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
     ranks = spec.ranks or max(1, int(wanted))
     if wanted > 1 and int(wanted) != ranks:
         raise SpecError(
-            [f"gpus_per_trial={wanted:g} over {ranks} ranks: each rank has one GPU, so give as many of both"]
+            [
+                f"gpus_per_trial={wanted:g} over {ranks} ranks: each rank has one GPU, so give as many of both"
+            ]
         )
     if 0 < wanted <= 1 and ranks > 1:
-        raise SpecError([f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"])
+        raise SpecError(
+            [f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"]
+        )
     gpus = 1.0 if wanted > 1 else float(wanted)
     bundle = {"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}
     if spec.accelerator_type is not None:
-        bundle[ACCELERATOR + spec.accelerator_type] = 0.001  # as Ray does it: a node has 1 of its kind
+        bundle[ACCELERATOR + spec.accelerator_type] = (
+            0.001  # as Ray does it: a node has 1 of its kind
+        )
     return [bundle] * ranks
 
 
@@ -347,10 +401,16 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
 
     Raises SpecError when not even one trial fits: Ray would wait for ever without a word.
     """
-    kinds = sorted(name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR))
+    kinds = sorted(
+        name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)
+    )
     if spec.accelerator_type is not None and spec.accelerator_type not in kinds:
         there = ", ".join(kinds) or "none that Ray has a name for"
-        raise SpecError([f"accelerator_type={spec.accelerator_type!r}: Ray has {there}: choose one, or leave it out"])
+        raise SpecError(
+            [
+                f"accelerator_type={spec.accelerator_type!r}: Ray has {there}: choose one, or leave it out"
+            ]
+        )
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     bundles = trial_bundle(spec, has_gpu=gpus > 0)
     ranks, per_rank = len(bundles), bundles[0].get("GPU", 0.0)
@@ -359,9 +419,13 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
         # Shares of one GPU do not add up over several: each GPU holds floor(1 / share) trials.
         fits.append(gpus // ranks if per_rank == 1 else int(gpus) * (1 // per_rank))
     if min(fits) < 1:
-        need = f"{spec.cpus_per_rank * ranks} CPU" + (f" and {per_rank * ranks:g} GPU" if per_rank else "")
+        need = f"{spec.cpus_per_rank * ranks} CPU" + (
+            f" and {per_rank * ranks:g} GPU" if per_rank else ""
+        )
         raise SpecError(
-            [f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"]
+            [
+                f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"
+            ]
         )
     most = int(min(fits))
     concurrent = min(most, spec.max_concurrent or most, spec.num_trials)
@@ -375,7 +439,12 @@ class _Session:
     """One driver at work on a study: rebuilds what earlier ones left, then runs the rest."""
 
     def __init__(
-        self, spec: StudySpec, cohort: str, recorder: Recorder, display: Display, budget: Budget | None = None
+        self,
+        spec: StudySpec,
+        cohort: str,
+        recorder: Recorder,
+        display: Display,
+        budget: Budget | None = None,
     ) -> None:
         self.spec, self.cohort, self.files = spec, cohort, recorder.files
         self.recorder, self.display, self.budget = recorder, display, budget
@@ -385,10 +454,16 @@ class _Session:
         self.interrupt = Interrupt()
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
-        self.policy = Policy(spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs)
-        self.variants = {f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)}
+        self.policy = Policy(
+            spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs
+        )
+        self.variants = {
+            f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)
+        }
 
-    def run(self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True) -> bool:
+    def run(
+        self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True
+    ) -> bool:
         """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`.
 
         `local`: this Ray is the study's own, and nobody adds a node to it.
@@ -406,7 +481,9 @@ class _Session:
         )
         searcher = self.searcher
         tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")),
+            tune.with_resources(
+                trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=StudyScheduler(self),
@@ -446,11 +523,15 @@ class _Session:
         self.searcher = self._searcher(retried)
         with ExitStack() as unless_begun:
             unless_begun.callback(self.searcher.close)
-            for trial in retried:  # after the Optuna study: one that is running only there is settled as failed again
+            for trial in (
+                retried
+            ):  # after the Optuna study: one that is running only there is settled as failed again
                 self.recorder.reopened(trial)
             notes = [*self.searcher.notes]
             if retried:
-                notes.append(f"failed before, to go on from their checkpoints: {', '.join(retried)}")
+                notes.append(
+                    f"failed before, to go on from their checkpoints: {', '.join(retried)}"
+                )
             elif retry_failed:
                 notes.append("no trial has failed: none is tried again")
             for note in notes:
@@ -458,7 +539,9 @@ class _Session:
             self._rebuild(self.searcher)
             ended = self.recorder.states()
             if sum(ended.get(state, 0) for state in ENDED) >= self.spec.num_trials:
-                self.display.note(f"nothing left to do: all {self.spec.num_trials} trials have ended")
+                self.display.note(
+                    f"nothing left to do: all {self.spec.num_trials} trials have ended"
+                )
             unless_begun.pop_all()
 
     def _searcher(self, retried: Sequence[str]) -> Any:
@@ -486,18 +569,26 @@ class _Session:
         requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
             words = requested.get((row["trial"], row["epoch"]))
-            self.recorder.decision(self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words))
+            self.recorder.decision(
+                self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words)
+            )
         decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
-            if record["state"] not in ENDED and int(trial) in failed:  # Tune tells the searcher first
-                record = self.recorder.ended(trial, "failed", failed[int(trial)], error=failed[int(trial)])
+            if (
+                record["state"] not in ENDED and int(trial) in failed
+            ):  # Tune tells the searcher first
+                record = self.recorder.ended(
+                    trial, "failed", failed[int(trial)], error=failed[int(trial)]
+                )
             elif record["state"] not in ENDED and trial in decided:
                 state = "stopped" if decided[trial].stops else "completed"
                 record = self.recorder.ended(trial, state, stop_reason(decided[trial]))
             if record["state"] in ENDED:
                 self.requests.answered(trial)
-                searcher.settle(int(trial), record["state"], record["objective"], rows, reason=record["reason"])
+                searcher.settle(
+                    int(trial), record["state"], record["objective"], rows, reason=record["reason"]
+                )
                 self.recorder.rows.pop(trial, None)
             self.display.known(record, rows[-1]["epoch"] if rows else 0)
 
@@ -517,7 +608,10 @@ def watching_only(policy: PolicySpec) -> PolicySpec:
     return policy.model_copy(
         update={
             "halving": False,
-            "actions": {verdict: "warn" if action == "stop" else action for verdict, action in policy.actions.items()},
+            "actions": {
+                verdict: "warn" if action == "stop" else action
+                for verdict, action in policy.actions.items()
+            },
         }
     )
 
@@ -619,7 +713,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             self._begin(trial, None if actor is None else self._nodes[actor._actor_id])
         else:  # waiting for the answer would hold up all other trials, and Tune's own question waits for ever
             where = actor.get_current_ip_pid.remote()
-            self._starting[name] = _Starting(trial, actor._actor_id, where, time.monotonic() + ANSWER_S)
+            self._starting[name] = _Starting(
+                trial, actor._actor_id, where, time.monotonic() + ANSWER_S
+            )
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         for start in list(self._starting.values()):
@@ -644,7 +740,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def _begin(self, trial: Any, node: str | None) -> None:
         name = trial_name(trial)
-        self.session.recorder.began(name, trial.config["overrides"], self.session.variants.get(name), node=node)
+        self.session.recorder.began(
+            name, trial.config["overrides"], self.session.variants.get(name), node=node
+        )
         self.session.keep_to_budget()
 
     def on_trial_result(
@@ -653,12 +751,16 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         name = trial_name(trial)
         rows = self.session.recorder.rows.get(name)
         if rows and rows[-1]["epoch"] == result["epoch"]:
-            self.session.display.reported(name, rows[-1], objective_value(rows, self.session.spec.objective))
+            self.session.display.reported(
+                name, rows[-1], objective_value(rows, self.session.spec.objective)
+            )
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = self.begun(trial)
         self.session.recorder.failed_once(name)
-        self.session.display.note(f"trial {name}: {self._failure_of(trial)[0]}; it starts again from its checkpoint")
+        self.session.display.note(
+            f"trial {name}: {self._failure_of(trial)[0]}; it starts again from its checkpoint"
+        )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = self.begun(trial)
@@ -682,14 +784,20 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
         Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
         """
-        told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace") if trial.error_file else ""
+        told = (
+            Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+            if trial.error_file
+            else ""
+        )
         text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
         if not text:
             return ("the trial's process ended without a word",) * 2
         reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
         if reason.startswith("The actor is dead"):
             reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
-        if text.startswith("The actor died") and (node := re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)):
+        if text.startswith("The actor died") and (
+            node := re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
+        ):
             who = "rank 0" if self.session.ranks > 1 else "its process"
             reason = f"{who} on node {node[1]} died: {reason}"
         return reason, text
@@ -734,18 +842,24 @@ def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
         callbacks.append(TBXLoggerCallback())
     if "mlflow" in spec.log:
         if importlib.util.find_spec("mlflow") is None:
-            raise SpecError(["log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"])
+            raise SpecError(
+                ["log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"]
+            )
         from mlflow.exceptions import MlflowException
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
         asked = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = asked or f"sqlite:///{files.root.resolve() / 'mlflow.db'}"  # MLflow takes no folder any more
+        uri = (
+            asked or f"sqlite:///{files.root.resolve() / 'mlflow.db'}"
+        )  # MLflow takes no folder any more
         callback = MLflowLoggerCallback(tracking_uri=uri, experiment_name=files.root.name)
         try:
             callback.setup()  # as Tune will, but while the user can still mend it
         except MlflowException as error:
-            where = "MLFLOW_TRACKING_URI" if asked else "mlflow.db in the study"  # a URI may hold a password
+            where = (
+                "MLFLOW_TRACKING_URI" if asked else "mlflow.db in the study"
+            )  # a URI may hold a password
             raise SpecError([f"log=mlflow: {where}: {str(error).splitlines()[0]}"]) from None
         callbacks.append(callback)
     return callbacks
@@ -758,7 +872,9 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
         super().__init__(metric=None, mode="max")
         self.planned = {f"{number:05d}": trial for number, trial in enumerate(spec.planned)}
 
-    def settle(self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None) -> None:
+    def settle(
+        self, number: int, state: str, value: float | None, rows: Any, *, reason: str | None
+    ) -> None:
         """Leave out a trial that has ended."""
         self.planned.pop(f"{number:05d}", None)
 
@@ -782,7 +898,9 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
         name = next(iter(self.planned))
         return {"trial": name, "overrides": dict(self.planned.pop(name).overrides)}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         """Nothing to learn from."""
 
 

@@ -44,12 +44,17 @@ Written out, for example:
 CONFIG_HELP = "To set one, remove the # before it."
 
 
-def study_file(name: str = "study.yaml", *, data: str = "table.csv", space: str = "documented") -> str:
+def study_file(
+    name: str = "study.yaml", *, data: str = "table.csv", space: str = "documented"
+) -> str:
     """Return the text of a study file: YAML that gives the defaults, each field below its meaning.
 
     `name` is the file's own name. Hyperparameters stand in it as comments: a value that is set is not searched.
     """
-    values = {field: info.get_default(call_default_factory=True) for field, info in StudySpec.model_fields.items()}
+    values = {
+        field: info.get_default(call_default_factory=True)
+        for field, info in StudySpec.model_fields.items()
+    }
     values |= {"data": data, "space": space}
     lines = [line for part in HEADER for line in _comment(part.format(name=name))]
     for field in [field for field in values if field not in OF_PLANS]:
@@ -57,7 +62,11 @@ def study_file(name: str = "study.yaml", *, data: str = "table.csv", space: str 
         if field == "space":
             lines += [f"# {line}".rstrip() for line in SPACE_HELP.splitlines()]
         if field == "objective":
-            lines += [line for each in OBJECTIVES.values() for line in _comment(f"  {each.name}: {each.title}")]
+            lines += [
+                line
+                for each in OBJECTIVES.values()
+                for line in _comment(f"  {each.name}: {each.title}")
+            ]
         if field == "config":
             lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters()]
         elif isinstance(values[field], PolicySpec):
@@ -91,7 +100,10 @@ def _meaning(model: type[BaseModel], field: str) -> str:
 def _nested(values: BaseModel) -> list[str]:
     lines: list[str] = []
     for field in type(values).model_fields:
-        lines += [*_comment(_meaning(type(values), field), "  "), *_indented(_entry(field, getattr(values, field)))]
+        lines += [
+            *_comment(_meaning(type(values), field), "  "),
+            *_indented(_entry(field, getattr(values, field))),
+        ]
     return lines
 
 
@@ -120,4 +132,6 @@ def _indented(text: str) -> list[str]:
 def _comment(text: str, indent: str = "") -> list[str]:
     prefix = f"{indent}# "
     text = re.sub(r"\bNone\b", "null", text)  # as YAML has it
-    return textwrap.wrap(text, WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
+    )

@@ -98,7 +98,9 @@ def build_submission(
     return Submission(
         submission_id=next_id(study, earlier),
         entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study, retry_failed=retry_failed)}",
-        package=_checked(pack_code(source or Path(__file__).parents[1], {SPEC_FILE: spec_text(spec)})),
+        package=_checked(
+            pack_code(source or Path(__file__).parents[1], {SPEC_FILE: spec_text(spec)})
+        ),
         runtime_env=_runtime_env(pip),
         metadata={"medtune_study": study, "medtune_spec": spec.hash()},
     )
@@ -126,7 +128,9 @@ def _runtime_env(pip: bool) -> dict[str, Any]:
 
 def entry_arguments(spec_file: str, study: str, *, retry_failed: bool = False) -> str:
     """Return the arguments of `medtune` that a job runs: start the study, or go on with it if it is there."""
-    return shlex.join(["run", spec_file, "--out", study, "--resume", *["--retry-failed"] * retry_failed])
+    return shlex.join(
+        ["run", spec_file, "--out", study, "--resume", *["--retry-failed"] * retry_failed]
+    )
 
 
 def cluster_place(study: str) -> str:
@@ -158,7 +162,11 @@ def job_name(study: str) -> str:
 def next_id(study: str, earlier: Collection[str]) -> str:
     """Return the id of the next job of a study: its name and a number."""
     stem = job_name(study) + "-"
-    numbers = [int(one.removeprefix(stem)) for one in earlier if re.fullmatch(re.escape(stem) + r"\d+", one)]
+    numbers = [
+        int(one.removeprefix(stem))
+        for one in earlier
+        if re.fullmatch(re.escape(stem) + r"\d+", one)
+    ]
     return f"{stem}{max(numbers, default=0) + 1}"
 
 
@@ -201,7 +209,9 @@ def _checked(package: bytes) -> bytes:
     if len(package) > LIMIT_MIB * 2**20:
         with zipfile.ZipFile(io.BytesIO(package)) as archive:
             largest = sorted(archive.infolist(), key=lambda item: -item.compress_size)[:5]
-        told = ", ".join(f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest)
+        told = ", ".join(
+            f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest
+        )
         raise SpecError(
             [
                 f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"
@@ -212,7 +222,12 @@ def _checked(package: bytes) -> bytes:
 
 def spec_text(spec: StudySpec) -> str:
     """Return the resolved spec as a study file (JSON is YAML); every path in it is absolute or a URL."""
-    return json.dumps(spec.model_dump(mode="json", exclude_defaults=True) | {"data": spec.data}, indent=1) + "\n"
+    return (
+        json.dumps(
+            spec.model_dump(mode="json", exclude_defaults=True) | {"data": spec.data}, indent=1
+        )
+        + "\n"
+    )
 
 
 def pinned_requirements(requires: Collection[str] | None = None) -> list[str]:
@@ -223,7 +238,9 @@ def pinned_requirements(requires: Collection[str] | None = None) -> list[str]:
     pins = []
     for line in metadata.requires("medtune") or [] if requires is None else requires:
         requirement = Requirement(line)
-        if requirement.name in NOT_PINNED or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if requirement.name in NOT_PINNED or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         # A local part (+cu130) says who built it; no index has it, and without it any build of the version will do.
@@ -270,7 +287,10 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
         {"name": "shared", "persistentVolumeClaim": {"claimName": cluster.claim}},
         {"name": "study", "configMap": {"name": name}},
         # torch's loaders and NCCL need more shared memory than a container's 64 MiB.
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, cluster.memory_gib // 4)}Gi"}},
+        {
+            "name": "shm",
+            "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, cluster.memory_gib // 4)}Gi"},
+        },
     ]
     mounts = [
         {"name": "shared", "mountPath": cluster.mount},
@@ -278,7 +298,9 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
 
-    def pod(container: str, resources: dict[str, str], ports: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    def pod(
+        container: str, resources: dict[str, str], ports: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
         body: dict[str, Any] = {"name": container, "image": cluster.image}
         if ports:
             body["ports"] = ports
@@ -338,10 +360,14 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
         f"# kubectl apply -f THIS; kubectl logs -f job/{name}. Needs KubeRay 1.5.1, the image {cluster.image} with medtune\n"
         f"# in it, and the claim {cluster.claim} with the data. The operator makes the access token, in a Secret.\n"
     )
-    return header + yaml.dump_all([config, job], Dumper=_Readable, sort_keys=False, allow_unicode=True, width=100)
+    return header + yaml.dump_all(
+        [config, job], Dumper=_Readable, sort_keys=False, allow_unicode=True, width=100
+    )
 
 
-def cluster_file(study: str, cluster: Cluster, *, provider: str = "aws", region: str = "eu-central-1") -> str:
+def cluster_file(
+    study: str, cluster: Cluster, *, provider: str = "aws", region: str = "eu-central-1"
+) -> str:
     """Return a file for Ray's cluster launcher (`ray up`), as YAML: CPU head, GPU workers, token, shared folder.
 
     Machine types and the line that mounts the shared folder are the provider's own, and are marked to be filled in.
@@ -368,7 +394,11 @@ def cluster_file(study: str, cluster: Cluster, *, provider: str = "aws", region:
         "docker": {
             "image": cluster.image,
             "container_name": "medtune",
-            "run_options": ["--shm-size=8g", "--ulimit nofile=65536:65536", f"-v {cluster.mount}:{cluster.mount}"],
+            "run_options": [
+                "--shm-size=8g",
+                "--ulimit nofile=65536:65536",
+                f"-v {cluster.mount}:{cluster.mount}",
+            ],
         },
         "available_node_types": types,
         "head_node_type": "head",
@@ -389,17 +419,27 @@ def cluster_file(study: str, cluster: Cluster, *, provider: str = "aws", region:
         "# medtune submit --address http://127.0.0.1:8265 -- run study.yaml --wait-for-resources 900 --out ...\n"
         "# Edit: machine types, region, image, and how the shared folder is mounted.\n"
     )
-    return header + yaml.dump(text, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=120)
+    return header + yaml.dump(
+        text, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def _waiting(spec: StudySpec) -> StudySpec:
     """There are no workers when the driver starts: have it ask for them, and wait."""
-    return spec if spec.wait_for_resources_s else spec.model_copy(update={"wait_for_resources_s": 1800.0})
+    return (
+        spec
+        if spec.wait_for_resources_s
+        else spec.model_copy(update={"wait_for_resources_s": 1800.0})
+    )
 
 
 def _check_seen(spec: StudySpec, study: str, cluster: Cluster) -> None:
     """Raise SpecError for paths that no pod would see."""
-    asked = {"data": spec.data, "pretrained_path": spec.config.get("pretrained_path"), "the study": study}
+    asked = {
+        "data": spec.data,
+        "pretrained_path": spec.config.get("pretrained_path"),
+        "the study": study,
+    }
     hidden = [
         f"{what} {path}: no pod sees it; put it below {cluster.mount} (--mount names another folder)"
         for what, path in asked.items()
@@ -417,7 +457,9 @@ class _Readable(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> Any:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style="|" if "\n" in value else None
+    )
 
 
 _Readable.add_representer(str, _text)

@@ -28,7 +28,9 @@ def print_summary(root: Path, console: Console) -> None:
     console.print()
     console.print(render_table(results_table(study, limit=SHOWN_TRIALS), width))
     if len(study.trials) > SHOWN_TRIALS:
-        console.print(f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)")
+        console.print(
+            f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)"
+        )
     console.print()
     for line in [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]:
         console.print(line, soft_wrap=True, markup=False)
@@ -46,7 +48,9 @@ def stopped_lines(study: Study) -> list[str]:
             lines += [f"      {trial['advice']}"] if trial["advice"] else []
         elif trial["state"] == "failed":
             lines.append(f"{trial['trial']} failed: {reason}")
-    halved = trials[(trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)]
+    halved = trials[
+        (trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)
+    ]
     if len(halved):
         lines.append(
             f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
@@ -54,7 +58,10 @@ def stopped_lines(study: Study) -> list[str]:
         )
     sick = (trials["verdict"].notna() & (trials["verdict"] != "healthy")) | came_back(trials)
     warned = trials[(trials["state"] == "completed") & sick]
-    lines += [f"{trial['trial']} completed, but: {trial['verdict_summary']}" for trial in warned.to_dict("records")]
+    lines += [
+        f"{trial['trial']} completed, but: {trial['verdict_summary']}"
+        for trial in warned.to_dict("records")
+    ]
     spent, full = int(trials["epochs_run"].sum()), study.spec.num_trials * study.spec.epochs
     if full and spent < full and not study.running:
         lines.append(f"epochs spent: {spent} of {full} ({100 * spent / full:.0f} %)")

@@ -52,7 +52,12 @@ def write_cohort(
 
 
 def write_pretext_cohort(
-    folder: Path, *, subjects: int = 60, seed: int = 0, side: tuple[int, int] = (20, 28), noise: float = 0.6
+    folder: Path,
+    *,
+    subjects: int = 60,
+    seed: int = 0,
+    side: tuple[int, int] = (20, 28),
+    noise: float = 0.6,
 ) -> Path:
     """Write a cohort of three other shapes in equal numbers (box, rod, shell), one volume a subject; returns its table.
 
@@ -61,7 +66,9 @@ def write_pretext_cohort(
     """
     rng = np.random.default_rng([seed, 1])
     labels = rng.permutation(np.arange(subjects) % 3)
-    return _write(folder, (_box, _rod, _shell), labels, np.ones(subjects, dtype=np.int64), rng, side, noise)
+    return _write(
+        folder, (_box, _rod, _shell), labels, np.ones(subjects, dtype=np.int64), rng, side, noise
+    )
 
 
 def _write(
@@ -95,10 +102,17 @@ def _scan(
     spacing_mm = rng.uniform(0.8, 1.25, size=3).round(2)
     extents_mm = sides * spacing_mm
     origin_mm = -(extents_mm - spacing_mm) / 2
-    points = np.stack(np.meshgrid(*map(np.arange, sides), indexing="ij")) * spacing_mm[:, None, None, None]
+    points = (
+        np.stack(np.meshgrid(*map(np.arange, sides), indexing="ij"))
+        * spacing_mm[:, None, None, None]
+    )
     centre_mm = rng.uniform(-0.08, 0.08, size=3) * extents_mm
-    inside_mm = shape(points + (origin_mm - centre_mm)[:, None, None, None], 0.24 * size * extents_mm.min())
-    intensity = 1 / (1 + np.exp(-inside_mm.clip(-20, 20) / 0.4)) + rng.normal(0, noise, size=inside_mm.shape)
+    inside_mm = shape(
+        points + (origin_mm - centre_mm)[:, None, None, None], 0.24 * size * extents_mm.min()
+    )
+    intensity = 1 / (1 + np.exp(-inside_mm.clip(-20, 20) / 0.4)) + rng.normal(
+        0, noise, size=inside_mm.shape
+    )
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = origin_mm
     image = nib.Nifti1Image((100 + 300 * intensity).astype(np.float32), affine)

@@ -19,7 +19,18 @@ from rich.text import Text
 if TYPE_CHECKING:
     from tune_app.results import Studies, Study
 
-SMALLER_IS_BETTER = ("loss", "brier", "ece", "tied", "nonfinite", "grad_norm", "_s", "memory", "skipped", "failures")
+SMALLER_IS_BETTER = (
+    "loss",
+    "brier",
+    "ece",
+    "tied",
+    "nonfinite",
+    "grad_norm",
+    "_s",
+    "memory",
+    "skipped",
+    "failures",
+)
 
 
 class QueryError(ValueError):
@@ -44,7 +55,11 @@ def require_column(name: str, columns: Iterable[str]) -> None:
         return
     bare = [column.removeprefix("best_") for column in known if column.startswith("best_")]
     guesses = get_close_matches(name, [*bare, *known], n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, guesses))}?" if guesses else "`--columns all` shows them all"
+    hint = (
+        f"did you mean {' or '.join(map(repr, guesses))}?"
+        if guesses
+        else "`--columns all` shows them all"
+    )
     raise QueryError(f"unknown column {name!r}; {hint}")
 
 
@@ -84,7 +99,9 @@ class _Condition:
         while text[place:].strip():
             match = _TOKEN.match(text, place)
             if match is None:
-                raise QueryError(f"condition {text!r}: {text[place:].strip()[:20]!r} cannot be read")
+                raise QueryError(
+                    f"condition {text!r}: {text[place:].strip()[:20]!r} cannot be read"
+                )
             sign, double, single, word = match.groups()
             if sign is not None:
                 self.tokens.append(("sign", sign))
@@ -112,7 +129,9 @@ class _Condition:
         return False
 
     def _unexpected(self, expected: str) -> QueryError:
-        return QueryError(f"condition {self.text!r}: {expected} expected, found {self.tokens[self.at][1]!r}")
+        return QueryError(
+            f"condition {self.text!r}: {expected} expected, found {self.tokens[self.at][1]!r}"
+        )
 
     def _either(self) -> pd.Series:
         found = self._both()
@@ -157,7 +176,9 @@ class _Condition:
 
     def _operand(self) -> tuple[str, str]:
         kind, what = self.tokens[self.at]
-        if kind not in ("word", "text") or (kind == "word" and what.lower() in ("and", "or", "not")):
+        if kind not in ("word", "text") or (
+            kind == "word" and what.lower() in ("and", "or", "not")
+        ):
             raise self._unexpected("a column or a value")
         self.at += 1
         if kind == "word":
@@ -173,12 +194,21 @@ class _Condition:
             turned = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
             left, sign, right = right, turned.get(sign, sign), left
         column = self.table[left[1]]
-        if right[0] == "word" and right[1].lower() in ("none", "null", "missing") and sign in ("==", "!="):
+        if (
+            right[0] == "word"
+            and right[1].lower() in ("none", "null", "missing")
+            and sign in ("==", "!=")
+        ):
             return column.isna() if sign == "==" else column.notna()
-        other = self.table[right[1]] if right[0] == "column" else self._value(left[1], column, right[1])
+        other = (
+            self.table[right[1]] if right[0] == "column" else self._value(left[1], column, right[1])
+        )
         if sign == "~":
             return (
-                column.astype("string").str.contains(str(right[1]), case=False, regex=False).fillna(False).astype(bool)
+                column.astype("string")
+                .str.contains(str(right[1]), case=False, regex=False)
+                .fillna(False)
+                .astype(bool)
             )
         compare: dict[str, Callable[[Any, Any], Any]] = {
             "<": lambda a, b: a < b,
@@ -191,7 +221,9 @@ class _Condition:
         try:
             result = compare[sign](column, other)
         except TypeError:
-            raise QueryError(f"condition {self.text!r}: {left[1]} and {right[1]} do not compare") from None
+            raise QueryError(
+                f"condition {self.text!r}: {left[1]} and {right[1]} do not compare"
+            ) from None
         missing = column.isna() | (other.isna() if isinstance(other, pd.Series) else False)
         found: pd.Series = result.fillna(False).astype(bool) & ~missing
         return found
@@ -202,7 +234,14 @@ class _Condition:
         try:
             if column.dtype == "boolean":
                 wanted = "true or false"
-                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+                return {
+                    "true": True,
+                    "yes": True,
+                    "1": True,
+                    "false": False,
+                    "no": False,
+                    "0": False,
+                }[text.lower()]
             if isinstance(column.dtype, pd.DatetimeTZDtype):
                 wanted = "a time like 2026-01-31T12:00"
                 moment = pd.Timestamp(text)
@@ -210,7 +249,9 @@ class _Condition:
             if pd.api.types.is_numeric_dtype(column.dtype):
                 return float(text)
         except (KeyError, ValueError):
-            raise QueryError(f"condition {self.text!r}: {name} is compared with {text!r}, must be {wanted}") from None
+            raise QueryError(
+                f"condition {self.text!r}: {name} is compared with {text!r}, must be {wanted}"
+            ) from None
         return text
 
 
@@ -232,7 +273,9 @@ def results_table(
     keys = [key.strip() for key in keys for key in key.split(",") if key.strip()]
     for key in reversed(keys):  # stable sorts from the last key to the first
         column = column_of(table, key.removeprefix("-"))
-        table = table.sort_values(column, ascending=not key.startswith("-"), kind="stable", na_position="last")
+        table = table.sort_values(
+            column, ascending=not key.startswith("-"), kind="stable", na_position="last"
+        )
     chosen = _chosen_columns(study, table, columns)
     return table[chosen].iloc[:limit].reset_index(drop=True)
 
@@ -242,12 +285,29 @@ def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
     return (trials["healed_epochs"] > 0).fillna(False).astype(bool)
 
 
-def _chosen_columns(study: "Study | Studies", table: pd.DataFrame, columns: str | Sequence[str] | None) -> list[str]:
+def _chosen_columns(
+    study: "Study | Studies", table: pd.DataFrame, columns: str | Sequence[str] | None
+) -> list[str]:
     from tune_app.results import Studies
 
     if columns is None:
-        names = ["trial", "variant", "state", "verdict", "since_epoch", "healed_epochs", "objective"]
-        names += ["best_val_auc", "best_val_auc_low", "best_val_auc_high", "best_epoch", "epochs_run", "work_s"]
+        names = [
+            "trial",
+            "variant",
+            "state",
+            "verdict",
+            "since_epoch",
+            "healed_epochs",
+            "objective",
+        ]
+        names += [
+            "best_val_auc",
+            "best_val_auc_low",
+            "best_val_auc_high",
+            "best_epoch",
+            "epochs_run",
+            "work_s",
+        ]
         names = ["study", *names] if isinstance(study, Studies) else names
         names += [] if "variant" in names and table["variant"].notna().any() else study.searched
         empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
@@ -277,7 +337,9 @@ def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.
     for name in names:
         if not fnmatch.filter(meanings["column"], name):
             require_column(name, meanings["column"])
-    fits = meanings["column"].map(lambda column: any(fnmatch.fnmatchcase(column, name) for name in names))
+    fits = meanings["column"].map(
+        lambda column: any(fnmatch.fnmatchcase(column, name) for name in names)
+    )
     return meanings[fits.astype(bool)].reset_index(drop=True)
 
 
@@ -286,26 +348,39 @@ def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.
 
 def meanings_table(meanings: pd.DataFrame) -> Table:
     """Return the rows of `column_meanings` as a Rich table; names are never cut, meanings wrap."""
-    rendered = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    rendered = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
+    )
     for heading in ("column", "type", "meaning"):
         rendered.add_column(heading, no_wrap=heading != "meaning")
     for table, rows in meanings.groupby("table", sort=False):
         rendered.add_row(Text(f"{table}:", style="bold"))
         for row in rows.to_dict("records"):
-            rendered.add_row(Text(f"  {row['column']}"), Text(row["dtype"].split("[")[0]), Text(row["meaning"]))
+            rendered.add_row(
+                Text(f"  {row['column']}"), Text(row["dtype"].split("[")[0]), Text(row["meaning"])
+            )
     return rendered
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text: scores with three decimals, rates as 1e-4, durations in s, min or h, "-" for missing."""
     return pd.DataFrame(
-        {str(name): [format_value(str(name), value) for value in table[name]] for name in table.columns}, dtype="object"
+        {
+            str(name): [format_value(str(name), value) for value in table[name]]
+            for name in table.columns
+        },
+        dtype="object",
     )
 
 
 def format_value(column: str, value: Any) -> str:
     """Return one value of `column` as short text without control characters."""
-    if value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value)):
+    if (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and math.isnan(value))
+    ):
         return "-"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
@@ -324,7 +399,17 @@ def format_value(column: str, value: Any) -> str:
 
 
 def _is_score(column: str) -> bool:
-    scores = ("auc", "auprc", "accuracy", "sensitivity", "brier", "ece", "objective", "share", "tied")
+    scores = (
+        "auc",
+        "auprc",
+        "accuracy",
+        "sensitivity",
+        "brier",
+        "ece",
+        "objective",
+        "share",
+        "tied",
+    )
     return any(score in column for score in scores) and not column.endswith("_epoch")
 
 
@@ -378,7 +463,9 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
             continue
         room -= need
         shown.append((head, cells, right))
-    rendered = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
+    rendered = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
+    )
     for head, _, right in shown:
         rendered.add_column(
             Text("\n".join(head)),
@@ -392,7 +479,9 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
     if left_out:
         named, more = left_out[:NAMED_AT_MOST], len(left_out) - NAMED_AT_MOST
         rest = f" and {more} more (`--meanings` names them)" if more > 0 else ""
-        rendered.caption = Text(f"not shown: {', '.join(named)}{rest} (--columns NAME,..., or --format csv)")
+        rendered.caption = Text(
+            f"not shown: {', '.join(named)}{rest} (--columns NAME,..., or --format csv)"
+        )
         rendered.caption_justify = "left"
     return rendered
 
@@ -411,7 +500,9 @@ def _merged(table: pd.DataFrame) -> list[tuple[list[str], str, list[str], bool]]
             others, heading = (), alone
         done |= set(others)
         parts = [text[part].tolist() for part in (name, *others)]
-        cells = [_joined(name, values) if others else values[0] for values in zip(*parts, strict=True)]
+        cells = [
+            _joined(name, values) if others else values[0] for values in zip(*parts, strict=True)
+        ]
         right = pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
         merged.append(([name, *others], heading, cells, bool(right)))
     return merged
@@ -430,7 +521,11 @@ def _joined(name: str, values: tuple[str, ...]) -> str:
         return "/".join(values)
     if "-" in values[1:]:
         return values[0]
-    return f"{values[0]} [{values[1]}, {values[2]}]" if name == "best_val_auc" else f"{values[0]} ({values[1]})"
+    return (
+        f"{values[0]} [{values[1]}, {values[2]}]"
+        if name == "best_val_auc"
+        else f"{values[0]} ({values[1]})"
+    )
 
 
 def _broken_name(name: str, width: int) -> list[str]:

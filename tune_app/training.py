@@ -52,7 +52,9 @@ def train_once(
     A line an epoch goes to `console`, everything else to `notes`.
     """
     manifest = read_manifest(table, num_classes=config.num_classes)
-    split = split_rows(manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate)
+    split = split_rows(
+        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+    )
     cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
     cohort = open_cohort(cohort_folder)
     gpus = torch.cuda.device_count() if gpu else 0
@@ -62,10 +64,14 @@ def train_once(
     if multi_gpu and gpus < 2:
         notes.print(f"--multi_gpu: {gpus} GPUs here, so the run has one rank")
     precision = choose_precision(config.amp, device)
-    sizes = [f"{name} {len(rows)}" for name, rows in (("train", split.train), ("validation", split.val))]
+    sizes = [
+        f"{name} {len(rows)}" for name, rows in (("train", split.train), ("validation", split.val))
+    ]
     notes.print(f"volumes: {', '.join(sizes)}; {precision.name}: {precision.reason}")
     if config.drw_start_epoch > config.epochs and config.loss != "cross_entropy":
-        notes.print(f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}")
+        notes.print(
+            f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}"
+        )
 
     files = TrialFiles(folder)
     if files.checkpoint.exists():
@@ -73,9 +79,15 @@ def train_once(
     rows: list[Mapping[str, Any]] = []
     if multi_gpu and gpus > 1:
         keep_strangers_out()
-        run = local_gang_rows(RankWork(config, str(table), str(cohort_folder), gpu=True), gpus, files)
+        run = local_gang_rows(
+            RankWork(config, str(table), str(cohort_folder), gpu=True), gpus, files
+        )
     else:
-        run = saved_run(config, files, lambda resume: finetune(config, cohort, split, device=device, resume=resume))
+        run = saved_run(
+            config,
+            files,
+            lambda resume: finetune(config, cohort, split, device=device, resume=resume),
+        )
     for row in run:
         if not rows:  # not before: a run may be refused
             console.print(HEADER)

@@ -96,7 +96,9 @@ class Watchdog:
         """Take in what all trials that have not ended show now."""
         now = self._clock()
         missed = now - self._last - 2 * LOOK_S
-        if missed > 0:  # this process itself stood still: suspended, or waiting for room; trials are not to blame
+        if (
+            missed > 0
+        ):  # this process itself stood still: suspended, or waiting for room; trials are not to blame
             for quiet in self._quiet.values():
                 quiet.since, quiet.said = quiet.since + missed, quiet.said + missed
         self._last = now
@@ -114,7 +116,9 @@ class Watchdog:
         before = self._quiet.get(seen.name)
         if before is None or (before.seen.state, before.seen.process) != (seen.state, seen.process):
             if seen.state == "no room":
-                self._say(f"trial {seen.name}: the disk is full; make room, and the trial goes on by itself")
+                self._say(
+                    f"trial {seen.name}: the disk is full; make room, and the trial goes on by itself"
+                )
             return _Quiet(seen, now, now)
         return before if before.seen.mark == seen.mark else _Quiet(seen, now, now, moved=True)
 
@@ -129,7 +133,9 @@ class Watchdog:
             self._end(quiet.seen.name)
             quiet.since = quiet.said = now
             quiet.moved = False
-        elif silent >= self._quiet_s and now - quiet.said >= max(self._quiet_s, (quiet.said - quiet.since)):
+        elif silent >= self._quiet_s and now - quiet.said >= max(
+            self._quiet_s, (quiet.said - quiet.since)
+        ):
             told = WAITS.get(quiet.seen.state, "nothing done for")
             self._say(f"trial {quiet.seen.name}: {told} {_time(silent)}: {self._why(quiet.seen)}")
             quiet.said = now
@@ -141,7 +147,11 @@ def moved(files: TrialFiles, rows: int) -> tuple[State, tuple[int, int | None]]:
         found = files.alive.stat()
     except OSError:
         return "running", (rows, None)
-    return ("no room", (rows, None)) if found.st_atime_ns == 0 else ("running", (rows, found.st_mtime_ns))
+    return (
+        ("no room", (rows, None))
+        if found.st_atime_ns == 0
+        else ("running", (rows, found.st_mtime_ns))
+    )
 
 
 def reason_of(files: TrialFiles) -> str:
@@ -153,21 +163,32 @@ def reason_of(files: TrialFiles) -> str:
     last = _last_line(files.log)
     if "waiting" in last:
         return last
-    return f"no step ended, its log ends with: {last}" if last else "no step ended, its log is empty"
+    return (
+        f"no step ended, its log ends with: {last}" if last else "no step ended, its log is empty"
+    )
 
 
 def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, float]]) -> str:
     """Return what a waiting trial takes, and what is free."""
     need = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
     free = resources()
-    told = [" and ".join(f"{each.get(name, 0.0):g} {name}" for name in ("CPU", "GPU")) for each in (need, free)]
+    told = [
+        " and ".join(f"{each.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+        for each in (need, free)
+    ]
     return f"it takes {told[0]} in {len(bundles)} bundle(s), {told[1]} are free: add a node, or end what holds them"
 
 
 def ending(before: str | None, files: Callable[[str], TrialFiles]) -> str:
     """Return why a trial whose process is there has not begun; `before`: the trial that the process served last, if known."""
-    which, where = ("the trial before", "their disk") if before is None else (f"trial {before}", files(before).folder)
-    return f"its process has not ended {which}, whose last files may still be on their way to {where}"
+    which, where = (
+        ("the trial before", "their disk")
+        if before is None
+        else (f"trial {before}", files(before).folder)
+    )
+    return (
+        f"its process has not ended {which}, whose last files may still be on their way to {where}"
+    )
 
 
 def _last_line(path: Path) -> str:
@@ -206,7 +227,9 @@ def watch_tune(
 
     def end(name: str) -> None:
         if actors.get(name) is not None:
-            ray.kill(actors[name])  # reaches a frozen process too: its node's raylet ends it within seconds
+            ray.kill(
+                actors[name]
+            )  # reaches a frozen process too: its node's raylet ends it within seconds
 
     def why(seen: Seen) -> str:
         if seen.state == "waiting":
@@ -234,8 +257,14 @@ def watch_tune(
                 state = "waiting" if process is None else "taking over"
             seen.append(Seen(name, state, mark, process))
         try:
-            if local and any(each.state in BEFORE_RUNNING for each in seen) and not ray.cluster_resources().get("CPU"):
-                raise StalledError("Ray has lost its node on this machine: `medtune resume` goes on with a new one")
+            if (
+                local
+                and any(each.state in BEFORE_RUNNING for each in seen)
+                and not ray.cluster_resources().get("CPU")
+            ):
+                raise StalledError(
+                    "Ray has lost its node on this machine: `medtune resume` goes on with a new one"
+                )
             watchdog.look(seen)
         finally:
             actors.clear()

@@ -18,17 +18,25 @@ class YamlError(ValueError):
 def load_yaml(text: str) -> Any:
     """Return the values of a YAML document; nothing in it is executed. Raises YamlError in one line."""
     if len(text) > MAX_TEXT:
-        raise YamlError(f"{len(text)} characters, at most {MAX_TEXT} are read: is it the right file?")
+        raise YamlError(
+            f"{len(text)} characters, at most {MAX_TEXT} are read: is it the right file?"
+        )
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             if depth > MAX_DEPTH:
                 raise YamlError(f"nested deeper than {MAX_DEPTH} levels")
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise YamlError(f"not YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers that only look like ones
+    except (
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # dates and numbers that only look like ones
         if isinstance(error, YamlError):
             raise
         raise YamlError(f"not YAML: {' '.join(str(error).split())}") from None

@@ -11,7 +11,13 @@ def changed(one, other):
 
 def test_documented_are_the_five_of_the_document():
     five = variants("documented")
-    assert list(five) == ["baseline", "only-differential-lr", "only-reduced-ldam", "only-delayed-drw", "combined"]
+    assert list(five) == [
+        "baseline",
+        "only-differential-lr",
+        "only-reduced-ldam",
+        "only-delayed-drw",
+        "combined",
+    ]
     assert five["baseline"] == baseline()
     assert changed(five["only-differential-lr"], baseline()) == {"backbone_lr", "classifier_lr"}
     assert changed(five["only-reduced-ldam"], baseline()) == {"max_m", "s"}
@@ -59,6 +65,7 @@ def test_each_set_is_read_against_its_first_variant():
 
 def test_an_unknown_set_is_named_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"unknown set of variants 'leave_one_out': one of documented, .* did you mean 'leave-one-out'"
+        ValueError,
+        match=r"unknown set of variants 'leave_one_out': one of documented, .* did you mean 'leave-one-out'",
     ):
         variants("leave_one_out")

@@ -61,14 +61,20 @@ def test_the_named_settings_build_the_configs_they_name():
     recommended = build_config(documented_after())
     for name, (_, after) in DOCUMENT.items():
         assert getattr(recommended, name) == after
-    assert (recommended.head, recommended.ema_buffers, recommended.ema_warmup) == ("linear", "copied", False)
+    assert (recommended.head, recommended.ema_buffers, recommended.ema_warmup) == (
+        "linear",
+        "copied",
+        False,
+    )
     assert recommended.freeze_backbone_epochs == 0
 
 
 def test_a_single_fix_changes_only_what_it_names():
     for fix in FIXES:
         changed = with_fixes([fix.key])
-        assert {name for name, value in changed.items() if value != baseline()[name]} == set(fix.before)
+        assert {name for name, value in changed.items() if value != baseline()[name]} == set(
+            fix.before
+        )
 
 
 def test_epochs_keep_their_share_of_a_shorter_run():
@@ -89,7 +95,9 @@ def test_epochs_keep_their_share_of_a_shorter_run():
 
 
 def test_an_unknown_fix_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown fixes 'cosine', 'ema': there are differential-lr, .*cosine-head"):
+    with pytest.raises(
+        ValueError, match=r"unknown fixes 'cosine', 'ema': there are differential-lr, .*cosine-head"
+    ):
         with_fixes(["ema", "cosine", "looser-clip"])
 
 

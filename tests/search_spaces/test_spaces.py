@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from search_spaces.fixes import FIXES, all_fixes, baseline, documented_after, with_fixes
-from search_spaces.space import DERIVED, NOT_SEARCHED, READ_ONLY_WHEN, Parameter, SpaceError, is_read
+from search_spaces.space import (
+    DERIVED,
+    NOT_SEARCHED,
+    READ_ONLY_WHEN,
+    Parameter,
+    SpaceError,
+    is_read,
+)
 from search_spaces.spaces import SPACES, warm_start_points
 from search_spaces.written import space_from
 from trainables.config import FineTuneConfig, build_config
@@ -25,7 +32,9 @@ def values_of(distribution):
 
 def samples_of(space):
     """A value for every parameter, read or not."""
-    return st.fixed_dictionaries({name: values_of(p.distribution) for name, p in space.parameters.items()})
+    return st.fixed_dictionaries(
+        {name: values_of(p.distribution) for name, p in space.parameters.items()}
+    )
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -39,7 +48,9 @@ def test_every_sample_of_every_space_builds_a_valid_config(name, data, epochs):
     assert config.epochs == epochs
     assert {key: getattr(config, key) for key in space.fixed} == dict(space.fixed)
     values = config.model_dump()
-    assert set(sample) == {p.name for p in space.parameters.values() if is_read(p.hyperparameter, values)}
+    assert set(sample) == {
+        p.name for p in space.parameters.values() if is_read(p.hyperparameter, values)
+    }
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -58,7 +69,12 @@ def test_overrides_lead_back_to_a_sample_that_gives_them(name, data, epochs):
 
 @pytest.mark.parametrize(
     ("space", "before", "after"),
-    [("documented", True, True), ("wide", True, True), ("collapse", True, True), ("narrow", False, True)],
+    [
+        ("documented", True, True),
+        ("wide", True, True),
+        ("collapse", True, True),
+        ("narrow", False, True),
+    ],
 )
 def test_the_documented_settings_are_points_of_the_spaces_around_them(space, before, after):
     points, left_out = warm_start_points(SPACES[space], 60)
@@ -87,24 +103,41 @@ def test_warm_starts_keep_their_share_of_a_shorter_run():
     space = SPACES["documented"]
     points = warm_start_points(space, 8).points
     assert points == warm_start_points(space, 60).points
-    assert space.sample_to_overrides(points["before"], 8)["drw_start_epoch"] == with_fixes((), 8)["drw_start_epoch"]
-    assert space.sample_to_overrides(points["after"], 8)["drw_start_epoch"] == all_fixes(8)["drw_start_epoch"]
+    assert (
+        space.sample_to_overrides(points["before"], 8)["drw_start_epoch"]
+        == with_fixes((), 8)["drw_start_epoch"]
+    )
+    assert (
+        space.sample_to_overrides(points["after"], 8)["drw_start_epoch"]
+        == all_fixes(8)["drw_start_epoch"]
+    )
     whole = space_from({"search": {"drw_start_epoch": {"low": 1, "high": 8}}}, {"epochs": 8})
-    assert warm_start_points(whole, 8).points == {"before": {"drw_start_epoch": 3}, "after": {"drw_start_epoch": 4}}
+    assert warm_start_points(whole, 8).points == {
+        "before": {"drw_start_epoch": 3},
+        "after": {"drw_start_epoch": 4},
+    }
 
 
 def test_warm_starts_are_asked_for_by_name():
     assert list(warm_start_points(SPACES["wide"], 60, ["defaults"]).points) == ["defaults"]
     assert (
-        build_config(SPACES["wide"].sample_to_overrides(warm_start_points(SPACES["wide"], 60).points["defaults"], 60))
+        build_config(
+            SPACES["wide"].sample_to_overrides(
+                warm_start_points(SPACES["wide"], 60).points["defaults"], 60
+            )
+        )
         == build_config()
     )
-    with pytest.raises(SpaceError, match=r"unknown warm start best: there are before, after, defaults"):
+    with pytest.raises(
+        SpaceError, match=r"unknown warm start best: there are before, after, defaults"
+    ):
         warm_start_points(SPACES["wide"], 60, ["best"])
 
 
 def test_a_setting_outside_the_space_is_refused_with_every_reason():
-    sample, reasons = SPACES["documented"].overrides_to_sample({**baseline(), "max_m": 0.9, "depth": 10, "seed": 7}, 60)
+    sample, reasons = SPACES["documented"].overrides_to_sample(
+        {**baseline(), "max_m": 0.9, "depth": 10, "seed": 7}, 60
+    )
     assert sample is None
     assert reasons == [
         "ema_warmup=no, the space holds yes",
@@ -113,10 +146,12 @@ def test_a_setting_outside_the_space_is_refused_with_every_reason():
         "depth=10, the space holds 50",
         "max_m=0.9 is not in 0.05 to 0.5",
     ]
-    assert SPACES["documented"].overrides_to_sample({"epochs": 20, "drw_start_epoch": 9}, 60)[1] == [
-        "epochs=20, the space holds 60"
+    assert SPACES["documented"].overrides_to_sample({"epochs": 20, "drw_start_epoch": 9}, 60)[
+        1
+    ] == ["epochs=20, the space holds 60"]
+    assert SPACES["documented"].overrides_to_sample({"dropout": 2}, 60)[1] == [
+        "dropout=2: input should be less than 1"
     ]
-    assert SPACES["documented"].overrides_to_sample({"dropout": 2}, 60)[1] == ["dropout=2: input should be less than 1"]
 
 
 def test_what_nothing_reads_is_not_sampled():
@@ -133,7 +168,9 @@ def test_what_nothing_reads_is_not_sampled():
     assert "focal_gamma" in sample
     settings.update(head="cosine", freeze_backbone_share=0.1)
     assert {"s", "unfreeze_stage_epochs"} < set(space.sample(suggest, 60))
-    assert "max_m" not in space.sample(suggest, 60), "the cosine head reads s, only LDAM reads the margin"
+    assert "max_m" not in space.sample(suggest, 60), (
+        "the cosine head reads s, only LDAM reads the margin"
+    )
 
 
 def test_spaces_say_which_parameters_every_sample_has():
@@ -157,7 +194,9 @@ def test_a_sample_with_missing_or_unknown_parameters_is_a_mistake():
 
 
 def test_what_the_user_sets_is_no_longer_searched():
-    space = space_from("wide", {"loss": "focal", "head": "linear", "backbone_lr": 3e-4, "epochs": 8})
+    space = space_from(
+        "wide", {"loss": "focal", "head": "linear", "backbone_lr": 3e-4, "epochs": 8}
+    )
     assert not {"loss", "head", "backbone_lr", "max_m", "s"} & set(space.parameters)
     assert space.fixed["backbone_lr"] == 3e-4
     assert "max_m is not searched: it is read only when loss=ldam" in space.notes
@@ -169,7 +208,10 @@ def test_what_the_user_sets_is_no_longer_searched():
     with pytest.raises(SpaceError, match="nothing left to search"):
         space_from(
             "narrow",
-            {p.hyperparameter: getattr(build_config(), p.hyperparameter) for p in SPACES["narrow"].parameters.values()},
+            {
+                p.hyperparameter: getattr(build_config(), p.hyperparameter)
+                for p in SPACES["narrow"].parameters.values()
+            },
         )
 
 
@@ -184,11 +226,25 @@ def test_a_space_written_out_reads_back_as_itself(name):
 
 def test_the_description_tells_searched_retuned_and_fixed():
     rows = {row.name: row for row in SPACES["documented"].describe()}
-    assert rows["one_minus_ema_decay"][:5] == ("searched", "one_minus_ema_decay", "5e-4 to 0.02, log", "0.001", "0.005")
-    assert rows["backbone_lr"][:5] == ("retuned", "backbone_lr", "2e-5 to 5e-4, log", "2e-4", "1e-4")
+    assert rows["one_minus_ema_decay"][:5] == (
+        "searched",
+        "one_minus_ema_decay",
+        "5e-4 to 0.02, log",
+        "0.001",
+        "0.005",
+    )
+    assert rows["backbone_lr"][:5] == (
+        "retuned",
+        "backbone_lr",
+        "2e-5 to 5e-4, log",
+        "2e-4",
+        "1e-4",
+    )
     assert rows["head"][:5] == ("fixed", "head", "cosine", "linear", "cosine")
     assert rows["backbone_lr"].why
-    assert [row.role for row in SPACES["documented"].describe()] == ["searched"] * 5 + ["retuned"] * 2 + ["fixed"] * 5
+    assert [row.role for row in SPACES["documented"].describe()] == ["searched"] * 5 + [
+        "retuned"
+    ] * 2 + ["fixed"] * 5
     for space in SPACES.values():
         described = {row.name for row in space.describe()}
         assert described > set(space.parameters)
@@ -225,8 +281,12 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
     space = space_from(yaml.safe_load(OWN))
     distributions = {name: p.distribution for name, p in space.parameters.items()}
     assert distributions["head"] == CategoricalDistribution(("cosine", "linear"))
-    assert distributions["backbone_lr"] == FloatDistribution(1e-5, 1e-3, log=True), "YAML reads 1e-5 as text"
-    assert distributions["amp"] == CategoricalDistribution(("off", "fp16")), "YAML reads off as false"
+    assert distributions["backbone_lr"] == FloatDistribution(1e-5, 1e-3, log=True), (
+        "YAML reads 1e-5 as text"
+    )
+    assert distributions["amp"] == CategoricalDistribution(("off", "fp16")), (
+        "YAML reads off as false"
+    )
     assert distributions["batch_size"] == IntDistribution(2, 8, step=2)
     assert space.parameters["backbone_lr"].role == "retuned"
     assert space.parameters["s"].why == "the scale of the cosines"
@@ -234,7 +294,9 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
     assert "max_m" in distributions, "the base's"
     assert space.fixed["dropout"] == 0.5
     assert "head" not in space.fixed, "searched now, though the base fixes it"
-    config = build_config(space.sample_to_overrides(space.sample(lambda parameter: parameter.ends[-1], 20), 20))
+    config = build_config(
+        space.sample_to_overrides(space.sample(lambda parameter: parameter.ends[-1], 20), 20)
+    )
     assert config.weight_decay == 1e-5
     assert config.volume_shape == (64, 64, 64)
     assert space.notes[-1] == "a note"
@@ -316,11 +378,16 @@ def test_a_length_can_be_too_short_for_a_space():
 
 def test_the_tables_name_real_hyperparameters():
     fields = set(FineTuneConfig.model_fields)
-    assert set(READ_ONLY_WHEN) | set(NOT_SEARCHED) | {d.hyperparameter for d in DERIVED.values()} <= fields
+    assert (
+        set(READ_ONLY_WHEN) | set(NOT_SEARCHED) | {d.hyperparameter for d in DERIVED.values()}
+        <= fields
+    )
     assert not set(DERIVED) & fields
     for condition in READ_ONLY_WHEN.values():
         assert set(condition.reads) <= fields
-        assert not set(condition.reads) & set(READ_ONLY_WHEN), "a chain of conditions would need more than one pass"
+        assert not set(condition.reads) & set(READ_ONLY_WHEN), (
+            "a chain of conditions would need more than one pass"
+        )
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.995, 0.999, 0.9999, 0.0])
@@ -348,8 +415,16 @@ def test_the_classifier_rate_can_be_searched_as_a_ratio():
             }
         }
     )
-    assert space.sample_to_overrides({"classifier_lr_ratio": 10.0, "backbone_lr": 2e-4}, 60)["classifier_lr"] == 2e-3
-    assert space.overrides_to_sample({}, 60) == ({"backbone_lr": 1e-4, "classifier_lr_ratio": 10.0}, [])
+    assert (
+        space.sample_to_overrides({"classifier_lr_ratio": 10.0, "backbone_lr": 2e-4}, 60)[
+            "classifier_lr"
+        ]
+        == 2e-3
+    )
+    assert space.overrides_to_sample({}, 60) == (
+        {"backbone_lr": 1e-4, "classifier_lr_ratio": 10.0},
+        [],
+    )
 
 
 @pytest.mark.parametrize(

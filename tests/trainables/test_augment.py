@@ -25,14 +25,23 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def unchanged(num: int = 1) -> dict[str, Tensor]:
-    return {"angles_B3": torch.zeros(num, 3), "scale_B": torch.ones(num), "shift_B3": torch.zeros(num, 3)}
+    return {
+        "angles_B3": torch.zeros(num, 3),
+        "scale_B": torch.ones(num),
+        "shift_B3": torch.zeros(num, 3),
+    }
 
 
 def scipy_affine(volume: Tensor, angles, scale, shift, spacing=(1.0, 1.0, 1.0)) -> np.ndarray:
     """The same change in float64, in millimetres: read each output voxel at R^-1 (x - shift) / scale."""
     array = volume[0, 0].double().numpy()
     sides, spacing = np.array(array.shape), np.array(spacing)
-    matrix = np.diag(1 / spacing) @ Rotation.from_euler("XYZ", angles).as_matrix().T @ np.diag(spacing) / scale
+    matrix = (
+        np.diag(1 / spacing)
+        @ Rotation.from_euler("XYZ", angles).as_matrix().T
+        @ np.diag(spacing)
+        / scale
+    )
     center = (sides - 1) / 2
     offset = center - matrix @ (center + np.array(shift) * sides)
     return affine_transform(array, matrix, offset=offset, order=1, mode="nearest")
@@ -62,10 +71,14 @@ def test_the_affine_is_that_of_scipy_on_a_volume_that_is_no_cube(angles, scale, 
         shift_B3=torch.tensor([shift]),
         spacing=spacing,
     )
-    np.testing.assert_allclose(ours[0, 0], scipy_affine(volume, angles, scale, shift, spacing), atol=2e-5)
+    np.testing.assert_allclose(
+        ours[0, 0], scipy_affine(volume, angles, scale, shift, spacing), atol=2e-5
+    )
 
 
-@pytest.mark.parametrize("angles", [(0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 0.3), (0.2, -0.15, 0.25)])
+@pytest.mark.parametrize(
+    "angles", [(0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 0.3), (0.2, -0.15, 0.25)]
+)
 def test_a_rotation_is_that_of_monai(angles):
     volume = smooth_volume()
     ours = affine_batch(volume, **unchanged() | {"angles_B3": torch.tensor([angles])})
@@ -89,7 +102,9 @@ def test_a_shift_of_whole_voxels_moves_content_to_higher_indices_and_continues_t
     volume = torch.randn(1, 1, 8, 10, 4)
     ours = affine_batch(volume, **unchanged() | {"shift_B3": torch.tensor([[2 / 8, -3 / 10, 0.0]])})
     torch.testing.assert_close(ours[:, :, 2:, :7], volume[:, :, :6, 3:], atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours[:, :, :2, :7], volume[:, :, :1, 3:].expand(-1, -1, 2, -1, -1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours[:, :, :2, :7], volume[:, :, :1, 3:].expand(-1, -1, 2, -1, -1), atol=1e-5, rtol=0
+    )
 
 
 def test_a_scale_above_one_magnifies():
@@ -127,7 +142,14 @@ def test_coordinates_are_float32_under_autocast_and_for_half_precision_volumes()
 def test_flips_are_exact_and_each_letter_is_its_axis():
     volumes = torch.randn(2, 1, 3, 4, 5)
     flipped = torch.tensor([[True, True, True], [False, False, False]])
-    for letters, axes in (("x", [1]), ("y", [2]), ("z", [3]), ("xz", [1, 3]), ("zyx", [1, 2, 3]), ("", [])):
+    for letters, axes in (
+        ("x", [1]),
+        ("y", [2]),
+        ("z", [3]),
+        ("xz", [1, 3]),
+        ("zyx", [1, 2, 3]),
+        ("", []),
+    ):
         ours = flip_batch(volumes, flipped, letters)
         assert torch.equal(ours[0], volumes[0].flip(axes))
         assert torch.equal(ours[1], volumes[1])
@@ -160,7 +182,9 @@ def test_flips_do_not_depend_on_the_strength():
 
 def test_an_unknown_axis_is_refused():
     with pytest.raises(ValueError, match="flip_axes='w': letters of x, y, z"):
-        augment_batch(torch.zeros(1, 1, 2, 2, 2), strength=0.0, flip_axes="w", generator=generator(0))
+        augment_batch(
+            torch.zeros(1, 1, 2, 2, 2), strength=0.0, flip_axes="w", generator=generator(0)
+        )
 
 
 # All of it
@@ -184,7 +208,8 @@ def test_a_step_is_repeated_from_its_seed_alone_and_steps_differ():
     assert torch.equal(volumes, original)
     for other in ((7, 3, 12), (7, 4, 11), (8, 3, 11)):
         assert not torch.allclose(
-            first, augment_batch(volumes, strength=1.0, flip_axes="xyz", generator=generator(*other))
+            first,
+            augment_batch(volumes, strength=1.0, flip_axes="xyz", generator=generator(*other)),
         )
 
 
@@ -214,7 +239,9 @@ def test_shifts_and_scales_keep_to_their_ranges(strength):
     side = 21
     axis = torch.arange(side, dtype=torch.float32) - side // 2
     ramps = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    ours = augment_batch(ramps.expand(100, -1, -1, -1, -1), strength=strength, flip_axes="", generator=generator(0))
+    ours = augment_batch(
+        ramps.expand(100, -1, -1, -1, -1), strength=strength, flip_axes="", generator=generator(0)
+    )
     middle = side // 2
     jacobian = torch.stack(
         [
@@ -232,12 +259,18 @@ def test_shifts_and_scales_keep_to_their_ranges(strength):
     off_diagonal = squares - torch.diag_embed(squares.diagonal(dim1=1, dim2=2))
     assert off_diagonal.abs().max() < 0.1
     turned = torch.arccos(
-        ((jacobian / 10 / factors[:, None, None]).diagonal(dim1=1, dim2=2).sum(1) - 1).div(2).clamp(-1, 1)
+        ((jacobian / 10 / factors[:, None, None]).diagonal(dim1=1, dim2=2).sum(1) - 1)
+        .div(2)
+        .clamp(-1, 1)
     )
     assert turned.max() < math.radians(15 * strength) * math.sqrt(3) * 1.15
     assert turned.max() > math.radians(15 * strength)
     read_at = ours[:, :, middle, middle, middle].abs().max()
-    bound = 0.05 * strength * side * math.sqrt(3) * (1 + 0.1 * strength) / (1 - 0.1 * strength) + 0.3 * strength + 0.1
+    bound = (
+        0.05 * strength * side * math.sqrt(3) * (1 + 0.1 * strength) / (1 - 0.1 * strength)
+        + 0.3 * strength
+        + 0.1
+    )
     assert 0.04 * strength * side < read_at < bound
 
 
@@ -278,7 +311,9 @@ def test_the_affine_is_the_same_on_the_gpu_under_autocast_and_tf32():
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cuda", dtype=torch.float16):
-            ours = affine_batch(volume.cuda(), **{name: value.cuda() for name, value in options.items()})
+            ours = affine_batch(
+                volume.cuda(), **{name: value.cuda() for name, value in options.items()}
+            )
     finally:
         torch.set_float32_matmul_precision(before)
     torch.testing.assert_close(ours.cpu(), expected, atol=1e-5, rtol=0)

@@ -20,7 +20,13 @@ def reference(
 
 
 def compare(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int, residual: bool, relu: bool, error: float
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    groups: int,
+    residual: bool,
+    relu: bool,
+    error: float,
 ) -> None:
     """Forward, all gradients and running statistics, in the norm of the difference over the norm of the reference."""
     torch.manual_seed(0)
@@ -32,8 +38,18 @@ def compare(
     ours, theirs = ours.to(device).train(), theirs.to(device).double().train()
     ours.groups = groups
     like = {"dtype": dtype, "device": device}
-    x = (3 + 2 * torch.randn(shape)).to(**like).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    r = torch.randn(shape).to(**like).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    x = (
+        (3 + 2 * torch.randn(shape))
+        .to(**like)
+        .contiguous(memory_format=torch.channels_last_3d)
+        .requires_grad_()
+    )
+    r = (
+        torch.randn(shape)
+        .to(**like)
+        .contiguous(memory_format=torch.channels_last_3d)
+        .requires_grad_()
+    )
     dy = torch.randn(shape).to(**like)
     x64, r64 = x.detach().double().requires_grad_(), r.detach().double().requires_grad_()
     out = norm_act(ours, x, r if residual else None, relu=relu)
@@ -55,7 +71,9 @@ def compare(
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, True)])
-def test_groups_are_micro_batches_one_after_the_other(groups: int, residual: bool, relu: bool) -> None:
+def test_groups_are_micro_batches_one_after_the_other(
+    groups: int, residual: bool, relu: bool
+) -> None:
     compare("cpu", torch.float32, (6, 5, 3, 4, 5), groups, residual, relu, 1e-5)
 
 
@@ -64,11 +82,20 @@ def test_groups_are_micro_batches_one_after_the_other(groups: int, residual: boo
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize(("residual", "relu"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize(
-    ("dtype", "error"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
+    ("dtype", "error"),
+    [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)],
+    ids=str,
 )
-@pytest.mark.parametrize("shape", [(6, 64, 17, 16, 9), (12, 8, 5, 7, 3), (6, 2048, 3, 3, 3), (30, 1000, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(6, 64, 17, 16, 9), (12, 8, 5, 7, 3), (6, 2048, 3, 3, 3), (30, 1000, 1, 1, 1)]
+)
 def test_the_fused_kernels_equal_torchs_norm_sum_and_relu(
-    shape: tuple[int, ...], groups: int, residual: bool, relu: bool, dtype: torch.dtype, error: float
+    shape: tuple[int, ...],
+    groups: int,
+    residual: bool,
+    relu: bool,
+    dtype: torch.dtype,
+    error: float,
 ) -> None:
     compare("cuda", dtype, shape, groups, residual, relu, error)
 
@@ -105,17 +132,27 @@ def test_not_a_number_stays_one_through_norm_and_pool() -> None:
 @pytest.mark.parametrize("shape", [(2, 64, 12, 12, 12), (3, 8, 7, 5, 9), (1, 24, 2, 3, 1)])
 def test_the_max_pool_equals_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    x = (
+        torch.randn(shape, device="cuda")
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last_3d)
+        .requires_grad_()
+    )
     x64 = x.detach().double().requires_grad_()
     ours, theirs = max_pool(x), nn.functional.max_pool3d(x64, 3, 2, 1)
     assert torch.equal(ours.double(), theirs)
     dy = torch.randn_like(ours)
     ours.backward(dy)
     theirs.backward(dy.double())
-    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-3, atol=1e-2 if dtype is torch.float16 else 1e-6)
+    torch.testing.assert_close(
+        x.grad.double(), x64.grad, rtol=1e-3, atol=1e-2 if dtype is torch.float16 else 1e-6
+    )
 
 
 def test_groups_are_set_in_the_whole_network() -> None:
     network = nn.Sequential(BatchNorm(2), nn.Sequential(BatchNorm(2)), nn.BatchNorm3d(2))
     set_groups(network, 3)
-    assert [module.groups for module in network.modules() if isinstance(module, BatchNorm)] == [3, 3]
+    assert [module.groups for module in network.modules() if isinstance(module, BatchNorm)] == [
+        3,
+        3,
+    ]

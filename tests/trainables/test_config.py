@@ -58,7 +58,10 @@ def test_every_hyperparameter_says_what_it_does() -> None:
     [
         ({"backbon_lr": 1e-4}, "unknown hyperparameter 'backbon_lr'; did you mean 'backbone_lr'?"),
         ({"lr": 1e-4}, "unknown hyperparameter 'lr'; did you mean 'backbone_lr'?"),
-        ({"--max-grad-norm": 1}, "unknown hyperparameter '--max-grad-norm'; did you mean 'grad_clip'?"),
+        (
+            {"--max-grad-norm": 1},
+            "unknown hyperparameter '--max-grad-norm'; did you mean 'grad_clip'?",
+        ),
         ({"qqq": 1}, "unknown hyperparameter 'qqq'; `medtune config` lists them all"),
         ({7: 1}, "unknown hyperparameter '7'; `medtune config` lists them all"),
         ({"epochs": 0}, "epochs=0: input should be greater than or equal to 1"),
@@ -74,7 +77,10 @@ def test_every_hyperparameter_says_what_it_does() -> None:
         ({"depth": 42}, "depth=42: MedicalNet has 10, 18, 34, 50, 101, 152, 200"),
         ({"volume_shape": 4}, "every side must be at least 8 voxels"),
         ({"spacing_mm": [1, 0, 1]}, "every value must be > 0"),
-        ({"window_low": 400, "window_high": -1000}, "window_low=400.0 must be below window_high=-1000.0"),
+        (
+            {"window_low": 400, "window_high": -1000},
+            "window_low=400.0 must be below window_high=-1000.0",
+        ),
         ({"flip_axes": "xq"}, "letters of x, y, z"),
         ({"flip_axes": "xx"}, "each at most once"),
         ({"warmup_epochs": 60}, "warmup_epochs=60 must be below epochs=60"),
@@ -83,7 +89,9 @@ def test_every_hyperparameter_says_what_it_does() -> None:
         ({"fold": 5}, "fold=5: there are folds 0 to 4; raise num_folds or lower fold"),
     ],
 )
-def test_an_impossible_value_is_told_with_what_is_allowed(overrides: dict[Any, Any], message: str) -> None:
+def test_an_impossible_value_is_told_with_what_is_allowed(
+    overrides: dict[Any, Any], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         build_config(overrides)
     (told,) = caught.value.problems
@@ -92,7 +100,9 @@ def test_an_impossible_value_is_told_with_what_is_allowed(overrides: dict[Any, A
 
 def test_all_violations_are_told_together() -> None:
     """Unknown names, values wrong by themselves, and values that do not go together."""
-    told = problems_of(backbon_lr=1, epochs=0, optimizer="lion", depth=42, window_low=5, window_high=1)
+    told = problems_of(
+        backbon_lr=1, epochs=0, optimizer="lion", depth=42, window_low=5, window_high=1
+    )
     assert len(told) == 5
     for part in ("backbon_lr", "epochs=0", "optimizer='lion'", "depth=42", "window_low"):
         assert any(part in line for line in told), part
@@ -111,7 +121,9 @@ def test_names_used_elsewhere_lead_to_ours(former: str) -> None:
     assert f"did you mean {FORMER_NAMES[former]!r}?" in problems_of(**{former: 1})[0]
 
 
-@pytest.mark.parametrize("written", [64, "64", [64, 64, 64], "64,64,64", "64x64x64", (64.0, 64.0, 64.0)])
+@pytest.mark.parametrize(
+    "written", [64, "64", [64, 64, 64], "64,64,64", "64x64x64", (64.0, 64.0, 64.0)]
+)
 def test_a_cube_may_be_written_as_one_number(written: object) -> None:
     assert build_config({"volume_shape": written}).volume_shape == (64, 64, 64)
 
@@ -126,10 +138,16 @@ def test_yaml_reads_off_as_false_and_it_still_means_off() -> None:
 
 
 def test_equal_settings_have_equal_hashes_however_they_are_written() -> None:
-    assert build_config({"volume_shape": 64}).hash() == build_config({"volume_shape": "64,64,64"}).hash()
+    assert (
+        build_config({"volume_shape": 64}).hash()
+        == build_config({"volume_shape": "64,64,64"}).hash()
+    )
     assert build_config().hash() == build_config({"max_m": 0.2}).hash()
     assert build_config().hash() != build_config({"max_m": 0.21}).hash()
-    changed = {build_config(overrides).hash() for overrides in ({"seed": 1}, {"fold": 1}, {"head": "linear"}, {})}
+    changed = {
+        build_config(overrides).hash()
+        for overrides in ({"seed": 1}, {"fold": 1}, {"head": "linear"}, {})
+    }
     assert len(changed) == 4
 
 

@@ -13,7 +13,12 @@ def run(raw, ema=None, *, positive=50, negative=200, **columns):
     """Rows of a run: raw and averaged AUC by epoch (None: not finite) with their Hanley-McNeil intervals."""
     rows = []
     for index, (r, e) in enumerate(zip(raw, ema or raw, strict=True)):
-        row = {"epoch": index + 1, "updates": 99 * (index + 1), "skipped_updates": 0, "train_loss": 1.0}
+        row = {
+            "epoch": index + 1,
+            "updates": 99 * (index + 1),
+            "skipped_updates": 0,
+            "train_loss": 1.0,
+        }
         row |= {"val_positive": positive, "val_negative": negative}
         for name, auc in (("val_auc_raw", r), ("val_auc_ema", e), ("val_auc", e)):
             error = None if auc is None else hanley_mcneil_error(auc, positive, negative)
@@ -91,7 +96,11 @@ def test_an_average_on_its_way_back_to_a_sound_network_is_still_the_one_that_lag
     assert (back.verdict, back.epoch, back.settled) == ("ema_lag", 13, True)
     assert "on the way back: 0.772 against 0.810" in back.summary
     assert "the raw network is sound" in back.summary
-    assert back.advice == found[-1].advice == "set ema_buffers=averaged, ema_warmup=true, ema_decay=0.995"
+    assert (
+        back.advice
+        == found[-1].advice
+        == "set ema_buffers=averaged, ema_warmup=true, ema_decay=0.995"
+    )
     assert [(fall.verdict, fall.first) for fall in found[-1].healed] == [("ema_lag", 13)]
 
 
@@ -100,7 +109,11 @@ def test_a_network_that_falls_after_its_average_has_collapsed():
     ema = RISE + [None] * 5 + [0.55] * 6
     monitor = RunMonitor({"drw_start_epoch": 60})
     found = [monitor.update(row) for row in run(raw, ema)]
-    assert [one.verdict for one in (found[16], found[17], found[-1])] == ["ema_lag", "collapsed", "collapsed"]
+    assert [one.verdict for one in (found[16], found[17], found[-1])] == [
+        "ema_lag",
+        "collapsed",
+        "collapsed",
+    ]
 
 
 @pytest.mark.parametrize(("lagging", "name"), [(3, "collapsed"), (6, "ema_lag")])
@@ -110,7 +123,9 @@ def test_a_fall_has_the_name_it_had_for_the_longest_time(lagging, name):
     ema = RISE + [None] * lagging + [0.55] * 2 + [0.85] * 12
     found = diagnose(run(raw, ema), {"drw_start_epoch": 60})
     assert found.verdict == "healthy"
-    assert [(fall.verdict, fall.first, fall.last) for fall in found.healed] == [(name, 13, 14 + lagging)]
+    assert [(fall.verdict, fall.first, fall.last) for fall in found.healed] == [
+        (name, 13, 14 + lagging)
+    ]
 
 
 def test_no_epoch_is_in_two_falls():
@@ -124,7 +139,9 @@ def test_many_falls_that_healed_are_counted_and_the_last_ones_named():
     found = diagnose(run([0.85] * 42, ([0.85] * 3 + [None] * 3) * 7))
     assert found.verdict == "ema_lag", "the seventh has not healed yet"
     assert [fall.first for fall in found.healed] == [4, 10, 16, 22, 28, 34]
-    assert found.summary.endswith("; healed: ema_lag in epochs 16 to 18, 22 to 24, 28 to 30, 34 to 36, 2 times before")
+    assert found.summary.endswith(
+        "; healed: ema_lag in epochs 16 to 18, 22 to 24, 28 to 30, 34 to 36, 2 times before"
+    )
 
 
 @pytest.mark.parametrize("dip", [[0.4], [0.45, 0.5]], ids=["one epoch", "two epochs"])
@@ -177,7 +194,9 @@ def test_a_fold_without_one_class_is_named_and_not_called_non_finite():
 
 def test_the_collapse_of_the_average_alone_is_a_lag_with_both_values():
     raw = [*RISE, *[0.85] * 4]
-    found = diagnose(run(raw, RISE + LOW[:4]), {"ema_decay": 0.999, "ema_buffers": "copied", "ema_warmup": False})
+    found = diagnose(
+        run(raw, RISE + LOW[:4]), {"ema_decay": 0.999, "ema_buffers": "copied", "ema_warmup": False}
+    )
     assert (found.verdict, found.epoch, found.settled) == ("ema_lag", 13, True)
     assert found.evidence["auc_raw"] == 0.85
     assert found.evidence["auc_ema"] == 0.51
@@ -187,7 +206,9 @@ def test_the_collapse_of_the_average_alone_is_a_lag_with_both_values():
 
 def test_an_average_that_overflows_while_the_raw_network_is_sound_is_a_lag_not_a_broken_run():
     # facts 1: EMA .999 with copied buffers was NaN from epoch 10 to 30, raw .75 to .89
-    found = diagnose(run([*RISE, *[0.85] * 3], [0.48, 0.6, 0.66, 0.7, 0.73, 0.76, 0.77, 0.78, 0.78, *[None] * 6]))
+    found = diagnose(
+        run([*RISE, *[0.85] * 3], [0.48, 0.6, 0.66, 0.7, 0.73, 0.76, 0.77, 0.78, 0.78, *[None] * 6])
+    )
     assert found.verdict == "ema_lag"
     assert found.epoch == 10
     assert found.evidence["auc_ema"] == "not finite"
@@ -274,7 +295,10 @@ def test_chance_level_is_a_finding_after_a_quarter_of_the_epochs_and_settled_aft
 def test_freezing_and_warm_up_hold_back_the_finding_that_nothing_was_learned():
     rows = run([0.52, 0.5, 0.53, 0.51] * 4)
     assert diagnose(rows, {"epochs": 60}).verdict == "never_learned"
-    assert diagnose(rows, {"epochs": 60, "freeze_backbone_epochs": 5, "warmup_epochs": 2.5}).verdict == "healthy"
+    assert (
+        diagnose(rows, {"epochs": 60, "freeze_backbone_epochs": 5, "warmup_epochs": 2.5}).verdict
+        == "healthy"
+    )
 
 
 def test_a_small_fold_does_not_allow_to_say_that_nothing_was_learned():
@@ -295,7 +319,9 @@ def test_a_loss_spike_is_told_until_the_loss_has_been_calm_again():
     losses = [1.0, 0.9, 0.8, 0.8, 4.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
     monitor = RunMonitor({})
     found = [monitor.update(row) for row in run(RISE, train_loss=losses)]
-    assert [entry.verdict for entry in found] == ["healthy"] * 4 + ["loss_spike"] * 5 + ["healthy"] * 3
+    assert [entry.verdict for entry in found] == ["healthy"] * 4 + ["loss_spike"] * 5 + [
+        "healthy"
+    ] * 3
     assert (found[4].epoch, found[4].evidence) == (5, {"loss": 4.0, "usual_loss": 0.9})
 
 
@@ -362,7 +388,12 @@ def _parse(text):
 
 def test_hanley_mcneil_gives_the_published_errors():
     # facts 1: standard error of an AUC of .72 at these class counts
-    for positive, negative, error in ((4, 36, 0.151), (10, 30, 0.101), (20, 80, 0.069), (50, 200, 0.044)):
+    for positive, negative, error in (
+        (4, 36, 0.151),
+        (10, 30, 0.101),
+        (20, 80, 0.069),
+        (50, 200, 0.044),
+    ):
         assert hanley_mcneil_error(0.72, positive, negative) == pytest.approx(error, abs=6e-4)
     assert hanley_mcneil_error(1.0, 20, 80) > 0.005
 
@@ -389,7 +420,9 @@ def test_no_row_however_sparse_breaks_the_diagnosis(rows):
     found = diagnose(rows, None)
     assert found.verdict in VERDICTS
     assert (found.epoch is None) == (found.verdict == "healthy")
-    assert all(not isinstance(value, float) or math.isfinite(value) for value in found.evidence.values())
+    assert all(
+        not isinstance(value, float) or math.isfinite(value) for value in found.evidence.values()
+    )
 
 
 def test_a_diagnosis_follows_from_the_rows_alone_and_each_epoch_costs_the_same():
@@ -403,9 +436,17 @@ def test_a_diagnosis_follows_from_the_rows_alone_and_each_epoch_costs_the_same()
 @pytest.mark.parametrize(("epochs", "settled"), [(12, True), (200, False)])
 def test_a_lag_is_settled_at_once_when_the_run_has_no_time_to_catch_up(epochs, settled):
     """Decay .999 at 14 updates an epoch leaves 84 % of the initial weights after 12 epochs, and 6 % after 200."""
-    config = build_config({"epochs": epochs, "ema_decay": 0.999, "ema_warmup": False, "ema_buffers": "copied"})
+    config = build_config(
+        {"epochs": epochs, "ema_decay": 0.999, "ema_warmup": False, "ema_buffers": "copied"}
+    )
     rows = [
-        {"epoch": epoch, "updates": 14 * epoch, "val_auc": 0.5, "val_auc_ema": 0.5, "val_auc_raw": 0.95}
+        {
+            "epoch": epoch,
+            "updates": 14 * epoch,
+            "val_auc": 0.5,
+            "val_auc_ema": 0.5,
+            "val_auc_raw": 0.95,
+        }
         | {"val_positive": 30, "val_negative": 60}
         for epoch in range(1, 7)
     ]

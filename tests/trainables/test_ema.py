@@ -12,7 +12,12 @@ from trainables.ema import AveragedWeights, averaging_weight, recalibrate_batchn
 def small_network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 8, 2)
+        nn.Conv3d(1, 4, 3),
+        nn.BatchNorm3d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(4 * 8, 2),
     )
 
 
@@ -42,7 +47,15 @@ def assert_equal_bits(network: nn.Module, expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("update", "decay"),
-    [(0, 1 / 10), (1, 2 / 11), (8, 9 / 18), (90, 91 / 100), (1789, 1790 / 1799), (1790, 0.995), (10**6, 0.995)],
+    [
+        (0, 1 / 10),
+        (1, 2 / 11),
+        (8, 9 / 18),
+        (90, 91 / 100),
+        (1789, 1790 / 1799),
+        (1790, 0.995),
+        (10**6, 0.995),
+    ],
 )
 def test_the_decay_warms_up_to_its_final_value(update, decay):
     weight = averaging_weight(torch.tensor(update), decay=0.995, warmup=True)
@@ -50,7 +63,9 @@ def test_the_decay_warms_up_to_its_final_value(update, decay):
 
 
 def test_without_warmup_the_decay_is_constant():
-    assert averaging_weight(torch.tensor(0), decay=0.995, warmup=False).item() == pytest.approx(0.005, abs=1e-15)
+    assert averaging_weight(torch.tensor(0), decay=0.995, warmup=False).item() == pytest.approx(
+        0.005, abs=1e-15
+    )
 
 
 def test_the_average_with_warmup_is_the_hand_computed_sequence():
@@ -69,7 +84,9 @@ def test_the_average_with_warmup_is_the_hand_computed_sequence():
 
 
 @pytest.mark.parametrize(("decay", "share"), [(0.999, 0.43), (0.995, 0.015)])
-def test_without_warmup_the_initial_weights_keep_their_known_share_after_sixty_epochs_of_14_updates(decay, share):
+def test_without_warmup_the_initial_weights_keep_their_known_share_after_sixty_epochs_of_14_updates(
+    decay, share
+):
     network = nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
     average = AveragedWeights(network, decay=decay, warmup=False)
@@ -91,7 +108,9 @@ def test_without_warmup_the_average_is_that_of_torch(decay):
         oracle.update_parameters(network)
     for name, value in average.network.state_dict().items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, oracle.module.state_dict()[name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                value, oracle.module.state_dict()[name], rtol=1e-6, atol=1e-7
+            )
 
 
 # Buffers
@@ -217,7 +236,9 @@ def test_half_precision_weights_are_refused_because_their_average_would_stand_st
         AveragedWeights(small_network().bfloat16(), decay=0.999)
 
 
-@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"decay": 0.9, "buffers": "kept"}])
+@pytest.mark.parametrize(
+    "options", [{"decay": 1.0}, {"decay": -0.1}, {"decay": 0.9, "buffers": "kept"}]
+)
 def test_options_outside_their_range_are_refused(options):
     with pytest.raises(ValueError, match=r"must be"):
         AveragedWeights(small_network(), **options)
@@ -246,7 +267,9 @@ def test_a_captured_update_equals_the_one_on_the_cpu(buffers):
         graph.replay()
     assert average.updates.item() == oracle.updates.item() == 32
     for name, value in average.network.state_dict().items():
-        torch.testing.assert_close(value.cpu(), oracle.network.state_dict()[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            value.cpu(), oracle.network.state_dict()[name], rtol=1e-5, atol=1e-6
+        )
 
 
 # Recalibration
@@ -277,7 +300,11 @@ def test_recalibration_leaves_weights_modes_and_momenta_alone(training):
     weights = {name: value.detach().clone() for name, value in network.named_parameters()}
     recalibrate_batchnorm(network, [torch.randn(4, 1, 4, 4, 4)])
     assert all(torch.equal(value, weights[name]) for name, value in network.named_parameters())
-    assert (network.training, network[4].training, network[1].training) == (training, training, False)
+    assert (network.training, network[4].training, network[1].training) == (
+        training,
+        training,
+        False,
+    )
     assert network[1].momentum == 0.03
 
 
@@ -310,7 +337,11 @@ def test_recalibration_without_a_batch_is_an_error_and_keeps_the_statistics():
 def test_recalibration_brings_back_an_average_run_with_foreign_statistics():
     # The collapse in small: weights of one scale, statistics of another, and activations grow from layer to layer
     torch.manual_seed(0)
-    layers = [layer for _ in range(6) for layer in (nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU())]
+    layers = [
+        layer
+        for _ in range(6)
+        for layer in (nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU())
+    ]
     network = nn.Sequential(*layers)
     batches = [torch.randn(4, 4, 4, 4, 4) for _ in range(4)]
     recalibrate_batchnorm(network, batches)

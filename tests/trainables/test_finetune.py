@@ -48,7 +48,9 @@ TINY = {
 }
 
 
-def ball_cohort(count: int, *, positive: int, side: int = SIDE, noise: float = 1.0, seed: int = 0) -> Cohort:
+def ball_cohort(
+    count: int, *, positive: int, side: int = SIDE, noise: float = 1.0, seed: int = 0
+) -> Cohort:
     """Round balls (class 0) and flattened ones (class 1) in noise."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(count, dtype=np.int64)
@@ -75,13 +77,18 @@ def split_of(cohort: Cohort, *, every: int = 3) -> Split:
 def measured(result: EpochResult) -> dict[str, object]:
     """The row without what depends on the clock; NaN as text, so that rows compare."""
     kept = {key: value for key, value in result.metrics.items() if key not in TIMES}
-    return {key: "nan" if isinstance(value, float) and math.isnan(value) else value for key, value in kept.items()}
+    return {
+        key: "nan" if isinstance(value, float) and math.isnan(value) else value
+        for key, value in kept.items()
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_an_epoch_equals_the_plain_loop(optimizer: str) -> None:
     """Oracle: the textbook loop, unfused, with one backward a micro-batch and torch's own clipping and optimisers."""
-    cohort = ball_cohort(21, positive=7)  # 14 train: 8 + 6, so the second step has a full and a partial micro-batch
+    cohort = ball_cohort(
+        21, positive=7
+    )  # 14 train: 8 + 6, so the second step has a full and a partial micro-batch
     split = split_of(cohort)
     config = build_config(
         TINY
@@ -99,21 +106,34 @@ def test_an_epoch_equals_the_plain_loop(optimizer: str) -> None:
     assert len(split.train) % 8 not in (0, 4)
     run = _Run(config, cohort, split, torch.device("cpu"))
     reference = build_network(
-        depth=10, width=0.125, geometry="strided", head="cosine", num_classes=2, in_channels=1, dropout=0.0
+        depth=10,
+        width=0.125,
+        geometry="strided",
+        head="cosine",
+        num_classes=2,
+        in_channels=1,
+        dropout=0.0,
     )
     reference.load_state_dict(run.network.state_dict())
     run.train_one_epoch(None)
 
     kinds = {
-        "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=1e-2),
+        "sgd": lambda groups: torch.optim.SGD(
+            groups, momentum=0.9, nesterov=True, weight_decay=1e-2
+        ),
         "adam": lambda groups: torch.optim.Adam(groups, weight_decay=1e-2),
         "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=1e-2),
     }
     head = list(reference.head.parameters())
     plain = kinds[optimizer](
-        [{"params": list(reference.backbone.parameters()), "lr": 1e-4}, {"params": head, "lr": 1e-3}]
+        [
+            {"params": list(reference.backbone.parameters()), "lr": 1e-4},
+            {"params": head, "lr": 1e-3},
+        ]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(plain, lambda step: 0.5 * (1 + math.cos(math.pi * step / 2)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        plain, lambda step: 0.5 * (1 + math.cos(math.pi * step / 2))
+    )
     counts = np.bincount(cohort.labels[split.train])
     margins, weights = ldam_margins(counts, 0.2), class_weights(counts, 0.9999)
     order = split.train[np.random.default_rng((0, 1)).permutation(len(split.train))]
@@ -125,7 +145,9 @@ def test_an_epoch_equals_the_plain_loop(optimizer: str) -> None:
             rows = step[begin : begin + 4]
             logits = reference(torch.from_numpy(cohort.volumes[rows].astype(np.float32)))
             labels = torch.from_numpy(cohort.labels[rows])
-            shifted = 15 * (logits - margins[labels][:, None] * torch.nn.functional.one_hot(labels, 2))
+            shifted = 15 * (
+                logits - margins[labels][:, None] * torch.nn.functional.one_hot(labels, 2)
+            )
             losses = torch.nn.functional.cross_entropy(shifted, labels, reduction="none")
             ((weights[labels] * losses).sum() / len(step)).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -156,9 +178,15 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     cohort = ball_cohort(16, positive=6)
     split = split_of(cohort)
     cohort.volumes[split.train[0]] = np.nan
-    config = build_config(TINY | {"epochs": 1, "batch_size": len(split.train), "gradient_accumulation_steps": 1})
+    config = build_config(
+        TINY | {"epochs": 1, "batch_size": len(split.train), "gradient_accumulation_steps": 1}
+    )
     run = _Run(config, cohort, split, torch.device("cpu"))
-    before = {key: value.clone() for key, value in run.network.state_dict().items() if value.is_floating_point()}
+    before = {
+        key: value.clone()
+        for key, value in run.network.state_dict().items()
+        if value.is_floating_point()
+    }
     row = run.train_one_epoch(None)
     assert (row["skipped_updates"], row["updates"]) == (1, 0)
     assert math.isnan(row["train_loss"])
@@ -170,7 +198,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit() -> None:
     cohort = ball_cohort(24, positive=8)
     split = split_of(cohort)
-    config = build_config(TINY | {"epochs": 4, "dropout": 0.4, "drw_start_epoch": 3, "freeze_backbone_epochs": 1})
+    config = build_config(
+        TINY | {"epochs": 4, "dropout": 0.4, "drw_start_epoch": 3, "freeze_backbone_epochs": 1}
+    )
     whole = list(finetune(config, cohort, split))
     first = finetune(config, cohort, split)
     next(first)
@@ -195,7 +225,10 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
     cohort = ball_cohort(16, positive=6)
     split = split_of(cohort)
     runs = [
-        [measured(result) for result in finetune(build_config(TINY | {"seed": seed}), cohort, split)]
+        [
+            measured(result)
+            for result in finetune(build_config(TINY | {"seed": seed}), cohort, split)
+        ]
         for seed in (0, 0, 1)
     ]
     assert runs[0] == runs[1]
@@ -215,14 +248,18 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
         next(finetune(build_config(TINY), cohort, split, resume=state | {"format": 99}))
 
 
-def test_a_folder_of_another_run_is_refused_before_anything_is_told_or_written(tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused_before_anything_is_told_or_written(
+    tmp_path: Path,
+) -> None:
     """`medtune train` into an old folder printed that run's epochs, and left the new config.json beside its checkpoint."""
     cohort = ball_cohort(16, positive=6)
     split = split_of(cohort)
     files = TrialFiles(tmp_path)
 
     def rows_of(config: FineTuneConfig) -> list[dict[str, Any]]:
-        return list(saved_run(config, files, lambda resume: finetune(config, cohort, split, resume=resume)))
+        return list(
+            saved_run(config, files, lambda resume: finetune(config, cohort, split, resume=resume))
+        )
 
     config = build_config(TINY | {"epochs": 1})
     assert len(rows_of(config)) == 1
@@ -235,7 +272,9 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_told_or_written(t
 def test_frozen_stages_keep_weights_and_statistics_and_thaw_in_order() -> None:
     cohort = ball_cohort(16, positive=6)
     split = split_of(cohort)
-    config = build_config(TINY | {"epochs": 4, "freeze_backbone_epochs": 1, "unfreeze_stage_epochs": 1})
+    config = build_config(
+        TINY | {"epochs": 4, "freeze_backbone_epochs": 1, "unfreeze_stage_epochs": 1}
+    )
     run = _Run(config, cohort, split, torch.device("cpu"))
 
     def backbone() -> dict[str, torch.Tensor]:
@@ -245,10 +284,14 @@ def test_frozen_stages_keep_weights_and_statistics_and_thaw_in_order() -> None:
     assert run.train_one_epoch(None)["frozen_stages"] == 5
     assert all(torch.equal(start[key], value) for key, value in backbone().items())
     assert run.train_one_epoch(None)["frozen_stages"] == 4
-    moved = {key.split(".")[0] for key, value in backbone().items() if not torch.equal(start[key], value)}
+    moved = {
+        key.split(".")[0] for key, value in backbone().items() if not torch.equal(start[key], value)
+    }
     assert moved == {"layer4"}
     run.train_one_epoch(None)
-    moved = {key.split(".")[0] for key, value in backbone().items() if not torch.equal(start[key], value)}
+    moved = {
+        key.split(".")[0] for key, value in backbone().items() if not torch.equal(start[key], value)
+    }
     assert moved == {"layer3", "layer4"}
 
 
@@ -257,7 +300,13 @@ def test_eight_volumes_are_overfitted() -> None:
     rows = np.arange(8)
     config = build_config(
         TINY
-        | {"epochs": 25, "backbone_lr": 3e-3, "classifier_lr": 3e-3, "augmentation_strength": 0, "flip_axes": ""}
+        | {
+            "epochs": 25,
+            "backbone_lr": 3e-3,
+            "classifier_lr": 3e-3,
+            "augmentation_strength": 0,
+            "flip_axes": "",
+        }
         | {"drw_start_epoch": 99, "width": 0.25}
     )
     *_, last = finetune(config, cohort, Split(rows, rows, rows[:0]))
@@ -295,7 +344,13 @@ def test_validation_scores_are_those_of_the_saved_average() -> None:
     config = build_config(TINY)
     *_, last = finetune(config, cohort, split)
     network = build_network(
-        depth=10, width=0.125, geometry="strided", head="cosine", num_classes=2, in_channels=1, dropout=0.0
+        depth=10,
+        width=0.125,
+        geometry="strided",
+        head="cosine",
+        num_classes=2,
+        in_channels=1,
+        dropout=0.0,
     ).eval()
     network.load_state_dict(last.state()["average"]["network"])
     with torch.no_grad():
@@ -310,7 +365,9 @@ def test_micro_batches_of_all_ranks_are_those_of_one(count: int, world: int) -> 
     rows = np.arange(count)
     alone = rank_micro_batches(rows, 4, 0, 1)
     ranks = [rank_micro_batches(rows, 4, rank, world) for rank in range(world)]
-    assert len({len(chunks) for chunks in ranks}) == 1, "a rank with fewer micro-batches would leave the others waiting"
+    assert len({len(chunks) for chunks in ranks}) == 1, (
+        "a rank with fewer micro-batches would leave the others waiting"
+    )
     interleaved = [chunk for turn in zip(*ranks, strict=True) for chunk in turn]
     assert [list(chunk) for chunk in interleaved if len(chunk)] == [list(chunk) for chunk in alone]
     assert [row for chunk in alone for row in chunk] == list(rows)
@@ -329,15 +386,21 @@ def test_no_step_and_no_micro_batch_is_a_single_volume(count: int) -> None:
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    factors = [learning_rate_factor(step, total=100, warmup=10, scheduler="cosine") for step in range(101)]
+    factors = [
+        learning_rate_factor(step, total=100, warmup=10, scheduler="cosine") for step in range(101)
+    ]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0.0)
     assert learning_rate_factor(70, total=100, warmup=10, scheduler="constant") == 1.0
     # the document's figures: rate left when DRW begins at epoch 15 and at 25 of 60
-    assert learning_rate_factor(15, total=60, warmup=0, scheduler="cosine") == pytest.approx(0.85, abs=0.01)
-    assert learning_rate_factor(25, total=60, warmup=0, scheduler="cosine") == pytest.approx(0.63, abs=0.01)
+    assert learning_rate_factor(15, total=60, warmup=0, scheduler="cosine") == pytest.approx(
+        0.85, abs=0.01
+    )
+    assert learning_rate_factor(25, total=60, warmup=0, scheduler="cosine") == pytest.approx(
+        0.63, abs=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +412,9 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
         ("bf16", "cuda", torch.bfloat16),
     ],
 )
-def test_the_precision_is_chosen_once_with_a_reason(amp: str, device: str, dtype: torch.dtype) -> None:
+def test_the_precision_is_chosen_once_with_a_reason(
+    amp: str, device: str, dtype: torch.dtype
+) -> None:
     chosen = choose_precision(amp, torch.device(device))
     assert chosen.dtype is dtype
     assert chosen.reason
@@ -378,7 +443,9 @@ BEFORE = {
 def collapse_run(**averaging: object) -> tuple[FineTuneConfig, list[dict[str, object]]]:
     cohort = ball_cohort(120, positive=36, side=20)
     config = build_config(BEFORE | averaging)
-    return config, [result.metrics for result in finetune(config, cohort, split_of(cohort, every=4))]
+    return config, [
+        result.metrics for result in finetune(config, cohort, split_of(cohort, every=4))
+    ]
 
 
 @pytest.mark.slow
@@ -414,7 +481,9 @@ GPU_RUN = {
 }
 
 
-def gpu_trajectory(settings: dict[str, object], *, graphs: bool, at_once: int | None = None) -> tuple[np.ndarray, _Run]:
+def gpu_trajectory(
+    settings: dict[str, object], *, graphs: bool, at_once: int | None = None
+) -> tuple[np.ndarray, _Run]:
     """Losses of all steps: 6 full ones and a partial one an epoch; stages thaw in epoch 2, DRW begins in epoch 3."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cohort = ball_cohort(81, positive=30, side=64)
@@ -443,13 +512,20 @@ def test_captured_steps_equal_eager_ones_through_thawing_reweighting_and_partial
     assert run.graph is not None
     np.testing.assert_allclose(captured, eager, rtol=tolerance)
     skipped = len(captured) - int(run.average.updates)
-    assert skipped <= (3 if amp == "fp16" else 0), "the loss scale starts high and halves until it fits"
+    assert skipped <= (3 if amp == "fp16" else 0), (
+        "the loss scale starts high and halves until it fits"
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_micro_batches_together_equal_one_after_the_other_on_a_gpu() -> None:
-    settings: dict[str, object] = {"amp": "off", "dropout": 0.0, "augmentation_strength": 0, "flip_axes": ""}
+    settings: dict[str, object] = {
+        "amp": "off",
+        "dropout": 0.0,
+        "augmentation_strength": 0,
+        "flip_axes": "",
+    }
     apart, _ = gpu_trajectory(settings, graphs=False, at_once=1)
     together, run = gpu_trajectory(settings, graphs=True, at_once=2)
     assert max(part.groups for parts in run.passes.values() for part in parts) == 2
@@ -468,7 +544,9 @@ def test_runs_that_follow_each_other_hold_no_more_memory_than_the_first() -> Non
         reserved.append(torch.cuda.memory_reserved())
         allocated.append(torch.cuda.memory_allocated())
     assert max(reserved) <= 1.1 * reserved[0]
-    assert allocated[0] == allocated[1] == allocated[2], "such as cuBLAS's workspace for another stream"
+    assert allocated[0] == allocated[1] == allocated[2], (
+        "such as cuBLAS's workspace for another stream"
+    )
 
 
 @pytest.mark.gpu
@@ -480,13 +558,21 @@ def test_a_deterministic_run_on_a_gpu_repeats_itself_and_goes_on_bit_for_bit(amp
     split = split_of(cohort)
     try:
         first = list(finetune(config, cohort, split, device="cuda"))
-        states = [(result, copy.deepcopy(result.state())) for result in finetune(config, cohort, split, device="cuda")]
+        states = [
+            (result, copy.deepcopy(result.state()))
+            for result in finetune(config, cohort, split, device="cuda")
+        ]
         went_on = list(finetune(config, cohort, split, device="cuda", resume=states[1][1]))
     finally:
         torch.use_deterministic_algorithms(False)
     assert [measured(result) for result in first] == [measured(result) for result, _ in states]
-    assert [measured(result) for result in went_on] == [measured(result) for result, _ in states[2:]]
+    assert [measured(result) for result in went_on] == [
+        measured(result) for result, _ in states[2:]
+    ]
     last, again = states[-1][1], went_on[-1].state()
-    for mine, other in ((last["network"], again["network"]), (last["average"]["network"], again["average"]["network"])):
+    for mine, other in (
+        (last["network"], again["network"]),
+        (last["average"]["network"], again["average"]["network"]),
+    ):
         assert mine.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())

@@ -61,14 +61,18 @@ def test_class_weights_have_their_worked_values(counts, beta, expected):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.9999, 1 - 1e-12])
 def test_class_weights_follow_the_effective_number_and_sum_to_the_number_of_classes(counts, beta):
     weights = class_weights(counts, beta)
-    effective = [sum(beta**k for k in range(n)) for n in counts]  # (1 - beta^n) / (1 - beta), as the series it is
+    effective = [
+        sum(beta**k for k in range(n)) for n in counts
+    ]  # (1 - beta^n) / (1 - beta), as the series it is
     expected = np.array([1 / n for n in effective])
     np.testing.assert_allclose(weights, expected * len(counts) / expected.sum(), rtol=1e-6)
     assert weights.sum() == pytest.approx(len(counts))
     assert weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize("make", [lambda n: ldam_margins(n, 0.2), lambda n: class_weights(n, 0.9999)])
+@pytest.mark.parametrize(
+    "make", [lambda n: ldam_margins(n, 0.2), lambda n: class_weights(n, 0.9999)]
+)
 def test_a_class_without_a_training_sample_is_an_error(make):
     with pytest.raises(ValueError, match=r"\[12, 0, 3\]: class 1 has no training sample"):
         make([12, 0, 3])
@@ -81,7 +85,8 @@ def test_a_beta_outside_its_range_is_an_error(beta):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "start", "active"), [(1, 1, True), (24, 25, False), (25, 25, True), (60, 25, True), (60, 61, False)]
+    ("epoch", "start", "active"),
+    [(1, 1, True), (24, 25, False), (25, 25, True), (60, 25, True), (60, 61, False)],
 )
 def test_deferred_weights_begin_in_the_named_epoch_counted_from_one(epoch, start, active):
     assert drw_active(epoch, start) is active
@@ -114,17 +119,26 @@ def test_losses_equal_the_float64_formula(loss, num_classes, s):
     labels = random.integers(0, num_classes, 64)
     margins = ldam_margins(random.integers(1, 300, num_classes), 0.3)
     options = {"loss": loss, "s": s, "focal_gamma": 2.0}
-    ours = sample_losses(torch.from_numpy(logits), torch.from_numpy(labels), margins=margins, **options)
+    ours = sample_losses(
+        torch.from_numpy(logits), torch.from_numpy(labels), margins=margins, **options
+    )
     assert ours.shape == (64,)
     np.testing.assert_allclose(
-        ours, float64_losses(logits, labels, margins=margins.numpy(), **options), rtol=2e-5, atol=2e-6
+        ours,
+        float64_losses(logits, labels, margins=margins.numpy(), **options),
+        rtol=2e-5,
+        atol=2e-6,
     )
 
 
 def test_a_worked_ldam_loss():
     # cosines .5 and .1, label 0, margin .2, s 15: log(1 + exp(15 * (.1 - (.5 - .2))))
     loss = sample_losses(
-        torch.tensor([[0.5, 0.1]]), torch.tensor([0]), loss="ldam", margins=torch.tensor([0.2, 0.1]), s=15.0
+        torch.tensor([[0.5, 0.1]]),
+        torch.tensor([0]),
+        loss="ldam",
+        margins=torch.tensor([0.2, 0.1]),
+        s=15.0,
     )
     assert loss.item() == pytest.approx(math.log1p(math.exp(-3.0)), rel=1e-5)
 
@@ -161,7 +175,9 @@ def test_all_arithmetic_is_float32_whatever_arrives_and_whatever_autocast_says(l
 def test_a_logit_that_is_not_finite_makes_only_its_own_loss_not_finite(loss, bad):
     logits = torch.zeros(3, 2)
     logits[1, 0] = bad
-    losses = sample_losses(logits, torch.zeros(3, dtype=torch.long), loss=loss, margins=torch.ones(2), s=1.0)
+    losses = sample_losses(
+        logits, torch.zeros(3, dtype=torch.long), loss=loss, margins=torch.ones(2), s=1.0
+    )
     assert torch.isfinite(losses).tolist() == [True, False, True]
 
 
@@ -194,9 +210,14 @@ def step_gradient(
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [[6, 6], [1] * 12, [11, 1], [1, 2, 3, 6], [5, 5, 2], [10, 2]])
-def test_the_weighted_loss_of_a_step_is_the_same_however_it_is_split_into_micro_batches(loss, sizes):
+def test_the_weighted_loss_of_a_step_is_the_same_however_it_is_split_into_micro_batches(
+    loss, sizes
+):
     torch.manual_seed(0)
-    inputs, labels = torch.randn(12, 8), torch.tensor([0] * 10 + [1] * 2)  # most splits have parts of one class only
+    inputs, labels = (
+        torch.randn(12, 8),
+        torch.tensor([0] * 10 + [1] * 2),
+    )  # most splits have parts of one class only
     network = nn.Linear(8, 2)
     whole_loss, whole_gradient = step_gradient(network, inputs, labels, [12], loss)
     split_loss, split_gradient = step_gradient(network, inputs, labels, sizes, loss)
@@ -208,7 +229,9 @@ def test_a_micro_batch_of_one_class_keeps_its_weight_where_a_weighted_mean_loses
     logits, labels = torch.randn(6, 2), torch.ones(6, dtype=torch.long)
     weights = class_weights([180, 20], 0.9999)
     plain = F.cross_entropy(logits, labels)
-    assert F.cross_entropy(logits, labels, weight=weights).item() == pytest.approx(plain.item(), rel=1e-5)  # the trap
+    assert F.cross_entropy(logits, labels, weight=weights).item() == pytest.approx(
+        plain.item(), rel=1e-5
+    )  # the trap
     ours = (weights[labels] * sample_losses(logits, labels, loss="cross_entropy", s=1.0)).sum() / 6
     assert ours.item() == pytest.approx(1.799 * plain.item(), rel=1e-3)
 

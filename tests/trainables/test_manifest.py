@@ -26,7 +26,12 @@ Write = Callable[..., Path]
 def write_table(tmp_path: Path) -> Callable[..., Path]:
     """Write a table and an (empty) file for each scan it names; rows are `label,subject` and more, after the path."""
 
-    def write(rows: list[str], header: str = "path,label,subject", name: str = "table.csv", files: bool = True) -> Path:
+    def write(
+        rows: list[str],
+        header: str = "path,label,subject",
+        name: str = "table.csv",
+        files: bool = True,
+    ) -> Path:
         lines = [header]
         for number, row in enumerate(rows, 1):
             scan = f"{number:04d}.nii.gz"
@@ -60,7 +65,9 @@ def test_a_table_becomes_rows_with_absolute_paths(
     manifest = read_manifest(Path("table.csv"))
     assert manifest.table == str(tmp_path / "table.csv")
     assert list(manifest.rows.columns) == ["path", "label", "subject", "split", "fold"]
-    assert manifest.rows["path"].tolist() == [str(tmp_path / f"{number:04d}.nii.gz") for number in range(1, 10)]
+    assert manifest.rows["path"].tolist() == [
+        str(tmp_path / f"{number:04d}.nii.gz") for number in range(1, 10)
+    ]
     assert manifest.rows["label"].tolist() == [0, 1] * 4 + [1]
     assert manifest.rows["label"].dtype == np.int64
     assert manifest.rows["subject"].tolist() == [f"s{number}" for number in range(8)] + ["007"]
@@ -68,25 +75,34 @@ def test_a_table_becomes_rows_with_absolute_paths(
     assert manifest.rows["fold"].isna().all()
 
 
-def test_absolute_paths_other_columns_and_blank_lines_are_fine(write_table: Write, tmp_path: Path) -> None:
+def test_absolute_paths_other_columns_and_blank_lines_are_fine(
+    write_table: Write, tmp_path: Path
+) -> None:
     table = write_table([])
     scans = [tmp_path / "a, b" / f"{name}.nii" for name in ("ü", "y")]
     scans[0].parent.mkdir()
     for scan in scans:
         scan.touch()
-    table.write_text(f'age,label,path,subject\n40,0,"{scans[0]}",a\n\n,1,"{scans[1]}",b\n', encoding="utf-8-sig")
+    table.write_text(
+        f'age,label,path,subject\n40,0,"{scans[0]}",a\n\n,1,"{scans[1]}",b\n', encoding="utf-8-sig"
+    )
     assert read_manifest(table).rows["path"].tolist() == [str(scan) for scan in scans]
 
 
 def test_parquet_and_csv_give_the_same_rows(write_table: Write, tmp_path: Path) -> None:
     table = write_table(
-        [f"{row},train" if n < 4 else f"{row},val" for n, row in enumerate(GOOD)], "path,label,subject,split"
+        [f"{row},train" if n < 4 else f"{row},val" for n, row in enumerate(GOOD)],
+        "path,label,subject,split",
     )
-    frame = pd.read_csv(table).assign(label=lambda rows: rows["label"].astype(float), extra=[{"a": [1]}] * 8)
+    frame = pd.read_csv(table).assign(
+        label=lambda rows: rows["label"].astype(float), extra=[{"a": [1]}] * 8
+    )
     frame.to_parquet(tmp_path / "table.parquet")
     frame.to_parquet(tmp_path / "misnamed.csv")
     for other in ("table.parquet", "misnamed.csv"):
-        pd.testing.assert_frame_equal(read_manifest(tmp_path / other).rows, read_manifest(table).rows)
+        pd.testing.assert_frame_equal(
+            read_manifest(tmp_path / other).rows, read_manifest(table).rows
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,9 @@ def test_parquet_and_csv_give_the_same_rows(write_table: Write, tmp_path: Path) 
         ("1,s,more", "4 cells, the header has 3: quote a cell that contains a comma"),
     ],
 )
-def test_a_bad_cell_is_told_with_its_row_and_scan(write_table: Write, row: str, message: str) -> None:
+def test_a_bad_cell_is_told_with_its_row_and_scan(
+    write_table: Write, row: str, message: str
+) -> None:
     found = problems_of(write_table([*GOOD, row]))
     assert found[0].startswith(f"row 9 (scan 0009.nii.gz): {message}")
 
@@ -123,9 +141,15 @@ def test_a_bad_cell_is_told_with_its_row_and_scan(write_table: Write, row: str, 
         ("folder", "row 9 (scan folder): a folder, a .nii or .nii.gz file is needed"),
         ("pipe", "row 9 (scan pipe): a pipe or device, a .nii"),
         ("loop", "row 9 (scan loop): no file that can be read: Too many levels of symbolic links"),
-        ("x" * 5000, f"row 9 (scan {'x' * 60}...{'x' * 57}): no file that can be read: File name too long"),
+        (
+            "x" * 5000,
+            f"row 9 (scan {'x' * 60}...{'x' * 57}): no file that can be read: File name too long",
+        ),
         ("a\x1b[31mred", r"row 9 (scan a\x1b[31mred): no such file"),
-        ("0001.nii.gz", "row 9 (scan 0001.nii.gz): the same file as row 1 (scan 0001.nii.gz): keep one of the rows"),
+        (
+            "0001.nii.gz",
+            "row 9 (scan 0001.nii.gz): the same file as row 1 (scan 0001.nii.gz): keep one of the rows",
+        ),
         ("folder/../0001.nii.gz", "row 9 (scan folder/../0001.nii.gz): the same file as row 1"),
         ("link", "row 9 (scan link): the same file as row 2 (scan 0002.nii.gz)"),
     ],
@@ -142,7 +166,9 @@ def test_a_bad_path_is_told(write_table: Write, tmp_path: Path, path: str, messa
 
 
 def test_a_name_with_a_nul_in_a_parquet_table_is_told(tmp_path: Path) -> None:
-    pd.DataFrame({"path": ["a\0b"], "label": [0], "subject": [3]}).to_parquet(tmp_path / "t.parquet")
+    pd.DataFrame({"path": ["a\0b"], "label": [0], "subject": [3]}).to_parquet(
+        tmp_path / "t.parquet"
+    )
     assert problems_of(tmp_path / "t.parquet")[0].startswith(
         r"row 1 (scan a\x00b): no file that can be read: embedded null"
     )
@@ -180,7 +206,9 @@ def test_every_problem_of_every_row_is_told_at_once(write_table: Write, tmp_path
         ("path,label,subject,subject", "column 'subject' is there twice: remove one"),
     ],
 )
-def test_a_missing_column_is_told_with_what_it_is_for(write_table: Write, header: str, message: str) -> None:
+def test_a_missing_column_is_told_with_what_it_is_for(
+    write_table: Write, header: str, message: str
+) -> None:
     assert any(message in line for line in problems_of(write_table(GOOD, header)))
 
 
@@ -207,7 +235,10 @@ def test_a_missing_column_hides_no_problem_of_the_others(write_table: Write) -> 
         ("path,label".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (b"path,label,subject\na,0,M\xfcller\n", "line 2 is not UTF-8 text"),
         (b'path,label,subject\n"a,0,b\n', "not a CSV table: unexpected end of data"),
-        (b"path,label,subject\n" + b"a" * 200_000, "not a CSV table: field larger than field limit"),
+        (
+            b"path,label,subject\n" + b"a" * 200_000,
+            "not a CSV table: field larger than field limit",
+        ),
         (b"PAR1 and no more", "not a Parquet table: "),
         (b"PAR1PAR1", "not a Parquet table: "),
     ],
@@ -242,16 +273,27 @@ def test_a_table_that_is_missing_a_folder_a_pipe_or_huge_is_told(
     assert "is it the table?" in problems_of(table)[0]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=300) | st.text(max_size=300).map(lambda text: f"path,label,subject\n{text}".encode()))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    content=st.binary(max_size=300)
+    | st.text(max_size=300).map(lambda text: f"path,label,subject\n{text}".encode())
+)
 def test_any_bytes_are_a_table_or_told(tmp_path: Path, content: bytes) -> None:
     table = tmp_path / "any.csv"
     table.write_bytes(content)
     assert problems_of(table)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(patches=st.lists(st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=5))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    patches=st.lists(
+        st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=5
+    )
+)
 def test_a_mangled_parquet_table_is_read_or_told(
     write_table: Write, tmp_path: Path, patches: list[tuple[int, bytes]]
 ) -> None:
@@ -282,22 +324,50 @@ def test_a_mangled_parquet_table_is_read_or_told(
             ["0,a,train", "1,b,train", "0,c,val", "1,d,val", "0,a,test"],
             "subject 'a' is in train (row 1) and in test (row 5)",
         ),
-        ("split", ["0,a,", "1,b,", "0,a,test"], "subject 'a' is in no split (row 1) and in test (row 3)"),
+        (
+            "split",
+            ["0,a,", "1,b,", "0,a,test"],
+            "subject 'a' is in no split (row 1) and in test (row 3)",
+        ),
         (
             "split",
             ["0,a,train", "1,b,train", "0,c,val"],
             "split 'val' has no row of class 1 (rows: 1 of class 0; num_classes=2)",
         ),
-        ("split", ["0,a,train", "0,b,train", "0,c,val", "1,d,val"], "split 'train' has no row of class 1"),
+        (
+            "split",
+            ["0,a,train", "0,b,train", "0,c,val", "1,d,val"],
+            "split 'train' has no row of class 1",
+        ),
         ("split", ["0,a,val", "1,b,val"], "split 'train' has no row of class 0, 1 (rows: none"),
-        ("split", ["0,a,test", "1,b,test"], "the table, less its test rows, has no row of class 0, 1"),
+        (
+            "split",
+            ["0,a,test", "1,b,test"],
+            "the table, less its test rows, has no row of class 0, 1",
+        ),
         ("split", ["0,a,train", "1,b,"], "row 2 (scan 0002.nii.gz): no split, other rows have one"),
-        ("split", ["0,a,Train", "1,b,val"], "split 'Train': train, val or test is needed; did you mean 'train'?"),
+        (
+            "split",
+            ["0,a,Train", "1,b,val"],
+            "split 'Train': train, val or test is needed; did you mean 'train'?",
+        ),
         ("split", ["0,a,validation", "1,b,val"], "did you mean 'val'?"),
         ("split", ["0,a,holdout", "1,b,val"], "split 'holdout': train, val or test is needed"),
-        ("fold", ["0,a,0", "1,b,0", "0,c,1", "1,a,1"], "subject 'a' is in fold 0 (row 1) and in fold 1 (row 4)"),
-        ("fold", ["0,a,0", "1,b,0", "0,c,1", "0,d,1"], "the validation part of fold 1 has no row of class 1"),
-        ("fold", ["0,a,0", "1,b,0", "0,c,1", "0,d,1"], "the training part of fold 0 has no row of class 1"),
+        (
+            "fold",
+            ["0,a,0", "1,b,0", "0,c,1", "1,a,1"],
+            "subject 'a' is in fold 0 (row 1) and in fold 1 (row 4)",
+        ),
+        (
+            "fold",
+            ["0,a,0", "1,b,0", "0,c,1", "0,d,1"],
+            "the validation part of fold 1 has no row of class 1",
+        ),
+        (
+            "fold",
+            ["0,a,0", "1,b,0", "0,c,1", "0,d,1"],
+            "the training part of fold 0 has no row of class 1",
+        ),
         ("fold", ["0,a,0", "1,b,0"], "every row is in fold 0: two folds or more are needed"),
         ("fold", ["0,a,0", "1,b,2"], "no row is in fold 1: folds are numbered from 0 without gaps"),
         (
@@ -311,15 +381,21 @@ def test_a_mangled_parquet_table_is_read_or_told(
         ("age", ["0,a,1", "0,b,1"], "the table has no row of class 1"),
     ],
 )
-def test_a_split_that_cannot_be_used_is_told(write_table: Write, header: str, rows: list[str], message: str) -> None:
-    assert any(message in line for line in problems_of(write_table(rows, f"path,label,subject,{header}")))
+def test_a_split_that_cannot_be_used_is_told(
+    write_table: Write, header: str, rows: list[str], message: str
+) -> None:
+    assert any(
+        message in line for line in problems_of(write_table(rows, f"path,label,subject,{header}"))
+    )
 
 
 def subjects_of(manifest: Manifest, rows: np.ndarray) -> set[str]:
     return set(manifest.rows["subject"].to_numpy()[rows])
 
 
-def cut(manifest: Manifest, fold: int = 0, num_folds: int = 3, cross_validate: bool = False) -> list[list[int]]:
+def cut(
+    manifest: Manifest, fold: int = 0, num_folds: int = 3, cross_validate: bool = False
+) -> list[list[int]]:
     split = split_rows(manifest, fold=fold, num_folds=num_folds, cross_validate=cross_validate)
     for part in (split.train, split.val, split.test):
         assert part.dtype == np.int64
@@ -333,16 +409,22 @@ ROWS = [f"{number % 2},s{number // 2}" for number in range(12)]
 def test_the_tables_own_split_decides_whatever_the_fold(write_table: Write) -> None:
     words = ["train"] * 6 + ["val"] * 4 + ["test"] * 2
     manifest = read_manifest(
-        write_table([f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split")
+        write_table(
+            [f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split"
+        )
     )
     for fold in (0, 7):
         assert cut(manifest, fold) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], [10, 11]]
 
 
-def test_cross_validation_folds_train_and_val_together_and_never_touches_test(write_table: Write) -> None:
+def test_cross_validation_folds_train_and_val_together_and_never_touches_test(
+    write_table: Write,
+) -> None:
     words = ["train"] * 6 + ["val"] * 4 + ["test"] * 2
     manifest = read_manifest(
-        write_table([f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split")
+        write_table(
+            [f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split"
+        )
     )
     parts = [cut(manifest, fold, cross_validate=True) for fold in range(3)]
     assert sorted(row for _, val, _ in parts for row in val) == list(range(10))
@@ -352,9 +434,13 @@ def test_cross_validation_folds_train_and_val_together_and_never_touches_test(wr
 
 
 @pytest.mark.parametrize("words", [["train"] * 10 + ["test"] * 2, [""] * 10 + ["test"] * 2])
-def test_a_table_with_test_rows_and_no_val_rows_is_folded(write_table: Write, words: list[str]) -> None:
+def test_a_table_with_test_rows_and_no_val_rows_is_folded(
+    write_table: Write, words: list[str]
+) -> None:
     manifest = read_manifest(
-        write_table([f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split")
+        write_table(
+            [f"{row},{w}" for row, w in zip(ROWS, words, strict=True)], "path,label,subject,split"
+        )
     )
     train, val, test = cut(manifest, fold=1)
     assert sorted(train + val) == list(range(10))
@@ -362,10 +448,15 @@ def test_a_table_with_test_rows_and_no_val_rows_is_folded(write_table: Write, wo
 
 
 def test_the_tables_own_folds_come_before_ours(write_table: Write) -> None:
-    rows = [f"{row},{'test' if n > 9 else ''},{'' if n > 9 else n // 2 % 2}" for n, row in enumerate(ROWS)]
+    rows = [
+        f"{row},{'test' if n > 9 else ''},{'' if n > 9 else n // 2 % 2}"
+        for n, row in enumerate(ROWS)
+    ]
     manifest = read_manifest(write_table(rows, "path,label,subject,split,fold"))
     assert cut(manifest, 1) == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7], [10, 11]]
-    with pytest.raises(ManifestError, match="fold=2: the table's fold column has 0, 1; choose one of them"):
+    with pytest.raises(
+        ManifestError, match="fold=2: the table's fold column has 0, 1; choose one of them"
+    ):
         cut(manifest, 2)
 
 
@@ -378,8 +469,12 @@ def test_folds_and_a_split_together_follow_cross_validate(write_table: Write) ->
 
 def test_folds_do_not_depend_on_the_order_of_the_rows(write_table: Write) -> None:
     rng = np.random.default_rng(0)
-    manifest = read_manifest(write_table([f"{rng.integers(2)},s{rng.integers(20)}" for _ in range(60)]))
-    shuffled = Manifest(manifest.table, manifest.rows.sample(frac=1, random_state=1).reset_index(drop=True), 2)
+    manifest = read_manifest(
+        write_table([f"{rng.integers(2)},s{rng.integers(20)}" for _ in range(60)])
+    )
+    shuffled = Manifest(
+        manifest.table, manifest.rows.sample(frac=1, random_state=1).reset_index(drop=True), 2
+    )
     for fold in range(3):
         one, other = (
             {name: set(m.rows["path"][getattr(split, name)]) for name in ("train", "val")}
@@ -394,7 +489,9 @@ def test_too_few_subjects_of_a_class_for_the_folds_are_told_with_the_most_there_
     write_table: Write, positive: int
 ) -> None:
     manifest = read_manifest(write_table([f"{int(n < positive)},s{n}" for n in range(30)]))
-    with pytest.raises(ManifestError, match=f"num_folds=5: class 1 has {positive} .* lower num_folds to {positive}"):
+    with pytest.raises(
+        ManifestError, match=f"num_folds=5: class 1 has {positive} .* lower num_folds to {positive}"
+    ):
         cut(manifest, num_folds=5)
     assert cut(manifest, num_folds=positive)
 
@@ -424,7 +521,9 @@ def tables(draw: Any) -> pd.DataFrame:
             "path": [f"/{row}.nii" for row in range(count)],
             "label": labels,
             "subject": [f"s{subject}" for subject in subjects],
-            "split": pd.Series(["test" if subject in test else None for subject in subjects], dtype=object),
+            "split": pd.Series(
+                ["test" if subject in test else None for subject in subjects], dtype=object
+            ),
             "fold": pd.Series([None] * count, dtype="Int64"),
         }
     )
@@ -436,7 +535,9 @@ def test_no_subject_is_ever_on_two_sides(rows: pd.DataFrame, num_folds: int, cla
     rows = rows.assign(label=rows["label"] % classes)
     manifest = Manifest(Path("/table.csv"), rows, classes)
     pool = rows[rows["split"] != "test"]
-    enough = all(pool[pool["label"] == label]["subject"].nunique() >= num_folds for label in range(classes))
+    enough = all(
+        pool[pool["label"] == label]["subject"].nunique() >= num_folds for label in range(classes)
+    )
     if not enough:
         with pytest.raises(ManifestError, match=f"num_folds={num_folds}: class"):
             cut(manifest, 0, num_folds)
@@ -454,11 +555,17 @@ def test_no_subject_is_ever_on_two_sides(rows: pd.DataFrame, num_folds: int, cla
     assert sorted(row for _, val, _ in parts for row in val) == pool.index.tolist()
 
 
-def test_the_import_of_adrenalmnist_keeps_its_official_counts(adrenal_archive: Path, tmp_path: Path) -> None:
+def test_the_import_of_adrenalmnist_keeps_its_official_counts(
+    adrenal_archive: Path, tmp_path: Path
+) -> None:
     with np.load(adrenal_archive, allow_pickle=False) as arrays:
         labels = {split: arrays[f"{split}_labels"].ravel() for split in ("train", "val", "test")}
     rows = pd.DataFrame(
-        [(f"/{split}{n}", y, f"{split}{n}", split) for split in labels for n, y in enumerate(labels[split])]
+        [
+            (f"/{split}{n}", y, f"{split}{n}", split)
+            for split in labels
+            for n, y in enumerate(labels[split])
+        ]
     )
     rows.columns = pd.Index(["path", "label", "subject", "split"])
     manifest = Manifest(tmp_path, rows.assign(fold=pd.Series([None] * len(rows), dtype="Int64")), 2)
@@ -489,7 +596,9 @@ def small(**changes: Any) -> FineTuneConfig:
 
 def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
     seen: list[tuple[int, int]] = []
-    report = check_manifest(real_table, 2, small(), progress=lambda done, total: seen.append((done, total)))
+    report = check_manifest(
+        real_table, 2, small(), progress=lambda done, total: seen.append((done, total))
+    )
     assert report.problems == []
     assert report.manifest is not None
     assert len(report.manifest.rows) == 8
@@ -503,7 +612,9 @@ def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
 
 def test_what_a_spacing_cuts_off_is_told_with_its_axis(real_table: Path) -> None:
     """1 mm: 15 slices of 2 mm become 30, of which 24 stay."""
-    prepared = check_manifest(real_table, 2, small(volume_shape=(9, 10, 24), spacing_mm=1)).lines()[2]
+    prepared = check_manifest(real_table, 2, small(volume_shape=(9, 10, 24), spacing_mm=1)).lines()[
+        2
+    ]
     assert prepared == (
         "prepared: 9 x 10 x 24 voxels of 1 x 1 x 1 mm; 3 of 8 are cropped, one to 80% of its extent along z"
     )
@@ -514,15 +625,22 @@ def test_the_same_problem_in_many_rows_is_one_line(real_table: Path) -> None:
     path, label, subject = (header.split(",").index(name) for name in ("path", "label", "subject"))
     cells = [row.split(",") for row in rows]
     written = [
-        [row[path], str(int(row[label]) + 1), row[subject], "training" if n else "train"] for n, row in enumerate(cells)
+        [row[path], str(int(row[label]) + 1), row[subject], "training" if n else "train"]
+        for n, row in enumerate(cells)
     ]
     real_table.write_text("\n".join(["path,label,subject,split", *map(",".join, written)]))
     twos = [number for number, row in enumerate(written, 1) if row[1] == "2"]
     first, labels, splits = check_manifest(real_table, 2, small()).problems
-    assert first == "labels begin at 1, up to 2; classes are counted from 0: subtract 1 from every label"
+    assert (
+        first
+        == "labels begin at 1, up to 2; classes are counted from 0: subtract 1 from every label"
+    )
     assert labels.endswith("(4): label '2': a whole number from 0 to 1 is needed (num_classes=2)")
     assert sorted(map(int, re.findall(r"\d+", labels.split("(")[0]))) == twos
-    assert splits == "rows 2-8 (7): split 'training': train, val or test is needed; did you mean 'train'?"
+    assert (
+        splits
+        == "rows 2-8 (7): split 'training': train, val or test is needed; did you mean 'train'?"
+    )
 
 
 def test_a_class_is_not_missed_in_rows_whose_split_is_unknown(real_table: Path) -> None:
@@ -532,20 +650,33 @@ def test_a_class_is_not_missed_in_rows_whose_split_is_unknown(real_table: Path) 
     (problem,) = check_manifest(real_table, 2, small()).problems
     assert "did you mean 'train'" in problem
     label = header.split(",").index("label")
-    zeros = [",".join(["0" if n == label else cell for n, cell in enumerate(row.split(","))]) for row in rows]
+    zeros = [
+        ",".join(["0" if n == label else cell for n, cell in enumerate(row.split(","))])
+        for row in rows
+    ]
     real_table.write_text("\n".join([header, *zeros]))
     (problem,) = check_manifest(real_table, 2, small()).problems
-    assert problem == "the table has no row of class 1 (rows: 8 of class 0; num_classes=2): move or add rows"
+    assert (
+        problem
+        == "the table has no row of class 1 (rows: 8 of class 0; num_classes=2): move or add rows"
+    )
 
 
 def test_splits_and_folds_are_among_the_sentences(real_table: Path) -> None:
     lines = real_table.read_text().splitlines()
-    split = [f"{line},{'train' if n < 4 else 'val'},{n // 2 % 2}" for n, line in enumerate(lines[1:])]
+    split = [
+        f"{line},{'train' if n < 4 else 'val'},{n // 2 % 2}" for n, line in enumerate(lines[1:])
+    ]
     real_table.write_text("\n".join([f"{lines[0]},split,fold", *split]))
-    assert check_manifest(real_table, 2, small()).lines()[1:3] == ["split: train 4, val 4", "folds: 0: 4, 1: 4"]
+    assert check_manifest(real_table, 2, small()).lines()[1:3] == [
+        "split: train 4, val 4",
+        "folds: 0: 4, 1: 4",
+    ]
 
 
-def test_problems_of_cells_and_of_voxels_are_told_together(real_table: Path, write_scan: Write) -> None:
+def test_problems_of_cells_and_of_voxels_are_told_together(
+    real_table: Path, write_scan: Write
+) -> None:
     folder = real_table.parent
     (folder / "0.nii.gz").write_bytes((folder / "0.nii.gz").read_bytes()[:600])
     write_scan("1.nii.gz", (5, 6, 7, 4))
@@ -553,7 +684,9 @@ def test_problems_of_cells_and_of_voxels_are_told_together(real_table: Path, wri
     nan[1, 2, 3] = np.nan
     write_scan("2.nii.gz", nan)
     write_scan("3.nii.gz", np.ones((5, 6, 7)))
-    real_table.write_text(real_table.read_text().replace("4.nii.gz,0", "4.nii.gz,9") + "gone.nii.gz,0,s9\n")
+    real_table.write_text(
+        real_table.read_text().replace("4.nii.gz,0", "4.nii.gz,9") + "gone.nii.gz,0,s9\n"
+    )
     report = check_manifest(real_table, 2, small())
     assert report.manifest is None
     expected = {
@@ -570,10 +703,15 @@ def test_problems_of_cells_and_of_voxels_are_told_together(real_table: Path, wri
         assert problem.endswith(end)
 
 
-def test_the_same_voxels_under_two_subjects_are_a_leak_whatever_the_header(real_table: Path) -> None:
+def test_the_same_voxels_under_two_subjects_are_a_leak_whatever_the_header(
+    real_table: Path,
+) -> None:
     folder = real_table.parent
     image = nib.load(folder / "1.nii.gz")
-    nib.save(nib.Nifti2Image(image.get_fdata(dtype=np.float32)[::-1], np.diag([-3.0, 3, 3, 1])), folder / "6.nii")
+    nib.save(
+        nib.Nifti2Image(image.get_fdata(dtype=np.float32)[::-1], np.diag([-3.0, 3, 3, 1])),
+        folder / "6.nii",
+    )
     real_table.write_text(real_table.read_text().replace("6.nii.gz", "6.nii"))
     (problem,) = check_manifest(real_table, 2, small()).problems
     assert problem.startswith(
@@ -585,16 +723,24 @@ def test_the_same_voxels_under_one_subject_are_told_too(real_table: Path) -> Non
     (real_table.parent / "3.nii.gz").write_bytes((real_table.parent / "1.nii.gz").read_bytes())
     real_table.write_text(real_table.read_text().replace("s3", "s1"))
     (problem,) = check_manifest(real_table, 2, small()).problems
-    assert problem == "row 4 (scan 3.nii.gz): the same voxels as row 2 (scan 1.nii.gz): keep one of the rows"
+    assert (
+        problem
+        == "row 4 (scan 3.nii.gz): the same voxels as row 2 (scan 1.nii.gz): keep one of the rows"
+    )
 
 
 def test_the_config_decides_what_a_good_volume_and_a_good_fold_is(real_table: Path) -> None:
     assert (
         "window 1000 to 2000"
-        in check_manifest(real_table, 2, small(intensity="window", window_low=1000, window_high=2000)).problems[0]
+        in check_manifest(
+            real_table, 2, small(intensity="window", window_low=1000, window_high=2000)
+        ).problems[0]
     )
     assert "4 subject(s)" in check_manifest(real_table, 2, small(num_folds=5)).problems[0]
-    assert "1 channel(s), in_channels=2" in check_manifest(real_table, 2, small(in_channels=2)).problems[0]
+    assert (
+        "1 channel(s), in_channels=2"
+        in check_manifest(real_table, 2, small(in_channels=2)).problems[0]
+    )
 
 
 def test_files_without_an_orientation_are_noticed_and_stop_nothing(real_table: Path) -> None:
@@ -605,7 +751,10 @@ def test_files_without_an_orientation_are_noticed_and_stop_nothing(real_table: P
     nib.save(image, path)
     report = check_manifest(real_table, 2, small())
     assert report.problems == []
-    assert report.lines()[-1] == "1 of 8 files state no orientation: LAS is assumed, as the format says"
+    assert (
+        report.lines()[-1]
+        == "1 of 8 files state no orientation: LAS is assumed, as the format says"
+    )
 
 
 def test_a_deep_check_of_no_table_raises(tmp_path: Path) -> None:

@@ -26,10 +26,14 @@ from trainables.metrics import (
 )
 
 
-def cohort(num=120, classes=2, *, seed=0, signal=1.0, decimals=None) -> tuple[np.ndarray, np.ndarray]:
+def cohort(
+    num=120, classes=2, *, seed=0, signal=1.0, decimals=None
+) -> tuple[np.ndarray, np.ndarray]:
     """Float32 logits and labels; with few decimals there are ties."""
     random = np.random.default_rng(seed)
-    labels = np.concatenate([np.arange(classes), random.choice(classes, num - classes, p=_shares(classes))])
+    labels = np.concatenate(
+        [np.arange(classes), random.choice(classes, num - classes, p=_shares(classes))]
+    )
     logits = random.normal(size=(num, classes)) + signal * np.eye(classes)[labels]
     return (logits if decimals is None else logits.round(decimals)).astype(np.float32), labels
 
@@ -153,7 +157,9 @@ def test_worked_values_of_a_small_cohort():
 
 
 @pytest.mark.parametrize(("negatives", "sensitivity"), [(9, 0.0), (10, 0.5), (19, 0.5), (20, 1.0)])
-def test_ninety_per_cent_specificity_allows_one_false_positive_in_ten_and_includes_the_limit(negatives, sensitivity):
+def test_ninety_per_cent_specificity_allows_one_false_positive_in_ten_and_includes_the_limit(
+    negatives, sensitivity
+):
     # ranked from the top: negative, positive, negative, positive, and the other negatives below
     scores = np.array([5, 3, *np.linspace(-1, -2, negatives - 2), 4, 2])
     labels = np.repeat([0, 1], [negatives, 2])
@@ -177,7 +183,8 @@ def test_the_interval_is_delongs_on_the_logit_scale(decimals):
     v10, v01, auc = delong_by_pairs(scores, labels)
     error = math.sqrt(v10.var(ddof=1) / len(v10) + v01.var(ddof=1) / len(v01))
     ends = [
-        1 / (1 + math.exp(-(math.log(auc / (1 - auc)) + sign * 1.959964 * error / (auc * (1 - auc)))))
+        1
+        / (1 + math.exp(-(math.log(auc / (1 - auc)) + sign * 1.959964 * error / (auc * (1 - auc)))))
         for sign in (-1, 1)
     ]
     ours = auc_interval(scores, labels)
@@ -198,14 +205,18 @@ def test_the_interval_agrees_with_a_bootstrap(classes):
         rows = np.concatenate([random.choice(group, len(group)) for group in groups])
         draws.append(auc_interval(scores[rows], labels[rows]).auc)
     ours = auc_interval(scores, labels)
-    np.testing.assert_allclose([ours.low, ours.high], np.quantile(draws, [0.025, 0.975]), atol=0.015)
+    np.testing.assert_allclose(
+        [ours.low, ours.high], np.quantile(draws, [0.025, 0.975]), atol=0.015
+    )
 
 
 def test_two_classes_given_as_one_against_the_rest_have_the_same_interval():
     logits, labels = cohort(80, seed=2)
     scores = ranking_scores(logits, scale=1.0)
     np.testing.assert_allclose(
-        auc_interval(np.stack([-scores, scores], axis=1), labels), auc_interval(scores, labels), atol=1e-12
+        auc_interval(np.stack([-scores, scores], axis=1), labels),
+        auc_interval(scores, labels),
+        atol=1e-12,
     )
 
 
@@ -287,11 +298,15 @@ def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(classes
     assert all(math.isfinite(ours[name]) for name in stay)
     assert all(math.isnan(value) for name, value in ours.items() if name not in stay)
     assert math.isnan(auc_interval(ranking_scores(logits, scale=1.0), labels).auc)
-    assert math.isnan(compare_auc(ranking_scores(logits, scale=1.0), ranking_scores(logits, scale=1.0), labels).p)
+    assert math.isnan(
+        compare_auc(ranking_scores(logits, scale=1.0), ranking_scores(logits, scale=1.0), labels).p
+    )
 
 
 def test_no_samples_have_no_metrics():
-    assert all(math.isnan(value) for value in score_metrics(np.zeros((0, 2)), [], scale=1.0).values())
+    assert all(
+        math.isnan(value) for value in score_metrics(np.zeros((0, 2)), [], scale=1.0).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,7 +341,9 @@ def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_
     if shift:  # all towards one class: nothing is left of the ranking
         assert saturated["auc_probability"] < 0.55
     else:  # both ways: what is left is the accuracy
-        assert saturated["auc_probability"] == pytest.approx(saturated["balanced_accuracy"], abs=0.02)
+        assert saturated["auc_probability"] == pytest.approx(
+            saturated["balanced_accuracy"], abs=0.02
+        )
         assert saturated["auc"] - saturated["auc_probability"] > 0.05
 
 
@@ -384,7 +401,9 @@ def test_the_paired_comparison_is_delongs_test():
         (ours.difference - 1.959964 * error, ours.difference + 1.959964 * error), abs=1e-6
     )
     reverse = compare_auc(b, a, labels)
-    assert (reverse.difference, reverse.low, reverse.high) == pytest.approx((-ours.difference, -ours.high, -ours.low))
+    assert (reverse.difference, reverse.low, reverse.high) == pytest.approx(
+        (-ours.difference, -ours.high, -ours.low)
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -445,5 +464,7 @@ def test_tensors_of_any_type_arrays_and_lists_give_the_same_metrics():
 
 
 def test_metrics_load_no_torch():
-    code = "import sys, trainables.metrics; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = (
+        "import sys, trainables.metrics; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -111,13 +111,19 @@ def medicalnet_features(weights: dict[str, torch.Tensor], volumes: torch.Tensor)
 
     def normalise(x, name):
         mean, variance, scale, shift = (
-            weights[f"{name}.{part}"].view(1, -1, 1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+            weights[f"{name}.{part}"].view(1, -1, 1, 1, 1)
+            for part in ("running_mean", "running_var", "weight", "bias")
         )
         return (x - mean) / torch.sqrt(variance + 1e-5) * scale + shift
 
     x = F.relu(normalise(convolve(volumes, "conv1", stride=2), "bn1"))
     x = F.max_pool3d(x, 3, 2, 1)
-    for layer, stride, dilation in (("layer1", 1, 1), ("layer2", 2, 1), ("layer3", 1, 2), ("layer4", 1, 4)):
+    for layer, stride, dilation in (
+        ("layer1", 1, 1),
+        ("layer2", 2, 1),
+        ("layer3", 1, 2),
+        ("layer4", 1, 4),
+    ):
         number = 0
         while f"{layer}.{number}.conv1.weight" in weights:
             block = f"{layer}.{number}"
@@ -133,7 +139,9 @@ def medicalnet_features(weights: dict[str, torch.Tensor], volumes: torch.Tensor)
                 x = normalise(convolve(x, f"{block}.downsample.0", step), f"{block}.downsample.1")
             elif y.shape != x.shape:
                 thinned = F.avg_pool3d(x, 1, step)
-                zeros = torch.zeros(len(x), y.shape[1] - x.shape[1], *thinned.shape[2:], dtype=x.dtype)
+                zeros = torch.zeros(
+                    len(x), y.shape[1] - x.shape[1], *thinned.shape[2:], dtype=x.dtype
+                )
                 x = torch.cat([thinned, zeros], dim=1)
             x = F.relu(x + y)
             number += 1
@@ -168,7 +176,9 @@ def test_only_layers_3_and_4_are_dilated_and_only_in_their_3x3x3_convolutions(de
     seen = 0
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv3d):
-            dilation = DILATIONS.get(name.split(".")[0], 1) if module.kernel_size == (3, 3, 3) else 1
+            dilation = (
+                DILATIONS.get(name.split(".")[0], 1) if module.kernel_size == (3, 3, 3) else 1
+            )
             assert module.dilation == (dilation,) * 3, name
             if module.kernel_size == (3, 3, 3):
                 assert module.padding == module.dilation, name
@@ -189,7 +199,9 @@ def test_every_depth_takes_volumes_that_are_no_cubes_and_several_channels(geomet
 def test_a_depth_or_width_that_cannot_be_built_says_what_can():
     with pytest.raises(ValueError, match=r"depth=26: MedicalNet has 10, 18, 34, 50, 101, 152, 200"):
         small(26)
-    with pytest.raises(ValueError, match=r"width=0\.01 leaves the stem no channel: it must be at least 1/64"):
+    with pytest.raises(
+        ValueError, match=r"width=0\.01 leaves the stem no channel: it must be at least 1/64"
+    ):
         small(10, width=0.01)
 
 
@@ -210,9 +222,15 @@ def test_the_gradient_of_the_padded_shortcut_is_exact():
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_no_shortcut_of_any_depth_cuts_the_gradient(depth):
     backbone = on_meta(depth).backbone
-    shortcuts = [module.downsample for module in backbone.modules() if getattr(module, "downsample", None) is not None]
+    shortcuts = [
+        module.downsample
+        for module in backbone.modules()
+        if getattr(module, "downsample", None) is not None
+    ]
     assert len(shortcuts) == (3 if depth in (10, 18, 34) else 4)
-    assert {type(shortcut) for shortcut in shortcuts} == {PaddedShortcut if depth in (18, 34) else nn.Sequential}
+    assert {type(shortcut) for shortcut in shortcuts} == {
+        PaddedShortcut if depth in (18, 34) else nn.Sequential
+    }
 
 
 @pytest.mark.parametrize("geometry", ["strided", "dilated"])
@@ -289,7 +307,9 @@ def test_heads_work_in_float32_under_autocast_and_on_half_precision_features(hea
     exact = head(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(head(features), exact)
-        assert nn.functional.linear(features, torch.ones(2, 32)).dtype == torch.bfloat16  # autocast was on
+        assert (
+            nn.functional.linear(features, torch.ones(2, 32)).dtype == torch.bfloat16
+        )  # autocast was on
     for dtype in (torch.float16, torch.bfloat16):
         logits = head(features.to(dtype))
         assert logits.dtype == torch.float32
@@ -319,8 +339,15 @@ def test_groups_and_stages_partition_the_parameters_of_every_depth(depth, head):
     groups = parameter_groups(network)
     assert list(groups) == ["backbone", "classifier"]
     assert sorted(id(parameter) for group in groups.values() for parameter in group) == everything
-    assert [id(parameter) for parameter in groups["classifier"]] == [id(p) for p in network.head.parameters()]
-    staged = [p for stage in STAGES for module in stage_modules(network, stage) for p in module.parameters()]
+    assert [id(parameter) for parameter in groups["classifier"]] == [
+        id(p) for p in network.head.parameters()
+    ]
+    staged = [
+        p
+        for stage in STAGES
+        for module in stage_modules(network, stage)
+        for p in module.parameters()
+    ]
     assert sorted(map(id, staged)) == everything
 
 
@@ -372,7 +399,11 @@ def test_all_stages_thaw_at_once_without_a_stage_length_and_none_is_frozen_witho
 
 def statistics(network, stage):
     """Copies of everything in a stage that training could change: parameters and buffers."""
-    return [tensor.clone() for module in stage_modules(network, stage) for tensor in module.state_dict().values()]
+    return [
+        tensor.clone()
+        for module in stage_modules(network, stage)
+        for tensor in module.state_dict().values()
+    ]
 
 
 @pytest.mark.parametrize("trained", [STAGES[first:] for first in range(len(STAGES))])
@@ -391,7 +422,10 @@ def test_frozen_stages_stay_bit_identical_through_training_and_the_others_do_not
         optimiser.step()
         optimiser.zero_grad()
     for stage in STAGES:
-        same = [torch.equal(*pair) for pair in zip(before[stage], statistics(network, stage), strict=True)]
+        same = [
+            torch.equal(*pair)
+            for pair in zip(before[stage], statistics(network, stage), strict=True)
+        ]
         assert not any(same) if stage in trained else all(same), stage
     assert network.dropout.training
 
@@ -425,11 +459,17 @@ def test_the_backbone_keeps_no_activations_while_all_of_it_is_frozen():
 def test_any_call_of_train_leaves_frozen_batchnorm_alone_through_a_wrapper_too():
     network = small(10)
     set_trainable(network, ["layer4", "head"])
-    wrapper = nn.Sequential(network)  # as DistributedDataParallel and torch.compile do, it owns the network
+    wrapper = nn.Sequential(
+        network
+    )  # as DistributedDataParallel and torch.compile do, it owns the network
     for put in (network.train, wrapper.train, lambda: train_mode(wrapper)):
         network.eval()
         put()
-        modes = {name: layer.training for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm3d)}
+        modes = {
+            name: layer.training
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.BatchNorm3d)
+        }
         assert modes == {name: name.startswith("backbone.layer4") for name in modes}
         assert len(modes) == 12
     network.eval()
@@ -474,7 +514,9 @@ def test_channels_last_gives_the_same_logits(depth):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [PaddedShortcut(4, 2), PaddedShortcut(4, 1), StemPool(), maximum_by_axis])
+@pytest.mark.parametrize(
+    "module", [PaddedShortcut(4, 2), PaddedShortcut(4, 1), StemPool(), maximum_by_axis]
+)
 def test_own_layers_keep_the_channels_last_layout(module):
     volumes = torch.randn(2, 4, 8, 8, 8).to(memory_format=torch.channels_last_3d)
     assert module(volumes).is_contiguous(memory_format=torch.channels_last_3d)
@@ -499,8 +541,12 @@ def test_the_whole_network_is_one_graph_without_python_that_looks_at_values(trai
 def test_training_steps_captured_in_a_cuda_graph_equal_eager_ones(depth):
     def steps(captured):
         torch.manual_seed(0)
-        network = small(depth, geometry="dilated").cuda().to(memory_format=torch.channels_last_3d).train()
-        volumes = torch.randn(4, 1, 32, 32, 32, device="cuda").to(memory_format=torch.channels_last_3d)
+        network = (
+            small(depth, geometry="dilated").cuda().to(memory_format=torch.channels_last_3d).train()
+        )
+        volumes = torch.randn(4, 1, 32, 32, 32, device="cuda").to(
+            memory_format=torch.channels_last_3d
+        )
 
         def step():
             network.zero_grad(set_to_none=False)
@@ -572,4 +618,6 @@ def _same_function(convolution, ours, volumes):
     out = ours(convolution, volumes)
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(out, convolution.weight, dy)[0], dw, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, convolution.weight, dy)[0], dw, rtol=1e-3, atol=1e-2
+    )

@@ -70,22 +70,32 @@ def test_a_cohort_from_objects_is_that_from_files(
         assert manifest.table == url
         assert manifest.rows["path"].tolist()[:1] == [f"{bucket}/scans/0.nii.gz"]
     newest = max(one.written.timestamp() for one in Remote(bucket).listing())
-    while time.time() < newest + 2.1:  # what was written just now may be written again within the same second
+    while (
+        time.time() < newest + 2.1
+    ):  # what was written just now may be written again within the same second
         time.sleep(0.1)
     cohort = open_cohort(prepare_cohort(manifest, RECIPE, tmp_path / "two"))
     np.testing.assert_array_equal(cohort.volumes, local.volumes)
     assert cohort.paths[3] == f"{bucket}/scans/3.nii"
-    assert cohort.folder.name.split("-")[0] == local.folder.name.split("-")[0], "the same bytes are the same volumes"
+    assert cohort.folder.name.split("-")[0] == local.folder.name.split("-")[0], (
+        "the same bytes are the same volumes"
+    )
     opened = reads(monkeypatch)
     assert prepare_cohort(manifest, RECIPE, tmp_path / "two") == cohort.folder
-    again = prepare_cohort(manifest, dataclasses.replace(RECIPE, intensity="zscore_nonzero"), tmp_path / "two")
+    again = prepare_cohort(
+        manifest, dataclasses.replace(RECIPE, intensity="zscore_nonzero"), tmp_path / "two"
+    )
     assert again != cohort.folder
-    assert sorted(opened) == sorted(path.rpartition("/")[2] for path in cohort.paths), "once for the other recipe"
+    assert sorted(opened) == sorted(path.rpartition("/")[2] for path in cohort.paths), (
+        "once for the other recipe"
+    )
 
 
 def test_a_local_table_may_name_objects(url: str, bucket: str, tmp_path: Path) -> None:
     table = tmp_path / "here.csv"
-    table.write_text(f"path,label,subject\n{bucket}/scans/0.nii.gz,0,a\n{bucket}/scans/1.nii.gz,1,b\n")
+    table.write_text(
+        f"path,label,subject\n{bucket}/scans/0.nii.gz,0,a\n{bucket}/scans/1.nii.gz,1,b\n"
+    )
     cohort = open_cohort(prepare_cohort(read_manifest(table), RECIPE, tmp_path / "cache"))
     assert cohort.paths == (f"{bucket}/scans/0.nii.gz", f"{bucket}/scans/1.nii.gz")
     with table.open("a") as file:
@@ -98,12 +108,16 @@ def test_a_local_table_may_name_objects(url: str, bucket: str, tmp_path: Path) -
     ]
 
 
-def test_a_header_is_read_without_the_rest(url: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_is_read_without_the_rest(
+    url: str, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "BUFFER", 4096)
     whole = Remote(bucket).read("scans/3.nii")
     assert whole is not None
     Remote(bucket).write("scans/large.nii", whole[:352] + bytes(8 << 20))
-    assert read_header(f"{bucket}/scans/3.nii").shape == read_header(f"{bucket}/scans/large.nii").shape
+    assert (
+        read_header(f"{bucket}/scans/3.nii").shape == read_header(f"{bucket}/scans/large.nii").shape
+    )
     with pytest.raises(VolumeError, match=f"^scan {bucket}/scans/large.nii: constant: "):
         read_scan(f"{bucket}/scans/large.nii")
     remote, name = bucket_of(f"{bucket}/scans/large.nii")
@@ -149,7 +163,9 @@ def test_an_object_that_is_written_while_it_is_read_is_refused(
         return scan
 
     monkeypatch.setattr(volumes, "read_scan", late)
-    with pytest.raises(CohortError, match=f"^row 4: scan {bucket}/scans/2.nii.gz: changed while it was being read"):
+    with pytest.raises(
+        CohortError, match=f"^row 4: scan {bucket}/scans/2.nii.gz: changed while it was being read"
+    ):
         prepare_cohort(read_manifest(Path(url)), RECIPE, tmp_path / "cache")
 
 
@@ -164,12 +180,16 @@ def test_every_problem_of_objects_is_told_at_once(url: str, bucket: str) -> None
     assert "not a NIfTI file" in report.problems[1]
 
 
-def test_storage_that_does_not_answer_is_named(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_does_not_answer_is_named(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = read_manifest(Path(url))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ManifestError, match=f"^table {url}: .*NETWORK_CONNECTION"):
         read_manifest(Path(url))
-    with pytest.raises(CohortError, match=r"^row 2: scan s3://.*/0\.nii\.gz: cannot be read: .*NETWORK_CONNECTION"):
+    with pytest.raises(
+        CohortError, match=r"^row 2: scan s3://.*/0\.nii\.gz: cannot be read: .*NETWORK_CONNECTION"
+    ):
         prepare_cohort(manifest, RECIPE, tmp_path / "cache", workers=6)
 
 
@@ -182,7 +202,10 @@ def test_the_doctor_looks_for_the_objects_of_a_table(url: str, bucket: str, tmp_
     assert told()[1].startswith("6 volumes, table ")
     Remote(bucket).delete("scans/1.nii.gz")
     state, said, remedy = told()
-    assert (state, said) == ("bad", f"1 of 6 volumes are missing, the first is {bucket}/scans/1.nii.gz")
+    assert (state, said) == (
+        "bad",
+        f"1 of 6 volumes are missing, the first is {bucket}/scans/1.nii.gz",
+    )
     assert remedy.startswith("let the nodes read these objects")
 
 

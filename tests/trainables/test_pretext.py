@@ -40,11 +40,15 @@ def cohort_of(volumes: np.ndarray, subjects: list[str] | None = None) -> Cohort:
 def test_the_ten_turns_are_rotations_of_which_no_two_are_alike(tmp_path: Path) -> None:
     """Against SciPy's rotations of the voxels' coordinates: quarter turns, no mirror image among them."""
     rng = np.random.default_rng(0)
-    made = pretext_cohort(cohort_of(rng.normal(size=(2, 1, 5, 5, 5))), np.array([1]), "rotation", tmp_path / "v.npy")
+    made = pretext_cohort(
+        cohort_of(rng.normal(size=(2, 1, 5, 5, 5))), np.array([1]), "rotation", tmp_path / "v.npy"
+    )
     assert made.volumes.shape == (10, 1, 5, 5, 5)
     assert made.labels.tolist() == list(range(10))
     assert set(made.subjects) == {"s001"}
-    coordinates = np.stack(np.meshgrid(*[np.arange(5) - 2] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    coordinates = np.stack(np.meshgrid(*[np.arange(5) - 2] * 3, indexing="ij"), axis=-1).reshape(
+        -1, 3
+    )
     original = np.asarray(made.volumes[0, 0])
     wanted = {tuple(np.zeros(3, dtype=int))} | {
         tuple(angle * (np.arange(3) == axis)) for axis in range(3) for angle in (90, 180, 270)
@@ -52,7 +56,12 @@ def test_the_ten_turns_are_rotations_of_which_no_two_are_alike(tmp_path: Path) -
     found = set()
     for volume in np.asarray(made.volumes[:, 0]):
         for turn in wanted:
-            moved = np.rint(Rotation.from_euler("xyz", turn, degrees=True).apply(coordinates)).astype(int) + 2
+            moved = (
+                np.rint(Rotation.from_euler("xyz", turn, degrees=True).apply(coordinates)).astype(
+                    int
+                )
+                + 2
+            )
             turned = np.empty_like(original)
             turned[tuple(moved.T)] = original.reshape(-1)
             if np.array_equal(turned, volume):
@@ -116,7 +125,9 @@ def test_a_class_of_few_subjects_is_no_obstacle() -> None:
 def test_the_subjects_held_out_are_not_trained_on(tmp_path: Path) -> None:
     volumes = np.random.default_rng(0).normal(size=(40, 1, 4, 4, 4))
     subjects = [f"s{row // 2:02d}" for row in range(40)]
-    made = pretext_cohort(cohort_of(volumes, subjects), np.arange(40), "rotation", tmp_path / "v.npy")
+    made = pretext_cohort(
+        cohort_of(volumes, subjects), np.arange(40), "rotation", tmp_path / "v.npy"
+    )
     split = held_out_split(made)
     assert not set(made.subjects[split.train]) & set(made.subjects[split.val])
     assert len(split.train) + len(split.val) == 400
@@ -126,7 +137,9 @@ def test_the_subjects_held_out_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_volumes_that_do_not_do(tmp_path: Path) -> None:
     flat = cohort_of(np.random.default_rng(0).normal(size=(3, 1, 6, 6, 5)))
-    with pytest.raises(PretextError, match=r"6 x 6 x 5 voxels: rotation needs cubes; set volume_shape"):
+    with pytest.raises(
+        PretextError, match=r"6 x 6 x 5 voxels: rotation needs cubes; set volume_shape"
+    ):
         pretext_cohort(flat, np.arange(3), "rotation", tmp_path / "v.npy")
     with pytest.raises(PretextError, match=r"3 volumes: size needs 16"):
         pretext_cohort(flat, np.arange(3), "size", tmp_path / "v.npy")

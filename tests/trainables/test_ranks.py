@@ -57,25 +57,37 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("ranks")
     table = write_cohort(folder / "c", subjects=16, side=(14, 18))
     config = build_config(SETTINGS)
-    return str(table), str(prepare_cohort(read_manifest(table), Recipe.from_config(config), folder / "cache"))
+    return str(table), str(
+        prepare_cohort(read_manifest(table), Recipe.from_config(config), folder / "cache")
+    )
 
 
-def run_rank(rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str) -> None:
+def run_rank(
+    rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     gc.collect()
     gc.disable()  # what is in a circle would live on until the collector comes, and the next run would not fit a GPU
     last = deque(finetune(config, *open_inputs(config, table, cohort)), maxlen=1).pop()
-    torch.save({"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt")
+    torch.save(
+        {"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt"
+    )
     del last
-    left = [thing for thing in gc.get_objects() if issubclass(type(thing), (Classifier, torch.nn.Parameter))]
+    left = [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), (Classifier, torch.nn.Parameter))
+    ]
     assert not left, "an ended run leaves nothing in memory"
     dist.destroy_process_group()
 
 
 def untimed(row: dict[str, Any]) -> dict[str, str]:
     """The row without what depends on the clock, as text: NaN equals itself then."""
-    return {key: repr(value) for key, value in row.items() if not key.endswith(("_s", "memory_gib"))}
+    return {
+        key: repr(value) for key, value in row.items() if not key.endswith(("_s", "memory_gib"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -83,16 +95,25 @@ def untimed(row: dict[str, Any]) -> dict[str, str]:
     [
         pytest.param(2, 16, id="two"),
         pytest.param(8, 70, id="eight", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
-        pytest.param(8, 16, id="more ranks than micro-batches", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        pytest.param(
+            8,
+            16,
+            id="more ranks than micro-batches",
+            marks=[pytest.mark.slow, pytest.mark.timeout(600)],
+        ),
     ],
 )
-def test_ranks_equal_one_on_the_same_global_batch(world: int, subjects: int, tmp_path: Path) -> None:
+def test_ranks_equal_one_on_the_same_global_batch(
+    world: int, subjects: int, tmp_path: Path
+) -> None:
     """Micro-batches of 3 over all ranks, and over one with as many accumulation steps: a partial last step included."""
     table = str(write_cohort(tmp_path / "c", subjects=subjects, side=(14, 18)))
     each = 2 if world == 2 else 1
     alone = build_config(SETTINGS | {"gradient_accumulation_steps": each * world})
     shared = build_config(SETTINGS | {"gradient_accumulation_steps": each})
-    cohort = str(prepare_cohort(read_manifest(table), Recipe.from_config(alone), tmp_path / "cache"))
+    cohort = str(
+        prepare_cohort(read_manifest(table), Recipe.from_config(alone), tmp_path / "cache")
+    )
     data, split = open_inputs(alone, table, cohort)
     assert len(split.train) % (3 * each * world), "shards must be uneven"
     assert len(split.val) % world, "the last validation volumes must be padded for some ranks"
@@ -103,17 +124,28 @@ def test_ranks_equal_one_on_the_same_global_batch(world: int, subjects: int, tmp
         nprocs=world,
         start_method="spawn",
     )
-    first, *others = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    first, *others = [
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)
+    ]
     for other in others:
-        assert [untimed(row) for row in other["rows"]] == [untimed(row) for row in first["rows"]], "ranks must agree"
+        assert [untimed(row) for row in other["rows"]] == [untimed(row) for row in first["rows"]], (
+            "ranks must agree"
+        )
     for name, value in one.state()["network"].items():
-        if "running" not in name and "num_batches" not in name:  # each rank follows the statistics of its own batches
+        if (
+            "running" not in name and "num_batches" not in name
+        ):  # each rank follows the statistics of its own batches
             torch.testing.assert_close(first["network"][name], value, rtol=1e-4, atol=1e-6)
-            assert all(torch.equal(first["network"][name], other["network"][name]) for other in others)
+            assert all(
+                torch.equal(first["network"][name], other["network"][name]) for other in others
+            )
     for ours, theirs in zip(first["rows"], one.state()["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert ours["grad_norm_max"] == pytest.approx(theirs["grad_norm_max"], rel=1e-3)
-        assert (ours["updates"], ours["val_positive"]) == (theirs["updates"], theirs["val_positive"])
+        assert (ours["updates"], ours["val_positive"]) == (
+            theirs["updates"],
+            theirs["val_positive"],
+        )
 
 
 class Branches(torch.nn.Module):
@@ -121,11 +153,15 @@ class Branches(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.frozen = (torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+        self.first, self.second, self.frozen = (
+            torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(3)
+        )
         self.frozen.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *, skip_first: bool = False) -> torch.Tensor:
-        return self.second(self.frozen(x) if skip_first else self.first(self.frozen(x))).square().sum()
+        return (
+            self.second(self.frozen(x) if skip_first else self.first(self.frozen(x))).square().sum()
+        )
 
 
 def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
@@ -145,7 +181,10 @@ def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
         torch.testing.assert_close([parameter.grad for parameter in network.parameters()], expected)
 
         network.zero_grad()
-        with pytest.raises(RuntimeError, match="2 trainable parameters got no gradient"), summing.over(last=True):
+        with (
+            pytest.raises(RuntimeError, match="2 trainable parameters got no gradient"),
+            summing.over(last=True),
+        ):
             network(batches[0, rank], skip_first=True).backward()
 
         network.zero_grad()
@@ -162,7 +201,9 @@ def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 
 def test_gradients_are_the_sum_over_ranks_whatever_the_buckets(tmp_path: Path) -> None:
     """Over the last micro-batch only, with frozen parameters left out and thawed ones in."""
-    mp.start_processes(sum_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn")
+    mp.start_processes(
+        sum_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+    )
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
 
 
@@ -187,7 +228,9 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
     volumes = torch.randn(world, 2, 1, 4, 4, 4)[rank]
     wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(network))
     wrapped.register_comm_hook(None, fp16_compress_hook)
-    wrapped(volumes).square().sum().backward()  # the oracle: its hook divides by the ranks, a power of two
+    wrapped(
+        volumes
+    ).square().sum().backward()  # the oracle: its hook divides by the ranks, a power of two
     halves = [parameter.grad.clone() for parameter in wrapped.parameters()]
     del wrapped  # as its group's last owner it would wait, holding the interpreter, for a thread that needs that, too
     gc.collect()
@@ -223,22 +266,35 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 def test_gradients_of_convolutions_may_travel_as_fp16(tmp_path: Path) -> None:
     """As torch's own fp16 hook adds them up; all others as they are, and each in its parameter's order of memory."""
     mp.start_processes(
-        sum_half_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+        sum_half_gradients,
+        (2, str(tmp_path / "meeting"), str(tmp_path)),
+        nprocs=2,
+        start_method="spawn",
     )
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
 
 
-def nccl_run(rank: int, world: int, config: FineTuneConfig, inputs: tuple[str, str], store: str, out: str) -> None:
+def nccl_run(
+    rank: int, world: int, config: FineTuneConfig, inputs: tuple[str, str], store: str, out: str
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    options = {"init_method": f"file://{store}", "rank": rank, "world_size": world, "device_id": device}
+    options = {
+        "init_method": f"file://{store}",
+        "rank": rank,
+        "world_size": world,
+        "device_id": device,
+    }
     dist.init_process_group("nccl", **options)  # type: ignore[arg-type]
     data, split = open_inputs(config, *inputs)
     for graphs in (False, True):
         *_, last = finetune(config, data, split, device=device, graphs=graphs)
         state = last.state()
-        kept = {"rows": state["rows"], "network": {name: value.cpu() for name, value in state["network"].items()}}
+        kept = {
+            "rows": state["rows"],
+            "network": {name: value.cpu() for name, value in state["network"].items()},
+        }
         torch.save(kept, f"{out}/{rank}-{graphs}.pt")
     dist.destroy_process_group()
 
@@ -248,21 +304,36 @@ def nccl_run(rank: int, world: int, config: FineTuneConfig, inputs: tuple[str, s
 def test_two_gpus_equal_one_on_the_same_global_batch_captured_or_not(tmp_path: Path) -> None:
     """Enough steps an epoch for a capture, stages that thaw, a partial last step: float32, so that rounding is small."""
     table = write_cohort(tmp_path / "c", subjects=40, side=(14, 18))
-    settings = SETTINGS | {"amp": "off", "epochs": 4, "unfreeze_stage_epochs": 1, "freeze_backbone_epochs": 1}
+    settings = SETTINGS | {
+        "amp": "off",
+        "epochs": 4,
+        "unfreeze_stage_epochs": 1,
+        "freeze_backbone_epochs": 1,
+    }
     alone = build_config(settings | {"gradient_accumulation_steps": 2})
     shared = build_config(settings | {"gradient_accumulation_steps": 1, "validation_batch_size": 4})
-    inputs = str(table), str(prepare_cohort(read_manifest(table), Recipe.from_config(alone), tmp_path / "cache"))
+    inputs = (
+        str(table),
+        str(prepare_cohort(read_manifest(table), Recipe.from_config(alone), tmp_path / "cache")),
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     *_, one = finetune(alone, *open_inputs(alone, *inputs), device="cuda")
     mp.start_processes(
-        nccl_run, (2, shared, inputs, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
+        nccl_run,
+        (2, shared, inputs, str(tmp_path / "meeting"), str(tmp_path)),
+        nprocs=2,
+        start_method="spawn",
     )
     for graphs in (False, True):
         two = [torch.load(tmp_path / f"{rank}-{graphs}.pt", weights_only=True) for rank in range(2)]
-        assert [untimed(row) for row in two[0]["rows"]] == [untimed(row) for row in two[1]["rows"]], "ranks must agree"
+        assert [untimed(row) for row in two[0]["rows"]] == [
+            untimed(row) for row in two[1]["rows"]
+        ], "ranks must agree"
         for name, value in one.state()["network"].items():
             if "running" not in name and "num_batches" not in name:
-                torch.testing.assert_close(two[0]["network"][name], value.cpu(), rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(
+                    two[0]["network"][name], value.cpu(), rtol=1e-3, atol=1e-5
+                )
                 assert torch.equal(two[0]["network"][name], two[1]["network"][name])
         for ours, theirs in zip(two[0]["rows"], one.state()["rows"], strict=True):
             assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
@@ -297,7 +368,9 @@ def place_leader(actor: type, world: int) -> Any:
     return ray.remote(actor).options(num_cpus=1, scheduling_strategy=place).remote()
 
 
-def start_gang(inputs: tuple[str, str], seen: Path, world: int, *, epochs: int, deadline_s: float = 300.0) -> Any:
+def start_gang(
+    inputs: tuple[str, str], seen: Path, world: int, *, epochs: int, deadline_s: float = 300.0
+) -> Any:
     leader = place_leader(Leader, world)
     work = RankWork(build_config(SETTINGS | {"epochs": epochs}), *inputs)
     return leader.run.remote(work, world, deadline_s, str(seen))
@@ -322,7 +395,9 @@ def wait_until(condition: Any, what: str, deadline_s: float = 120.0) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_gang_runs_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path: Path, local_ray: Any) -> None:
+def test_a_gang_runs_and_leaves_nothing_behind(
+    inputs: tuple[str, str], tmp_path: Path, local_ray: Any
+) -> None:
     future = start_gang(inputs, tmp_path / "epoch", 3, epochs=2)
     assert ray.get(future, timeout=200) == [1, 2]
     wait_until(lambda: not rank_processes_running(), "ranks gone")
@@ -331,14 +406,18 @@ def test_a_gang_runs_and_leaves_nothing_behind(inputs: tuple[str, str], tmp_path
 class Repeated:
     """Rank 0 of several runs, one after the other, in an actor that Tune uses again."""
 
-    def run(self, works: list[tuple[RankWork, int | None]], world: int) -> tuple[list[list[str]], list[int]]:
+    def run(
+        self, works: list[tuple[RankWork, int | None]], world: int
+    ) -> tuple[list[list[str]], list[int]]:
         """Each run's rows, stopped after so many epochs, and how many processes there were, its own included."""
         rows, seen = [], []
         for work, last in works:
             processes = rank_processes(world)
             seen.append(processes)
             with contextlib.closing(gang(work, world, processes=processes)) as results:  # type: ignore[type-var]
-                rows.append([repr(untimed(result.metrics)) for result in itertools.islice(results, last)])
+                rows.append(
+                    [repr(untimed(result.metrics)) for result in itertools.islice(results, last)]
+                )
             assert not processes.lost
         return rows, [len(set(map(id, seen))), torch.distributed.get_world_size()]
 
@@ -348,10 +427,14 @@ class Repeated:
 def test_ranks_serve_one_run_after_the_other(inputs: tuple[str, str], local_ray: Any) -> None:
     """After one that was stopped and one that came to its end, with the numbers of ranks that never ran anything else."""
     stopped = RankWork(build_config(SETTINGS | {"epochs": 500, "seed": 1}), *inputs)
-    whole = RankWork(build_config(SETTINGS | {"head": "cosine", "loss": "focal", "batch_size": 2}), *inputs)
+    whole = RankWork(
+        build_config(SETTINGS | {"head": "cosine", "loss": "focal", "batch_size": 2}), *inputs
+    )
     last = RankWork(build_config(SETTINGS | {"epochs": 3}), *inputs)
     leader = place_leader(Repeated, 2)
-    rows, (gangs, world) = ray.get(leader.run.remote([(stopped, 2), (whole, None), (last, None)], 2), timeout=200)
+    rows, (gangs, world) = ray.get(
+        leader.run.remote([(stopped, 2), (whole, None), (last, None)], 2), timeout=200
+    )
     assert [len(run) for run in rows] == [2, 2, 3]
     assert (gangs, world) == (1, 2)
     assert len(rank_processes_running()) == 1
@@ -371,7 +454,12 @@ def test_ranks_serve_one_run_after_the_other(inputs: tuple[str, str], local_ray:
     ],
 )
 def test_a_lost_rank_is_named_and_the_others_are_gone(
-    inputs: tuple[str, str], tmp_path: Path, local_ray: Any, blow: int, deadline_s: float, message: str
+    inputs: tuple[str, str],
+    tmp_path: Path,
+    local_ray: Any,
+    blow: int,
+    deadline_s: float,
+    message: str,
 ) -> None:
     seen = tmp_path / "epoch"
     future = start_gang(inputs, seen, 2, epochs=5000, deadline_s=deadline_s)
@@ -390,7 +478,10 @@ def test_a_lost_rank_is_named_and_the_others_are_gone(
     [
         ([(2, 5), (2, 3)], "rank 2 on node n2 hangs in epoch 2 after step 3"),
         ([(2, 5), (3, 0)], "rank 0 on node n0 hangs in epoch 2 after step 4"),
-        ([(2, 4), (2, 5)], "one of rank 0 on node n0, rank 1 on node n1 hangs in epoch 2 after step 4"),
+        (
+            [(2, 4), (2, 5)],
+            "one of rank 0 on node n0, rank 1 on node n1 hangs in epoch 2 after step 4",
+        ),
     ],
 )
 def test_the_rank_that_is_behind_is_named_and_all_of_them_where_none_is(
@@ -452,13 +543,21 @@ leave_if_stuck(after_s=1)
 time.sleep(3)
 print("went on")
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout) == ((-signal.SIGALRM, "") if stuck else (0, "went on\n")), ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (
+        (-signal.SIGALRM, "") if stuck else (0, "went on\n")
+    ), ended.stderr
 
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), ray.exceptions.OutOfMemoryError("node")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        ray.exceptions.OutOfMemoryError("node"),
+    ],
 )
 def test_out_of_memory_is_told_apart_also_as_a_cause(error: BaseException) -> None:
     wrapped = RankError("rank 1 on node x: OutOfMemoryError")

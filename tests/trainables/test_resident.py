@@ -31,7 +31,9 @@ def nothing_kept() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cohort")
     manifest = read_manifest(write_cohort(place / "scans", subjects=6, side=(10, 12)))
-    return prepare_cohort(manifest, Recipe.from_config(build_config({"volume_shape": 8})), place / "prepared")
+    return prepare_cohort(
+        manifest, Recipe.from_config(build_config({"volume_shape": 8})), place / "prepared"
+    )
 
 
 def test_the_next_trial_finds_the_rows_on_the_device(folder: Path) -> None:
@@ -81,7 +83,13 @@ def test_volumes_in_memory_are_never_taken_for_others() -> None:
         volumes = np.full((3, 1, 8, 8, 8), value, dtype=np.float16)
         recipe = Recipe.from_config(build_config({"volume_shape": 8}))
         return Cohort(
-            Path(), volumes, np.zeros(3, np.int64), np.array(list("abc")), tuple("abc"), np.ones((3, 3)), recipe
+            Path(),
+            volumes,
+            np.zeros(3, np.int64),
+            np.array(list("abc")),
+            tuple("abc"),
+            np.ones((3, 3)),
+            recipe,
         )
 
     for value in (1.0, 2.0):
@@ -96,7 +104,9 @@ def test_batches_are_the_cohorts_rows_in_the_order_asked_for(folder: Path) -> No
     volumes = Volumes(cohort, np.arange(4), CPU)
     assert volumes.resident is None  # a CPU has them in the page cache
     asked = np.array([3, 0, 2])
-    np.testing.assert_array_equal(volumes.batch(asked).numpy(), cohort.volumes[asked].astype(np.float32))
+    np.testing.assert_array_equal(
+        volumes.batch(asked).numpy(), cohort.volumes[asked].astype(np.float32)
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a CPU keeps nothing")
@@ -107,4 +117,6 @@ def test_two_trials_on_a_gpu_share_one_copy(folder: Path) -> None:
     second = Volumes(open_cohort(folder), np.array([0, 2, 3]), device)
     assert first.resident is second.resident is not None
     asked = np.array([3, 0])
-    np.testing.assert_array_equal(second.batch(asked).cpu().numpy(), cohort.volumes[asked].astype(np.float32))
+    np.testing.assert_array_equal(
+        second.batch(asked).cpu().numpy(), cohort.volumes[asked].astype(np.float32)
+    )

@@ -44,7 +44,12 @@ class Clock:
             for epoch in range(len(rows) + 1, EPOCHS + 1):
                 self.now += epoch_s
                 rows.append({"epoch": epoch, "val_auc": 0.5 + epoch / 1000 if improving else 0.5})
-                state = {"format": 1, "config": {}, "config_hash": build_config(config).hash(), "epoch": epoch}
+                state = {
+                    "format": 1,
+                    "config": {},
+                    "config_hash": build_config(config).hash(),
+                    "epoch": epoch,
+                }
                 state |= {"rows": list(rows), "average": {}, "train_rows": [], "val_rows": []}
                 yield EpochResult(epoch, rows[-1], lambda state=state: dict(state))  # type: ignore[misc]
 
@@ -62,7 +67,9 @@ def test_checkpoints_take_a_twentieth_of_the_time_from_the_first_one_on(
 ) -> None:
     """Epochs of 1 s: saved after the first one, a trial that is stopped at its third would spend most of its time on it."""
     clock = Clock(monkeypatch)
-    rows = list(saved_run(build_config(config), TrialFiles(tmp_path), clock.epochs(1.0, improving=False)))
+    rows = list(
+        saved_run(build_config(config), TrialFiles(tmp_path), clock.epochs(1.0, improving=False))
+    )
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
     at = clock.times("checkpoint.pt")
     pause = SAVING_PAUSE * 2.0
@@ -78,11 +85,18 @@ def test_long_epochs_are_all_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(clock.times("checkpoint.pt")) == EPOCHS
 
 
-def test_what_is_kept_elsewhere_is_there_after_the_first_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_elsewhere_is_there_after_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only `keep` brings a trial's files to object storage: one that is stopped at its third epoch has weights there."""
     clock = Clock(monkeypatch)
     kept: list[float] = []
-    run = saved_run(build_config(config), TrialFiles(tmp_path), clock.epochs(1.0), keep=lambda: kept.append(clock.now))
+    run = saved_run(
+        build_config(config),
+        TrialFiles(tmp_path),
+        clock.epochs(1.0),
+        keep=lambda: kept.append(clock.now),
+    )
     next(run)
     assert len(kept) == 1
     run.close()  # type: ignore[attr-defined]
@@ -138,7 +152,9 @@ def test_training_goes_on_while_the_best_weights_are_written_and_a_checkpoint_wa
     assert next(run)["epoch"] == 1
     assert load_state(files.best)["epoch"] == 1, "what a checkpoint costs is not known before"
     assert [next(run)["epoch"] for _ in range(2)] == [2, 3]
-    assert load_state(files.best)["epoch"] == 1, "the row of epoch 3 is told before its weights are written"
+    assert load_state(files.best)["epoch"] == 1, (
+        "the row of epoch 3 is told before its weights are written"
+    )
     threading.Timer(0.2, disk.through.set).start()
     assert next(run)["epoch"] == 4, "which is better still, and waits for them"
     assert load_state(files.best)["epoch"] >= 3
@@ -151,7 +167,9 @@ def test_training_goes_on_while_the_best_weights_are_written_and_a_checkpoint_wa
     assert files.checkpoint.exists()
 
 
-def test_a_run_that_is_closed_leaves_the_best_weights_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_closed_leaves_the_best_weights_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a search does that stops a trial at a rung."""
     clock = Clock(monkeypatch)
     disk = SlowDisk(monkeypatch)
@@ -173,8 +191,17 @@ def test_what_is_written_is_the_epoch_s_own_state_though_the_tensors_go_on_chang
         for epoch in range(1, 5):
             weights.fill_(epoch)
             row = {"epoch": epoch, "val_auc": 0.5 + epoch / 10}
-            state = {"format": 1, "config": {}, "epoch": epoch, "rows": [row], "train_rows": [], "val_rows": []}
-            yield EpochResult(epoch, row, lambda state=state: {**state, "average": {"network": {"w": weights}}})  # type: ignore[misc]
+            state = {
+                "format": 1,
+                "config": {},
+                "epoch": epoch,
+                "rows": [row],
+                "train_rows": [],
+                "val_rows": [],
+            }
+            yield EpochResult(
+                epoch, row, lambda state=state: {**state, "average": {"network": {"w": weights}}}
+            )  # type: ignore[misc]
 
     run = saved_run(build_config(config), files, epochs)
     assert [next(run)["epoch"] for _ in range(3)] == [1, 2, 3]
@@ -200,7 +227,9 @@ def test_a_disk_that_does_not_take_the_best_weights_ends_the_run_before_a_checkp
     again = saved_run(build_config(config), files, clock.epochs(1.0))
     assert [next(again)["epoch"] for _ in range(3)] == [1, 2, 3]
     again.close()  # type: ignore[attr-defined]
-    assert re.search(r"best\.pt was not written, and the run has ended: .*input/output error", caplog.text)
+    assert re.search(
+        r"best\.pt was not written, and the run has ended: .*input/output error", caplog.text
+    )
 
 
 def test_a_file_that_cannot_be_written_is_told_by_its_own_name(tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ from nibabel.orientations import axcodes2ornt
 
 from trainables import scans
 from trainables.config import build_config
-from trainables.scans import Recipe, Scan, VolumeError, load_volume, read_header, read_scan, resample
+from trainables.scans import (
+    Recipe,
+    Scan,
+    VolumeError,
+    load_volume,
+    read_header,
+    read_scan,
+    resample,
+)
 
 Write = Callable[..., Path]
 
@@ -34,12 +42,16 @@ def scan(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], seed: i
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS", "PIR", "SAL", "IPR"])
-def test_any_orientation_is_read_as_nibabels_closest_canonical(write_scan: Write, axes: str) -> None:
+def test_any_orientation_is_read_as_nibabels_closest_canonical(
+    write_scan: Write, axes: str
+) -> None:
     path = write_scan(voxels=(5, 6, 7), spacing=(1.0, 2.0, 3.0), axes=axes)
     canonical = nib.as_closest_canonical(nib.load(path))
     found = read_scan(path)
     np.testing.assert_array_equal(found.voxels[0], canonical.get_fdata(dtype=np.float32))
-    assert found.spacing_mm == pytest.approx([float(value) for value in canonical.header.get_zooms()])
+    assert found.spacing_mm == pytest.approx(
+        [float(value) for value in canonical.header.get_zooms()]
+    )
     header = read_header(path)
     assert (header.shape, header.channels, header.oriented) == (canonical.shape, 1, True)
 
@@ -57,10 +69,14 @@ def test_the_same_object_comes_out_the_same_from_every_orientation(write_scan: W
         np.testing.assert_allclose(volume, reference, atol=1e-5)
 
 
-def test_a_tilted_volume_is_turned_to_its_closest_axes_with_its_own_spacing(write_scan: Write) -> None:
+def test_a_tilted_volume_is_turned_to_its_closest_axes_with_its_own_spacing(
+    write_scan: Write,
+) -> None:
     tilt = np.deg2rad(20)
     affine = np.eye(4)
-    affine[:3, :3] = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, -1]]) * [
+    affine[:3, :3] = np.array(
+        [[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, -1]]
+    ) * [
         1,
         2,
         3,
@@ -69,11 +85,15 @@ def test_a_tilted_volume_is_turned_to_its_closest_axes_with_its_own_spacing(writ
     nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(4, 5, 6)), affine), path)
     found = read_scan(path)
     assert found.spacing_mm == pytest.approx((1, 2, 3))
-    np.testing.assert_array_equal(found.voxels[0], nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32))
+    np.testing.assert_array_equal(
+        found.voxels[0], nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
+    )
 
 
 @pytest.mark.parametrize("spacing_mm", [None, (1.3, 1.3, 1.3)])
-def test_a_volume_that_needs_nothing_keeps_every_bit(spacing_mm: tuple[float, float, float] | None) -> None:
+def test_a_volume_that_needs_nothing_keeps_every_bit(
+    spacing_mm: tuple[float, float, float] | None,
+) -> None:
     given = scan((16, 16, 16), (1.3, 1.3, 1.3))
     np.testing.assert_array_equal(resample(given, recipe(spacing_mm=spacing_mm)), given.voxels)
 
@@ -86,7 +106,9 @@ def test_resampling_to_a_finer_spacing_is_monais(write_scan: Write) -> None:
     image = nib.load(path)
     tensor = MetaTensor(image.get_fdata(dtype=np.float32)[None], affine=image.affine)
     oriented = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(tensor)
-    monai = Spacing(pixdim=(0.5, 1.0, 0.75), mode="bilinear", padding_mode="border", scale_extent=True)(oriented)
+    monai = Spacing(
+        pixdim=(0.5, 1.0, 0.75), mode="bilinear", padding_mode="border", scale_extent=True
+    )(oriented)
     ours = resample(read_scan(path), recipe(volume_shape=(64, 64, 64), spacing_mm=(0.5, 1.0, 0.75)))
     assert ours.shape == monai.shape
     np.testing.assert_allclose(ours, monai.numpy(), atol=1e-3)  # values around 100
@@ -98,8 +120,12 @@ def test_resampling_to_a_finer_spacing_is_scipys() -> None:
     given = scan((7, 8, 9), (1.2, 1.0, 0.9))
     ours = resample(given, recipe(volume_shape=(64, 64, 64), spacing_mm=(0.6, 0.7, 0.9)))
     ratios = np.array([0.6, 0.7, 0.9]) / given.spacing_mm
-    starts = (np.array(given.voxels.shape[1:]) - 1) / 2 - (np.array(ours.shape[1:]) - 1) / 2 * ratios
-    theirs = affine_transform(given.voxels[0], ratios, starts, ours.shape[1:], order=1, mode="nearest")
+    starts = (np.array(given.voxels.shape[1:]) - 1) / 2 - (
+        np.array(ours.shape[1:]) - 1
+    ) / 2 * ratios
+    theirs = affine_transform(
+        given.voxels[0], ratios, starts, ours.shape[1:], order=1, mode="nearest"
+    )
     np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
 
 
@@ -109,9 +135,13 @@ def test_resampling_to_a_coarser_spacing_is_torchs_antialiased_one(old: int, new
     from torch.nn.functional import interpolate
 
     given = scan((old, old, 6), (1.0, 1.0, 1.0))
-    ours = resample(given, recipe(volume_shape=(64, 64, 64), spacing_mm=(old / new, old / new, 1.0)))
+    ours = resample(
+        given, recipe(volume_shape=(64, 64, 64), spacing_mm=(old / new, old / new, 1.0))
+    )
     slices = from_numpy(given.voxels[0]).permute(2, 0, 1)[:, None]
-    theirs = interpolate(slices, size=(new, new), mode="bilinear", antialias=True, align_corners=False)
+    theirs = interpolate(
+        slices, size=(new, new), mode="bilinear", antialias=True, align_corners=False
+    )
     np.testing.assert_allclose(ours[0], theirs[:, 0].permute(1, 2, 0).numpy(), atol=1e-5)
 
 
@@ -123,20 +153,30 @@ def test_a_strong_reduction_averages_instead_of_skipping() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (15, 20, 17), (21, 9, 16), (5, 6, 33)])
 @pytest.mark.parametrize("wanted", [(16, 16, 16), (17, 8, 9)])
-def test_crop_and_pad_are_monais(write_scan: Write, shape: tuple[int, int, int], wanted: tuple[int, int, int]) -> None:
+def test_crop_and_pad_are_monais(
+    write_scan: Write, shape: tuple[int, int, int], wanted: tuple[int, int, int]
+) -> None:
     from monai.transforms import ResizeWithPadOrCrop
 
     path = write_scan(voxels=shape)
     plain = recipe(
-        volume_shape=wanted, spacing_mm=(1.0, 1.0, 1.0), intensity="window", window_low=-500, window_high=500
+        volume_shape=wanted,
+        spacing_mm=(1.0, 1.0, 1.0),
+        intensity="window",
+        window_low=-500,
+        window_high=500,
     )
     border = float(resample(read_scan(path), plain).min())
-    monai = ResizeWithPadOrCrop(wanted, mode="constant", value=border)(read_scan(path).voxels).numpy()
+    monai = ResizeWithPadOrCrop(wanted, mode="constant", value=border)(
+        read_scan(path).voxels
+    ).numpy()
     np.testing.assert_allclose(load_volume(path, plain), monai / 500, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(20, 30, 40), (64, 12, 9), (8, 8, 8)])
-def test_without_a_spacing_the_whole_volume_fits_and_touches_two_sides(shape: tuple[int, int, int]) -> None:
+def test_without_a_spacing_the_whole_volume_fits_and_touches_two_sides(
+    shape: tuple[int, int, int],
+) -> None:
     spacing_mm = (1.0, 0.8, 2.5)
     inside = resample(scan(shape, spacing_mm), recipe())
     assert max(inside.shape[1:]) == 16
@@ -170,18 +210,24 @@ def test_zscore_nonzero_counts_voxels_above_zero(write_scan: Write) -> None:
     voxels = np.random.default_rng(0).normal(0, 30, (16, 16, 16))
     volume = load_volume(write_scan(voxels=voxels), recipe(intensity="zscore_nonzero"))
     stored = voxels.astype(np.float32).astype(np.float64)
-    np.testing.assert_allclose(volume[0], (stored - stored[stored > 0].mean()) / stored[stored > 0].std(), atol=1e-5)
+    np.testing.assert_allclose(
+        volume[0], (stored - stored[stored > 0].mean()) / stored[stored > 0].std(), atol=1e-5
+    )
 
 
 def test_window_clips_and_scales_to_plus_minus_one(write_scan: Write) -> None:
     voxels = np.linspace(-2000, 2000, 16**3).reshape(16, 16, 16)
-    volume = load_volume(write_scan(voxels=voxels), recipe(intensity="window", window_low=-1000, window_high=400))
+    volume = load_volume(
+        write_scan(voxels=voxels), recipe(intensity="window", window_low=-1000, window_high=400)
+    )
     np.testing.assert_allclose(volume[0], (voxels.clip(-1000, 400) + 300) / 700, atol=1e-5)
 
 
 def test_each_channel_is_normalised_by_itself(write_scan: Write) -> None:
     voxels = np.random.default_rng(0).normal(size=(16, 16, 10, 2)) * [1, 500] + [0, 9000]
-    volume = load_volume(write_scan(voxels=voxels, axes="LPS"), recipe(in_channels=2, spacing_mm=(1.0, 1.0, 1.0)))
+    volume = load_volume(
+        write_scan(voxels=voxels, axes="LPS"), recipe(in_channels=2, spacing_mm=(1.0, 1.0, 1.0))
+    )
     assert volume.shape == (2, 16, 16, 16)
     for channel in volume:
         assert channel[..., 3:13].std() == pytest.approx(1, abs=1e-5)
@@ -193,7 +239,9 @@ def test_the_wildest_values_stay_finite_in_float16(write_scan: Write, intensity:
     voxels = np.random.default_rng(0).normal(1, 1e-3, (130, 130, 130))
     voxels[0, 0, 0], voxels[1, 1, 1] = 3e38, -3e38
     path = write_scan("scan.nii", voxels)
-    wild = load_volume(path, recipe(volume_shape=(130, 130, 130), intensity=intensity, window_high=1e38))
+    wild = load_volume(
+        path, recipe(volume_shape=(130, 130, 130), intensity=intensity, window_high=1e38)
+    )
     assert np.isfinite(wild.astype(np.float16)).all()
     assert np.abs(wild).max() <= 1000
 
@@ -201,15 +249,21 @@ def test_the_wildest_values_stay_finite_in_float16(write_scan: Write, intensity:
 # Formats ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64, ">i2", ">f4"])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64, ">i2", ">f4"]
+)
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
-def test_every_number_format_gives_nibabels_values(write_scan: Write, kind: Any, dtype: Any) -> None:
+def test_every_number_format_gives_nibabels_values(
+    write_scan: Write, kind: Any, dtype: Any
+) -> None:
     image = nib.load(write_scan("plain.nii", kind=kind))
     header = image.header.as_byteswapped(">" if str(dtype).startswith(">") else "<")
     header.set_data_dtype(np.dtype(dtype))
     path = write_scan()
     nib.save(kind(image.get_fdata(), image.affine, header), path)
-    np.testing.assert_allclose(read_scan(path).voxels[0], nib.load(path).get_fdata(), rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(
+        read_scan(path).voxels[0], nib.load(path).get_fdata(), rtol=1e-6, atol=1e-4
+    )
 
 
 def test_slope_and_intercept_are_applied_where_they_cancel_too(write_scan: Write) -> None:
@@ -219,7 +273,9 @@ def test_slope_and_intercept_are_applied_where_they_cancel_too(write_scan: Write
     path = write_scan()
     nib.save(image, path)
     raw = bytearray(gzip.decompress(path.read_bytes()))
-    raw[352:] = stored.tobytes(order="F")  # nibabel rescales on writing: put the very integers there
+    raw[352:] = stored.tobytes(
+        order="F"
+    )  # nibabel rescales on writing: put the very integers there
     raw[112:120] = np.array([1, -(2.0**30)], dtype="<f4").tobytes()
     path.write_bytes(gzip.compress(raw))
     np.testing.assert_array_equal(read_scan(path).voxels[0], np.arange(6**3).reshape(6, 6, 6))
@@ -240,12 +296,16 @@ def test_spacings_in_micrometres_are_read_as_millimetres(write_scan: Write) -> N
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7, 1), (5, 6, 7, 1, 1)])
-def test_dimensions_of_one_behind_the_third_are_dropped(write_scan: Write, shape: tuple[int, ...]) -> None:
+def test_dimensions_of_one_behind_the_third_are_dropped(
+    write_scan: Write, shape: tuple[int, ...]
+) -> None:
     assert read_scan(write_scan(voxels=shape)).voxels.shape == (1, 5, 6, 7)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7, 3), (5, 6, 7, 1, 3)])
-def test_channels_come_last_in_the_file_and_first_in_memory(write_scan: Write, shape: tuple[int, ...]) -> None:
+def test_channels_come_last_in_the_file_and_first_in_memory(
+    write_scan: Write, shape: tuple[int, ...]
+) -> None:
     path = write_scan(voxels=shape)
     voxels = np.squeeze(nib.load(path).get_fdata(dtype=np.float32))
     np.testing.assert_array_equal(read_scan(path, in_channels=3).voxels, np.moveaxis(voxels, 3, 0))
@@ -258,7 +318,9 @@ def test_a_file_without_orientation_is_read_as_the_format_says(write_scan: Write
     image.set_qform(None, 0)
     nib.save(image, path)
     assert not read_header(path).oriented
-    np.testing.assert_array_equal(read_scan(path).voxels[0], nib.as_closest_canonical(nib.load(path)).get_fdata())
+    np.testing.assert_array_equal(
+        read_scan(path).voxels[0], nib.as_closest_canonical(nib.load(path)).get_fdata()
+    )
 
 
 # Bad files -------------------------------------------------------------------------------------------------------------
@@ -299,7 +361,9 @@ def noisy(shape: tuple[int, ...], **values: float) -> Callable[[Path], None]:
 
 
 def constant(value: float) -> Callable[[Path], None]:
-    return lambda path: nib.save(nib.Nifti1Image(np.full((9, 10, 11), float(value)), np.eye(4)), path)
+    return lambda path: nib.save(
+        nib.Nifti1Image(np.full((9, 10, 11), float(value)), np.eye(4)), path
+    )
 
 
 def loop(path: Path) -> None:
@@ -326,7 +390,10 @@ BAD_FILES = {
     "ten bytes": (rewritten(lambda data: data[:10]), "gzip stream ends early"),
     "text": (rewritten(lambda data: b"path,label,subject\n" * 99), "not a NIfTI file"),
     "zipped text": (rewritten(lambda data: gzip.compress(b"no scan" * 99)), "not a NIfTI file"),
-    "half of the bytes": (rewritten(lambda data: data[: len(data) // 2]), "truncated: its gzip stream ends early"),
+    "half of the bytes": (
+        rewritten(lambda data: data[: len(data) // 2]),
+        "truncated: its gzip stream ends early",
+    ),
     "half of the voxels": (
         rewritten(lambda data: gzip.compress(gzip.decompress(data)[:2000])),
         "truncated: 1648 of 3960 voxel bytes",
@@ -335,13 +402,22 @@ BAD_FILES = {
         rewritten(lambda data: gzip.decompress(data)[:2000]),
         "the file holds 1.953 KiB; copy it again",
     ),
-    "only a header": (rewritten(lambda data: gzip.compress(gzip.decompress(data)[:348])), "truncated"),
+    "only a header": (
+        rewritten(lambda data: gzip.compress(gzip.decompress(data)[:348])),
+        "truncated",
+    ),
     "a broken checksum": (
         rewritten(lambda data: data[:-8] + b"\1\2\3\4" + data[-4:]),
         "damaged gzip (CRC check failed",
     ),
-    "a broken byte": (rewritten(lambda data: data[:99] + bytes([data[99] ^ 255]) + data[100:]), "damaged gzip"),
-    "the start of a gzip": (rewritten(lambda data: b"\x1f\x8b" + gzip.decompress(data)), "damaged gzip"),
+    "a broken byte": (
+        rewritten(lambda data: data[:99] + bytes([data[99] ^ 255]) + data[100:]),
+        "damaged gzip",
+    ),
+    "the start of a gzip": (
+        rewritten(lambda data: b"\x1f\x8b" + gzip.decompress(data)),
+        "damaged gzip",
+    ),
     "4D": (noisy((5, 6, 7, 8)), "shape 5x6x7x8, 8 channel(s), in_channels=1"),
     "5D": (noisy((5, 6, 7, 2, 3)), "shape 5x6x7x2x3: three dimensions"),
     "an image": (noisy((50, 60)), "shape 50x60: a volume of at least 2 voxels a side is needed"),
@@ -350,7 +426,10 @@ BAD_FILES = {
         noisy((5, 6, 7), at43=np.nan, at44=np.inf),
         "2 of 210 voxels are not finite in float32 (the first at (1, 0, 1)",
     ),
-    "too large for float32": (noisy((5, 6, 7), at0=1e300), "1 of 210 voxels are not finite in float32"),
+    "too large for float32": (
+        noisy((5, 6, 7), at0=1e300),
+        "1 of 210 voxels are not finite in float32",
+    ),
     "all zero": (constant(0), "constant: every voxel is 0"),
     "all 0.1": (constant(0.1), "constant: every voxel is 0.1"),
     "spacing 0": (
@@ -362,19 +441,27 @@ BAD_FILES = {
     "spacing 0 in the affine": (changed(280, [0, 0, 0, 0], "<f4"), "spacing (0, 1, 1) mm"),
     "a flat affine": (changed(280, [1, 1, 0, 0] * 2, "<f4"), "maps the volume onto a plane"),
     "no rotation": (
-        lambda path: (changed(254, 0, "<i2")(path), changed(252, 1, "<i2")(path), changed(256, [9, 9, 9], "<f4")(path))[
-            0
-        ],
+        lambda path: (
+            changed(254, 0, "<i2")(path),
+            changed(252, 1, "<i2")(path),
+            changed(256, [9, 9, 9], "<f4")(path),
+        )[0],
         "no valid orientation",
     ),
     "terabytes, zipped": (
         changed(40, [3, 30000, 30000, 30000], "<i2"),
         "the header claims 30000x30000x30000 voxels, 98.23 TiB",
     ),
-    "terabytes": (unzipped(changed(40, [3, 30000, 30000, 30000], "<i2")), "98.23 TiB, the file holds 4.211 KiB"),
+    "terabytes": (
+        unzipped(changed(40, [3, 30000, 30000, 30000], "<i2")),
+        "98.23 TiB, the file holds 4.211 KiB",
+    ),
     "a far first voxel": (changed(108, 1e30, "<f4"), "vox_offset 1e+30"),
     "a far first voxel within bounds": (changed(108, 9e8, "<f4"), "truncated, or a wrong header"),
-    "a first voxel in the header": (changed(108, 0, "<f4"), "vox_offset 0: voxels cannot start before byte 352"),
+    "a first voxel in the header": (
+        changed(108, 0, "<f4"),
+        "vox_offset 0: voxels cannot start before byte 352",
+    ),
     "no number as first voxel": (changed(108, np.nan, "<f4"), "vox_offset nan"),
     "no dimensions": (changed(40, [0], "<i2"), "1 to 7 dimensions"),
     "ninety dimensions": (changed(40, [90], "<i2"), "1 to 7 dimensions"),
@@ -424,7 +511,11 @@ def test_more_than_the_largest_volume_is_refused_even_if_the_bytes_may_be_there(
             "every voxel that counts is 255 .*use intensity=zscore",
         ),
         ("zscore_nonzero", -np.arange(1, 16**3 + 1), "no voxel is > 0"),
-        ("window", np.arange(16**3) + 5000, "values 5000 to 9095 are all one value in the window -1000 to 400"),
+        (
+            "window",
+            np.arange(16**3) + 5000,
+            "values 5000 to 9095 are all one value in the window -1000 to 400",
+        ),
     ],
 )
 def test_an_intensity_rule_that_leaves_a_constant_is_refused(
@@ -445,9 +536,13 @@ def test_a_volume_that_is_constant_where_it_is_cropped_is_refused(write_scan: Wr
         load_volume(write_scan(voxels=voxels), recipe(spacing_mm=(1.0, 1.0, 1.0)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    patches=st.lists(st.tuples(st.integers(0, 600), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4),
+    patches=st.lists(
+        st.tuples(st.integers(0, 600), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4
+    ),
     cut=st.integers(0, 1500),
     zipped=st.booleans(),
     version=st.sampled_from([nib.Nifti1Image, nib.Nifti2Image]),

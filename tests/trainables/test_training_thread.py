@@ -83,7 +83,9 @@ def test_the_thread_does_not_wait_for_itself() -> None:
         in_training_thread(in_training_thread, threading.get_ident)
 
 
-def test_trials_of_a_process_train_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_of_a_process_train_in_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or torch, which keeps cuDNN's algorithms for each thread, would look for them again in each trial."""
     threads: list[int] = []
 

@@ -72,12 +72,18 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def temporaries(cache: Path) -> list[str]:
-    return [path.name for path in cache.iterdir() if path.name.startswith(".building-") or path.suffix == ".tmp"]
+    return [
+        path.name
+        for path in cache.iterdir()
+        if path.name.startswith(".building-") or path.suffix == ".tmp"
+    ]
 
 
 def test_a_cohort_holds_every_row_of_the_table_in_order(table: Path, cache: Path) -> None:
     manifest, seen = read_manifest(table), []
-    folder = prepare_cohort(manifest, recipe(), cache, progress=lambda done, total: seen.append((done, total)))
+    folder = prepare_cohort(
+        manifest, recipe(), cache, progress=lambda done, total: seen.append((done, total))
+    )
     cohort = open_cohort(folder)
     assert seen == [(done, 6) for done in range(1, 7)]
     assert folder.parent == cache
@@ -107,7 +113,9 @@ def test_a_rerun_decodes_nothing_and_reads_no_file_again(
     table: Path, cache: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, now = read_manifest(table), volumes.time.time_ns
-    monkeypatch.setattr(volumes.time, "time_ns", lambda: now() + 10**10)  # the files have been lying there for a while
+    monkeypatch.setattr(
+        volumes.time, "time_ns", lambda: now() + 10**10
+    )  # the files have been lying there for a while
     folder = prepare_cohort(manifest, recipe(), cache)
     assert len(decoded) == 6
     monkeypatch.setattr(volumes.hashlib, "file_digest", None)
@@ -139,11 +147,19 @@ def test_a_changed_file_is_noticed_even_with_its_size_and_time_put_back(
     assert prepare_cohort(manifest, recipe(), cache) not in (folder, second)
 
 
-def test_a_changed_recipe_is_another_cohort_and_one_that_changes_nothing_is_not(table: Path, cache: Path) -> None:
+def test_a_changed_recipe_is_another_cohort_and_one_that_changes_nothing_is_not(
+    table: Path, cache: Path
+) -> None:
     manifest = read_manifest(table)
     folder = prepare_cohort(manifest, recipe(), cache)
-    assert prepare_cohort(manifest, recipe(window_high=1.0), cache) == folder  # read by intensity=window only
-    for change in ({"volume_shape": (16, 16, 8)}, {"spacing_mm": (1.0, 1.0, 1.0)}, {"intensity": "window"}):
+    assert (
+        prepare_cohort(manifest, recipe(window_high=1.0), cache) == folder
+    )  # read by intensity=window only
+    for change in (
+        {"volume_shape": (16, 16, 8)},
+        {"spacing_mm": (1.0, 1.0, 1.0)},
+        {"intensity": "window"},
+    ):
         other = prepare_cohort(manifest, recipe(**change), cache)
         assert other != folder
         assert open_cohort(other).recipe == recipe(**change)
@@ -167,11 +183,14 @@ def test_all_bad_files_are_told_together_and_nothing_is_left(table: Path, cache:
     with pytest.raises(CohortError) as refusal:
         prepare_cohort(manifest, recipe(), cache)
     assert [problem.split(": ")[:2] for problem in refusal.value.problems] == [
-        [f"row {number}", f"scan {table.parent / name}"] for number, name in ((2, "1.nii.gz"), (5, "4.nii.gz"))
+        [f"row {number}", f"scan {table.parent / name}"]
+        for number, name in ((2, "1.nii.gz"), (5, "4.nii.gz"))
     ]
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     (table.parent / "4.nii.gz").unlink()
-    with pytest.raises(CohortError, match=r"scan .*4\.nii\.gz: cannot be read: No such file or directory"):
+    with pytest.raises(
+        CohortError, match=r"scan .*4\.nii\.gz: cannot be read: No such file or directory"
+    ):
         prepare_cohort(manifest, recipe(), cache)
 
 
@@ -194,7 +213,9 @@ def test_too_small_a_disk_is_told_before_anything_is_decoded(
     table: Path, cache: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(volumes.shutil, "disk_usage", lambda path: SimpleNamespace(free=2048))
-    with pytest.raises(CohortError, match=r"the cohort needs 48 KiB, 2 KiB are free: free some room"):
+    with pytest.raises(
+        CohortError, match=r"the cohort needs 48 KiB, 2 KiB are free: free some room"
+    ):
         prepare_cohort(read_manifest(table), recipe(), cache)
     assert decoded == []
     assert temporaries(cache) == []
@@ -207,7 +228,9 @@ def test_a_disk_that_fills_up_midway_is_told_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
 
     monkeypatch.setattr(volumes, "_sync", full)
-    with pytest.raises(CohortError, match=r"No space left on device .*volumes\.npy.*: free some room"):
+    with pytest.raises(
+        CohortError, match=r"No space left on device .*volumes\.npy.*: free some room"
+    ):
         prepare_cohort(read_manifest(table), recipe(), cache)
     assert temporaries(cache) == []
     monkeypatch.undo()
@@ -249,7 +272,10 @@ def without(name: str) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (cut, "damaged"),
-        (replace_array, r"volumes.npy holds float64 \(3,\), float16 \(6, 1, 16, 16, 16\) is expected"),
+        (
+            replace_array,
+            r"volumes.npy holds float64 \(3,\), float16 \(6, 1, 16, 16, 16\) is expected",
+        ),
         (pickled, "damaged"),
         (cut_record, "damaged"),
         (another_format, "format 0, this is 1: prepare it again"),
@@ -334,7 +360,9 @@ def test_a_builder_killed_midway_leaves_nothing_that_is_read_and_the_next_one_sw
     (left,) = temporaries(cache)
     assert (cache / left / "volumes.npy").exists()
     assert list(cache.glob("[!.]*-*")) == []
-    other = prepare_cohort(read_manifest(table), recipe(volume_shape=(8, 8, 8)), cache)  # another cohort sweeps it too
+    other = prepare_cohort(
+        read_manifest(table), recipe(volume_shape=(8, 8, 8)), cache
+    )  # another cohort sweeps it too
     assert temporaries(cache) == []
     decoded.clear()
     folder = prepare_cohort(read_manifest(table), recipe(), cache)
@@ -353,7 +381,10 @@ def test_two_processes_at_once_build_a_cohort_once_and_a_living_one_is_not_swept
     read_until(second.stderr, "waiting for another process")
     prepare_cohort(read_manifest(table), recipe(volume_shape=(8, 8, 8)), cache)
     assert len(temporaries(cache)) == 1
-    ends = [first.communicate("go on\n", timeout=60)[0].splitlines(), second.communicate(timeout=60)[0].splitlines()]
+    ends = [
+        first.communicate("go on\n", timeout=60)[0].splitlines(),
+        second.communicate(timeout=60)[0].splitlines(),
+    ]
     assert ends[1] == [ends[0][-1]], "the second decodes nothing and finds the same folder"
     assert ends[0].count("decoded") == 3, "and three up to the pause"
     assert temporaries(cache) == []
@@ -428,11 +459,15 @@ def medmnist(path: Path, **changes: Any) -> Path:
         arrays[f"{split}_images"] = rng.integers(0, 255, (count, 9, 10, 11)).astype(np.uint8)
         arrays[f"{split}_labels"] = (np.arange(count) % 2).astype(np.uint8)[:, None]
     arrays |= changes
-    np.savez_compressed(path, **{name: value for name, value in arrays.items() if value is not None})
+    np.savez_compressed(
+        path, **{name: value for name, value in arrays.items() if value is not None}
+    )
     return path
 
 
-def test_adrenalmnist_is_imported_with_its_official_split(adrenal_archive: Path, tmp_path: Path) -> None:
+def test_adrenalmnist_is_imported_with_its_official_split(
+    adrenal_archive: Path, tmp_path: Path
+) -> None:
     table = import_medmnist(adrenal_archive, tmp_path / "adrenal", limit=20)
     manifest = read_manifest(table)
     assert manifest.rows["split"].value_counts().to_dict() == {"train": 20, "val": 20, "test": 20}
@@ -440,13 +475,19 @@ def test_adrenalmnist_is_imported_with_its_official_split(adrenal_archive: Path,
     with np.load(adrenal_archive, allow_pickle=False) as arrays:
         assert (
             manifest.rows["label"].tolist()
-            == np.concatenate([arrays[f"{split}_labels"][:20, 0] for split in ("train", "val", "test")]).tolist()
+            == np.concatenate(
+                [arrays[f"{split}_labels"][:20, 0] for split in ("train", "val", "test")]
+            ).tolist()
         )
         image = arrays["val_images"][7]
     np.testing.assert_array_equal(nib.load(manifest.rows["path"][27]).get_fdata(), image)
     np.testing.assert_array_equal(read_scan(manifest.rows["path"][27]).voxels[0], image)
-    cohort = open_cohort(prepare_cohort(manifest, recipe(volume_shape=(28, 28, 28)), tmp_path / "cache"))
-    np.testing.assert_allclose(cohort.volumes[27, 0], (image - image.mean()) / image.std(), rtol=2e-3)
+    cohort = open_cohort(
+        prepare_cohort(manifest, recipe(volume_shape=(28, 28, 28)), tmp_path / "cache")
+    )
+    np.testing.assert_allclose(
+        cohort.volumes[27, 0], (image - image.mean()) / image.std(), rtol=2e-3
+    )
 
 
 def test_an_import_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -455,7 +496,10 @@ def test_an_import_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
     files = sorted(tables[0].parent.rglob("*.*"))
     assert len(files) == 17
     for file in files:
-        assert file.read_bytes() == (tables[1].parent / file.relative_to(tables[0].parent)).read_bytes()
+        assert (
+            file.read_bytes()
+            == (tables[1].parent / file.relative_to(tables[0].parent)).read_bytes()
+        )
 
 
 @pytest.mark.parametrize(
@@ -467,21 +511,28 @@ def test_an_import_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
             r"train: images of shape \(8, 28, 28\): \(N, D, H, W\) is needed",
         ),
         ({"train_images": np.zeros((8, 4, 4, 4), np.complex64)}, "images of type complex64"),
-        ({"test_labels": np.zeros((4, 3), np.uint8)}, r"labels of shape \(4, 3\) for 4 images: one label an image"),
+        (
+            {"test_labels": np.zeros((4, 3), np.uint8)},
+            r"labels of shape \(4, 3\) for 4 images: one label an image",
+        ),
         ({"test_labels": np.zeros(3, np.uint8)}, r"labels of shape \(3,\) for 4 images"),
         ({"test_labels": np.full(4, 0.5)}, "labels of type float64"),
         ({"test_labels": np.full(4, -1)}, "whole numbers from 0 are needed"),
         ({"test_images": np.array([{}] * 4)}, "Object arrays cannot be loaded"),
     ],
 )
-def test_another_archive_is_refused_and_leaves_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_another_archive_is_refused_and_leaves_nothing(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     archive = medmnist(tmp_path / "odd.npz", **changes)
     with pytest.raises(CohortError, match=message):
         import_medmnist(archive, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [archive]
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + b"\0" * 99, pickle.dumps({"a": 1})])
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"PK\x03\x04" + b"\0" * 99, pickle.dumps({"a": 1})]
+)
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     archive = tmp_path / "odd.npz"
     archive.write_bytes(content)
@@ -502,7 +553,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(CohortError, match="exists and is not an empty folder; remove it or choose another"):
+    with pytest.raises(
+        CohortError, match="exists and is not an empty folder; remove it or choose another"
+    ):
         import_medmnist(archive, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     assert import_medmnist(archive, tmp_path / "empty").exists()

@@ -92,7 +92,9 @@ def test_a_file_of_every_depth_loads_in_full_into_both_geometries(tmp_path, dept
     assert report.missing == ("head.weight",)
     assert report.counters == report.ignored == report.unexpected == ()
     assert len(report.loaded) == report.entries == len(state)
-    assert report.parameters == sum(parameter.numel() for parameter in network.backbone.parameters())
+    assert report.parameters == sum(
+        parameter.numel() for parameter in network.backbone.parameters()
+    )
 
 
 def test_a_released_resnet_50_has_318_entries_and_46_155_072_parameters(tmp_path):
@@ -100,7 +102,9 @@ def test_a_released_resnet_50_has_318_entries_and_46_155_072_parameters(tmp_path
         names = build(50, width=1.0).backbone.state_dict()
     assert len(names) == 318
     assert len([name for name in names if name.endswith("num_batches_tracked")]) == 53
-    state = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in names.items()}  # a file of a few kB
+    state = {
+        name: torch.zeros(()).expand(tensor.shape) for name, tensor in names.items()
+    }  # a file of a few kB
     report = inspect_weights(write(tmp_path, as_released(state)))
     assert report.parameters == 46_155_072
     assert len(report.loaded) == 318
@@ -112,8 +116,12 @@ WRAPPINGS = {
     "state_dict": lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"state": {}}},
     "module": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
     "backbone": lambda state: {f"backbone.{name}": tensor for name, tensor in state.items()},
-    "encoder": lambda state: {"state_dict": {f"encoder.{name}": tensor for name, tensor in state.items()}},
-    "nested": lambda state: {f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()},
+    "encoder": lambda state: {
+        "state_dict": {f"encoder.{name}": tensor for name, tensor in state.items()}
+    },
+    "nested": lambda state: {
+        f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()
+    },
 }
 
 
@@ -136,7 +144,11 @@ def test_safetensors_load_too(tmp_path):
 
 
 def test_a_file_without_counters_loads_and_says_so(tmp_path):
-    state = {name: tensor for name, tensor in backbone_weights().items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: tensor
+        for name, tensor in backbone_weights().items()
+        if not name.endswith("num_batches_tracked")
+    }
     network = build()
     report = load_pretrained(network, write(tmp_path, as_released(state)))
     assert len(report.counters) == 12
@@ -148,7 +160,10 @@ def test_a_file_without_counters_loads_and_says_so(tmp_path):
 
 def test_heads_for_other_tasks_are_left_out_and_named(tmp_path):
     state = backbone_weights()
-    heads = {"conv_seg.0.weight": torch.ones(64, 32, 2, 2, 2), "conv_seg.1.running_mean": torch.ones(32)}
+    heads = {
+        "conv_seg.0.weight": torch.ones(64, 32, 2, 2, 2),
+        "conv_seg.1.running_mean": torch.ones(32),
+    }
     heads |= {"fc.weight": torch.ones(400, 64), "fc.bias": torch.full((400,), float("nan"))}
     network = build(head="linear")
     report = load_pretrained(network, write(tmp_path, as_released({**state, **heads})))
@@ -169,7 +184,9 @@ def test_a_whole_classifier_gives_its_backbone_and_not_its_head(tmp_path):
 
 
 def test_half_precision_files_are_read_into_float32(tmp_path):
-    state = {name: t.half() if t.is_floating_point() else t for name, t in backbone_weights().items()}
+    state = {
+        name: t.half() if t.is_floating_point() else t for name, t in backbone_weights().items()
+    }
     network = build()
     load_pretrained(network, write(tmp_path, state))
     assert network.backbone.conv1.weight.dtype == torch.float32
@@ -193,7 +210,9 @@ def test_more_channels_and_other_widths_load_where_the_run_has_them_too(tmp_path
 def test_a_wrong_depth_names_the_depth_the_file_looks_like(tmp_path):
     path = write(tmp_path, as_released(backbone_weights(18)))
     text = refusal(path, build(50))
-    assert "looks like ResNet-18 (basic blocks 2+2+2+2 in layers 1 to 4), the run has depth=50" in text
+    assert (
+        "looks like ResNet-18 (basic blocks 2+2+2+2 in layers 1 to 4), the run has depth=50" in text
+    )
     assert "set depth=18, or use resnet_50.pth or resnet_50_23dataset.pth" in text
     assert inspect_weights(path).depth == 18
 
@@ -205,7 +224,11 @@ def test_34_and_50_have_as_many_blocks_and_are_told_apart(tmp_path):
 
 
 def test_a_depth_that_was_never_released_is_said_to_be_none(tmp_path):
-    state = {name: tensor for name, tensor in backbone_weights(18).items() if not name.startswith("layer4.1.")}
+    state = {
+        name: tensor
+        for name, tensor in backbone_weights(18).items()
+        if not name.startswith("layer4.1.")
+    }
     path = write(tmp_path, as_released(state))
     assert "looks like no released depth (basic blocks 2+2+2+1" in refusal(path, build(18))
     with pytest.raises(WeightsError, match="no released depth"):
@@ -240,21 +263,27 @@ def test_the_other_kind_of_shortcut_is_refused(tmp_path, depth, has, wants):
     else:
         state["layer2.0.downsample.0.weight"] = torch.ones(16, 8, 1, 1, 1)
     path = write(tmp_path, as_released(state))
-    assert f"has shortcuts {has}, and MedicalNet's ResNet-{depth} {wants}" in refusal(path, build(depth))
+    assert f"has shortcuts {has}, and MedicalNet's ResNet-{depth} {wants}" in refusal(
+        path, build(depth)
+    )
     with pytest.raises(WeightsError, match=f"shortcut_type='{wants}'"):
         inspect_weights(path)
 
 
 def test_all_that_is_wrong_with_the_network_is_told_together(tmp_path):
     text = refusal(write(tmp_path, as_released(backbone_weights(50, in_channels=3, width=0.25))))
-    assert [re.search(r"looks like|stem takes|has width", line)[0] for line in text.splitlines()] == [
+    assert [
+        re.search(r"looks like|stem takes|has width", line)[0] for line in text.splitlines()
+    ] == [
         "looks like",
         "stem takes",
         "has width",
     ]
 
 
-@pytest.mark.parametrize("name", ["conv1.weight", "layer3.0.bn1.running_mean", "layer4.0.conv1.weight"])
+@pytest.mark.parametrize(
+    "name", ["conv1.weight", "layer3.0.bn1.running_mean", "layer4.0.conv1.weight"]
+)
 def test_a_missing_entry_of_the_backbone_ends_the_load(tmp_path, name):
     state = backbone_weights()
     del state[name]
@@ -275,12 +304,18 @@ def test_entries_left_over_shapes_types_and_values_are_told_together(tmp_path):
     assert "has 1 entry that the network has no place for: module.layer1.0.attention.weight" in text
     assert "layer2.0.conv2.weight (16, 16, 1, 1, 1) instead of (16, 16, 3, 3, 3)" in text
     assert "has no real numbers in 1 entry: bn1.weight torch.int64" in text
-    assert "has NaN or infinite values in 2 entries: layer3.0.bn2.running_var, layer4.0.conv1.weight" in text
+    assert (
+        "has NaN or infinite values in 2 entries: layer3.0.bn2.running_var, layer4.0.conv1.weight"
+        in text
+    )
     assert len(text.splitlines()) == 4
 
 
 def test_a_file_of_which_nothing_matches_is_refused(tmp_path):
-    path = write(tmp_path, {"state_dict": {f"features.{number}.weight": torch.ones(1) for number in range(6)}})
+    path = write(
+        tmp_path,
+        {"state_dict": {f"features.{number}.weight": torch.ones(1) for number in range(6)}},
+    )
     text = refusal(path)
     assert "has no entry of a ResNet backbone among 6 entries: features.0.weight" in text
     assert "and 2 more" in text
@@ -288,7 +323,9 @@ def test_a_file_of_which_nothing_matches_is_refused(tmp_path):
 
 def test_two_networks_in_one_file_are_refused(tmp_path):
     state = backbone_weights()
-    path = write(tmp_path, {**state, **{f"module.{name}": tensor for name, tensor in state.items()}})
+    path = write(
+        tmp_path, {**state, **{f"module.{name}": tensor for name, tensor in state.items()}}
+    )
     assert "conv1.weight and module.conv1.weight are both conv1.weight" in refusal(path)
 
 
@@ -301,7 +338,10 @@ def test_weights_of_a_2d_network_are_refused(tmp_path):
 NO_WEIGHTS = {
     "a list": ([torch.ones(1)], "holds a list, not a dict"),
     "a tensor": (torch.ones(1), "holds a Tensor, not a dict"),
-    "no tensors": ({"epoch": 1, "metrics": {"auc": 0.9}}, "no tensors at its top and no 'state_dict'; it holds epoch"),
+    "no tensors": (
+        {"epoch": 1, "metrics": {"auc": 0.9}},
+        "no tensors at its top and no 'state_dict'; it holds epoch",
+    ),
     "nothing": ({}, "it holds nothing"),
     "a mixture": (
         {"state_dict": {"conv1.weight": torch.ones(1), "step": 3}},
@@ -317,10 +357,19 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path, case):
 
 
 NO_CHECKPOINT = {
-    "text": (b"epoch,auc\n1,0.5\n" * 20, "not a checkpoint: neither torch's format nor safetensors"),
+    "text": (
+        b"epoch,auc\n1,0.5\n" * 20,
+        "not a checkpoint: neither torch's format nor safetensors",
+    ),
     "empty": (b"", "empty file"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-    "page": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>" * 9, "a web page and not a checkpoint"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "git lfs pull",
+    ),
+    "page": (
+        b"\n<!DOCTYPE html><html><body>Sign in</body></html>" * 9,
+        "a web page and not a checkpoint",
+    ),
     "pickle": (pickle.dumps({"a": 1}, protocol=0), "not a checkpoint"),
 }
 
@@ -335,7 +384,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, case):
 def test_the_archive_of_all_files_is_to_be_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "all.pth", "w") as archive:
         archive.writestr("pretrain/resnet_50.pth", b"x" * 99)
-    assert "a zip archive and not a checkpoint: unpack it (pretrain/resnet_50.pth)" in refusal(tmp_path / "all.pth")
+    assert "a zip archive and not a checkpoint: unpack it (pretrain/resnet_50.pth)" in refusal(
+        tmp_path / "all.pth"
+    )
 
 
 @pytest.mark.parametrize("kind", ["legacy", "zip", "safetensors"])
@@ -349,13 +400,18 @@ def test_a_truncated_file_is_refused_as_such(tmp_path, kind, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * kept)])
     text = refusal(path)
-    assert f"truncated or damaged, {int(len(whole) * kept):,} bytes of 57,456,599 in the released file" in text
+    assert (
+        f"truncated or damaged, {int(len(whole) * kept):,} bytes of 57,456,599 in the released file"
+        in text
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [True, False])
 def test_altered_files_never_end_in_another_error(tmp_path, legacy):
-    path = write(tmp_path, {"state_dict": {"conv1.weight": torch.ones(2, 1, 1, 1, 1)}}, legacy=legacy)
+    path = write(
+        tmp_path, {"state_dict": {"conv1.weight": torch.ones(2, 1, 1, 1, 1)}}, legacy=legacy
+    )
     whole = path.read_bytes()
     chance, network = random.Random(0), build()
     for _ in range(200):
@@ -363,7 +419,9 @@ def test_altered_files_never_end_in_another_error(tmp_path, legacy):
         for _ in range(chance.randint(1, 12)):
             altered[chance.randrange(min(len(altered), 600))] = chance.randrange(256)
         path.write_bytes(bytes(altered))
-        with pytest.raises(WeightsError):  # as it stands it is refused too: most of the backbone is missing
+        with pytest.raises(
+            WeightsError
+        ):  # as it stands it is refused too: most of the backbone is missing
             load_pretrained(network, path)
 
 
@@ -469,7 +527,11 @@ def test_a_released_file_is_known_by_its_bytes_under_any_name(tmp_path, monkeypa
 
 
 def test_the_readme_lists_every_released_file_as_the_code_knows_it():
-    rows = {row.split("|")[1].strip(" `"): row for row in README.read_text().splitlines() if row.startswith("| `")}
+    rows = {
+        row.split("|")[1].strip(" `"): row
+        for row in README.read_text().splitlines()
+        if row.startswith("| `")
+    }
     assert list(rows) == list(OFFICIAL_FILES)
     assert len(rows) == 11
     for name, official in OFFICIAL_FILES.items():
@@ -585,14 +647,18 @@ def test_other_bytes_than_the_released_ones_are_not_kept(tmp_path, hub, monkeypa
     official, _ = hub
     wrong = weights.OfficialFile(official.name, official.size_bytes, "0" * 64)
     monkeypatch.setitem(OFFICIAL_FILES, official.name, wrong)
-    with pytest.raises(WeightsError, match=r"bytes with sha256 [0-9a-f]{64} arrived .* were not kept"):
+    with pytest.raises(
+        WeightsError, match=r"bytes with sha256 [0-9a-f]{64} arrived .* were not kept"
+    ):
         fetch("resnet10", tmp_path / "pretrained")
     assert list((tmp_path / "pretrained").iterdir()) == []
 
 
 def test_another_file_of_that_name_is_not_overwritten(tmp_path):
     (tmp_path / "resnet_50.pth").write_bytes(b"mine")
-    with pytest.raises(WeightsError, match=r"resnet_50\.pth: is there already and is not the released file"):
+    with pytest.raises(
+        WeightsError, match=r"resnet_50\.pth: is there already and is not the released file"
+    ):
         fetch("resnet50", tmp_path)
     assert (tmp_path / "resnet_50.pth").read_bytes() == b"mine"
 
@@ -620,5 +686,7 @@ def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["resnet51", "resnet101_23dataset", "vgg16"])
 def test_an_unknown_name_lists_the_released_files(tmp_path, name):
-    with pytest.raises(WeightsError, match=rf"'{name}' is none of the released files: resnet_10\.pth, .*resnet_200"):
+    with pytest.raises(
+        WeightsError, match=rf"'{name}' is none of the released files: resnet_10\.pth, .*resnet_200"
+    ):
         fetch(name, tmp_path)

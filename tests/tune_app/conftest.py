@@ -33,7 +33,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def a_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search whose trials completed, were stopped both ways, and failed. Only to be read."""
-    return make_study(tmp_path_factory.mktemp("studies") / "a search", trials=20, epochs=20, failed=(5,))
+    return make_study(
+        tmp_path_factory.mktemp("studies") / "a search", trials=20, epochs=20, failed=(5,)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,9 @@ def an_ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen = {"baseline": {}, "only-reduced-ldam": {}, "only-delayed-drw": {}, "combined": {}}
     root = tmp_path_factory.mktemp("studies") / "an ablation"
     effect = {"only-reduced-ldam": 0.03, "combined": 0.06}
-    return make_study(root, kind="ablation", planned=plan(chosen, seeds=2, folds=3), epochs=6, effect=effect)
+    return make_study(
+        root, kind="ablation", planned=plan(chosen, seeds=2, folds=3), epochs=6, effect=effect
+    )
 
 
 @pytest.fixture
@@ -79,7 +83,12 @@ def make_study(
     """
     files = StudyFiles(root)
     rng = np.random.default_rng(seed)
-    fields: dict[str, Any] = {"data": "/data/adrenal/table.csv", "kind": kind, "trials": trials, "seed": seed}
+    fields: dict[str, Any] = {
+        "data": "/data/adrenal/table.csv",
+        "kind": kind,
+        "trials": trials,
+        "seed": seed,
+    }
     fields |= {"config": {"epochs": epochs, "depth": 10, "volume_shape": 28}}
     fields |= {"space": SPACE} if kind == "search" else {"planned": planned}
     checked = build_spec(fields | dict(spec or {}))
@@ -89,8 +98,16 @@ def make_study(
             "spec": checked.model_dump(mode="json"),
             "cohort": "9f2c5e",
             "created": CREATED,
-            "versions": {"medtune": "0.1.0", "torch": "2.13.0", "optuna": "5.0.0", "python": "3.11.7"},
-            "hardware": {"host": "gpu-01", "resources": {"CPU": 16.0, "GPU": 4.0, "memory": 1.2e11}},
+            "versions": {
+                "medtune": "0.1.0",
+                "torch": "2.13.0",
+                "optuna": "5.0.0",
+                "python": "3.11.7",
+            },
+            "hardware": {
+                "host": "gpu-01",
+                "resources": {"CPU": 16.0, "GPU": 4.0, "memory": 1.2e11},
+            },
         }
     )
     running: dict[str, _Run] = {}
@@ -99,9 +116,14 @@ def make_study(
         if kind == "search":
             overrides = _sample(number, checked, rng)
         else:
-            variant, overrides = checked.planned[number].variant, dict(checked.planned[number].overrides)
+            variant, overrides = (
+                checked.planned[number].variant,
+                dict(checked.planned[number].overrides),
+            )
         extra = (effect or {}).get(variant or "", 0.0)
-        running[f"{number:05d}"] = _Run(f"{number:05d}", variant, overrides, checked.config, rng, extra)
+        running[f"{number:05d}"] = _Run(
+            f"{number:05d}", variant, overrides, checked.config, rng, extra
+        )
     _drive(files, checked, running, unfinished, failed, policy)
     return root
 
@@ -121,7 +143,9 @@ class _Run:
         self.trial, self.variant, self.overrides = trial, variant, overrides
         self.config = build_config({**base, **overrides})
         c = self.config
-        distance = abs(math.log10(c.backbone_lr / 1.2e-4)) + 0.7 * abs(math.log10(c.classifier_lr / 1e-3))
+        distance = abs(math.log10(c.backbone_lr / 1.2e-4)) + 0.7 * abs(
+            math.log10(c.classifier_lr / 1e-3)
+        )
         distance += 1.5 * abs(c.max_m - 0.2) + 0.02 * abs(c.s - 15)
         self.level = 0.9 - 0.07 * distance + rng.normal(0, 0.008) + extra
         self.speed = rng.uniform(0.1, 0.25) * c.epochs / 6
@@ -135,7 +159,11 @@ class _Run:
     def row(self) -> dict[str, Any]:
         c, epoch, rng = self.config, len(self.rows) + 1, self.rng
         raw = 0.5 + (self.level - 0.5) * (1 - math.exp(-epoch / self.speed)) + rng.normal(0, 0.012)
-        ema = 0.5 + (self.level + 0.008 - 0.5) * (1 - math.exp(-epoch / (self.speed * 1.3))) + rng.normal(0, 0.004)
+        ema = (
+            0.5
+            + (self.level + 0.008 - 0.5) * (1 - math.exp(-epoch / (self.speed * 1.3)))
+            + rng.normal(0, 0.004)
+        )
         if self.dips and rng.random() < 0.08:
             raw -= 0.2
         if self.collapses and epoch > c.drw_start_epoch + 1:
@@ -150,7 +178,8 @@ class _Run:
             "epoch": epoch,
             "updates": 20 * epoch,
             "skipped_updates": int(epoch == 1),
-            "train_loss": c.s * (0.08 + 0.25 * math.exp(-epoch / 8)) * (1.3 if active else 1) + rng.normal(0, 0.05),
+            "train_loss": c.s * (0.08 + 0.25 * math.exp(-epoch / 8)) * (1.3 if active else 1)
+            + rng.normal(0, 0.05),
             "train_auc": min(1.0, raw + 0.04 + 0.05 * progress),
             "lr_backbone": c.backbone_lr * factor,
             "lr_classifier": c.classifier_lr * factor,
@@ -171,15 +200,32 @@ class _Run:
         for weights, auc in (("raw", raw), ("ema", ema)):
             auc = min(max(auc, 0.3), 0.995)
             half = 1.96 * hanley_mcneil_error(auc, POSITIVE, NEGATIVE)
-            scores = {"auc": auc, "auprc": auc - 0.1, "accuracy": auc - 0.02, "balanced_accuracy": auc - 0.06}
+            scores = {
+                "auc": auc,
+                "auprc": auc - 0.1,
+                "accuracy": auc - 0.02,
+                "balanced_accuracy": auc - 0.06,
+            }
             scores |= {
                 "balanced_accuracy_best": auc - 0.03,
                 "threshold": 0.4,
                 "sensitivity_at_90_specificity": auc - 0.2,
             }
-            scores |= {"brier": 0.3 - 0.2 * auc, "ece": 0.08, "tied": 0.0, "auc_probability": auc, "logit_gap": 6.0}
-            row |= {f"val_{name}_{weights}": value for name, value in (scores | {"nonfinite": 0.0}).items()}
-            row |= {f"val_auc_{weights}_low": max(auc - half, 0.0), f"val_auc_{weights}_high": min(auc + half, 1.0)}
+            scores |= {
+                "brier": 0.3 - 0.2 * auc,
+                "ece": 0.08,
+                "tied": 0.0,
+                "auc_probability": auc,
+                "logit_gap": 6.0,
+            }
+            row |= {
+                f"val_{name}_{weights}": value
+                for name, value in (scores | {"nonfinite": 0.0}).items()
+            }
+            row |= {
+                f"val_auc_{weights}_low": max(auc - half, 0.0),
+                f"val_auc_{weights}_high": min(auc + half, 1.0),
+            }
         row |= {f"val_auc{end}": row[f"val_auc_ema{end}"] for end in ("", "_low", "_high")}
         self.clock += row["epoch_s"]
         self.rows.append(row)
@@ -187,7 +233,12 @@ class _Run:
 
 
 def _drive(
-    files: StudyFiles, spec: Any, runs: dict[str, _Run], unfinished: int, failed: tuple[int, ...], policy: bool
+    files: StudyFiles,
+    spec: Any,
+    runs: dict[str, _Run],
+    unfinished: int,
+    failed: tuple[int, ...],
+    policy: bool,
 ) -> None:
     """Four trials at a time, rows in turn, as a driver would see and write them."""
     judge = Policy(spec.policy, spec.epochs) if policy and spec.kind == "search" else None
@@ -208,12 +259,19 @@ def _drive(
             if run.trial in left and len(run.rows) >= 0.4 * spec.epochs:
                 active.remove(run)
                 continue
-            decision = judge.decide(run.trial, run.config.model_dump(mode="json"), row) if judge else None
+            decision = (
+                judge.decide(run.trial, run.config.model_dump(mode="json"), row) if judge else None
+            )
             if decision is not None and decision.notable:
                 append_line(files.decisions, decision.as_row())
             if int(run.trial) in failed and len(run.rows) == 2:
                 _record(
-                    files, spec, run, "failed", None, error="CUDA error: \x1b[31mdevice-side assert\x1b[0m <script>"
+                    files,
+                    spec,
+                    run,
+                    "failed",
+                    None,
+                    error="CUDA error: \x1b[31mdevice-side assert\x1b[0m <script>",
                 )
                 active.remove(run)
             elif decision is not None and decision.stops:
@@ -226,9 +284,22 @@ def _drive(
         append_line(files.epochs, line)
 
 
-def _record(files: StudyFiles, spec: Any, run: _Run, state: str, reason: str | None, error: str | None = None) -> None:
+def _record(
+    files: StudyFiles,
+    spec: Any,
+    run: _Run,
+    state: str,
+    reason: str | None,
+    error: str | None = None,
+) -> None:
     record: dict[str, Any] = {"trial": run.trial, "number": int(run.trial), "variant": run.variant}
-    record |= {"overrides": run.overrides, "state": state, "reason": reason, "error": error, "failures": 0}
+    record |= {
+        "overrides": run.overrides,
+        "state": state,
+        "reason": reason,
+        "error": error,
+        "failures": 0,
+    }
     record |= {"started": run.clock if state == "running" else run.clock - 12.0 * len(run.rows)}
     record |= {"ended": None, "node": f"gpu-0{int(run.trial) % 3}", "gpus": 1.0, "objective": None}
     if state != "running":
@@ -259,7 +330,9 @@ def _sample(number: int, spec: Any, rng: Any) -> dict[str, Any]:
 
     def suggest(parameter: Any) -> Any:
         if isinstance(parameter.distribution, CategoricalDistribution):
-            return parameter.choices[rng.integers(len(parameter.choices)) if rng.random() < 0.5 else 0]
+            return parameter.choices[
+                rng.integers(len(parameter.choices)) if rng.random() < 0.5 else 0
+            ]
         low, high = parameter.ends
         if parameter.distribution.log:
             return float(10 ** rng.uniform(math.log10(low), math.log10(high)))
@@ -310,10 +383,16 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = write_cohort(root.parent / "cohort", subjects=16, side=(14, 18), noise=0.3)
     cache = root.parent / "cache"
     spec = build_spec({"data": str(table), "trials": 2, "config": TINY, "cache": str(cache)})
-    cohort_folder = prepare_cohort(read_manifest(table), Recipe.from_config(build_config(TINY)), cache)
+    cohort_folder = prepare_cohort(
+        read_manifest(table), Recipe.from_config(build_config(TINY)), cache
+    )
     files = StudyFiles(root)
-    files.write({"spec": spec.model_dump(mode="json"), "cohort": cohort_folder.name, "created": CREATED})
-    for number, overrides in enumerate([{"s": 12.0}, {"head": "linear", "seed": 1, "fold": 1, "dropout": 0.0}]):
+    files.write(
+        {"spec": spec.model_dump(mode="json"), "cohort": cohort_folder.name, "created": CREATED}
+    )
+    for number, overrides in enumerate(
+        [{"s": 12.0}, {"head": "linear", "seed": 1, "fold": 1, "dropout": 0.0}]
+    ):
         trial = f"{number:05d}"
         config = build_config({**TINY, **overrides})
         cohort, split = open_inputs(config, table, cohort_folder)
@@ -328,9 +407,24 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in rows:
             append_line(files.epochs, row)
         finding = diagnose(rows, config)
-        record = {"trial": trial, "number": number, "overrides": overrides, "state": "completed", "started": CREATED}
-        record |= {"ended": CREATED + 9, "objective": objective_value(rows, spec.objective), "failures": 0, "gpus": 0.0}
-        record |= {"verdict": finding.verdict, "verdict_epoch": finding.epoch, "verdict_summary": finding.summary}
+        record = {
+            "trial": trial,
+            "number": number,
+            "overrides": overrides,
+            "state": "completed",
+            "started": CREATED,
+        }
+        record |= {
+            "ended": CREATED + 9,
+            "objective": objective_value(rows, spec.objective),
+            "failures": 0,
+            "gpus": 0.0,
+        }
+        record |= {
+            "verdict": finding.verdict,
+            "verdict_epoch": finding.epoch,
+            "verdict_summary": finding.summary,
+        }
         write_json(files.trial(trial).record, record)
     return root
 

@@ -46,7 +46,9 @@ def write_table(tmp_path: Path) -> WriteTable:
     """Write a table of empty volumes, a subject each, every third positive; columns by name, a value a row."""
 
     def write(rows: int = 30, **columns: Any) -> Path:
-        table = pd.DataFrame({"path": [f"{i}.nii" for i in range(rows)], "label": [i % 3 == 0 for i in range(rows)]})
+        table = pd.DataFrame(
+            {"path": [f"{i}.nii" for i in range(rows)], "label": [i % 3 == 0 for i in range(rows)]}
+        )
         table["label"] = table["label"].astype(int)
         table["subject"] = [f"s{i}" for i in range(rows)]
         for name, value in columns.items():
@@ -80,15 +82,21 @@ def test_a_plan_is_every_variant_on_every_fold_with_every_seed_and_paired_from_t
     write_table: WriteTable,
 ) -> None:
     chosen = variants("documented", 8)
-    spec = ablation_spec(write_table(), chosen, seeds=2, folds="0,2", config={"epochs": 8, "num_folds": 3})
-    runs = [(trial.overrides["seed"], trial.overrides["fold"], trial.variant) for trial in spec.planned]
+    spec = ablation_spec(
+        write_table(), chosen, seeds=2, folds="0,2", config={"epochs": 8, "num_folds": 3}
+    )
+    runs = [
+        (trial.overrides["seed"], trial.overrides["fold"], trial.variant) for trial in spec.planned
+    ]
     assert runs == [(seed, fold, name) for seed in (0, 1) for fold in (0, 2) for name in chosen]
     assert spec.kind == "ablation"
     assert spec.num_trials == 20
     assert all(trial.overrides["cross_validate"] is False for trial in spec.planned)
     assert build_spec(spec.model_dump(mode="json")) == spec
     for trial in spec.planned:
-        assert {name: trial.overrides[name] for name in chosen[trial.variant]} == chosen[trial.variant]
+        assert {name: trial.overrides[name] for name in chosen[trial.variant]} == chosen[
+            trial.variant
+        ]
 
 
 def test_a_plan_with_later_seeds_adds_to_an_earlier_one(write_table: WriteTable) -> None:
@@ -103,15 +111,25 @@ def test_a_plan_with_later_seeds_adds_to_an_earlier_one(write_table: WriteTable)
     assert refused.value.problems == ["seeds=0: 1 or more", "first_seed=-1: 0 or more"]
 
 
-def test_folds_are_those_of_the_table_or_made_ones_over_its_train_and_val_rows(write_table: WriteTable) -> None:
+def test_folds_are_those_of_the_table_or_made_ones_over_its_train_and_val_rows(
+    write_table: WriteTable,
+) -> None:
     plain = read_manifest(write_table())
     assert choose_folds(plain, "all", 4).numbers == (0, 1, 2, 3)
-    assert choose_folds(plain, "all", 4).overrides(1) == {"fold": 1, "cross_validate": False, "num_folds": 4}
+    assert choose_folds(plain, "all", 4).overrides(1) == {
+        "fold": 1,
+        "cross_validate": False,
+        "num_folds": 4,
+    }
     named = read_manifest(write_table(fold=lambda i: i // 3 % 2))
     assert choose_folds(named, "all", 5).numbers == (0, 1)
     assert choose_folds(named, "1", 5).overrides(1)["num_folds"] == 2
     split = read_manifest(write_table(split=lambda i: ("train", "val", "test")[(i // 3) % 3]))
-    assert choose_folds(split, "all", 3).overrides(2) == {"fold": 2, "cross_validate": True, "num_folds": 3}
+    assert choose_folds(split, "all", 3).overrides(2) == {
+        "fold": 2,
+        "cross_validate": True,
+        "num_folds": 3,
+    }
     own = choose_folds(split, "own", 3)
     assert own.numbers == (0,)
     assert own.overrides(0)["cross_validate"] is False
@@ -126,7 +144,9 @@ def test_folds_are_those_of_the_table_or_made_ones_over_its_train_and_val_rows(w
         ("first", "folds='first': all, own, or numbers such as 0,1,2"),
     ],
 )
-def test_folds_that_are_not_there_are_refused(write_table: WriteTable, asked: str, message: str) -> None:
+def test_folds_that_are_not_there_are_refused(
+    write_table: WriteTable, asked: str, message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         choose_folds(read_manifest(write_table()), asked, 3)
 
@@ -136,9 +156,16 @@ def test_a_fold_without_a_class_is_told_before_anything_runs(write_table: WriteT
         choose_folds(read_manifest(write_table(rows=6)), "all", 3)
 
 
-def test_settings_that_would_be_without_effect_are_refused_all_at_once(write_table: WriteTable) -> None:
+def test_settings_that_would_be_without_effect_are_refused_all_at_once(
+    write_table: WriteTable,
+) -> None:
     with pytest.raises(SpecError) as refused:
-        ablation_spec(write_table(), variants("documented"), seeds=1, config={"max_m": 0.4, "fold": 1, "dropout": 0.2})
+        ablation_spec(
+            write_table(),
+            variants("documented"),
+            seeds=1,
+            config={"max_m": 0.4, "fold": 1, "dropout": 0.2},
+        )
     assert refused.value.problems == [
         "max_m is decided by the variants: leave it out",
         "fold is decided by folds: leave it out",
@@ -155,7 +182,9 @@ def test_variants_may_be_the_users_own(tmp_path: Path) -> None:
 def test_a_variants_checkpoint_starts_at_the_file_that_names_it(tmp_path: Path) -> None:
     """Trials stand elsewhere; and where the user stands does not matter either."""
     path = tmp_path / "mine.yaml"
-    path.write_text("scratch: {pretrained_path: null}\npretrained: {pretrained_path: weights/resnet_50.pth}\n")
+    path.write_text(
+        "scratch: {pretrained_path: null}\npretrained: {pretrained_path: weights/resnet_50.pth}\n"
+    )
     found = read_variants(str(path), 60)
     assert found["scratch"]["pretrained_path"] is None
     assert found["pretrained"]["pretrained_path"] == str(tmp_path / "weights" / "resnet_50.pth")
@@ -170,7 +199,9 @@ def test_a_variants_checkpoint_starts_at_the_file_that_names_it(tmp_path: Path) 
         (None, "cannot be read as text"),
     ],
 )
-def test_variants_that_cannot_be_read_are_told(tmp_path: Path, text: str | None, message: str) -> None:
+def test_variants_that_cannot_be_read_are_told(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
         path.write_text(text)
@@ -192,8 +223,12 @@ def test_variants_with_an_impossible_value_are_told_by_name(write_table: WriteTa
 # What the runs say -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_is_read_against_all_fixes_and_the_rest_against_the_baseline(write_study: WriteStudy) -> None:
-    chosen = {name: overrides for name, overrides in variants("all", 5).items() if "looser" not in name}
+def test_what_is_left_out_is_read_against_all_fixes_and_the_rest_against_the_baseline(
+    write_study: WriteStudy,
+) -> None:
+    chosen = {
+        name: overrides for name, overrides in variants("all", 5).items() if "looser" not in name
+    }
     study = load_study(write_study(variants=chosen, epochs=5))
     first, second = comparisons(study)
     assert first.attrs["baseline"] == "baseline"
@@ -201,14 +236,19 @@ def test_what_is_left_out_is_read_against_all_fixes_and_the_rest_against_the_bas
     assert second.attrs["baseline"] == "all-fixes"
     assert all(name.startswith(("all-fixes", "without-")) for name in second["variant"])
     assert set(first["variant"]) | set(second["variant"]) == set(chosen)
-    assert [table.attrs["baseline"] for table in comparisons(only(study, ["all-fixes", "without-ema-warmup"]))] == [
-        "all-fixes"
-    ]
+    assert [
+        table.attrs["baseline"]
+        for table in comparisons(only(study, ["all-fixes", "without-ema-warmup"]))
+    ] == ["all-fixes"]
     assert comparisons(only(study, ["baseline"])) == []
 
 
-def test_a_planted_effect_comes_out_and_one_that_is_not_there_does_not(write_study: WriteStudy) -> None:
-    study = load_study(write_study(variants={"base": {}, "real": {}, "none": {}}, seeds=3, folds=5, epochs=3))
+def test_a_planted_effect_comes_out_and_one_that_is_not_there_does_not(
+    write_study: WriteStudy,
+) -> None:
+    study = load_study(
+        write_study(variants={"base": {}, "real": {}, "none": {}}, seeds=3, folds=5, epochs=3)
+    )
     noise = np.random.default_rng(1)
 
     def value(trial: Any) -> float:
@@ -223,7 +263,9 @@ def test_a_planted_effect_comes_out_and_one_that_is_not_there_does_not(write_stu
     assert any(line.startswith("The data cannot tell none from base") for line in lines)
 
 
-def test_an_effect_that_may_be_the_luck_of_several_comparisons_says_so(write_study: WriteStudy) -> None:
+def test_an_effect_that_may_be_the_luck_of_several_comparisons_says_so(
+    write_study: WriteStudy,
+) -> None:
     names = ["base", *"abcdef"]
     study = load_study(write_study(variants={name: {} for name in names}, seeds=4, epochs=3))
     wiggle = {"a": (1.0, 2.0, 1.5, 3.0), **dict.fromkeys("bcdef", (1.0, -1.0, 0.5, -0.5))}
@@ -235,45 +277,71 @@ def test_an_effect_that_may_be_the_luck_of_several_comparisons_says_so(write_stu
     row = effects.set_index("variant").loc["a"]
     assert row["call"] == "better"
     assert row["p_holm"] > 0.05 > row["p"]
-    assert any("less sure as one of 6 comparisons (Holm p" in line for line in effect_lines(effects))
+    assert any(
+        "less sure as one of 6 comparisons (Holm p" in line for line in effect_lines(effects)
+    )
 
 
-def test_runs_too_few_for_an_interval_and_runs_that_are_the_same_are_said_in_words(write_study: WriteStudy) -> None:
+def test_runs_too_few_for_an_interval_and_runs_that_are_the_same_are_said_in_words(
+    write_study: WriteStudy,
+) -> None:
     study = load_study(write_study(variants={"base": {}, "other": {}}, epochs=3))
-    [effects] = comparisons(with_objective(study, lambda trial: 0.7 + 0.1 * (trial.variant == "other")))
+    [effects] = comparisons(
+        with_objective(study, lambda trial: 0.7 + 0.1 * (trial.variant == "other"))
+    )
     assert effect_lines(effects)[0] == (
         "The data cannot tell other from base: one pair has no interval. Give more seeds or folds."
     )
     study = load_study(write_study("same", variants={"base": {}, "other": {}}, seeds=3, epochs=3))
     [effects] = comparisons(with_objective(study, lambda trial: 0.7 + 0.1 * trial.seed))
-    assert effect_lines(effects)[0] == "other and base score the same in every pair: no run reads what is changed."
+    assert (
+        effect_lines(effects)[0]
+        == "other and base score the same in every pair: no run reads what is changed."
+    )
 
 
-def test_two_folds_that_happen_to_differ_alike_are_not_taken_for_certainty(write_study: WriteStudy) -> None:
+def test_two_folds_that_happen_to_differ_alike_are_not_taken_for_certainty(
+    write_study: WriteStudy,
+) -> None:
     """It named a winner with p 0.000: 1 - 303/390 on one fold and 384/390 - 297/390 on the other are the same."""
     study = load_study(write_study(variants={"base": {}, "other": {}}, folds=2, epochs=3))
     steps = {("base", 0): 303, ("other", 0): 390, ("base", 1): 297, ("other", 1): 384}
-    [effects] = comparisons(with_objective(study, lambda trial: steps[trial.variant, trial.fold] / 390))
+    [effects] = comparisons(
+        with_objective(study, lambda trial: steps[trial.variant, trial.fold] / 390)
+    )
     row = effects.set_index("variant").loc["other"]
     assert row["mean"] == pytest.approx(87 / 390)
     assert row["call"] == "cannot tell"
     assert row[["low", "high", "p", "p_holm"]].isna().all()
-    assert effect_lines(effects)[0].startswith("The data cannot tell other from base: the difference is the same in")
+    assert effect_lines(effects)[0].startswith(
+        "The data cannot tell other from base: the difference is the same in"
+    )
 
 
-def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(write_study: WriteStudy) -> None:
+def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(
+    write_study: WriteStudy,
+) -> None:
     lagging = {"ema_warmup": False, "ema_decay": 0.999, "ema_buffers": "copied"}
-    study = load_study(write_study(variants={"base": {}, "lags": lagging}, seeds=3, epochs=15, failed=(0,)))
+    study = load_study(
+        write_study(variants={"base": {}, "lags": lagging}, seeds=3, epochs=15, failed=(0,))
+    )
     trials = study.trials.copy()
     trials.loc[trials["trial"] == "00002", "objective"] = np.nan
     lines = run_lines(replace(study, trials=trials))
-    assert any(line.startswith("  lags: 3 of 3 runs collapsed for good; 3 ema lag (since epoch ") for line in lines)
+    assert any(
+        line.startswith("  lags: 3 of 3 runs collapsed for good; 3 ema lag (since epoch ")
+        for line in lines
+    )
     trials.loc[trials["variant"] == "base", "healed_epochs"] = [16, 30, 0]
-    assert "  base: 0 of 3 runs collapsed for good; 2 for 16 to 30 epochs, and came back" in run_lines(
-        replace(study, trials=trials)
+    assert (
+        "  base: 0 of 3 runs collapsed for good; 2 for 16 to 30 epochs, and came back"
+        in run_lines(replace(study, trials=trials))
     )
     assert "failed, and in no pair: 00000 (base)" in lines
-    assert "without a finite score, and in no pair: 00002 (base); their variant looks better for it" in lines
+    assert (
+        "without a finite score, and in no pair: 00002 (base); their variant looks better for it"
+        in lines
+    )
 
 
 def test_a_late_collapse_that_the_best_epochs_hide_is_told(write_study: WriteStudy) -> None:
@@ -286,7 +354,9 @@ def test_a_late_collapse_that_the_best_epochs_hide_is_told(write_study: WriteStu
     assert "In the last epoch instead of the best, it reads otherwise for: late -0.29" in text
 
 
-def test_the_printed_ablation_fits_80_columns_with_the_longest_names(write_study: WriteStudy) -> None:
+def test_the_printed_ablation_fits_80_columns_with_the_longest_names(
+    write_study: WriteStudy,
+) -> None:
     study = load_study(write_study(variants=variants("all", 6), seeds=2, folds=2, epochs=6))
     text = printed(study)
     assert max(map(len, text.splitlines())) <= 80
@@ -304,7 +374,9 @@ def test_an_interval_covers_where_folds_differ_more_than_seeds() -> None:
         values = pd.Series(shared + np.repeat(folds, 3) + rng.normal(0, 0.1, 15), index)
         found = interval_over_folds(values, 5)
         covered += found["low"] < 0 < found["high"]
-    assert covered / 300 == pytest.approx(0.95, abs=0.04)  # 0.83 if the 15 runs were taken for independent
+    assert covered / 300 == pytest.approx(
+        0.95, abs=0.04
+    )  # 0.83 if the 15 runs were taken for independent
 
 
 # A real one ------------------------------------------------------------------------------------------------------------
@@ -333,14 +405,25 @@ EPOCHS, SEEDS = 3, 4
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(tmp_path: Path) -> None:
+def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(
+    tmp_path: Path,
+) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=36, side=(16, 18), noise=0.3)
     rows = pd.read_csv(table)
     rows["split"] = np.where(rows["subject"].str[-4:].astype(int) % 2 == 0, "train", "val")
     rows.to_csv(table, index=False)
     (tmp_path / "planted.yaml").write_text(json.dumps(PLANTED))
     root = tmp_path / "study"
-    options = ["--data", table, "--variants", tmp_path / "planted.yaml", "--seeds", SEEDS, "--folds", "own"]
+    options = [
+        "--data",
+        table,
+        "--variants",
+        tmp_path / "planted.yaml",
+        "--seeds",
+        SEEDS,
+        "--folds",
+        "own",
+    ]
     options += ["--epochs", EPOCHS, "--out", root, "--cache", tmp_path / "cache"]
     options += [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "tune_app.cli", "ablate", *map(str, options)]
@@ -361,7 +444,9 @@ def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(tmp
     after = read_rows(StudyFiles(root).epochs)
     assert after[: len(before)] == before, "what was known is kept"
     seen = Counter((row["trial"], row["epoch"]) for row in after)
-    assert seen == {(f"{number:05d}", epoch): 1 for number in range(planned) for epoch in range(1, EPOCHS + 1)}
+    assert seen == {
+        (f"{number:05d}", epoch): 1 for number in range(planned) for epoch in range(1, EPOCHS + 1)
+    }
     study = load_study(root)
     assert study.trials["state"].tolist() == ["completed"] * planned
     assert study.trials["variant"].tolist() == list(PLANTED) * SEEDS
@@ -371,13 +456,19 @@ def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(tmp
     assert by_name.loc["unread-beta", "call"] == "cannot tell"
     assert by_name.loc["unread-beta", "mean"] == 0, "the same seed on the same fold is the same run"
     assert "stale-average is worse than reference" in resumed.stdout
-    assert "unread-beta and reference score the same in every pair" in " ".join(resumed.stdout.split())
+    assert "unread-beta and reference score the same in every pair" in " ".join(
+        resumed.stdout.split()
+    )
 
 
-def wait_for_rows(driver: subprocess.Popen[bytes], root: Path, count: int, log: Path, deadline_s: float = 180) -> None:
+def wait_for_rows(
+    driver: subprocess.Popen[bytes], root: Path, count: int, log: Path, deadline_s: float = 180
+) -> None:
     """Wait until the study has `count` rows; fail when its driver ends before, or the deadline passes."""
     end = time.monotonic() + deadline_s
     while len(read_rows(StudyFiles(root).epochs)) < count:
         assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < end, f"no {count} rows within {deadline_s:.0f} s: {log.read_text()}"
+        assert time.monotonic() < end, (
+            f"no {count} rows within {deadline_s:.0f} s: {log.read_text()}"
+        )
         time.sleep(0.05)

@@ -40,7 +40,15 @@ def test_epochs_arrive_as_workers_finish_them():
 
     outcome = replay(curves, note, workers=2)
     # at 1, 2, 3 (slow began earlier), 3, then next from 3 on: 3.5, 6 (slow), 7.5
-    assert arrivals == [("fast", 1), ("fast", 2), ("slow", 1), ("fast", 3), ("next", 1), ("slow", 2), ("next", 2)]
+    assert arrivals == [
+        ("fast", 1),
+        ("fast", 2),
+        ("slow", 1),
+        ("fast", 3),
+        ("next", 1),
+        ("slow", 2),
+        ("next", 2),
+    ]
     assert (outcome.epochs, outcome.stopped, outcome.makespan) == ([2, 3, 2], [False] * 3, 7.5)
 
 
@@ -53,12 +61,29 @@ def test_a_worker_whose_trial_is_stopped_takes_the_next_one():
         return row["epoch"] == 2 and c.trial != "c"
 
     outcome = replay(curves, stop_at_two, workers=1)
-    assert arrivals == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("c", 1), ("c", 2), ("c", 3), ("c", 4)]
-    assert (outcome.epochs, outcome.stopped, outcome.makespan) == ([2, 2, 4], [True, True, False], 8.0)
+    assert arrivals == [
+        ("a", 1),
+        ("a", 2),
+        ("b", 1),
+        ("b", 2),
+        ("c", 1),
+        ("c", 2),
+        ("c", 3),
+        ("c", 4),
+    ]
+    assert (outcome.epochs, outcome.stopped, outcome.makespan) == (
+        [2, 2, 4],
+        [True, True, False],
+        8.0,
+    )
 
 
 def test_more_workers_than_trials_and_trials_without_rows_are_fine():
-    outcome = replay([curve("a", [0.5]), curve("none", []), curve("b", [0.5] * 2)], lambda c, row: False, workers=9)
+    outcome = replay(
+        [curve("a", [0.5]), curve("none", []), curve("b", [0.5] * 2)],
+        lambda c, row: False,
+        workers=9,
+    )
     assert (outcome.epochs, outcome.makespan) == ([1, 0, 2], 2.0)
     with pytest.raises(ValueError, match="at least one"):
         replay([], lambda c, row: False, workers=0)
@@ -69,9 +94,15 @@ def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
     best = curve("best", [0.5] * 6 + [0.9] * 6, epoch_s=[3600.0] * 12)
     good = curve("good", [0.8] * 12, epoch_s=[3600.0] * 12)
     poor = curve("poor", [0.6] * 12, epoch_s=[3600.0] * 12)
-    policy = PolicySpec(grace_epochs=3, reduction_factor=3, finalists=0, actions={"collapsed": "ignore"})
-    table = backtest([good, best, poor], {"all": None, "halving": policy}, workers=1).set_index("policy")
-    assert list(table.loc["all", ["epochs", "epochs_share", "winner", "winner_rank", "auc_lost"]]) == [
+    policy = PolicySpec(
+        grace_epochs=3, reduction_factor=3, finalists=0, actions={"collapsed": "ignore"}
+    )
+    table = backtest([good, best, poor], {"all": None, "halving": policy}, workers=1).set_index(
+        "policy"
+    )
+    assert list(
+        table.loc["all", ["epochs", "epochs_share", "winner", "winner_rank", "auc_lost"]]
+    ) == [
         36,
         1,
         "best",
@@ -79,7 +110,12 @@ def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
         0,
     ]
     halved = table.loc["halving"]
-    assert (halved.epochs, halved.epochs_all, halved.stopped_by_halving, halved.winner) == (18, 36, 2, "good")
+    assert (halved.epochs, halved.epochs_all, halved.stopped_by_halving, halved.winner) == (
+        18,
+        36,
+        2,
+        "good",
+    )
     assert (halved.winner_rank, halved.best_auc, halved.found_auc) == (2, 0.9, 0.8)
     assert halved.auc_lost == pytest.approx(0.1)
     assert (halved.gpu_hours, halved.gpu_hours_saved, halved.makespan_hours) == (18, 18, 18)
@@ -88,14 +124,18 @@ def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
 
 
 def test_gpu_time_is_not_told_where_epochs_have_no_duration():
-    table = backtest([curve("a", rise(0.8)), curve("b", rise(0.7), epoch_s=[1.0] * 12)], {"all": None})
+    table = backtest(
+        [curve("a", rise(0.8)), curve("b", rise(0.7), epoch_s=[1.0] * 12)], {"all": None}
+    )
     assert table[["gpu_hours", "gpu_hours_saved", "makespan_hours"]].isna().all(axis=None)
 
 
 def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered():
     long_dip = rise(0.85) + [0.5] * 4 + [0.93] * 8
     lost = rise(0.85) + [0.5] * 12
-    table = backtest([curve("recovers", long_dip), curve("collapses", lost)], {"d": PolicySpec(halving=False)})
+    table = backtest(
+        [curve("recovers", long_dip), curve("collapses", lost)], {"d": PolicySpec(halving=False)}
+    )
     row = table.iloc[0]
     assert (row.stopped_by_diagnosis, row.wrongly_stopped, row.wrong_share) == (2, 1, 0.5)
     assert row.collapsed == 0  # onsets are not known
@@ -103,9 +143,18 @@ def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered():
 
 
 def test_a_collapse_counts_as_caught_from_its_true_onset_on():
-    late = Curve("late", curve("", rise(0.85) + [0.5] * 12).rows, {}, Truth("collapsing", 13, tuple([0.8] * 24)))
-    missed = Curve("missed", curve("", rise(0.85, 24)).rows, {}, Truth("collapsing", 3, tuple([0.8] * 24)))
-    fine = Curve("fine", curve("", rise(0.85, 24)).rows, {}, Truth("healthy", None, tuple([0.8] * 24)))
+    late = Curve(
+        "late",
+        curve("", rise(0.85) + [0.5] * 12).rows,
+        {},
+        Truth("collapsing", 13, tuple([0.8] * 24)),
+    )
+    missed = Curve(
+        "missed", curve("", rise(0.85, 24)).rows, {}, Truth("collapsing", 3, tuple([0.8] * 24))
+    )
+    fine = Curve(
+        "fine", curve("", rise(0.85, 24)).rows, {}, Truth("healthy", None, tuple([0.8] * 24))
+    )
     row = backtest([late, missed, fine], {"d": PolicySpec(halving=False)}).iloc[0]
     assert (row.collapsed, row.caught_share, row.delay_median, row.delay_max) == (2, 0.5, 2, 2)
     assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (0, 0, 0)
@@ -114,13 +163,23 @@ def test_a_collapse_counts_as_caught_from_its_true_onset_on():
 def test_a_sound_run_that_a_diagnosis_stops_counts_among_sound_runs_alone():
     fallen = curve("", rise(0.85) + [0.5] * 12).rows
     kinds = {"dipping": fallen, "healthy": curve("", rise(0.85, 24)).rows, "noisy": fallen}
-    curves = [Curve(kind, rows, {}, Truth(kind, None, tuple([0.8] * 24))) for kind, rows in kinds.items()]
+    curves = [
+        Curve(kind, rows, {}, Truth(kind, None, tuple([0.8] * 24))) for kind, rows in kinds.items()
+    ]
     row = backtest(curves, {"d": PolicySpec(halving=False)}).iloc[0]
-    assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (2, pytest.approx(2 / 3), 0.5)
+    assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (
+        2,
+        pytest.approx(2 / 3),
+        0.5,
+    )
 
 
 def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay():
-    curves = [c for c in generate_curves(60, epochs=30, seed=4) if all(row["val_auc"] is not None for row in c.rows)]
+    curves = [
+        c
+        for c in generate_curves(60, epochs=30, seed=4)
+        if all(row["val_auc"] is not None for row in c.rows)
+    ]
     assert len(curves) > 50
     ours = Policy(RAY_ASHA, 30)
     one = replay(curves, RayAsha(30), workers=4)
@@ -133,10 +192,16 @@ def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay()
 def test_studies_and_folders_of_curves_come_out_side_by_side(tmp_path):
     study = tmp_path / "a study"
     study.mkdir()
-    rows = [{"trial": f"0000{n}", **row} for n, top in enumerate((0.7, 0.8)) for row in curve("", rise(top)).rows]
+    rows = [
+        {"trial": f"0000{n}", **row}
+        for n, top in enumerate((0.7, 0.8))
+        for row in curve("", rise(top)).rows
+    ]
     (study / "epochs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "other.csv").write_text("epoch,val_auc\n1,0.5\n2,0.6\n")
-    table = backtest_studies([study, tmp_path / "other.csv"], {"all": None, "diagnosis": PolicySpec(halving=False)})
+    table = backtest_studies(
+        [study, tmp_path / "other.csv"], {"all": None, "diagnosis": PolicySpec(halving=False)}
+    )
     assert list(table.columns[:3]) == ["study", "policy", "trials"]
     assert table[["study", "policy", "trials", "epochs_all"]].values.tolist() == [
         ["a study", "all", 2, 24],
@@ -170,7 +235,9 @@ def compared():
     tables = []
     for seed in range(900, 900 + STUDIES):
         tables.append(
-            backtest(generate_curves(500, seed=seed, positives=50, negatives=200), POLICIES).assign(seed=seed)
+            backtest(generate_curves(500, seed=seed, positives=50, negatives=200), POLICIES).assign(
+                seed=seed
+            )
         )
     return pd.concat(tables).set_index(["policy", "seed"])
 
@@ -189,7 +256,9 @@ def test_collapsing_runs_are_stopped_in_time_and_healthy_ones_are_not(compared):
 def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_collapse_rule():
     stopped = total = 0
     for seed in range(950, 952):
-        curves = generate_curves(500, seed=seed, positives=50, negatives=200, mix={"healthy": 0.7, "dipping": 0.3})
+        curves = generate_curves(
+            500, seed=seed, positives=50, negatives=200, mix={"healthy": 0.7, "dipping": 0.3}
+        )
         row = backtest(curves, {"diagnosis": PolicySpec(halving=False)}).iloc[0]
         stopped, total = stopped + row.wrongly_stopped, total + row.trials
     assert total == 1000
@@ -220,7 +289,9 @@ def test_the_command_that_the_readme_quotes_gives_its_figures_and_they_hold_what
     done = CliRunner().invoke(app, ["backtest", "--generate", "500", "--format", "json"])
     assert done.exit_code == 0, done.output
     found = pd.DataFrame(json.loads(done.stdout)).set_index("policy")
-    only, ours, rays = (found.loc[name] for name in ("diagnosis only", "medtune default", "Ray ASHA as shipped"))
+    only, ours, rays = (
+        found.loc[name] for name in ("diagnosis only", "medtune default", "Ray ASHA as shipped")
+    )
     assert (found.trials == 500).all()
     assert (found.epochs_all == 500 * 60).all()
     assert only.collapsed > 80
@@ -230,13 +301,19 @@ def test_the_command_that_the_readme_quotes_gives_its_figures_and_they_hold_what
     assert ours.auc_lost <= 0.005 < rays.auc_lost
 
     text = README.read_text(encoding="utf-8")
-    (table,) = re.findall(r"<!-- backtest:begin -->\n(.*?)<!-- backtest:end -->", text, flags=re.DOTALL)
-    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    (table,) = re.findall(
+        r"<!-- backtest:begin -->\n(.*?)<!-- backtest:end -->", text, flags=re.DOTALL
+    )
+    head, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    ]
     assert head[1:] == list(found.index)
     assert [line[0] for line in lines] == list(SHOWN)
     for name, *cells in lines:
         column, form = SHOWN[name]
-        assert cells == [form.format(value).replace("%", " %") for value in found[column].fillna(0)], name
+        assert cells == [
+            form.format(value).replace("%", " %") for value in found[column].fillna(0)
+        ], name
 
 
 def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path):
@@ -255,7 +332,10 @@ def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path)
     assert (
         max(
             map(
-                len, CliRunner().invoke(app, ["backtest", "--generate", "5"], env={"COLUMNS": "80"}).stdout.splitlines()
+                len,
+                CliRunner()
+                .invoke(app, ["backtest", "--generate", "5"], env={"COLUMNS": "80"})
+                .stdout.splitlines(),
             )
         )
         <= 80

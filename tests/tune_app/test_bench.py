@@ -55,8 +55,18 @@ def test_plain_and_ours_are_measured_side_by_side(monkeypatch: pytest.MonkeyPatc
         variants=("plain", "plain_augmented", "unaugmented", "ours"), record=look,
     )  # fmt: skip
     plain, augmented, unaugmented, ours = result["rows"]
-    assert [row["variant"] for row in result["rows"]] == ["plain", "plain_augmented", "unaugmented", "ours"]
-    assert augments == {"plain": False, "plain_augmented": False, "unaugmented": False, "ours": True}
+    assert [row["variant"] for row in result["rows"]] == [
+        "plain",
+        "plain_augmented",
+        "unaugmented",
+        "ours",
+    ]
+    assert augments == {
+        "plain": False,
+        "plain_augmented": False,
+        "unaugmented": False,
+        "ours": True,
+    }
     assert unaugmented["speedup"] > 0
     assert augmented["volumes_per_s"] > 0
     assert plain["speedup"] == 1.0
@@ -76,7 +86,9 @@ def test_ways_of_reading_a_cohort_are_measured(tmp_path: Path) -> None:
 
 
 def test_one_run_over_more_ranks_is_measured() -> None:
-    result = bench_ranks(sizes=[16], worlds=[1, 2], batch=(2, 1), device="cpu", depth=10, width=0.125, steps=2)
+    result = bench_ranks(
+        sizes=[16], worlds=[1, 2], batch=(2, 1), device="cpu", depth=10, width=0.125, steps=2
+    )
     one, two = result["rows"]
     assert (one["ranks"], two["ranks"], one["efficiency"]) == (1, 2, 1.0)
     assert two["efficiency"] == pytest.approx(two["volumes_per_s"] / one["volumes_per_s"] / 2)
@@ -110,7 +122,9 @@ def test_gpus_are_watched_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
     with gpus_watched() as shares:
         time.sleep(0.5)
     assert shares == [1.0, 0.5]
-    program.write_text('#!/bin/sh\ncase "$*" in *--id=1) echo 25;; *) echo 100; echo 25;; esac; exec /bin/sleep 60\n')
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *--id=1) echo 25;; *) echo 100; echo 25;; esac; exec /bin/sleep 60\n'
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with gpus_watched() as own:
         time.sleep(0.5)
@@ -118,9 +132,13 @@ def test_gpus_are_watched_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_trained() -> None:
-    result = bench_start(volumes=[3, 4], size=16, batch=(2, 1), device="cpu", at_once=2, depth=10, width=0.125)
+    result = bench_start(
+        volumes=[3, 4], size=16, batch=(2, 1), device="cpu", at_once=2, depth=10, width=0.125
+    )
     rows = result["rows"]
-    assert [(row["volumes"], row["run"]) for row in rows] == [(n, run) for n in (3, 4) for run in RUNS]
+    assert [(row["volumes"], row["run"]) for row in rows] == [
+        (n, run) for n in (3, 4) for run in RUNS
+    ]
     for row in rows:
         assert (row["load_s"] > 0) == (row["run"] == "new process")
         assert row["cost_s"] == pytest.approx(
@@ -137,7 +155,13 @@ def test_the_start_of_a_trial_is_measured_in_a_new_process_and_in_one_that_has_t
 def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
     """Two epochs, a rung after the first: at least one trial of each side sees both, none sees more."""
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
-    settings = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    settings = {
+        "depth": 10,
+        "width": 0.125,
+        "volume_shape": 16,
+        "num_folds": 2,
+        "train_auc_volumes": 0,
+    }
     kept: list[int] = []
     result = bench_search(
         table, tmp_path / "work", trials=3, epochs=2, grace_epochs=1, reduction_factor=2, config=settings, gpu=False,
@@ -151,7 +175,9 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
     assert result["medtune"]["at_once"] >= 1
     assert 0 < result["medtune"]["training_share"] <= 1
     assert 0 < result["medtune"]["start_s"] < result["medtune"]["seconds"]
-    assert result["ratio"] == pytest.approx(result["plain"]["seconds"] / result["medtune"]["seconds"])
+    assert result["ratio"] == pytest.approx(
+        result["plain"]["seconds"] / result["medtune"]["seconds"]
+    )
     assert kept[:3] == [1, 2, 3], "a result after each trial of the slower side"
     json.dumps(result, allow_nan=False)
     assert search_table(result).row_count == 2
@@ -160,8 +186,12 @@ def test_a_search_is_measured_on_both_sides(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # three searches and a confirmation
-def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_efficiency_module, "MANY", 2)  # the studies end by that, long before their time is over
+def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        bench_efficiency_module, "MANY", 2
+    )  # the studies end by that, long before their time is over
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
     settings = {
         "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0, "cross_validate": True,
@@ -195,7 +225,9 @@ def test_a_search_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
         bench_efficiency_module._until(60.0, [sys.executable, "-c", "raise SystemExit(3)"], log)
 
 
-def test_repetitions_are_shared_out_over_the_visible_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repetitions_are_shared_out_over_the_visible_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sides of a repetition see the same one GPU; those of repetitions after the others' begin when these have ended."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     seen: list[tuple[str, int, str]] = []
@@ -205,13 +237,25 @@ def test_repetitions_are_shared_out_over_the_visible_gpus(tmp_path: Path, monkey
         return {"seconds": 1.0, "trials": 1, "epochs": 1, "claimed": 0.5, "overrides": {}}
 
     module = bench_efficiency_module
-    monkeypatch.setattr(module, "_study", lambda side, c, p, s, number, environment: found(environment, side, number))
-    monkeypatch.setattr(module, "_plain", lambda c, p, s, number, environment: found(environment, "plain", number))
+    monkeypatch.setattr(
+        module,
+        "_study",
+        lambda side, c, p, s, number, environment: found(environment, side, number),
+    )
+    monkeypatch.setattr(
+        module, "_plain", lambda c, p, s, number, environment: found(environment, "plain", number)
+    )
     monkeypatch.setattr(module, "_confirm", lambda *_: None)
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
     settings = {"volume_shape": 16, "num_folds": 2}
     result = bench_efficiency(
-        table, tmp_path / "work", seconds=1, repetitions=4, at_once=3, config=settings, sides=["plain", "medtune"]
+        table,
+        tmp_path / "work",
+        seconds=1,
+        repetitions=4,
+        at_once=3,
+        config=settings,
+        sides=["plain", "medtune"],
     )
     assert sorted(seen[:6]) == [
         ("medtune", 0, "4"), ("medtune", 1, "6"), ("medtune", 2, "4"),
@@ -233,22 +277,39 @@ def test_a_side_is_known_or_the_search_is_not_begun(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_a_trial_costs_is_measured_on_both_sides_of_one_ray(tmp_path: Path) -> None:
     told: list[str] = []
-    result = bench_overhead(trials=4, epochs=2, turns=2, folder=tmp_path, concurrent=1, say=told.append)
-    assert (result["trials"], result["epochs"], result["concurrent"], len(result["turns"])) == (4, 2, 1, 2)
-    for turn in result["turns"]:
-        assert all(0 < turn[side]["cpu_s"] < turn[side]["wall_s"] for side in ("medtune", "bare", "stripped"))
-    shipped, stripped = (
-        {p.suffix for p in (tmp_path / side).rglob("*") if p.is_file()} for side in ("bare", "stripped")
+    result = bench_overhead(
+        trials=4, epochs=2, turns=2, folder=tmp_path, concurrent=1, say=told.append
     )
-    assert ".csv" in shipped - stripped, "Ray's loggers are on where it runs as it comes, and nowhere else"
-    assert result["stripped_ratio"] == pytest.approx(result["medtune"]["wall_s"] / result["stripped"]["wall_s"])
+    assert (result["trials"], result["epochs"], result["concurrent"], len(result["turns"])) == (
+        4,
+        2,
+        1,
+        2,
+    )
+    for turn in result["turns"]:
+        assert all(
+            0 < turn[side]["cpu_s"] < turn[side]["wall_s"]
+            for side in ("medtune", "bare", "stripped")
+        )
+    shipped, stripped = (
+        {p.suffix for p in (tmp_path / side).rglob("*") if p.is_file()}
+        for side in ("bare", "stripped")
+    )
+    assert ".csv" in shipped - stripped, (
+        "Ray's loggers are on where it runs as it comes, and nowhere else"
+    )
+    assert result["stripped_ratio"] == pytest.approx(
+        result["medtune"]["wall_s"] / result["stripped"]["wall_s"]
+    )
     assert result["ratio"] == pytest.approx(result["medtune"]["wall_s"] / result["bare"]["wall_s"])
     assert len(told) == 3
     json.dumps(result, allow_nan=False)
     assert overhead_table(result).row_count == 4
     files = StudyFiles(tmp_path / "study")
     records = [read_record(path) for path in sorted(files.trials.glob("*/trial.json"))]
-    assert [record["state"] for record in records] == ["completed"] * 5, "one to warm up, two a turn"
+    assert [record["state"] for record in records] == ["completed"] * 5, (
+        "one to warm up, two a turn"
+    )
     assert len(read_rows(files.epochs)) == 10
 
 
@@ -266,7 +327,13 @@ def test_batches_are_read_from_text_and_nonsense_is_told() -> None:
 def test_reading_a_study_is_measured(tmp_path: Path) -> None:
     result = bench_results(trials=6, epochs=24, folder=tmp_path)
     assert (result["trials"], result["epochs"]) == (6, 144)
-    assert [row["step"] for row in result["rows"]] == ["import", "load", "leaderboard", "importance", "report"]
+    assert [row["step"] for row in result["rows"]] == [
+        "import",
+        "load",
+        "leaderboard",
+        "importance",
+        "report",
+    ]
     assert all(row["peak_mib"] > 10 and row["seconds"] >= 0 for row in result["rows"])
     assert results_table_of(result).row_count == 5
     assert "6 trials, 144 epochs" in results_line(result)

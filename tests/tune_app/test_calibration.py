@@ -23,7 +23,9 @@ def test_two_classes_equal_scikit_learns_platt_fit(count: int, stretch: float) -
     z, labels = scores(count, stretch=stretch)
     oracle = _SigmoidCalibration().fit(z[:, 1] - z[:, 0], labels)
     fitted = fit_calibration(z, labels)
-    np.testing.assert_allclose(fitted.probabilities(z)[:, 1], oracle.predict(z[:, 1] - z[:, 0]), atol=2e-4)
+    np.testing.assert_allclose(
+        fitted.probabilities(z)[:, 1], oracle.predict(z[:, 1] - z[:, 0]), atol=2e-4
+    )
 
 
 def test_a_shift_and_a_stretch_are_undone() -> None:

@@ -28,7 +28,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `medtune train` would have trained, without training."""
     seen: dict[str, Any] = {}
 
-    def train_once(config: FineTuneConfig, table: Path, folder: Path, cache: Path, **options: Any) -> int:
+    def train_once(
+        config: FineTuneConfig, table: Path, folder: Path, cache: Path, **options: Any
+    ) -> int:
         seen.update(config=config, table=table, folder=folder, **options)
         return 0
 
@@ -102,19 +104,36 @@ def test_settings_without_a_value_are_told_together() -> None:
 # medtune train ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_documents_command_line_becomes_its_configuration(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_the_documents_command_line_becomes_its_configuration(
+    trained: dict[str, Any], tmp_path: Path
+) -> None:
     result = invoke("train", *DOCUMENT_LINE.split(), "--data", tmp_path / "t.csv")
     assert result.exit_code == 0, result.output
     config = trained["config"]
-    assert (config.fold, config.pretrained_path) == (1, str(Path("pretrained/medicalnet_resnet50_3d.pth").resolve()))
-    assert (config.backbone_lr, config.classifier_lr, config.batch_size, config.epochs) == (1e-4, 1e-3, 6, 60)
+    assert (config.fold, config.pretrained_path) == (
+        1,
+        str(Path("pretrained/medicalnet_resnet50_3d.pth").resolve()),
+    )
+    assert (config.backbone_lr, config.classifier_lr, config.batch_size, config.epochs) == (
+        1e-4,
+        1e-3,
+        6,
+        60,
+    )
     assert (config.optimizer, config.loss, config.scheduler) == ("adam", "ldam", "cosine")
-    assert (config.max_m, config.s, config.drw_start_epoch, config.grad_clip) == (0.2, 15.0, 25, 1.0)
+    assert (config.max_m, config.s, config.drw_start_epoch, config.grad_clip) == (
+        0.2,
+        15.0,
+        25,
+        1.0,
+    )
     assert (config.ema_decay, config.dropout, config.gradient_accumulation_steps) == (0.995, 0.4, 2)
     assert (config.amp, trained["gpu"], trained["multi_gpu"]) == ("fp16", True, True)
 
 
-def test_a_backbone_rate_alone_takes_the_head_along_at_ten_times_it(trained: dict[str, Any]) -> None:
+def test_a_backbone_rate_alone_takes_the_head_along_at_ten_times_it(
+    trained: dict[str, Any],
+) -> None:
     """The document: `--classifier-lr`: separate LR for classifier (default: 10x backbone LR)."""
     invoke("train", "--data", "t.csv", "--lr", "2e-4")
     assert trained["config"].classifier_lr == pytest.approx(2e-3)
@@ -133,19 +152,27 @@ def test_settings_go_before_flags(trained: dict[str, Any]) -> None:
 def test_options_go_before_the_study_file_and_paths_become_absolute(
     asked: list[StudySpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "study.yaml").write_text("data: table.csv\ntrials: 7\nspace: narrow\nconfig: {epochs: 9, s: 12}\n")
+    (tmp_path / "study.yaml").write_text(
+        "data: table.csv\ntrials: 7\nspace: narrow\nconfig: {epochs: 9, s: 12}\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert invoke("run", "study.yaml", "--trials", 3, "--set", "s=11").exit_code == 0
     (spec,) = asked
     assert (spec.trials, spec.space, spec.epochs, spec.config["s"]) == (3, "narrow", 9, 11)
     assert spec.data == str(tmp_path / "table.csv")
-    invoke("run", "study.yaml", "--data", "other.csv", "--space", "wide", "--pretrained-path", "w.pth")
+    invoke(
+        "run", "study.yaml", "--data", "other.csv", "--space", "wide", "--pretrained-path", "w.pth"
+    )
     assert (asked[1].data, asked[1].space) == (str(tmp_path / "other.csv"), "wide")
     assert asked[1].config["pretrained_path"] == str(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize(("given", "expected"), [("2", 2.0), ("0.25", 0.25), ("0", 0.0), ("auto", "auto")])
-def test_gpus_a_trial_are_a_number_or_auto(asked: list[StudySpec], given: str, expected: object) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"), [("2", 2.0), ("0.25", 0.25), ("0", 0.0), ("auto", "auto")]
+)
+def test_gpus_a_trial_are_a_number_or_auto(
+    asked: list[StudySpec], given: str, expected: object
+) -> None:
     assert invoke("run", "--data", "t.csv", "--gpus-per-trial", given).exit_code == 0
     assert asked[0].gpus_per_trial == expected
 
@@ -153,9 +180,13 @@ def test_gpus_a_trial_are_a_number_or_auto(asked: list[StudySpec], given: str, e
 def test_usage_errors_say_what_is_missing() -> None:
     result = invoke("run")
     assert result.exit_code == 2
-    assert "name the table of volumes: --data TABLE" in " ".join(result.output.replace("│", " ").split())
+    assert "name the table of volumes: --data TABLE" in " ".join(
+        result.output.replace("│", " ").split()
+    )
     assert invoke("run", "--data", "t.csv", "--gpus-per-trial", "some").exit_code == 2
-    assert invoke("run", "--data", "t.csv", "--retry-failed").exit_code == 2, "a new study has no failed trials"
+    assert invoke("run", "--data", "t.csv", "--retry-failed").exit_code == 2, (
+        "a new study has no failed trials"
+    )
     assert invoke("train").exit_code == 2
     assert invoke("nonsense").exit_code == 2
 
@@ -166,7 +197,10 @@ def test_usage_errors_say_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("run", "--data", "t.csv", "--set", "backbon_lr=1"), "unknown hyperparameter 'backbon_lr'; did you mean"),
+        (
+            ("run", "--data", "t.csv", "--set", "backbon_lr=1"),
+            "unknown hyperparameter 'backbon_lr'; did you mean",
+        ),
         (("run", "--data", "missing.csv", "--out", "study"), "missing.csv"),
         (("train", "--data", "missing.csv"), "missing.csv"),
         (("results", "nowhere"), "no study here (no study.json)"),
@@ -182,7 +216,8 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH",
+        os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     )
     ended = run_main(*arguments)
     assert ended.returncode == 1, ended.stderr
@@ -192,7 +227,9 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_1(
 
 
 def test_a_page_of_two_studies_cannot_be_watched(tmp_path: Path) -> None:
-    ended = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--compare", str(tmp_path), "--watch"])
+    ended = CliRunner().invoke(
+        cli.app, ["report", str(tmp_path), "--compare", str(tmp_path), "--watch"]
+    )
     assert ended.exit_code == 2
     assert "leave out --compare, or" in ended.output
 
@@ -209,15 +246,21 @@ def test_data_and_config_go_to_stdout_so_that_pipes_work(tmp_path: Path) -> None
     assert json.loads(told.stdout)["s"] == 7
     assert told.stderr == ""
     table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
-    prepared = run_main("data", "prepare", table, "--cache", tmp_path / "cache", "--set", "volume_shape=16")
+    prepared = run_main(
+        "data", "prepare", table, "--cache", tmp_path / "cache", "--set", "volume_shape=16"
+    )
     assert prepared.returncode == 0, prepared.stderr
     volumes, folder = prepared.stdout.splitlines()
     assert "volumes of 16x16x16 voxels" in volumes
     assert (Path(folder) / "volumes.npy").is_file()
 
 
-@pytest.mark.parametrize("arguments", [("config",), ("fixes",), ("spaces",), *(("spaces", name) for name in SPACES)])
-def test_tables_keep_within_80_columns(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("config",), ("fixes",), ("spaces",), *(("spaces", name) for name in SPACES)]
+)
+def test_tables_keep_within_80_columns(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli, "out", cli_common.Console(highlight=False, width=80))
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
@@ -226,7 +269,17 @@ def test_tables_keep_within_80_columns(arguments: tuple[str, ...], monkeypatch: 
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ([], ["train"], ["run"], ["data"], ["weights"], ["bench"], ["confirm"], ["export"], ["predict"]):
+    for command in (
+        [],
+        ["train"],
+        ["run"],
+        ["data"],
+        ["weights"],
+        ["bench"],
+        ["confirm"],
+        ["export"],
+        ["predict"],
+    ):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.output

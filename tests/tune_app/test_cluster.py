@@ -22,8 +22,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, server: dict[str, str]) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="mt"))  # sockets below it: the whole path may have 107 characters
-    made = make_cluster(folder, write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18)))
+    folder = Path(
+        tempfile.mkdtemp(prefix="mt")
+    )  # sockets below it: the whole path may have 107 characters
+    made = make_cluster(
+        folder, write_cohort(tmp_path_factory.mktemp("cohort") / "c", subjects=14, side=(14, 18))
+    )
     made.env |= server
     try:
         made.start_head()
@@ -36,7 +40,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server: dict[str, str]) ->
 
 def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "a study"
-    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--trials", 2, "--epochs", 100]
+    asked = [
+        "submit",
+        "--no-pip",
+        "--",
+        "run",
+        "--data",
+        cluster.table,
+        "--trials",
+        2,
+        "--epochs",
+        100,
+    ]
     asked += ["--out", root, "--cache", tmp_path / "cache", *TINY]
 
     watching = cluster.medtune(*asked)
@@ -51,15 +66,23 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
     before = rows_of(root)
     assert 0 < len(before) < 200
     log, _ = cluster.done("jobs", "logs", job)
-    assert "interrupted; go on with: medtune resume" in log, "the driver closed the study before it ended"
+    assert "interrupted; go on with: medtune resume" in log, (
+        "the driver closed the study before it ended"
+    )
 
     def jobs() -> list[dict[str, str]]:
         listed = json.loads(cluster.done("jobs", "list", "--format", "json")[0])
-        return [row for row in listed if row["study"] == str(root)]  # another test's, or another try's, are there too
+        return [
+            row for row in listed if row["study"] == str(root)
+        ]  # another test's, or another try's, are there too
 
     following = cluster.medtune(*asked)
     ours = job.removesuffix("1") + "2"
-    wait_for(lambda: any(ours == one["submission_id"] for one in cluster.get("/api/jobs/")), ours, during=following)
+    wait_for(
+        lambda: any(ours == one["submission_id"] for one in cluster.get("/api/jobs/")),
+        ours,
+        during=following,
+    )
     again, err = cluster.done("submit", "--no-pip", "--detach", *asked[2:])
     assert "is running already" in err
     assert again == f"{ours}\n"
@@ -75,21 +98,40 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [({"RAY_AUTH_TOKEN": "another-cluster's"}, "refuses the token of RAY_AUTH_TOKEN"), ({}, "asks for a token")],
+    [
+        ({"RAY_AUTH_TOKEN": "another-cluster's"}, "refuses the token of RAY_AUTH_TOKEN"),
+        ({}, "asks for a token"),
+    ],
 )
-def test_without_the_clusters_token_nothing_is_sent(cluster: Cluster, token: dict[str, str], message: str) -> None:
+def test_without_the_clusters_token_nothing_is_sent(
+    cluster: Cluster, token: dict[str, str], message: str
+) -> None:
     env = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_MODE": "token" if token else "disabled", **token}
-    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--out", "/nowhere/study", *TINY]
+    asked = [
+        "submit",
+        "--no-pip",
+        "--",
+        "run",
+        "--data",
+        cluster.table,
+        "--out",
+        "/nowhere/study",
+        *TINY,
+    ]
     for command in (asked, ["jobs", "list"]):
         out, err = cluster.done(*command, code=1, **env)
         assert message in " ".join(err.split())
         assert out == ""
     secret = (cluster.folder / "token").read_text()
-    shown = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    shown = [
+        " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+    ]
     assert not any(secret in line for line in shown), "the token is in the process list"
     # Ray's own files apart from the packages: logs of head, agents, drivers.
     logs = [
-        path for path in (cluster.folder / "r").rglob("*") if path.is_file() and path.suffix in (".log", ".out", ".err")
+        path
+        for path in (cluster.folder / "r").rglob("*")
+        if path.is_file() and path.suffix in (".log", ".out", ".err")
     ]
     assert len(logs) > 5
     assert not [path for path in logs if secret in path.read_text(errors="replace")]
@@ -98,18 +140,31 @@ def test_without_the_clusters_token_nothing_is_sent(cluster: Cluster, token: dic
 def test_the_doctor_looks_at_the_nodes_from_within(cluster: Cluster, tmp_path: Path) -> None:
     """Exit code left aside: what this machine lacks (shared memory, say) is told too."""
     asked = cluster.medtune(
-        "doctor", "--address", cluster.url, "--data", "/nowhere/table.csv", "--out", tmp_path / "study"
+        "doctor",
+        "--address",
+        cluster.url,
+        "--data",
+        "/nowhere/table.csv",
+        "--out",
+        tmp_path / "study",
     )
     out, err = asked.communicate(timeout=400)
     assert asked.returncode == 1, err
     told = [line.split() for line in out.splitlines()]
     states = {words[1]: words[0] for words in told if len(words) > 2}
-    assert (states["data"], states["storage"], states["clock"], states["ports"]) == ("BAD", "ok", "ok", "ok")
+    assert (states["data"], states["storage"], states["clock"], states["ports"]) == (
+        "BAD",
+        "ok",
+        "ok",
+        "ok",
+    )
     assert states["State"] == "ok"
     assert "mount the folder with the data at the same path on every" in " ".join(out.split())
 
 
-def test_the_doctor_names_the_node_that_cannot_write_to_the_bucket(cluster: Cluster, bucket: str) -> None:
+def test_the_doctor_names_the_node_that_cannot_write_to_the_bucket(
+    cluster: Cluster, bucket: str
+) -> None:
     good = cluster.env
     cluster.env = good | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     try:
@@ -139,15 +194,32 @@ def test_the_doctor_names_the_node_that_cannot_write_to_the_bucket(cluster: Clus
 def test_trials_of_a_lost_node_go_on_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
     second = cluster.add_node()
     root = tmp_path / "study"
-    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--trials", 3, "--epochs", 30]
+    asked = [
+        "submit",
+        "--no-pip",
+        "--",
+        "run",
+        "--data",
+        cluster.table,
+        "--trials",
+        3,
+        "--epochs",
+        30,
+    ]
     asked += ["--out", root, "--cache", tmp_path / "cache", *TINY]
     watching = cluster.medtune(*asked)
 
     def records() -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in StudyFiles(root).trials.glob("*/trial.json")]
+        return [
+            json.loads(path.read_text()) for path in StudyFiles(root).trials.glob("*/trial.json")
+        ]
 
     def there() -> set[str]:
-        away = {record["trial"] for record in records() if record["node"] == "127.0.0.2" and record["ended"] is None}
+        away = {
+            record["trial"]
+            for record in records()
+            if record["node"] == "127.0.0.2" and record["ended"] is None
+        }
         return away & {row["trial"] for row in rows_of(root) if row["epoch"] >= 2}
 
     wait_for(lambda: bool(there()), "two epochs of a trial on the second node", during=watching)

@@ -48,7 +48,9 @@ class Network:
         for number in range(1, nodes + 1):
             space = f"{self.name}n{number}"
             ip_command("netns", "add", space)
-            ip_command("link", "add", f"{space}h", "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip_command(
+                "link", "add", f"{space}h", "type", "veth", "peer", "name", "eth0", "netns", space
+            )
             ip_command("link", "set", f"{space}h", "master", self.name, "up")
             ip_command("-n", space, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
@@ -84,8 +86,12 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture
 def cluster(network: Network, tmp_path: Path) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="mt"))  # sockets below it: the whole path may have 107 characters
-    made = make_cluster(folder, write_cohort(tmp_path / "c", subjects=14, side=(14, 18)), host=network.address(1))
+    folder = Path(
+        tempfile.mkdtemp(prefix="mt")
+    )  # sockets below it: the whole path may have 107 characters
+    made = make_cluster(
+        folder, write_cohort(tmp_path / "c", subjects=14, side=(14, 18)), host=network.address(1)
+    )
     # Nobody says that a cut-off node is gone: Ray asks it three times, and waits ten seconds each time.
     made.env["RAY_health_check_timeout_ms"] = "3000"
     try:
@@ -104,7 +110,20 @@ def test_a_trial_across_two_nodes_goes_on_when_one_is_cut_off(
 ) -> None:
     """Submitted from outside. Gloo has to choose the nodes' own addresses, whatever the host's name resolves to."""
     root = tmp_path / "study"
-    asked = ["submit", "--no-pip", "--", "run", "--data", cluster.table, "--trials", 1, "--epochs", 60, "--ranks", 2]
+    asked = [
+        "submit",
+        "--no-pip",
+        "--",
+        "run",
+        "--data",
+        cluster.table,
+        "--trials",
+        1,
+        "--epochs",
+        60,
+        "--ranks",
+        2,
+    ]
     asked += ["--out", root, "--cache", tmp_path / "cache", *TINY, "--set", "batch_size=3"]
     watching = cluster.medtune(*asked)
     wait_for(lambda: len(rows_of(root)) >= 2, "two epochs", during=watching)

@@ -44,7 +44,11 @@ from tune_app.synthetic import write_cohort
 
 WriteStudy = Callable[..., Path]
 
-CANDIDATES = {"documented": documented_after(3), "defaults": all_fixes(3), "trial-00007": {"max_m": 0.3, "s": 10.0}}
+CANDIDATES = {
+    "documented": documented_after(3),
+    "defaults": all_fixes(3),
+    "trial-00007": {"max_m": 0.3, "s": 10.0},
+}
 SMALL = {"epochs": 3, "depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 4}
 
 
@@ -54,7 +58,10 @@ def write_table(tmp_path: Path) -> Callable[..., Path]:
 
     def write(split: Callable[[int], str] | None = None, rows: int = 40) -> Path:
         table = pd.DataFrame(
-            {"path": [f"{i}.nii" for i in range(rows)], "label": [int(i % 3 == 0) for i in range(rows)]}
+            {
+                "path": [f"{i}.nii" for i in range(rows)],
+                "label": [int(i % 3 == 0) for i in range(rows)],
+            }
         )
         table["subject"] = [f"s{i}" for i in range(rows)]
         if split is not None:
@@ -70,8 +77,16 @@ def write_table(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def a_confirmation(write_study: WriteStudy) -> Study:
     """Four folds of two seeds, of which fold 0 chose the candidate."""
-    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 4, "epochs": 3}
-    return load_study(write_study("confirmation", **options, spec={"seen_folds": (0,), "config": SMALL}))
+    options: dict[str, Any] = {
+        "kind": "confirmation",
+        "variants": CANDIDATES,
+        "seeds": 2,
+        "folds": 4,
+        "epochs": 3,
+    }
+    return load_study(
+        write_study("confirmation", **options, spec={"seen_folds": (0,), "config": SMALL})
+    )
 
 
 def with_objective(study: Study, gain: dict[str, float], noise: float = 0.004) -> Study:
@@ -79,7 +94,8 @@ def with_objective(study: Study, gain: dict[str, float], noise: float = 0.004) -
     rng = np.random.default_rng(3)
     trials = study.trials.copy()
     trials["objective"] = [
-        0.75 + 0.02 * row.fold + gain.get(str(row.variant), 0.0) + rng.normal(0, noise) for row in trials.itertuples()
+        0.75 + 0.02 * row.fold + gain.get(str(row.variant), 0.0) + rng.normal(0, noise)
+        for row in trials.itertuples()
     ]
     return replace(study, trials=trials)
 
@@ -93,7 +109,9 @@ def printed(study: Study) -> str:
 # The plan --------------------------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_whole_sound_runs_each_setting_once_and_none_that_runs_anyway(write_study: WriteStudy) -> None:
+def test_candidates_are_whole_sound_runs_each_setting_once_and_none_that_runs_anyway(
+    write_study: WriteStudy,
+) -> None:
     overrides: list[dict[str, Any]] = [
         {"max_m": 0.3},
         {"max_m": 0.3, "seed": 4},  # the same setting as before
@@ -147,7 +165,9 @@ def test_where_the_search_chose_by_the_tables_own_split_no_fold_is_unseen(
 ) -> None:
     table = write_table(split=lambda i: ("train", "val", "test")[i % 3])
     config = {"epochs": 6, "num_folds": 3}
-    search = load_study(write_study(trials=6, epochs=6, spec={"data": str(table), "config": config}))
+    search = load_study(
+        write_study(trials=6, epochs=6, spec={"data": str(table), "config": config})
+    )
     spec, notes = confirmation_spec(search, top=1, seeds=1)
     assert spec.seen_folds == ()
     assert all(trial.overrides["cross_validate"] for trial in spec.planned)
@@ -157,14 +177,18 @@ def test_where_the_search_chose_by_the_tables_own_split_no_fold_is_unseen(
     assert not any("val rows" in note for note in notes)
 
 
-def test_a_confirmation_that_has_hardly_begun_says_so_instead_of_failing(write_study: WriteStudy) -> None:
+def test_a_confirmation_that_has_hardly_begun_says_so_instead_of_failing(
+    write_study: WriteStudy,
+) -> None:
     planned = [{"variant": name, "overrides": {}} for name in CANDIDATES]
     study = load_study(write_study(kind="confirmation", planned=planned, epochs=3))
     begun = replace(study, trials=study.trials[study.trials["variant"] == "documented"])
     assert "the confirmation has not begun" in printed(begun)
 
 
-def test_what_cannot_be_confirmed_is_refused(write_study: WriteStudy, an_ablation: Path, a_search: Path) -> None:
+def test_what_cannot_be_confirmed_is_refused(
+    write_study: WriteStudy, an_ablation: Path, a_search: Path
+) -> None:
     with pytest.raises(SpecError, match="kind ablation: name the search"):
         confirmation_spec(load_study(an_ablation))
     with pytest.raises(SpecError, match="top=0: 1 or more"):
@@ -185,7 +209,9 @@ def test_a_folder_that_holds_another_confirmation_is_not_gone_on_with(
     same_plan(files, a_confirmation.spec)
     search = load_study(write_study(trials=8, epochs=6, spec={"data": str(write_table())}))
     other, _ = confirmation_spec(search, top=1, seeds=1)
-    with pytest.raises(SpecError, match=r"other candidates, folds or seeds .*trial-00007; 4 folds x 2 seeds"):
+    with pytest.raises(
+        SpecError, match=r"other candidates, folds or seeds .*trial-00007; 4 folds x 2 seeds"
+    ):
         same_plan(files, other)
 
 
@@ -206,7 +232,9 @@ def test_a_winner_is_named_when_the_data_do(a_confirmation: Study) -> None:
     assert "max_m 0.3, s 10" in text
 
 
-def test_without_a_difference_there_is_no_winner_and_the_documented_settings_stay(a_confirmation: Study) -> None:
+def test_without_a_difference_there_is_no_winner_and_the_documented_settings_stay(
+    a_confirmation: Study,
+) -> None:
     study = with_objective(a_confirmation, {}, noise=0.02)
     found = judge(study)
     assert found.winner is None
@@ -216,7 +244,9 @@ def test_without_a_difference_there_is_no_winner_and_the_documented_settings_sta
     )
 
 
-def test_a_difference_on_the_fold_that_chose_the_candidate_does_not_count(a_confirmation: Study) -> None:
+def test_a_difference_on_the_fold_that_chose_the_candidate_does_not_count(
+    a_confirmation: Study,
+) -> None:
     study = with_objective(a_confirmation, {})
     lucky = (study.trials["variant"] == "trial-00007") & (study.trials["fold"] == 0)
     trials = study.trials.assign(objective=study.trials["objective"] + 0.3 * lucky.to_numpy(float))
@@ -237,15 +267,22 @@ def test_folds_that_chose_count_where_fewer_than_two_others_were_run(a_confirmat
     text = " ".join(printed(ahead).split())
     assert "No winner: trial-00007 is ahead of the documented settings by +0.0" in text
     assert "medtune confirm SEARCH --folds all --out NEW" in text
-    assert "also those that chose the candidates: too few others were run" in " ".join(printed(study).split())
+    assert "also those that chose the candidates: too few others were run" in " ".join(
+        printed(study).split()
+    )
 
 
 def test_the_best_of_several_has_to_hold_against_their_number(a_confirmation: Study) -> None:
     study = with_objective(a_confirmation, {})
     trials = study.trials.copy()
-    level = {"documented": (0.0, 0.0, 0.0), "defaults": (0.01, -0.01, 0.004), "trial-00007": (0.015, 0.025, 0.02)}
+    level = {
+        "documented": (0.0, 0.0, 0.0),
+        "defaults": (0.01, -0.01, 0.004),
+        "trial-00007": (0.015, 0.025, 0.02),
+    }
     trials["objective"] = [
-        0.8 + (level[str(row.variant)][int(row.fold) - 1] if row.fold else 0.0) for row in trials.itertuples()
+        0.8 + (level[str(row.variant)][int(row.fold) - 1] if row.fold else 0.0)
+        for row in trials.itertuples()
     ]
     study = replace(study, trials=trials)
     found = judge(study)
@@ -263,7 +300,13 @@ def test_what_is_not_told_apart_from_the_winner_is_named(a_confirmation: Study) 
 
 
 def test_no_winner_is_named_before_the_end(write_study: WriteStudy) -> None:
-    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 3, "epochs": 3}
+    options: dict[str, Any] = {
+        "kind": "confirmation",
+        "variants": CANDIDATES,
+        "seeds": 2,
+        "folds": 3,
+        "epochs": 3,
+    }
     study = load_study(write_study(**options, unfinished=2))
     assert unfinished(study) == 2
     study = with_objective(study, {"trial-00007": 0.2})
@@ -296,7 +339,9 @@ def test_a_study_that_is_no_confirmation_is_not_judged(an_ablation: Path) -> Non
 @pytest.fixture(scope="module")
 def cohort_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cohort of real files in which every fourth subject is for the test."""
-    table = write_cohort(tmp_path_factory.mktemp("confirm") / "cohort", subjects=24, side=(16, 18), noise=0.3)
+    table = write_cohort(
+        tmp_path_factory.mktemp("confirm") / "cohort", subjects=24, side=(16, 18), noise=0.3
+    )
     rows = pd.read_csv(table)
     number = rows["subject"].str[-4:].astype(int)
     rows["split"] = np.where(number % 3 == 0, "test", "train")
@@ -323,7 +368,9 @@ def finished(write_study: WriteStudy, cohort_table: Path) -> Callable[..., Path]
         )
         files = StudyFiles(root)
         manifest = read_manifest(table)
-        cohort = prepare_cohort(manifest, Recipe.from_config(build_config(SMALL)), table.parents[1] / "cache")
+        cohort = prepare_cohort(
+            manifest, Recipe.from_config(build_config(SMALL)), table.parents[1] / "cache"
+        )
         files.write({**files.read(), "cohort": cohort.name})
         train = np.flatnonzero(manifest.rows["split"] != "test")
         for number, trial in enumerate(files.read_spec().planned):
@@ -331,8 +378,16 @@ def finished(write_study: WriteStudy, cohort_table: Path) -> Callable[..., Path]
             torch.manual_seed(number)
             network = small_network(config)
             average = AveragedWeights(network, decay=0.9)
-            state = {"format": 1, "config": config.model_dump(mode="json"), "epoch": 2, "average": average.state_dict()}
-            rows = {"train_rows": torch.as_tensor(train[4:]), "val_rows": torch.as_tensor(train[:4])}
+            state = {
+                "format": 1,
+                "config": config.model_dump(mode="json"),
+                "epoch": 2,
+                "average": average.state_dict(),
+            }
+            rows = {
+                "train_rows": torch.as_tensor(train[4:]),
+                "val_rows": torch.as_tensor(train[:4]),
+            }
             save_state(files.trial(f"{number:05d}").best, state | rows | {"row": {}})
         return root
 
@@ -385,9 +440,15 @@ def test_the_test_rows_are_scored_once_with_the_winner_and_on_record(
     ensemble = np.mean(odds, axis=0)
     assert record["auc"] == pytest.approx(roc_auc_score(labels, ensemble), abs=1e-9)
     assert record["auc_low"] == pytest.approx(auc_interval(ensemble, labels).low, abs=1e-9)
-    assert record["mean_auc"] == pytest.approx(np.mean([roc_auc_score(labels, each) for each in odds]), abs=1e-9)
-    assert [run["auc"] for run in record["runs"]] == pytest.approx([roc_auc_score(labels, each) for each in odds])
-    assert record["documented"]["difference"] == pytest.approx(record["auc"] - record["documented"]["auc"])
+    assert record["mean_auc"] == pytest.approx(
+        np.mean([roc_auc_score(labels, each) for each in odds]), abs=1e-9
+    )
+    assert [run["auc"] for run in record["runs"]] == pytest.approx(
+        [roc_auc_score(labels, each) for each in odds]
+    )
+    assert record["documented"]["difference"] == pytest.approx(
+        record["auc"] - record["documented"]["auc"]
+    )
     assert record["positive"] == labels.sum()
 
     text = " ".join(printed(load_study(root)).split())
@@ -404,9 +465,13 @@ def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
     weights = {path: path.read_bytes() for path in root.glob("trials/*/best.pt")}
     for path in weights:
         path.unlink()
-    assert score_test(root, cache=cache) == first, "nothing is scored: the weights are not even there"
+    assert score_test(root, cache=cache) == first, (
+        "nothing is scored: the weights are not even there"
+    )
     said = io.StringIO()
-    confirmed_on_test(root.parent, root, cache=cache, again=False, notes=Console(file=said, width=200))
+    confirmed_on_test(
+        root.parent, root, cache=cache, again=False, notes=Console(file=said, width=200)
+    )
     assert "The test rows were scored before" in said.getvalue()
     with pytest.raises(SpecError, match="the averaged weights of trial 00002 are gone"):
         score_test(root, cache=cache, again=True)
@@ -421,7 +486,9 @@ def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
     )
 
 
-def test_without_a_winner_the_documented_settings_are_scored(finished: Callable[..., Path], cohort_table: Path) -> None:
+def test_without_a_winner_the_documented_settings_are_scored(
+    finished: Callable[..., Path], cohort_table: Path
+) -> None:
     record = score_test(finished(gain=0.0), cache=cohort_table.parents[1] / "cache")
     assert record["variant"] == "documented"
     assert record["winner"] is False
@@ -433,9 +500,17 @@ def test_what_must_not_be_scored_is_refused(
 ) -> None:
     cache = cohort_table.parents[1] / "cache"
     with pytest.raises(SpecError, match="no confirmation here: `medtune confirm"):
-        confirmed_on_test(tmp_path, tmp_path / "confirmation", cache=cache, again=False, notes=Console())
+        confirmed_on_test(
+            tmp_path, tmp_path / "confirmation", cache=cache, again=False, notes=Console()
+        )
 
-    options: dict[str, Any] = {"kind": "confirmation", "variants": CANDIDATES, "seeds": 2, "folds": 3, "epochs": 3}
+    options: dict[str, Any] = {
+        "kind": "confirmation",
+        "variants": CANDIDATES,
+        "seeds": 2,
+        "folds": 3,
+        "epochs": 3,
+    }
     unended = write_study("unended", **options, unfinished=2)
     with pytest.raises(SpecError, match=r"2 of 18 runs have not ended.*scored at the very end"):
         score_test(unended, cache=cache)
@@ -466,14 +541,31 @@ def test_what_must_not_be_scored_is_refused(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_search_is_confirmed_and_tested_from_the_command_line(write_study: WriteStudy, cohort_table: Path) -> None:
-    config = SMALL | {"epochs": 2, "num_folds": 3, "train_auc_volumes": 0, "augmentation_strength": 0}
+def test_a_search_is_confirmed_and_tested_from_the_command_line(
+    write_study: WriteStudy, cohort_table: Path
+) -> None:
+    config = SMALL | {
+        "epochs": 2,
+        "num_folds": 3,
+        "train_auc_volumes": 0,
+        "augmentation_strength": 0,
+    }
     config |= {"gradient_accumulation_steps": 1}
-    space = {"search": {"max_m": {"low": 0.05, "high": 0.5}, "s": {"low": 4, "high": 40, "log": True}}}
-    planned = {"data": str(cohort_table), "config": config, "space": space, "policy": {"halving": False}}
+    space = {
+        "search": {"max_m": {"low": 0.05, "high": 0.5}, "s": {"low": 4, "high": 40, "log": True}}
+    }
+    planned = {
+        "data": str(cohort_table),
+        "config": config,
+        "space": space,
+        "policy": {"halving": False},
+    }
     planned |= {"cache": str(cohort_table.parents[1] / "cache")}
     root = write_study(
-        "searched", kind="ablation", planned=[{"variant": "a", "overrides": {"max_m": 0.4}}], spec=planned
+        "searched",
+        kind="ablation",
+        planned=[{"variant": "a", "overrides": {"max_m": 0.4}}],
+        spec=planned,
     )
     files = StudyFiles(root)
     info = files.read()
@@ -492,7 +584,9 @@ def test_a_search_is_confirmed_and_tested_from_the_command_line(write_study: Wri
     once_more = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
     assert once_more.exit_code == 0, "a finished confirmation is shown, and nothing runs"
     assert "Judged on folds 1, 2" in once_more.stdout
-    assert "--out starts another" in str(medtune("--top", "1", "--folds", "1,2", "--seeds", "2").exception)
+    assert "--out starts another" in str(
+        medtune("--top", "1", "--folds", "1,2", "--seeds", "2").exception
+    )
     tested = medtune("--test")
     assert tested.exit_code == 0, tested.output
     assert "single runs: mean AUC" in tested.stdout

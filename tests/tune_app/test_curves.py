@@ -7,7 +7,15 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from trainables.diagnosis import hanley_mcneil_error
-from tune_app.curves import COLLAPSING, KINDS, MIX, CurveError, auc_and_error, generate_curves, read_curves
+from tune_app.curves import (
+    COLLAPSING,
+    KINDS,
+    MIX,
+    CurveError,
+    auc_and_error,
+    generate_curves,
+    read_curves,
+)
 
 
 def write_study(folder, rows, configs):
@@ -44,13 +52,19 @@ def test_rows_have_the_columns_and_types_of_a_run():
         for row in curve.rows:
             json.dumps(row, allow_nan=False)
             assert row["val_auc"] == row["val_auc_ema"]
-            assert row["val_auc"] is None or row["val_auc_low"] <= row["val_auc"] <= row["val_auc_high"]
+            assert (
+                row["val_auc"] is None
+                or row["val_auc_low"] <= row["val_auc"] <= row["val_auc_high"]
+            )
             assert row["drw_active"] == (row["epoch"] >= curve.config["drw_start_epoch"])
         assert len(curve.truth.auc) == 30
 
 
 def test_every_kind_is_drawn_in_about_its_share():
-    kinds = [curve.truth.kind for curve in generate_curves(400, epochs=24, seed=0, positives=5, negatives=10)]
+    kinds = [
+        curve.truth.kind
+        for curve in generate_curves(400, epochs=24, seed=0, positives=5, negatives=10)
+    ]
     assert set(MIX) == set(KINDS) == set(kinds)
     assert sum(MIX.values()) == pytest.approx(1)
     for kind, share in MIX.items():
@@ -80,18 +94,31 @@ def test_collapsing_runs_lose_at_least_a_fifth_from_their_onset_on(kind):
 def test_the_others_end_near_the_best_they_had(kind):
     for curve in generate_curves(40, seed=6, mix={kind: 1}):
         assert curve.truth.onset is None
-        assert max(curve.truth.auc) - np.median(curve.truth.auc[-5:]) < (0.16 if kind == "noisy" else 0.08)
+        assert max(curve.truth.auc) - np.median(curve.truth.auc[-5:]) < (
+            0.16 if kind == "noisy" else 0.08
+        )
 
 
 def test_kinds_have_what_they_are_named_for():
     def auc(kind, column="val_auc"):
-        return np.array([[row[column] for row in curve.rows] for curve in generate_curves(40, seed=8, mix={kind: 1})])
+        return np.array(
+            [
+                [row[column] for row in curve.rows]
+                for curve in generate_curves(40, seed=8, mix={kind: 1})
+            ]
+        )
 
     assert (auc("late_bloomer")[:, 4] < 0.7).all()
-    assert auc("saturating")[:, -1].mean() - auc("saturating", "val_auc_probability_ema")[:, -1].mean() > 0.08
+    assert (
+        auc("saturating")[:, -1].mean() - auc("saturating", "val_auc_probability_ema")[:, -1].mean()
+        > 0.08
+    )
     assert abs(auc("never_learning").mean() - 0.53) < 0.05
     assert (auc("lagging", "val_auc_raw")[:, 4] - auc("lagging")[:, 4]).mean() > 0.1
-    steps = {kind: np.abs(np.diff(auc(kind, "val_auc_raw")[:, 20:])).mean() for kind in ("healthy", "noisy")}
+    steps = {
+        kind: np.abs(np.diff(auc(kind, "val_auc_raw")[:, 20:])).mean()
+        for kind in ("healthy", "noisy")
+    }
     assert steps["noisy"] > 1.5 * steps["healthy"]
 
 
@@ -100,9 +127,9 @@ def test_noise_has_the_size_that_class_counts_give_it(positives, negatives):
     """Over studies (other volumes), an AUC scatters about the truth as Hanley and McNeil's formula says."""
     errors, expected = [], []
     for seed in range(150):
-        curve = generate_curves(1, epochs=24, seed=seed, positives=positives, negatives=negatives, mix={"healthy": 1})[
-            0
-        ]
+        curve = generate_curves(
+            1, epochs=24, seed=seed, positives=positives, negatives=negatives, mix={"healthy": 1}
+        )[0]
         truth = curve.truth.auc[20]
         errors.append(curve.rows[20]["val_auc"] - truth)
         expected.append(hanley_mcneil_error(truth, positives, negatives))
@@ -146,7 +173,9 @@ def test_a_curve_file_of_each_format_gives_the_rows_back(tmp_path, suffix):
     else:
         table.to_json(path, orient="records", lines=True, double_precision=15)
     found = read_curves(path)
-    assert [curve.config for curve in found] == [{"drw_start_epoch": c.config["drw_start_epoch"]} for c in curves]
+    assert [curve.config for curve in found] == [
+        {"drw_start_epoch": c.config["drw_start_epoch"]} for c in curves
+    ]
     for curve, expected in zip(found, curves, strict=True):
         assert curve.trial == expected.trial
         for row, known in zip(curve.rows, expected.rows, strict=True):
@@ -158,8 +187,16 @@ def test_epoch_and_auc_are_enough_and_a_file_without_trials_is_one_run(tmp_path)
     (tmp_path / "second.csv").write_text("epoch,val_auc\n2,0.8\n1,0.7\n3,\n")
     (tmp_path / "first.csv").write_text("epoch,val_auc,trial\n1,0.5,x\n1,0.6,y\n")
     curves = read_curves(tmp_path)
-    assert [(curve.trial, curve.config) for curve in curves] == [("first/x", None), ("first/y", None), ("second", None)]
-    assert [(row["epoch"], row["val_auc"]) for row in curves[-1].rows] == [(1, 0.7), (2, 0.8), (3, None)]
+    assert [(curve.trial, curve.config) for curve in curves] == [
+        ("first/x", None),
+        ("first/y", None),
+        ("second", None),
+    ]
+    assert [(row["epoch"], row["val_auc"]) for row in curves[-1].rows] == [
+        (1, 0.7),
+        (2, 0.8),
+        (3, None),
+    ]
     assert [curve.trial for curve in read_curves(tmp_path / "first.csv")] == ["x", "y"]
 
 
@@ -186,13 +223,25 @@ def test_every_problem_of_every_curve_file_is_told(tmp_path):
 
 
 def test_a_studys_folder_gives_its_trials_with_their_configs(tmp_path):
-    rows = [{"trial": t, "epoch": e, "val_auc": 0.5 + e / 10} for e in (1, 2) for t in ("00001", "00000")]
-    folder = write_study(tmp_path / "a study", [*rows, {**rows[0], "val_auc": 0.0}], {"00000": {"epochs": 2}})
+    rows = [
+        {"trial": t, "epoch": e, "val_auc": 0.5 + e / 10}
+        for e in (1, 2)
+        for t in ("00001", "00000")
+    ]
+    folder = write_study(
+        tmp_path / "a study", [*rows, {**rows[0], "val_auc": 0.0}], {"00000": {"epochs": 2}}
+    )
     with (folder / "epochs.jsonl").open("a") as file:
         file.write('{"trial": "00000", "epo')  # what a killed writer leaves
     curves = read_curves(folder)
-    assert [(curve.trial, curve.config) for curve in curves] == [("00000", {"epochs": 2}), ("00001", None)]
-    assert [row["val_auc"] for row in curves[1].rows] == [0.6, 0.7]  # the first report of an epoch counts
+    assert [(curve.trial, curve.config) for curve in curves] == [
+        ("00000", {"epochs": 2}),
+        ("00001", None),
+    ]
+    assert [row["val_auc"] for row in curves[1].rows] == [
+        0.6,
+        0.7,
+    ]  # the first report of an epoch counts
     with (folder / "epochs.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(CurveError, match="line 6: not JSON"):

@@ -56,7 +56,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("a small file system is missing: only root on Linux can mount a tmpfs")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"a small file system is missing: mount says {mounted.stderr.strip()}")
@@ -107,7 +110,12 @@ def test_every_kind_of_write_knows_a_full_disk_and_leaves_what_was_there(small_d
             write(small_disk / name)
         assert is_disk_full(caught.value), name
         assert (small_disk / name).read_bytes() == before
-    assert sorted(path.name for path in small_disk.iterdir()) == ["a.json", "a.jsonl", "a.pt", "filler"]
+    assert sorted(path.name for path in small_disk.iterdir()) == [
+        "a.json",
+        "a.jsonl",
+        "a.pt",
+        "filler",
+    ]
 
 
 def test_a_run_waits_for_room_and_goes_on_with_nothing_lost(
@@ -145,7 +153,9 @@ def test_a_driver_waits_for_room_and_each_row_is_there_once(small_disk: Path) ->
     recorder = Recorder(spec, files)
     recorder.began("00000", {}, None, node=None)
     filler = fill(small_disk)
-    rows = [{"trial": "00000", "time": 1.0, "epoch": epoch, "val_auc": 0.5} for epoch in range(1, 101)]
+    rows = [
+        {"trial": "00000", "time": 1.0, "epoch": epoch, "val_auc": 0.5} for epoch in range(1, 101)
+    ]
 
     def work() -> None:
         for row in rows:
@@ -191,7 +201,9 @@ def test_a_disk_on_which_nobody_makes_room_is_told_after_the_deadline(tmp_path: 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
+def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=14, side=(14, 18))
     settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
     root = small_disk / "study"
@@ -230,7 +242,9 @@ def test_file_sizes_are_those_of_the_files_and_a_little_more(trained_study: Path
 
 def test_a_budget_that_cannot_hold_what_runs_is_refused_with_what_it_takes() -> None:
     spec = build_spec({"data": "t.csv", "disk_budget_gib": 1.0})
-    with pytest.raises(SpecError, match=r"4 trials at a time need 6\..* GiB \(a checkpoint has 0.69 GiB\) .*give 7"):
+    with pytest.raises(
+        SpecError, match=r"4 trials at a time need 6\..* GiB \(a checkpoint has 0.69 GiB\) .*give 7"
+    ):
         plan_budget(spec, 4)
     assert plan_budget(build_spec({"data": "t.csv"}), 4) is None
     deeper = {"base": "documented", "search": {"depth": [10, 200]}}
@@ -238,7 +252,9 @@ def test_a_budget_that_cannot_hold_what_runs_is_refused_with_what_it_takes() -> 
         plan_budget(build_spec({"data": "t.csv", "disk_budget_gib": 1.0, "space": deeper}), 4)
 
 
-def test_what_nothing_goes_on_from_goes_first_and_the_best_and_the_running_stay(tmp_path: Path) -> None:
+def test_what_nothing_goes_on_from_goes_first_and_the_best_and_the_running_stay(
+    tmp_path: Path,
+) -> None:
     files = StudyFiles(tmp_path)
     mib = 2**20
     records = [
@@ -268,7 +284,9 @@ def test_what_nothing_goes_on_from_goes_first_and_the_best_and_the_running_stay(
     assert left(0.018) == ([5], [1, 4, 5])
 
 
-def test_a_trial_sweeps_what_trials_write_and_leaves_alone_what_its_driver_is_writing(tmp_path: Path) -> None:
+def test_a_trial_sweeps_what_trials_write_and_leaves_alone_what_its_driver_is_writing(
+    tmp_path: Path,
+) -> None:
     files = TrialFiles(tmp_path)
     driver, trial = tmp_path / ".trial.json.7.tmp", tmp_path / ".checkpoint.pt.7.tmp"
     driver.touch()

@@ -43,13 +43,29 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
         ({"shm_gib": None}, "shared memory", "bad", "there is no /dev/shm"),
         ({"disk_gib": 1.0}, "disk", "look", "1 GiB free at /cache"),
         ({"files": 1024}, "open files", "look", "ulimit -n 65536"),
-        ({"data": {"error": "/d/t.csv: no such file"}}, "data", "bad", "at the same path on every node"),
-        ({"study": {"error": "is a folder of this node's own"}}, "storage", "bad", "same shared folder"),
+        (
+            {"data": {"error": "/d/t.csv: no such file"}},
+            "data",
+            "bad",
+            "at the same path on every node",
+        ),
+        (
+            {"study": {"error": "is a folder of this node's own"}},
+            "storage",
+            "bad",
+            "same shared folder",
+        ),
         ({"meets": "10.0.0.1:4711: timed out"}, "ports", "bad", "on all ports"),
     ],
 )
-def test_each_fault_is_found_and_has_a_remedy(changed: dict[str, Any], what: str, state: str, told: str) -> None:
-    wrong = [finding for finding in judge_node(WELL | changed, node="n1", gpus=1.0) if finding.state != "good"]
+def test_each_fault_is_found_and_has_a_remedy(
+    changed: dict[str, Any], what: str, state: str, told: str
+) -> None:
+    wrong = [
+        finding
+        for finding in judge_node(WELL | changed, node="n1", gpus=1.0)
+        if finding.state != "good"
+    ]
     assert [(finding.what, finding.state) for finding in wrong] == [(what, state)]
     assert told in f"{wrong[0].said}: {wrong[0].remedy}"
     assert wrong[0].remedy
@@ -76,6 +92,8 @@ def test_this_machine_is_looked_at(tmp_path: Path) -> None:
     assert "error" not in facts["data"]
     assert facts["study"] == {}
     next(table.parent.rglob("*.nii.gz")).unlink()
-    found = {one.what: one for one in diagnose_machine(str(table), "/proc/no/study", tmp_path / "cache")}
+    found = {
+        one.what: one for one in diagnose_machine(str(table), "/proc/no/study", tmp_path / "cache")
+    }
     assert found["data"].state == "bad"
     assert found["storage"].said.startswith("cannot be written")

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from trainables.config import build_config
 from trainables.network import Classifier, build_network
 from trainables.scans import Recipe, load_volume, read_header, read_scan
-from tune_app.explain import Explainer, cells, explain, grad_cam, to_scan_grid, write_map, write_slices
+from tune_app.explain import (
+    Explainer,
+    cells,
+    explain,
+    grad_cam,
+    to_scan_grid,
+    write_map,
+    write_slices,
+)
 from tune_app.predict import Source, find_scans, load_model, predict, run_predict
 
 
@@ -31,20 +39,34 @@ class LogOdds(nn.Module):
 
     def forward(self, volumes: Tensor) -> Tensor:
         z = self.scale * self.network(volumes)
-        others = [torch.cat([z[:, :c], z[:, c + 1 :]], dim=1).logsumexp(dim=1) for c in range(z.shape[1])]
+        others = [
+            torch.cat([z[:, :c], z[:, c + 1 :]], dim=1).logsumexp(dim=1) for c in range(z.shape[1])
+        ]
         return z - torch.stack(others, dim=1)
 
 
 @pytest.mark.parametrize("layer", ["layer4", "layer2"])
-@pytest.mark.parametrize(("head", "classes", "target"), [("cosine", 2, 1), ("linear", 2, 0), ("linear", 3, 2)])
-def test_the_map_is_monais_grad_cam_of_the_log_odds(head: str, classes: int, target: int, layer: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "classes", "target"), [("cosine", 2, 1), ("linear", 2, 0), ("linear", 3, 2)]
+)
+def test_the_map_is_monais_grad_cam_of_the_log_odds(
+    head: str, classes: int, target: int, layer: str
+) -> None:
     torch.manual_seed(0)
     network = build_network(
-        depth=10, width=0.125, geometry="dilated", head=head, num_classes=classes, in_channels=1, dropout=0.3
+        depth=10,
+        width=0.125,
+        geometry="dilated",
+        head=head,
+        num_classes=classes,
+        in_channels=1,
+        dropout=0.3,
     ).eval()
     volume = torch.randn(1, 24, 20, 28)
     oracle = GradCAM(
-        nn_module=LogOdds(deepcopy(network), 4.0), target_layers=f"network.backbone.{layer}", postprocessing=lambda x: x
+        nn_module=LogOdds(deepcopy(network), 4.0),
+        target_layers=f"network.backbone.{layer}",
+        postprocessing=lambda x: x,
     )
     expected = oracle(volume[None], class_idx=target)[0, 0].detach()
     found = grad_cam(network, volume, target, layer=layer, scale=4.0)
@@ -54,7 +76,13 @@ def test_the_map_is_monais_grad_cam_of_the_log_odds(head: str, classes: int, tar
 
 def test_explaining_leaves_the_network_as_it_was() -> None:
     network = build_network(
-        depth=10, width=0.125, geometry="strided", head="cosine", num_classes=2, in_channels=1, dropout=0.0
+        depth=10,
+        width=0.125,
+        geometry="strided",
+        head="cosine",
+        num_classes=2,
+        in_channels=1,
+        dropout=0.0,
     )
     network.eval().requires_grad_(False)
     volume = torch.randn(1, 16, 16, 16)
@@ -69,10 +97,18 @@ def test_explaining_leaves_the_network_as_it_was() -> None:
 @pytest.mark.parametrize("layer", ["layer4", "layer3", "layer2", "layer1"])
 def test_cells_are_those_the_layer_has(geometry: str, layer: str) -> None:
     network = build_network(
-        depth=10, width=0.125, geometry=geometry, head="cosine", num_classes=2, in_channels=1, dropout=0.0
+        depth=10,
+        width=0.125,
+        geometry=geometry,
+        head="cosine",
+        num_classes=2,
+        in_channels=1,
+        dropout=0.0,
     )
     seen: list[Tensor] = []
-    getattr(network.backbone, layer).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    getattr(network.backbone, layer).register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     shape = (33, 48, 20)
     network.eval()(torch.zeros(1, 1, *shape))
     assert cells(network, shape, layer) == seen[0].shape[2:]
@@ -109,7 +145,10 @@ def test_a_volume_sent_through_and_back_lies_where_it_was(
         assert header.shape == (18, 27, 22)
         back = to_scan_grid((load_volume(scan, made)[0] + 1) / 2 * 41 - 1, header, made)
         truth = read_scan(scan).voxels[0]
-        spacing = made.spacing_mm or (max(np.multiply(header.shape, header.spacing_mm) / made.volume_shape),) * 3
+        spacing = (
+            made.spacing_mm
+            or (max(np.multiply(header.shape, header.spacing_mm) / made.volume_shape),) * 3
+        )
         # Two new voxels from each border, and only what was not cropped: there a widened triangle bends a ramp by less than a tenth of a voxel.
         kept = [
             min(int(made.volume_shape[a] * spacing[a] / mm), side)
@@ -119,7 +158,9 @@ def test_a_volume_sent_through_and_back_lies_where_it_was(
             (side - keep) // 2 + int(np.ceil(2 * spacing[a] / header.spacing_mm[a])) + 1
             for a, (side, keep) in enumerate(zip(header.shape, kept, strict=True))
         ]
-        inner = tuple(slice(margin, side - margin) for margin, side in zip(margins, header.shape, strict=True))
+        inner = tuple(
+            slice(margin, side - margin) for margin, side in zip(margins, header.shape, strict=True)
+        )
         assert back[inner].size > 0
         np.testing.assert_allclose(back[inner], truth[inner], atol=0.1)
 
@@ -191,20 +232,28 @@ def test_anisotropic_voxels_are_drawn_in_proportion(tmp_path: Path) -> None:
     empty = np.zeros((40, 40, 10), dtype=np.float32)
     write_slices(tmp_path / "a.png", empty, empty, (1.0, 1.0, 2.0), "nothing")
     width, height = Image.open(tmp_path / "a.png").size
-    assert (width, height) == (3 * 300 + 40, 300 + 44), "20 mm high slices are half as high, and are centred"
+    assert (width, height) == (3 * 300 + 40, 300 + 44), (
+        "20 mm high slices are half as high, and are centred"
+    )
 
 
-def test_an_ensembles_map_is_the_mean_of_its_members(exported_ensemble: Path, trained_study: Path) -> None:
+def test_an_ensembles_map_is_the_mean_of_its_members(
+    exported_ensemble: Path, trained_study: Path
+) -> None:
     model = load_model(exported_ensemble)
     (found,) = predict(model, find_scans([trained_study.parent / "cohort"], 2)[:1])
     assert found.scored is not None
     volume = found.scored.volume_CDHW
     maps = []
     for network, member in zip(model.networks, model.info.members, strict=True):
-        one = grad_cam(network, torch.from_numpy(volume).float(), 1, layer="layer1", scale=member.scale).numpy()
+        one = grad_cam(
+            network, torch.from_numpy(volume).float(), 1, layer="layer1", scale=member.scale
+        ).numpy()
         maps.append(one / max(one.max(), 1e-30))
     mean = np.mean(maps, axis=0)
-    np.testing.assert_allclose(explain(model, volume, 1, layer="layer1"), mean / mean.max(), atol=1e-5)
+    np.testing.assert_allclose(
+        explain(model, volume, 1, layer="layer1"), mean / mean.max(), atol=1e-5
+    )
 
 
 def test_explanations_are_written_for_every_scored_file(

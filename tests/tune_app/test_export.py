@@ -23,7 +23,16 @@ from trainables.scans import Recipe
 from trainables.volumes import CohortError, open_cohort, prepare_cohort
 from tune_app import export
 from tune_app.calibration import Calibration
-from tune_app.export import ExportError, choose, evaluate, export_model, judge, require_onnx, retrain_model, wilson
+from tune_app.export import (
+    ExportError,
+    choose,
+    evaluate,
+    export_model,
+    judge,
+    require_onnx,
+    retrain_model,
+    wilson,
+)
 from tune_app.model_folder import Measured, ModelError, ModelFiles, ModelInfo
 from tune_app.predict import find_scans, load_model, predict
 from tune_app.results import load_study
@@ -53,7 +62,15 @@ def study_network(study: Path, trial: str) -> tuple[Any, dict[str, Any]]:
     network = build_network(
         **{
             name: getattr(config, name)
-            for name in ("depth", "width", "geometry", "head", "num_classes", "in_channels", "dropout")
+            for name in (
+                "depth",
+                "width",
+                "geometry",
+                "head",
+                "num_classes",
+                "in_channels",
+                "dropout",
+            )
         }
     )
     network.load_state_dict(state["average"]["network"])
@@ -71,7 +88,9 @@ def test_prediction_from_files_reproduces_the_studys_validation_scores(
     rows = state["val_rows"].numpy()
     config = build_config(state["config"])
     cohort = open_cohort(
-        prepare_cohort(read_manifest(table), Recipe.from_config(config), trained_study.parent / "cache")
+        prepare_cohort(
+            read_manifest(table), Recipe.from_config(config), trained_study.parent / "cache"
+        )
     )
     with torch.no_grad():
         logits = network(torch.from_numpy(cohort.volumes[rows].astype(np.float32))).double().numpy()
@@ -84,7 +103,16 @@ def test_prediction_from_files_reproduces_the_studys_validation_scores(
 
     recorded = state["row"]
     metrics = score_metrics(scores / 2, cohort.labels[rows], scale=1.0)
-    for name in ("auc", "auc_low", "auprc", "balanced_accuracy_best", "threshold", "brier", "ece", "logit_gap"):
+    for name in (
+        "auc",
+        "auc_low",
+        "auprc",
+        "balanced_accuracy_best",
+        "threshold",
+        "brier",
+        "ece",
+        "logit_gap",
+    ):
         column = f"val_{name}_ema" if name != "auc_low" else "val_auc_ema_low"
         assert metrics[name] == pytest.approx(recorded[column], abs=1e-5), name
     info = info_of(exported_model)
@@ -94,12 +122,16 @@ def test_prediction_from_files_reproduces_the_studys_validation_scores(
     assert info.validation.metrics["balanced_accuracy"].value == pytest.approx(decided)
 
 
-def test_validation_csv_has_the_scores_and_nobodys_name(trained_study: Path, exported_model: Path) -> None:
+def test_validation_csv_has_the_scores_and_nobodys_name(
+    trained_study: Path, exported_model: Path
+) -> None:
     table = trained_study.parent / "cohort" / "table.csv"
     written = pd.read_csv(ModelFiles(exported_model).validation)
     sources = find_scans([table], 2)
     found = predict(load_model(exported_model), [sources[row - 1] for row in written["row"]])
-    np.testing.assert_allclose([one.scored.log_odds_C[1] for one in found if one.scored], written["score_1"], atol=1e-5)
+    np.testing.assert_allclose(
+        [one.scored.log_odds_C[1] for one in found if one.scored], written["score_1"], atol=1e-5
+    )
     assert list(written["label"]) == [sources[row - 1].label for row in written["row"]]
     for path in exported_model.rglob("*"):
         content = path.read_bytes()
@@ -108,7 +140,9 @@ def test_validation_csv_has_the_scores_and_nobodys_name(trained_study: Path, exp
         assert b"volumes/0" not in content, path
 
 
-def test_an_ensemble_averages_calibrated_log_odds(trained_study: Path, exported_ensemble: Path) -> None:
+def test_an_ensemble_averages_calibrated_log_odds(
+    trained_study: Path, exported_ensemble: Path
+) -> None:
     sources = find_scans([trained_study.parent / "cohort"], 2)[:3]
     assert len(sources) == 3
     model = load_model(exported_ensemble)
@@ -125,10 +159,14 @@ def test_an_ensemble_averages_calibrated_log_odds(trained_study: Path, exported_
         member.calibration.slope * single[member.trial][:, 1] + member.calibration.offsets[1]
         for member in model.info.members
     ]
-    np.testing.assert_allclose([one.log_odds_C[1] for one in found if one], np.mean(odds, axis=0), atol=1e-5)
+    np.testing.assert_allclose(
+        [one.log_odds_C[1] for one in found if one], np.mean(odds, axis=0), atol=1e-5
+    )
     for number, one in enumerate(found):
         assert one is not None
-        np.testing.assert_allclose(one.members_MC[:, 1], 1 / (1 + np.exp(-np.array(odds)[:, number])), atol=1e-6)
+        np.testing.assert_allclose(
+            one.members_MC[:, 1], 1 / (1 + np.exp(-np.array(odds)[:, number])), atol=1e-6
+        )
 
 
 def test_an_ensemble_over_folds_is_judged_by_members_that_did_not_train_on_the_volume(
@@ -137,30 +175,43 @@ def test_an_ensemble_over_folds_is_judged_by_members_that_did_not_train_on_the_v
     info = info_of(exported_ensemble)
     table = trained_study.parent / "cohort" / "table.csv"
     manifest = read_manifest(table)
-    assert info.validation.volumes == len(manifest.rows), "both folds together validate every volume"
+    assert info.validation.volumes == len(manifest.rows), (
+        "both folds together validate every volume"
+    )
     assert info.training.volumes == len(manifest.rows)
     written = pd.read_csv(ModelFiles(exported_ensemble).validation).set_index("row")["score_1"]
     for trial, fold in (("00000", 0), ("00001", 1)):
         network, state = study_network(trained_study, trial)
         config = build_config(state["config"])
-        cohort = open_cohort(prepare_cohort(manifest, Recipe.from_config(config), trained_study.parent / "cache"))
+        cohort = open_cohort(
+            prepare_cohort(manifest, Recipe.from_config(config), trained_study.parent / "cache")
+        )
         rows = split_rows(manifest, fold=fold, num_folds=2, cross_validate=False).val
         with torch.no_grad():
-            logits = network(torch.from_numpy(cohort.volumes[rows].astype(np.float32))).double().numpy()
+            logits = (
+                network(torch.from_numpy(cohort.volumes[rows].astype(np.float32))).double().numpy()
+            )
         member = next(one for one in info.members if one.trial == trial)
-        odds = member.calibration.slope * member.scale * (logits[:, 1] - logits[:, 0]) + member.calibration.offsets[1]
+        odds = (
+            member.calibration.slope * member.scale * (logits[:, 1] - logits[:, 0])
+            + member.calibration.offsets[1]
+        )
         np.testing.assert_allclose(written[rows + 1], odds, atol=1e-5)
 
 
 # What is refused -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_that_do_not_give_the_studys_auc_are_not_exported(a_copy: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_give_the_studys_auc_are_not_exported(
+    a_copy: Path, tmp_path: Path
+) -> None:
     best = StudyFiles(a_copy).trial("00000").best
     state = load_state(best)
     state["row"]["val_auc"] = state["row"]["val_auc"] - 0.1
     save_state(best, state)
-    with pytest.raises(ExportError, match=r"trial 00000: its weights give validation AUC .*the study recorded"):
+    with pytest.raises(
+        ExportError, match=r"trial 00000: its weights give validation AUC .*the study recorded"
+    ):
         export_model(a_copy, tmp_path / "model", trial="0", device=CPU, say=quiet)
     assert not (tmp_path / "model").exists()
 
@@ -186,8 +237,17 @@ def test_another_table_than_the_studys_is_refused(trained_study: Path, tmp_path:
     rows = pd.read_csv(table)
     rows["path"] = [str(table.parent / path) for path in rows["path"]]
     rows.iloc[2:].to_csv(tmp_path / "fewer.csv", index=False)
-    with pytest.raises(ExportError, match=r"fewer\.csv: its rows or folds are not those trial 00000 had"):
-        export_model(trained_study, tmp_path / "model", trial="0", data=tmp_path / "fewer.csv", device=CPU, say=quiet)
+    with pytest.raises(
+        ExportError, match=r"fewer\.csv: its rows or folds are not those trial 00000 had"
+    ):
+        export_model(
+            trained_study,
+            tmp_path / "model",
+            trial="0",
+            data=tmp_path / "fewer.csv",
+            device=CPU,
+            say=quiet,
+        )
 
 
 def test_a_table_that_moved_is_found_where_it_is_named(
@@ -195,7 +255,9 @@ def test_a_table_that_moved_is_found_where_it_is_named(
 ) -> None:
     shutil.copytree(trained_study.parent / "cohort", tmp_path / "elsewhere")
     table, out = tmp_path / "elsewhere" / "table.csv", tmp_path / "model"
-    moved = export_model(trained_study, out, trial="0", data=table, cache=tmp_path / "cache", device=CPU, say=quiet)
+    moved = export_model(
+        trained_study, out, trial="0", data=table, cache=tmp_path / "cache", device=CPU, say=quiet
+    )
     assert moved.threshold == info_of(exported_model).threshold
 
 
@@ -207,7 +269,9 @@ def test_a_table_that_moved_is_found_where_it_is_named(
         ({"ensemble": 1}, "--ensemble 1: 2 to 2 are possible"),
     ],
 )
-def test_what_the_study_does_not_have_is_said(trained_study: Path, asked: dict[str, Any], message: str) -> None:
+def test_what_the_study_does_not_have_is_said(
+    trained_study: Path, asked: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ExportError, match=message):
         choose(load_study(trained_study), **asked)
 
@@ -217,9 +281,18 @@ def test_a_search_has_nothing_confirmed(trained_study: Path, tmp_path: Path) -> 
         export_model(trained_study, tmp_path / "model", confirmed=True, device=CPU, say=quiet)
 
 
-def test_the_confirmed_variant_is_exported_by_its_middle_run(write_study: Callable[..., Path]) -> None:
+def test_the_confirmed_variant_is_exported_by_its_middle_run(
+    write_study: Callable[..., Path],
+) -> None:
     variants = {"documented": {}, "trial-00003": {"s": 12.0}, "trial-00004": {"s": 20.0}}
-    root = write_study(variants=variants, kind="confirmation", seeds=3, folds=5, epochs=8, effect={"trial-00003": 0.08})
+    root = write_study(
+        variants=variants,
+        kind="confirmation",
+        seeds=3,
+        folds=5,
+        epochs=8,
+        effect={"trial-00003": 0.08},
+    )
     study = load_study(root)
     for trial in study.trials["trial"]:
         StudyFiles(root).trial(str(trial)).best.write_bytes(b"")
@@ -232,7 +305,9 @@ def test_the_confirmed_variant_is_exported_by_its_middle_run(write_study: Callab
     assert chosen.epochs == int(np.ceil(runs["best_epoch"].median()))
     assert "confirmed as better" in chosen.choice.how
     together = choose(study, confirmed=True, ensemble=5)
-    assert sorted(together.trials["fold"]) == [0, 1, 2, 3, 4], "one of each fold before a second of any"
+    assert sorted(together.trials["fold"]) == [0, 1, 2, 3, 4], (
+        "one of each fold before a second of any"
+    )
     assert set(choose(study, confirmed=True, ensemble=15).trials["trial"]) == set(runs["trial"])
 
 
@@ -241,13 +316,21 @@ def test_the_confirmed_variant_is_exported_by_its_middle_run(write_study: Callab
 
 def test_the_sums_are_those_of_sha256sum(exported_ensemble: Path) -> None:
     done = subprocess.run(
-        ["sha256sum", "--check", "SHA256SUMS"], cwd=exported_ensemble, capture_output=True, text=True, check=False
+        ["sha256sum", "--check", "SHA256SUMS"],
+        cwd=exported_ensemble,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count(": OK") == 6, "model.json, validation.csv, and two files of each member"
+    assert done.stdout.count(": OK") == 6, (
+        "model.json, validation.csv, and two files of each member"
+    )
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "model.json", "validation.csv"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "model.json", "validation.csv"]
+)
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
 def test_changed_cut_and_missing_files_are_refused(
     exported_model: Path, tmp_path: Path, file: str, damage: str
@@ -329,13 +412,17 @@ def test_nothing_but_a_model_is_replaced_and_that_only_by_force(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
     with pytest.raises(ModelError, match="no exported model"):
-        export_model(trained_study, tmp_path / "thesis", trial="0", device=CPU, force=True, say=quiet)
+        export_model(
+            trained_study, tmp_path / "thesis", trial="0", device=CPU, force=True, say=quiet
+        )
     with pytest.raises(ExportError):
         export_model(trained_study, out, trial="7", device=CPU, force=True, say=quiet)
     assert load_model(out).info.members[0].trial == "00000", "a failed export leaves the old model"
     export_model(trained_study, out, trial="1", device=CPU, force=True, say=quiet)
     assert load_model(out).info.members[0].trial == "00001"
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "thesis"}, "nothing temporary is left"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "thesis"}, (
+        "nothing temporary is left"
+    )
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(
@@ -376,7 +463,11 @@ def test_the_card_says_what_the_model_is_worth_and_not_for(exported_ensemble: Pa
     [
         (None, None, None),
         ("healthy", "nothing found", None),
-        ("healthy", "nothing found; healed: ema_lag in epochs 28 to 52", "healed: ema\\_lag in epochs 28 to 52"),
+        (
+            "healthy",
+            "nothing found; healed: ema_lag in epochs 28 to 52",
+            "healed: ema\\_lag in epochs 28 to 52",
+        ),
         ("saturated", "scores saturate since epoch 6", "scores saturate since epoch 6"),
         ("collapsed", None, "collapsed"),
     ],
@@ -388,7 +479,11 @@ def test_the_card_says_what_went_wrong_in_the_run_also_if_it_healed(
     (member,) = info.members
     member = member.model_copy(update={"verdict": verdict, "verdict_summary": summary})
     card = export.model_card(info.model_copy(update={"members": (member,)}), [build_config()])
-    lines = [line for line in card.splitlines() if line.startswith(f"- **The run of trial {member.trial}**: ")]
+    lines = [
+        line
+        for line in card.splitlines()
+        if line.startswith(f"- **The run of trial {member.trial}**: ")
+    ]
     assert len(lines) == (told is not None)
     assert told is None or told in lines[0]
 
@@ -400,16 +495,21 @@ def test_the_card_says_when_the_calibration_makes_it_worse(
     info = info_of(exported_model)
     briers = {"brier_uncalibrated": Measured(value=before), "brier_unseen": Measured(value=unseen)}
     metrics = {**info.validation.metrics, **briers}
-    info = info.model_copy(update={"validation": info.validation.model_copy(update={"metrics": metrics})})
+    info = info.model_copy(
+        update={"validation": info.validation.model_copy(update={"metrics": metrics})}
+    )
     card = " ".join(export.model_card(info, [build_config()]).split())
     assert (
-        "It did not help here**: fitted on the other subjects, it takes the Brier score from 0.210 to 0.240" in card
+        "It did not help here**: fitted on the other subjects, it takes the Brier score from 0.210 to 0.240"
+        in card
     ) == told
 
 
 def test_names_in_the_card_cannot_become_markup(exported_model: Path) -> None:
     info, card_of = info_of(exported_model), export.model_card
-    choice = info.choice.model_copy(update={"study": "a`b|<script>", "how": "the *best* [of](http://x) <b>"})
+    choice = info.choice.model_copy(
+        update={"study": "a`b|<script>", "how": "the *best* [of](http://x) <b>"}
+    )
     card = card_of(info.model_copy(update={"choice": choice}), [build_config()])
     assert "`a'b/<script>`" in card
     assert r"The \*best\* \[of\](http://x) \<b\>" in card
@@ -425,19 +525,26 @@ def test_the_threshold_means_the_same_on_every_scale(exported_model: Path) -> No
         assert (calibrated >= info.threshold_calibrated) == above
 
 
-def noise(count: int = 60, subjects: int = 30, seed: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def noise(
+    count: int = 60, subjects: int = 30, seed: int = 5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = (np.arange(count) % subjects < subjects // 3).astype(np.int64)
     return rng.normal(0, 3, (count, 2)), labels, (np.arange(count) % subjects).astype(str)
 
 
-def test_scores_that_know_nothing_are_shown_up_by_the_unseen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_know_nothing_are_shown_up_by_the_unseen_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(export, "BOOTSTRAPS", 2)
     found = [
         judge(*(z, 1.0, labels, subjects)).evaluation.metrics
         for z, labels, subjects in (noise(seed=s) for s in range(12))
     ]
-    fitted, unseen = ([one[name].value for one in found] for name in ("balanced_accuracy", "balanced_accuracy_unseen"))
+    fitted, unseen = (
+        [one[name].value for one in found]
+        for name in ("balanced_accuracy", "balanced_accuracy_unseen")
+    )
     assert np.mean(fitted) > 0.58, "the threshold was chosen on these very volumes"
     assert abs(np.mean(unseen) - 0.5) < 0.04
 
@@ -461,7 +568,9 @@ def test_metrics_equal_score_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("auc", "auprc", "sensitivity_at_90_specificity", "brier", "ece"):
         assert found.metrics[name].value == pytest.approx(oracle[name])
     assert found.metrics["auc"].low == pytest.approx(oracle["auc_low"])
-    assert found.metrics["balanced_accuracy"].value == pytest.approx(oracle["balanced_accuracy_best"])
+    assert found.metrics["balanced_accuracy"].value == pytest.approx(
+        oracle["balanced_accuracy_best"]
+    )
     assert found.classes == (40, 20)
     assert (found.volumes, found.subjects) == (60, 30)
 
@@ -470,9 +579,13 @@ def test_three_classes_have_recalls_and_no_threshold(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(export, "BOOTSTRAPS", 20)
     rng = np.random.default_rng(6)
     labels = np.arange(60) % 3
-    found = judge(rng.normal(0, 1, (60, 3)) + 2 * np.eye(3)[labels], 1.0, labels, np.arange(60).astype(str))
+    found = judge(
+        rng.normal(0, 1, (60, 3)) + 2 * np.eye(3)[labels], 1.0, labels, np.arange(60).astype(str)
+    )
     assert found.threshold is None
-    assert {"recall_0", "recall_1", "recall_2", "balanced_accuracy", "brier"} <= set(found.evaluation.metrics)
+    assert {"recall_0", "recall_1", "recall_2", "balanced_accuracy", "brier"} <= set(
+        found.evaluation.metrics
+    )
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (7, 9), (50, 200)])
@@ -485,9 +598,14 @@ def test_wilson_equals_scipys(right: int, count: int) -> None:
 # ONNX ------------------------------------------------------------------------------------------------------------------
 
 
-def test_onnx_without_its_packages_says_how_to_install_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_without_its_packages_says_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(export.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'medtune\[onnx\]'"):
+    with pytest.raises(
+        ExportError,
+        match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'medtune\[onnx\]'",
+    ):
         require_onnx()
 
 
@@ -495,22 +613,30 @@ def test_onnx_without_its_packages_says_how_to_install_them(monkeypatch: pytest.
 def test_onnx_gives_the_logits_of_torch(trained_study: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs medtune[onnx]")
     pytest.importorskip("onnxscript", reason="needs medtune[onnx]")
-    info = export_model(trained_study, tmp_path / "model", trial="0", onnx=True, device=CPU, say=quiet)
+    info = export_model(
+        trained_study, tmp_path / "model", trial="0", onnx=True, device=CPU, say=quiet
+    )
     assert info.members[0].onnx_difference is not None
     assert info.members[0].onnx_difference < 1e-4
     model = load_model(tmp_path / "model")
     session = runtime.InferenceSession(str(tmp_path / "model" / "model.onnx"))
     for batch in (1, 5):
-        volumes = np.random.default_rng(batch).normal(size=(batch, 1, 16, 16, 16)).astype(np.float32)
+        volumes = (
+            np.random.default_rng(batch).normal(size=(batch, 1, 16, 16, 16)).astype(np.float32)
+        )
         found = session.run(["logits"], {"volumes": volumes})[0]
-        np.testing.assert_allclose(found, info.members[0].scale * model.logits(volumes)[0], atol=1e-4)
+        np.testing.assert_allclose(
+            found, info.members[0].scale * model.logits(volumes)[0], atol=1e-4
+        )
     assert "`model.onnx`" in ModelFiles(tmp_path / "model").card.read_text()
 
 
 # Training on everything ------------------------------------------------------------------------------------------------
 
 
-def test_retraining_uses_every_volume_and_claims_no_validation(a_copy: Path, tmp_path: Path) -> None:
+def test_retraining_uses_every_volume_and_claims_no_validation(
+    a_copy: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     out = tmp_path / "retrained"
     info = retrain_model(a_copy, out, trial="0", device=CPU, say=said.append)
@@ -524,14 +650,20 @@ def test_retraining_uses_every_volume_and_claims_no_validation(a_copy: Path, tmp
     assert "This network itself was never validated" in card
     assert "carried over to this network unmeasured" in card
     assert "Validated on" not in card
-    assert {path.name for path in tmp_path.iterdir()} == {"study", "retrained"}, "the working folder is gone"
+    assert {path.name for path in tmp_path.iterdir()} == {"study", "retrained"}, (
+        "the working folder is gone"
+    )
     source = tmp_path / "source"
-    assert export_model(a_copy, source, trial="0", device=CPU, say=quiet).threshold == info.threshold
+    assert (
+        export_model(a_copy, source, trial="0", device=CPU, say=quiet).threshold == info.threshold
+    )
     volumes = np.random.default_rng(0).normal(size=(1, 1, 16, 16, 16))
     assert not np.allclose(load_model(out).logits(volumes), load_model(source).logits(volumes))
 
 
-def test_retraining_goes_on_after_a_kill_to_the_same_weights(trained_study: Path, tmp_path: Path) -> None:
+def test_retraining_goes_on_after_a_kill_to_the_same_weights(
+    trained_study: Path, tmp_path: Path
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -552,15 +684,28 @@ def test_retraining_goes_on_after_a_kill_to_the_same_weights(trained_study: Path
 
 def test_a_working_folder_of_another_run_is_named(trained_study: Path, tmp_path: Path) -> None:
     out = tmp_path / "retrained"
-    shutil.copytree(StudyFiles(trained_study).trial("00001").folder, tmp_path / "retrained.training")
+    shutil.copytree(
+        StudyFiles(trained_study).trial("00001").folder, tmp_path / "retrained.training"
+    )
     with pytest.raises(ExportError, match=r"retrained\.training: holds another run"):
         retrain_model(trained_study, out, trial="0", device=CPU, say=quiet)
 
 
 def test_what_was_confirmed_on_the_test_rows_is_in_the_card(a_copy: Path, tmp_path: Path) -> None:
     config = build_config(load_state(StudyFiles(a_copy).trial("00000").best)["config"])
-    record = {"config_hash": config.model_copy(update={"fold": 0, "seed": 0}).hash(), "time": 1.78e9, "times": 2}
-    record |= {"runs": [{}] * 6, "volumes": 31, "positive": 9, "negative": 22, "mean_auc": 0.81, "lowest_auc": 0.77}
+    record = {
+        "config_hash": config.model_copy(update={"fold": 0, "seed": 0}).hash(),
+        "time": 1.78e9,
+        "times": 2,
+    }
+    record |= {
+        "runs": [{}] * 6,
+        "volumes": 31,
+        "positive": 9,
+        "negative": 22,
+        "mean_auc": 0.81,
+        "lowest_auc": 0.77,
+    }
     record |= {"highest_auc": 0.84, "auc": 0.83, "auc_low": 0.7, "auc_high": 0.91}
     other = {**record, "config_hash": "another", "mean_auc": 0.5}
     StudyFiles(a_copy).test.write_text(json.dumps({"scored": [other, record]}))

@@ -65,7 +65,10 @@ def test_an_ablation_is_told_by_what_stands_out_and_what_does_not(ablation: Stud
     asked, found = findings.summary(ablation)
     assert "over 3 folds and 2 seeds" in asked
     assert found.startswith("Against baseline, combined is better by")
-    assert "for only-delayed-drw the data cannot tell" in found or "only-delayed-drw" in found.split("for ")[-1]
+    assert (
+        "for only-delayed-drw the data cannot tell" in found
+        or "only-delayed-drw" in found.split("for ")[-1]
+    )
 
 
 def test_a_study_without_scores_says_so(write_study: WriteStudy) -> None:
@@ -101,7 +104,9 @@ def test_test_scores_on_record_are_told(write_study: WriteStudy, search: Study) 
 def test_the_standard_error_comes_from_the_interval_or_the_class_counts(search: Study) -> None:
     best = search.best().copy()
     from_interval = findings.standard_error(best)
-    assert from_interval == pytest.approx((best["best_val_auc_high"] - best["best_val_auc_low"]) / 3.92)
+    assert from_interval == pytest.approx(
+        (best["best_val_auc_high"] - best["best_val_auc_low"]) / 3.92
+    )
     best["best_val_auc_low"] = best["best_val_auc_high"] = math.nan
     assert findings.standard_error(best) == pytest.approx(from_interval, rel=0.1)
     best["best_val_positive"] = pd.NA
@@ -142,7 +147,9 @@ def test_an_optimum_at_the_edge_of_its_range_is_cautioned_about(write_study: Wri
     for number, path in enumerate(sorted(files.trials.glob("*/trial.json"))):
         record = json.loads(path.read_text())
         config = json.loads(path.with_name("config.json").read_text())
-        config["max_m"] = record["overrides"]["max_m"] = 0.051 if number == 3 else 0.3 - 0.01 * number
+        config["max_m"] = record["overrides"]["max_m"] = (
+            0.051 if number == 3 else 0.3 - 0.01 * number
+        )
         record["objective"] = 0.99 if number == 3 else 0.8
         path.write_text(json.dumps(record))
         path.with_name("config.json").write_text(json.dumps(config))
@@ -155,18 +162,26 @@ def test_an_edge_among_equally_good_trials_elsewhere_is_no_caution(write_study: 
     root = write_study(trials=6, epochs=4, policy=False)
     for number, path in enumerate(sorted(StudyFiles(root).trials.glob("*/trial.json"))):
         config = json.loads(path.with_name("config.json").read_text())
-        path.with_name("config.json").write_text(json.dumps({**config, "max_m": 0.05 if number == 0 else 0.3}))
+        path.with_name("config.json").write_text(
+            json.dumps({**config, "max_m": 0.05 if number == 0 else 0.3})
+        )
         path.write_text(json.dumps({**json.loads(path.read_text()), "objective": 1.0}))
     assert not [c for c in findings.cautions(load_study(root)) if "max_m" in c.title]
 
 
-def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(write_study: WriteStudy) -> None:
+def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(
+    write_study: WriteStudy,
+) -> None:
     root = write_study(trials=4, epochs=10, unfinished=1, policy=False)
     titles = [caution.title for caution in findings.cautions(load_study(root))]
     assert "The study was interrupted" in titles
     best = load_study(root).best()["trial"]
     path = root / "trials" / best / "trial.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "verdict": "saturated", "verdict_summary": "all tied"}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "verdict": "saturated", "verdict_summary": "all tied"}
+        )
+    )
     titles = [caution.title for caution in findings.cautions(load_study(root))]
     assert f"The best trial itself ({best}) is diagnosed saturated" in titles
 
@@ -177,26 +192,40 @@ def test_collapses_that_healed_are_cautioned_about(write_study: WriteStudy) -> N
     study = load_study(root)
     assert not [caution for caution in findings.cautions(study) if "came back" in caution.title]
     best = study.best()["trial"]
-    record = {"healed_epochs": 20, "verdict_summary": "nothing found; healed: ema_lag in epochs 37 to 56"}
+    record = {
+        "healed_epochs": 20,
+        "verdict_summary": "nothing found; healed: ema_lag in epochs 37 to 56",
+    }
     path = root / "trials" / best / "trial.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **record, "verdict": "healthy", "advice": "set x=1"}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), **record, "verdict": "healthy", "advice": "set x=1"}
+        )
+    )
     study = load_study(root)
     [told] = [caution for caution in findings.cautions(study) if "came back" in caution.title]
     assert told.title == "1 of 4 trials collapsed for a time and came back, the best among them"
-    assert f"Trial {best} for 20 epochs: nothing found; healed: ema_lag in epochs 37 to 56. " in told.text
+    assert (
+        f"Trial {best} for 20 epochs: nothing found; healed: ema_lag in epochs 37 to 56. "
+        in told.text
+    )
     assert told.remedy == "Set x=1"
     assert check(study, "No sudden metric collapses").present is False
 
 
 def test_commands_in_remedies_can_be_pasted(write_study: WriteStudy) -> None:
-    study = load_study(write_study("name with 'quotes' & blanks", trials=4, epochs=10, unfinished=1, policy=False))
+    study = load_study(
+        write_study("name with 'quotes' & blanks", trials=4, epochs=10, unfinished=1, policy=False)
+    )
     remedy = next(c.remedy for c in findings.cautions(study) if "interrupted" in c.title)
     import shlex
 
     assert shlex.split(remedy.split("`")[1]) == ["medtune", "resume", str(study.path)]
 
 
-def test_an_ablation_on_one_fold_or_with_lost_runs_is_cautioned_about(write_study: WriteStudy) -> None:
+def test_an_ablation_on_one_fold_or_with_lost_runs_is_cautioned_about(
+    write_study: WriteStudy,
+) -> None:
     variants = {"baseline": {}, "other": {"max_m": 0.3}}
     study = load_study(write_study(variants=variants, seeds=3, epochs=4, failed=(1,)))
     titles = [caution.title for caution in findings.cautions(study)]
@@ -213,8 +242,12 @@ def test_every_stop_is_counted_once_with_what_it_saved(search: Study) -> None:
     assert table["trials"].sum() == len(stopped)
     assert set(table["reason"]) >= {"halving"}
     assert table["epochs_spared"].sum() == (stopped["epochs"] - stopped["epochs_run"]).sum()
-    assert findings.epochs_saved(search) == pytest.approx(table["epochs_spared"].sum() / search.trials["epochs"].sum())
-    expected = ((stopped["epochs"] - stopped["epochs_run"]) / stopped["epochs_run"] * stopped["work_s"]).sum()
+    assert findings.epochs_saved(search) == pytest.approx(
+        table["epochs_spared"].sum() / search.trials["epochs"].sum()
+    )
+    expected = (
+        (stopped["epochs"] - stopped["epochs_run"]) / stopped["epochs_run"] * stopped["work_s"]
+    ).sum()
     assert table["time_spared_s"].sum() == pytest.approx(expected)
     assert table["example"].str.contains("000").all()
 
@@ -240,9 +273,16 @@ def test_variants_lead_by_their_mean_and_not_by_one_lucky_run(write_study: Write
 
 def test_the_configuration_lists_what_fixes_touch_and_marks_what_differs(search: Study) -> None:
     table = findings.configuration(search).set_index("name")
-    assert {"max_m", "s", "backbone_lr", "classifier_lr", "drw_start_epoch", "grad_clip", "ema_decay", "head"} <= set(
-        table.index
-    )
+    assert {
+        "max_m",
+        "s",
+        "backbone_lr",
+        "classifier_lr",
+        "drw_start_epoch",
+        "grad_clip",
+        "ema_decay",
+        "head",
+    } <= set(table.index)
     assert table.loc["max_m", "before"] == "0.3"
     assert table.loc["max_m", "after"] == "0.2"
     assert table.loc["drw_start_epoch", "after"] == "9"  # 25 of 60, in 20 epochs
@@ -258,9 +298,11 @@ def test_the_checklist_has_the_documents_indicators_and_signs_with_evidence(sear
     assert [check.kind for check in checks] == ["success"] * 5 + ["warning"] * 4
     assert all(check.evidence and check.among for check in checks)
     good = [check.text for check in checks if check.good]
-    assert {"Loss decreases smoothly (no spikes)", "No sudden metric collapses", "Backbone LR < classifier LR"} <= set(
-        good
-    )
+    assert {
+        "Loss decreases smoothly (no spikes)",
+        "No sudden metric collapses",
+        "Backbone LR < classifier LR",
+    } <= set(good)
 
 
 def test_a_loss_spike_is_found_where_it_is(write_study: WriteStudy) -> None:
@@ -300,18 +342,30 @@ def test_a_fall_after_the_class_weights_began_is_a_warning_sign(write_study: Wri
     def fall(row: dict[str, Any]) -> None:
         row["drw_active"] = row["epoch"] >= 8
         low = row["epoch"] >= 9
-        row.update(dict.fromkeys(("val_auc", "val_auc_ema", "val_balanced_accuracy_ema"), 0.6 if low else 0.85))
+        row.update(
+            dict.fromkeys(
+                ("val_auc", "val_auc_ema", "val_balanced_accuracy_ema"), 0.6 if low else 0.85
+            )
+        )
 
     study = rewrite(write_study(trials=1, epochs=16, policy=False), fall)
     sign = check(study, "after DRW")
     assert sign.present is True
-    assert sign.evidence == "AUC 0.850 before, 0.600 after; balanced accuracy 0.850 before, 0.600 after"
+    assert (
+        sign.evidence
+        == "AUC 0.850 before, 0.600 after; balanced accuracy 0.850 before, 0.600 after"
+    )
 
 
 def test_rates_drw_start_level_and_gap_are_read_from_the_rows(write_study: WriteStudy) -> None:
     def change(row: dict[str, Any]) -> None:
         row.update(
-            lr_backbone=1e-3, lr_classifier=1e-3, val_auc=0.65, val_auc_ema=0.65, val_auc_raw=0.65, train_auc=0.99
+            lr_backbone=1e-3,
+            lr_classifier=1e-3,
+            val_auc=0.65,
+            val_auc_ema=0.65,
+            val_auc_raw=0.65,
+            train_auc=0.99,
         )
         row["drw_active"] = row["epoch"] >= 4
 

@@ -43,7 +43,9 @@ OURS = tuple(str(Path(str(package.__file__)).parent) for package in (trainables,
 EPOCHS, CONCURRENT, KILLS = 12, 3, 20
 FIELDS: dict[str, Any] = {
     "data": "none",
-    "space": {"search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}},
+    "space": {
+        "search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}
+    },
     "trials": 21,
     "config": {"epochs": EPOCHS, "drw_start_epoch": 6},
     "policy": {"grace_epochs": 3, "finalists": 1, "drw_guard_epochs": 2},
@@ -125,7 +127,9 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
         if int(trial.name) % 7 == 6 and known == 2:
             result: dict[str, Any] = {"epoch": 0, FATAL: "out of memory"}
         elif known == EPOCHS:
-            end(trial, row_of(trial, EPOCHS))  # killed after its last row: it has nothing left to do
+            end(
+                trial, row_of(trial, EPOCHS)
+            )  # killed after its last row: it has nothing left to do
             continue
         else:  # taken up again, a trial reports from its checkpoint on, which may lie behind
             trial.told = trial.told + 1 if trial.told else max(1, known)
@@ -171,7 +175,9 @@ def kill_and_resume(root: Path, whole: Path, seed: int) -> None:
     whole_work = moments.restart()
     # Together the shares leave some of the work undone, so that no kill comes after the end.
     shares = [rng.random() for _ in range(KILLS)]
-    begin = RawValue("q", 0)  # how much a session needs to take up what is there, from the session before
+    begin = RawValue(
+        "q", 0
+    )  # how much a session needs to take up what is there, from the session before
     for kill, share in enumerate([*shares, math.inf]):
         at_begin = int(rng.random() * begin.value) if kill % 4 == 3 else math.inf
         at_work = 0.8 * whole_work * share / sum(shares)
@@ -198,7 +204,10 @@ def main(folder: str, seed: str) -> None:
 def told(root: Path) -> dict[str, Any]:
     """All that a study holds but the time of day."""
     files = StudyFiles(root)
-    rows = [{key: value for key, value in row.items() if key != "time"} for row in read_rows(files.epochs)]
+    rows = [
+        {key: value for key, value in row.items() if key != "time"}
+        for row in read_rows(files.epochs)
+    ]
     records = [read_record(path) for path in sorted(files.trials.glob("*/trial.json"))]
     for record in records:
         assert record.pop("started") <= record.pop("ended")
@@ -206,7 +215,12 @@ def told(root: Path) -> dict[str, Any]:
     trials = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database)).trials
     names = ("number", "state", "values", "params", "intermediate_values", "user_attrs")
     study = [{name: getattr(trial, name) for name in names} for trial in trials]
-    return {"rows": rows, "decisions": read_rows(files.decisions), "records": records, "study": study}
+    return {
+        "rows": rows,
+        "decisions": read_rows(files.decisions),
+        "records": records,
+        "study": study,
+    }
 
 
 @pytest.mark.timeout(300)  # seconds on a quiet machine, but it starts a driver 22 times
@@ -224,7 +238,9 @@ def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_pa
         "the search has all there is to decide"
     )
     assert {record["state"] for record in whole["records"]} == {"completed", "stopped", "failed"}
-    assert len({record["reason"] for record in whole["records"] if record["state"] == "failed"}) == 2
+    assert (
+        len({record["reason"] for record in whole["records"] if record["state"] == "failed"}) == 2
+    )
     states = [trial["state"] for trial in killed["study"]]
     assert len(states) == FIELDS["trials"], "none twice"
     assert TrialState.RUNNING not in states

@@ -42,9 +42,9 @@ def answers(code: str, folder: Path, env: Mapping[str, str] | None = None) -> li
 @pytest.mark.ray
 @pytest.mark.slow
 def test_who_has_no_token_is_kept_out(tmp_path: Path) -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")} | {
-        "HOME": str(tmp_path)
-    }
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")
+    } | {"HOME": str(tmp_path)}
     friend, stranger = answers(STUDY, tmp_path, env)
     assert friend.startswith("friend 0 True")
     assert stranger == "stranger 1 False True"
@@ -87,7 +87,9 @@ def test_a_frozen_worker_that_lost_its_raylet_does_not_stay(tmp_path: Path) -> N
     """Nobody else would end it: a worker watches its raylet, and this one cannot."""
     (pid,) = answers(FROZEN, tmp_path)
     with suppress(psutil.NoSuchProcess):
-        assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE, "nobody reaps it where there is no init"
+        assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE, (
+            "nobody reaps it where there is no init"
+        )
 
 
 FORGOTTEN = """
@@ -121,16 +123,24 @@ def test_what_ray_says_of_its_raylets_goes_to_the_log_and_nothing_else_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ray prints it to standard output, where a study's results are expected, without asking `log_to_driver`."""
-    died = {"lines": ["A worker died.\nSome common causes include: ..."], "pid": "raylet", "is_err": False}
+    died = {
+        "lines": ["A worker died.\nSome common causes include: ..."],
+        "pid": "raylet",
+        "is_err": False,
+    }
     with ray_to_file(tmp_path / "log", Console(quiet=True)):
         print_to_stdstream(died, ignore_prefix=False)
         print("one\n\ntwo", end="\n")
         print()
         Console(width=40).print("three")
-        print_to_stdstream({"lines": ["from elsewhere"], "pid": "raylet", "ip": "10.0.0.2", "is_err": False}, False)
+        print_to_stdstream(
+            {"lines": ["from elsewhere"], "pid": "raylet", "ip": "10.0.0.2", "is_err": False}, False
+        )
         print("(raylets are Ray's)")
     print("(raylet) afterwards")
-    assert capsys.readouterr().out == "one\n\ntwo\n\nthree\n(raylets are Ray's)\n(raylet) afterwards\n"
+    assert (
+        capsys.readouterr().out == "one\n\ntwo\n\nthree\n(raylets are Ray's)\n(raylet) afterwards\n"
+    )
     log = (tmp_path / "log").read_text()
     assert "ERROR ray.raylet A worker died.\nSome common causes include: ..." in log
     assert "from elsewhere" in log

@@ -39,7 +39,9 @@ def test_a_lucky_first_epoch_is_forgotten_when_three_epochs_are_there():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_is_not_a_finite_number_is_never_a_score(objective, missing):
     column = OBJECTIVES[objective].column
-    assert math.isnan(objective_value(rows(missing, missing, missing, missing, column=column), objective))
+    assert math.isnan(
+        objective_value(rows(missing, missing, missing, missing, column=column), objective)
+    )
     assert best_epoch(rows(missing, missing, column=column), objective) is None
     value = objective_value(rows(0.5, 0.6, missing, 0.7, 0.7, 0.7, column=column), objective)
     assert value == 0.7

@@ -48,7 +48,9 @@ def said_of(model: Model, path: Path) -> tuple[str | None, tuple[str, ...]]:
 # What is refused -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_like_the_training_files_is_scored(model: Model, write_scan: Callable[..., Path]) -> None:
+def test_a_file_like_the_training_files_is_scored(
+    model: Model, write_scan: Callable[..., Path]
+) -> None:
     assert said_of(model, write_scan(voxels=(16, 17, 18), axes="LPS")) == (None, ())
 
 
@@ -94,11 +96,19 @@ def test_a_scan_without_orientation_is_refused_unless_training_had_some(
     assert problem is not None
     assert "its header states no orientation" in problem
     training = model.info.training.model_copy(update={"unoriented": 2})
-    tolerant = Model(model.folder, model.id, model.info.model_copy(update={"training": training}), model.networks, CPU)
+    tolerant = Model(
+        model.folder,
+        model.id,
+        model.info.model_copy(update={"training": training}),
+        model.networks,
+        CPU,
+    )
     assert said_of(tolerant, scan)[0] is None
 
 
-def test_what_is_unusual_but_not_refused_is_noted(model: Model, write_scan: Callable[..., Path]) -> None:
+def test_what_is_unusual_but_not_refused_is_noted(
+    model: Model, write_scan: Callable[..., Path]
+) -> None:
     problem, notes = said_of(model, write_scan(voxels=(12, 12, 12), spacing=(1.6, 1.0, 1.0)))
     assert problem is None
     assert notes[0].startswith("spacing 1.6x1x1 mm outside training's 0.8")
@@ -115,7 +125,9 @@ def test_files_that_cannot_be_read_are_told_apart(
     found = list(predict(model, find_scans(bad, 2)))
     assert [one.problem is not None for one in found] == [True] * 4
     for one, word in zip(
-        found, ("truncated", "not a NIfTI file", "No such file", "no .nii or .nii.gz file"), strict=True
+        found,
+        ("truncated", "not a NIfTI file", "No such file", "no .nii or .nii.gz file"),
+        strict=True,
     ):
         assert one.problem is not None
         assert word in one.problem
@@ -138,7 +150,14 @@ def test_scores_that_are_not_finite_are_a_problem_and_no_number(model: Model, co
 def test_bad_files_cost_their_own_row_only(model: Model, cohort: Path, tmp_path: Path) -> None:
     good = find_scans([cohort], 2)[:7]
     alone = list(predict(model, good, batch_size=3))
-    mixed = [good[0], Source("gone.nii"), *good[1:4], Source("a", problem="no"), *good[4:], Source("b", problem="no")]
+    mixed = [
+        good[0],
+        Source("gone.nii"),
+        *good[1:4],
+        Source("a", problem="no"),
+        *good[4:],
+        Source("b", problem="no"),
+    ]
     found = list(predict(model, mixed, batch_size=3))
     assert [one.source for one in found] == mixed
     assert sum(one.problem is not None for one in found) == 3
@@ -161,7 +180,9 @@ def test_a_model_says_what_it_is_in_a_line(model: Model, exported_ensemble: Path
     assert max(len(repr(model)), len(repr(load_model(exported_ensemble)))) < 160
 
 
-def test_batches_too_large_for_the_gpu_are_cut(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_too_large_for_the_gpu_are_cut(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = model.networks[0]
     forward = network.forward
     seen: list[int] = []
@@ -191,11 +212,18 @@ def test_a_gpu_gives_the_scores_of_the_cpu(exported_ensemble: Path) -> None:
     np.testing.assert_allclose(*cams, atol=1e-3)
 
 
-def test_nothing_is_unpickled(exported_model: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_unpickled(
+    exported_model: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("unpickled")
 
-    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+    for owner, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
         monkeypatch.setattr(owner, name, forbidden)
     assert next(predict(load_model(exported_model), find_scans([cohort], 2)[:1])).scored is not None
 
@@ -204,7 +232,15 @@ def test_nothing_is_unpickled(exported_model: Path, cohort: Path, monkeypatch: p
 
 
 def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
-    for name in ("b/2.nii.gz", "b/1.nii", "b/deep/3.nii.gz", "b/._1.nii", "b/.cache/4.nii", "b/notes.txt", "a.nii"):
+    for name in (
+        "b/2.nii.gz",
+        "b/1.nii",
+        "b/deep/3.nii.gz",
+        "b/._1.nii",
+        "b/.cache/4.nii",
+        "b/notes.txt",
+        "a.nii",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "table.csv").write_text("path,label\na.nii,1\nb/1.nii,\nb/2.nii.gz,7\n,0\n")
@@ -217,10 +253,17 @@ def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
         ("2.nii.gz", None),
     ]
     assert table[3].problem == "no path in this row"
-    twice = find_scans([tmp_path / "a.nii", tmp_path / "b", tmp_path / "table.csv", tmp_path / "b" / "1.nii"], 2)
+    twice = find_scans(
+        [tmp_path / "a.nii", tmp_path / "b", tmp_path / "table.csv", tmp_path / "b" / "1.nii"], 2
+    )
     assert len(twice) == 5, "each once"
     pd.read_csv(tmp_path / "table.csv").to_parquet(tmp_path / "table.parquet")
-    assert [one.label for one in find_scans([tmp_path / "table.parquet"], 2)] == [1, None, None, None]
+    assert [one.label for one in find_scans([tmp_path / "table.parquet"], 2)] == [
+        1,
+        None,
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +290,9 @@ def test_the_command_writes_csv_alone_to_stdout_and_says_the_rest_to_stderr(
 ) -> None:
     bad = write_scan("far.nii.gz", voxels=(9, 9, 9), spacing=(1.0, 1.0, 9.0))
     scans = sorted((cohort / "volumes").iterdir())[:2]
-    done = CliRunner().invoke(app, ["predict", str(exported_model), str(scans[0]), str(bad), str(scans[1])])
+    done = CliRunner().invoke(
+        app, ["predict", str(exported_model), str(scans[0]), str(bad), str(scans[1])]
+    )
     assert done.exit_code == 1
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [row["path"] for row in rows] == [str(scans[0]), str(bad), str(scans[1])]
@@ -288,7 +333,9 @@ def test_a_labelled_table_is_evaluated(exported_model: Path, cohort: Path, tmp_p
     assert [path.name for path in out.parent.iterdir()] == ["scores.csv"]
 
 
-def test_an_ensemble_tells_how_far_its_members_are_apart(exported_ensemble: Path, cohort: Path, tmp_path: Path) -> None:
+def test_an_ensemble_tells_how_far_its_members_are_apart(
+    exported_ensemble: Path, cohort: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "scores.csv"
     run_predict(
         exported_ensemble,
@@ -303,7 +350,9 @@ def test_an_ensemble_tells_how_far_its_members_are_apart(exported_ensemble: Path
     rows = pd.read_csv(out)
     assert (rows["members_low"] <= rows["members_high"]).all()
     # of two values the standard deviation is their distance over the root of two
-    np.testing.assert_allclose(rows["members_sd"], (rows["members_high"] - rows["members_low"]) / 2**0.5, atol=1e-7)
+    np.testing.assert_allclose(
+        rows["members_sd"], (rows["members_high"] - rows["members_low"]) / 2**0.5, atol=1e-7
+    )
     assert (rows["members_sd"] > 0).any()
 
 

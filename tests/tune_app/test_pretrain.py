@@ -38,7 +38,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subjects = rows.groupby("subject")["label"].first()
     held = {0: list(subjects.index[subjects == 0]), 1: list(subjects.index[subjects == 1])}
     test, val = held[0][:4] + held[1][:2], held[0][4:6] + held[1][2:4]
-    rows["split"] = ["test" if s in test else "val" if s in val else "train" for s in rows["subject"]]
+    rows["split"] = [
+        "test" if s in test else "val" if s in val else "train" for s in rows["subject"]
+    ]
     rows.to_csv(path, index=False)
     return path
 
@@ -48,7 +50,13 @@ def run(table: Path, folder: Path, **changes: Any) -> tuple[Path, str]:
     console = Console(file=said, width=80)
     options = {"pretext": "rotation", "share": 0.5, "settings": TINY, **changes}
     weights = pretrain(
-        table, folder, table.parent.parent / "cache", gpu=False, console=console, notes=console, **options
+        table,
+        folder,
+        table.parent.parent / "cache",
+        gpu=False,
+        console=console,
+        notes=console,
+        **options,
     )
     return weights, said.getvalue()
 
@@ -58,7 +66,9 @@ def pretrained(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return run(table, tmp_path_factory.mktemp("out") / "pretrained")
 
 
-def test_the_file_fills_the_network_it_was_made_for_with_the_averaged_weights(pretrained: tuple[Path, str]) -> None:
+def test_the_file_fills_the_network_it_was_made_for_with_the_averaged_weights(
+    pretrained: tuple[Path, str],
+) -> None:
     weights, _ = pretrained
     network = configured_network(build_config({**TINY, "num_classes": 2}))
     report = load_pretrained(network, weights)
@@ -83,11 +93,16 @@ def test_what_is_left_has_none_of_the_subjects_and_all_of_val_and_test(
     assert set(left["split"]) == {"train", "val", "test"}
 
 
-def test_it_says_how_well_the_pretext_was_learned_and_where_everything_is(pretrained: tuple[Path, str]) -> None:
+def test_it_says_how_well_the_pretext_was_learned_and_where_everything_is(
+    pretrained: tuple[Path, str],
+) -> None:
     weights, said = pretrained
     record = json.loads((weights.parent / "pretraining.json").read_text())
     assert record["chance"] == 0.1
-    assert f"pretext accuracy {record['accuracy']:.3f} on {record['held_out']} volumes" in said.replace("\n", " ")
+    assert (
+        f"pretext accuracy {record['accuracy']:.3f} on {record['held_out']} volumes"
+        in said.replace("\n", " ")
+    )
     assert "weights:" in said
     assert record["config"]["num_classes"] == 10
     assert not (weights.parent / "pretext").exists()
@@ -127,12 +142,22 @@ def test_accuracy_is_told_from_chance() -> None:
     ("pretext", "settings", "message"),
     [
         ("rotation", {"loss": "ldam"}, "loss is decided by the pretext"),
-        ("rotation", {"flip_axes": "x"}, "flip_axes would change the labels of the pretext rotation"),
-        ("size", {"augmentation_strength": 1}, "augmentation_strength would change the labels of the pretext size"),
+        (
+            "rotation",
+            {"flip_axes": "x"},
+            "flip_axes would change the labels of the pretext rotation",
+        ),
+        (
+            "size",
+            {"augmentation_strength": 1},
+            "augmentation_strength would change the labels of the pretext size",
+        ),
         ("size", {"epoch": 3}, "epochs"),
     ],
 )
-def test_settings_that_the_pretext_decides_are_refused(pretext: Any, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_the_pretext_decides_are_refused(
+    pretext: Any, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         pretext_config(pretext, settings)
 
@@ -145,6 +170,8 @@ def test_a_share_is_a_number_of_tenths(table: Path, tmp_path: Path, share: float
 
 
 def test_too_few_subjects_are_told_with_what_would_do(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(PretextError, match=r"share of 0\.2 is \d of 26 training subjects, and 10 are needed: raise"):
+    with pytest.raises(
+        PretextError, match=r"share of 0\.2 is \d of 26 training subjects, and 10 are needed: raise"
+    ):
         run(table, tmp_path / "out", share=0.2)
     assert not (tmp_path / "out").exists()

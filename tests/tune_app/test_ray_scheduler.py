@@ -32,14 +32,23 @@ def test_a_row_is_recorded_before_it_is_decided_on_and_without_what_ray_adds():
         "hostname": "h",
         "timestamp": 1,
     }
-    rays |= {"date": "d", "time_total_s": 1.0, "time_this_iter_s": 1.0, "done": False, "config/trial": "00007"}
+    rays |= {
+        "date": "d",
+        "time_total_s": 1.0,
+        "time_this_iter_s": 1.0,
+        "done": False,
+        "config/trial": "00007",
+    }
     rays |= {
         "time_since_restore": 1.0,
         "iterations_since_restore": 1,
         "checkpoint_dir_name": None,
         "experiment_tag": "7",
     }
-    assert scheduler(PolicySpec(), events).on_trial_result(None, RaysTrial("00007"), result | rays) == "CONTINUE"
+    assert (
+        scheduler(PolicySpec(), events).on_trial_result(None, RaysTrial("00007"), result | rays)
+        == "CONTINUE"
+    )
     (first, row), (second, decision) = events
     assert (first, second) == ("row", "decision")
     assert row.pop("time") > 1.7e9
@@ -58,7 +67,10 @@ def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_tri
     assert answers == ["CONTINUE"] * 8 + ["STOP"]
     assert len(events) == 18
     for epoch, value in enumerate(curve, start=1):
-        assert ray.on_trial_result(None, RaysTrial("00000"), {"epoch": epoch, "val_auc": value}) == "STOP"
+        assert (
+            ray.on_trial_result(None, RaysTrial("00000"), {"epoch": epoch, "val_auc": value})
+            == "STOP"
+        )
     assert ray.on_trial_result(None, RaysTrial("00000"), {"done": True}) == "CONTINUE"
     assert len(events) == 18
 
@@ -68,8 +80,13 @@ def test_the_studys_own_settings_count_behind_the_trials():
     ray = scheduler(PolicySpec(grace_epochs=5), events, base={"drw_start_epoch": 5, "epochs": 8})
     for name, overrides in (("00000", {}), ("00001", {"drw_start_epoch": 40})):
         for epoch in range(1, 6):
-            ray.on_trial_result(None, RaysTrial(name, **overrides), {"epoch": epoch, "val_auc": 0.7})
-    assert [event.reason for kind, event in events if kind == "decision" and event.epoch == 5] == ["drw_guard", "rung"]
+            ray.on_trial_result(
+                None, RaysTrial(name, **overrides), {"epoch": epoch, "val_auc": 0.7}
+            )
+    assert [event.reason for kind, event in events if kind == "decision" and event.epoch == 5] == [
+        "drw_guard",
+        "rung",
+    ]
 
 
 def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was():
@@ -84,7 +101,9 @@ def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was()
     events = []
     fresh = scheduler(PolicySpec(grace_epochs=2), events, 20)
     fresh.policy = replayed
-    assert fresh.on_trial_result(None, RaysTrial("00000"), {"epoch": 2, "val_auc": 0.9}) == "CONTINUE"
+    assert (
+        fresh.on_trial_result(None, RaysTrial("00000"), {"epoch": 2, "val_auc": 0.9}) == "CONTINUE"
+    )
     assert events == []
     fresh.on_trial_result(None, RaysTrial("00002"), {"epoch": 1, "val_auc": 0.5})
     fresh.on_trial_result(None, RaysTrial("00002"), {"epoch": 2, "val_auc": 0.5})
@@ -111,9 +130,13 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_
             trial,
             config={
                 "trial": tune.grid_search(["00000", "00001", "00002", "00003"]),
-                "overrides": tune.sample_from(lambda spec: {"collapses": spec.config["trial"] in ("00001", "00003")}),
+                "overrides": tune.sample_from(
+                    lambda spec: {"collapses": spec.config["trial"] in ("00001", "00003")}
+                ),
             },
-            scheduler=PolicyScheduler(policy, record=rows.append, log=decisions.append, base={"epochs": 12}),
+            scheduler=PolicyScheduler(
+                policy, record=rows.append, log=decisions.append, base={"epochs": 12}
+            ),
             storage_path=str(tmp_path),
             reuse_actors=True,
             verbose=0,
@@ -123,10 +146,14 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_
         ray.shutdown()
     assert {trial.status for trial in result.trials} == {"TERMINATED"}
     epochs = {
-        name: [row["epoch"] for row in rows if row["trial"] == name] for name in ("00000", "00001", "00002", "00003")
+        name: [row["epoch"] for row in rows if row["trial"] == name]
+        for name in ("00000", "00001", "00002", "00003")
     }
     assert epochs["00000"] == epochs["00002"] == list(range(1, 13))
     assert epochs["00001"] == epochs["00003"] == list(range(1, 10))
-    assert {d.trial: d.verdict for d in decisions if d.stops} == {"00001": "collapsed", "00003": "collapsed"}
+    assert {d.trial: d.verdict for d in decisions if d.stops} == {
+        "00001": "collapsed",
+        "00003": "collapsed",
+    }
     replayed = Policy(PolicySpec(halving=False), 12)
     assert replayed.replay(rows, {name: {"epochs": 12} for name in epochs}) == decisions

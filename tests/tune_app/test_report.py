@@ -72,7 +72,9 @@ def search_page(a_search: Path, tmp_path_factory: pytest.TempPathFactory) -> Pag
 
 @pytest.fixture(scope="module")
 def ablation_page(an_ablation: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    path = write_report(load_study(an_ablation), tmp_path_factory.mktemp("report") / "ablation.html")
+    path = write_report(
+        load_study(an_ablation), tmp_path_factory.mktemp("report") / "ablation.html"
+    )
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -84,7 +86,9 @@ def search(a_search: Path) -> Study:
 # The page --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_a_search_holds_everything_a_reader_is_promised(search_page: Page, search: Study) -> None:
+def test_the_page_of_a_search_holds_everything_a_reader_is_promised(
+    search_page: Page, search: Study
+) -> None:
     text = search_page.text()
     asked, found = findings.summary(search)
     for words in (
@@ -110,14 +114,20 @@ def test_the_page_of_a_search_holds_everything_a_reader_is_promised(search_page:
     assert {f"slice-{name}" for name in search.searched} < drawn
 
 
-def test_the_page_of_an_ablation_shows_effects_with_intervals(ablation_page: Page, an_ablation: Path) -> None:
+def test_the_page_of_an_ablation_shows_effects_with_intervals(
+    ablation_page: Page, an_ablation: Path
+) -> None:
     figure = ablation_page.json("figures")["effects-0"]
     table = load_study(an_ablation).effects().set_index("variant")
     points = {
         name: (x, plus, minus)
         for trace in figure["data"]
         for name, x, plus, minus in zip(
-            trace["y"], trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"], strict=True
+            trace["y"],
+            trace["x"],
+            trace["error_x"]["array"],
+            trace["error_x"]["arrayminus"],
+            strict=True,
         )
     }
     assert set(points) == set(table.index) - {"baseline"}
@@ -129,16 +139,22 @@ def test_the_page_of_an_ablation_shows_effects_with_intervals(ablation_page: Pag
     assert "Holm p" in ablation_page.text()
 
 
-def test_the_effects_name_runs_that_collapsed_for_a_time(write_study: WriteStudy, tmp_path: Path) -> None:
+def test_the_effects_name_runs_that_collapsed_for_a_time(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
     root = write_study(variants={"baseline": {}, "other": {}}, seeds=2, epochs=4)
     record = root / "trials" / "00001" / "trial.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "healed_epochs": 25}))
-    text = Page(write_report(load_study(root), tmp_path / "page.html").read_text(encoding="utf-8")).text()
+    text = Page(
+        write_report(load_study(root), tmp_path / "page.html").read_text(encoding="utf-8")
+    ).text()
     assert re.search(r" other [^%]* 0 of 2, 1 healed ", text)
     assert len(re.findall(r"\d of \d, \d healed", text)) == 1, "nothing is said of the others"
 
 
-def test_a_confirmation_has_a_section_that_names_its_winner_or_none(write_study: WriteStudy, tmp_path: Path) -> None:
+def test_a_confirmation_has_a_section_that_names_its_winner_or_none(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
     variants = {"documented": {}, "trial-00003": {"max_m": 0.21}}
     root = write_study(kind="confirmation", variants=variants, seeds=2, folds=3, epochs=4)
     page = Page(write_report(load_study(root), tmp_path / "page.html").read_text())
@@ -146,9 +162,14 @@ def test_a_confirmation_has_a_section_that_names_its_winner_or_none(write_study:
     assert "inner" in page.text()
 
 
-def test_the_page_of_a_search_shows_the_confirmation_in_its_folder(write_study: WriteStudy, tmp_path: Path) -> None:
+def test_the_page_of_a_search_shows_the_confirmation_in_its_folder(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
     root = write_study(trials=4, epochs=6)
-    assert "Confirmation over folds" not in Page(write_report(load_study(root), tmp_path / "a.html").read_text()).text()
+    assert (
+        "Confirmation over folds"
+        not in Page(write_report(load_study(root), tmp_path / "a.html").read_text()).text()
+    )
     variants = {"documented": {}, "trial-00003": {"max_m": 0.21}}
     options = {"kind": "confirmation", "variants": variants, "seeds": 2, "folds": 3, "epochs": 4}
     write_study(f"{root.name}/confirmation", **options)
@@ -166,18 +187,31 @@ def test_the_page_needs_nothing_but_itself(search_page: Page) -> None:
 
 
 def test_the_policy_lets_exactly_the_pages_own_scripts_run(search_page: Page) -> None:
-    policy = next(attrs["content"] for tag, attrs in search_page.elements if tag == "meta" and "http-equiv" in attrs)
+    policy = next(
+        attrs["content"]
+        for tag, attrs in search_page.elements
+        if tag == "meta" and "http-equiv" in attrs
+    )
     assert policy is not None
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-eval" not in policy
-    scripts = ["".join(data) for attrs, data in search_page.scripts if attrs.get("type") != "application/json"]
+    scripts = [
+        "".join(data)
+        for attrs, data in search_page.scripts
+        if attrs.get("type") != "application/json"
+    ]
     hashes = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts}
     assert set(re.findall(r"'sha256-([^']+)'", policy)) == hashes
     assert len(hashes) == 2
 
 
 def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_path: Path) -> None:
-    root = write_study(f"{NASTY[0]} study".replace("/", ""), variants={name: {} for name in NASTY}, seeds=2, epochs=4)
+    root = write_study(
+        f"{NASTY[0]} study".replace("/", ""),
+        variants={name: {} for name in NASTY},
+        seeds=2,
+        epochs=4,
+    )
     files = StudyFiles(root)
     info = json.loads(files.spec.read_text())
     info["versions"] = dict.fromkeys(NASTY, NASTY[1])
@@ -185,17 +219,39 @@ def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_pat
     files.spec.write_text(json.dumps(info))
     for number, path in enumerate(sorted(files.trials.glob("*/trial.json"))):
         record = json.loads(path.read_text())
-        record |= {"error": NASTY[0], "reason": NASTY[1], "verdict": NASTY[2], "verdict_summary": NASTY[3]}
-        record |= {"advice": NASTY[0], "node": NASTY[1], "state": ["stopped", "failed", "completed"][number % 3]}
+        record |= {
+            "error": NASTY[0],
+            "reason": NASTY[1],
+            "verdict": NASTY[2],
+            "verdict_summary": NASTY[3],
+        }
+        record |= {
+            "advice": NASTY[0],
+            "node": NASTY[1],
+            "state": ["stopped", "failed", "completed"][number % 3],
+        }
         record["overrides"] |= {NASTY[3]: NASTY[0]}
         path.write_text(json.dumps(record))
     unlike = files.trial(NASTY[2].replace("/", ""))  # a folder that no driver made
     append_line(
-        unlike.record, {"state": "failed", "error": NASTY[3], "overrides": {NASTY[0]: NASTY[1], "max_m": NASTY[2]}}
+        unlike.record,
+        {
+            "state": "failed",
+            "error": NASTY[3],
+            "overrides": {NASTY[0]: NASTY[1], "max_m": NASTY[2]},
+        },
     )
     append_line(unlike.config, {NASTY[1]: NASTY[2], "head": NASTY[0], "optimizer": NASTY[3]})
     append_line(
-        files.epochs, {"trial": "00000", "epoch": 5, "time": 1.0, "val_auc": 0.5, "precision": NASTY[1], NASTY[2]: 1}
+        files.epochs,
+        {
+            "trial": "00000",
+            "epoch": 5,
+            "time": 1.0,
+            "val_auc": 0.5,
+            "precision": NASTY[1],
+            NASTY[2]: 1,
+        },
     )
     decision = {
         "trial": "00000",
@@ -212,11 +268,16 @@ def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_pat
             load_study(write_study("plain", variants={"a": {}, "b": {}}, epochs=4)), tmp_path / "p"
         ).read_text()
     )
-    for path in (write_report(study, tmp_path / "nasty.html"), write_comparison(study, study, tmp_path / "both.html")):
+    for path in (
+        write_report(study, tmp_path / "nasty.html"),
+        write_comparison(study, study, tmp_path / "both.html"),
+    ):
         page = Page(path.read_text(encoding="utf-8"))
         assert page.tags() <= plain.tags() | {"details", "summary", "code", "ul", "li", "b"}
         assert sum(tag == "script" for tag, _ in page.elements) == 4
-        assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+        assert not [
+            attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)
+        ]
         assert "7 * 7" in page.text() or path.name == "both.html"
         for text in _strings(page.json("figures")):
             assert not re.search(r"<(?!br>|b>|/b>|extra>|/extra>)", text), text
@@ -231,9 +292,20 @@ def test_what_a_search_tried_is_escaped(write_study: WriteStudy, tmp_path: Path)
         path.write_text(json.dumps(record | {"reason": NASTY[0], "state": "stopped"}))
         config = path.with_name("config.json")
         config.write_text(json.dumps(json.loads(config.read_text()) | {"head": NASTY[number % 4]}))
-        decision = {"trial": record["trial"], "epoch": 4, "action": "stop", "reason": "diagnosis", "summary": NASTY[1]}
-        append_line(files.decisions, decision | {"verdict": NASTY[2], "cutoff": 0.5, "rank": 1, "arrived": 1})
-    page = Page(write_report(load_study(files.root), tmp_path / "nasty.html").read_text(encoding="utf-8"))
+        decision = {
+            "trial": record["trial"],
+            "epoch": 4,
+            "action": "stop",
+            "reason": "diagnosis",
+            "summary": NASTY[1],
+        }
+        append_line(
+            files.decisions,
+            decision | {"verdict": NASTY[2], "cutoff": 0.5, "rank": 1, "arrived": 1},
+        )
+    page = Page(
+        write_report(load_study(files.root), tmp_path / "nasty.html").read_text(encoding="utf-8")
+    )
     texts = list(_strings(page.json("figures")))
     assert sum("img src=x" in text for text in texts) > 1, "what is to be escaped is not there"
     for text in texts:
@@ -265,8 +337,12 @@ def _strings(node: Any) -> Iterator[str]:
         {"variants": {"a": {}, "b": {}}, "epochs": 3, "failed": (0,)},
     ],
 )
-def test_studies_in_every_stage_have_a_page(write_study: WriteStudy, tmp_path: Path, options: dict[str, Any]) -> None:
-    page = Page(write_report(load_study(write_study(**options)), tmp_path / "page.html").read_text())
+def test_studies_in_every_stage_have_a_page(
+    write_study: WriteStudy, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    page = Page(
+        write_report(load_study(write_study(**options)), tmp_path / "page.html").read_text()
+    )
     assert "Every trial" in page.text()
     _check_figures(page)
 
@@ -280,18 +356,27 @@ def test_a_study_that_has_not_begun_has_a_page(write_study: WriteStudy, tmp_path
     assert "Nothing yet: 0 trials have begun" in page.text()
 
 
-def test_only_the_page_of_a_running_study_loads_itself_again(write_study: WriteStudy, tmp_path: Path) -> None:
+def test_only_the_page_of_a_running_study_loads_itself_again(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
     from filelock import FileLock
 
     root = write_study(trials=2, epochs=3, unfinished=1)
     path = tmp_path / "page.html"
-    assert 'http-equiv="refresh"' not in write_report(load_study(root), path, refresh_s=30).read_text()
+    assert (
+        'http-equiv="refresh"' not in write_report(load_study(root), path, refresh_s=30).read_text()
+    )
     with FileLock(StudyFiles(root).lock):
-        assert 'http-equiv="refresh" content="30"' in write_report(load_study(root), path, refresh_s=30).read_text()
+        assert (
+            'http-equiv="refresh" content="30"'
+            in write_report(load_study(root), path, refresh_s=30).read_text()
+        )
         assert 'http-equiv="refresh"' not in write_report(load_study(root), path).read_text()
 
 
-def test_watching_writes_when_there_is_news_and_ends_with_the_driver(write_study: WriteStudy, tmp_path: Path) -> None:
+def test_watching_writes_when_there_is_news_and_ends_with_the_driver(
+    write_study: WriteStudy, tmp_path: Path
+) -> None:
     root = write_study(trials=2, epochs=6, unfinished=1)
     files, path = StudyFiles(root), tmp_path / "page.html"
     looks: list[int] = []
@@ -300,7 +385,10 @@ def test_watching_writes_when_there_is_news_and_ends_with_the_driver(write_study
     def until(study: Study) -> bool:
         looks.append(len(study.epochs))
         if len(looks) == 2:
-            append_line(files.epochs, {"trial": "00001", "epoch": 4, "time": 1.0, "val_auc": 0.8, "epoch_s": 1.0})
+            append_line(
+                files.epochs,
+                {"trial": "00001", "epoch": 4, "time": 1.0, "val_auc": 0.8, "epoch_s": 1.0},
+            )
         return len(looks) == 4
 
     watch_report(root, path, say=said.append, every_s=0.01, until=until)
@@ -321,7 +409,9 @@ def test_the_report_loads_neither_torch_nor_ray(an_ablation: Path, tmp_path: Pat
     assert run.stderr == ""
 
 
-def test_two_studies_are_set_side_by_side(a_search: Path, write_study: WriteStudy, tmp_path: Path) -> None:
+def test_two_studies_are_set_side_by_side(
+    a_search: Path, write_study: WriteStudy, tmp_path: Path
+) -> None:
     other = write_study("the other one", trials=8, epochs=20, seed=5, spec={"objective": "best"})
     first, second = load_study(a_search), load_study(other)
     page = Page(write_comparison(first, second, tmp_path / "both.html").read_text())
@@ -344,7 +434,9 @@ def test_a_comparison_says_in_plain_words_which_folds_and_settings_differ(
     two = {"base": {}, "other": {"max_m": 0.3}}
     config = {"epochs": 4, "flip_axes": ""}
     first = load_study(write_study("first", variants=two, folds=2, epochs=4))
-    second = load_study(write_study("second", variants=two, folds=1, epochs=4, spec={"config": config}))
+    second = load_study(
+        write_study("second", variants=two, folds=1, epochs=4, spec={"config": config})
+    )
     text = Page(write_comparison(first, second, tmp_path / "both.html").read_text()).text()
     assert "0, 1 against 0." in text
     assert "none ≠" in text
@@ -362,10 +454,14 @@ def _check_figures(page: Page) -> None:
                 assert text in figures.PALETTE, (name, text)
 
 
-def test_every_figure_is_one_to_plotly_and_knows_dark_mode(search_page: Page, ablation_page: Page) -> None:
+def test_every_figure_is_one_to_plotly_and_knows_dark_mode(
+    search_page: Page, ablation_page: Page
+) -> None:
     _check_figures(search_page)
     _check_figures(ablation_page)
-    kinds = {trace["type"] for figure in search_page.json("figures").values() for trace in figure["data"]}
+    kinds = {
+        trace["type"] for figure in search_page.json("figures").values() for trace in figure["data"]
+    }
     assert kinds == {"scatter", "bar"}  # nothing that needs WebGL
 
 
@@ -373,7 +469,9 @@ def test_groups_differ_without_colour() -> None:
     looks = [(group.symbol, group.glyph) for group in figures.GROUPS.values()]
     assert len(set(looks)) == len(looks)
     verdicts = [
-        group for key, group in figures.GROUPS.items() if key not in ("healthy", "halved", "requested", "failed")
+        group
+        for key, group in figures.GROUPS.items()
+        if key not in ("healthy", "halved", "requested", "failed")
     ]
     assert all(group.dash != "solid" for group in verdicts)
     assert {group.dash for group in figures.GROUPS.values()} <= set(report.DASHES)
@@ -391,34 +489,58 @@ def test_curves_hold_every_epoch_rungs_drw_starts_and_stops(search: Study) -> No
     rows = search.epochs
     assert points == {
         (trial, epoch): round(value, 4)
-        for trial, epoch, value in zip(rows["trial"], rows["epoch"], rows["val_auc_raw"], strict=True)
+        for trial, epoch, value in zip(
+            rows["trial"], rows["epoch"], rows["val_auc_raw"], strict=True
+        )
     }
     for trace in lines:  # a gap between any two trials
         for before, after in zip(trace["customdata"], trace["customdata"][1:], strict=False):
             assert before is None or after is None or before == after
     dotted = [shape["x0"] for shape in figure["layout"]["shapes"] if shape["line"]["dash"] == "dot"]
     assert dotted == list(search.rungs)
-    ended = search.trials[search.trials["state"].isin(["stopped", "failed"])].set_index("trial")["epochs_run"].to_dict()
+    ended = (
+        search.trials[search.trials["state"].isin(["stopped", "failed"])]
+        .set_index("trial")["epochs_run"]
+        .to_dict()
+    )
     marks = [t for t in figure["data"] if t["mode"] == "markers" and not t["meta"].get("drw")]
-    assert {t: x for trace in marks for t, x in zip(trace["customdata"], trace["x"], strict=True)} == ended
-    begun = rows[rows["drw_active"].fillna(False).astype(bool)].groupby("trial")["epoch"].min().to_dict()
+    assert {
+        t: x for trace in marks for t, x in zip(trace["customdata"], trace["x"], strict=True)
+    } == ended
+    begun = (
+        rows[rows["drw_active"].fillna(False).astype(bool)]
+        .groupby("trial")["epoch"]
+        .min()
+        .to_dict()
+    )
     starts = [t for t in figure["data"] if t["meta"].get("drw")]
-    assert {t: x for trace in starts for t, x in zip(trace["customdata"], trace["x"], strict=True)} == begun
+    assert {
+        t: x for trace in starts for t, x in zip(trace["customdata"], trace["x"], strict=True)
+    } == begun
     best = next(t for t in figure["data"] if t["meta"].get("best"))
     assert set(best["customdata"]) == {search.best()["trial"]}
 
 
 @pytest.mark.parametrize(("epochs", "dtick"), [(5, 1), (20, None)])
-def test_an_axis_of_few_epochs_has_no_tick_between_two(write_study: WriteStudy, epochs: int, dtick: int | None) -> None:
+def test_an_axis_of_few_epochs_has_no_tick_between_two(
+    write_study: WriteStudy, epochs: int, dtick: int | None
+) -> None:
     study = load_study(write_study(trials=4, epochs=epochs))
     assert figures.curves(study, "val_auc")["layout"]["xaxis"].get("dtick") == dtick
-    assert figures.best_of_two([("one", study), ("two", study)])["layout"]["xaxis"].get("dtick") == dtick
+    assert (
+        figures.best_of_two([("one", study), ("two", study)])["layout"]["xaxis"].get("dtick")
+        == dtick
+    )
 
 
-def test_many_trials_are_thinned_and_the_page_says_so(write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_trials_are_thinned_and_the_page_says_so(
+    write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = load_study(write_study(trials=24, epochs=2, policy=False))
     monkeypatch.setattr(figures, "MOST_CURVES", 10)
-    drawn = {t for trace in figures.curves(study, "val_auc")["data"] for t in trace["customdata"] if t}
+    drawn = {
+        t for trace in figures.curves(study, "val_auc")["data"] for t in trace["customdata"] if t
+    }
     ranked = study.trials.sort_values("objective", ascending=False)["trial"].tolist()
     assert len(drawn) == 10
     assert set(ranked[:5]) <= drawn
@@ -432,11 +554,15 @@ def test_slices_mark_the_documents_values_before_and_after(search: Study) -> Non
         assert marks["dash"] == pytest.approx(axis.place(baseline(20)[name]))
         assert marks["solid"] == pytest.approx(axis.place(all_fixes(20)[name]))
         points = [x for trace in figure["data"] if "group" in trace["meta"] for x in trace["x"]]
-        ended = search.trials[search.trials["objective"].notna() & (search.trials["state"] != "failed")]
+        ended = search.trials[
+            search.trials["objective"].notna() & (search.trials["state"] != "failed")
+        ]
         assert sorted(points) == pytest.approx(sorted(axis.places(ended)), abs=1e-4)
 
 
-def test_parallel_coordinates_show_each_trial_once_in_the_tier_of_its_objective(search: Study) -> None:
+def test_parallel_coordinates_show_each_trial_once_in_the_tier_of_its_objective(
+    search: Study,
+) -> None:
     figure = figures.parallel(search)
     axes = figure["layout"]["meta"]["axes"]
     assert axes == [*search.searched, "objective"]
@@ -446,7 +572,9 @@ def test_parallel_coordinates_show_each_trial_once_in_the_tier_of_its_objective(
         for trace in figure["data"]
         if "tier" in trace["meta"]
     }
-    assert sorted(t for names in tiers.values() for t in names) == sorted(list(ended["trial"]) * len(axes))
+    assert sorted(t for names in tiers.values() for t in names) == sorted(
+        list(ended["trial"]) * len(axes)
+    )
     assert search.best()["trial"] in tiers["top"]
     for trace in figure["data"]:
         assert all(y is None or -0.05 <= y <= 1.05 for y in trace["y"])

@@ -47,7 +47,9 @@ def figure(browser: Browser, name: str) -> dict[str, Any]:
 def look_at(browser: Browser, name: str) -> None:
     """Scroll to a figure and wait until it is drawn as things stand."""
     selector = f"[data-figure='{name}']"
-    browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
+    browser.execute_script(
+        "document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector
+    )
     wait(
         browser,
         "const div = document.querySelector(arguments[0]); return !div.dataset.stale && Boolean(div.data)",
@@ -80,13 +82,17 @@ def test_the_page_opens_without_an_error_or_a_request_and_fits_its_window(
     path = {
         "search": lambda: search_page,
         "ablation": lambda: write_report(load_study(an_ablation), tmp_path / "a.html"),
-        "comparison": lambda: write_comparison(search, load_study(an_ablation), tmp_path / "c.html"),
+        "comparison": lambda: write_comparison(
+            search, load_study(an_ablation), tmp_path / "c.html"
+        ),
     }[kind]()
     opened(browser, path.as_uri(), size)
     assert complaints(browser) == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
-    names = browser.execute_script("return [...document.querySelectorAll('.plot')].map((div) => div.dataset.figure)")
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('.plot')].map((div) => div.dataset.figure)"
+    )
     for name in names:
         look_at(browser, name)
     assert complaints(browser) == []
@@ -101,10 +107,18 @@ def test_the_page_opens_without_an_error_or_a_request_and_fits_its_window(
         assert height > 80, name
 
 
-def test_names_that_try_to_be_markup_stay_text(browser: Browser, write_study: WriteStudy, tmp_path: Path) -> None:
-    names = ["<img src=x onerror=window.hit=1>", "</script><script>window.hit=2</script>", "<b>bold</b>"]
+def test_names_that_try_to_be_markup_stay_text(
+    browser: Browser, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    names = [
+        "<img src=x onerror=window.hit=1>",
+        "</script><script>window.hit=2</script>",
+        "<b>bold</b>",
+    ]
     study = load_study(
-        write_study("<svg onload=window.hit=3>", variants={name: {} for name in names}, seeds=2, epochs=3)
+        write_study(
+            "<svg onload=window.hit=3>", variants={name: {} for name in names}, seeds=2, epochs=3
+        )
     )
     opened(browser, write_report(study, tmp_path / "nasty.html").as_uri())
     assert complaints(browser) == []
@@ -131,7 +145,9 @@ def test_a_group_is_hidden_and_shown_in_all_figures_by_its_chip(page: Browser) -
     click(page, chip)
     for name in ("curves-ema", "curves-raw", "slice-max_m"):
         assert trace(page, name, group="halved")["visible"] is False
-    pressed = page.execute_script("return [...document.querySelectorAll(arguments[0])].map((c) => c.ariaPressed)", chip)
+    pressed = page.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((c) => c.ariaPressed)", chip
+    )
     assert pressed == ["false", "false"]  # one above the curves, one above the slices
     click(page, chip)
     assert trace(page, "curves-ema", group="halved").get("visible") in (None, True)
@@ -156,9 +172,14 @@ def test_a_trial_picked_from_the_list_is_marked_everywhere(page: Browser, search
     picked = [each for each in trace(page, "curves-raw", picked=True)["y"] if each is not None]
     rows = search.epochs[search.epochs["trial"] == trial]
     assert picked == pytest.approx(rows["val_auc_raw"].tolist(), abs=1e-4)
-    assert len([y for y in trace(page, "parallel", picked=True)["y"] if y is not None]) == len(search.searched) + 1
+    assert (
+        len([y for y in trace(page, "parallel", picked=True)["y"] if y is not None])
+        == len(search.searched) + 1
+    )
     assert len([x for x in trace(page, "slice-max_m", picked=True)["x"] if x is not None]) == 1
-    assert page.execute_script("return document.querySelectorAll('#all-trials tr.picked').length") == 1
+    assert (
+        page.execute_script("return document.querySelectorAll('#all-trials tr.picked').length") == 1
+    )
     assert trial in page.find_element("css selector", ".picks").text
     click(page, ".clear")
     assert page.execute_script("return document.querySelectorAll('tr.picked').length") == 0
@@ -194,7 +215,9 @@ def test_clicking_a_line_picks_its_trial(page: Browser, search: Study) -> None:
     wait(page, "return document.querySelector('.picks').textContent.includes(arguments[0])", best)
 
 
-def test_brushing_axes_of_the_parallel_coordinates_keeps_the_trials_that_pass_all(page: Browser, search: Study) -> None:
+def test_brushing_axes_of_the_parallel_coordinates_keeps_the_trials_that_pass_all(
+    page: Browser, search: Study
+) -> None:
     names = [*search.searched, "objective"]
     ended = search.trials[search.trials["objective"].notna() & (search.trials["state"] != "failed")]
     middle = (ended["objective"].min() + ended["objective"].max()) / 2
@@ -234,7 +257,13 @@ def brush(browser: Browser, axis: int, low: float, high: float) -> None:
     mouse(browser, "mouseMoved", left, top)
     mouse(browser, "mousePressed", left, top)
     for share in (0.3, 0.6, 1.0):
-        mouse(browser, "mouseMoved", left + share * (right - left), top + share * (bottom - top), pressed=True)
+        mouse(
+            browser,
+            "mouseMoved",
+            left + share * (right - left),
+            top + share * (bottom - top),
+            pressed=True,
+        )
     mouse(browser, "mouseReleased", right, bottom)
     wait(browser, "return document.querySelector('.picks').textContent !== arguments[0]", before)
 
@@ -255,7 +284,9 @@ def mouse(browser: Browser, kind: str, x: float, y: float, *, pressed: bool = Fa
 def test_the_table_of_trials_is_sorted_by_a_column_either_way_with_missing_values_last(
     page: Browser, search: Study
 ) -> None:
-    headings = page.execute_script("return [...document.querySelectorAll('#all-trials th')].map((h) => h.textContent)")
+    headings = page.execute_script(
+        "return [...document.querySelectorAll('#all-trials th')].map((h) => h.textContent)"
+    )
     column = headings.index("objective") + 1
 
     def values() -> list[str]:
@@ -273,7 +304,10 @@ def test_the_table_of_trials_is_sorted_by_a_column_either_way_with_missing_value
     numbers = [float(value) for value in values() if value]
     assert numbers == sorted(numbers)
     assert len(numbers) == search.trials["objective"].notna().sum()
-    assert page.execute_script("return document.querySelectorAll('#all-trials th[aria-sort]').length") == 1
+    assert (
+        page.execute_script("return document.querySelectorAll('#all-trials th[aria-sort]').length")
+        == 1
+    )
     click(page, "#all-trials th:nth-child(1) button")
     ids = page.execute_script(
         "return [...document.querySelectorAll('#all-trials tbody tr')].map((r) => r.dataset.trial)"
@@ -288,7 +322,9 @@ def test_the_table_of_trials_is_filtered_by_any_text(page: Browser, search: Stud
         "return [...document.querySelectorAll('#all-trials tbody tr:not([hidden])')].map((r) => r.dataset.trial)"
     )
     assert shown == search.trials.loc[search.trials["state"] == "failed", "trial"].tolist()
-    assert page.find_element("css selector", "#all-trials-count").text == f"1 of {len(search.trials)}"
+    assert (
+        page.find_element("css selector", "#all-trials-count").text == f"1 of {len(search.trials)}"
+    )
 
 
 def test_the_stopped_trials_unfold(page: Browser, search: Study) -> None:
@@ -302,11 +338,14 @@ def test_the_stopped_trials_unfold(page: Browser, search: Study) -> None:
 def test_the_theme_changes_page_and_figures(page: Browser) -> None:
     def colours() -> tuple[str, str, str]:
         paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
-        chip = page.execute_script("return document.querySelector('.chip line').getAttribute('stroke')")
+        chip = page.execute_script(
+            "return document.querySelector('.chip line').getAttribute('stroke')"
+        )
         return paper, figure(page, "curves-ema")["layout"]["font"]["color"], chip
 
     page.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "light"}]},
     )
     light = colours()
     click(page, "#theme")
@@ -319,7 +358,8 @@ def test_the_theme_changes_page_and_figures(page: Browser) -> None:
     click(page, "#theme")
     assert colours() == light
     page.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
     )
     page.get_screenshot_as_png()  # draws a frame: media queries are looked at again with one, and no window asks for it
     wait(
@@ -339,18 +379,24 @@ def test_paper_gets_light_figures_and_nothing_folded_away(page: Browser) -> None
         " ink: document.querySelector(`[data-figure='curves-ema']`).layout.font.color,"
         " widest: Math.max(...[...document.querySelectorAll('.plot .main-svg')].map((s) => s.getBoundingClientRect().width)) } })"
     )
-    printed = base64.b64decode(page.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"])
+    printed = base64.b64decode(
+        page.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})["data"]
+    )
     assert printed.startswith(b"%PDF")
     at_print = page.execute_script("return window.atPrint")
     assert at_print["open"]
     assert at_print["ink"] == "#1b2430"
     assert at_print["widest"] <= 690
-    assert page.execute_script("return [...document.querySelectorAll('details')].every((d) => !d.open)")
+    assert page.execute_script(
+        "return [...document.querySelectorAll('details')].every((d) => !d.open)"
+    )
     assert figure(page, "curves-ema")["layout"]["font"]["color"] == "#e8ecf1"
 
 
 def test_links_of_the_contents_lead_to_their_sections(page: Browser) -> None:
-    targets = page.execute_script("return [...document.querySelectorAll('nav.contents a')].map((a) => a.hash.slice(1))")
+    targets = page.execute_script(
+        "return [...document.querySelectorAll('nav.contents a')].map((a) => a.hash.slice(1))"
+    )
     assert len(targets) >= 10
     for target in targets:
         assert page.execute_script("return document.getElementById(arguments[0]) !== null", target)

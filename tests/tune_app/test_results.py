@@ -38,7 +38,9 @@ WriteStudy = Callable[..., Path]
 # Columns ---------------------------------------------------------------------------------------------------------------
 
 
-def test_every_column_of_both_tables_is_documented_and_has_the_documented_type(a_search: Path) -> None:
+def test_every_column_of_both_tables_is_documented_and_has_the_documented_type(
+    a_search: Path,
+) -> None:
     study = load_study(a_search)
     meanings = column_meanings(study)
     for name, table in (("trials", study.trials), ("epochs", study.epochs)):
@@ -48,7 +50,9 @@ def test_every_column_of_both_tables_is_documented_and_has_the_documented_type(a
         assert (documented["meaning"].str.len() > 2).all()
 
 
-def test_columns_are_the_same_for_a_study_without_any_trial(write_study: WriteStudy, a_search: Path) -> None:
+def test_columns_are_the_same_for_a_study_without_any_trial(
+    write_study: WriteStudy, a_search: Path
+) -> None:
     root = write_study(trials=1, epochs=20)
     for path in (root / "trials" / "00000").iterdir():
         path.unlink()
@@ -56,7 +60,11 @@ def test_columns_are_the_same_for_a_study_without_any_trial(write_study: WriteSt
     StudyFiles(root).decisions.unlink()
     empty, full = load_study(root), load_study(a_search)
     assert len(empty.trials) == len(empty.epochs) == len(empty.decisions) == 0
-    for left, right in ((empty.trials, full.trials), (empty.epochs, full.epochs), (empty.decisions, full.decisions)):
+    for left, right in (
+        (empty.trials, full.trials),
+        (empty.epochs, full.epochs),
+        (empty.decisions, full.decisions),
+    ):
         pd.testing.assert_series_equal(left.dtypes, right.dtypes)
     assert "none yet" in repr(empty)
 
@@ -73,7 +81,11 @@ def test_the_scores_are_those_the_run_computes() -> None:
         for score in SCORE_METRICS
         for end in ([e for e in ("_low", "_high") if score.endswith(e)] or [""])
     }
-    ours = {name for name in METRICS if any(f"_{w}" in name for w in WEIGHTS) and name.startswith("val_")}
+    ours = {
+        name
+        for name in METRICS
+        if any(f"_{w}" in name for w in WEIGHTS) and name.startswith("val_")
+    }
     assert ours == expected
 
 
@@ -127,7 +139,9 @@ def test_last_best_peak_and_rung_values_are_those_of_their_epochs(a_search: Path
         rows = epochs.loc[trial["trial"]]
         assert trial["last_train_loss"] == rows["train_loss"].iloc[-1]
         assert trial["best_val_auc_raw"] == rows["val_auc_raw"][trial["best_epoch"]]
-        assert trial["peak_val_auc"] == rows["val_auc"].max() == rows["val_auc"][trial["peak_epoch"]]
+        assert (
+            trial["peak_val_auc"] == rows["val_auc"].max() == rows["val_auc"][trial["peak_epoch"]]
+        )
         assert trial["epochs_run"] == len(rows)
         assert trial["work_s"] == pytest.approx(rows["epoch_s"].sum())
         assert trial["gpu_s"] == pytest.approx(trial["gpus"] * trial["work_s"])
@@ -151,11 +165,13 @@ def test_a_trial_says_what_stopped_it_and_why(a_search: Path) -> None:
 
 def test_every_hyperparameter_is_a_plain_column_that_builds_the_same_config(a_search: Path) -> None:
     study = load_study(a_search)
-    assert list(study.trials.columns[len(TRIAL_COLUMNS) :][: len(FineTuneConfig.model_fields)]) == list(
-        FineTuneConfig.model_fields
-    )
+    assert list(
+        study.trials.columns[len(TRIAL_COLUMNS) :][: len(FineTuneConfig.model_fields)]
+    ) == list(FineTuneConfig.model_fields)
     for trial in study.trials.to_dict("records"):
-        given = {name: trial[name] for name in FineTuneConfig.model_fields if not pd.isna(trial[name])}
+        given = {
+            name: trial[name] for name in FineTuneConfig.model_fields if not pd.isna(trial[name])
+        }
         written = json.loads((a_search / "trials" / trial["trial"] / "config.json").read_text())
         assert build_config(given).model_dump(mode="json") == written
     assert set(study.searched) >= {"max_m", "s", "backbone_lr", "head"}
@@ -164,16 +180,22 @@ def test_every_hyperparameter_is_a_plain_column_that_builds_the_same_config(a_se
 
 def test_rows_arrive_in_their_own_order_and_are_listed_by_trial(a_search: Path) -> None:
     epochs = load_study(a_search).epochs
-    assert epochs[["trial", "epoch"]].equals(epochs[["trial", "epoch"]].sort_values(["trial", "epoch"]))
+    assert epochs[["trial", "epoch"]].equals(
+        epochs[["trial", "epoch"]].sort_values(["trial", "epoch"])
+    )
     lines = [json.loads(line) for line in StudyFiles(a_search).epochs.read_text().splitlines()]
     by_arrival = epochs.sort_values("arrival")
-    assert list(zip(by_arrival["trial"], by_arrival["epoch"], strict=True)) == [(r["trial"], r["epoch"]) for r in lines]
+    assert list(zip(by_arrival["trial"], by_arrival["epoch"], strict=True)) == [
+        (r["trial"], r["epoch"]) for r in lines
+    ]
 
 
 # While it runs, and after a kill ----------------------------------------------------------------------------------------
 
 
-def test_trials_of_a_held_study_run_and_of_a_left_one_are_interrupted(write_study: WriteStudy) -> None:
+def test_trials_of_a_held_study_run_and_of_a_left_one_are_interrupted(
+    write_study: WriteStudy,
+) -> None:
     root = write_study(trials=6, epochs=10, unfinished=3, policy=False)
     left = load_study(root)
     assert not left.running
@@ -225,7 +247,12 @@ def test_a_trial_without_a_record_is_listed_with_what_its_rows_say(write_study: 
     root = write_study(trials=2, epochs=6)
     (root / "trials" / "00001" / "trial.json").unlink()
     trial = load_study(root).trials.iloc[1]
-    assert (trial["trial"], trial["number"], trial["state"], trial["epochs_run"]) == ("00001", 1, "interrupted", 6)
+    assert (trial["trial"], trial["number"], trial["state"], trial["epochs_run"]) == (
+        "00001",
+        1,
+        "interrupted",
+        6,
+    )
     assert trial["objective"] > 0.4
 
 
@@ -253,7 +280,9 @@ def test_a_study_loads_at_any_moment_of_its_writing(write_study: WriteStudy) -> 
         "    for line in sys.stdin.buffer:\n"
         "        file.write(line[:40]); time.sleep(0.005); file.write(line[40:])\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(files.epochs)], stdin=subprocess.PIPE) as writer:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(files.epochs)], stdin=subprocess.PIPE
+    ) as writer:
         assert writer.stdin is not None
         writer.stdin.write(b"".join(lines))
         writer.stdin.close()
@@ -295,7 +324,9 @@ def test_a_study_loads_at_any_moment_of_its_writing(write_study: WriteStudy) -> 
         ("\udcff\udcfe", "not a JSON row"),
     ],
 )
-def test_a_damaged_line_is_named_and_skipped_only_on_request(write_study: WriteStudy, line: str, says: str) -> None:
+def test_a_damaged_line_is_named_and_skipped_only_on_request(
+    write_study: WriteStudy, line: str, says: str
+) -> None:
     root = write_study(trials=2, epochs=4)
     files = StudyFiles(root)
     whole = load_study(root)
@@ -341,7 +372,9 @@ def test_all_damage_is_told_together(write_study: WriteStudy) -> None:
     assert len(skipped.trials) == 3
 
 
-def test_the_first_of_two_rows_of_an_epoch_counts_when_damage_is_skipped(write_study: WriteStudy) -> None:
+def test_the_first_of_two_rows_of_an_epoch_counts_when_damage_is_skipped(
+    write_study: WriteStudy,
+) -> None:
     root = write_study(trials=1, epochs=3)
     whole = load_study(root)
     append_line(StudyFiles(root).epochs, {"trial": "00000", "epoch": 2, "val_auc": 0.999})
@@ -349,7 +382,9 @@ def test_the_first_of_two_rows_of_an_epoch_counts_when_damage_is_skipped(write_s
     pd.testing.assert_frame_equal(skipped.epochs, whole.epochs)
 
 
-def test_reading_at_once_and_line_by_line_give_the_same_table(a_search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_at_once_and_line_by_line_give_the_same_table(
+    a_search: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at_once = load_study(a_search)
     monkeypatch.setattr(results, "_read_epochs_fast", lambda content: None)
     by_line = load_study(a_search)
@@ -359,7 +394,10 @@ def test_reading_at_once_and_line_by_line_give_the_same_table(a_search: Path, mo
 
 def test_metrics_of_another_version_are_kept_after_the_known_ones(write_study: WriteStudy) -> None:
     root = write_study(trials=1, epochs=2, policy=False)
-    append_line(StudyFiles(root).epochs, {"trial": "00000", "epoch": 3, "zeta": 1.5, "alpha": "text", "nothing": None})
+    append_line(
+        StudyFiles(root).epochs,
+        {"trial": "00000", "epoch": 3, "zeta": 1.5, "alpha": "text", "nothing": None},
+    )
     epochs = load_study(root).epochs
     assert list(epochs.columns) == [*EPOCH_COLUMNS, "alpha", "nothing", "zeta"]
     assert epochs["zeta"].tolist()[-1] == 1.5
@@ -374,7 +412,9 @@ def test_a_missing_epoch_is_noted(write_study: WriteStudy) -> None:
     assert load_study(root).notes == ("epochs.jsonl: trial 00000 has 3 of its epochs 1 to 4",)
 
 
-def test_no_study_and_a_study_of_another_version_are_refused(tmp_path: Path, write_study: WriteStudy) -> None:
+def test_no_study_and_a_study_of_another_version_are_refused(
+    tmp_path: Path, write_study: WriteStudy
+) -> None:
     with pytest.raises(SpecError, match="no study here"):
         load_study(tmp_path)
     root = write_study(trials=1, epochs=2)
@@ -385,7 +425,9 @@ def test_no_study_and_a_study_of_another_version_are_refused(tmp_path: Path, wri
 
 def test_rows_and_records_are_read_for_replay(a_search: Path, tmp_path: Path) -> None:
     rows = read_rows(StudyFiles(a_search).epochs)
-    assert rows == [json.loads(line) for line in StudyFiles(a_search).epochs.read_text().splitlines()]
+    assert rows == [
+        json.loads(line) for line in StudyFiles(a_search).epochs.read_text().splitlines()
+    ]
     assert len(read_rows(StudyFiles(a_search).decisions)) == len(load_study(a_search).decisions)
     assert read_rows(tmp_path / "epochs.jsonl") == []
     record = read_record(StudyFiles(a_search).trial("00003").record)
@@ -397,7 +439,9 @@ def test_rows_and_records_are_read_for_replay(a_search: Path, tmp_path: Path) ->
 # Several studies, files, notebooks --------------------------------------------------------------------------------------
 
 
-def test_studies_are_stacked_below_a_column_that_tells_them_apart(a_search: Path, an_ablation: Path) -> None:
+def test_studies_are_stacked_below_a_column_that_tells_them_apart(
+    a_search: Path, an_ablation: Path
+) -> None:
     both = load_studies([a_search, load_study(an_ablation)])
     assert list(both.trials.columns[:2]) == ["study", "trial"]
     assert both.trials["study"].value_counts().to_dict() == {"a search": 20, "an ablation": 24}
@@ -417,7 +461,11 @@ def test_studies_of_one_name_are_told_apart_by_their_folders(write_study: WriteS
 def test_parquet_keeps_every_value_and_type(a_search: Path, tmp_path: Path) -> None:
     study = load_study(a_search)
     paths = study.to_parquet(tmp_path / "out")
-    assert [path.name for path in paths] == ["trials.parquet", "epochs.parquet", "decisions.parquet"]
+    assert [path.name for path in paths] == [
+        "trials.parquet",
+        "epochs.parquet",
+        "decisions.parquet",
+    ]
     for path, table in zip(paths, (study.trials, study.epochs, study.decisions), strict=True):
         pd.testing.assert_frame_equal(pd.read_parquet(path), table)
 
@@ -430,7 +478,9 @@ def test_csv_holds_every_row_and_column(a_search: Path, tmp_path: Path) -> None:
         assert list(read.columns) == list(table.columns)
         assert read["trial"].tolist() == table["trial"].tolist()
     trials = pd.read_csv(paths[0])
-    np.testing.assert_allclose(trials["objective"], study.trials["objective"].to_numpy(), rtol=1e-12)
+    np.testing.assert_allclose(
+        trials["objective"], study.trials["objective"].to_numpy(), rtol=1e-12
+    )
 
 
 def test_a_notebook_shows_the_study_and_executes_nothing_of_it(write_study: WriteStudy) -> None:
@@ -446,7 +496,9 @@ def test_a_notebook_shows_the_study_and_executes_nothing_of_it(write_study: Writ
 # Questions -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_notebook_shows_several_studies_without_all_their_fields(a_search: Path, an_ablation: Path) -> None:
+def test_a_notebook_shows_several_studies_without_all_their_fields(
+    a_search: Path, an_ablation: Path
+) -> None:
     both = load_studies([a_search, an_ablation])
     assert repr(both).startswith("<Studies: 44 trials")
     assert len(repr(both)) < 400
@@ -471,16 +523,28 @@ def test_the_leaderboard_ranks_by_objective(a_search: Path) -> None:
     board = study.leaderboard(5)
     assert board["rank"].tolist() == [1, 2, 3, 4, 5]
     assert board["objective"].is_monotonic_decreasing
-    assert {"best_val_auc_low", "best_val_auc_high", "verdict", "epochs_run", "max_m"} <= set(board.columns)
+    assert {"best_val_auc_low", "best_val_auc_high", "verdict", "epochs_run", "max_m"} <= set(
+        board.columns
+    )
 
 
 def test_curves_come_in_long_form(a_search: Path) -> None:
     study = load_study(a_search)
     curves = study.curves(where="state == completed")
-    assert list(curves.columns) == ["trial", "variant", "state", "verdict", "epoch", "metric", "value"]
+    assert list(curves.columns) == [
+        "trial",
+        "variant",
+        "state",
+        "verdict",
+        "epoch",
+        "metric",
+        "value",
+    ]
     completed = study.trials[study.trials["state"] == "completed"]
     assert len(curves) == 2 * 20 * len(completed)
-    first = curves[(curves["trial"] == completed["trial"].iloc[0]) & (curves["metric"] == "val_auc_raw")]
+    first = curves[
+        (curves["trial"] == completed["trial"].iloc[0]) & (curves["metric"] == "val_auc_raw")
+    ]
     rows = study.epochs[study.epochs["trial"] == completed["trial"].iloc[0]]
     np.testing.assert_array_equal(first["value"], rows["val_auc_raw"])
     with pytest.raises(ValueError, match="did you mean 'val_auc_raw'"):
@@ -515,9 +579,13 @@ def test_importance_finds_what_matters(write_study: WriteStudy) -> None:
 
 def test_importance_of_too_little_is_refused_with_a_reason(write_study: WriteStudy) -> None:
     study = load_study(write_study(trials=3, epochs=3))
-    with pytest.raises(ValueError, match="needs four ended trials that differ in something; here are 3"):
+    with pytest.raises(
+        ValueError, match="needs four ended trials that differ in something; here are 3"
+    ):
         study.importance()
-    with pytest.raises(ValueError, match="unknown evaluator 'magic': one of fanova, mdi, ped-anova"):
+    with pytest.raises(
+        ValueError, match="unknown evaluator 'magic': one of fanova, mdi, ped-anova"
+    ):
         load_study(write_study("b", trials=5, epochs=3)).importance(evaluator="magic")  # type: ignore[arg-type]
 
 
@@ -536,7 +604,9 @@ def test_effects_on_one_fold_are_those_of_the_paired_t_test(write_study: WriteSt
     assert pd.isna(table.loc["baseline", "mean"])
 
 
-def test_a_planted_effect_is_found_and_one_that_is_not_there_is_not_claimed(an_ablation: Path) -> None:
+def test_a_planted_effect_is_found_and_one_that_is_not_there_is_not_claimed(
+    an_ablation: Path,
+) -> None:
     table = load_study(an_ablation).effects()
     calls = dict(zip(table["variant"], table["call"], strict=True))
     assert calls["combined"] == "better"
@@ -546,13 +616,21 @@ def test_a_planted_effect_is_found_and_one_that_is_not_there_is_not_claimed(an_a
     assert table.set_index("variant")["runs"].tolist() == [6, 6, 6, 6]
     turned = load_study(an_ablation).effects(baseline="combined").set_index("variant")
     assert turned["call"]["baseline"] == "worse"
-    assert turned["mean"]["baseline"] == pytest.approx(-table.set_index("variant")["mean"]["combined"])
+    assert turned["mean"]["baseline"] == pytest.approx(
+        -table.set_index("variant")["mean"]["combined"]
+    )
 
 
-def test_over_folds_the_unit_is_the_fold_and_overlapping_training_parts_widen_the_interval(an_ablation: Path) -> None:
+def test_over_folds_the_unit_is_the_fold_and_overlapping_training_parts_widen_the_interval(
+    an_ablation: Path,
+) -> None:
     study = load_study(an_ablation)
     row = study.effects().set_index("variant").loc["combined"]
-    pairs = study.trials.pivot(index=["fold", "seed"], columns="variant", values="objective").groupby("fold").mean()
+    pairs = (
+        study.trials.pivot(index=["fold", "seed"], columns="variant", values="objective")
+        .groupby("fold")
+        .mean()
+    )
     oracle = ttest_rel(pairs["combined"], pairs["baseline"])
     naive = oracle.confidence_interval(0.95)
     wider = np.sqrt((1 / 3 + 1 / 4) / (1 / 3))  # 3 of the 5 folds that the table was cut into
@@ -570,9 +648,13 @@ def test_p_values_are_adjusted_for_their_number_as_the_outside_package_does() ->
     assert holm([]) == []
 
 
-def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs(write_study: WriteStudy) -> None:
+def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs(
+    write_study: WriteStudy,
+) -> None:
     lagging = {"ema_warmup": False, "ema_decay": 0.999, "ema_buffers": "copied"}
-    study = load_study(write_study(variants={"baseline": {}, "lags": lagging}, epochs=15, failed=(0,)))
+    study = load_study(
+        write_study(variants={"baseline": {}, "lags": lagging}, epochs=15, failed=(0,))
+    )
     table = study.effects().set_index("variant")
     assert table.loc["baseline", "failed"] == 1
     assert table.loc["lags", "collapsed"] == 1
@@ -583,10 +665,14 @@ def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs
     assert list(table["healed"]) == [0, 0]
     trials = study.trials.copy()
     trials.loc[trials["variant"] == "baseline", "healed_epochs"] = 25
-    assert list(replace(study, trials=trials).effects()["healed"]) == [1, 0], "no verdict tells of it"
+    assert list(replace(study, trials=trials).effects()["healed"]) == [1, 0], (
+        "no verdict tells of it"
+    )
 
 
-def test_effects_without_variants_or_with_an_unknown_baseline_are_refused(a_search: Path, an_ablation: Path) -> None:
+def test_effects_without_variants_or_with_an_unknown_baseline_are_refused(
+    a_search: Path, an_ablation: Path
+) -> None:
     with pytest.raises(ValueError, match="effects compare variants, and this search has 0"):
         load_study(a_search).effects()
     with pytest.raises(ValueError, match="no variant 'nothing': one of baseline"):
@@ -600,7 +686,9 @@ def test_losses_are_better_when_smaller_in_effects_too(an_ablation: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["backbone_lr", "ema_decay", "drw_start_epoch", "max_m", "head"])
-def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(a_search: Path, name: str) -> None:
+def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(
+    a_search: Path, name: str
+) -> None:
     study = load_study(a_search)
     axis = axis_of(study, name)
     assert axis.ranged
@@ -612,7 +700,9 @@ def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(a_search: P
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 9
     for place, text in ticks:
-        assert axis.place(text if axis.kind == "choice" else float(text)) == pytest.approx(place, abs=0.02)
+        assert axis.place(text if axis.kind == "choice" else float(text)) == pytest.approx(
+            place, abs=0.02
+        )
 
 
 def test_results_load_neither_torch_nor_ray(a_search: Path) -> None:

@@ -65,7 +65,12 @@ def test_with_our_additions_off_every_decision_is_rays_own(mode, grace, factor, 
     for seed in range(25):
         rng = random.Random(seed)
         ray = ASHAScheduler(
-            time_attr="epoch", metric="val_auc", mode=mode, max_t=epochs, grace_period=grace, reduction_factor=factor
+            time_attr="epoch",
+            metric="val_auc",
+            mode=mode,
+            max_t=epochs,
+            grace_period=grace,
+            reduction_factor=factor,
         )
         spec = RAY_ASHA.model_copy(update={"grace_epochs": grace, "reduction_factor": factor})
         ours = Policy(spec, epochs, mode)
@@ -79,7 +84,9 @@ def test_with_our_additions_off_every_decision_is_rays_own(mode, grace, factor, 
             running[trial] += rng.choice([1, 1, 1, 2, 5]) if seed % 2 else 1
             row = {"epoch": running[trial], "val_auc": round(rng.random(), digits)}
             decision = ours.decide(trial, PLAIN, row)
-            assert decision.action.upper() == ray.on_trial_result(None, RaysTrial(trial), dict(row)), (seed, row)
+            assert decision.action.upper() == ray.on_trial_result(
+                None, RaysTrial(trial), dict(row)
+            ), (seed, row)
             compared += 1
             if decision.stops:
                 stopped += 1
@@ -97,14 +104,24 @@ def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with():
 
 def test_deciding_loads_neither_ray_nor_torch():
     code = "import sys, tune_app.scheduler, tune_app.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
     assert rung_epochs(6, 60, 2) == [6, 12, 24, 48]
     assert rung_epochs(1, 64, 4) == [1, 4, 16, 64]
     assert rung_epochs(60, 60, 2) == [60]
-    assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [6, 12, 24, 48]  # a tenth of the epochs
+    assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [
+        6,
+        12,
+        24,
+        48,
+    ]  # a tenth of the epochs
     assert Policy(PolicySpec(), 12).rungs == [3, 6, 12]  # not before there is a median of three
     assert Policy(PolicySpec(), 2).rungs == [2]
     assert Policy(PolicySpec(grace_epochs=1), 12).rungs == [1, 2, 4, 8]
@@ -128,7 +145,8 @@ def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes():
 
 
 @pytest.mark.parametrize(
-    ("compared", "value"), [("current", 0.6), ("best", 0.95), ("smoothed", 0.6), ("best_median3", 0.7)]
+    ("compared", "value"),
+    [("current", 0.6), ("best", 0.95), ("smoothed", 0.6), ("best_median3", 0.7)],
 )
 def test_a_rung_compares_the_chosen_value(compared, value):
     policy = Policy(halving(grace_epochs=6, compared=compared), 60)
@@ -226,11 +244,15 @@ def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when():
 
 def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent():
     curve = RISE + [0.5] * 6
-    assert feed(Policy(PolicySpec(halving=False, actions={"collapsed": "stop"}), 60), "a", curve)[-1].stops
+    assert feed(Policy(PolicySpec(halving=False, actions={"collapsed": "stop"}), 60), "a", curve)[
+        -1
+    ].stops
     warned = feed(Policy(PolicySpec(halving=False, actions={"collapsed": "warn"}), 60), "a", curve)
     assert [d.epoch for d in warned if d.warning] == [11]  # once, not in every epoch
     assert [d.verdict for d in warned][-1] == "collapsed"
-    silent = feed(Policy(PolicySpec(halving=False, actions={"collapsed": "ignore"}), 60), "a", curve)
+    silent = feed(
+        Policy(PolicySpec(halving=False, actions={"collapsed": "ignore"}), 60), "a", curve
+    )
     assert not [d for d in silent if d.notable]
 
 
@@ -250,23 +272,33 @@ def test_the_last_epoch_is_completed_and_only_a_run_that_would_go_on_is_stopped(
     assert (own_end.reason, own_end.action) == ("completed", "continue")
     longer = feed(Policy(spec, 5), "a", [0.7] * 9, {"epochs": 9})
     assert (len(longer), longer[-1].reason, longer[-1].action) == (5, "completed", "stop")
-    capped = feed(Policy(PolicySpec(halving=False, max_epochs=3), 60), "a", [0.7] * 9, {"epochs": 60})
+    capped = feed(
+        Policy(PolicySpec(halving=False, max_epochs=3), 60), "a", [0.7] * 9, {"epochs": 60}
+    )
     assert len(capped) == 3
 
 
 def test_rows_reported_again_change_nothing():
     policy, once = Policy(PolicySpec(), 20), Policy(PolicySpec(), 20)
     curves = {"a": RISE + [0.86] * 6, "b": [0.5] * 14, "c": RISE + [0.4] * 6}
-    first = [d for trial, values in curves.items() for d in feed(once, trial, values, {"epochs": 20})]
+    first = [
+        d for trial, values in curves.items() for d in feed(once, trial, values, {"epochs": 20})
+    ]
     again = []
     for trial, values in curves.items():
         for upto in range(1, len(values) + 1):
             for epoch in range(1, upto + 1):
                 if policy.known(trial, epoch):
-                    repeated = policy.decide(trial, {"epochs": 20}, {"epoch": epoch, "val_auc": 0.0})
+                    repeated = policy.decide(
+                        trial, {"epochs": 20}, {"epoch": epoch, "val_auc": 0.0}
+                    )
                     assert repeated.reason in ("known", "stopped_before")
                 else:
-                    again.append(policy.decide(trial, {"epochs": 20}, {"epoch": epoch, "val_auc": values[epoch - 1]}))
+                    again.append(
+                        policy.decide(
+                            trial, {"epochs": 20}, {"epoch": epoch, "val_auc": values[epoch - 1]}
+                        )
+                    )
     assert [d for d in again if d.reason != "stopped_before"] == first
 
 
@@ -281,28 +313,40 @@ def test_a_stopped_trial_that_reports_on_is_stopped_again():
 def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_killed(tmp_path):
     """The state is a function of the rows on disk: every restart begins with a fresh policy and the file."""
     rng = random.Random(3)
-    configs = {f"{n:05d}": {"epochs": 40, "drw_start_epoch": rng.choice([5, 12, 40])} for n in range(40)}
+    configs = {
+        f"{n:05d}": {"epochs": 40, "drw_start_epoch": rng.choice([5, 12, 40])} for n in range(40)
+    }
     arrivals = []
     running = dict.fromkeys(configs, 0)
     while running:
         trial = rng.choice(list(running))
         running[trial] += 1
         value = rng.choice([None, 0.4, round(rng.random(), 3), round(0.6 + 0.3 * rng.random(), 3)])
-        arrivals.append({"trial": trial, "epoch": running[trial], "val_auc": value, "val_auc_raw": 0.8})
+        arrivals.append(
+            {"trial": trial, "epoch": running[trial], "val_auc": value, "val_auc_raw": 0.8}
+        )
         if running[trial] == 40:
             del running[trial]
 
     spec = PolicySpec(grace_epochs=3, reduction_factor=2)
     never = Policy(spec, 40)
     expected = [never.decide(row["trial"], configs[row["trial"]], row) for row in arrivals]
-    assert {d.reason for d in expected} >= {"rung", "halving", "drw_guard", "diagnosis", "stopped_before"}
+    assert {d.reason for d in expected} >= {
+        "rung",
+        "halving",
+        "drw_guard",
+        "diagnosis",
+        "stopped_before",
+    }
 
     file = tmp_path / "epochs.jsonl"
     kills = sorted(rng.sample(range(1, len(arrivals)), 20))
     decided = []
     for start, end in zip([0, *kills], [*kills, len(arrivals)], strict=True):
         policy = Policy(spec, 40)
-        stored = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        stored = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        )
         assert policy.replay(stored, configs) == expected[:start]
         with file.open("a") as out:
             for row in arrivals[start:end]:
@@ -317,11 +361,20 @@ def test_a_decision_is_a_flat_row_of_json_with_what_it_was_based_on():
     row = feed(policy, "b", [0.5] * 2)[-1].as_row()
     assert json.loads(json.dumps(row, allow_nan=False)) == row
     assert list(row)[:6] == ["trial", "epoch", "action", "reason", "verdict", "verdict_epoch"]
-    assert (row["trial"], row["epoch"], row["rung"], row["value"], row["cutoff"]) == ("b", 2, 2, 0.5, 0.9)
+    assert (row["trial"], row["epoch"], row["rung"], row["value"], row["cutoff"]) == (
+        "b",
+        2,
+        2,
+        0.5,
+        0.9,
+    )
 
 
 def test_the_policy_of_a_study_file_is_checked_and_completed():
-    assert PolicySpec(actions={"collapsed": "warn"}).actions == {**DEFAULT_ACTIONS, "collapsed": "warn"}
+    assert PolicySpec(actions={"collapsed": "warn"}).actions == {
+        **DEFAULT_ACTIONS,
+        "collapsed": "warn",
+    }
     assert set(DEFAULT_ACTIONS) == set(VERDICTS)
     assert PolicySpec(**json.loads(PolicySpec().model_dump_json())) == PolicySpec()
     for wrong in (

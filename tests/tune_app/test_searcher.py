@@ -28,7 +28,9 @@ from tune_app.searcher import STUDY_NAME, OptunaSearcher, SearchError, sqlite_ur
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 4
-TINY = space_from({"search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}})
+TINY = space_from(
+    {"search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}}
+)
 MIXED = space_from(
     {
         "search": {
@@ -43,14 +45,21 @@ MIXED = space_from(
 
 
 def make(folder, space=TINY, **settings):
-    settings = {"epochs": EPOCHS, "num_trials": 12, "objective": objective_value, "warm_start": ()} | settings
+    settings = {
+        "epochs": EPOCHS,
+        "num_trials": 12,
+        "objective": objective_value,
+        "warm_start": (),
+    } | settings
     return OptunaSearcher(space, storage=Path(folder) / "study.db", **settings)
 
 
 def read(folder):
     """The study as any other program reads it."""
     url = sqlite_url(Path(folder) / "study.db")
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})  # holds no connection open
+    storage = optuna.storages.RDBStorage(
+        url, engine_kwargs={"poolclass": NullPool}
+    )  # holds no connection open
     return optuna.load_study(study_name=STUDY_NAME, storage=storage)
 
 
@@ -90,17 +99,28 @@ def test_optuna_reads_each_end_as_what_it_was(tmp_path):
         "complete": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL", "diverged": "PRUNED", "never a score": "PRUNED",
         "infinite": "COMPLETE", "gone before it began": "PRUNED",
     }  # fmt: skip
-    assert trials["complete"].value == objective_value([row(e, v) for e, v in enumerate(curves["complete"], 1)]) == 0.7
+    assert (
+        trials["complete"].value
+        == objective_value([row(e, v) for e, v in enumerate(curves["complete"], 1)])
+        == 0.7
+    )
     assert trials["complete"].intermediate_values == {1: 0.6, 2: 0.7, 3: 0.9, 4: 0.7}
     assert trials["stopped"].intermediate_values == {1: 0.6, 2: 0.5}
     assert trials["diverged"].intermediate_values == {1: 0.7}
     assert trials["infinite"].intermediate_values == {2: 0.6, 3: 0.5, 4: 0.6}
     assert trials["never a score"].values is None
-    assert trials["never a score"].user_attrs["reason"] == "no finite val_auc to go by after 4 epochs"
+    assert (
+        trials["never a score"].user_attrs["reason"] == "no finite val_auc to go by after 4 epochs"
+    )
     assert trials["failed"].user_attrs["reason"] == "the trial ended with an error"
     for number, name in enumerate(curves):
-        assert handed_out[name] == {"trial": trial_name(number), "overrides": trials[name].user_attrs["overrides"]}
-        assert TINY.sample_to_overrides(trials[name].params, EPOCHS) == handed_out[name]["overrides"]
+        assert handed_out[name] == {
+            "trial": trial_name(number),
+            "overrides": trials[name].user_attrs["overrides"],
+        }
+        assert (
+            TINY.sample_to_overrides(trials[name].params, EPOCHS) == handed_out[name]["overrides"]
+        )
         assert build_config(handed_out[name]["overrides"]).epochs == EPOCHS
     assert len(read(tmp_path).trials_dataframe()) == len(curves)
 
@@ -109,7 +129,12 @@ def test_memory_and_database_hold_the_same_study(tmp_path):
     searcher = make(tmp_path, MIXED)
     for number in range(12):
         searcher.suggest(str(number))
-        run(searcher, str(number), [0.5 + number / 100] * (4 if number % 3 else 2), error=number == 5)
+        run(
+            searcher,
+            str(number),
+            [0.5 + number / 100] * (4 if number % 3 else 2),
+            error=number == 5,
+        )
     in_memory, on_disk = searcher.study.trials, read(tmp_path).trials
     assert len(in_memory) == len(on_disk) == 12
     for ours, theirs in zip(in_memory, on_disk, strict=True):
@@ -125,7 +150,10 @@ def test_a_trial_reads_the_same_as_one_that_optuna_wrote(tmp_path):
     storage = optuna.storages.RDBStorage(sqlite_url(tmp_path / "optuna.db"))
     study = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "theirs")
     running = optuna.trial.create_trial(
-        state=TrialState.RUNNING, params=ours.params, distributions=ours.distributions, user_attrs=ours.user_attrs
+        state=TrialState.RUNNING,
+        params=ours.params,
+        distributions=ours.distributions,
+        user_attrs=ours.user_attrs,
     )
     number = storage.create_new_trial(study, running)
     for step, value in ours.intermediate_values.items():
@@ -137,7 +165,9 @@ def test_a_trial_reads_the_same_as_one_that_optuna_wrote(tmp_path):
         k: v for k, v in vars(theirs).items() if k not in differ
     }
     for time in (ours.datetime_start, ours.datetime_complete):
-        assert abs(datetime.now() - time) < timedelta(minutes=2), "in the reader's own time zone, as Optuna has it"
+        assert abs(datetime.now() - time) < timedelta(minutes=2), (
+            "in the reader's own time zone, as Optuna has it"
+        )
 
 
 def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path):
@@ -145,7 +175,9 @@ def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path):
     searcher.suggest("a")
     searcher.on_trial_result("a", row(1, 0.6))
     searcher.on_trial_result("a", row(2, 0.7))
-    searcher.on_trial_result("a", row(1, 0.1))  # restarted from its checkpoint, it reports again what may be lost
+    searcher.on_trial_result(
+        "a", row(1, 0.1)
+    )  # restarted from its checkpoint, it reports again what may be lost
     searcher.on_trial_result("a", {"pid": 1})
     searcher.on_trial_result("a", {"epoch": 0, "val_auc": 0.9})
     for epoch in (3, 4):
@@ -167,7 +199,10 @@ def test_reasons_are_kept_with_the_trial(tmp_path):
     searcher.on_trial_complete("b", {"epoch": 0, "fatal": "out of memory"})
     run(searcher, "c", [0.8, 0.9, 0.9, 0.9])
     collapsed, fatal, fine = read(tmp_path).trials
-    assert (collapsed.state, collapsed.user_attrs["reason"]) == (TrialState.PRUNED, "collapsed at epoch 2")
+    assert (collapsed.state, collapsed.user_attrs["reason"]) == (
+        TrialState.PRUNED,
+        "collapsed at epoch 2",
+    )
     assert (fatal.state, fatal.user_attrs["reason"]) == (TrialState.FAIL, "out of memory")
     assert fatal.intermediate_values == {}
     assert "reason" not in fine.user_attrs
@@ -181,7 +216,9 @@ def test_the_study_ends_at_its_number_of_trials_failed_ones_included(tmp_path):
     assert searcher.suggest("d") == Searcher.FINISHED
     assert make(tmp_path, num_trials=3).suggest("e") == Searcher.FINISHED
     more = make(tmp_path, num_trials=4)
-    assert more.suggest("e")["trial"] == "00003", "more trials may be asked for later; failed ones are not tried again"
+    assert more.suggest("e")["trial"] == "00003", (
+        "more trials may be asked for later; failed ones are not tried again"
+    )
     assert more.suggest("f") == Searcher.FINISHED
 
 
@@ -193,7 +230,9 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
     run(first, "c", [0.4], error=True)
     first.close()
 
-    killed = make(tmp_path, num_trials=3, retry=[0])  # before it could say in the record that trial 0 goes on
+    killed = make(
+        tmp_path, num_trials=3, retry=[0]
+    )  # before it could say in the record that trial 0 goes on
     killed.close()
     settling = make(tmp_path, num_trials=3)
     settling.settle(0, "failed", None, [row(1, 0.6), row(2, 0.7)], reason="lost its node")
@@ -213,7 +252,9 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
     run(second, "d", [0.6, 0.7, 0.8, 0.9])
     trial = read(tmp_path).trials[0]
     assert trial.state == TrialState.COMPLETE
-    assert trial.value == objective_value([row(e, v) for e, v in enumerate([0.6, 0.7, 0.8, 0.9], 1)])
+    assert trial.value == objective_value(
+        [row(e, v) for e, v in enumerate([0.6, 0.7, 0.8, 0.9], 1)]
+    )
     assert second.study.trials[0].state == TrialState.COMPLETE
 
 
@@ -245,7 +286,9 @@ def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path, space):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp"])
-@pytest.mark.parametrize("space", [TINY, MIXED, SPACES["wide"]], ids=["plain", "conditional", "wide"])
+@pytest.mark.parametrize(
+    "space", [TINY, MIXED, SPACES["wide"]], ids=["plain", "conditional", "wide"]
+)
 def test_every_sampler_draws_valid_configs(tmp_path, sampler, space):
     searcher = make(tmp_path, space, sampler=sampler, num_trials=14)
     for number in range(14):
@@ -284,10 +327,14 @@ def test_a_restarted_search_never_draws_the_same_again(tmp_path, sampler):
     for number in range(8):
         searcher.suggest(str(number))
         run(searcher, str(number), [0.5] * EPOCHS)
-    often, once = ([trial.params for trial in read(tmp_path / name).trials] for name in ("often", "once"))
+    often, once = (
+        [trial.params for trial in read(tmp_path / name).trials] for name in ("often", "once")
+    )
     assert often == once
     assert len({params["dropout"] for params in often}) == 8
-    if sampler == "qmc":  # a scrambled Sobol sequence puts one of the first eight points into each eighth, in each axis
+    if (
+        sampler == "qmc"
+    ):  # a scrambled Sobol sequence puts one of the first eight points into each eighth, in each axis
         assert sorted(int(params["dropout"] / 0.1) for params in often) == list(range(8))
 
 
@@ -335,7 +382,10 @@ def drive(searcher, training, concurrency, budget):
             event()
         if not running:
             break
-        name = min(running, key=lambda name: (training.done.get(running[name]["trial"], 0), running[name]["trial"]))
+        name = min(
+            running,
+            key=lambda name: (training.done.get(running[name]["trial"], 0), running[name]["trial"]),
+        )
         trial, overrides = running[name]["trial"], running[name]["overrides"]
         epoch = training.done.get(trial, 0) + 1
         if epoch > EPOCHS:
@@ -377,14 +427,21 @@ def reopened(folder, training, space, **settings):
     [("tpe", TINY), ("tpe", MIXED), ("qmc", MIXED)],
     ids=["tpe", "tpe conditional", "qmc conditional"],
 )
-def test_a_search_killed_at_random_moments_makes_the_decisions_of_one_never_killed(tmp_path, sampler, space):
+def test_a_search_killed_at_random_moments_makes_the_decisions_of_one_never_killed(
+    tmp_path, sampler, space
+):
     settings = {"sampler": sampler, "num_trials": 24, "seed": 5, "warm_start": None}
     whole = Training()
     drive(make(tmp_path / "whole", space, **settings), whole, 3, 10**6)
     killed, rng, kills = Training(), random.Random(7), 0
     while True:
         try:
-            drive(reopened(tmp_path / "killed", killed, space, **settings), killed, 3, rng.randint(1, 16))
+            drive(
+                reopened(tmp_path / "killed", killed, space, **settings),
+                killed,
+                3,
+                rng.randint(1, 16),
+            )
             break
         except KilledError:
             kills += 1
@@ -393,8 +450,14 @@ def test_a_search_killed_at_random_moments_makes_the_decisions_of_one_never_kill
     assert len(expected) == len(found) == 24
     for one, other in zip(expected, found, strict=True):
         for name in ("number", "state", "values", "params", "intermediate_values", "user_attrs"):
-            assert getattr(one, name) == getattr(other, name), f"{name} of trial {one.number} after {kills} kills"
-    assert {trial.state for trial in found} == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+            assert getattr(one, name) == getattr(other, name), (
+                f"{name} of trial {one.number} after {kills} kills"
+            )
+    assert {trial.state for trial in found} == {
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+    }
     assert whole.rows == killed.rows
 
 
@@ -437,8 +500,12 @@ print(session)
 
 def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
     log = tmp_path / "handed-out"
-    code = KILLED_FOR_REAL.format(tests=str(Path(__file__).parent), folder=str(tmp_path), log=str(log))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    code = KILLED_FOR_REAL.format(
+        tests=str(Path(__file__).parent), folder=str(tmp_path), log=str(log)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 10
     trials = read(tmp_path).trials
@@ -492,11 +559,19 @@ def test_trials_known_to_have_ended_are_settled(tmp_path):
     second.settle(3, "completed", math.nan, [row(e, math.nan) for e in range(1, 5)])
     second.settle(4, "failed", None, [])  # the study knows better
     trials = read(tmp_path).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "COMPLETE"]
+    assert [trial.state.name for trial in trials] == [
+        "COMPLETE",
+        "PRUNED",
+        "FAIL",
+        "PRUNED",
+        "COMPLETE",
+    ]
     assert [trial.value for trial in trials] == [0.7, 0.6, None, None, 0.5]
     assert trials[1].user_attrs["reason"] == "collapsed"
     assert second.left_running == ()
-    with pytest.raises(SearchError, match=r"study.db has no trial 00005, which is recorded as failed"):
+    with pytest.raises(
+        SearchError, match=r"study.db has no trial 00005, which is recorded as failed"
+    ):
         second.settle(5, "failed")
     second.suggest("f")
     with pytest.raises(SearchError, match="runs in this session"):
@@ -526,9 +601,12 @@ def test_warm_starts_are_asked_for_once_ever(tmp_path):
 def test_warm_starts_are_the_documented_settings_by_default(tmp_path):
     searcher = make(tmp_path, SPACES["documented"], warm_start=None, epochs=60)
     before, after, drawn = (searcher.suggest(name)["overrides"] for name in "abc")
-    assert {**baseline(), "head": "cosine", "ema_warmup": True, "ema_buffers": "averaged"}.items() >= {
-        key: value for key, value in before.items() if key != "epochs"
-    }.items()
+    assert {
+        **baseline(),
+        "head": "cosine",
+        "ema_warmup": True,
+        "ema_buffers": "averaged",
+    }.items() >= {key: value for key, value in before.items() if key != "epochs"}.items()
     assert build_config(after) == build_config(all_fixes())
     assert drawn != after
 
@@ -544,7 +622,9 @@ def test_a_warm_start_asked_for_by_name_must_lie_in_the_space(tmp_path):
 
 def earlier(folder, space=TINY, **settings):
     searcher = make(folder, space, num_trials=6, **settings)
-    for number, values in enumerate([[0.5] * 4, [0.9, 0.8], [0.7] * 4, [math.nan], [0.4], [0.6] * 4]):
+    for number, values in enumerate(
+        [[0.5] * 4, [0.9, 0.8], [0.7] * 4, [math.nan], [0.4], [0.6] * 4]
+    ):
         searcher.suggest(str(number))
         run(searcher, str(number), values, error=number == 4)
     searcher.close()
@@ -564,7 +644,9 @@ def test_finished_trials_of_an_earlier_study_are_taken_over_once(tmp_path):
     for one, other in zip(expected, found[:4], strict=True):
         assert (one.params, one.state, one.value) == (other.params, other.state, other.value)
         assert other.user_attrs["from"] == f"{(folder / 'study.db').resolve()}#{one.number}"
-    assert found[1].intermediate_values == {2: 0.8}, "the sampler ranks pruned trials by their last epoch"
+    assert found[1].intermediate_values == {2: 0.8}, (
+        "the sampler ranks pruned trials by their last epoch"
+    )
 
     (folder / "study.db").unlink()  # it is not needed again
     again = make(tmp_path / "new", warm_start_from=[folder], num_trials=3)
@@ -581,23 +663,36 @@ def test_a_start_killed_while_taking_over_does_not_double(tmp_path):
         for table in ("trials", "trial_params", "trial_values", "trial_user_attributes"):
             db.execute(f"DELETE FROM {table} WHERE trial_id = ?", [trial])
     assert make(tmp_path / "new", warm_start_from=[folder]).taken_over.added == 1
-    assert [trial.user_attrs["from"][-1] for trial in read(tmp_path / "new").trials] == ["0", "1", "2", "5"]
+    assert [trial.user_attrs["from"][-1] for trial in read(tmp_path / "new").trials] == [
+        "0",
+        "1",
+        "2",
+        "5",
+    ]
 
 
 @pytest.mark.parametrize(
     ("space", "settings", "reason"),
     [
-        ({"search": {"dropout": {"low": 0.79, "high": 0.8}, "s": {"low": 1, "high": 30}}}, {}, "is not in 0.79 to 0.8"),
+        (
+            {"search": {"dropout": {"low": 0.79, "high": 0.8}, "s": {"low": 1, "high": 30}}},
+            {},
+            "is not in 0.79 to 0.8",
+        ),
         ({"search": {"s": {"low": 1, "high": 30}}}, {}, "the space holds 0.4"),
         ({**TINY.to_mapping(), "fixed": {"depth": 10}}, {}, "depth=50, the space holds 10"),
         (TINY.to_mapping(), {"epochs": 8}, "epochs=4, the space holds 8"),
         (TINY.to_mapping(), {"identity": {"cohort": "b"}}, "another cohort"),
     ],
 )
-def test_earlier_trials_that_could_not_be_of_this_study_are_left_out(tmp_path, space, settings, reason):
+def test_earlier_trials_that_could_not_be_of_this_study_are_left_out(
+    tmp_path, space, settings, reason
+):
     folder = earlier(tmp_path / "earlier", identity={"cohort": "a"})
     searcher = make(
-        tmp_path / "new", space_from(space), **{"identity": {"cohort": "a"}, "warm_start_from": [folder]} | settings
+        tmp_path / "new",
+        space_from(space),
+        **{"identity": {"cohort": "a"}, "warm_start_from": [folder]} | settings,
     )
     assert searcher.taken_over.added == 0
     assert any(reason in text for text in searcher.taken_over.left_out)
@@ -605,8 +700,12 @@ def test_earlier_trials_that_could_not_be_of_this_study_are_left_out(tmp_path, s
 
 
 def test_another_space_with_the_same_meaning_takes_trials_over(tmp_path):
-    folder = earlier(tmp_path / "earlier", space_from({"search": {"ema_decay": {"low": 0.9, "high": 0.999}}}))
-    other = space_from({"search": {"one_minus_ema_decay": {"low": 1e-4, "high": 0.2, "log": True}, "s": [10, 15]}})
+    folder = earlier(
+        tmp_path / "earlier", space_from({"search": {"ema_decay": {"low": 0.9, "high": 0.999}}})
+    )
+    other = space_from(
+        {"search": {"one_minus_ema_decay": {"low": 1e-4, "high": 0.2, "log": True}, "s": [10, 15]}}
+    )
     searcher = make(tmp_path / "new", other, warm_start_from=[folder])
     assert searcher.taken_over.added == 4
     assert searcher.study.trials[0].params["s"] == 15, "the default, which the earlier study held"
@@ -642,7 +741,9 @@ def test_a_study_is_only_continued_by_its_own_search(tmp_path):
     make(tmp_path, identity={"cohort": "a"}).suggest("a")
     make(tmp_path, identity={"cohort": "a"}, sampler="random", seed=9, num_trials=50)
     for changed in ({"space": MIXED}, {"epochs": 5}, {"identity": {"cohort": "b"}}):
-        with pytest.raises(SearchError, match=f"holds the trials of another search: {next(iter(changed))} differ"):
+        with pytest.raises(
+            SearchError, match=f"holds the trials of another search: {next(iter(changed))} differ"
+        ):
             make(tmp_path, **{"identity": {"cohort": "a"}} | changed)
 
 
@@ -654,7 +755,9 @@ def test_trials_of_other_programs_are_refused(tmp_path):
         make(tmp_path)
     optuna.create_study(storage=sqlite_url(tmp_path / "foreign.db"), study_name=STUDY_NAME).ask()
     with pytest.raises(SearchError, match="holds the trials of another search"):
-        OptunaSearcher(TINY, epochs=4, num_trials=1, objective=objective_value, storage=tmp_path / "foreign.db")
+        OptunaSearcher(
+            TINY, epochs=4, num_trials=1, objective=objective_value, storage=tmp_path / "foreign.db"
+        )
 
 
 def test_two_drivers_on_one_study_are_noticed(tmp_path):
@@ -702,7 +805,10 @@ def test_a_reader_does_not_stop_the_search(tmp_path):
     ("storage", "message"),
     [
         ("study.db", "storage 'study.db' is no database URL: write sqlite:///FILE"),
-        ("postgresql://me:secret@127.0.0.1:1/db", r"storage postgresql://me:\*\*\*@127.0.0.1:1/db cannot be opened"),
+        (
+            "postgresql://me:secret@127.0.0.1:1/db",
+            r"storage postgresql://me:\*\*\*@127.0.0.1:1/db cannot be opened",
+        ),
     ],
 )
 def test_a_storage_that_cannot_be_opened_is_named_without_its_password(storage, message):
@@ -712,8 +818,12 @@ def test_a_storage_that_cannot_be_opened_is_named_without_its_password(storage, 
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path):
-    (tmp_path / "study.db").write_text("no database, but some text that is long enough to be read as one " * 3)
-    with pytest.raises(SearchError, match=r"study.db cannot be opened as an Optuna study: file is not a database"):
+    (tmp_path / "study.db").write_text(
+        "no database, but some text that is long enough to be read as one " * 3
+    )
+    with pytest.raises(
+        SearchError, match=r"study.db cannot be opened as an Optuna study: file is not a database"
+    ):
         make(tmp_path)
 
 
@@ -758,7 +868,9 @@ def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_pat
         for epoch in range(1, EPOCHS + 1):
             if number == 3 and epoch == 2:
                 raise RuntimeError("out of luck")
-            tune.report({"epoch": epoch, "val_auc": math.nan if number == 2 else 0.5 + number / 100})
+            tune.report(
+                {"epoch": epoch, "val_auc": math.nan if number == 2 else 0.5 + number / 100}
+            )
 
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
     try:
@@ -779,6 +891,13 @@ def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_pat
     finally:
         ray.shutdown()
     trials = read(tmp_path).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [trial.state.name for trial in trials] == [
+        "COMPLETE",
+        "PRUNED",
+        "PRUNED",
+        "FAIL",
+        "COMPLETE",
+        "COMPLETE",
+    ]
     assert trials[1].intermediate_values == {1: 0.51, 2: 0.51}
     assert [trial.value for trial in trials[4:]] == [0.54, 0.55]

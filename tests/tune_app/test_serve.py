@@ -15,7 +15,15 @@ from starlette.testclient import TestClient
 
 from tune_app.results import load_study
 from tune_app.serve import build_app, serve
-from tune_app.serve_access import GLOBAL_TRIES, MOST_ADDRESSES, TRIES, WINDOW_S, Access, Refused, Throttle
+from tune_app.serve_access import (
+    GLOBAL_TRIES,
+    MOST_ADDRESSES,
+    TRIES,
+    WINDOW_S,
+    Access,
+    Refused,
+    Throttle,
+)
 from tune_app.serve_live import Feeds
 from tune_app.serve_queue import QueueError, StudyQueue
 from tune_app.serve_studies import StudyFolder, progress
@@ -40,7 +48,9 @@ def written(tmp_path_factory: pytest.TempPathFactory, a_search: Path) -> Path:
     again = root / "group" / "second & <b>third<"
     shutil.copytree(a_search, again / "b>")
     record = StudyFiles(again / "b>").trial("00003").record
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None}))
+    record.write_text(
+        json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None})
+    )
     return root
 
 
@@ -63,7 +73,9 @@ def test_the_list_tells_every_study_below_the_folder(client: TestClient, tmp_pat
     def listed() -> dict[str, Any]:
         return {row["id"]: row for row in client.get("/api/studies").json()["studies"]}
 
-    rows = wait_for(lambda: (found := listed()) and all("best" in row for row in found.values()) and found)
+    rows = wait_for(
+        lambda: (found := listed()) and all("best" in row for row in found.values()) and found
+    )
     assert set(rows) == {"first", SECOND}
     study = load_study(tmp_path / "first")
     assert rows["first"]["best"] == pytest.approx(study.best()["objective"])
@@ -86,22 +98,34 @@ def test_trials_and_curves_are_those_of_the_dataframes(client: TestClient, tmp_p
     assert curves["seen"] == StudyFiles(study.path).epochs.stat().st_size
     for trial, rows in study.epochs.groupby("trial"):
         assert curves["trials"][trial]["epoch"] == rows["epoch"].tolist()
-        assert curves["trials"][trial]["raw"] == pytest.approx(rows["val_auc_raw"].tolist(), abs=1e-4)
-        assert curves["trials"][trial]["ema"] == pytest.approx(rows["val_auc_ema"].tolist(), abs=1e-4)
-    some = client.get("/api/studies/first/trials", params={"where": "state == failed"}).json()["rows"]
+        assert curves["trials"][trial]["raw"] == pytest.approx(
+            rows["val_auc_raw"].tolist(), abs=1e-4
+        )
+        assert curves["trials"][trial]["ema"] == pytest.approx(
+            rows["val_auc_ema"].tolist(), abs=1e-4
+        )
+    some = client.get("/api/studies/first/trials", params={"where": "state == failed"}).json()[
+        "rows"
+    ]
     assert [row["trial"] for row in some] == ["00005"]
     refused = client.get("/api/studies/first/trials", params={"where": "colour > 3"})
     assert (refused.status_code, "unknown column" in refused.json()["detail"][0]) == (400, True)
 
 
-def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(client: TestClient, tmp_path: Path) -> None:
+def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(
+    client: TestClient, tmp_path: Path
+) -> None:
     study = load_study(tmp_path / "first")
     row = study.trials.iloc[1]
-    names = [each["name"] for each in client.get("/api/studies/first/trials/00001").json()["settings"]]
+    names = [
+        each["name"] for each in client.get("/api/studies/first/trials/00001").json()["settings"]
+    ]
     told = client.get("/api/studies/first/trials/00001").json()
     assert (told["verdict"], told["verdict_summary"]) == (row["verdict"], row["verdict_summary"])
     assert {each["name"]: each["value"] for each in told["settings"]}["s"] == f"{row['s']:g}"
-    both = client.get("/api/studies/first/compare", params={"first": "00000", "second": "00001"}).json()
+    both = client.get(
+        "/api/studies/first/compare", params={"first": "00000", "second": "00001"}
+    ).json()
     first, second = study.trials.iloc[0], study.trials.iloc[1]
     assert {each["name"] for each in both["settings"]} == {
         name for name in names if str(first[name]) != str(second[name])
@@ -131,7 +155,9 @@ def test_nothing_outside_the_folder_can_be_asked_for(client: TestClient, path: s
     assert client.get(path).status_code in (404, 422)
 
 
-def test_a_log_that_is_a_link_to_somewhere_else_is_not_followed(client: TestClient, tmp_path: Path) -> None:
+def test_a_log_that_is_a_link_to_somewhere_else_is_not_followed(
+    client: TestClient, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret"
     secret.write_text("not for the page\n")
     files = StudyFiles(tmp_path / "first")
@@ -152,7 +178,11 @@ def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_erro
     info = json.loads(StudyFiles(foreign).spec.read_text())
     StudyFiles(foreign).spec.write_text(json.dumps(info | {"format": 99}))
     # The service may have read both while they were being written, and reads again a little later.
-    wait_for(lambda: any("not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"]))
+    wait_for(
+        lambda: any(
+            "not a JSON row" in note for note in client.get("/api/studies/damaged").json()["notes"]
+        )
+    )
     wait_for(lambda: client.get("/api/studies/foreign").status_code != 200)
     answer = client.get("/api/studies/foreign")
     assert (answer.status_code, "format 99" in answer.json()["detail"][0]) == (409, True)
@@ -167,7 +197,9 @@ def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path:
         assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
 
 
-def test_the_folder_may_be_a_study_itself(tmp_path: Path, write_study: WriteStudy, own_cache: None) -> None:
+def test_the_folder_may_be_a_study_itself(
+    tmp_path: Path, write_study: WriteStudy, own_cache: None
+) -> None:
     root = write_study("first", trials=2, epochs=3)
     with TestClient(build_app(root, Access(TOKEN)), base_url="http://127.0.0.1:8321") as client:
         (row,) = client.get("/api/studies").json()["studies"]
@@ -206,7 +238,9 @@ def test_every_answer_forbids_inline_scripts_framing_and_guessing(client: TestCl
         ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example:8321", 421), ("", 421),
     ],
 )  # fmt: skip
-def test_a_name_that_is_not_the_services_is_refused(client: TestClient, host: str, status: int) -> None:
+def test_a_name_that_is_not_the_services_is_refused(
+    client: TestClient, host: str, status: int
+) -> None:
     assert client.get("/api/studies", headers={"host": host}).status_code == status
 
 
@@ -220,10 +254,14 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("path", "body"), CHANGES)
-def test_changing_takes_the_token_and_for_a_browser_its_own_page(client: TestClient, path: str, body: Any) -> None:
+def test_changing_takes_the_token_and_for_a_browser_its_own_page(
+    client: TestClient, path: str, body: Any
+) -> None:
     def status(**headers: str) -> int:
         return client.post(
-            path, json=body, headers={name.replace("_", "-"): text for name, text in headers.items()}
+            path,
+            json=body,
+            headers={name.replace("_", "-"): text for name, text in headers.items()},
         ).status_code
 
     assert status() == 401
@@ -237,7 +275,10 @@ def test_changing_takes_the_token_and_for_a_browser_its_own_page(client: TestCli
     assert status(**good, origin="http://evil.example") == 403
     assert status(**good, origin="null") == 403
     assert status(**good, sec_fetch_site="cross-site") == 403
-    assert status(**good, origin="http://127.0.0.1:8321", sec_fetch_site="same-origin") in (409, 422)
+    assert status(**good, origin="http://127.0.0.1:8321", sec_fetch_site="same-origin") in (
+        409,
+        422,
+    )
 
 
 def test_the_cookie_is_out_of_scripts_and_other_sites_reach_and_expires(client: TestClient) -> None:
@@ -257,7 +298,9 @@ def test_the_cookie_is_out_of_scripts_and_other_sites_reach_and_expires(client: 
         assert not access.is_session(nonsense)
 
 
-def test_reading_takes_the_token_where_others_can_reach_the_service(tmp_path: Path, own_cache: None) -> None:
+def test_reading_takes_the_token_where_others_can_reach_the_service(
+    tmp_path: Path, own_cache: None
+) -> None:
     for access in (Access(TOKEN, host="0.0.0.0"), Access(TOKEN, private=True)):
         with TestClient(build_app(tmp_path, access), base_url="http://127.0.0.1:8321") as client:
             for path in ("/api/studies", "/api/form", "/api/openapi.json", "/api/studies/x/events"):
@@ -322,7 +365,9 @@ async def first_events(
     async def read() -> None:
         async for event in feeds.events(study, seen):
             fields = dict(
-                line.split(": ", 1) for line in event.decode().strip().splitlines() if not line.startswith(":")
+                line.split(": ", 1)
+                for line in event.decode().strip().splitlines()
+                if not line.startswith(":")
             )
             if "data" in fields:
                 found.append(fields | {"data": json.loads(fields["data"])})
@@ -336,7 +381,9 @@ async def first_events(
     return found
 
 
-def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(tmp_path: Path, write_study: WriteStudy) -> None:
+def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(
+    tmp_path: Path, write_study: WriteStudy
+) -> None:
     root = write_study("live", trials=3, epochs=6, unfinished=1)
     files, folder = StudyFiles(root), StudyFolder(tmp_path)
     content = files.epochs.read_bytes()
@@ -358,7 +405,9 @@ def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(tmp_path:
     events = asyncio.run(first_events(feeds, "live", away, 2, add))
     rows = [event for event in events if event["event"] == "rows"]
     missed = [json.loads(line) for line in lines[-2:]]
-    assert [row[:2] for row in rows[0]["data"]["rows"]] == [[row["trial"], row["epoch"]] for row in missed]
+    assert [row[:2] for row in rows[0]["data"]["rows"]] == [
+        [row["trial"], row["epoch"]] for row in missed
+    ]
     assert rows[0]["id"] == str(len(content))
     assert rows[1]["data"]["rows"] == [["00002", 90, 0.75, None, True]]
     assert rows[1]["id"] == str(files.epochs.stat().st_size)
@@ -389,16 +438,33 @@ def test_a_study_is_checked_before_it_is_queued(client: TestClient, tmp_path: Pa
         answer = client.post("/api/check", json=spec, headers=BEARER)
         assert answer.status_code == 422
         assert words in "\n".join(answer.json()["detail"])
-        assert client.post("/api/studies", json={"name": "new", "spec": spec}, headers=BEARER).status_code == 422
+        assert (
+            client.post(
+                "/api/studies", json={"name": "new", "spec": spec}, headers=BEARER
+            ).status_code
+            == 422
+        )
     assert not (tmp_path / "new").exists()
     told = client.post("/api/check", json=good, headers=BEARER).json()
     assert (told["trials"], told["epochs"]) == (3, 4)
     for name in ("../out", ".hidden", "a/b", "", "x" * 65):
-        assert client.post("/api/studies", json={"name": name, "spec": good}, headers=BEARER).status_code == 422
-    assert client.post("/api/studies", json={"name": "first", "spec": good}, headers=BEARER).status_code == 409
+        assert (
+            client.post(
+                "/api/studies", json={"name": name, "spec": good}, headers=BEARER
+            ).status_code
+            == 422
+        )
+    assert (
+        client.post(
+            "/api/studies", json={"name": "first", "spec": good}, headers=BEARER
+        ).status_code
+        == 409
+    )
 
 
-def test_stopping_asks_the_driver_and_says_when_there_is_none(client: TestClient, tmp_path: Path) -> None:
+def test_stopping_asks_the_driver_and_says_when_there_is_none(
+    client: TestClient, tmp_path: Path
+) -> None:
     files, path = StudyFiles(tmp_path / "group" / "second & <b>third<" / "b>"), SECOND_PATH
     assert client.post(f"{path}/stop", headers=BEARER).status_code == 409
     with FileLock(files.lock):
@@ -433,10 +499,14 @@ def test_failed_trials_go_on_when_they_are_asked_to(
     assert (refused.status_code, refused.json()["detail"]) == (409, ["first: no trial has failed"])
 
     commands = []
-    monkeypatch.setattr("tune_app.serve_queue.subprocess.Popen", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(
+        "tune_app.serve_queue.subprocess.Popen", lambda command, **_: commands.append(command)
+    )
     queue = StudyQueue(tmp_path / "queue.json", list)
     queue.add(first, retry_failed=True)
-    assert StudyQueue(tmp_path / "queue.json", list).waiting[0].action == "retry", "so it is after a restart"
+    assert StudyQueue(tmp_path / "queue.json", list).waiting[0].action == "retry", (
+        "so it is after a restart"
+    )
     assert queue.advance()
     assert commands[0][-3:] == ["resume", str(first), "--retry-failed"]
 
@@ -448,7 +518,9 @@ def an_unrunnable_study(root: Path) -> Path:
     return root
 
 
-def test_studies_take_turns_and_one_that_cannot_begin_says_why(tmp_path: Path, own_cache: None) -> None:
+def test_studies_take_turns_and_one_that_cannot_begin_says_why(
+    tmp_path: Path, own_cache: None
+) -> None:
     first, second = (an_unrunnable_study(tmp_path / name) for name in ("one", "two"))
     queue = StudyQueue(tmp_path / "queue.json", lambda: [first, second])
     queue.add(first)
@@ -463,14 +535,18 @@ def test_studies_take_turns_and_one_that_cannot_begin_says_why(tmp_path: Path, o
     elsewhere.add(an_unrunnable_study(tmp_path / "three"))
     assert not elsewhere.advance(), "nor does a service of another folder get it"
 
-    again = StudyQueue(tmp_path / "queue.json", lambda: [first, second])  # the service died and came back
+    again = StudyQueue(
+        tmp_path / "queue.json", lambda: [first, second]
+    )  # the service died and came back
     assert again.is_starting(first)
     assert again.place(second) == 1
     wait_for(again.advance)
     assert again.last is not None
     assert again.last.path == str(second)
     assert again.stop(second) == "asked"
-    wait_for(lambda: not again.advance() and again.last is not None and again.last.exit_code is not None)
+    wait_for(
+        lambda: not again.advance() and again.last is not None and again.last.exit_code is not None
+    )
     assert "did you mean 'trials'" in StudyFiles(first).console.read_text()
     assert "Traceback" not in StudyFiles(first).console.read_text()
 
@@ -479,7 +555,10 @@ def test_a_driver_started_by_hand_has_the_machine_too(tmp_path: Path, own_cache:
     waiting = an_unrunnable_study(tmp_path / "waiting")
     queue = StudyQueue(tmp_path / "queue.json", lambda: [waiting, tmp_path / "by hand"])
     queue.add(waiting)
-    with FileLock(StudyFiles(tmp_path / "by hand").lock.parent.mkdir() or StudyFiles(tmp_path / "by hand").lock):
+    with FileLock(
+        StudyFiles(tmp_path / "by hand").lock.parent.mkdir()
+        or StudyFiles(tmp_path / "by hand").lock
+    ):
         assert not queue.advance()
     assert queue.stop(waiting) == "removed"
     with pytest.raises(QueueError, match="neither waits nor runs"):
@@ -489,16 +568,22 @@ def test_a_driver_started_by_hand_has_the_machine_too(tmp_path: Path, own_cache:
 # How far it is ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_estimated_end_lies_between_what_usually_happens_and_no_more_stops(write_study: WriteStudy) -> None:
+def test_the_estimated_end_lies_between_what_usually_happens_and_no_more_stops(
+    write_study: WriteStudy,
+) -> None:
     root = write_study("running", trials=12, epochs=20, unfinished=3, policy=False)
     with FileLock(StudyFiles(root).lock):
         study = load_study(root)
         now = float(study.epochs["time"].max())
         told = progress(study, now)
-    left = sum(20 - epochs for epochs in study.trials.loc[study.trials["state"] == "running", "epochs_run"])
+    left = sum(
+        20 - epochs for epochs in study.trials.loc[study.trials["state"] == "running", "epochs_run"]
+    )
     assert told["running"] == 3
     assert told["gpus_held"] == 3
     assert now < told["likely"] <= told["latest"]
-    assert told["latest"] - now == pytest.approx(left * 12 / 3, rel=0.1), "12 s an epoch, three at a time"
+    assert told["latest"] - now == pytest.approx(left * 12 / 3, rel=0.1), (
+        "12 s an epoch, three at a time"
+    )
     assert 0 < told["busy"] <= 1
     assert progress(load_study(root), now)["likely"] is None, "nothing runs"

@@ -14,7 +14,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from browsing import DEADLINE_S, DESKTOP, PHONE, Browser, click, complaints, opened, ready, wait, wait_for
+from browsing import (
+    DEADLINE_S,
+    DESKTOP,
+    PHONE,
+    Browser,
+    click,
+    complaints,
+    opened,
+    ready,
+    wait,
+    wait_for,
+)
 from filelock import FileLock
 from object_storage import put_folder, s3_server
 
@@ -34,7 +45,15 @@ class Service:
             self.port = free.getsockname()[1]
         self.folder, self.url = folder, f"http://127.0.0.1:{self.port}/"
         environment = os.environ | {"MEDTUNE_TOKEN": TOKEN, "MEDTUNE_CACHE": str(cache)}
-        command = [sys.executable, "-m", "tune_app.cli", "serve", str(folder), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "tune_app.cli",
+            "serve",
+            str(folder),
+            "--port",
+            str(self.port),
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         wait_for(self.answers)
 
@@ -52,7 +71,9 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, a_search: Path, an_ablation: Path) -> Iterator[Service]:
+def service(
+    tmp_path_factory: pytest.TempPathFactory, a_search: Path, an_ablation: Path
+) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(a_search, folder / "a search")
     shutil.copytree(an_ablation, folder / "an ablation")
@@ -86,14 +107,18 @@ def test_every_view_opens_without_an_error_or_a_foreign_request_and_fits_its_win
 ) -> None:
     opened(browser, f"{service.url}#/{view}", size)
     wait(browser, "return document.querySelector('main h1')")
-    for top in range(0, int(browser.execute_script("return document.documentElement.scrollHeight")), 700):
+    for top in range(
+        0, int(browser.execute_script("return document.documentElement.scrollHeight")), 700
+    ):
         browser.execute_script("scrollTo(0, arguments[0])", top)
     wait(
         browser,
         "return [...document.querySelectorAll('.plot')].every((plot) => !plot.getBoundingClientRect().height || plot.querySelector('svg')) ",
     )
     assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
-    names = browser.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    names = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
     assert names
     assert all(name.startswith(service.url) for name in names)
     assert complaints(browser) == []
@@ -105,7 +130,9 @@ def test_the_page_tells_what_the_dataframes_tell(browser: Browser, service: Serv
     best = study.best()
     assert f"{best['objective']:.3f}" in text(browser, ".tile b")
     assert f"Trial {best['trial']} is best" in text(browser, ".found")
-    assert int(browser.execute_script("return document.querySelector('.canvas').dataset.drawn")) == len(study.trials)
+    assert int(
+        browser.execute_script("return document.querySelector('.canvas').dataset.drawn")
+    ) == len(study.trials)
     rows = browser.execute_script(
         "return [...document.querySelectorAll('table.trials tr[data-trial]')].map((row) => row.dataset.trial)"
     )
@@ -127,7 +154,15 @@ def test_two_trials_are_picked_and_compared_and_a_diagnosis_opened_by_keyboard(
     opened(browser, f"{service.url}#/study/a%20search")
     body = browser.find_element("css selector", "body")
     body.send_keys("jxjx")
-    assert len(wait(browser, "return document.querySelectorAll('tr.picked').length === 2 && location.hash")) > 20
+    assert (
+        len(
+            wait(
+                browser,
+                "return document.querySelectorAll('tr.picked').length === 2 && location.hash",
+            )
+        )
+        > 20
+    )
     body.send_keys("c")
     ready(browser)
     names = wait(
@@ -169,9 +204,14 @@ def test_names_and_errors_that_try_to_be_markup_stay_text(
     nasty = {"error": "<script>window.hit=2</script>", "variant": "</td><svg onload=window.hit=3>"}
     record.write_text(json.dumps(json.loads(record.read_text()) | nasty))
     opened(browser, f"{service.url}#/")
-    wait(browser, "return [...document.querySelectorAll('td.name a')].some((a) => a.textContent.includes('onerror'))")
+    wait(
+        browser,
+        "return [...document.querySelectorAll('td.name a')].some((a) => a.textContent.includes('onerror'))",
+    )
     for view in ("", "/trial/00005"):
-        opened(browser, f"{service.url}#/study/%3Cimg%20src%3Dx%20onerror%3Dwindow.hit%3D1%3E{view}")
+        opened(
+            browser, f"{service.url}#/study/%3Cimg%20src%3Dx%20onerror%3Dwindow.hit%3D1%3E{view}"
+        )
         wait(browser, "return document.querySelector('main h1')")
         assert browser.execute_script(
             "return window.hit === undefined && !document.querySelector('main img, main script')"
@@ -195,7 +235,9 @@ def test_rows_of_a_running_study_appear_without_loading_again(
 ) -> None:
     files = another("running")
     record = files.trial("00003").record
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None}))
+    record.write_text(
+        json.dumps(json.loads(record.read_text()) | {"state": "running", "ended": None})
+    )
     rows = [json.loads(line) for line in files.epochs.read_text().splitlines()]
     last = [row for row in rows if row["trial"] == "00003"][-1]
     with FileLock(files.lock):
@@ -205,7 +247,9 @@ def test_rows_of_a_running_study_appear_without_loading_again(
         browser.execute_script("window.same = true")
         for epoch in (last["epoch"] + 1, last["epoch"] + 2):
             append_line(
-                files.epochs, last | {"epoch": epoch, "time": time.time(), "val_auc_ema": 0.987, "val_auc": 0.987}
+                files.epochs,
+                last
+                | {"epoch": epoch, "time": time.time(), "val_auc_ema": 0.987, "val_auc": 0.987},
             )
         wait(browser, "return document.documentElement.dataset.rows === '2'")
         wait(
@@ -214,7 +258,10 @@ def test_rows_of_a_running_study_appear_without_loading_again(
         )
         assert browser.execute_script("return window.same"), "the page was loaded again"
         assert int(browser.execute_script("return document.documentElement.dataset.lag")) < 20_000
-    wait(browser, "return document.querySelector('.title .badge').textContent.includes('interrupted')")
+    wait(
+        browser,
+        "return document.querySelector('.title .badge').textContent.includes('interrupted')",
+    )
     assert complaints(browser) == []
 
 
@@ -227,7 +274,10 @@ def test_a_page_of_object_storage_says_when_that_does_not_answer(
         put_folder("s3://studies/browser/a search", a_search)
         service = Service(Path("s3://studies/browser"), tmp_path / "cache")
         opened(browser, f"{service.url}#/")
-        wait(browser, "return document.querySelector('#studies tbody').textContent.includes('a search')")
+        wait(
+            browser,
+            "return document.querySelector('#studies tbody').textContent.includes('a search')",
+        )
         wait(browser, "return document.querySelector('#trouble').textContent === ''")
         opened(browser, f"{service.url}#/study/a%20search")
         wait(browser, "return document.querySelector('#live').textContent === 'live'")
@@ -239,14 +289,17 @@ def test_a_page_of_object_storage_says_when_that_does_not_answer(
     )
     opened(browser, f"{service.url}#/")
     wait(
-        browser, "return document.querySelector('#trouble').textContent.startsWith('the storage does not answer since')"
+        browser,
+        "return document.querySelector('#trouble').textContent.startsWith('the storage does not answer since')",
     )
     assert "a search" in text(browser, "#studies tbody"), "what was there is still shown"
     assert complaints(browser) == []
     assert "Traceback" not in service.end()
 
 
-def test_changing_asks_for_the_token_and_a_wrong_form_says_why(browser: Browser, service: Service) -> None:
+def test_changing_asks_for_the_token_and_a_wrong_form_says_why(
+    browser: Browser, service: Service
+) -> None:
     browser.delete_all_cookies()
     opened(browser, f"{service.url}#/new")
     browser.find_element("css selector", "#f-data").send_keys("/nowhere/table.csv")
@@ -267,14 +320,22 @@ def test_changing_asks_for_the_token_and_a_wrong_form_says_why(browser: Browser,
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # starts Ray twice
-def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Browser, tmp_path: Path) -> None:
+def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(
+    browser: Browser, tmp_path: Path
+) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=16, side=(14, 18))
     folder = tmp_path / "studies"
     folder.mkdir()
     service = Service(folder, tmp_path / "cache")
     root = folder / "from the page"
     files = StudyFiles(root)
-    small = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
+    small = {
+        "depth": 10,
+        "width": 0.125,
+        "volume_shape": 16,
+        "num_folds": 2,
+        "train_auc_volumes": 0,
+    }
     try:
         opened(browser, f"{service.url}#token={TOKEN}")
         wait(browser, "return document.querySelector('#login').textContent === 'log out'")
@@ -293,7 +354,9 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Bro
         click(browser, "#begin")
         wait(browser, "return location.hash === '#/study/from%20the%20page'")
         wait_for(
-            lambda: browser.execute_script("return Number(document.documentElement.dataset.rows || 0) > 4"),
+            lambda: browser.execute_script(
+                "return Number(document.documentElement.dataset.rows || 0) > 4"
+            ),
             deadline_s=600,
         )
         assert load_study(root).space.parameters["max_m"].ends[0] == 0.1  # type: ignore[union-attr]
@@ -309,10 +372,17 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(browser: Bro
         browser.execute_script("location.hash = '#/study/from%20the%20page/trial/00000'")
         click(browser, "#stop-trial")
         click(browser, "#yes")
-        wait_for(lambda: load_study(root).trials.set_index("trial").loc["00000", "state"] == "stopped")
+        wait_for(
+            lambda: load_study(root).trials.set_index("trial").loc["00000", "state"] == "stopped"
+        )
         assert load_study(root).trials.set_index("trial").loc["00000", "stopped_by"] == "requested"
-        wait(browser, "return document.querySelector('.title .badge').textContent.includes('stopped')")
-        assert "on request" in browser.execute_script("return document.querySelector('main').textContent")
+        wait(
+            browser,
+            "return document.querySelector('.title .badge').textContent.includes('stopped')",
+        )
+        assert "on request" in browser.execute_script(
+            "return document.querySelector('main').textContent"
+        )
 
         browser.execute_script("location.hash = '#/study/from%20the%20page'")
         ready(browser)

@@ -56,7 +56,9 @@ def listed(client: TestClient) -> dict[str, Any]:
     return {row["id"]: row for row in client.get("/api/studies").json()["studies"]}
 
 
-def test_studies_below_a_url_are_shown_as_those_of_a_folder(bucket: str, a_search: Path, tmp_path: Path) -> None:
+def test_studies_below_a_url_are_shown_as_those_of_a_folder(
+    bucket: str, a_search: Path, tmp_path: Path
+) -> None:
     put_folder(f"{bucket}/group/first", a_search)
     remote = Remote(bucket)
     remote.write("group/first/trials/00001/trial.log", b"epoch 1 of 12\n")
@@ -94,7 +96,9 @@ def test_studies_below_a_url_are_shown_as_those_of_a_folder(bucket: str, a_searc
     assert not (Replica(bucket).root / "epochs.jsonl").exists()
 
 
-def test_a_study_named_itself_is_shown_and_one_that_was_removed_is_not(bucket: str, write_study: WriteStudy) -> None:
+def test_a_study_named_itself_is_shown_and_one_that_was_removed_is_not(
+    bucket: str, write_study: WriteStudy
+) -> None:
     root = write_study("small", trials=2, epochs=3)
     put_folder(f"{bucket}/small", root)
     with service(f"{bucket}/small") as client:
@@ -120,7 +124,13 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
         return whole(self, below)
 
     monkeypatch.setattr(Remote, "listing", counted)
-    new = {"trial": "00002", "epoch": 90, "time": time.time(), "val_auc_raw": 0.75, "val_auc_ema": None}
+    new = {
+        "trial": "00002",
+        "epoch": 90,
+        "time": time.time(),
+        "val_auc_raw": 0.75,
+        "val_auc_ema": None,
+    }
     with service(bucket) as client:
         wait_for(lambda: "best" in listed(client).get("live", {}))
         assert listed(client)["live"]["state"] == "running"
@@ -167,7 +177,9 @@ def test_a_driver_that_gives_no_sign_of_life_is_not_shown_as_running(
     beats = iter(range(1000))
 
     def beat() -> None:
-        remote.write(storage.LEASE, json.dumps({"driver": "another-host 1 x", "beat": next(beats)}).encode())
+        remote.write(
+            storage.LEASE, json.dumps({"driver": "another-host 1 x", "beat": next(beats)}).encode()
+        )
 
     beat()
     with service(bucket) as client:
@@ -202,7 +214,9 @@ def test_what_is_asked_for_on_the_page_reaches_the_driver_and_its_answer_the_pag
         files.stop_request.unlink()
     assert Remote(url).names().count("requests/study.json") == 0, "an answered request was left"
     with mirrored(url) as files:
-        assert asked_to_stop(files) == ["00001"], "a request that nobody answered waits for the next session"
+        assert asked_to_stop(files) == ["00001"], (
+            "a request that nobody answered waits for the next session"
+        )
 
 
 def test_a_request_to_stop_that_was_there_at_the_start_is_void(bucket: str) -> None:
@@ -221,7 +235,9 @@ def test_a_request_to_stop_that_was_there_at_the_start_is_void(bucket: str) -> N
     assert Remote(bucket).names() == []
 
 
-def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(bucket: str, tmp_path: Path) -> None:
+def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(
+    bucket: str, tmp_path: Path
+) -> None:
     table = tmp_path / "table.csv"
     table.write_text("path,label,subject\nmissing.nii.gz,0,anna\n")
     spec = {"data": str(table), "space": "documented", "trials": 2, "config": {"epochs": 2}}
@@ -229,8 +245,16 @@ def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(buc
         wait_for(lambda: client.get("/api/studies").json()["trouble"] is None)
         asked = client.post("/api/studies", json={"name": "new", "spec": spec}, headers=BEARER)
         assert asked.status_code == 201
-        assert client.post("/api/studies", json={"name": "new", "spec": spec}, headers=BEARER).status_code == 409
-        told = wait_for(lambda: (row := client.get("/api/studies/new").json())["exit_code"] is not None and row, 120)
+        assert (
+            client.post(
+                "/api/studies", json={"name": "new", "spec": spec}, headers=BEARER
+            ).status_code
+            == 409
+        )
+        told = wait_for(
+            lambda: (row := client.get("/api/studies/new").json())["exit_code"] is not None and row,
+            120,
+        )
         assert (told["exit_code"], told["state"], told["path"]) == (1, "unstarted", f"{bucket}/new")
         said = client.get("/api/studies/new/log", params={"which": "console"}).json()["lines"]
         assert f"study: {bucket}/new" in said
@@ -270,23 +294,37 @@ def test_storage_that_goes_away_is_told_on_the_page_and_comes_back(
             assert log.status_code == 503
             with s3_server(int(leading_there["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])):
                 wait_for(lambda: client.get("/api/studies").json()["trouble"] is None)
-                assert client.post("/api/studies/study/trials/00002/stop", headers=BEARER).status_code == 200
+                assert (
+                    client.post("/api/studies/study/trials/00002/stop", headers=BEARER).status_code
+                    == 200
+                )
 
 
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [
         ("ftp://host/studies", SpecError, "name a folder, or a bucket in object storage: s3, gs"),
-        ("s3://nowhere/studies", StorageError, "s3://nowhere/studies: there is no 'nowhere': make it, or name another"),
+        (
+            "s3://nowhere/studies",
+            StorageError,
+            "s3://nowhere/studies: there is no 'nowhere': make it, or name another",
+        ),
     ],
 )
 def test_a_url_that_cannot_be_served_is_an_error_at_the_start(
-    bucket: str, place: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str,
+    place: str,
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         serve(Path(place), host="127.0.0.1", port=0)
-    assert not [path for path in tmp_path.iterdir() if path.name != "laptop"], "a URL was taken for a folder"
+    assert not [path for path in tmp_path.iterdir() if path.name != "laptop"], (
+        "a URL was taken for a folder"
+    )
 
 
 class Refusing(BaseHTTPRequestHandler):
@@ -303,7 +341,9 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
-def test_credentials_that_do_not_do_are_an_error_at_the_start(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_do_not_do_are_an_error_at_the_start(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refusing = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=refusing.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{refusing.server_port}")
@@ -314,7 +354,9 @@ def test_credentials_that_do_not_do_are_an_error_at_the_start(bucket: str, monke
         refusing.shutdown()
 
 
-def test_storage_that_does_not_answer_at_the_start_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_does_not_answer_at_the_start_is_an_error(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StorageError, match=f"^{bucket}: cannot be listed: .*NETWORK_CONNECTION"):
         serve(Path(bucket), host="127.0.0.1", port=0)
@@ -325,7 +367,12 @@ def test_no_object_is_written_outside_the_folder_it_is_copied_to(
 ) -> None:
     put_folder(f"{bucket}/study", write_study("study", trials=2, epochs=3))
     below = bucket.removeprefix("s3:/")
-    for name in ("../../../evil.json", "trials/../../../evil/trial.json", "/etc/evil.json", "requests/../../evil.json"):
+    for name in (
+        "../../../evil.json",
+        "trials/../../../evil/trial.json",
+        "/etc/evil.json",
+        "requests/../../evil.json",
+    ):
         put_raw(server, f"{below}/study/{name}", b"{}")
     opened(f"{bucket}/study")
     fetch_study(f"{bucket}/study", tmp_path / "copy")

@@ -26,7 +26,16 @@ from tune_app.stop_requests import (
 )
 from tune_app.synthetic import write_cohort
 
-TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
+TINY = [
+    "--set",
+    "depth=10",
+    "--set",
+    "width=0.125",
+    "--set",
+    "volume_shape=16",
+    "--set",
+    "num_folds=2",
+]
 TINY += ["--set", "train_auc_volumes=0"]
 DEADLINE_S = 180
 
@@ -40,7 +49,9 @@ def rows_of(trials: int, epochs: int) -> list[dict[str, Any]]:
     ]
 
 
-def decided(rows: list[dict[str, Any]], asked: dict[tuple[str, int], str]) -> tuple[Policy, list[Decision]]:
+def decided(
+    rows: list[dict[str, Any]], asked: dict[tuple[str, int], str]
+) -> tuple[Policy, list[Decision]]:
     policy = Policy(PolicySpec(grace_epochs=2, finalists=0), 16)
     known = {}
     return policy, [
@@ -78,7 +89,9 @@ def test_the_log_of_decisions_alone_says_on_replay_where_a_request_ended_a_trial
         ([0.8, 0.85, 0.85, 0.85, 0.5, 0.5, 0.5], "diagnosis"),
     ],
 )
-def test_a_trial_that_ends_by_itself_in_that_epoch_ends_for_its_own_reason(rows: list[float], reason: str) -> None:
+def test_a_trial_that_ends_by_itself_in_that_epoch_ends_for_its_own_reason(
+    rows: list[float], reason: str
+) -> None:
     policy = Policy(PolicySpec(halving=False), 8)
     for epoch, value in enumerate(rows, start=1):
         last = epoch == len(rows)
@@ -141,16 +154,32 @@ def wait_for(process: subprocess.Popen[str], what: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # three starts of Ray
-def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resumed(tmp_path: Path) -> None:
+def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resumed(
+    tmp_path: Path,
+) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=14, side=(14, 18))
     root = tmp_path / "study"
     files = StudyFiles(root)
-    asked = ["run", "--data", table, "--trials", 2, "--epochs", 60, "--out", root, "--cache", tmp_path / "cache"]
+    asked = [
+        "run",
+        "--data",
+        table,
+        "--trials",
+        2,
+        "--epochs",
+        60,
+        "--out",
+        root,
+        "--cache",
+        tmp_path / "cache",
+    ]
     process = medtune(*asked, "--max-concurrent", 2, *TINY, "--set", "grad_clip=1")
     wait_for(process, lambda: len(epochs_of(files)) >= 3)
     ask_to_stop_trial(files, "00000")
     wait_for(process, lambda: not asked_to_stop(files))
-    os.killpg(process.pid, signal.SIGKILL)  # the driver dies, perhaps before it has written all it knows
+    os.killpg(
+        process.pid, signal.SIGKILL
+    )  # the driver dies, perhaps before it has written all it knows
     process.communicate()
 
     before = epochs_of(files)
@@ -170,6 +199,8 @@ def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resum
     assert trials.loc["00001", "state"] in ("completed", "stopped")
     stops = study.decisions[study.decisions["reason"] == "requested"]
     assert stops["trial"].tolist() == ["00000"]
-    assert stops["epoch"].item() == trials.loc["00000", "epochs_run"], "nothing was trained after the stop"
+    assert stops["epoch"].item() == trials.loc["00000", "epochs_run"], (
+        "nothing was trained after the stop"
+    )
     assert not study.epochs.duplicated(["trial", "epoch"]).any()
     assert ON_REQUEST in out

@@ -25,7 +25,16 @@ from tune_app.spec import SpecError, StudyFiles, append_line
 from tune_app.storage import BusyError, Mirror, drop_unrecorded, fetch_study, mirrored, opened
 from tune_app.synthetic import write_cohort
 
-TINY = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=16", "--set", "num_folds=2"]
+TINY = [
+    "--set",
+    "depth=10",
+    "--set",
+    "width=0.125",
+    "--set",
+    "volume_shape=16",
+    "--set",
+    "num_folds=2",
+]
 TINY += ["--set", "train_auc_volumes=0"]
 
 
@@ -59,7 +68,9 @@ def test_objects_are_written_read_listed_and_removed(bucket: str, tmp_path: Path
     remote.delete("study.json")
     remote.delete("study.json")
     assert remote.read("study.json") is None
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: a cannot be written: .*NO_SUCH_BUCKET"):
+    with pytest.raises(
+        StorageError, match=r"s3://no-such-bucket/x: a cannot be written: .*NO_SUCH_BUCKET"
+    ):
         Remote("s3://no-such-bucket/x").write("a", b"")
 
 
@@ -87,7 +98,9 @@ def test_a_trial_finds_its_checkpoint_from_another_node(bucket: str, tmp_path: P
     assert Remote(bucket).read("trials/00004/checkpoint.pt") == b"epoch 4"
 
 
-def test_a_study_has_one_driver_and_a_dead_one_is_followed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_has_one_driver_and_a_dead_one_is_followed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage, "BEAT_S", 0.5)
     monkeypatch.setattr(storage, "SILENT_S", 4.0)
     with mirrored(bucket), pytest.raises(BusyError, match="is driving this study; wait for it"):
@@ -112,7 +125,9 @@ def test_what_the_storage_has_goes_before_what_lies_in_the_folder(bucket: str) -
         assert files.epochs.read_text().count("\n") == 1
 
 
-def test_rows_that_were_mirrored_before_their_trials_record_are_left_to_the_trial(tmp_path: Path) -> None:
+def test_rows_that_were_mirrored_before_their_trials_record_are_left_to_the_trial(
+    tmp_path: Path,
+) -> None:
     """Records are read first and sent last: a driver may die when the first rows of a trial are there and its record is not."""
     files = StudyFiles(tmp_path)
     for trial, epoch in (("00000", 1), ("00001", 1), ("00000", 2), ("00001", 2)):
@@ -120,7 +135,10 @@ def test_rows_that_were_mirrored_before_their_trials_record_are_left_to_the_tria
     append_line(files.decisions, {"trial": "00001", "epoch": 1})
     append_line(files.trial("00000").record, {"trial": "00000"})
     assert drop_unrecorded(files) == ["00001"]
-    assert [(row["trial"], row["epoch"]) for row in read_rows(files.epochs)] == [("00000", 1), ("00000", 2)]
+    assert [(row["trial"], row["epoch"]) for row in read_rows(files.epochs)] == [
+        ("00000", 1),
+        ("00000", 2),
+    ]
     assert read_rows(files.decisions) == []
     assert drop_unrecorded(files) == []
 
@@ -134,8 +152,12 @@ def test_a_place_without_a_study_says_so(bucket: str, tmp_path: Path) -> None:
         fetch_study("/shared/study", tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["../../written", "trials/../../../written", "//{outside}/written", "trials//written"])
-def test_an_object_whose_name_leads_elsewhere_is_left_out(bucket: str, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../../written", "trials/../../../written", "//{outside}/written", "trials//written"]
+)
+def test_an_object_whose_name_leads_elsewhere_is_left_out(
+    bucket: str, tmp_path: Path, name: str
+) -> None:
     remote = Remote(bucket)
     remote.write("study.json", b"{}")
     key = f"{bucket.removeprefix('s3://studies/')}/{name.format(outside=str(tmp_path)[1:])}"
@@ -153,7 +175,12 @@ def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = server["AWS_ENDPOINT_URL"]
-    deny = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::readonly/*"}
+    deny = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:PutObject",
+        "Resource": "arn:aws:s3:::readonly/*",
+    }
     policy = json.dumps({"Version": "2012-10-17", "Statement": [deny]}).encode()
     kind = {"Content-Type": "application/json"}
     for place, data in ((f"{url}/readonly", None), (f"{url}/readonly?policy", policy)):
@@ -166,7 +193,10 @@ def test_the_doctor_writes_to_the_bucket_and_says_what_is_wrong_with_it(
 
     assert storage_of(bucket) == ("good", "can be written: ")
     assert Remote(bucket).names() == [], "something was left"
-    for study, why in (("s3://nowhere/study", "bucket does not exist"), ("s3://readonly/study", "ACCESS_DENIED")):
+    for study, why in (
+        ("s3://nowhere/study", "bucket does not exist"),
+        ("s3://readonly/study", "ACCESS_DENIED"),
+    ):
         state, told = storage_of(study)
         assert state == "bad"
         assert told.startswith(f"{study}: ")
@@ -182,10 +212,24 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     server: dict[str, str], bucket: str, tmp_path: Path
 ) -> None:
     table = write_cohort(tmp_path / "c", subjects=14, side=(14, 18))
-    asked = ["run", "--data", table, "--trials", 2, "--epochs", 40, "--out", bucket, "--resume", *TINY]
+    asked = [
+        "run",
+        "--data",
+        table,
+        "--trials",
+        2,
+        "--epochs",
+        40,
+        "--out",
+        bucket,
+        "--resume",
+        *TINY,
+    ]
 
     def medtune(machine: str, *arguments: object) -> subprocess.Popen[str]:
-        return study_runs.medtune(*arguments, env=os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / machine)})
+        return study_runs.medtune(
+            *arguments, env=os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / machine)}
+        )
 
     first = medtune("head1", *asked)
     remote = Remote(bucket)
@@ -205,8 +249,12 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     assert set(study.trials["state"]) <= {"completed", "stopped"}
     for trial, rows in study.epochs.groupby("trial"):
         assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
-    assert (remote.read("epochs.jsonl") or b"").splitlines()[: len(before)] == before, "a row was rewritten"
-    assert {"study.json", "study.db", "trials/00000/checkpoint.pt", "trials/00001/best.pt"} <= set(remote.names())
+    assert (remote.read("epochs.jsonl") or b"").splitlines()[: len(before)] == before, (
+        "a row was rewritten"
+    )
+    assert {"study.json", "study.db", "trials/00000/checkpoint.pt", "trials/00001/best.pt"} <= set(
+        remote.names()
+    )
     assert storage.LEASE not in remote.names()
 
     fetch_study(bucket, tmp_path / "copy")
@@ -227,7 +275,18 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     put_folder(f"{bucket}/cohort", write_cohort(tmp_path / "c", subjects=14, side=(14, 18)).parent)
     shutil.rmtree(tmp_path / "c")
     url = f"{bucket}/studies/first"
-    asked = ["run", "--data", f"{bucket}/cohort/table.csv", "--trials", 2, "--epochs", 200, "--out", url, *TINY]
+    asked = [
+        "run",
+        "--data",
+        f"{bucket}/cohort/table.csv",
+        "--trials",
+        2,
+        "--epochs",
+        200,
+        "--out",
+        url,
+        *TINY,
+    ]
     env = os.environ | server | {"MEDTUNE_CACHE": str(tmp_path / "node")}
     first = study_runs.medtune(*asked, "--max-concurrent", 2, env=env, cwd=tmp_path)
     remote = Remote(url)
@@ -238,7 +297,9 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     out, err = first.communicate(timeout=120)
     assert first.returncode == 130, f"{out}\n{err}"
     assert f"medtune resume {url}" in err
-    assert not [name for name in remote.names() if name.startswith("requests/")], "answered, and left there"
+    assert not [name for name in remote.names() if name.startswith("requests/")], (
+        "answered, and left there"
+    )
 
     env |= {"MEDTUNE_CACHE": str(tmp_path / "another node")}
     study_runs.finished(study_runs.medtune("resume", url, env=env, cwd=tmp_path))
@@ -253,7 +314,9 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     assert not list(tmp_path.rglob("*.nii*")), "volumes were kept"
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], *, deadline_s: float = 400) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str], *, deadline_s: float = 400
+) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
         if process.poll() is not None or time.monotonic() > end:

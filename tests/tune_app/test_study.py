@@ -31,10 +31,25 @@ from tune_app.recorder import Recorder
 from tune_app.results import StudyDamageError, load_study, read_record, read_rows
 from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import Interrupt, Plan, _Session, log_callbacks, plan_resources, run_study, watching_only
+from tune_app.study import (
+    Interrupt,
+    Plan,
+    _Session,
+    log_callbacks,
+    plan_resources,
+    run_study,
+    watching_only,
+)
 from tune_app.synthetic import write_cohort
 
-WHOLE = {"trial": "00000", "state": "running", "overrides": {}, "failures": 0, "objective": None, "reason": None}
+WHOLE = {
+    "trial": "00000",
+    "state": "running",
+    "overrides": {},
+    "failures": 0,
+    "objective": None,
+    "reason": None,
+}
 """A trial's record as it is read again."""
 
 
@@ -44,7 +59,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_no_trial_could_start_from_is_told_before_any_does(table: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_no_trial_could_start_from_is_told_before_any_does(
+    table: Path, tmp_path: Path
+) -> None:
     weights = tmp_path / "resnet_10.pth"
     config = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2}
     save_medicalnet(configured_network(build_config(config)).backbone, weights)
@@ -56,7 +73,10 @@ def test_a_checkpoint_that_no_trial_could_start_from_is_told_before_any_does(tab
 
     with pytest.raises(SpecError, match=r"gone\.pth: no such file"):
         run(config=config | {"pretrained_path": str(tmp_path / "gone.pth")})
-    planned = [{"variant": name, "overrides": {"width": width}} for name, width in (("a", 0.125), ("b", 0.25))]
+    planned = [
+        {"variant": name, "overrides": {"width": width}}
+        for name, width in (("a", 0.125), ("b", 0.25))
+    ]
     with pytest.raises(SpecError, match=r"resnet_10\.pth: .*width"):
         run(kind="ablation", planned=planned, config=config | {"pretrained_path": str(weights)})
     assert not ray.is_initialized()
@@ -67,7 +87,20 @@ def test_a_checkpoint_that_no_trial_could_start_from_is_told_before_any_does(tab
 @pytest.mark.slow
 def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Path) -> None:
     root, cache = tmp_path / "study", tmp_path / "cache"
-    asked = ["run", "--data", table, "--trials", 4, "--epochs", 4, "--out", root, "--cache", cache, *TINY]
+    asked = [
+        "run",
+        "--data",
+        table,
+        "--trials",
+        4,
+        "--epochs",
+        4,
+        "--out",
+        root,
+        "--cache",
+        cache,
+        *TINY,
+    ]
     process = medtune(*asked, "--max-concurrent", 2)
     wait_for_rows(process, root, 5)
     os.killpg(process.pid, signal.SIGKILL)
@@ -122,11 +155,16 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_concurrent": 1, "sampler": "random",
         "config": SMALL | {"epochs": 500}, "policy": {"max_epochs": 3},
     }  # fmt: skip
-    outcome = run_study(build_spec(given), tmp_path / "study", console=Console(quiet=True), notes=notes)
+    outcome = run_study(
+        build_spec(given), tmp_path / "study", console=Console(quiet=True), notes=notes
+    )
     assert outcome.states == {"stopped": 3}
     told = notes.file.getvalue()
     assert "trial 00001: has waited for the trial before it in its process for" in told
-    assert f"its process has not ended trial 00000, whose last files may still be on their way to {tmp_path}" in told
+    assert (
+        f"its process has not ended trial 00000, whose last files may still be on their way to {tmp_path}"
+        in told
+    )
     trials = load_study(tmp_path / "study").trials
     assert list(trials["failures"]) == [0, 0, 0]
     for name in ("00000", "00001"):  # the third epoch's median replaces what went before
@@ -189,7 +227,12 @@ def test_failed_trials_go_on_when_they_are_asked_to(
     assert rows_of(root)[: len(before)] == before
     assert files.trial("00001").record.read_bytes() == whole_one
     record = read_record(files.trial("00000").record)
-    assert (record["state"], record["reason"], record["error"], record["failures"]) == ("completed", None, None, 0)
+    assert (record["state"], record["reason"], record["error"], record["failures"]) == (
+        "completed",
+        None,
+        None,
+        0,
+    )
     study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
     assert saved.read_text().split() == ["1", "2", "3", "4"], "no epoch is trained again"
@@ -198,7 +241,9 @@ def test_failed_trials_go_on_when_they_are_asked_to(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_study_says_how_to_go_on_and_does(table: Path, tmp_path: Path, blow: int) -> None:
+def test_an_interrupted_study_says_how_to_go_on_and_does(
+    table: Path, tmp_path: Path, blow: int
+) -> None:
     root = tmp_path / "study"
     asked = ["--trials", 1, "--epochs", 25, "--out", root, "--cache", tmp_path / "cache"]
     process = medtune("run", "--data", table, *asked, *TINY)
@@ -222,26 +267,57 @@ def test_the_documents_own_command_line_runs(table: Path, tmp_path: Path) -> Non
         --gradient_accumulation_steps 2 --multi_gpu --gpu --amp --freeze-backbone-epochs 0"""
     words = line.replace("--epochs 60", "--epochs 2").split()
     out = finished(
-        medtune("train", *words, "--data", table, "--out", tmp_path / "run", "--cache", tmp_path / "c", *TINY)
+        medtune(
+            "train",
+            *words,
+            "--data",
+            table,
+            "--out",
+            tmp_path / "run",
+            "--cache",
+            tmp_path / "c",
+            *TINY,
+        )
     )
     assert "1/2" in out
     assert "2/2" in out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["backbone_lr"], config["classifier_lr"], config["loss"]) == (1e-4, 1e-3, "ldam")
     again = finished(
-        medtune("train", *words, "--data", table, "--out", tmp_path / "run", "--cache", tmp_path / "c", *TINY)
+        medtune(
+            "train",
+            *words,
+            "--data",
+            table,
+            "--out",
+            tmp_path / "run",
+            "--cache",
+            tmp_path / "c",
+            *TINY,
+        )
     )
     assert again == out, "the finished run is told again from its checkpoint"
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_archive: Path, tmp_path: Path) -> None:
+def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(
+    adrenal_archive: Path, tmp_path: Path
+) -> None:
     """AdrenalMNIST3D, cut down to seconds: import, check, search, results as JSON, rows in TensorBoard's files."""
     finished(medtune("data", "import", adrenal_archive, tmp_path / "adrenal", "--limit", 40))
     table = tmp_path / "adrenal" / "table.csv"
     assert "120 volumes" in finished(medtune("data", "check", table, "--set", "volume_shape=28"))
-    small = ["--set", "depth=10", "--set", "width=0.125", "--set", "volume_shape=28", "--set", "train_auc_volumes=0"]
+    small = [
+        "--set",
+        "depth=10",
+        "--set",
+        "width=0.125",
+        "--set",
+        "volume_shape=28",
+        "--set",
+        "train_auc_volumes=0",
+    ]
     asked = ["--trials", 2, "--epochs", 2, "--log", "tensorboard", "--cache", tmp_path / "cache"]
     finished(medtune("run", "--data", table, "--out", tmp_path / "study", *asked, *small))
     check_whole(tmp_path / "study", trials=2, epochs=2)
@@ -256,7 +332,13 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(adrenal_arc
 @pytest.mark.slow
 def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_path: Path) -> None:
     def trial(config: dict[str, Any]) -> None:
-        row = {"val_auc": 0.7, "val_auc_raw": 0.7, "train_loss": 1.0, "drw_active": False, "epoch_s": 0.0}
+        row = {
+            "val_auc": 0.7,
+            "val_auc_raw": 0.7,
+            "train_loss": 1.0,
+            "drw_active": False,
+            "epoch_s": 0.0,
+        }
         tune.report({"epoch": 1, **row})
         if config["trial"] == "00000":
             raise ValueError("no such thing\nnot at all")
@@ -268,12 +350,20 @@ def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_pat
             raise ValueError("once only")
         tune.report({"epoch": 2, **row})
 
-    fields = {"data": "t.csv", "space": "documented", "trials": 3, "warm_start": (), "config": {"epochs": 2}}
+    fields = {
+        "data": "t.csv",
+        "space": "documented",
+        "trials": 3,
+        "warm_start": (),
+        "config": {"epochs": 2},
+    }
     spec, files = build_spec(fields | {"max_failures": 1}), StudyFiles(tmp_path / "study")
     recorder = Recorder(spec, files)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        session = _Session(spec, "none", recorder, Display(Console(quiet=True), num_trials=3, epochs=2))
+        session = _Session(
+            spec, "none", recorder, Display(Console(quiet=True), num_trials=3, epochs=2)
+        )
         session.begin()
         assert not session.run(trial, Plan(1, 1, 0.0, 2, [{"CPU": 1.0}]))
     finally:
@@ -307,7 +397,11 @@ def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_pat
     ],
 )
 def test_resources_of_a_trial(
-    fields: dict[str, Any], resources: dict[str, float], ranks: int, per_rank: float, concurrent: int
+    fields: dict[str, Any],
+    resources: dict[str, float],
+    ranks: int,
+    per_rank: float,
+    concurrent: int,
 ) -> None:
     plan = plan_resources(build_spec({"data": "t.csv", **fields}), resources)
     assert (plan.ranks, plan.gpus_per_rank, plan.concurrent) == (ranks, per_rank, concurrent)
@@ -324,20 +418,35 @@ def test_resources_of_a_trial(
         ({"accelerator_type": "A100"}, r"accelerator_type='A100': Ray has H200: choose one"),
     ],
 )
-def test_a_trial_that_can_never_be_scheduled_is_refused_at_once(fields: dict[str, Any], message: str) -> None:
+def test_a_trial_that_can_never_be_scheduled_is_refused_at_once(
+    fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
-        plan_resources(build_spec({"data": "t.csv", **fields}), {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H200": 1.0})
+        plan_resources(
+            build_spec({"data": "t.csv", **fields}),
+            {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H200": 1.0},
+        )
 
 
 def test_a_kind_of_gpu_is_part_of_every_ranks_bundle() -> None:
     spec = build_spec({"data": "t.csv", "gpus_per_trial": 2, "accelerator_type": "H200"})
-    plan = plan_resources(spec, {"CPU": 16.0, "GPU": 4.0, "accelerator_type:H200": 1.0, "accelerator_type:T4": 1.0})
+    plan = plan_resources(
+        spec, {"CPU": 16.0, "GPU": 4.0, "accelerator_type:H200": 1.0, "accelerator_type:T4": 1.0}
+    )
     assert plan.bundles == [{"CPU": 1.0, "GPU": 1.0, "accelerator_type:H200": 0.001}] * 2
 
 
 def test_all_violations_of_a_study_are_told_together() -> None:
     with pytest.raises(SpecError) as caught:
-        build_spec({"data": "t.csv", "trails": 5, "space": "documentd", "gpus_per_trial": 1.5, "sampler": "magic"})
+        build_spec(
+            {
+                "data": "t.csv",
+                "trails": 5,
+                "space": "documentd",
+                "gpus_per_trial": 1.5,
+                "sampler": "magic",
+            }
+        )
     text = str(caught.value)
     for part in ("'trails'; did you mean 'trials'", "1.5 GPUs a trial", "sampler"):
         assert part in text
@@ -363,7 +472,9 @@ def test_a_line_cut_by_a_killed_writer_is_dropped_and_the_rest_kept(tmp_path: Pa
     assert json.loads(whole.splitlines()[0])["val_auc"] is None
 
 
-def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_logger_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
         log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
@@ -406,7 +517,9 @@ def test_mlflow_writes_to_a_database_in_the_study_or_to_the_server_named(
         log_callbacks(spec, StudyFiles(tmp_path))
 
 
-def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_study_that_cannot_log_has_not_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Or the corrected command would be told that the folder holds a study already."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     spec = build_spec({"data": str(tmp_path / "t.csv"), "log": ["mlflow"]})
@@ -416,9 +529,24 @@ def test_a_study_that_cannot_log_has_not_begun(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.ray
-def test_a_study_whose_search_cannot_begin_leaves_its_folder_free(table: Path, tmp_path: Path) -> None:
+def test_a_study_whose_search_cannot_begin_leaves_its_folder_free(
+    table: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "study"
-    asked = ["run", "--data", table, "--trials", 1, "--epochs", 1, "--out", root, "--cache", tmp_path / "cache", *TINY]
+    asked = [
+        "run",
+        "--data",
+        table,
+        "--trials",
+        1,
+        "--epochs",
+        1,
+        "--out",
+        root,
+        "--cache",
+        tmp_path / "cache",
+        *TINY,
+    ]
     refused = medtune(*asked, "--warm-start-from", tmp_path / "gone")
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 1
@@ -430,12 +558,20 @@ def test_a_study_whose_search_cannot_begin_leaves_its_folder_free(table: Path, t
 
 @pytest.mark.parametrize(
     ("file", "what"),
-    [("model.json", "a model"), ("checkpoint.pt", "a run of `medtune train`"), ("table.csv", "the data")],
+    [
+        ("model.json", "a model"),
+        ("checkpoint.pt", "a run of `medtune train`"),
+        ("table.csv", "the data"),
+    ],
 )
-def test_a_study_does_not_move_into_a_folder_of_something_else(tmp_path: Path, file: str, what: str) -> None:
+def test_a_study_does_not_move_into_a_folder_of_something_else(
+    tmp_path: Path, file: str, what: str
+) -> None:
     (tmp_path / file).touch()
     data = tmp_path / ("table.csv" if file == "table.csv" else "elsewhere/table.csv")
-    with pytest.raises(SpecError, match=f"holds {what}; a study has a folder of its own: name another with --out"):
+    with pytest.raises(
+        SpecError, match=f"holds {what}; a study has a folder of its own: name another with --out"
+    ):
         run_study(build_spec({"data": str(data)}), tmp_path, console=Console(), notes=Console())
     assert not StudyFiles(tmp_path).spec.exists()
 
@@ -444,7 +580,9 @@ def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> Non
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
         interrupt.take()
-        signal.raise_signal(signal.SIGINT)  # does not raise here, where a destructor could swallow it
+        signal.raise_signal(
+            signal.SIGINT
+        )  # does not raise here, where a destructor could swallow it
         with pytest.raises(KeyboardInterrupt):
             interrupt.take()
         with pytest.raises(KeyboardInterrupt):
@@ -487,11 +625,23 @@ def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("trials/00000/trial.json", {"state": "running", "overrides": {}}, "has no failures, objective, reason, trial"),
+        (
+            "trials/00000/trial.json",
+            {"state": "running", "overrides": {}},
+            "has no failures, objective, reason, trial",
+        ),
         ("trials/abc/trial.json", WHOLE | {"trial": "abc"}, "trial 'abc' has no number for a name"),
-        ("epochs.jsonl", {"trial": "00000", "epoch": 1}, "has rows of trial 00000, but .*trial.json is not there"),
+        (
+            "epochs.jsonl",
+            {"trial": "00000", "epoch": 1},
+            "has rows of trial 00000, but .*trial.json is not there",
+        ),
         ("epochs.jsonl", {"trial": "../../x", "epoch": 1}, "must be the id of a trial"),
-        ("decisions.jsonl", {"trial": "00000", "epoch": 1}, "jsonl:1: has no action, reason, summary"),
+        (
+            "decisions.jsonl",
+            {"trial": "00000", "epoch": 1},
+            "jsonl:1: has no action, reason, summary",
+        ),
     ],
 )
 def test_what_no_driver_wrote_is_named_before_a_study_goes_on(

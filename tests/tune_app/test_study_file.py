@@ -42,7 +42,9 @@ def test_every_hyperparameter_can_be_set_by_removing_its_sign() -> None:
     assert build_config(config) == build_config({})
 
 
-def test_what_is_set_in_the_file_is_what_the_study_has_and_paths_start_at_the_file(tmp_path: Path) -> None:
+def test_what_is_set_in_the_file_is_what_the_study_has_and_paths_start_at_the_file(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "deep" / "study.yaml"
     path.parent.mkdir()
     text = study_file(data="../table.csv", space="narrow").replace("trials: 20", "trials: 7")
@@ -76,7 +78,12 @@ def test_every_path_of_a_study_becomes_absolute(monkeypatch: pytest.MonkeyPatch)
         "space": "wide",
     }
     assert given == before
-    left = {"data": "s3://bucket/table.csv", "cache": None, "confirms": "", "config": {"pretrained_path": None}}
+    left = {
+        "data": "s3://bucket/table.csv",
+        "cache": None,
+        "confirms": "",
+        "config": {"pretrained_path": None},
+    }
     assert absolute_paths(left, Path("/projects")) == left
 
 
@@ -84,7 +91,9 @@ def test_the_space_in_the_comment_is_a_space() -> None:
     lines = study_file().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("#   space:"))
     block = [line.removeprefix("#   ") for line in lines[start:] if line.startswith("#   ")]
-    written = yaml.safe_load("\n".join(block[: next(i for i, line in enumerate(block) if "dropout" in line) + 1]))
+    written = yaml.safe_load(
+        "\n".join(block[: next(i for i, line in enumerate(block) if "dropout" in line) + 1])
+    )
     space = build_spec({"data": "t.csv", **written}).resolved_space()
     assert {"s", "head", "one_minus_ema_decay", "backbone_lr"} <= set(space.parameters)
 
@@ -103,14 +112,18 @@ def test_a_file_that_is_there_is_kept_and_an_unknown_space_is_refused(tmp_path: 
 
 def test_init_writes_it_and_says_what_to_do_next(tmp_path: Path) -> None:
     path = tmp_path / "my study.yaml"
-    result = CliRunner().invoke(app, ["init", str(path), "--data", "volumes.csv", "--space", "wide"])
+    result = CliRunner().invoke(
+        app, ["init", str(path), "--data", "volumes.csv", "--space", "wide"]
+    )
     assert result.exit_code == 0, result.output
     assert f"medtune run '{path}'" in result.stdout
     fields = yaml.safe_load(path.read_text())
     assert (fields["data"], fields["space"]) == ("volumes.csv", "wide")
 
 
-@pytest.mark.parametrize("command", [["fixes"], ["spaces"], ["spaces", "wide"], ["spaces", "documented"]])
+@pytest.mark.parametrize(
+    "command", [["fixes"], ["spaces"], ["spaces", "wide"], ["spaces", "documented"]]
+)
 def test_what_there_is_to_search_fits_80_columns(command: list[str]) -> None:
     result = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
     assert result.exit_code == 0

@@ -13,7 +13,16 @@ import ray
 import torch
 from ray._private.state import actors
 from rich.console import Console
-from study_runs import SMALL, TINY, check_whole, medtune, processes, rows_of, wait_for_rows, wait_until
+from study_runs import (
+    SMALL,
+    TINY,
+    check_whole,
+    medtune,
+    processes,
+    rows_of,
+    wait_for_rows,
+    wait_until,
+)
 
 from trainables.diagnosis import VERDICTS
 from tune_app.results import load_study
@@ -32,11 +41,19 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_in_turn(table: Path, folder: Path, **fields: Any) -> tuple[Outcome, list[str]]:
     """Run three small trials one after the other, in a Ray of their own; how they ended, and the classes of its actors."""
-    given = {"data": str(table), "trials": 3, "max_concurrent": 1, "sampler": "random", "cache": str(folder / "cache")}
+    given = {
+        "data": str(table),
+        "trials": 3,
+        "max_concurrent": 1,
+        "sampler": "random",
+        "cache": str(folder / "cache"),
+    }
     quiet = Console(quiet=True)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        outcome = run_study(build_spec(given | fields), folder / "study", console=quiet, notes=quiet)
+        outcome = run_study(
+            build_spec(given | fields), folder / "study", console=quiet, notes=quiet
+        )
         return outcome, actor_classes()
     finally:
         ray.shutdown()
@@ -51,7 +68,9 @@ def actor_classes() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dashboard", [False, True])
-def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp_path: Path, dashboard: bool) -> None:
+def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(
+    table: Path, tmp_path: Path, dashboard: bool
+) -> None:
     """Each is stopped by the scheduler in the middle of its run: the way in which placement groups have leaked before.
 
     The processes of the first serve all, as they have loaded and found out what takes longest.
@@ -82,7 +101,9 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(table: Path, tmp
     finally:
         ray.shutdown()
     study = load_study(tmp_path / "study")
-    assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, "stopped after the first of 500 epochs"
+    assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, (
+        "stopped after the first of 500 epochs"
+    )
 
 
 @pytest.mark.ray
@@ -105,7 +126,9 @@ def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: P
     )
 
     def kill_a_rank_when_all_train() -> None:
-        wait_until(lambda: len({row["trial"] for row in rows_of(root)}) == 4, "an epoch of each trial", 300)
+        wait_until(
+            lambda: len({row["trial"] for row in rows_of(root)}) == 4, "an epoch of each trial", 300
+        )
         os.kill(processes("ray::_Rank")[0].pid, signal.SIGKILL)
 
     quiet = Console(quiet=True)
@@ -143,7 +166,9 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
         try:
             run_trial(trial, setting)
         finally:
-            saved_run.open_inputs = before  # a process of one rank serves the next trial; that of several must not
+            saved_run.open_inputs = (
+                before  # a process of one rank serves the next trial; that of several must not
+            )
 
     monkeypatch.setattr("tune_app.study.run_trial", trial_that_may_lack_memory)
     outcome, classes = run_in_turn(
@@ -156,7 +181,9 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
     )
     assert outcome.states == {"failed": 1, "completed": 2}
     trials = load_study(tmp_path / "study").trials
-    assert trials["reason"][0].startswith("out of memory: " + ("rank 0 on node" if ranks > 1 else "none left"))
+    assert trials["reason"][0].startswith(
+        "out of memory: " + ("rank 0 on node" if ranks > 1 else "none left")
+    )
     assert list(trials["failures"][1:]) == [0, 0]
     assert classes == (["ImplicitFunc"] if ranks == 1 else ["ImplicitFunc"] * 2 + ["_Rank"] * 2), (
         "no more than it takes"
@@ -205,7 +232,12 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
             "trials": 5,
             "gpus_per_trial": 2,
             "config": SMALL | {"epochs": 4, "batch_size": 2, "gradient_accumulation_steps": 1},
-            "policy": {"grace_epochs": 1, "reduction_factor": 2.0, "finalists": 0, "drw_guard_epochs": 0},
+            "policy": {
+                "grace_epochs": 1,
+                "reduction_factor": 2.0,
+                "finalists": 0,
+                "drw_guard_epochs": 0,
+            },
             "sampler": "random",
             "cache": str(tmp_path / "cache"),
         }
@@ -214,7 +246,11 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
-        assert sum(outcome.states.values()) == outcome.states.get("stopped", 0) + outcome.states["completed"] == 5
+        assert (
+            sum(outcome.states.values())
+            == outcome.states.get("stopped", 0) + outcome.states["completed"]
+            == 5
+        )
         assert actor_classes() == ["ImplicitFunc", "_Rank"]
         assert wait_until(lambda: ray.available_resources()["GPU"] >= 2.0, "GPUs free") < 5
     finally:
@@ -230,17 +266,36 @@ def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
     table: Path, tmp_path: Path, lost: str
 ) -> None:
     root = tmp_path / "study"
-    asked = ["--trials", 1, "--epochs", 15, "--ranks", 2, "--out", root, "--cache", tmp_path / "cache", *TINY]
+    asked = [
+        "--trials",
+        1,
+        "--epochs",
+        15,
+        "--ranks",
+        2,
+        "--out",
+        root,
+        "--cache",
+        tmp_path / "cache",
+        *TINY,
+    ]
     process = medtune("run", "--data", table, *asked, "--set", "batch_size=3")
     wait_for_rows(process, root, 3)
     driver = psutil.Process(process.pid)
     (victim,) = processes(lost, driver)
     ranks = processes("ray::_Rank", driver)
     os.kill(victim.pid, signal.SIGKILL)
-    wait_until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks), "old ranks gone", 30)
+    wait_until(
+        lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks),
+        "old ranks gone",
+        30,
+    )
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert re.search(rf"trial 00000: rank {int(lost == 'ray::_Rank')} on node [\d.]+ died: ", " ".join(err.split()))
+    assert re.search(
+        rf"trial 00000: rank {int(lost == 'ray::_Rank')} on node [\d.]+ died: ",
+        " ".join(err.split()),
+    )
     check_whole(root, trials=1, epochs=15)
     (trial,) = load_study(root).trials.to_dict("records")
     assert trial["failures"] == 1

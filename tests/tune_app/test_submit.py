@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 
 from tune_app import cli
 from tune_app.jobs import JobServerError, is_loopback, job_server, use_token_if_there
-from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec, read_study_file, resumed_spec
+from tune_app.spec import (
+    SpecError,
+    StudyFiles,
+    StudySpec,
+    build_spec,
+    read_study_file,
+    resumed_spec,
+)
 from tune_app.submit import (
     PACKAGES,
     SPEC_FILE,
@@ -38,11 +45,27 @@ def a_spec(**fields: Any) -> StudySpec:
 
 def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
     """A checkout as people have them: data, weights and history lie between the code."""
-    for name in ("tune_app/cli.py", "trainables/finetune.py", "search_spaces/fixes.py", "pyproject.toml"):
+    for name in (
+        "tune_app/cli.py",
+        "trainables/finetune.py",
+        "search_spaces/fixes.py",
+        "pyproject.toml",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("code\n")
-    unwanted = [".git/objects/aa", "tune_app/checkpoint.pt", "trainables/scan.nii.gz", "pretrained/resnet_50.pth"]
-    unwanted += ["studies/a/study.db", "trainables/__pycache__/finetune.pyc", ".env", "table.csv", "tune_app/.secret"]
+    unwanted = [
+        ".git/objects/aa",
+        "tune_app/checkpoint.pt",
+        "trainables/scan.nii.gz",
+        "pretrained/resnet_50.pth",
+    ]
+    unwanted += [
+        "studies/a/study.db",
+        "trainables/__pycache__/finetune.pyc",
+        ".env",
+        "table.csv",
+        "tune_app/.secret",
+    ]
     for name in unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"secret")
@@ -58,13 +81,19 @@ def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
 
 
 def test_what_is_sent_runs_without_the_checkout_and_is_the_same_each_time() -> None:
-    spec = a_spec(space={"base": "documented", "search": {"s": {"low": 5, "high": 40, "log": True}}})
+    spec = a_spec(
+        space={"base": "documented", "search": {"s": {"low": 5, "high": 40, "log": True}}}
+    )
     sent, again = (build_submission(spec, "/shared/studies/first") for _ in range(2))
     assert sent == again, "a cluster stores one package once"
     with zipfile.ZipFile(io.BytesIO(sent.package)) as archive:
         code = {name for name in archive.namelist() if name.endswith(".py")}
         fields = json.loads(archive.read(SPEC_FILE))
-    assert code == {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).glob("*.py")}
+    assert code == {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).glob("*.py")
+    }
     assert {"tune_app/report.html", "tune_app/report.css", "tune_app/report.js"} <= {
         name for name, _ in sent.contents()
     }
@@ -81,7 +110,9 @@ def test_the_packed_spec_means_the_same_as_a_study_file(tmp_path: Path) -> None:
 
 
 def test_versions_are_pinned_but_for_the_clusters_own() -> None:
-    pins = pinned_requirements(["ray[default,tune]>=2.54", "torch>=2.10", "numpy>=1", 'onnx>=1; extra == "onnx"'])
+    pins = pinned_requirements(
+        ["ray[default,tune]>=2.54", "torch>=2.10", "numpy>=1", 'onnx>=1; extra == "onnx"']
+    )
     assert [pin.partition("==")[0] for pin in pins] == ["numpy"]
     names = {pin.partition("==")[0] for pin in pinned_requirements()}
     assert {"optuna", "monai", "pandas"} <= names
@@ -90,11 +121,19 @@ def test_versions_are_pinned_but_for_the_clusters_own() -> None:
 
 @pytest.mark.parametrize(
     ("earlier", "number"),
-    [([], 1), (["medtune-first-00000000-7"], 1), (["{}-1", "{}-9", "{}-10"], 11), (["{}-x", "{}-2-3"], 1)],
+    [
+        ([], 1),
+        (["medtune-first-00000000-7"], 1),
+        (["{}-1", "{}-9", "{}-10"], 11),
+        (["{}-x", "{}-2-3"], 1),
+    ],
 )
 def test_the_next_job_of_a_study_counts_on(earlier: list[str], number: int) -> None:
     stem = job_name("/shared/studies/first")
-    assert next_id("/shared/studies/first", [one.format(stem) for one in earlier]) == f"{stem}-{number}"
+    assert (
+        next_id("/shared/studies/first", [one.format(stem) for one in earlier])
+        == f"{stem}-{number}"
+    )
 
 
 def test_job_names_tell_folders_apart_and_stay_readable() -> None:
@@ -109,9 +148,13 @@ def test_a_place_that_a_cluster_cannot_find_is_refused() -> None:
         build_submission(a_spec(), "studies/first")
 
 
-def test_a_package_over_rays_limit_is_refused_and_its_largest_file_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_over_rays_limit_is_refused_and_its_largest_file_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("tune_app.submit.LIMIT_MIB", 0.01)
-    with pytest.raises(SpecError, match=r"Ray takes 0.01: move out what is no code \(.*\.py 0\.0 MiB"):
+    with pytest.raises(
+        SpecError, match=r"Ray takes 0.01: move out what is no code \(.*\.py 0\.0 MiB"
+    ):
         build_submission(a_spec(), "/shared/studies/first")
 
 
@@ -121,21 +164,38 @@ def test_a_study_goes_on_only_as_itself(tmp_path: Path) -> None:
     asked = a_spec(max_concurrent=2, gpus_per_trial="auto", wait_for_resources_s=60)
     spec = resumed_spec(files, asked)
     assert (spec.max_concurrent, spec.gpus_per_trial, spec.wait_for_resources_s) == (2, 0.25, 60)
-    with pytest.raises(SpecError, match="trials is 8 there, 9 was asked for; seed is 0 there, 1 was asked for"):
+    with pytest.raises(
+        SpecError, match="trials is 8 there, 9 was asked for; seed is 0 there, 1 was asked for"
+    ):
         resumed_spec(files, a_spec(trials=9, seed=1))
 
 
 def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(SHARED))
-    asked = ["submit", "--dry-run", "--", "run", str(tmp_path / "study.yaml"), "--out", "/shared/studies/first"]
+    asked = [
+        "submit",
+        "--dry-run",
+        "--",
+        "run",
+        str(tmp_path / "study.yaml"),
+        "--out",
+        "/shared/studies/first",
+    ]
     shown = yaml.safe_load(CliRunner().invoke(cli.app, asked, catch_exceptions=False).stdout)
     assert shown["submission_id"] == next_id("/shared/studies/first", [])
-    assert shown["entrypoint"] == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
+    assert (
+        shown["entrypoint"]
+        == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
+    )
     assert shown["study"]["trials"] == 8
     assert "tune_app/cli.py" in shown["package"]["files"]
-    again = yaml.safe_load(CliRunner().invoke(cli.app, [*asked, "--retry-failed"], catch_exceptions=False).stdout)
+    again = yaml.safe_load(
+        CliRunner().invoke(cli.app, [*asked, "--retry-failed"], catch_exceptions=False).stdout
+    )
     assert again["entrypoint"] == shown["entrypoint"] + " --retry-failed"
-    manifest = CliRunner().invoke(cli.app, ["submit", "--kuberay", "-", *asked[2:], "--retry-failed"])
+    manifest = CliRunner().invoke(
+        cli.app, ["submit", "--kuberay", "-", *asked[2:], "--retry-failed"]
+    )
     assert manifest.exit_code == 2, "its job may start more than once"
     wrong = CliRunner().invoke(cli.app, [*asked, "--trails", "3"])
     assert wrong.exit_code == 2, "options are checked before anything is sent"
@@ -146,7 +206,10 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("given", "url"),
-    [("127.0.0.1:8265", "http://127.0.0.1:8265"), ("https://ray.example.org/", "https://ray.example.org")],
+    [
+        ("127.0.0.1:8265", "http://127.0.0.1:8265"),
+        ("https://ray.example.org/", "https://ray.example.org"),
+    ],
 )
 def test_addresses_of_job_servers(given: str, url: str) -> None:
     assert job_server(given) == url
@@ -160,7 +223,13 @@ def test_what_is_no_job_server_or_shows_a_password_is_refused(given: str) -> Non
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("192.0.2.7", False)],
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("192.0.2.7", False),
+    ],
 )
 def test_loopback_is_told_from_networks(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
@@ -292,7 +361,9 @@ def test_the_kuberay_manifest_is_the_golden_one() -> None:
 
 
 def test_the_manifest_holds_the_study_and_survives_its_head() -> None:
-    config, job = yaml.safe_load_all(kuberay_manifest(a_spec(), "s3://bucket/first", Cluster(gpus=0, max_workers=2)))
+    config, job = yaml.safe_load_all(
+        kuberay_manifest(a_spec(), "s3://bucket/first", Cluster(gpus=0, max_workers=2))
+    )
     assert build_spec(json.loads(config["data"][SPEC_FILE])) == a_spec(wait_for_resources_s=1800)
     assert config["metadata"]["name"] == job["metadata"]["name"] == job_name("s3://bucket/first")
     assert job["spec"]["entrypoint"].split()[-3:] == ["--out", "s3://bucket/first", "--resume"]
@@ -302,7 +373,9 @@ def test_the_manifest_holds_the_study_and_survives_its_head() -> None:
 
 
 def test_a_path_that_no_pod_sees_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"data /home/me/table\.csv: no pod sees it; put it below /shared"):
+    with pytest.raises(
+        SpecError, match=r"data /home/me/table\.csv: no pod sees it; put it below /shared"
+    ):
         kuberay_manifest(a_spec(data="/home/me/table.csv"), "/shared/first", Cluster())
 
 
@@ -317,7 +390,9 @@ def test_the_launchers_file_is_one_that_ray_accepts() -> None:
         assert "RAY_AUTH_TOKEN=" not in command, "an argument shows in the process list"
 
 
-def test_a_token_path_that_leads_nowhere_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_path_that_leads_nowhere_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And not as another cluster's token, which is what Ray's refusal looks like."""
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
     with pytest.raises(JobServerError, match=r"RAY_AUTH_TOKEN_PATH=.*gone: no such file"):

@@ -57,15 +57,25 @@ def test_files_differ_in_shape_spacing_and_orientation_as_real_ones_do(table: Pa
     spacings = np.array([image.header.get_zooms() for image in images])
     assert spacings.min() < 0.85
     assert spacings.max() > 1.2
-    assert {"".join(nib.aff2axcodes(image.affine)) for image in images} == {"RAS", "LAS", "LPS", "PIR"}
+    assert {"".join(nib.aff2axcodes(image.affine)) for image in images} == {
+        "RAS",
+        "LAS",
+        "LPS",
+        "PIR",
+    }
     assert {image.get_data_dtype() for image in images} == {np.dtype(np.int16)}
     assert all(image.dataobj.slope != 1 for image in images)
 
 
-def test_the_shape_tells_the_classes_apart_and_the_amount_of_bright_voxels_does_not(cohort: Cohort) -> None:
+def test_the_shape_tells_the_classes_apart_and_the_amount_of_bright_voxels_does_not(
+    cohort: Cohort,
+) -> None:
     flat = [-flatness(volume[0]) for volume in cohort.volumes]
     assert roc_auc_score(cohort.labels, flat) > 0.93
-    amount = [float((gaussian_filter(volume[0].astype(float), 1.5) > 1).sum()) for volume in cohort.volumes]
+    amount = [
+        float((gaussian_filter(volume[0].astype(float), 1.5) > 1).sum())
+        for volume in cohort.volumes
+    ]
     assert 0.2 < roc_auc_score(cohort.labels, amount) < 0.8
 
 
@@ -77,8 +87,13 @@ def test_a_reader_that_ignores_the_orientation_loses_the_classes(cohort: Cohort)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Path) -> None:
-    tables = [write_cohort(tmp_path / name, subjects=4, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
-    contents = [{file.name: file.read_bytes() for file in table.parent.rglob("*.*")} for table in tables]
+    tables = [
+        write_cohort(tmp_path / name, subjects=4, seed=seed)
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    contents = [
+        {file.name: file.read_bytes() for file in table.parent.rglob("*.*")} for table in tables
+    ]
     assert contents[0] == contents[1]
     assert contents[0] != contents[2]
 
@@ -91,19 +106,26 @@ def test_the_share_of_positives_and_the_sides_are_as_asked(tmp_path: Path) -> No
     assert {side for path in rows["path"] for side in nib.load(path).shape} == {8, 9}
 
 
-def test_the_pretext_cohort_has_three_other_shapes_in_equal_numbers(tmp_path: Path, cohort: Cohort) -> None:
+def test_the_pretext_cohort_has_three_other_shapes_in_equal_numbers(
+    tmp_path: Path, cohort: Cohort
+) -> None:
     table = write_pretext_cohort(tmp_path / "pretext", subjects=18)
     rows = read_manifest(table, num_classes=3).rows
     assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6, 2: 6}
     assert rows["subject"].nunique() == 18
-    assert check_manifest(table, 3, build_config({"num_classes": 3, "volume_shape": 20})).problems == []
+    assert (
+        check_manifest(table, 3, build_config({"num_classes": 3, "volume_shape": 20})).problems
+        == []
+    )
     middle = np.s_[0, 9:11, 9:11, 9:11]
     recipe = cohort.recipe
     centres = {
         label: [load_volume(p, recipe)[middle].mean() for p in rows["path"][rows["label"] == label]]
         for label in range(3)
     }
-    assert np.mean(centres[2]) < min(np.mean(centres[0]), np.mean(centres[1]))  # the shell is hollow
+    assert np.mean(centres[2]) < min(
+        np.mean(centres[0]), np.mean(centres[1])
+    )  # the shell is hollow
 
 
 def test_a_folder_with_something_in_it_is_left_alone(table: Path) -> None:

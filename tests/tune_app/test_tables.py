@@ -39,14 +39,18 @@ def trials() -> pd.DataFrame:
             "trial": pd.Series(["00000", "00001", "00002", "00003"], dtype="string"),
             "number": pd.Series([0, 1, 2, 3], dtype="Int64"),
             "state": pd.Series(["completed", "stopped", "failed", "stopped"], dtype="string"),
-            "verdict": pd.Series(["healthy", "ema_lag", None, "collapsed_after_drw"], dtype="string"),
+            "verdict": pd.Series(
+                ["healthy", "ema_lag", None, "collapsed_after_drw"], dtype="string"
+            ),
             "since_epoch": pd.Series([None, 4, None, 15], dtype="Int64"),
             "best_val_auc": [0.9, 0.6, float("nan"), 0.72],
             "best_val_auc_raw": [0.88, 0.85, float("nan"), 0.73],
             "max_m": [0.2, 0.3, 0.1, 0.3],
             "ema_warmup": pd.Series([True, False, True, True], dtype="boolean"),
             "head": pd.Series(["cosine", "linear", "linear", "my own"], dtype="string"),
-            "started": pd.to_datetime([1.78e9, 1.78e9 + 3600, 1.78e9 + 7200, 1.78e9 + 86400], unit="s", utc=True),
+            "started": pd.to_datetime(
+                [1.78e9, 1.78e9 + 3600, 1.78e9 + 7200, 1.78e9 + 86400], unit="s", utc=True
+            ),
         }
     )
 
@@ -88,7 +92,9 @@ def trials() -> pd.DataFrame:
         ("val_auc == nan", []),
     ],
 )
-def test_conditions_let_through_what_they_say(trials: pd.DataFrame, condition: str, expected: list[int]) -> None:
+def test_conditions_let_through_what_they_say(
+    trials: pd.DataFrame, condition: str, expected: list[int]
+) -> None:
     assert select(trials, condition)["number"].tolist() == expected
 
 
@@ -119,7 +125,9 @@ def test_several_conditions_must_all_hold(trials: pd.DataFrame) -> None:
         ("trials.index > 0", "unknown column"),
     ],
 )
-def test_a_condition_that_cannot_be_understood_says_where(trials: pd.DataFrame, condition: str, says: str) -> None:
+def test_a_condition_that_cannot_be_understood_says_where(
+    trials: pd.DataFrame, condition: str, says: str
+) -> None:
     with pytest.raises(QueryError) as told:
         select(trials, condition)
     assert says in str(told.value)
@@ -128,7 +136,9 @@ def test_a_condition_that_cannot_be_understood_says_where(trials: pd.DataFrame, 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60) | st.text("()<>=!~ ,'\"notadrmx_.013", max_size=40))
 def test_any_text_is_a_condition_or_an_error_in_words(text: str) -> None:
-    table = pd.DataFrame({"max_m": [0.1, 0.2], "state": pd.Series(["a", None], dtype="string"), "n": [1, 2]})
+    table = pd.DataFrame(
+        {"max_m": [0.1, 0.2], "state": pd.Series(["a", None], dtype="string"), "n": [1, 2]}
+    )
     with contextlib.suppress(QueryError):
         assert len(select(table, text)) <= 2
 
@@ -231,7 +241,9 @@ def test_small_helpers_of_text() -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80, 120, 200])
-def test_the_rendered_table_keeps_to_its_width_and_names_what_it_left_out(study: Study, width: int) -> None:
+def test_the_rendered_table_keeps_to_its_width_and_names_what_it_left_out(
+    study: Study, width: int
+) -> None:
     text = _rendered(study, width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -248,7 +260,10 @@ def test_eighty_columns_hold_state_verdict_objective_and_interval(study: Study) 
     best = study.best()
     row = next(line for line in lines if line.startswith(best["trial"]))
     assert f"{best['objective']:.3f}" in row
-    assert f"{best['best_val_auc']:.3f} [{best['best_val_auc_low']:.3f}, {best['best_val_auc_high']:.3f}]" in row
+    assert (
+        f"{best['best_val_auc']:.3f} [{best['best_val_auc_low']:.3f}, {best['best_val_auc_high']:.3f}]"
+        in row
+    )
 
 
 def test_nothing_in_a_cell_is_taken_as_markup_or_obeyed_by_the_terminal() -> None:
@@ -260,10 +275,15 @@ def test_nothing_in_a_cell_is_taken_as_markup_or_obeyed_by_the_terminal() -> Non
     assert "\x1b[2J" not in shown
 
 
-def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are_many(study: Study) -> None:
+def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are_many(
+    study: Study,
+) -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(
-        render_table(results_table(study, columns="trial,state,reason,best_val_auc*,best_epoch,epochs_run"), 30)
+        render_table(
+            results_table(study, columns="trial,state,reason,best_val_auc*,best_epoch,epochs_run"),
+            30,
+        )
     )
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "best_val_auc, best_val_auc_low, best_val_auc_high" in text
@@ -297,7 +317,11 @@ def _rendered(study: Study, width: int) -> str:
 def test_meanings_are_found_by_name_and_pattern(study: Study) -> None:
     meanings = column_meanings(study)
     assert len(matching(meanings, None)) == len(meanings)
-    assert set(matching(meanings, "best_val_auc*, s")["column"]) >= {"best_val_auc", "best_val_auc_low", "s"}
+    assert set(matching(meanings, "best_val_auc*, s")["column"]) >= {
+        "best_val_auc",
+        "best_val_auc_low",
+        "s",
+    }
     with pytest.raises(QueryError, match="did you mean"):
         matching(meanings, "bst_epoch")
     assert meanings_table(meanings).row_count == len(meanings) + 2

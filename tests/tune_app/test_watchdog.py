@@ -12,7 +12,16 @@ import pytest
 from trainables.checkpoints import TrialFiles
 from trainables.ray_trainable import SignOfLife
 from tune_app import watchdog
-from tune_app.watchdog import START_S, Seen, StalledError, Watchdog, moved, placing, reason_of, watch_tune
+from tune_app.watchdog import (
+    START_S,
+    Seen,
+    StalledError,
+    Watchdog,
+    moved,
+    placing,
+    reason_of,
+    watch_tune,
+)
 
 
 class Scene:
@@ -110,7 +119,9 @@ def test_the_reason_is_found_in_log_and_disk(tmp_path: Path) -> None:
     assert said.startswith("it takes 4 CPU and 2 GPU in 2 bundle(s), 3 CPU and 0 GPU are free")
 
 
-def test_a_sign_of_life_is_what_moves_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sign_of_life_is_what_moves_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = TrialFiles(tmp_path)
     assert moved(files, 3) == ("running", (3, None))
     alive = SignOfLife(files.alive)
@@ -135,24 +146,39 @@ def test_a_full_disk_is_told_at_once_and_ends_nothing() -> None:
     scene = Scene()
     scene.live(10, Seen("00001", "running", mark=1))
     scene.live(5, Seen("00001", "no room", mark=1))
-    assert scene.said == ["trial 00001: the disk is full; make room, and the trial goes on by itself"]
+    assert scene.said == [
+        "trial 00001: the disk is full; make room, and the trial goes on by itself"
+    ]
     scene.live(5000, Seen("00001", "no room", mark=1))
-    assert scene.said[1].startswith("trial 00001: has waited for room on its disk for 100 s: because")
+    assert scene.said[1].startswith(
+        "trial 00001: has waited for room on its disk for 100 s: because"
+    )
     assert not scene.ended
 
 
-def test_a_trial_whose_process_ends_another_is_told_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_whose_process_ends_another_is_told_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not that it waits for CPUs or a GPU, which its process has: the disk of the trial before is to blame."""
     times = itertools.count(0.0, 2.5)
-    monkeypatch.setattr(watchdog, "Watchdog", functools.partial(Watchdog, clock=lambda: next(times)))
+    monkeypatch.setattr(
+        watchdog, "Watchdog", functools.partial(Watchdog, clock=lambda: next(times))
+    )
     actor = SimpleNamespace(_actor_id="a")
     said: list[str] = []
     look = watch_tune(
-        lambda name: TrialFiles(tmp_path / name), lambda name: 0, [], say=said.append, deadline_s=1000.0, local=False
+        lambda name: TrialFiles(tmp_path / name),
+        lambda name: 0,
+        [],
+        say=said.append,
+        deadline_s=1000.0,
+        local=False,
     )
 
     def trial(name: str, status: str) -> SimpleNamespace:
-        return SimpleNamespace(config={"trial": name}, status=status, temporary_state=SimpleNamespace(ray_actor=actor))
+        return SimpleNamespace(
+            config={"trial": name}, status=status, temporary_state=SimpleNamespace(ray_actor=actor)
+        )
 
     def follow() -> None:
         for _ in range(1000):
@@ -160,7 +186,9 @@ def test_a_trial_whose_process_ends_another_is_told_which(tmp_path: Path, monkey
 
     for _ in range(3):
         look([trial("00000", "RUNNING")])
-    with pytest.raises(StalledError, match="no trial has begun for 17 min: its process has not ended trial 00000"):
+    with pytest.raises(
+        StalledError, match="no trial has begun for 17 min: its process has not ended trial 00000"
+    ):
         follow()
     assert said[0] == (
         "trial 00001: has waited for the trial before it in its process for 5 min: its process has not ended trial "
@@ -168,18 +196,27 @@ def test_a_trial_whose_process_ends_another_is_told_which(tmp_path: Path, monkey
     )
 
 
-def test_no_actor_is_held_once_its_trial_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_actor_is_held_once_its_trial_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A handle that outlived `ray.shutdown` kept a connection open: one a study, for as long as the process ran."""
     monkeypatch.setattr(watchdog, "LOOK_S", 0.0)
     actor = type("Actor", (), {"_actor_id": "a"})()
     held = weakref.ref(actor)
     trial = SimpleNamespace(
-        config={"trial": "00000"}, status="RUNNING", temporary_state=SimpleNamespace(ray_actor=actor)
+        config={"trial": "00000"},
+        status="RUNNING",
+        temporary_state=SimpleNamespace(ray_actor=actor),
     )
     del actor
     said: list[str] = []
     look = watch_tune(
-        lambda name: TrialFiles(tmp_path), lambda name: 1, [], say=said.append, deadline_s=9.0, local=True
+        lambda name: TrialFiles(tmp_path),
+        lambda name: 1,
+        [],
+        say=said.append,
+        deadline_s=9.0,
+        local=True,
     )
     look([trial])
     assert held() is not None
