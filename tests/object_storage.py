@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainables.storage import Remote
+from trainables.data.storage import Remote
 
 BUCKET = "studies"
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from trainables.checkpoints import save_state, write_json
 from trainables.config import ConfigError, FineTuneConfig, build_config
-from trainables.scans import VolumeError, read_scan
+from trainables.data.scans import VolumeError, read_scan
 from tune_app.cli import main
 from tune_app.cli_common import parse_settings
 from tune_app.results import StudyDamageError, load_study

@@ -20,7 +20,7 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
   What changes between steps lies in tensors that keep their place: where the step begins in the epoch's order, rates,
   class weights, random seeds. So only another set of trainable stages needs another capture; a partial last step runs
   eagerly, on the same stream.
-* What the next trial of a process can use again stays: the cohort on the device (`trainables.resident`), and what torch
+* What the next trial of a process can use again stays: the cohort on the device (`trainables.data.resident`), and what torch
   knows about convolutions, as all trials train in one thread (`trainables.training_thread`).
 * On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking
   each by itself (`trainables.batchnorm`): the numbers are those of one after the other, up to rounding.
@@ -63,10 +63,12 @@ from torch import Tensor, nn
 from trainables.augment import augment_batch
 from trainables.batchnorm import set_groups
 from trainables.config import FineTuneConfig
+from trainables.data.manifest import Split
+from trainables.data.resident import Volumes
+from trainables.data.volumes import Cohort
 from trainables.ema import AveragedWeights
 from trainables.gradient_sum import GradientSum
 from trainables.losses import class_weights, drw_active, ldam_margins, logit_scale, sample_losses
-from trainables.manifest import Split
 from trainables.metrics import score_metrics
 from trainables.network import (
     STAGES,
@@ -77,8 +79,6 @@ from trainables.network import (
     train_mode,
     trainable_stages,
 )
-from trainables.resident import Volumes
-from trainables.volumes import Cohort
 from trainables.weights import LoadReport, load_pretrained
 
 CHECKPOINT_FORMAT = 1

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.manifest import Split, grouped_folds
-from trainables.volumes import Cohort
+from trainables.data.manifest import Split, grouped_folds
+from trainables.data.volumes import Cohort
 
 Pretext = Literal["rotation", "size"]
 

@@ -19,7 +19,7 @@ from ray import tune
 
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
-from trainables.storage import TrialStore
+from trainables.data.storage import TrialStore
 from trainables.training_thread import in_training_thread
 
 log = logging.getLogger("medtune.trial")

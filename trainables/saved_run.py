@@ -27,10 +27,10 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import FineTuneConfig
+from trainables.data.manifest import ManifestError, Split, read_manifest, split_rows
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 from trainables.finetune import EpochResult, check_checkpoint
-from trainables.manifest import ManifestError, Split, read_manifest, split_rows
-from trainables.scans import Recipe
-from trainables.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 
 SAVING_PAUSE = 20
 """Times as long as writing the last checkpoint took until the next: with Adam and the average, a ResNet-50's has 740 MB."""

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import Scalar, build_config
-from trainables.manifest import Manifest, ManifestError, read_manifest, split_rows
-from trainables.storage import url_of
+from trainables.data.manifest import Manifest, ManifestError, read_manifest, split_rows
+from trainables.data.storage import url_of
 from tune_app.analysis import COLLAPSES
 from tune_app.objective import OBJECTIVES
 from tune_app.results import ENDED, Study

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.manifest import Split, read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.finetune import _Run, configured_network
-from trainables.manifest import Split, read_manifest
-from trainables.scans import Recipe
-from trainables.volumes import Cohort, open_cohort, prepare_cohort
 from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
 from tune_app.synthetic import write_cohort
 

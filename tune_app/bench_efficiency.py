@@ -38,10 +38,10 @@ from search_spaces.fixes import documented_after
 from search_spaces.written import space_from
 from trainables.checkpoints import without_nonfinite
 from trainables.config import FineTuneConfig, Scalar, build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
-from trainables.manifest import read_manifest
-from trainables.scans import Recipe
-from trainables.volumes import prepare_cohort
 from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench_search import machine

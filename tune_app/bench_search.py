@@ -373,7 +373,7 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     from ray import tune
     from sklearn.metrics import roc_auc_score
 
-    from trainables.manifest import read_manifest, split_rows
+    from trainables.data.manifest import read_manifest, split_rows
     from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
 
     overrides = space_from(SPACE, given["settings"]).sample_to_overrides(

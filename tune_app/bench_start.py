@@ -7,7 +7,7 @@ time, as many trials share a GPU:
     same thread   the next trial, where `trainables.training_thread` puts it; a GPU has the cohort already
     new thread    the same trial in a thread of its own, where Ray Tune would put it
 
-The cohort is a file, as a study's is: `trainables.resident` keeps no other on a GPU. `volumes` whose last step is not full cost more: its micro-batches have sizes that no other step has. Random volumes;
+The cohort is a file, as a study's is: `trainables.data.resident` keeps no other on a GPU. `volumes` whose last step is not full cost more: its micro-batches have sizes that no other step has. Random volumes;
 scores mean nothing.
 """
 
@@ -28,10 +28,10 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from trainables.config import FineTuneConfig
+from trainables.data.manifest import Split
+from trainables.data.volumes import Cohort
 from trainables.finetune import _Run
-from trainables.manifest import Split
 from trainables.training_thread import in_training_thread
-from trainables.volumes import Cohort
 from tune_app.bench import BenchError, bench_config, machine_facts, made_cohort
 
 RUNS = ("new process", "same thread", "new thread")

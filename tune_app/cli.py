@@ -298,7 +298,7 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from trainables.storage import url_of
+    from trainables.data.storage import url_of
     from tune_app.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
@@ -364,7 +364,7 @@ def _run_and_tell(
 ) -> None:
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root, retry_failed))
-    from trainables.storage import url_of
+    from trainables.data.storage import url_of
     from tune_app.study import FAILED_TRIALS, INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
@@ -474,7 +474,7 @@ def report(
     ] = False,
 ) -> None:
     """Write the study as one self-contained HTML page."""
-    from trainables.storage import url_of
+    from trainables.data.storage import url_of
     from tune_app.report import watch_report, write_comparison, write_report
     from tune_app.results import load_study
 

@@ -32,7 +32,7 @@ def data_check(
     setting: SetOption = None,
 ) -> None:
     """Tell every problem of every row at once; reads each volume."""
-    from trainables.manifest import ManifestError, check_manifest
+    from trainables.data.manifest import ManifestError, check_manifest
 
     checked = build_config(parse_settings(setting))
     with progress_bar("checking") as progress:
@@ -52,9 +52,9 @@ def data_prepare(
     cache: CacheOption = None,
 ) -> None:
     """Read every volume once into one array on disk; every trial maps it. Again is instant."""
-    from trainables.manifest import read_manifest
-    from trainables.scans import Recipe
-    from trainables.volumes import open_cohort, prepare_cohort
+    from trainables.data.manifest import read_manifest
+    from trainables.data.scans import Recipe
+    from trainables.data.volumes import open_cohort, prepare_cohort
 
     checked = build_config(parse_settings(setting))
     manifest = read_manifest(table, num_classes=checked.num_classes)
@@ -78,7 +78,7 @@ def data_import(
     ] = None,
 ) -> None:
     """Write a MedMNIST archive as NIfTI files and a table with its official split."""
-    from trainables.volumes import import_medmnist
+    from trainables.data.volumes import import_medmnist
 
     table = import_medmnist(file, folder, limit=limit)
     out.print(str(table), soft_wrap=True)

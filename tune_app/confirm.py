@@ -23,10 +23,10 @@ from rich.text import Text
 from search_spaces.fixes import all_fixes, documented_after
 from trainables.checkpoints import load_state, without_nonfinite, write_json
 from trainables.config import Scalar, build_config
-from trainables.manifest import Manifest, read_manifest, split_rows
+from trainables.data.manifest import Manifest, read_manifest, split_rows
+from trainables.data.scans import Recipe
+from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
-from trainables.scans import Recipe
-from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.ablation import ADJUSTED_LEVEL, choose_folds, difference_text, only, plan, run_lines
 from tune_app.analysis import COLLAPSES, interval_over_folds
 from tune_app.objective import OBJECTIVES

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from trainables.config import build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import prepare_cohort
 from trainables.finetune import configured_network, finetune
-from trainables.manifest import read_manifest
 from trainables.saved_run import open_inputs
-from trainables.scans import Recipe
-from trainables.volumes import prepare_cohort
 from trainables.weights import save_medicalnet
 from tune_app.spec import SpecError, StudySpec, build_spec
 from tune_app.synthetic import write_cohort, write_pretext_cohort

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainables import installed_version
-from trainables.storage import Remote, StorageError, bucket_of, is_url, url_of
+from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.spec import default_cache
 from tune_app.submit import pack_code
 
@@ -217,8 +217,8 @@ def _open_files() -> int:
 
 def _data_seen(table: str) -> dict[str, str]:
     """Digest of the table, or what is wrong: the table, or the first volume that it names."""
-    from trainables.manifest import ManifestError, read_manifest, table_bytes
-    from trainables.volumes import in_threads
+    from trainables.data.manifest import ManifestError, read_manifest, table_bytes
+    from trainables.data.volumes import in_threads
 
     remedy = {"remedy": DATA_REMEDY} if is_url(table) else {}
     try:

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from trainables.checkpoints import replacing
+from trainables.data.scans import Recipe, ScanHeader, read_header, read_scan
 from trainables.network import Classifier
-from trainables.scans import Recipe, ScanHeader, read_header, read_scan
 from tune_app.predict import Model, Prediction
 
 Array = npt.NDArray[Any]
@@ -165,7 +165,7 @@ class Explainer:
 def to_scan_grid(map_DHW: Array, header: ScanHeader, recipe: Recipe) -> Array:
     """Return a map on prepared voxels as one on the scan's own voxels in RAS+ order, float32.
 
-    The way back of `trainables.scans.resample` and its padding, axis by axis and linear. Voxels that were cropped
+    The way back of `trainables.data.scans.resample` and its padding, axis by axis and linear. Voxels that were cropped
     away are 0: the network never saw them.
     """
     extents_mm = np.multiply(header.shape, header.spacing_mm)

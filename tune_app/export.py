@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, load_state, write_json
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.manifest import Manifest, Split, read_manifest, split_rows
+from trainables.data.scans import Recipe, read_header
+from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.finetune import configured_network, finetune
 from trainables.losses import logit_scale
-from trainables.manifest import Manifest, Split, read_manifest, split_rows
 from trainables.metrics import score_metrics
 from trainables.network import Classifier
 from trainables.saved_run import saved_run
-from trainables.scans import Recipe, read_header
-from trainables.volumes import Cohort, open_cohort, prepare_cohort
 from tune_app import confirm
 from tune_app.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.model_card import model_card

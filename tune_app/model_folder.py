@@ -27,9 +27,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
+from trainables.data.scans import Recipe
+from trainables.data.volumes import new_folder
 from trainables.diagnosis import HEALTHY
-from trainables.scans import Recipe
-from trainables.volumes import new_folder
 from tune_app.calibration import Calibration
 
 MODEL_FORMAT = 1
@@ -214,7 +214,7 @@ class ModelInfo(_Part):
     num_classes: int = Field(ge=2)
     members: tuple[Member, ...] = Field(min_length=1)
     preprocessing: dict[str, Any]
-    """The recipe: the fields of trainables.scans.Recipe."""
+    """The recipe: the fields of trainables.data.scans.Recipe."""
     training: Training
     threshold: float | None
     """Two classes: log-odds at or above which class 1 is decided, best balanced accuracy on validation. Else None."""

@@ -23,10 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
+from trainables.data.scans import (
+    Recipe,
+    ScanHeader,
+    VolumeError,
+    prepare_scan,
+    read_header,
+    read_scan,
+)
 from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
 from trainables.network import Classifier
-from trainables.scans import Recipe, ScanHeader, VolumeError, prepare_scan, read_header, read_scan
 from tune_app.calibration import Array
 from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
 

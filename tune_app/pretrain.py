@@ -20,8 +20,10 @@ from rich.console import Console
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, load_state, replacing, write_json
 from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
+from trainables.data.manifest import Manifest, read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.finetune import choose_precision, configured_network, finetune
-from trainables.manifest import Manifest, read_manifest
 from trainables.pretext import (
     TENTHS,
     Pretext,
@@ -32,8 +34,6 @@ from trainables.pretext import (
     pretext_cohort,
 )
 from trainables.saved_run import saved_run
-from trainables.scans import Recipe
-from trainables.volumes import open_cohort, prepare_cohort
 from trainables.weights import inspect_weights, save_medicalnet
 from tune_app.training import HEADER, epoch_line
 

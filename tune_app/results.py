@@ -27,8 +27,8 @@ import pandas as pd
 from search_spaces.space import Space
 from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.data.storage import url_of
 from trainables.diagnosis import diagnose
-from trainables.storage import url_of
 from tune_app.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.objective import OBJECTIVES, RunningValue
 from tune_app.scheduler import Policy

@@ -32,7 +32,7 @@ from search_spaces.space import NOT_SEARCHED
 from search_spaces.spaces import SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig, problem_lines
-from trainables.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
+from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app import figures
 from tune_app.objective import OBJECTIVES
 from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused

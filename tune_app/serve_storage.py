@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from trainables.storage import Listed, Remote, StorageError
+from trainables.data.storage import Listed, Remote, StorageError
 from tune_app.spec import StudyFiles
 from tune_app.storage import FRESH_S, LEASE, PAUSE, REQUEST, copy_objects, folder_of
 

@@ -18,7 +18,7 @@ from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config, problem_lines
-from trainables.storage import is_url
+from trainables.data.storage import is_url
 from tune_app.objective import OBJECTIVES
 from tune_app.scheduler import PolicySpec
 from tune_app.yaml_text import YamlError, load_yaml

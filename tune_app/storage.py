@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
-from trainables.storage import Listed, Remote, StorageError, url_of
+from trainables.data.storage import Listed, Remote, StorageError, url_of
 from tune_app.spec import SpecError, StudyFiles, default_cache
 from tune_app.submit import job_name
 

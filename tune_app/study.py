@@ -37,11 +37,11 @@ from ray.tune.search import Searcher
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
 from trainables.config import FineTuneConfig, build_config
-from trainables.manifest import read_manifest
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.storage import url_of
+from trainables.data.volumes import prepare_cohort
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
-from trainables.scans import Recipe
-from trainables.storage import url_of
-from trainables.volumes import prepare_cohort
 from tune_app.disk import Budget, make_room, plan_budget
 from tune_app.display import Display
 from tune_app.local_ray import ray_to_file, ray_to_work_with, would_start_ray

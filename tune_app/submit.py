@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from packaging.requirements import Requirement
 
-from trainables.storage import is_url, url_of
+from trainables.data.storage import is_url, url_of
 from tune_app.spec import SpecError, StudySpec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")

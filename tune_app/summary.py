@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trainables.config import build_config
-from trainables.storage import url_of
+from trainables.data.storage import url_of
 from tune_app.ablation import print_ablation
 from tune_app.confirm import print_confirmation
 from tune_app.results import Study, load_study

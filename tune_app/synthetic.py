@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from trainables.scans import write_nifti
-from trainables.volumes import new_folder
+from trainables.data.scans import write_nifti
+from trainables.data.volumes import new_folder
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PIR")
 """In which a subject's files are stored, at random: radiological, neurological, DICOM's own, and sagittal slices."""

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
+from trainables.data.manifest import read_manifest, split_rows
+from trainables.data.scans import Recipe
+from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.diagnosis import diagnose
 from trainables.finetune import choose_precision, finetune
-from trainables.manifest import read_manifest, split_rows
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
-from trainables.scans import Recipe
-from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.local_ray import keep_strangers_out
 
 HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"

@@ -15,6 +15,9 @@ import torch
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.manifest import Split
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort
 from trainables.diagnosis import diagnose
 from trainables.finetune import (
     EpochResult,
@@ -27,12 +30,9 @@ from trainables.finetune import (
     step_ends,
 )
 from trainables.losses import class_weights, ldam_margins
-from trainables.manifest import Split
 from trainables.metrics import score_metrics
 from trainables.network import build_network
 from trainables.saved_run import saved_run
-from trainables.scans import Recipe
-from trainables.volumes import Cohort
 
 SIDE = 16
 TIMES = {"epoch_s", "train_s", "validation_s", "volumes_per_s", "peak_memory_gib"}

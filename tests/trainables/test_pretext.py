@@ -7,6 +7,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort
 from trainables.pretext import (
     SIZES,
     TENTHS,
@@ -17,8 +19,6 @@ from trainables.pretext import (
     part_of_subjects,
     pretext_cohort,
 )
-from trainables.scans import Recipe
-from trainables.volumes import Cohort
 
 RECIPE = Recipe((6, 6, 6), None, "zscore", -1000.0, 400.0, 1)
 

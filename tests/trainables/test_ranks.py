@@ -25,15 +25,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 
 from trainables import ranks
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import prepare_cohort
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
-from trainables.manifest import read_manifest
 from trainables.network import Classifier
 from trainables.rank_actors import _Rank, rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
-from trainables.scans import Recipe
-from trainables.volumes import prepare_cohort
 from tune_app.synthetic import write_cohort
 
 SETTINGS: dict[str, Any] = {

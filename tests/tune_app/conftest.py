@@ -372,11 +372,11 @@ TINY: dict[str, Any] = {
 def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two trained trials, the second on the other fold with a linear head; `cohort/table.csv` beside. Only to be read."""
     from trainables.checkpoints import TrialFiles
+    from trainables.data.manifest import read_manifest
+    from trainables.data.scans import Recipe
+    from trainables.data.volumes import prepare_cohort
     from trainables.finetune import finetune
-    from trainables.manifest import read_manifest
     from trainables.saved_run import open_inputs, saved_run
-    from trainables.scans import Recipe
-    from trainables.volumes import prepare_cohort
     from tune_app.synthetic import write_cohort
 
     root = tmp_path_factory.mktemp("trained") / "a small study"

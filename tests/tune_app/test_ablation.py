@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from search_spaces.ablations import variants
-from trainables.manifest import ManifestError, read_manifest
+from trainables.data.manifest import ManifestError, read_manifest
 from tune_app.ablation import (
     ablation_spec,
     choose_folds,

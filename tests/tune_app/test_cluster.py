@@ -13,7 +13,7 @@ import pytest
 from cluster_runs import Cluster, ended, make_cluster, wait_for
 from study_runs import TINY, check_whole, rows_of
 
-from trainables.storage import Remote
+from trainables.data.storage import Remote
 from tune_app.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from search_spaces.fixes import all_fixes, baseline, documented_after
 from trainables.checkpoints import save_state
 from trainables.config import build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.ema import AveragedWeights
 from trainables.losses import logit_scale
-from trainables.manifest import read_manifest
 from trainables.metrics import auc_interval
 from trainables.network import build_network
-from trainables.scans import Recipe
-from trainables.volumes import open_cohort, prepare_cohort
 from tune_app.cli import app
 from tune_app.confirm import (
     choose_candidates,

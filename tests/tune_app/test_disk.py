@@ -24,11 +24,11 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.volumes import prepare_cohort
 from trainables.finetune import EpochResult, finetune
-from trainables.manifest import read_manifest
 from trainables.saved_run import open_inputs, saved_run
-from trainables.scans import Recipe
-from trainables.volumes import prepare_cohort
 from tune_app.disk import file_sizes, make_room, plan_budget
 from tune_app.recorder import Recorder
 from tune_app.results import load_study, read_rows

@@ -15,12 +15,12 @@ from scipy.stats import binomtest
 
 from trainables.checkpoints import load_state, save_state
 from trainables.config import build_config
+from trainables.data.manifest import read_manifest, split_rows
+from trainables.data.scans import Recipe
+from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
-from trainables.manifest import read_manifest, split_rows
 from trainables.metrics import score_metrics
 from trainables.network import build_network
-from trainables.scans import Recipe
-from trainables.volumes import CohortError, open_cohort, prepare_cohort
 from tune_app import export
 from tune_app.calibration import Calibration
 from tune_app.export import (

@@ -9,9 +9,9 @@ import pytest
 import ray
 
 from trainables.config import build_config
-from trainables.manifest import read_manifest
+from trainables.data.manifest import read_manifest
+from trainables.data.volumes import Recipe, prepare_cohort
 from trainables.ray_trainable import wait_for_device_memory
-from trainables.volumes import Recipe, prepare_cohort
 from tune_app.packing import Window, measure_together, pick_packing, total_throughput
 from tune_app.synthetic import write_cohort
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from trainables.checkpoints import load_state
 from trainables.config import ConfigError, build_config
+from trainables.data.manifest import read_manifest
 from trainables.finetune import configured_network
-from trainables.manifest import read_manifest
 from trainables.pretext import PretextError
 from trainables.weights import load_pretrained
 from tune_app.pretrain import accuracy_text, pretext_config, pretrain

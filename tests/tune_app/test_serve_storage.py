@@ -14,7 +14,7 @@ import pytest
 from object_storage import put_folder, put_raw, s3_server
 from starlette.testclient import TestClient
 
-from trainables.storage import Remote, StorageError
+from trainables.data.storage import Remote, StorageError
 from tune_app import serve_storage, storage
 from tune_app.results import load_study
 from tune_app.serve import build_app, serve

@@ -17,7 +17,7 @@ import study_runs
 from object_storage import put_folder
 
 from trainables.checkpoints import TrialFiles
-from trainables.storage import Remote, StorageError, TrialStore, bucket_of, url_of
+from trainables.data.storage import Remote, StorageError, TrialStore, bucket_of, url_of
 from tune_app import storage
 from tune_app.doctor import diagnose_machine
 from tune_app.results import load_study, read_rows

@@ -23,14 +23,20 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from trainables import volumes
 from trainables.config import build_config
-from trainables.manifest import Manifest, read_manifest
-from trainables.scans import Recipe, Scan, VolumeError, load_volume, read_scan
-from trainables.volumes import CohortError, import_medmnist, new_folder, open_cohort, prepare_cohort
+from trainables.data import volumes
+from trainables.data.manifest import Manifest, read_manifest
+from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, read_scan
+from trainables.data.volumes import (
+    CohortError,
+    import_medmnist,
+    new_folder,
+    open_cohort,
+    prepare_cohort,
+)
 
 Write = Callable[..., Path]
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -445,7 +451,7 @@ def test_errors_survive_the_way_between_processes() -> None:
 
 
 def test_reading_volumes_and_tables_does_not_load_torch() -> None:
-    code = "import sys, trainables.manifest, trainables.volumes; sys.exit(bool({'torch', 'monai', 'ray'} & set(sys.modules)))"
+    code = "import sys, trainables.data.manifest, trainables.data.volumes; sys.exit(bool({'torch', 'monai', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 

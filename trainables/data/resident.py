@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainables.volumes import Cohort
+from trainables.data.volumes import Cohort
 
 RESIDENT_SHARE = (
     0.4  # of the free device memory: the rest is for the networks, their gradients and activations

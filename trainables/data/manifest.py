@@ -33,7 +33,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from trainables.config import FineTuneConfig
-from trainables.scans import (
+from trainables.data.scans import (
     Recipe,
     VolumeError,
     prepare_scan,
@@ -41,8 +41,8 @@ from trainables.scans import (
     read_scan,
     target_spacing,
 )
-from trainables.storage import StorageError, absolute, bucket_of, is_url, url_of
-from trainables.volumes import Progress, in_threads
+from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
+from trainables.data.volumes import Progress, in_threads
 
 SPLITS = ("train", "val", "test")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from trainables import resident
 from trainables.config import build_config
-from trainables.manifest import read_manifest
-from trainables.resident import Volumes, rows_on_device
-from trainables.scans import Recipe
-from trainables.volumes import Cohort, open_cohort, prepare_cohort
+from trainables.data import resident
+from trainables.data.manifest import read_manifest
+from trainables.data.resident import Volumes, rows_on_device
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from tune_app.synthetic import write_cohort
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Scans -> one prepared array a cohort on disk, content-addressed; and scans from a MedMNIST archive.
 
-What a volume looks like, axes first of all, is said in `trainables.scans`.
+What a volume looks like, axes first of all, is said in `trainables.data.scans`.
 
 Nothing here loads torch: a cohort is prepared and read on any machine.
 """
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import replacing
-from trainables.scans import (
+from trainables.data.scans import (
     Recipe,
     VolumeError,
     bytes_text,
@@ -38,10 +38,10 @@ from trainables.scans import (
     stamp,
     write_nifti,
 )
-from trainables.storage import url_of
+from trainables.data.storage import url_of
 
 if TYPE_CHECKING:
-    from trainables.manifest import Manifest
+    from trainables.data.manifest import Manifest
 
 FORMAT_VERSION = 1
 """Part of every cohort's key. Raise it whenever a volume comes out different from the same file and recipe."""

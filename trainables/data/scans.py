@@ -28,7 +28,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from trainables.config import FineTuneConfig
-from trainables.storage import bucket_of, url_of
+from trainables.data.storage import bucket_of, url_of
 
 LARGEST_VALUE = 1000.0
 """Normalised intensities are clipped to +- this: float16 ends at 65,504, and no anatomy is a thousand deviations away."""

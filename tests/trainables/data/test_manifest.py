@@ -15,9 +15,15 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from trainables import manifest as manifest_module
 from trainables.config import FineTuneConfig, build_config
-from trainables.manifest import Manifest, ManifestError, check_manifest, read_manifest, split_rows
+from trainables.data import manifest as manifest_module
+from trainables.data.manifest import (
+    Manifest,
+    ManifestError,
+    check_manifest,
+    read_manifest,
+    split_rows,
+)
 
 Write = Callable[..., Path]
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt
 
-from trainables import scans
 from trainables.config import build_config
-from trainables.scans import (
+from trainables.data import scans
+from trainables.data.scans import (
     Recipe,
     Scan,
     VolumeError,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from object_storage import put_folder
 
-from trainables import storage, volumes
 from trainables.config import build_config
-from trainables.manifest import ManifestError, check_manifest, read_manifest
+from trainables.data import storage, volumes
+from trainables.data.manifest import ManifestError, check_manifest, read_manifest
+from trainables.data.scans import Recipe, VolumeError, read_header, read_scan
+from trainables.data.storage import Remote, bucket_of
+from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.saved_run import open_inputs
-from trainables.scans import Recipe, VolumeError, read_header, read_scan
-from trainables.storage import Remote, bucket_of
-from trainables.volumes import CohortError, open_cohort, prepare_cohort
 from tune_app.doctor import diagnose_machine
 from tune_app.spec import SpecError, build_spec
 
@@ -43,7 +43,7 @@ def table(write_scan: Write, tmp_path: Path) -> Path:
 @pytest.fixture
 def url(bucket: str, table: Path) -> str:
     """The same in the bucket."""
-    put_folder(bucket, table.parents[1])
+    put_folder(bucket, table.parents[2])
     return f"{bucket}/tables/table.csv"
 
 
@@ -132,7 +132,7 @@ def test_a_node_without_the_cohort_makes_it_from_the_objects(
 ) -> None:
     config = build_config(TINY)
     made = prepare_cohort(read_manifest(Path(url)), Recipe.from_config(config), tmp_path / "driver")
-    shutil.rmtree(table.parents[1])
+    shutil.rmtree(table.parents[2])
     elsewhere = tmp_path / "node" / made.name
     cohort, split = open_inputs(config, url, elsewhere)
     np.testing.assert_array_equal(cohort.volumes, open_cohort(made).volumes)
