@@ -23,7 +23,7 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
 * What the next trial of a process can use again stays: the cohort on the device (`trainables.data.resident`), and what torch
   knows about convolutions, as all trials train in one thread (`trainables.training_thread`).
 * On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking
-  each by itself (`trainables.batchnorm`): the numbers are those of one after the other, up to rounding.
+  each by itself (`trainables.network.batchnorm`): the numbers are those of one after the other, up to rounding.
 
 What each lever is worth, on an H200 with ResNet-50, 96 voxels, strided, 2 micro-batches of 6, whole steps in ms (`medtune
 bench train`, and the same run with one lever taken back): all of it 12.1, and 10.9 with the last two of
@@ -61,16 +61,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainables.augment import augment_batch
-from trainables.batchnorm import set_groups
 from trainables.config import FineTuneConfig
 from trainables.data.manifest import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
-from trainables.ema import AveragedWeights
 from trainables.gradient_sum import GradientSum
 from trainables.losses import class_weights, drw_active, ldam_margins, logit_scale, sample_losses
 from trainables.metrics import score_metrics
-from trainables.network import (
+from trainables.network.batchnorm import set_groups
+from trainables.network.ema import AveragedWeights
+from trainables.network.model import (
     STAGES,
     Classifier,
     build_network,
@@ -79,7 +79,7 @@ from trainables.network import (
     train_mode,
     trainable_stages,
 )
-from trainables.weights import LoadReport, load_pretrained
+from trainables.network.weights import LoadReport, load_pretrained
 
 CHECKPOINT_FORMAT = 1
 ACTIVATION_SHARE = 0.2  # of all device memory, for the micro-batches that run together: several trials may share a GPU

@@ -93,7 +93,7 @@ def weights_check(
     setting: SetOption = None,
 ) -> None:
     """Say what a checkpoint holds, and whether it fills a network: its own, or with --set the one that is set."""
-    from trainables.weights import inspect_weights, load_pretrained
+    from trainables.network.weights import inspect_weights, load_pretrained
 
     if setting:
         from trainables.finetune import configured_network
@@ -111,7 +111,7 @@ def weights_fetch(
     folder: Annotated[Path, typer.Option("--to", help="Where to put it.")] = Path("pretrained"),
 ) -> None:
     """Download an official MedicalNet checkpoint and verify it."""
-    from trainables.weights import fetch
+    from trainables.network.weights import fetch
 
     to_stderr(f"fetching {name}; without a network this ends after half a minute of retries")
     out.print(str(fetch(name, folder)), soft_wrap=True)

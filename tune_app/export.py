@@ -40,7 +40,7 @@ from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.finetune import configured_network, finetune
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
-from trainables.network import Classifier
+from trainables.network.model import Classifier
 from trainables.saved_run import saved_run
 from tune_app import confirm
 from tune_app.calibration import Array, Calibration, cross_fits, fit_calibration

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from trainables.augment import INTENSITY_SCALE, INTENSITY_SHIFT, NOISE, ROTATION_DEG, SCALE
 from trainables.config import FineTuneConfig
 from trainables.losses import class_weights, drw_active, ldam_margins, sample_losses
-from trainables.network import BLOCKS, PLANES, CosineHead, dilate
+from trainables.network.model import BLOCKS, PLANES, CosineHead, dilate
 
 
 def monai_preparation(shape: tuple[int, int, int]) -> list[Callable[..., Any]]:

@@ -33,7 +33,7 @@ from trainables.data.scans import (
 )
 from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
-from trainables.network import Classifier
+from trainables.network.model import Classifier
 from tune_app.calibration import Array
 from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
 

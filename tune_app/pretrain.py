@@ -1,7 +1,7 @@
 """A backbone pretrained on some of one's own subjects, without their labels, written as a MedicalNet file.
 
 Released weights cannot always be had, and they were made of other organs. This trains the same network with the same
-recipe on labels that the volumes give themselves (`trainables.pretext`), on a share of the training subjects, and writes
+recipe on labels that the volumes give themselves (`trainables.network.pretext`), on a share of the training subjects, and writes
 beside the weights a table of all the other rows: a search on that table has seen none of its volumes before.
 """
 
@@ -24,7 +24,7 @@ from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.finetune import choose_precision, configured_network, finetune
-from trainables.pretext import (
+from trainables.network.pretext import (
     TENTHS,
     Pretext,
     PretextError,
@@ -33,8 +33,8 @@ from trainables.pretext import (
     part_of_subjects,
     pretext_cohort,
 )
+from trainables.network.weights import inspect_weights, save_medicalnet
 from trainables.saved_run import saved_run
-from trainables.weights import inspect_weights, save_medicalnet
 from tune_app.training import HEADER, epoch_line
 
 PRETEXT_DEFAULTS: dict[str, Scalar] = {

@@ -31,7 +31,7 @@ from trainables.finetune import (
 )
 from trainables.losses import class_weights, ldam_margins
 from trainables.metrics import score_metrics
-from trainables.network import build_network
+from trainables.network.model import build_network
 from trainables.saved_run import saved_run
 
 SIDE = 16

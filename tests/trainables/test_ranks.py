@@ -30,7 +30,7 @@ from trainables.data.scans import Recipe
 from trainables.data.volumes import prepare_cohort
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
-from trainables.network import Classifier
+from trainables.network.model import Classifier
 from trainables.rank_actors import _Rank, rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs

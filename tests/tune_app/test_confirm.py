@@ -23,10 +23,10 @@ from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
-from trainables.ema import AveragedWeights
 from trainables.losses import logit_scale
 from trainables.metrics import auc_interval
-from trainables.network import build_network
+from trainables.network.ema import AveragedWeights
+from trainables.network.model import build_network
 from tune_app.cli import app
 from tune_app.confirm import (
     choose_candidates,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainables.config import build_config
 from trainables.data.scans import Recipe, load_volume, read_header, read_scan
-from trainables.network import Classifier, build_network
+from trainables.network.model import Classifier, build_network
 from tune_app.explain import (
     Explainer,
     cells,

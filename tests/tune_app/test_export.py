@@ -20,7 +20,7 @@ from trainables.data.scans import Recipe
 from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
-from trainables.network import build_network
+from trainables.network.model import build_network
 from tune_app import export
 from tune_app.calibration import Calibration
 from tune_app.export import (

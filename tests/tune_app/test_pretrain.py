@@ -14,8 +14,8 @@ from trainables.checkpoints import load_state
 from trainables.config import ConfigError, build_config
 from trainables.data.manifest import read_manifest
 from trainables.finetune import configured_network
-from trainables.pretext import PretextError
-from trainables.weights import load_pretrained
+from trainables.network.pretext import PretextError
+from trainables.network.weights import load_pretrained
 from tune_app.pretrain import accuracy_text, pretext_config, pretrain
 from tune_app.synthetic import write_cohort
 

@@ -24,7 +24,7 @@ from trainables.checkpoints import load_state
 from trainables.config import build_config
 from trainables.diagnosis import VERDICTS
 from trainables.finetune import configured_network
-from trainables.weights import save_medicalnet
+from trainables.network.weights import save_medicalnet
 from tune_app import watchdog
 from tune_app.display import Display
 from tune_app.recorder import Recorder

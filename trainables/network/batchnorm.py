@@ -28,7 +28,7 @@ def _kernels() -> Any:
     """The module of kernels, or None without Triton or on a GPU that it does not know."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability() < (7, 0):
         return None
-    from trainables import kernels
+    from trainables.network import kernels
 
     return kernels
 

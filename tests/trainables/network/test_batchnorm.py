@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainables.batchnorm import BatchNorm, max_pool, norm_act, set_groups
+from trainables.network.batchnorm import BatchNorm, max_pool, norm_act, set_groups
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with Triton")
 

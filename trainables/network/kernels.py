@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels on channels-last volumes; import only where Triton is installed. `trainables.batchnorm` calls them.
+"""Triton kernels on channels-last volumes; import only where Triton is installed. `trainables.network.batchnorm` calls them.
 
 A tensor (N, C, D, H, W) in channels-last memory is a matrix of N * D * H * W rows and C columns. `rows` are those of one
 group (a micro-batch); groups follow one another. All arithmetic is float32, whatever the tensors hold.

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainables.monai_resnet import UNUSED
+from trainables.network.monai_resnet import UNUSED
 
 
 def found_by(code: str, folder: Path) -> set[str]:
@@ -23,15 +23,13 @@ def test_the_network_loads_no_package_that_monai_does_without(tmp_path: Path) ->
     assert found_by("import monai", tmp_path / "alone") == set(UNUSED), (
         "else there is nothing to keep out"
     )
-    assert found_by("import trainables.network", tmp_path / "ours") == set()
+    assert found_by("import trainables.network.model", tmp_path / "ours") == set()
 
 
 def test_the_packages_can_be_loaded_afterwards_and_are_left_alone_if_they_were_before(
     tmp_path: Path,
 ) -> None:
     every = ", ".join(UNUSED)
-    assert found_by(f"import trainables.network, {every}", tmp_path / "after") == set(UNUSED)
-    code = (
-        f"import {every}, trainables.network; assert all(sys.modules[name] for name in {UNUSED!r})"
-    )
+    assert found_by(f"import trainables.network.model, {every}", tmp_path / "after") == set(UNUSED)
+    code = f"import {every}, trainables.network.model; assert all(sys.modules[name] for name in {UNUSED!r})"
     assert found_by(code, tmp_path / "before") == set(UNUSED)

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort
-from trainables.pretext import (
+from trainables.network.pretext import (
     SIZES,
     TENTHS,
     TURNS,

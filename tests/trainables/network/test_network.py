@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainables.config import DEPTHS
-from trainables.network import (
+from trainables.network.model import (
     DILATIONS,
     STAGES,
     Classifier,

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.network import BLOCKS, PLANES, SHORTCUT_A_DEPTHS, Classifier, build_network
+from trainables.network.model import BLOCKS, PLANES, SHORTCUT_A_DEPTHS, Classifier, build_network
 
 
 class WeightsError(ValueError):

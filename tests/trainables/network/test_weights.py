@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trainables import weights
 from trainables.config import DEPTHS
-from trainables.network import Classifier, build_network
-from trainables.weights import (
+from trainables.network import weights
+from trainables.network.model import Classifier, build_network
+from trainables.network.weights import (
     OFFICIAL_FILES,
     WeightsError,
     fetch,
@@ -26,7 +26,7 @@ from trainables.weights import (
     save_medicalnet,
 )
 
-README = Path(__file__).parents[2] / "pretrained" / "README.md"
+README = Path(__file__).parents[3] / "pretrained" / "README.md"
 
 
 def build(depth=10, **changes) -> Classifier:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from trainables.ema import AveragedWeights, averaging_weight, recalibrate_batchnorm
+from trainables.network.ema import AveragedWeights, averaging_weight, recalibrate_batchnorm
 
 
 def small_network(seed: int = 0) -> nn.Sequential:

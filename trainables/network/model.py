@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainables.batchnorm import BatchNorm, fused_on, max_pool, norm_act
 from trainables.config import DEPTHS
-from trainables.monai_resnet import ResNet, ResNetBlock, ResNetBottleneck
+from trainables.network.batchnorm import BatchNorm, fused_on, max_pool, norm_act
+from trainables.network.monai_resnet import ResNet, ResNetBlock, ResNetBottleneck
 
 BLOCKS: dict[int, tuple[Literal["basic", "bottleneck"], tuple[int, int, int, int]]] = {
     10: ("basic", (1, 1, 1, 1)),

@@ -1,0 +1,1 @@
+"""The network: geometry, heads, released weights, BatchNorm, kernels and averaged weights."""
