@@ -8,7 +8,7 @@ none, from the class counts (Hanley and McNeil, Radiology 1982). Two networks of
 so their errors go together: their difference is taken to have the noise of one of them, not sqrt(2) times it (a
 correlation of 1/2; measured ones are higher, so that this errs on the side of waiting).
 
-How well it does depends on the validation fold. On generated runs of 60 epochs (`tune_app.curves`), stopped within five
+How well it does depends on the validation fold. On generated runs of 60 epochs (`tune_app.backtest.curves`), stopped within five
 epochs of the onset of their collapse, and stopped though healthy or dipping: 99 % and 0.3 % with 50 positive and 200
 negative volumes, 91 % and 0.5 % with 20 and 80, 68 % and 1.1 % with 10 and 30 (seeds 30 to 35, which no constant here
 was chosen on). The rest of the small folds' collapses is not to be seen in the AUC: with 10 and 30 one fall in five is

@@ -1,6 +1,6 @@
 """`medtune bench results`: how long a study of many trials takes to load, and how much memory.
 
-The study is made of generated curves (`tune_app.curves`), every metric of every row filled in, so that its files have
+The study is made of generated curves (`tune_app.backtest.curves`), every metric of every row filled in, so that its files have
 the size of real ones. Each step is measured in an interpreter of its own, as a user's would be, from the files alone.
 """
 
@@ -18,9 +18,9 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from tune_app.backtest.curves import Curve, generate_curves
 from tune_app.bench_search import machine
 from tune_app.columns import METRICS
-from tune_app.curves import Curve, generate_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
 from tune_app.spec import StudyFiles, build_spec
 

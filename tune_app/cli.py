@@ -544,9 +544,9 @@ def backtest(
     the run. Any other column of a study's epochs.jsonl is used where it is there: val_auc_low and val_auc_high,
     val_auc_raw, val_positive and val_negative, drw_active, train_auc, train_loss, epoch_s.
     """
-    from tune_app.backtest import POLICIES, backtest_studies
-    from tune_app.backtest import backtest as run_backtest
-    from tune_app.curves import generate_curves
+    from tune_app.backtest.curves import generate_curves
+    from tune_app.backtest.replay import POLICIES, backtest_studies
+    from tune_app.backtest.replay import backtest as run_backtest
     from tune_app.scheduler import read_policy
 
     policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from trainables.diagnosis import hanley_mcneil_error
-from tune_app.curves import (
+from tune_app.backtest.curves import (
     COLLAPSING,
     KINDS,
     MIX,

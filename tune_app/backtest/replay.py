@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from tune_app.curves import SOUND, Curve, CurveError, generate_curves, read_curves
+from tune_app.backtest.curves import SOUND, Curve, CurveError, generate_curves, read_curves
 from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES, as_number, best_epoch, objective_value
 from tune_app.scheduler import Decision, Policy, PolicySpec
 

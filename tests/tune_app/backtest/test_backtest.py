@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tune_app.backtest import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
+from tune_app.backtest.curves import Curve, CurveError, Truth, generate_curves
+from tune_app.backtest.replay import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
 from tune_app.cli import app
-from tune_app.curves import Curve, CurveError, Truth, generate_curves
 from tune_app.scheduler import RAY_ASHA, Policy, PolicySpec
 
 
@@ -274,7 +274,7 @@ def test_the_default_policy_spends_a_third_and_finds_what_rays_asha_misses(compa
     assert ours.top_stopped.sum() < rays.top_stopped.sum()
 
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 SHOWN = {
     "epochs spent": ("epochs_share", "{:.1%}"),
     "AUC lost": ("auc_lost", "{:.4f}"),

@@ -1,0 +1,1 @@
+"""Recorded curves replayed through policies and whole search strategies; synthetic curves."""
