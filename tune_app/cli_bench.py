@@ -54,7 +54,7 @@ def bench_train_command(
     ] = False,
 ) -> None:
     """Time whole training steps: a plain loop against medtune's own, side by side."""
-    from tune_app.bench import bench_train, markdown_table, parse_batches, result_table
+    from tune_app.bench.train import bench_train, markdown_table, parse_batches, result_table
     from tune_app.predict import choose_device
 
     result = bench_train(
@@ -100,7 +100,7 @@ def bench_ranks_command(
     out_file: ResultOption = None,
 ) -> None:
     """Time whole training steps of one run over several GPUs."""
-    from tune_app.bench_ranks import bench_ranks, ranks_table
+    from tune_app.bench.ranks import bench_ranks, ranks_table
     from tune_app.predict import choose_device
 
     result = bench_ranks(
@@ -138,7 +138,7 @@ def bench_start_command(
     out_file: ResultOption = None,
 ) -> None:
     """Time the start of a trial, in a new process and in one that has trained before."""
-    from tune_app.bench_start import bench_start, start_table
+    from tune_app.bench.start import bench_start, start_table
     from tune_app.predict import choose_device
 
     result = bench_start(
@@ -157,7 +157,7 @@ def bench_start_command(
 
 
 def _one_batch(text: str) -> tuple[int, int]:
-    from tune_app.bench import parse_batches
+    from tune_app.bench.train import parse_batches
 
     (pair,) = parse_batches(text) if "," not in text else [(0, 0)]
     if not all(pair):
@@ -190,7 +190,7 @@ def bench_search_command(
     """Time one search: medtune's, and plain Ray Tune with OptunaSearch and ASHA over a plain loop with MONAI."""
     import tempfile
 
-    from tune_app.bench_search import bench_search, search_table
+    from tune_app.bench.search import bench_search, search_table
     from tune_app.predict import choose_device
 
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +251,7 @@ def bench_efficiency_command(
     """Tell what the same time buys of random search, plain Ray Tune and medtune: winners run again and compared."""
     import tempfile
 
-    from tune_app.bench_efficiency import bench_efficiency, efficiency_table
+    from tune_app.bench.efficiency import bench_efficiency, efficiency_table
 
     with tempfile.TemporaryDirectory() as temporary:
         result = bench_efficiency(
@@ -289,7 +289,7 @@ def bench_data_command(
     """Time reading a cohort: decoded each time, through MONAI's PersistentDataset, and prepared."""
     import tempfile
 
-    from tune_app.bench import bench_data, data_table
+    from tune_app.bench.train import bench_data, data_table
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_data(size=size, subjects=subjects, folder=Path(folder), say=to_stderr)
@@ -306,7 +306,7 @@ def bench_results_command(
     """Time loading a study, its leaderboard, importance and report, and tell the memory they take."""
     import tempfile
 
-    from tune_app.bench_results import bench_results, results_line, results_table_of
+    from tune_app.bench.results import bench_results, results_line, results_table_of
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_results(trials=trials, epochs=epochs, folder=Path(folder), say=to_stderr)
@@ -331,7 +331,7 @@ def bench_overhead_command(
     """Time trials that train nothing: a study of ours against bare Ray Tune with OptunaSearch, in turns."""
     import tempfile
 
-    from tune_app.bench_overhead import bench_overhead, overhead_table
+    from tune_app.bench.overhead import bench_overhead, overhead_table
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_overhead(

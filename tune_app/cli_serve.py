@@ -70,7 +70,7 @@ def bench_serve_command(
     ] = 0,
 ) -> None:
     """Time the service: rows of a running study to many viewers, its processor time, and the writer's own pace."""
-    from tune_app.serve_bench import bench_serve, bench_watched_search
+    from tune_app.bench.serve import bench_serve, bench_watched_search
 
     if search:
         print(

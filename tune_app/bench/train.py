@@ -2,7 +2,7 @@
 
 `train`: whole training steps of a plain loop and of ours, side by side in one process.
 
-The plain loop is that of `tune_app.plain`, on volumes decoded once and kept in memory (as MONAI's CacheDataset keeps
+The plain loop is that of `tune_app.bench.plain_loop`, on volumes decoded once and kept in memory (as MONAI's CacheDataset keeps
 them) behind a DataLoader. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers: what is left
 out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune`
 itself with everything it does; `unaugmented` is it doing what `plain` does, and `deterministic` is it with
@@ -36,7 +36,7 @@ from trainables.data.manifest import Split, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.finetune import _Run, configured_network
-from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
+from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 from tune_app.synthetic import write_cohort
 
 DISTINCT = 32

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_spaces.written import space_from
-from tune_app.bench_search import machine
+from tune_app.bench.search import machine
 from tune_app.display import Display
 from tune_app.local_ray import keep_strangers_out, ray_to_file
 from tune_app.recorder import Recorder

@@ -2,7 +2,7 @@
 
 Both sides sample the same space with the same sampler, train whole runs of the same configurations on the same rows, and
 stop by the same rungs (medtune's policy with its additions switched off, which then decides as Ray's ASHA does). The
-plain side is what a careful script does: `tune_app.plain`, MONAI's CacheDataset decoding the scans once a trial, MONAI's
+plain side is what a careful script does: `tune_app.bench.plain_loop`, MONAI's CacheDataset decoding the scans once a trial, MONAI's
 random transforms in loader workers, one trial a GPU, Ray Tune otherwise as it comes. All that a user waits for is counted:
 the start of Ray, of processes and of CUDA, reading the scans, checkpoints where a side writes them.
 """
@@ -374,7 +374,7 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     from sklearn.metrics import roc_auc_score
 
     from trainables.data.manifest import read_manifest, split_rows
-    from tune_app.plain import PlainRun, monai_augmentation, monai_preparation
+    from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 
     overrides = space_from(SPACE, given["settings"]).sample_to_overrides(
         drawn, given["settings"]["epochs"]

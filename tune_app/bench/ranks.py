@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 
 from trainables.config import FineTuneConfig
 from trainables.finetune import _Run
-from tune_app.bench import BenchError, bench_config, machine_facts, made_cohort
+from tune_app.bench.train import BenchError, bench_config, machine_facts, made_cohort
 
 MEASURED_EPOCHS = 5
 

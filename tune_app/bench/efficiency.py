@@ -44,7 +44,7 @@ from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
 from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
-from tune_app.bench_search import machine
+from tune_app.bench.search import machine
 from tune_app.disk import GIB, Budget, file_sizes
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
@@ -299,7 +299,7 @@ def _plain(
         command = [
             sys.executable,
             "-m",
-            "tune_app.bench_efficiency",
+            "tune_app.bench.efficiency",
             str(place / "given.json"),
             str(until),
         ]

@@ -32,7 +32,7 @@ from trainables.data.manifest import Split
 from trainables.data.volumes import Cohort
 from trainables.finetune import _Run
 from trainables.training_thread import in_training_thread
-from tune_app.bench import BenchError, bench_config, machine_facts, made_cohort
+from tune_app.bench.train import BenchError, bench_config, machine_facts, made_cohort
 
 RUNS = ("new process", "same thread", "new thread")
 LATER = 3

@@ -14,8 +14,14 @@ from torch import Tensor
 from trainables import finetune
 from trainables.augment import augment_batch
 from trainables.config import build_config
-from tune_app import bench_efficiency as bench_efficiency_module
-from tune_app.bench import (
+from tune_app.bench import efficiency as bench_efficiency_module
+from tune_app.bench.efficiency import bench_efficiency, efficiency_table
+from tune_app.bench.overhead import bench_overhead, overhead_table
+from tune_app.bench.ranks import bench_ranks, ranks_table
+from tune_app.bench.results import bench_results, results_line, results_table_of
+from tune_app.bench.search import bench_search, gpus_watched, search_table, slots
+from tune_app.bench.start import RUNS, bench_start, start_table
+from tune_app.bench.train import (
     BenchError,
     bench_data,
     bench_train,
@@ -25,12 +31,6 @@ from tune_app.bench import (
     parse_batches,
     result_table,
 )
-from tune_app.bench_efficiency import bench_efficiency, efficiency_table
-from tune_app.bench_overhead import bench_overhead, overhead_table
-from tune_app.bench_ranks import bench_ranks, ranks_table
-from tune_app.bench_results import bench_results, results_line, results_table_of
-from tune_app.bench_search import bench_search, gpus_watched, search_table, slots
-from tune_app.bench_start import RUNS, bench_start, start_table
 from tune_app.results import load_study, read_record, read_rows
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort

@@ -19,7 +19,7 @@ from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from tune_app.backtest.curves import Curve, generate_curves
-from tune_app.bench_search import machine
+from tune_app.bench.search import machine
 from tune_app.columns import METRICS
 from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
 from tune_app.spec import StudyFiles, build_spec

@@ -1,0 +1,1 @@
+"""Measurements whose commands the documentation names."""
