@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from search_spaces.fixes import FIXES, fixes_markdown
-from tune_app.cli import app
+from tune_app.cli.app import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")

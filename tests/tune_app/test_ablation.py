@@ -32,7 +32,7 @@ from tune_app.ablation import (
     run_lines,
 )
 from tune_app.analysis import interval_over_folds
-from tune_app.cli import app
+from tune_app.cli.app import app
 from tune_app.results import Study, load_study, read_rows
 from tune_app.spec import SpecError, StudyFiles, build_spec
 from tune_app.synthetic import write_cohort

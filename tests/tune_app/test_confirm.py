@@ -27,7 +27,7 @@ from trainables.losses import logit_scale
 from trainables.metrics import auc_interval
 from trainables.network.ema import AveragedWeights
 from trainables.network.model import build_network
-from tune_app.cli import app
+from tune_app.cli.app import app
 from tune_app.confirm import (
     choose_candidates,
     confirmation_spec,

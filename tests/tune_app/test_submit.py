@@ -13,7 +13,7 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
-from tune_app import cli
+from tune_app.cli import app as cli
 from tune_app.jobs import JobServerError, is_loopback, job_server, use_token_if_there
 from tune_app.spec import (
     SpecError,

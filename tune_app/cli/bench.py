@@ -1,4 +1,4 @@
-"""`medtune bench`: speed, measured on this machine (`serve` stands in `tune_app.cli_serve`)."""
+"""`medtune bench`: speed, measured on this machine (`serve` stands in `tune_app.cli.serve`)."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tune_app.cli_common import (
+from tune_app.cli.common import (
     ConcurrentOption,
     DeviceOption,
     SetOption,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from trainables.config import build_config
-from tune_app.cli_common import (
+from tune_app.cli.common import (
     CacheOption,
     DataOption,
     SetOption,

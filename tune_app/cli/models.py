@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tune_app.cli_common import CacheOption, DeviceOption, out, to_stderr
+from tune_app.cli.common import CacheOption, DeviceOption, out, to_stderr
 
 app = typer.Typer()
 

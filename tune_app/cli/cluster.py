@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tune_app.cli_common import CacheOption, elsewhere, err, out
+from tune_app.cli.common import CacheOption, elsewhere, err, out
 
 app = typer.Typer()
 jobs_app = typer.Typer(

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from search_spaces.spaces import SPACES
 from trainables.config import ConfigError, FineTuneConfig
-from tune_app import cli, cli_common
-from tune_app.cli_common import parse_settings
+from tune_app.cli import app as cli
+from tune_app.cli import common as cli_common
+from tune_app.cli.common import parse_settings
 from tune_app.spec import StudySpec
 from tune_app.synthetic import write_cohort
 
@@ -217,7 +218,7 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_1(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(
         "PYTHONPATH",
-        os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        os.pathsep.join([str(Path(cli.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     )
     ended = run_main(*arguments)
     assert ended.returncode == 1, ended.stderr

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tune_app.cli_bench import bench_app
-from tune_app.cli_common import AddressOption, err, to_stderr
+from tune_app.cli.bench import bench_app
+from tune_app.cli.common import AddressOption, err, to_stderr
 
 app = typer.Typer()
 

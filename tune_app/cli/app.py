@@ -21,9 +21,11 @@ from rich.text import Text
 
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
-from tune_app import cli_cluster, cli_models, cli_serve
-from tune_app.cli_bench import bench_app
-from tune_app.cli_common import (
+from tune_app.cli import cluster as cli_cluster
+from tune_app.cli import models as cli_models
+from tune_app.cli import serve as cli_serve
+from tune_app.cli.bench import bench_app
+from tune_app.cli.common import (
     AddressOption,
     CacheOption,
     ConcurrentOption,
@@ -40,7 +42,7 @@ from tune_app.cli_common import (
     out,
     parse_settings,
 )
-from tune_app.cli_tools import data_app, weights_app
+from tune_app.cli.data import data_app, weights_app
 from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}
