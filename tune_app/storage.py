@@ -24,8 +24,8 @@ from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
 from trainables.data.storage import Listed, Remote, StorageError, url_of
+from tune_app.cluster.submit import job_name
 from tune_app.spec import SpecError, StudyFiles, default_cache
-from tune_app.submit import job_name
 
 log = logging.getLogger("medtune.storage")
 

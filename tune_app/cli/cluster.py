@@ -81,7 +81,7 @@ def submit(
     Submitting the same study again goes on with it, or follows it while it runs. Paths are those that the cluster's
     nodes see; no data is sent.
     """
-    from tune_app.submit import Cluster, build_submission, cluster_file, kuberay_manifest
+    from tune_app.cluster.submit import Cluster, build_submission, cluster_file, kuberay_manifest
 
     def send(spec: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
@@ -121,7 +121,7 @@ def submit(
 
 
 def _place(root: Path) -> str:
-    from tune_app.submit import cluster_place
+    from tune_app.cluster.submit import cluster_place
 
     return cluster_place(str(root))
 
@@ -136,8 +136,8 @@ def _send(
     allow_open: bool,
     retry_failed: bool,
 ) -> int:
-    from tune_app.jobs import ENDED, Jobs
-    from tune_app.submit import build_submission
+    from tune_app.cluster.jobs import ENDED, Jobs
+    from tune_app.cluster.submit import build_submission
 
     jobs = Jobs(address, allow_open=allow_open)
     earlier = jobs.of_study(place)
@@ -233,8 +233,8 @@ def doctor(
     Exit code 1 when something must be mended; what only should be looked at does not count.
     """
     if address and address.startswith(("http://", "https://")):
-        from tune_app.jobs import Jobs
-        from tune_app.submit import build_task
+        from tune_app.cluster.jobs import Jobs
+        from tune_app.cluster.submit import build_task
 
         given = {"--data": data, "--out": out_folder, "--cache": cache and str(cache)}
         words = [word for name, value in given.items() if value for word in (name, str(value))]
@@ -242,7 +242,7 @@ def doctor(
         task = build_task(["doctor", "--address", "auto", *words])
         jobs.send(task)
         raise typer.Exit(_follow(jobs, task.submission_id))
-    from tune_app.doctor import diagnose_cluster, diagnose_machine
+    from tune_app.cluster.doctor import diagnose_cluster, diagnose_machine
 
     if address:
         found = diagnose_cluster(
@@ -285,7 +285,7 @@ def jobs_list(
     allow_open: OpenOption = False,
 ) -> None:
     """List the cluster's studies, oldest first."""
-    from tune_app.jobs import Jobs
+    from tune_app.cluster.jobs import Jobs
 
     rows = [_row(job) for job in Jobs(address, allow_open=allow_open).all()]
     rows = [row for row in rows if every or row["study"]]
@@ -317,7 +317,7 @@ def jobs_status(
     job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False
 ) -> None:
     """Show one job as JSON: state, study, exit code, where its driver runs, what went wrong."""
-    from tune_app.jobs import Jobs
+    from tune_app.cluster.jobs import Jobs
 
     found = Jobs(address, allow_open=allow_open).find(job)
     print(
@@ -337,7 +337,7 @@ def jobs_logs(
     allow_open: OpenOption = False,
 ) -> None:
     """Show what a job has said."""
-    from tune_app.jobs import Jobs
+    from tune_app.cluster.jobs import Jobs
 
     jobs = Jobs(address, allow_open=allow_open)
     found = jobs.find(job)
@@ -351,7 +351,7 @@ def jobs_stop(
     job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False
 ) -> None:
     """End a job as Ctrl-C would: its study is closed, and submitting it again goes on with it."""
-    from tune_app.jobs import Jobs
+    from tune_app.cluster.jobs import Jobs
 
     jobs = Jobs(address, allow_open=allow_open)
     found = jobs.find(job)

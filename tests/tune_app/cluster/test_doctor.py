@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
-from tune_app.doctor import diagnose_machine, judge_clock, judge_node, judge_together, node_facts
+from tune_app.cluster.doctor import (
+    diagnose_machine,
+    judge_clock,
+    judge_node,
+    judge_together,
+    node_facts,
+)
 from tune_app.synthetic import write_cohort
 
 WELL: dict[str, Any] = {

@@ -14,16 +14,8 @@ from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
 from tune_app.cli import app as cli
-from tune_app.jobs import JobServerError, is_loopback, job_server, use_token_if_there
-from tune_app.spec import (
-    SpecError,
-    StudyFiles,
-    StudySpec,
-    build_spec,
-    read_study_file,
-    resumed_spec,
-)
-from tune_app.submit import (
+from tune_app.cluster.jobs import JobServerError, is_loopback, job_server, use_token_if_there
+from tune_app.cluster.submit import (
     PACKAGES,
     SPEC_FILE,
     Cluster,
@@ -34,8 +26,16 @@ from tune_app.submit import (
     next_id,
     pinned_requirements,
 )
+from tune_app.spec import (
+    SpecError,
+    StudyFiles,
+    StudySpec,
+    build_spec,
+    read_study_file,
+    resumed_spec,
+)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED = {"data": "/shared/adrenal/table.csv", "config": {"epochs": 30}, "trials": 8}
 
 
@@ -151,7 +151,7 @@ def test_a_place_that_a_cluster_cannot_find_is_refused() -> None:
 def test_a_package_over_rays_limit_is_refused_and_its_largest_file_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tune_app.submit.LIMIT_MIB", 0.01)
+    monkeypatch.setattr("tune_app.cluster.submit.LIMIT_MIB", 0.01)
     with pytest.raises(
         SpecError, match=r"Ray takes 0.01: move out what is no code \(.*\.py 0\.0 MiB"
     ):
