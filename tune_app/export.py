@@ -42,8 +42,8 @@ from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
 from trainables.saved_run import saved_run
-from tune_app import confirm
 from tune_app.calibration import Array, Calibration, cross_fits, fit_calibration
+from tune_app.compare import confirm
 from tune_app.model_card import model_card
 from tune_app.model_folder import (
     Choice,

@@ -22,9 +22,9 @@ from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, hanley_mcneil_error
-from tune_app.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.analysis import COLLAPSES, axis_of
-from tune_app.confirm import judge, judged_lines, score_lines
+from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
+from tune_app.compare.confirm import judge, judged_lines, score_lines
 from tune_app.objective import OBJECTIVES
 from tune_app.results import ENDED, Study, load_study
 from tune_app.spec import SpecError, StudyFiles

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app import figures, findings
-from tune_app.ablation import effect_lines
+from tune_app.compare.ablation import effect_lines
 from tune_app.objective import OBJECTIVES
 from tune_app.results import Study, load_study
 from tune_app.spec import StudyFiles

@@ -6,8 +6,8 @@ from rich.console import Console
 
 from trainables.config import build_config
 from trainables.data.storage import url_of
-from tune_app.ablation import print_ablation
-from tune_app.confirm import print_confirmation
+from tune_app.compare.ablation import print_ablation
+from tune_app.compare.confirm import print_confirmation
 from tune_app.results import Study, load_study
 from tune_app.tables import came_back, render_table, results_table
 

@@ -42,9 +42,9 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
-from tune_app.ablation import DECIDED, ablation_spec
 from tune_app.analysis import COLLAPSES
 from tune_app.bench.search import machine
+from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.disk import GIB, Budget, file_sizes
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles

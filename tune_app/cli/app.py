@@ -706,7 +706,7 @@ def ablate(
     address: AddressOption = None,
 ) -> None:
     """Run variants of the fixes over seeds and folds, nothing stopped early: which fix matters, and is it certain?"""
-    from tune_app.ablation import ablation_spec, read_variants
+    from tune_app.compare.ablation import ablation_spec, read_variants
 
     config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
     config |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
@@ -755,7 +755,7 @@ def confirm(
     address: AddressOption = None,
 ) -> None:
     """Run a search's best again, beside the documented settings, on all folds with new seeds: is there a winner?"""
-    from tune_app.confirm import (
+    from tune_app.compare.confirm import (
         confirmation_spec,
         confirmed_on_test,
         print_confirmation,
