@@ -57,7 +57,7 @@ IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
 
 def test_the_modules_are_seen():
     missing = {"search_spaces.fixes", "search_spaces.ablations", "search_spaces.spaces", "trainables.config", "trainables.finetune",
-               "trainables.ranks", "trainables.ray_trainable", "tune_app.cli", "tune_app.study", "tune_app.searcher",
+               "trainables.ranks", "trainables.ray_trainable", "tune_app.cli", "tune_app.driver.run", "tune_app.driver.searcher",
                "tune_app.results"} - set(IMPORTS)  # fmt: skip
     assert not missing, f"the layout names modules that are not there: {sorted(missing)}"
 
@@ -143,7 +143,7 @@ def test_a_laptop_without_torch_and_ray_can_import(module):
 
 def test_a_driver_starts_without_torch():
     """Its trials train, in processes of their own: MONAI and torch would cost it five seconds of start-up."""
-    assert loaded_by("import tune_app.study") == ["ray"]
+    assert loaded_by("import tune_app.driver.run") == ["ray"]
 
 
 def test_the_command_line_shows_its_help_without_torch_and_ray():

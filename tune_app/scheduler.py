@@ -2,7 +2,7 @@
 
 `Policy` is pure: what it decides follows from the rows in the order of their arrival (and the trials' configs) alone.
 A killed search is therefore rebuilt by replaying its epochs.jsonl, and a finished one can be replayed through any other
-policy (`tune_app.backtest.replay`). No Ray here; `tune_app.ray_scheduler` puts it behind Ray's interface.
+policy (`tune_app.backtest.replay`). No Ray here; `tune_app.driver.ray_scheduler` puts it behind Ray's interface.
 """
 
 import math

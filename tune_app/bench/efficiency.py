@@ -45,7 +45,7 @@ from trainables.diagnosis import VERDICTS
 from tune_app.analysis import COLLAPSES
 from tune_app.bench.search import machine
 from tune_app.compare.ablation import DECIDED, ablation_spec
-from tune_app.disk import GIB, Budget, file_sizes
+from tune_app.driver.disk import GIB, Budget, file_sizes
 from tune_app.results import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 
@@ -328,7 +328,7 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune_app.local_ray import start_ray
+    from tune_app.driver.local_ray import start_ray
 
     settings = given["config"]
     space = space_from(given["space"], settings)
@@ -427,7 +427,7 @@ def _confirm(
 
     `max_concurrent` is of the searches: here nothing is timed.
     """
-    from tune_app.study import run_study
+    from tune_app.driver.run import run_study
 
     config = {name: value for name, value in common["config"].items() if name not in DECIDED}
     chosen: dict[str, dict[str, Scalar]] = {"documented": documented_after(config["epochs"])}

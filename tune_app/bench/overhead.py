@@ -34,11 +34,11 @@ from rich.table import Table
 
 from search_spaces.written import space_from
 from tune_app.bench.search import machine
-from tune_app.display import Display
-from tune_app.local_ray import keep_strangers_out, ray_to_file
-from tune_app.recorder import Recorder
+from tune_app.driver.display import Display
+from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.run import Lifecycle, Plan, _Session
 from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.study import Lifecycle, Plan, _Session
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")

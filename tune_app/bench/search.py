@@ -258,7 +258,7 @@ def _medtune(
 ) -> tuple[list[list[float]], dict[str, float | int | None]]:
     """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
     from trainables.diagnosis import VERDICTS
-    from tune_app.study import run_study
+    from tune_app.driver.run import run_study
 
     spec = build_spec(
         {
@@ -310,7 +310,7 @@ def _plain(
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune_app.local_ray import keep_strangers_out
+    from tune_app.driver.local_ray import keep_strangers_out
 
     runs: list[list[float]] = []
     going: dict[str, list[float]] = {}

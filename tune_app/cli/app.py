@@ -200,7 +200,7 @@ def train(
     config = build_config(
         {k: v for k, v in given.items() if v is not None} | parse_settings(setting)
     )
-    from tune_app.training import train_once
+    from tune_app.driver.single_run import train_once
 
     folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
     raise typer.Exit(
@@ -367,7 +367,7 @@ def _run_and_tell(
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
-    from tune_app.study import FAILED_TRIALS, INTERRUPTED, run_study
+    from tune_app.driver.run import FAILED_TRIALS, INTERRUPTED, run_study
     from tune_app.summary import print_summary
 
     place = url_of(root) or root

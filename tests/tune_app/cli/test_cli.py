@@ -35,7 +35,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(config=config, table=table, folder=folder, **options)
         return 0
 
-    monkeypatch.setattr("tune_app.training.train_once", train_once)
+    monkeypatch.setattr("tune_app.driver.single_run.train_once", train_once)
     return seen
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from trainables.checkpoints import TrialFiles
 from trainables.ray_trainable import SignOfLife
-from tune_app import watchdog
-from tune_app.watchdog import (
+from tune_app.driver import watchdog
+from tune_app.driver.watchdog import (
     START_S,
     Seen,
     StalledError,

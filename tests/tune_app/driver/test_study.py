@@ -25,13 +25,10 @@ from trainables.config import build_config
 from trainables.diagnosis import VERDICTS
 from trainables.finetune import configured_network
 from trainables.network.weights import save_medicalnet
-from tune_app import watchdog
-from tune_app.display import Display
-from tune_app.recorder import Recorder
-from tune_app.results import StudyDamageError, load_study, read_record, read_rows
-from tune_app.searcher import STUDY_NAME, sqlite_url
-from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
-from tune_app.study import (
+from tune_app.driver import watchdog
+from tune_app.driver.display import Display
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.run import (
     Interrupt,
     Plan,
     _Session,
@@ -40,6 +37,9 @@ from tune_app.study import (
     run_study,
     watching_only,
 )
+from tune_app.driver.searcher import STUDY_NAME, sqlite_url
+from tune_app.results import StudyDamageError, load_study, read_record, read_rows
+from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.synthetic import write_cohort
 
 WHOLE = {
@@ -147,7 +147,7 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         saved_run.save_state = slow
         run_trial(trial, setting)
 
-    monkeypatch.setattr("tune_app.study.run_trial", trial_with_a_slow_disk)
+    monkeypatch.setattr("tune_app.driver.run.run_trial", trial_with_a_slow_disk)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.5)
     monkeypatch.setattr(watchdog, "Watchdog", functools.partial(watchdog.Watchdog, quiet_s=1.0))
     notes = Console(file=io.StringIO(), width=1000)
@@ -202,7 +202,7 @@ def test_failed_trials_go_on_when_they_are_asked_to(
         finally:
             saved_run.save_state = whole
 
-    monkeypatch.setattr("tune_app.study.run_trial", trial_on_a_lost_share)
+    monkeypatch.setattr("tune_app.driver.run.run_trial", trial_on_a_lost_share)
     given = {
         "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_failures": 0, "sampler": "random",
         "config": SMALL | {"epochs": 4},

@@ -25,9 +25,9 @@ from study_runs import (
 )
 
 from trainables.diagnosis import VERDICTS
+from tune_app.driver.run import Outcome, run_study
 from tune_app.results import load_study
 from tune_app.spec import StudyFiles, build_spec
-from tune_app.study import Outcome, run_study
 from tune_app.synthetic import write_cohort
 
 STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))
@@ -170,7 +170,7 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
                 before  # a process of one rank serves the next trial; that of several must not
             )
 
-    monkeypatch.setattr("tune_app.study.run_trial", trial_that_may_lack_memory)
+    monkeypatch.setattr("tune_app.driver.run.run_trial", trial_that_may_lack_memory)
     outcome, classes = run_in_turn(
         table,
         tmp_path,
@@ -205,7 +205,7 @@ def test_a_process_lost_between_two_trials_costs_the_next_one_a_single_attempt(
             if trial["trial"] == "00000":  # stopped, and its process has been given the next trial
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("tune_app.study.run_trial", trial_that_takes_its_process_with_it)
+    monkeypatch.setattr("tune_app.driver.run.run_trial", trial_that_takes_its_process_with_it)
     outcome, _ = run_in_turn(
         table,
         tmp_path,

@@ -31,14 +31,14 @@ import trainables
 import tune_app
 from trainables.checkpoints import sweep_temporaries
 from trainables.ray_trainable import FATAL
-from tune_app.display import Display
-from tune_app.recorder import Recorder
+from tune_app.driver.display import Display
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.run import StudyScheduler, _Session
+from tune_app.driver.searcher import STUDY_NAME, sqlite_url
 from tune_app.results import read_record, read_rows
-from tune_app.searcher import STUDY_NAME, sqlite_url
 from tune_app.spec import StudyFiles, build_spec, mend_last_line
-from tune_app.study import StudyScheduler, _Session
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OURS = tuple(str(Path(str(package.__file__)).parent) for package in (trainables, tune_app))
 EPOCHS, CONCURRENT, KILLS = 12, 3, 20
 FIELDS: dict[str, Any] = {
@@ -226,7 +226,7 @@ def told(root: Path) -> dict[str, Any]:
 @pytest.mark.timeout(300)  # seconds on a quiet machine, but it starts a driver 22 times
 def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_killed_search as tests; tests.main(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), "13"]
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path), "13"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stderr
     whole, killed = told(tmp_path / "whole"), told(tmp_path / "killed")

@@ -12,7 +12,7 @@ import pytest
 from ray._private.worker import print_to_stdstream
 from rich.console import Console
 
-from tune_app.local_ray import keep_strangers_out, ray_to_file
+from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
 
 STUDY = """
 import os, subprocess, sys

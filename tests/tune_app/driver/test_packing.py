@@ -12,7 +12,7 @@ from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.volumes import Recipe, prepare_cohort
 from trainables.ray_trainable import wait_for_device_memory
-from tune_app.packing import Window, measure_together, pick_packing, total_throughput
+from tune_app.driver.packing import Window, measure_together, pick_packing, total_throughput
 from tune_app.synthetic import write_cohort
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from trainables.diagnosis import diagnose
 from trainables.finetune import choose_precision, finetune
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
-from tune_app.local_ray import keep_strangers_out
+from tune_app.driver.local_ray import keep_strangers_out
 
 HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"
 

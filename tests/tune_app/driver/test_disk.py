@@ -29,10 +29,10 @@ from trainables.data.scans import Recipe
 from trainables.data.volumes import prepare_cohort
 from trainables.finetune import EpochResult, finetune
 from trainables.saved_run import open_inputs, saved_run
-from tune_app.disk import file_sizes, make_room, plan_budget
-from tune_app.recorder import Recorder
+from tune_app.driver.disk import file_sizes, make_room, plan_budget
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.searcher import OptunaSearcher
 from tune_app.results import load_study, read_rows
-from tune_app.searcher import OptunaSearcher
 from tune_app.spec import SpecError, StudyFiles, append_line, build_spec
 from tune_app.synthetic import write_cohort
 

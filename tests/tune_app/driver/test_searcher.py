@@ -23,10 +23,10 @@ from search_spaces.space import SpaceError
 from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
 from trainables.config import build_config
+from tune_app.driver.searcher import STUDY_NAME, OptunaSearcher, SearchError, sqlite_url, trial_name
 from tune_app.objective import objective_value
-from tune_app.searcher import STUDY_NAME, OptunaSearcher, SearchError, sqlite_url, trial_name
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EPOCHS = 4
 TINY = space_from(
     {"search": {"dropout": {"low": 0.0, "high": 0.8}, "s": {"low": 1, "high": 30, "log": True}}}
@@ -501,7 +501,7 @@ print(session)
 def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
     log = tmp_path / "handed-out"
     code = KILLED_FOR_REAL.format(
-        tests=str(Path(__file__).parent), folder=str(tmp_path), log=str(log)
+        tests=str(Path(__file__).parents[1]), folder=str(tmp_path), log=str(log)
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200

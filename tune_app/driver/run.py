@@ -42,16 +42,18 @@ from trainables.data.scans import Recipe
 from trainables.data.storage import url_of
 from trainables.data.volumes import prepare_cohort
 from trainables.ray_trainable import FATAL, TrialSetting, run_trial
-from tune_app.disk import Budget, make_room, plan_budget
-from tune_app.display import Display
-from tune_app.local_ray import ray_to_file, ray_to_work_with, would_start_ray
+from tune_app.driver.disk import Budget, make_room, plan_budget
+from tune_app.driver.display import Display
+from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
+from tune_app.driver.packing import measure_packing, pick_packing
+from tune_app.driver.ray_scheduler import PolicyScheduler
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.searcher import OptunaSearcher
+from tune_app.driver.tune_repairs import lost_processes_told_once
+from tune_app.driver.watchdog import watch_tune
 from tune_app.objective import OBJECTIVES, objective_value
-from tune_app.packing import measure_packing, pick_packing
-from tune_app.ray_scheduler import PolicyScheduler
-from tune_app.recorder import Recorder
 from tune_app.results import ENDED, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
-from tune_app.searcher import OptunaSearcher
 from tune_app.spec import (
     SpecError,
     StudyFiles,
@@ -67,8 +69,6 @@ from tune_app.stop_requests import (
     stopping_on_request,
 )
 from tune_app.storage import drop_unrecorded, mirrored
-from tune_app.tune_repairs import lost_processes_told_once
-from tune_app.watchdog import watch_tune
 
 log = logging.getLogger("medtune.study")
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tune_app.ray_scheduler import PolicyScheduler
+from tune_app.driver.ray_scheduler import PolicyScheduler
 from tune_app.scheduler import Policy, PolicySpec
 
 

@@ -18,7 +18,7 @@ import ray
 import ray.util.debug
 
 from trainables.checkpoints import LogFile
-from tune_app.watchdog import StalledError
+from tune_app.driver.watchdog import StalledError
 
 log = logging.getLogger("medtune.study")
 

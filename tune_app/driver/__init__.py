@@ -1,0 +1,1 @@
+"""The process that runs a study: searcher, scheduler, session, watchdog, packing, local Ray."""
