@@ -434,7 +434,7 @@ def exported_model(trained_study: Path) -> Path:
     """The first trial of `trained_study`, exported. Only to be read."""
     import torch
 
-    from tune_app.export import export_model
+    from tune_app.models.export import export_model
 
     out = trained_study.parent / "model"
     export_model(trained_study, out, trial="0", device=torch.device("cpu"), say=lambda text: None)
@@ -446,7 +446,7 @@ def exported_ensemble(trained_study: Path) -> Path:
     """Both trials of `trained_study`, of two folds, as one model. Only to be read."""
     import torch
 
-    from tune_app.export import export_model
+    from tune_app.models.export import export_model
 
     out = trained_study.parent / "ensemble"
     export_model(trained_study, out, ensemble=2, device=torch.device("cpu"), say=lambda text: None)

@@ -139,7 +139,7 @@ def weights_pretrain(
 ) -> None:
     """Pretrain on a share of one's own training subjects, without labels; write a MedicalNet file and the other rows."""
     settings = parse_settings(setting) | ({} if epochs is None else {"epochs": epochs})
-    from tune_app.pretrain import pretrain
+    from tune_app.models.pretrain import pretrain
 
     pretrain(
         data,

@@ -43,8 +43,8 @@ def export(
     force: ForceOption = False,
 ) -> None:
     """Write a trial as a model: weights, threshold, calibration, model card and checksums in one folder."""
-    from tune_app.export import export_model, outcome_lines
-    from tune_app.predict import choose_device
+    from tune_app.models.export import export_model, outcome_lines
+    from tune_app.models.predict import choose_device
 
     if trial is not None and (best or confirmed or ensemble):
         raise typer.BadParameter(
@@ -83,8 +83,8 @@ def retrain(
     force: ForceOption = False,
 ) -> None:
     """Train the chosen configuration on training and validation volumes together; write it as a model."""
-    from tune_app.export import outcome_lines, retrain_model
-    from tune_app.predict import choose_device
+    from tune_app.models.export import outcome_lines, retrain_model
+    from tune_app.models.predict import choose_device
 
     if (trial is not None) + best + confirmed > 1:
         raise typer.BadParameter("one of --trial, --best and --confirmed")
@@ -132,7 +132,7 @@ def predict(
     ] = "layer4",
 ) -> None:
     """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""
-    from tune_app.predict import run_predict
+    from tune_app.models.predict import run_predict
 
     raise typer.Exit(
         run_predict(

@@ -42,10 +42,10 @@ from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
 from trainables.saved_run import saved_run
-from tune_app.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.compare import confirm
-from tune_app.model_card import model_card
-from tune_app.model_folder import (
+from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
+from tune_app.models.card import model_card
+from tune_app.models.folder import (
     Choice,
     Evaluation,
     HeldOut,
@@ -56,7 +56,7 @@ from tune_app.model_folder import (
     check_target,
     new_model,
 )
-from tune_app.predict import class_scores, decide, network_logits, on_device, pooled
+from tune_app.models.predict import class_scores, decide, network_logits, on_device, pooled
 from tune_app.results import Study, load_study
 from tune_app.spec import StudyFiles, default_cache
 

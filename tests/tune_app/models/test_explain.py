@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainables.config import build_config
 from trainables.data.scans import Recipe, load_volume, read_header, read_scan
 from trainables.network.model import Classifier, build_network
-from tune_app.explain import (
+from tune_app.models.explain import (
     Explainer,
     cells,
     explain,
@@ -27,7 +27,7 @@ from tune_app.explain import (
     write_map,
     write_slices,
 )
-from tune_app.predict import Source, find_scans, load_model, predict, run_predict
+from tune_app.models.predict import Source, find_scans, load_model, predict, run_predict
 
 
 class LogOdds(nn.Module):
@@ -295,7 +295,7 @@ def test_a_map_that_cannot_be_written_costs_no_score(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tune_app.explain.write_map", full)
+    monkeypatch.setattr("tune_app.models.explain.write_map", full)
     scan = find_scans([trained_study.parent / "cohort"], 2)[0]
     out = tmp_path / "scores.csv"
     code = run_predict(

@@ -21,9 +21,9 @@ from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import build_network
-from tune_app import export
-from tune_app.calibration import Calibration
-from tune_app.export import (
+from tune_app.models import export
+from tune_app.models.calibration import Calibration
+from tune_app.models.export import (
     ExportError,
     choose,
     evaluate,
@@ -33,8 +33,8 @@ from tune_app.export import (
     retrain_model,
     wilson,
 )
-from tune_app.model_folder import Measured, ModelError, ModelFiles, ModelInfo
-from tune_app.predict import find_scans, load_model, predict
+from tune_app.models.folder import Measured, ModelError, ModelFiles, ModelInfo
+from tune_app.models.predict import find_scans, load_model, predict
 from tune_app.results import load_study
 from tune_app.spec import SpecError, StudyFiles
 

@@ -30,7 +30,7 @@ from trainables.config import ConfigError, FineTuneConfig, build_config, problem
 from trainables.data.scans import Recipe
 from trainables.data.volumes import new_folder
 from trainables.diagnosis import HEALTHY
-from tune_app.calibration import Calibration
+from tune_app.models.calibration import Calibration
 
 MODEL_FORMAT = 1
 

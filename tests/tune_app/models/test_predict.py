@@ -16,11 +16,19 @@ import torch
 from typer.testing import CliRunner
 
 from trainables.metrics import auc_interval
-from tune_app import predict as module
 from tune_app.cli.app import app
-from tune_app.explain import explain
-from tune_app.model_folder import ModelFiles, ModelInfo
-from tune_app.predict import Model, Source, decide, find_scans, load_model, predict, run_predict
+from tune_app.models import predict as module
+from tune_app.models.explain import explain
+from tune_app.models.folder import ModelFiles, ModelInfo
+from tune_app.models.predict import (
+    Model,
+    Source,
+    decide,
+    find_scans,
+    load_model,
+    predict,
+    run_predict,
+)
 
 CPU = torch.device("cpu")
 

@@ -34,8 +34,8 @@ from trainables.data.scans import (
 from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
 from trainables.network.model import Classifier
-from tune_app.calibration import Array
-from tune_app.model_folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
+from tune_app.models.calibration import Array
+from tune_app.models.folder import Member, ModelError, ModelFiles, ModelInfo, parse_info, weights_of
 
 TABLES = (".csv", ".parquet")
 SCANS = (".nii", ".nii.gz")
@@ -525,7 +525,7 @@ def run_predict(
     sources = find_scans(paths, model.info.num_classes)
     explainer = None
     if explain is not None:
-        from tune_app.explain import Explainer
+        from tune_app.models.explain import Explainer
 
         explainer = Explainer(model, explain, layer=explain_layer)
         for note in explainer.notes():

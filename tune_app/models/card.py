@@ -1,7 +1,7 @@
 """model.json in words: the Markdown card that travels with a model. A pure function of what the model's folder says."""
 
 from trainables.config import FineTuneConfig
-from tune_app.model_folder import SPACING_FACTOR, Evaluation, Measured, ModelInfo, times
+from tune_app.models.folder import SPACING_FACTOR, Evaluation, Measured, ModelInfo, times
 
 NAMES = {
     "auc": "AUC",

@@ -16,7 +16,7 @@ from trainables.data.manifest import read_manifest
 from trainables.finetune import configured_network
 from trainables.network.pretext import PretextError
 from trainables.network.weights import load_pretrained
-from tune_app.pretrain import accuracy_text, pretext_config, pretrain
+from tune_app.models.pretrain import accuracy_text, pretext_config, pretrain
 from tune_app.synthetic import write_cohort
 
 TINY: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""A trained model as a folder: export, predict, explain, retrain, card."""
