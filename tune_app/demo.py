@@ -96,7 +96,7 @@ def pretrain(folder: Path, cache: Path, *, epochs: int, seed: int = 0) -> Path:
 def run_demo(folder: Path, *, trials: int, epochs: int, console: Console, results: Console) -> int:
     """Run the demo in `folder` and say what came of it; returns the exit code. Progress goes to `console`."""
     from tune_app.driver.run import run_study
-    from tune_app.summary import print_summary
+    from tune_app.report.summary import print_summary
 
     started = time.monotonic()
     if folder.exists() and any(folder.iterdir()):

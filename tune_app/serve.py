@@ -33,8 +33,8 @@ from search_spaces.spaces import SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig, problem_lines
 from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
-from tune_app import figures
 from tune_app.objective import OBJECTIVES
+from tune_app.report import figures
 from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
 from tune_app.serve_live import Feeds, TooManyViewersError
 from tune_app.serve_queue import QueueError, StudyQueue
@@ -369,7 +369,7 @@ def build_app(
     @app.get("/api/studies/{study}/report", response_class=FileResponse)
     def report(study: StudyId) -> FileResponse:
         """Download the study as one self-contained HTML page."""
-        from tune_app.report import write_report
+        from tune_app.report.page import write_report
 
         reading = folder.reading(study)
         assert reading is not None

@@ -18,8 +18,8 @@ import pandas as pd
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
-from tune_app import figures, findings
 from tune_app.objective import OBJECTIVES
+from tune_app.report import figures, findings
 from tune_app.results import ENDED, Study, is_held, load_study
 from tune_app.serve_queue import StudyQueue
 from tune_app.serve_storage import Replica

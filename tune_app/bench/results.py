@@ -45,7 +45,7 @@ def step(name, work):
     return result
 
 def load_modules():
-    import tune_app.report, tune_app.results
+    import tune_app.report.page, tune_app.results
     import optuna.importance, plotly, pyarrow.json
 
 root, page = sys.argv[1:]

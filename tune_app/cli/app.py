@@ -368,7 +368,7 @@ def _run_and_tell(
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
     from tune_app.driver.run import FAILED_TRIALS, INTERRUPTED, run_study
-    from tune_app.summary import print_summary
+    from tune_app.report.summary import print_summary
 
     place = url_of(root) or root
     err.print(f"study: {place}", soft_wrap=True, markup=False)
@@ -477,7 +477,7 @@ def report(
 ) -> None:
     """Write the study as one self-contained HTML page."""
     from trainables.data.storage import url_of
-    from tune_app.report import watch_report, write_comparison, write_report
+    from tune_app.report.page import watch_report, write_comparison, write_report
     from tune_app.results import load_study
 
     if compare is not None and watch:

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from tune_app.analysis import Axis, axis_of
-from tune_app.findings import documented_settings, leading
 from tune_app.objective import OBJECTIVES
+from tune_app.report.findings import documented_settings, leading
 from tune_app.results import Study
 from tune_app.tables import format_value
 

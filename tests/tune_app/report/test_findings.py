@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tune_app import findings
+from tune_app.report import findings
 from tune_app.results import Study, load_study
 from tune_app.spec import StudyFiles
 

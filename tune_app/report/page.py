@@ -1,4 +1,4 @@
-"""A study's dataframes -> one self-contained HTML page: figures, tables and the sentences of `tune_app.findings`.
+"""A study's dataframes -> one self-contained HTML page: figures, tables and the sentences of `tune_app.report.findings`.
 
 The page needs no network and, by its content security policy, can reach none; it runs only the two scripts whose hashes
 stand in it. Whatever comes from a study is escaped: by Jinja in the page, by `html.escape` in figures, as JSON in
@@ -22,9 +22,9 @@ from markupsafe import Markup
 
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
-from tune_app import figures, findings
 from tune_app.compare.ablation import effect_lines
 from tune_app.objective import OBJECTIVES
+from tune_app.report import figures, findings
 from tune_app.results import Study, load_study
 from tune_app.spec import StudyFiles
 from tune_app.tables import duration, format_value, printable, results_table

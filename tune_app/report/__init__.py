@@ -1,0 +1,1 @@
+"""Dataframes -> findings, figures and one self-contained page."""
