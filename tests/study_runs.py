@@ -13,7 +13,7 @@ import optuna
 import psutil
 import pytest
 
-from tune_app.results import load_study
+from tune_app.results.study import load_study
 from tune_app.spec import StudyFiles
 
 SMALL: dict[str, Any] = {

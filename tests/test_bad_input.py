@@ -30,7 +30,7 @@ from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.data.scans import VolumeError, read_scan
 from tune_app.cli.app import main
 from tune_app.cli.common import parse_settings
-from tune_app.results import StudyDamageError, load_study
+from tune_app.results.study import StudyDamageError, load_study
 from tune_app.scheduler import PolicyError, PolicySpec, read_policy
 from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec
 from tune_app.synthetic import write_cohort

@@ -1,6 +1,6 @@
 """The service: a live page over the studies of one folder or URL, and the REST interface behind it.
 
-It reads through `tune_app.results` and starts, stops and queues through `tune_app.serve_queue`; nothing here decides
+It reads through `tune_app.results.study` and starts, stops and queues through `tune_app.serve_queue`; nothing here decides
 anything about a study. It may be ended and started again at any time: drivers are processes of their own, and everything
 shown is read from the studies' folders.
 """
@@ -35,6 +35,7 @@ from trainables.config import FineTuneConfig, problem_lines
 from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app.objective import OBJECTIVES
 from tune_app.report import figures
+from tune_app.results.tables import QueryError, format_value, printable
 from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
 from tune_app.serve_live import Feeds, TooManyViewersError
 from tune_app.serve_queue import QueueError, StudyQueue
@@ -58,7 +59,6 @@ from tune_app.serve_studies import (
 )
 from tune_app.spec import SpecError, StudyFiles, StudySpec, absolute_paths, build_spec
 from tune_app.stop_requests import ask_to_stop_trial
-from tune_app.tables import QueryError, format_value, printable
 
 log = logging.getLogger("medtune.serve")
 

@@ -1,6 +1,6 @@
 """The studies of one folder as the page shows them: found, read when they change, and turned into plain values for JSON.
 
-What is shown is computed by `tune_app.results`, `findings` and `figures`; here is when to read, and in which shape to send.
+What is shown is computed by `tune_app.results.study`, `findings` and `figures`; here is when to read, and in which shape to send.
 Ids are made from what lies on disk and looked up, never joined to a path: nothing outside the folder has one.
 """
 
@@ -20,12 +20,12 @@ from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from tune_app.objective import OBJECTIVES
 from tune_app.report import figures, findings
-from tune_app.results import ENDED, Study, is_held, load_study
+from tune_app.results.study import ENDED, Study, is_held, load_study
+from tune_app.results.tables import duration, format_value, printable, results_table
 from tune_app.serve_queue import StudyQueue
 from tune_app.serve_storage import Replica
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.stop_requests import asked_to_stop
-from tune_app.tables import duration, format_value, printable, results_table
 
 DEPTH = 3
 """Folders deep that studies are looked for: a confirmation lies in its search, a search may lie in a group's folder."""

@@ -1,4 +1,4 @@
-"""The service's REST interface: what it tells is what `tune_app.results` tells, and who may change what."""
+"""The service's REST interface: what it tells is what `tune_app.results.study` tells, and who may change what."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from browsing import DEADLINE_S, wait_for
 from filelock import FileLock
 from starlette.testclient import TestClient
 
-from tune_app.results import load_study
+from tune_app.results.study import load_study
 from tune_app.serve import build_app, serve
 from tune_app.serve_access import (
     GLOBAL_TRIES,

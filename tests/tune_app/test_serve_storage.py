@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from trainables.data.storage import Remote, StorageError
 from tune_app import serve_storage, storage
-from tune_app.results import load_study
+from tune_app.results.study import load_study
 from tune_app.serve import build_app, serve
 from tune_app.serve_access import Access
 from tune_app.serve_storage import Replica

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from study_runs import medtune
 
-from tune_app.results import load_study
+from tune_app.results.study import load_study
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.spec import StudyFiles
 from tune_app.stop_requests import (

@@ -42,11 +42,11 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
-from tune_app.analysis import COLLAPSES
 from tune_app.bench.search import machine
 from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes
-from tune_app.results import Study, load_study
+from tune_app.results.effects import COLLAPSES
+from tune_app.results.study import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 
 SIDES = ("random", "plain", "medtune")

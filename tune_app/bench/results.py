@@ -20,8 +20,8 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from tune_app.backtest.curves import Curve, generate_curves
 from tune_app.bench.search import machine
-from tune_app.columns import METRICS
 from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
+from tune_app.results.columns import METRICS
 from tune_app.spec import StudyFiles, build_spec
 
 CREATED = 1_780_000_000.0
@@ -45,7 +45,7 @@ def step(name, work):
     return result
 
 def load_modules():
-    import tune_app.report.page, tune_app.results
+    import tune_app.report.page, tune_app.results.study
     import optuna.importance, plotly, pyarrow.json
 
 root, page = sys.argv[1:]

@@ -27,7 +27,7 @@ from search_spaces.written import space_from
 from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config
-from tune_app.results import load_study
+from tune_app.results.study import load_study
 from tune_app.spec import SpecError, build_spec
 
 SPACE = "documented"

@@ -426,8 +426,8 @@ def results(
     ] = False,
 ) -> None:
     """Show trials, best first; works while the study runs and after its driver was killed."""
-    from tune_app.results import column_meanings, load_studies, load_study
-    from tune_app.tables import matching, meanings_table, render_table, results_table
+    from tune_app.results.study import column_meanings, load_studies, load_study
+    from tune_app.results.tables import matching, meanings_table, render_table, results_table
 
     on_damage: Literal["error", "skip"] = "skip" if skip_damage else "error"
     loaded = [load_study(path, on_damage=on_damage) for path in studies]
@@ -478,7 +478,7 @@ def report(
     """Write the study as one self-contained HTML page."""
     from trainables.data.storage import url_of
     from tune_app.report.page import watch_report, write_comparison, write_report
-    from tune_app.results import load_study
+    from tune_app.results.study import load_study
 
     if compare is not None and watch:
         raise typer.BadParameter(
@@ -762,7 +762,7 @@ def confirm(
         same_plan,
         unfinished,
     )
-    from tune_app.results import load_study
+    from tune_app.results.study import load_study
     from tune_app.spec import StudyFiles
 
     if again and not test:

@@ -27,7 +27,6 @@ from trainables.data.manifest import Manifest, read_manifest, split_rows
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
-from tune_app.analysis import COLLAPSES, interval_over_folds
 from tune_app.compare.ablation import (
     ADJUSTED_LEVEL,
     choose_folds,
@@ -37,9 +36,10 @@ from tune_app.compare.ablation import (
     run_lines,
 )
 from tune_app.objective import OBJECTIVES
-from tune_app.results import ENDED, Study, load_study
+from tune_app.results.effects import COLLAPSES, interval_over_folds
+from tune_app.results.study import ENDED, Study, load_study
+from tune_app.results.tables import format_value, printable
 from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec, default_cache
-from tune_app.tables import format_value, printable
 
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""

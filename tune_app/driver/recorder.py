@@ -9,7 +9,7 @@ from trainables.checkpoints import when_there_is_room, write_json
 from trainables.config import build_config
 from trainables.diagnosis import diagnose
 from tune_app.objective import objective_value
-from tune_app.results import StudyDamageError, read_record, read_rows
+from tune_app.results.study import StudyDamageError, read_record, read_rows
 from tune_app.scheduler import Decision
 from tune_app.spec import StudyFiles, StudySpec, append_line
 

@@ -52,7 +52,7 @@ from tune_app.driver.searcher import OptunaSearcher
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
 from tune_app.objective import OBJECTIVES, objective_value
-from tune_app.results import ENDED, read_rows
+from tune_app.results.study import ENDED, read_rows
 from tune_app.scheduler import Decision, Policy, PolicySpec
 from tune_app.spec import (
     SpecError,

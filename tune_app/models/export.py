@@ -57,7 +57,7 @@ from tune_app.models.folder import (
     new_model,
 )
 from tune_app.models.predict import class_scores, decide, network_logits, on_device, pooled
-from tune_app.results import Study, load_study
+from tune_app.results.study import Study, load_study
 from tune_app.spec import StudyFiles, default_cache
 
 BOOTSTRAPS = 500

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from tune_app.analysis import Axis, axis_of
 from tune_app.objective import OBJECTIVES
 from tune_app.report.findings import documented_settings, leading
-from tune_app.results import Study
-from tune_app.tables import format_value
+from tune_app.results.effects import Axis, axis_of
+from tune_app.results.study import Study
+from tune_app.results.tables import format_value
 
 Figure = dict[str, Any]
 """{"data": [...], "layout": {...}}, as Plotly.newPlot takes it."""

@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 
 from search_spaces.ablations import variants
 from trainables.data.manifest import ManifestError, read_manifest
-from tune_app.analysis import interval_over_folds
 from tune_app.cli.app import app
 from tune_app.compare.ablation import (
     ablation_spec,
@@ -33,7 +32,8 @@ from tune_app.compare.ablation import (
     read_variants,
     run_lines,
 )
-from tune_app.results import Study, load_study, read_rows
+from tune_app.results.effects import interval_over_folds
+from tune_app.results.study import Study, load_study, read_rows
 from tune_app.spec import SpecError, StudyFiles, build_spec
 from tune_app.synthetic import write_cohort
 

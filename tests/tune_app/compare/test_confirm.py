@@ -38,7 +38,7 @@ from tune_app.compare.confirm import (
     score_test,
     unfinished,
 )
-from tune_app.results import Study, load_study
+from tune_app.results.study import Study, load_study
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
 

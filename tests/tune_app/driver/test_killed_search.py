@@ -35,7 +35,7 @@ from tune_app.driver.display import Display
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.run import StudyScheduler, _Session
 from tune_app.driver.searcher import STUDY_NAME, sqlite_url
-from tune_app.results import read_record, read_rows
+from tune_app.results.study import read_record, read_rows
 from tune_app.spec import StudyFiles, build_spec, mend_last_line
 
 ROOT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tune_app.report import findings
-from tune_app.results import Study, load_study
+from tune_app.results.study import Study, load_study
 from tune_app.spec import StudyFiles
 
 WriteStudy = Callable[..., Path]

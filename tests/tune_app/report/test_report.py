@@ -14,11 +14,11 @@ import plotly.graph_objects as go
 import pytest
 
 from search_spaces.fixes import all_fixes, baseline
-from tune_app.analysis import axis_of
 from tune_app.report import figures, findings
 from tune_app.report import page as report
 from tune_app.report.page import watch_report, write_comparison, write_report
-from tune_app.results import Study, load_study
+from tune_app.results.effects import axis_of
+from tune_app.results.study import Study, load_study
 from tune_app.spec import StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
@@ -401,7 +401,7 @@ def test_watching_writes_when_there_is_news_and_ends_with_the_driver(
 
 def test_the_report_loads_neither_torch_nor_ray(an_ablation: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom tune_app.report.page import write_report\nfrom tune_app.results import load_study\n"
+        "import sys\nfrom tune_app.report.page import write_report\nfrom tune_app.results.study import load_study\n"
         f"write_report(load_study({str(an_ablation)!r}), {str(tmp_path / 'page.html')!r})\n"
         "print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
     )

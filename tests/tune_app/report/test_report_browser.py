@@ -10,7 +10,7 @@ from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, wait
 
 from tune_app.report import figures
 from tune_app.report.page import write_comparison, write_report
-from tune_app.results import Study, load_study
+from tune_app.results.study import Study, load_study
 
 WriteStudy = Callable[..., Path]
 

@@ -18,11 +18,11 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
-from tune_app import results
-from tune_app.analysis import axis_of, holm
-from tune_app.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
 from tune_app.objective import objective_value
-from tune_app.results import (
+from tune_app.results import study as results
+from tune_app.results.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
+from tune_app.results.effects import axis_of, holm
+from tune_app.results.study import (
     StudyDamageError,
     column_meanings,
     load_studies,
@@ -707,7 +707,7 @@ def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(
 
 def test_results_load_neither_torch_nor_ray(a_search: Path) -> None:
     code = (
-        "import sys\nfrom tune_app.results import load_study\n"
+        "import sys\nfrom tune_app.results.study import load_study\n"
         f"study = load_study({str(a_search)!r})\nrepr(study), study._repr_html_()\n"
         "print(sorted({'torch', 'ray', 'plotly', 'monai'} & set(sys.modules)))"
     )

@@ -1,6 +1,6 @@
 """Names, types and meanings of the columns of a study's dataframes. No pandas here.
 
-`column_meanings` of `tune_app.results`, and `medtune results STUDY --meanings`, list them with the hyperparameters.
+`column_meanings` of `tune_app.results.study`, and `medtune results STUDY --meanings`, list them with the hyperparameters.
 """
 
 from dataclasses import fields

@@ -29,12 +29,9 @@ from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.data.storage import url_of
 from trainables.diagnosis import diagnose
-from tune_app.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.objective import OBJECTIVES, RunningValue
-from tune_app.scheduler import Policy
-from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.storage import opened
-from tune_app.tables import (
+from tune_app.results.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
+from tune_app.results.tables import (
     column_of,
     formatted,
     require_column,
@@ -42,6 +39,9 @@ from tune_app.tables import (
     select,
     smaller_is_better,
 )
+from tune_app.scheduler import Policy
+from tune_app.spec import StudyFiles, StudySpec, build_spec
+from tune_app.storage import opened
 
 
 class StudyDamageError(ValueError):
@@ -156,7 +156,7 @@ class Study:
         over `repeats` random forests, and say nothing of how few trials there are. `.attrs["how"]` tells all this in
         a sentence with the numbers. Raises ValueError with fewer than four trials or nothing that varies.
         """
-        from tune_app.analysis import importance
+        from tune_app.results.effects import importance
 
         return importance(self, metric, evaluator, repeats, seed)
 
@@ -172,7 +172,7 @@ class Study:
         interval, and is "cannot tell" when it holds zero, or where there is none: of one pair, or of differences that are
         all the same. Raises ValueError without variants.
         """
-        from tune_app.analysis import effects
+        from tune_app.results.effects import effects
 
         return effects(self, metric, baseline)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from tune_app.results import Studies, Study
+    from tune_app.results.study import Studies, Study
 
 SMALLER_IS_BETTER = (
     "loss",
@@ -288,7 +288,7 @@ def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
 def _chosen_columns(
     study: "Study | Studies", table: pd.DataFrame, columns: str | Sequence[str] | None
 ) -> list[str]:
-    from tune_app.results import Studies
+    from tune_app.results.study import Studies
 
     if columns is None:
         names = [

@@ -13,10 +13,10 @@ from optuna.distributions import CategoricalDistribution
 
 from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
 from trainables.diagnosis import FALLS
-from tune_app.tables import came_back, column_of, format_value, smaller_is_better
+from tune_app.results.tables import came_back, column_of, format_value, smaller_is_better
 
 if TYPE_CHECKING:
-    from tune_app.results import Study
+    from tune_app.results.study import Study
 
 NAMES_OF_BASELINE = ("baseline", "all-fixes", "documented-after", "documented", "after", "defaults")
 """Variants that others are compared with when none is named: the first of these that is there, or the first variant."""

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tune_app.results import Study, column_meanings, load_studies, load_study
-from tune_app.tables import (
+from tune_app.results.study import Study, column_meanings, load_studies, load_study
+from tune_app.results.tables import (
     QueryError,
     column_of,
     compact,
