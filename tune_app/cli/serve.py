@@ -36,7 +36,7 @@ def serve(
     address: AddressOption = None,
 ) -> None:
     """Serve a live page over the studies of a folder or bucket: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
-    from tune_app.serve import serve as run
+    from tune_app.serve.app import serve as run
 
     run(
         folder,

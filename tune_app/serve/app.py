@@ -1,6 +1,6 @@
 """The service: a live page over the studies of one folder or URL, and the REST interface behind it.
 
-It reads through `tune_app.results.study` and starts, stops and queues through `tune_app.serve_queue`; nothing here decides
+It reads through `tune_app.results.study` and starts, stops and queues through `tune_app.serve.queue`; nothing here decides
 anything about a study. It may be ended and started again at any time: drivers are processes of their own, and everything
 shown is read from the studies' folders.
 """
@@ -36,11 +36,11 @@ from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, ur
 from tune_app.objective import OBJECTIVES
 from tune_app.report import figures
 from tune_app.results.tables import QueryError, format_value, printable
-from tune_app.serve_access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
-from tune_app.serve_live import Feeds, TooManyViewersError
-from tune_app.serve_queue import QueueError, StudyQueue
-from tune_app.serve_storage import Replica
-from tune_app.serve_studies import (
+from tune_app.serve.access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
+from tune_app.serve.live import Feeds, TooManyViewersError
+from tune_app.serve.queue import QueueError, StudyQueue
+from tune_app.serve.replica import Replica
+from tune_app.serve.views import (
     Reading,
     StudyFolder,
     UnknownError,

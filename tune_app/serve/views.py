@@ -22,8 +22,8 @@ from tune_app.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import ENDED, Study, is_held, load_study
 from tune_app.results.tables import duration, format_value, printable, results_table
-from tune_app.serve_queue import StudyQueue
-from tune_app.serve_storage import Replica
+from tune_app.serve.queue import StudyQueue
+from tune_app.serve.replica import Replica
 from tune_app.spec import SpecError, StudyFiles
 from tune_app.stop_requests import asked_to_stop
 

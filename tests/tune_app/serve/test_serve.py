@@ -14,8 +14,7 @@ from filelock import FileLock
 from starlette.testclient import TestClient
 
 from tune_app.results.study import load_study
-from tune_app.serve import build_app, serve
-from tune_app.serve_access import (
+from tune_app.serve.access import (
     GLOBAL_TRIES,
     MOST_ADDRESSES,
     TRIES,
@@ -24,9 +23,10 @@ from tune_app.serve_access import (
     Refused,
     Throttle,
 )
-from tune_app.serve_live import Feeds
-from tune_app.serve_queue import QueueError, StudyQueue
-from tune_app.serve_studies import StudyFolder, progress
+from tune_app.serve.app import build_app, serve
+from tune_app.serve.live import Feeds
+from tune_app.serve.queue import QueueError, StudyQueue
+from tune_app.serve.views import StudyFolder, progress
 from tune_app.spec import SpecError, StudyFiles, append_line
 from tune_app.stop_requests import asked_to_stop
 
@@ -500,7 +500,7 @@ def test_failed_trials_go_on_when_they_are_asked_to(
 
     commands = []
     monkeypatch.setattr(
-        "tune_app.serve_queue.subprocess.Popen", lambda command, **_: commands.append(command)
+        "tune_app.serve.queue.subprocess.Popen", lambda command, **_: commands.append(command)
     )
     queue = StudyQueue(tmp_path / "queue.json", list)
     queue.add(first, retry_failed=True)

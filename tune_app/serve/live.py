@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from tune_app.serve_studies import (
+from tune_app.serve.views import (
     Reading,
     StudyFolder,
     UnknownError,

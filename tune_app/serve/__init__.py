@@ -1,0 +1,1 @@
+"""Live page over the studies of a folder."""
