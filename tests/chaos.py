@@ -34,8 +34,8 @@ import yaml
 from trainables.checkpoints import load_state
 from trainables.config import build_config
 from tune_app.results.study import load_study, read_rows
-from tune_app.scheduler import Policy
-from tune_app.spec import StudyFiles
+from tune_app.study.policy import Policy
+from tune_app.study.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 
 TAG = "MEDTUNE_CHAOS"

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from tune_app.driver.run import run_study
 from tune_app.results.study import load_study
-from tune_app.spec import build_spec
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 ROOM_MIB = 24.0

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tune_app.results.study import load_study
-from tune_app.spec import StudyFiles
+from tune_app.study.spec import StudyFiles
 
 SMALL: dict[str, Any] = {
     "depth": 10,

@@ -31,10 +31,10 @@ from trainables.data.scans import VolumeError, read_scan
 from tune_app.cli.app import main
 from tune_app.cli.common import parse_settings
 from tune_app.results.study import StudyDamageError, load_study
-from tune_app.scheduler import PolicyError, PolicySpec, read_policy
-from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec
+from tune_app.study.policy import PolicyError, PolicySpec, read_policy
+from tune_app.study.spec import SpecError, StudyFiles, StudySpec, build_spec
+from tune_app.study.yaml_text import YamlError, load_yaml
 from tune_app.synthetic import write_cohort
-from tune_app.yaml_text import YamlError, load_yaml
 
 SMALL = ["--set", "volume_shape=16", "--set", "num_folds=2"]
 

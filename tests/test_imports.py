@@ -129,7 +129,7 @@ def loaded_by(code, *arguments):
 LIGHT = [
     "trainables.config",
     *(name for name in IMPORTS if name.startswith("search_spaces")),
-    "tune_app.spec",
+    "tune_app.study.spec",
     "tune_app.results.study",
 ]
 

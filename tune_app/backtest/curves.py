@@ -142,9 +142,9 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _from_study(folder: Path) -> list[Curve]:
-    from tune_app.spec import (
-        StudyFiles,
-    )  # here, because it loads Optuna, and generating curves should not
+    from tune_app.study.spec import (
+        StudyFiles,  # here, because it loads Optuna, and generating curves should not
+    )
 
     files = StudyFiles(folder)
     problems: list[str] = []

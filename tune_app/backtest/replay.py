@@ -18,8 +18,14 @@ import numpy as np
 import pandas as pd
 
 from tune_app.backtest.curves import SOUND, Curve, CurveError, generate_curves, read_curves
-from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES, as_number, best_epoch, objective_value
-from tune_app.scheduler import Decision, Policy, PolicySpec
+from tune_app.study.objective import (
+    DEFAULT_OBJECTIVE,
+    OBJECTIVES,
+    as_number,
+    best_epoch,
+    objective_value,
+)
+from tune_app.study.policy import Decision, Policy, PolicySpec
 
 RAY: Literal["ray"] = "ray"
 """Stands for Ray's own `ASHAScheduler`, with the settings it is shipped with."""

@@ -47,7 +47,7 @@ from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study, load_study
-from tune_app.spec import SpecError, StudyFiles
+from tune_app.study.spec import SpecError, StudyFiles
 
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000

@@ -38,7 +38,7 @@ from tune_app.driver.display import Display
 from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.run import Lifecycle, Plan, _Session
-from tune_app.spec import StudyFiles, StudySpec, build_spec
+from tune_app.study.spec import StudyFiles, StudySpec, build_spec
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")

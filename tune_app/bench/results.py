@@ -20,9 +20,9 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from tune_app.backtest.curves import Curve, generate_curves
 from tune_app.bench.search import machine
-from tune_app.objective import DEFAULT_OBJECTIVE, objective_value
 from tune_app.results.columns import METRICS
-from tune_app.spec import StudyFiles, build_spec
+from tune_app.study.objective import DEFAULT_OBJECTIVE, objective_value
+from tune_app.study.spec import StudyFiles, build_spec
 
 CREATED = 1_780_000_000.0
 

@@ -28,7 +28,7 @@ from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config
 from tune_app.results.study import load_study
-from tune_app.spec import SpecError, build_spec
+from tune_app.study.spec import SpecError, build_spec
 
 SPACE = "documented"
 SIDES = ("plain", "medtune")

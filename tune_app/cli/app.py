@@ -43,7 +43,7 @@ from tune_app.cli.common import (
     parse_settings,
 )
 from tune_app.cli.data import data_app, weights_app
-from tune_app.objective import DEFAULT_OBJECTIVE, OBJECTIVES
+from tune_app.study.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -301,7 +301,7 @@ def run(
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
     from trainables.data.storage import url_of
-    from tune_app.spec import build_spec, read_study_file
+    from tune_app.study.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
@@ -347,8 +347,8 @@ def resume(
     retry_failed: RetryOption = False,
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
-    from tune_app.spec import StudyFiles
-    from tune_app.storage import opened
+    from tune_app.study.mirror import opened
+    from tune_app.study.spec import StudyFiles
 
     files = StudyFiles(opened(study)[0])
     files.require()
@@ -549,7 +549,7 @@ def backtest(
     from tune_app.backtest.curves import generate_curves
     from tune_app.backtest.replay import POLICIES, backtest_studies
     from tune_app.backtest.replay import backtest as run_backtest
-    from tune_app.scheduler import read_policy
+    from tune_app.study.policy import read_policy
 
     policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
     if bool(studies) == (generate is not None):
@@ -763,7 +763,7 @@ def confirm(
         unfinished,
     )
     from tune_app.results.study import load_study
-    from tune_app.spec import StudyFiles
+    from tune_app.study.spec import StudyFiles
 
     if again and not test:
         raise typer.BadParameter("--again goes with --test")
@@ -802,7 +802,7 @@ def init(
     ] = False,
 ) -> None:
     """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
-    from tune_app.study_file import write_study_file
+    from tune_app.study.template import write_study_file
 
     write_study_file(path, data=data, space=space, force=force)
     out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)

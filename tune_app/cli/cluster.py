@@ -201,7 +201,7 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
 ) -> None:
     """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
-    from tune_app.storage import fetch_study
+    from tune_app.study.mirror import fetch_study
 
     number = fetch_study(study, folder)
     out.print(f"{folder}: {number} files", soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainables.config import ConfigError
-from tune_app.yaml_text import YamlError, load_yaml
+from tune_app.study.yaml_text import YamlError, load_yaml
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -66,7 +66,7 @@ DeviceOption = Annotated[
 
 def parse_settings(settings: list[str] | None) -> dict[str, Any]:
     """`["s=15", "head=linear"]` -> `{"s": 15, "head": "linear"}`; values are read as YAML scalars, paths made absolute."""
-    from tune_app.spec import absolute_paths  # loads Optuna, which `--help` does without
+    from tune_app.study.spec import absolute_paths  # loads Optuna, which `--help` does without
 
     parsed: dict[str, Any] = {}
     problems = []
@@ -96,7 +96,7 @@ def as_number(text: str) -> float | None:
 
 
 def cache_folder(cache: Path | None) -> Path:
-    from tune_app.spec import default_cache
+    from tune_app.study.spec import default_cache
 
     return cache or default_cache()
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from trainables import installed_version
 from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.cluster.submit import pack_code
-from tune_app.spec import default_cache
+from tune_app.study.spec import default_cache
 
 State = Literal["good", "look", "bad"]
 

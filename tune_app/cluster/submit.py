@@ -22,7 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from trainables.data.storage import is_url, url_of
-from tune_app.spec import SpecError, StudySpec
+from tune_app.study.spec import SpecError, StudySpec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 KINDS = (".py", ".html", ".css", ".js")

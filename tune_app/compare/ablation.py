@@ -19,12 +19,12 @@ from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import Scalar, build_config
 from trainables.data.manifest import Manifest, ManifestError, read_manifest, split_rows
 from trainables.data.storage import url_of
-from tune_app.objective import OBJECTIVES
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import ENDED, Study
 from tune_app.results.tables import came_back, format_value, printable
-from tune_app.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
-from tune_app.yaml_text import YamlError, load_yaml
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
+from tune_app.study.yaml_text import YamlError, load_yaml
 
 PLANNED = ("fold", "seed", "cross_validate", "num_folds")
 """Hyperparameters that the plan decides in every trial, so that runs are paired."""

@@ -35,11 +35,11 @@ from tune_app.compare.ablation import (
     plan,
     run_lines,
 )
-from tune_app.objective import OBJECTIVES
 from tune_app.results.effects import COLLAPSES, interval_over_folds
 from tune_app.results.study import ENDED, Study, load_study
 from tune_app.results.tables import format_value, printable
-from tune_app.spec import SpecError, StudyFiles, StudySpec, build_spec, default_cache
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.spec import SpecError, StudyFiles, StudySpec, build_spec, default_cache
 
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.config import FineTuneConfig
-from tune_app.spec import SpecError, StudyFiles, StudySpec
+from tune_app.study.spec import SpecError, StudyFiles, StudySpec
 
 GIB = 2**30
 LOGS = 8 * 2**20

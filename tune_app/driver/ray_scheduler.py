@@ -19,7 +19,7 @@ from ray.tune.result import (
 )
 from ray.tune.schedulers.trial_scheduler import FIFOScheduler, TrialScheduler
 
-from tune_app.scheduler import Decision, Policy
+from tune_app.study.policy import Decision, Policy
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController

@@ -8,10 +8,10 @@ from typing import Any
 from trainables.checkpoints import when_there_is_room, write_json
 from trainables.config import build_config
 from trainables.diagnosis import diagnose
-from tune_app.objective import objective_value
 from tune_app.results.study import StudyDamageError, read_record, read_rows
-from tune_app.scheduler import Decision
-from tune_app.spec import StudyFiles, StudySpec, append_line
+from tune_app.study.objective import objective_value
+from tune_app.study.policy import Decision
+from tune_app.study.spec import StudyFiles, StudySpec, append_line
 
 RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
 DECIDED = {"trial", "epoch", "action", "reason", "summary"}

@@ -51,10 +51,17 @@ from tune_app.driver.recorder import Recorder
 from tune_app.driver.searcher import OptunaSearcher
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
-from tune_app.objective import OBJECTIVES, objective_value
 from tune_app.results.study import ENDED, read_rows
-from tune_app.scheduler import Decision, Policy, PolicySpec
-from tune_app.spec import (
+from tune_app.study.mirror import drop_unrecorded, mirrored
+from tune_app.study.objective import OBJECTIVES, objective_value
+from tune_app.study.policy import Decision, Policy, PolicySpec
+from tune_app.study.requests import (
+    STOP_SIGNAL,
+    TrialRequests,
+    answered_requests,
+    stopping_on_request,
+)
+from tune_app.study.spec import (
     SpecError,
     StudyFiles,
     StudySpec,
@@ -62,13 +69,6 @@ from tune_app.spec import (
     mend_last_line,
     resumed_spec,
 )
-from tune_app.stop_requests import (
-    STOP_SIGNAL,
-    TrialRequests,
-    answered_requests,
-    stopping_on_request,
-)
-from tune_app.storage import drop_unrecorded, mirrored
 
 log = logging.getLogger("medtune.study")
 

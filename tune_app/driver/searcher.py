@@ -39,7 +39,7 @@ from search_spaces.space import Parameter, Sample, Space, SpaceError
 from search_spaces.spaces import warm_start_points
 from trainables.checkpoints import when_there_is_room
 from trainables.config import ConfigError, Scalar, build_config
-from tune_app.objective import as_number
+from tune_app.study.objective import as_number
 
 SamplerName = Literal["tpe", "random", "qmc", "gp"]
 """tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian

@@ -58,7 +58,7 @@ from tune_app.models.folder import (
 )
 from tune_app.models.predict import class_scores, decide, network_logits, on_device, pooled
 from tune_app.results.study import Study, load_study
-from tune_app.spec import StudyFiles, default_cache
+from tune_app.study.spec import StudyFiles, default_cache
 
 BOOTSTRAPS = 500
 """Resamples of the subjects behind each bootstrap interval."""

@@ -23,11 +23,11 @@ from markupsafe import Markup
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app.compare.ablation import effect_lines
-from tune_app.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study, load_study
 from tune_app.results.tables import duration, format_value, printable, results_table
-from tune_app.spec import StudyFiles
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.spec import StudyFiles
 
 MOST_ROWS = 500
 """Trials listed in the table of the page, the best ones."""

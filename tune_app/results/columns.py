@@ -6,7 +6,7 @@
 from dataclasses import fields
 from typing import Any
 
-from tune_app.scheduler import Decision
+from tune_app.study.policy import Decision
 
 WEIGHTS = ("raw", "ema")
 """The two networks that are validated each epoch: as trained, and averaged. What is deployed is the averaged one."""
@@ -143,4 +143,4 @@ _DECISION_DTYPES: dict[Any, str] = {
 DECISION_COLUMNS = {
     item.name: _DECISION_DTYPES.get(item.type, "string") for item in fields(Decision)
 }
-"""Columns of `.decisions` -> dtype: the fields of `tune_app.scheduler.Decision`, in their order."""
+"""Columns of `.decisions` -> dtype: the fields of `tune_app.study.policy.Decision`, in their order."""

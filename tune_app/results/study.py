@@ -29,7 +29,6 @@ from trainables.checkpoints import replacing
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.data.storage import url_of
 from trainables.diagnosis import diagnose
-from tune_app.objective import OBJECTIVES, RunningValue
 from tune_app.results.columns import DECISION_COLUMNS, EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.results.tables import (
     column_of,
@@ -39,9 +38,10 @@ from tune_app.results.tables import (
     select,
     smaller_is_better,
 )
-from tune_app.scheduler import Policy
-from tune_app.spec import StudyFiles, StudySpec, build_spec
-from tune_app.storage import opened
+from tune_app.study.mirror import opened
+from tune_app.study.objective import OBJECTIVES, RunningValue
+from tune_app.study.policy import Policy
+from tune_app.study.spec import StudyFiles, StudySpec, build_spec
 
 
 class StudyDamageError(ValueError):

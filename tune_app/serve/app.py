@@ -33,7 +33,6 @@ from search_spaces.spaces import SPACES
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig, problem_lines
 from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
-from tune_app.objective import OBJECTIVES
 from tune_app.report import figures
 from tune_app.results.tables import QueryError, format_value, printable
 from tune_app.serve.access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
@@ -57,8 +56,9 @@ from tune_app.serve.views import (
     trial_page,
     trials_table,
 )
-from tune_app.spec import SpecError, StudyFiles, StudySpec, absolute_paths, build_spec
-from tune_app.stop_requests import ask_to_stop_trial
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.requests import ask_to_stop_trial
+from tune_app.study.spec import SpecError, StudyFiles, StudySpec, absolute_paths, build_spec
 
 log = logging.getLogger("medtune.serve")
 

@@ -24,7 +24,7 @@ from tune_app.serve.views import (
     to_json,
     trials_table,
 )
-from tune_app.spec import StudyFiles
+from tune_app.study.spec import StudyFiles
 
 EVERY_S = 0.5
 """Seconds between two looks at the files."""

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from trainables.checkpoints import write_json
 from tune_app.results.study import is_held
-from tune_app.spec import StudyFiles, default_cache
-from tune_app.stop_requests import ask_to_stop_study
+from tune_app.study.requests import ask_to_stop_study
+from tune_app.study.spec import StudyFiles, default_cache
 
 log = logging.getLogger("medtune.serve")
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trainables.data.storage import Listed, Remote, StorageError
-from tune_app.spec import StudyFiles
-from tune_app.storage import FRESH_S, LEASE, PAUSE, REQUEST, copy_objects, folder_of
+from tune_app.study.mirror import FRESH_S, LEASE, PAUSE, REQUEST, copy_objects, folder_of
+from tune_app.study.spec import StudyFiles
 
 log = logging.getLogger("medtune.serve")
 

@@ -18,14 +18,14 @@ import pandas as pd
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
-from tune_app.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import ENDED, Study, is_held, load_study
 from tune_app.results.tables import duration, format_value, printable, results_table
 from tune_app.serve.queue import StudyQueue
 from tune_app.serve.replica import Replica
-from tune_app.spec import SpecError, StudyFiles
-from tune_app.stop_requests import asked_to_stop
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.requests import asked_to_stop
+from tune_app.study.spec import SpecError, StudyFiles
 
 DEPTH = 3
 """Folders deep that studies are looked for: a confirmation lies in its search, a search may lie in a group's folder."""

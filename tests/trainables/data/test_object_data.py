@@ -19,7 +19,7 @@ from trainables.data.storage import Remote, bucket_of
 from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.saved_run import open_inputs
 from tune_app.cluster.doctor import diagnose_machine
-from tune_app.spec import SpecError, build_spec
+from tune_app.study.spec import SpecError, build_spec
 
 Write = Callable[..., Path]
 TINY = {"volume_shape": 16, "num_folds": 2}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tune_app.backtest.curves import Curve, CurveError, Truth, generate_curves
 from tune_app.backtest.replay import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
 from tune_app.cli.app import app
-from tune_app.scheduler import RAY_ASHA, Policy, PolicySpec
+from tune_app.study.policy import RAY_ASHA, Policy, PolicySpec
 
 
 def curve(trial, values, **columns):

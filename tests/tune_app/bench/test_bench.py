@@ -32,7 +32,7 @@ from tune_app.bench.train import (
     result_table,
 )
 from tune_app.results.study import load_study, read_record, read_rows
-from tune_app.spec import SpecError, StudyFiles
+from tune_app.study.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
 
 

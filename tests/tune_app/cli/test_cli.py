@@ -16,7 +16,7 @@ from trainables.config import ConfigError, FineTuneConfig
 from tune_app.cli import app as cli
 from tune_app.cli import common as cli_common
 from tune_app.cli.common import parse_settings
-from tune_app.spec import StudySpec
+from tune_app.study.spec import StudySpec
 from tune_app.synthetic import write_cohort
 
 DOCUMENT_LINE = """--fold 1 --pretrained-path pretrained/medicalnet_resnet50_3d.pth --lr 1e-4 --classifier-lr 1e-3

@@ -26,7 +26,7 @@ from tune_app.cluster.submit import (
     next_id,
     pinned_requirements,
 )
-from tune_app.spec import (
+from tune_app.study.spec import (
     SpecError,
     StudyFiles,
     StudySpec,

@@ -34,7 +34,7 @@ from tune_app.compare.ablation import (
 )
 from tune_app.results.effects import interval_over_folds
 from tune_app.results.study import Study, load_study, read_rows
-from tune_app.spec import SpecError, StudyFiles, build_spec
+from tune_app.study.spec import SpecError, StudyFiles, build_spec
 from tune_app.synthetic import write_cohort
 
 WriteStudy = Callable[..., Path]

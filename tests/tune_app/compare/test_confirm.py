@@ -39,7 +39,7 @@ from tune_app.compare.confirm import (
     unfinished,
 )
 from tune_app.results.study import Study, load_study
-from tune_app.spec import SpecError, StudyFiles
+from tune_app.study.spec import SpecError, StudyFiles
 from tune_app.synthetic import write_cohort
 
 WriteStudy = Callable[..., Path]

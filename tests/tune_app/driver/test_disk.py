@@ -33,7 +33,7 @@ from tune_app.driver.disk import file_sizes, make_room, plan_budget
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.searcher import OptunaSearcher
 from tune_app.results.study import load_study, read_rows
-from tune_app.spec import SpecError, StudyFiles, append_line, build_spec
+from tune_app.study.spec import SpecError, StudyFiles, append_line, build_spec
 from tune_app.synthetic import write_cohort
 
 TINY: dict[str, Any] = {

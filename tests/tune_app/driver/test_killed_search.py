@@ -36,7 +36,7 @@ from tune_app.driver.recorder import Recorder
 from tune_app.driver.run import StudyScheduler, _Session
 from tune_app.driver.searcher import STUDY_NAME, sqlite_url
 from tune_app.results.study import read_record, read_rows
-from tune_app.spec import StudyFiles, build_spec, mend_last_line
+from tune_app.study.spec import StudyFiles, build_spec, mend_last_line
 
 ROOT = Path(__file__).parents[3]
 OURS = tuple(str(Path(str(package.__file__)).parent) for package in (trainables, tune_app))

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from tune_app.driver.ray_scheduler import PolicyScheduler
-from tune_app.scheduler import Policy, PolicySpec
+from tune_app.study.policy import Policy, PolicySpec
 
 
 class RaysTrial:

@@ -24,7 +24,7 @@ from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
 from trainables.config import build_config
 from tune_app.driver.searcher import STUDY_NAME, OptunaSearcher, SearchError, sqlite_url, trial_name
-from tune_app.objective import objective_value
+from tune_app.study.objective import objective_value
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 4

@@ -39,7 +39,7 @@ from tune_app.driver.run import (
 )
 from tune_app.driver.searcher import STUDY_NAME, sqlite_url
 from tune_app.results.study import StudyDamageError, load_study, read_record, read_rows
-from tune_app.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
+from tune_app.study.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
 from tune_app.synthetic import write_cohort
 
 WHOLE = {

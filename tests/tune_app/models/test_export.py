@@ -36,7 +36,7 @@ from tune_app.models.export import (
 from tune_app.models.folder import Measured, ModelError, ModelFiles, ModelInfo
 from tune_app.models.predict import find_scans, load_model, predict
 from tune_app.results.study import load_study
-from tune_app.spec import SpecError, StudyFiles
+from tune_app.study.spec import SpecError, StudyFiles
 
 CPU = torch.device("cpu")
 

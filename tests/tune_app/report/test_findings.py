@@ -10,7 +10,7 @@ import pytest
 
 from tune_app.report import findings
 from tune_app.results.study import Study, load_study
-from tune_app.spec import StudyFiles
+from tune_app.study.spec import StudyFiles
 
 WriteStudy = Callable[..., Path]
 

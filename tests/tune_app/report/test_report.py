@@ -19,7 +19,7 @@ from tune_app.report import page as report
 from tune_app.report.page import watch_report, write_comparison, write_report
 from tune_app.results.effects import axis_of
 from tune_app.results.study import Study, load_study
-from tune_app.spec import StudyFiles, append_line
+from tune_app.study.spec import StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
 

@@ -18,7 +18,6 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
-from tune_app.objective import objective_value
 from tune_app.results import study as results
 from tune_app.results.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
 from tune_app.results.effects import axis_of, holm
@@ -30,8 +29,9 @@ from tune_app.results.study import (
     read_record,
     read_rows,
 )
-from tune_app.scheduler import Policy
-from tune_app.spec import SpecError, StudyFiles, append_line
+from tune_app.study.objective import objective_value
+from tune_app.study.policy import Policy
+from tune_app.study.spec import SpecError, StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
 

@@ -27,8 +27,8 @@ from tune_app.serve.app import build_app, serve
 from tune_app.serve.live import Feeds
 from tune_app.serve.queue import QueueError, StudyQueue
 from tune_app.serve.views import StudyFolder, progress
-from tune_app.spec import SpecError, StudyFiles, append_line
-from tune_app.stop_requests import asked_to_stop
+from tune_app.study.requests import asked_to_stop
+from tune_app.study.spec import SpecError, StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
 TOKEN = "a token of the test"

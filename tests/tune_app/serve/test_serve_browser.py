@@ -30,7 +30,7 @@ from filelock import FileLock
 from object_storage import put_folder, s3_server
 
 from tune_app.results.study import is_held, load_study
-from tune_app.spec import StudyFiles, append_line
+from tune_app.study.spec import StudyFiles, append_line
 from tune_app.synthetic import write_cohort
 
 TOKEN = "token-of-the-test"

@@ -25,7 +25,7 @@ from pathlib import Path
 from trainables.checkpoints import replacing, write_json
 from trainables.data.storage import Listed, Remote, StorageError, url_of
 from tune_app.cluster.submit import job_name
-from tune_app.spec import SpecError, StudyFiles, default_cache
+from tune_app.study.spec import SpecError, StudyFiles, default_cache
 
 log = logging.getLogger("medtune.storage")
 
@@ -154,7 +154,7 @@ class Mirror:
         self._brought = {one.name: one.written for one in listed if REQUEST.fullmatch(one.name)}
 
     def requests(self) -> None:
-        """Bring what the driver is asked to do (`tune_app.stop_requests`); remove there what has been answered here."""
+        """Bring what the driver is asked to do (`tune_app.study.requests`); remove there what has been answered here."""
         for name, written, _ in self.remote.listing("requests"):
             if not REQUEST.fullmatch(name):
                 continue

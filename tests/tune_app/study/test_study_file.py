@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from trainables.config import FineTuneConfig, build_config
 from tune_app.cli.app import app
-from tune_app.scheduler import PolicySpec
-from tune_app.spec import SpecError, StudySpec, absolute_paths, build_spec, read_study_file
-from tune_app.study_file import study_file, write_study_file
+from tune_app.study.policy import PolicySpec
+from tune_app.study.spec import SpecError, StudySpec, absolute_paths, build_spec, read_study_file
+from tune_app.study.template import study_file, write_study_file
 
 
 def test_the_file_gives_the_defaults(tmp_path: Path) -> None:

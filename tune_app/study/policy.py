@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trainables.config import FineTuneConfig, problem_lines
 from trainables.diagnosis import HEALTHY, VERDICTS, DrwStart, RunMonitor, Verdict
-from tune_app.objective import Reduction, RunningValue, as_number
-from tune_app.yaml_text import YamlError, load_yaml
+from tune_app.study.objective import Reduction, RunningValue, as_number
+from tune_app.study.yaml_text import YamlError, load_yaml
 
 VerdictAction = Literal["stop", "warn", "ignore"]
 """stop: end the trial once the diagnosis is settled; warn: say so and go on; ignore: say nothing."""

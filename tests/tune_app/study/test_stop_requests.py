@@ -13,9 +13,8 @@ import pytest
 from study_runs import medtune
 
 from tune_app.results.study import load_study
-from tune_app.scheduler import Decision, Policy, PolicySpec
-from tune_app.spec import StudyFiles
-from tune_app.stop_requests import (
+from tune_app.study.policy import Decision, Policy, PolicySpec
+from tune_app.study.requests import (
     ON_REQUEST,
     TrialRequests,
     answered_requests,
@@ -24,6 +23,7 @@ from tune_app.stop_requests import (
     asked_to_stop,
     stopping_on_request,
 )
+from tune_app.study.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 
 TINY = [

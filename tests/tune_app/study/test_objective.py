@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from tune_app.objective import OBJECTIVES, RunningValue, best_epoch, objective_value
+from tune_app.study.objective import OBJECTIVES, RunningValue, best_epoch, objective_value
 
 
 def rows(*values, column="val_auc"):

@@ -19,9 +19,9 @@ from search_spaces.written import space_from
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config, problem_lines
 from trainables.data.storage import is_url
-from tune_app.objective import OBJECTIVES
-from tune_app.scheduler import PolicySpec
-from tune_app.yaml_text import YamlError, load_yaml
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.policy import PolicySpec
+from tune_app.study.yaml_text import YamlError, load_yaml
 
 STUDY_FORMAT = 1
 
@@ -361,7 +361,7 @@ class StudyFiles:
 
     @property
     def requests(self) -> Path:
-        """requests/: what the driver is asked to do, a file each; see `tune_app.stop_requests`."""
+        """requests/: what the driver is asked to do, a file each; see `tune_app.study.requests`."""
         return self.root / "requests"
 
     @property

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from trainables.checkpoints import write_json
-from tune_app.spec import StudyFiles
+from tune_app.study.spec import StudyFiles
 
 log = logging.getLogger("medtune.study")
 

@@ -12,9 +12,9 @@ from search_spaces.space import SpaceError
 from search_spaces.written import space_from
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
-from tune_app.objective import OBJECTIVES
-from tune_app.scheduler import PolicySpec
-from tune_app.spec import SpecError, StudySpec
+from tune_app.study.objective import OBJECTIVES
+from tune_app.study.policy import PolicySpec
+from tune_app.study.spec import SpecError, StudySpec
 
 WIDTH = 80
 

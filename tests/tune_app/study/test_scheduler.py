@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from trainables.diagnosis import VERDICTS
-from tune_app.scheduler import (
+from tune_app.study.policy import (
     DEFAULT_ACTIONS,
     RAY_ASHA,
     Policy,
@@ -103,7 +103,7 @@ def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with():
 
 
 def test_deciding_loads_neither_ray_nor_torch():
-    code = "import sys, tune_app.scheduler, tune_app.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
+    code = "import sys, tune_app.study.policy, tune_app.study.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
