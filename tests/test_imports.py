@@ -104,7 +104,11 @@ def test_the_config_imports_nothing_of_ours():
 
 def test_no_module_imports_itself_in_a_circle():
     graph = {
-        name: {n for n in imports_of(run_at_import(tree)) if n in TREES} - {name}
+        name: {
+            n
+            for n in imports_of(run_at_import(tree))
+            if n in TREES and not f"{name}.".startswith(f"{n}.")
+        }
         for name, tree in TREES.items()
     }
     assert len(tuple(TopologicalSorter(graph).static_order())) == len(

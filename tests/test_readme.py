@@ -92,5 +92,5 @@ def test_a_command_that_does_not_exist_would_be_noticed(text, problems):
 
 def test_files_that_the_readme_shows_or_links_are_there():
     named = [path for path in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in path]
-    assert "tune_app/collapse.svg" in named
+    assert "docs/collapse.svg" in named
     assert [path for path in named if not (Path(__file__).parents[1] / path).exists()] == []

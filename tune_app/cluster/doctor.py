@@ -71,7 +71,7 @@ def diagnose_cluster(
     with tempfile.TemporaryDirectory() as folder:
         if not ray.is_initialized():
             package = Path(folder) / "medtune.zip"
-            package.write_bytes(pack_code(Path(__file__).parents[1]))
+            package.write_bytes(pack_code(Path(__file__).parents[2]))
             in_job = (
                 "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             )  # a job's code is on every node already

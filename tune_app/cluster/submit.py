@@ -99,7 +99,7 @@ def build_submission(
         submission_id=next_id(study, earlier),
         entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study, retry_failed=retry_failed)}",
         package=_checked(
-            pack_code(source or Path(__file__).parents[1], {SPEC_FILE: spec_text(spec)})
+            pack_code(source or Path(__file__).parents[2], {SPEC_FILE: spec_text(spec)})
         ),
         runtime_env=_runtime_env(pip),
         metadata={"medtune_study": study, "medtune_spec": spec.hash()},
@@ -111,7 +111,7 @@ def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submi
     return Submission(
         submission_id=f"medtune-{arguments[0]}-{uuid.uuid4().hex[:8]}",
         entrypoint=f"python -m tune_app.cli {shlex.join(arguments)}",
-        package=_checked(pack_code(source or Path(__file__).parents[1])),
+        package=_checked(pack_code(source or Path(__file__).parents[2])),
         runtime_env=_runtime_env(pip=False),
         metadata={"medtune_command": arguments[0]},
     )
@@ -181,7 +181,7 @@ def package_files(source: Path) -> dict[str, Path]:
         for path in sorted((source / package).rglob("*"))
         if path.is_file() and path.suffix in KINDS and "__pycache__" not in path.parts
     }
-    if "tune_app/cli.py" not in found:
+    if "tune_app/cli/app.py" not in found:
         raise SpecError([f"{source}: medtune's packages are not there: nothing to send"])
     project = source / "pyproject.toml"
     return found | ({"pyproject.toml": project} if project.is_file() else {})

@@ -62,16 +62,17 @@ from tune_app.study.spec import SpecError, StudyFiles, StudySpec, absolute_paths
 
 log = logging.getLogger("medtune.serve")
 
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
+REPORT = Path(__file__).parents[1] / "report"
 ASSETS = {
     "serve.js": "text/javascript",
-    "serve_parts.js": "text/javascript",
-    "serve_study.js": "text/javascript",
-    "serve_charts.js": "text/javascript",
+    "parts.js": "text/javascript",
+    "study.js": "text/javascript",
+    "charts.js": "text/javascript",
     "serve.css": "text/css",
     "report.css": "text/css",
 }
-"""The page's own files beside serve.html, and nothing else of this folder."""
+"""The files that serve.html loads, by name; `report.css` is shared with the report."""
 
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="3" fill="#00609c"/>'
@@ -570,7 +571,8 @@ def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _asset(name: str) -> bytes:
-    return (HERE / name).read_bytes()
+    folder = REPORT if name == "report.css" else STATIC
+    return (folder / name).read_bytes()
 
 
 def _version() -> str:

@@ -46,12 +46,12 @@ def a_spec(**fields: Any) -> StudySpec:
 def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
     """A checkout as people have them: data, weights and history lie between the code."""
     for name in (
-        "tune_app/cli.py",
+        "tune_app/cli/app.py",
         "trainables/finetune.py",
         "search_spaces/fixes.py",
         "pyproject.toml",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("code\n")
     unwanted = [
         ".git/objects/aa",
@@ -72,7 +72,7 @@ def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
     sent = build_submission(a_spec(), "/shared/studies/first", source=tmp_path, pip=False)
     names = {name for name, _ in sent.contents()}
     assert names == {
-        "tune_app/cli.py",
+        "tune_app/cli/app.py",
         "trainables/finetune.py",
         "search_spaces/fixes.py",
         "pyproject.toml",
@@ -92,11 +92,14 @@ def test_what_is_sent_runs_without_the_checkout_and_is_the_same_each_time() -> N
     assert code == {
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
-        for path in (ROOT / package).glob("*.py")
+        for path in (ROOT / package).rglob("*.py")
     }
-    assert {"tune_app/report.html", "tune_app/report.css", "tune_app/report.js"} <= {
-        name for name, _ in sent.contents()
-    }
+    assert {
+        "tune_app/report/report.html",
+        "tune_app/report/report.css",
+        "tune_app/report/report.js",
+        "tune_app/serve/static/serve.html",
+    } <= {name for name, _ in sent.contents()}
     assert build_spec(fields) == spec
     assert len(sent.package) < 2**20
     assert RuntimeEnv(**sent.runtime_env)["pip"]["packages"] == pinned_requirements()
@@ -188,7 +191,7 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
         == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
     )
     assert shown["study"]["trials"] == 8
-    assert "tune_app/cli.py" in shown["package"]["files"]
+    assert "tune_app/cli/app.py" in shown["package"]["files"]
     again = yaml.safe_load(
         CliRunner().invoke(cli.app, [*asked, "--retry-failed"], catch_exceptions=False).stdout
     )

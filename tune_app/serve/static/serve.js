@@ -1,8 +1,8 @@
 // The page of `medtune serve`: the list of studies, the form for a new one, and getting about. Addresses after # are the
 // page's own, so that any view can be sent to a colleague.
-import { setPalette } from "./serve_charts.js";
-import { api, askToken, badge, clock, dialog, h, logIn, number, page, prose, say, showSession, state, studyHash } from "./serve_parts.js";
-import { compareView, studyView, trialView } from "./serve_study.js";
+import { setPalette } from "./charts.js";
+import { api, askToken, badge, clock, dialog, h, logIn, number, page, prose, say, showSession, state, studyHash } from "./parts.js";
+import { compareView, studyView, trialView } from "./study.js";
 
 let view = null; // the view on the page: {close, crumbs, repaint, keys}
 

@@ -1,6 +1,6 @@
 // A study, one of its trials, and two of them side by side. Whatever comes from a study is set as text.
-import { Curves, drawFigure, lineFigure, paint } from "./serve_charts.js";
-import { act, api, askToken, badge, confirmThat, enc, h, number, page, prose, say, span, studyHash } from "./serve_parts.js";
+import { Curves, drawFigure, lineFigure, paint } from "./charts.js";
+import { act, api, askToken, badge, confirmThat, enc, h, number, page, prose, say, span, studyHash } from "./parts.js";
 
 const live = document.getElementById("live");
 
