@@ -33,9 +33,10 @@ import yaml
 
 from trainables.checkpoints import load_state
 from trainables.config import build_config
-from tune_app.results.study import load_study, read_rows
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles
 from tune_app.study.policy import Policy
-from tune_app.study.spec import StudyFiles
+from tune_app.study.rows import read_rows
 from tune_app.synthetic import write_cohort
 
 TAG = "MEDTUNE_CHAOS"

@@ -27,7 +27,7 @@ from chaos import TINY
 from rich.console import Console
 
 from tune_app.driver.run import run_study
-from tune_app.results.study import load_study
+from tune_app.results.loading import load_study
 from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 

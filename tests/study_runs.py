@@ -13,8 +13,8 @@ import optuna
 import psutil
 import pytest
 
-from tune_app.results.study import load_study
-from tune_app.study.spec import StudyFiles
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles
 
 SMALL: dict[str, Any] = {
     "depth": 10,

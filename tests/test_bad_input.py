@@ -30,9 +30,12 @@ from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.data.scans import VolumeError, read_scan
 from tune_app.cli.app import main
 from tune_app.cli.common import parse_settings
-from tune_app.results.study import StudyDamageError, load_study
-from tune_app.study.policy import PolicyError, PolicySpec, read_policy
-from tune_app.study.spec import SpecError, StudyFiles, StudySpec, build_spec
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
+from tune_app.study.policy_spec import PolicyError, PolicySpec, read_policy
+from tune_app.study.rows import StudyDamageError
+from tune_app.study.spec import StudySpec, build_spec
 from tune_app.study.yaml_text import YamlError, load_yaml
 from tune_app.synthetic import write_cohort
 

@@ -11,7 +11,7 @@ import pytest
 from chaos import TINY, Fault, Round, check, epochs_lost, plan_round, run_round
 
 from trainables.checkpoints import load_state, save_state
-from tune_app.study.spec import StudyFiles, append_line
+from tune_app.study.files import StudyFiles, append_line
 from tune_app.synthetic import write_cohort
 
 

@@ -98,6 +98,35 @@ def test_training_does_not_know_ray(module):
         assert not wrong, f"{module} imports {sorted(wrong)}: only {sorted(MAY_IMPORT_RAY)} may"
 
 
+ROOMS = (
+    ({"study"}, set()),
+    ({"driver", "backtest", "cluster", "results"}, {"study"}),
+    ({"compare"}, {"study", "results"}),
+    ({"report"}, {"study", "results", "compare"}),
+    ({"models"}, {"study", "results", "compare", "driver"}),
+    ({"serve"}, {"study", "results", "compare", "report"}),
+    ({"bench"}, {"study", "driver", "backtest", "results", "compare", "report", "models", "serve"}),
+)
+"""Rooms of tune_app, and what each may import besides itself. The command line may import all of them."""
+
+
+@pytest.mark.parametrize(
+    ("room", "below"), [(room, below) for rooms, below in ROOMS for room in sorted(rooms)]
+)
+def test_rooms_import_what_lies_below_them(room, below):
+    """Imports inside functions and those for type checkers count as well."""
+    seen = {name for name in IMPORTS if name.startswith(f"tune_app.{room}.")}
+    assert seen, f"no module in tune_app/{room}"
+    rooms = {path.name for path in (ROOT / "tune_app").iterdir() if path.is_dir()}
+    wrong = {
+        (name, target)
+        for name in seen
+        for target in IMPORTS[name]
+        if target.startswith("tune_app.") and target.split(".")[1] in rooms - below - {room}
+    }
+    assert not wrong, f"the room `{room}` may import {sorted(below)} only: {sorted(wrong)}"
+
+
 def test_the_config_imports_nothing_of_ours():
     assert not {name for name in IMPORTS["trainables.config"] if own(name)}
 

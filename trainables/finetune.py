@@ -62,7 +62,7 @@ from torch import Tensor, nn
 
 from trainables.augment import augment_batch
 from trainables.config import FineTuneConfig
-from trainables.data.manifest import Split
+from trainables.data.folds import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
 from trainables.gradient_sum import GradientSum
@@ -310,7 +310,7 @@ class _Run:
             "train_s": trained - started,
             "validation_s": ended - trained,
             "volumes_per_s": len(self.split.train) / (trained - started),
-            "peak_memory_gib": _peak_memory_gib(self.device),
+            "peak_memory_gib": peak_memory_gib(self.device),
         }
         self.rows.append(metrics)
         return metrics
@@ -821,7 +821,7 @@ def _place(network: Classifier, device: torch.device) -> Classifier:
     return network.to(device)
 
 
-def _peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -6,19 +6,35 @@ only do, they would load after it. Kept, as Tune keeps rank 0's process, they lo
 other in a placement group.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 
+@dataclass
+class Position:
+    """How far a rank has come, and since when."""
+
+    epoch: int = 0
+    step: int = 0
+    since: float = field(default_factory=time.monotonic)
+    heartbeat: Callable[[int, int], None] | None = None
+    """Is told, too."""
+
+    def reached(self, epoch: int, step: int) -> None:
+        self.epoch, self.step, self.since = epoch, step, time.monotonic()
+        if self.heartbeat is not None:
+            self.heartbeat(epoch, step)
+
+
 class _Rank:
     """One rank's process. A second thread answers `where` while the first trains."""
 
     def __init__(self) -> None:
-        from trainables.ranks import Position
-
         self.position = Position()
         self.begun = 0
 
@@ -27,9 +43,15 @@ class _Rank:
         position = (self.position.epoch, self.position.step) if run == self.begun else (0, 0)
         return *position, ray.util.get_node_ip_address()
 
-    def run(self, work: Any, place: Any, resume: Mapping[str, Any] | None) -> None:
-        """Train as the rank at `place`, a `trainables.ranks.Place`, of `work`, a `trainables.ranks.RankWork`."""
-        from trainables.ranks import Position, follow
+    def run(
+        self,
+        follow: Callable[[Any, Any, Mapping[str, Any] | None, Position], None],
+        work: Any,
+        place: Any,
+        resume: Mapping[str, Any] | None,
+    ) -> None:
+        """Train by `follow`, as the rank at `place`, a `trainables.ranks.Place`, of `work`, a
+        `trainables.ranks.RankWork`."""
         from trainables.training_thread import in_training_thread
 
         self.position, self.begun = Position(), place.run

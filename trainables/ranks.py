@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from trainables.finetune import EpochResult, finetune
-from trainables.rank_actors import RankProcesses
+from trainables.rank_actors import Position, RankProcesses
 from trainables.saved_run import open_inputs, saved_run
 from trainables.training_thread import KeptThread
 
@@ -65,22 +65,6 @@ class RankWork:
     cohort: str
     gpu: bool = False
     threads: int = 1
-
-
-@dataclass
-class Position:
-    """How far a rank has come, and since when."""
-
-    epoch: int = 0
-    step: int = 0
-    since: float = field(default_factory=time.monotonic)
-    heartbeat: Callable[[int, int], None] | None = None
-    """Is told, too."""
-
-    def reached(self, epoch: int, step: int) -> None:
-        self.epoch, self.step, self.since = epoch, step, time.monotonic()
-        if self.heartbeat is not None:
-            self.heartbeat(epoch, step)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -122,7 +106,7 @@ def gang(
     remembered = None if resume is None else ray.put(dict(resume))
     places = [Place(rank, world, processes.runs, store.host, store.port) for rank in range(world)]
     futures = {
-        actor.run.remote(work, place, remembered): place.rank
+        actor.run.remote(follow, work, place, remembered): place.rank
         for actor, place in zip(processes.actors, places[1:], strict=True)
     }
     leader = _Leader(work, places[0], store, resume, heartbeat)

@@ -27,8 +27,10 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import FineTuneConfig
-from trainables.data.manifest import ManifestError, Split, read_manifest, split_rows
+from trainables.data.folds import Split, split_rows
+from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
+from trainables.data.table_file import ManifestError
 from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 from trainables.finetune import EpochResult, check_checkpoint
 

@@ -16,7 +16,8 @@ from trainables.data.volumes import prepare_cohort
 from trainables.finetune import configured_network, finetune
 from trainables.network.weights import save_medicalnet
 from trainables.saved_run import open_inputs
-from tune_app.study.spec import SpecError, StudySpec, build_spec
+from tune_app.study.errors import SpecError
+from tune_app.study.spec import StudySpec, build_spec
 from tune_app.synthetic import write_cohort, write_pretext_cohort
 
 SMALL: dict[str, Any] = {

@@ -15,7 +15,7 @@ import torch
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig, build_config
-from trainables.data.manifest import Split
+from trainables.data.folds import Split
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort
 from trainables.diagnosis import diagnose

@@ -14,10 +14,11 @@ from search_spaces.fixes import all_fixes, baseline
 from trainables.checkpoints import write_json
 from trainables.config import build_config
 from trainables.diagnosis import diagnose, hanley_mcneil_error
-from tune_app.results.columns import METRICS
+from tune_app.study.columns import METRICS
+from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.objective import objective_value
 from tune_app.study.policy import Policy
-from tune_app.study.spec import StudyFiles, append_line, build_spec
+from tune_app.study.spec import build_spec
 
 POSITIVE, NEGATIVE = 28, 70
 CREATED = 1_780_000_000.0

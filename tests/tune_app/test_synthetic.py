@@ -9,7 +9,9 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import roc_auc_score
 
 from trainables.config import build_config
-from trainables.data.manifest import check_manifest, read_manifest, split_rows
+from trainables.data.folds import split_rows
+from trainables.data.manifest import read_manifest
+from trainables.data.manifest_check import check_manifest
 from trainables.data.scans import Recipe, load_volume
 from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 from tune_app.synthetic import write_cohort, write_pretext_cohort

@@ -14,10 +14,7 @@ import math
 import os
 import shutil
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +33,9 @@ from trainables.data.scans import (
     prepare_scan,
     read_scan,
     stamp,
-    write_nifti,
 )
 from trainables.data.storage import url_of
+from trainables.data.threads import Progress, in_threads
 
 if TYPE_CHECKING:
     from trainables.data.manifest import Manifest
@@ -49,8 +46,6 @@ FORMAT_VERSION = 1
 STALLED_S = 600.0
 """How long another process may hold a cohort without finishing a single volume before we stop waiting for it."""
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total) as volumes get done; always from the caller's own thread."""
 
 log = logging.getLogger(__name__)
 
@@ -326,30 +321,6 @@ def _all_or_errors(
     return results
 
 
-def in_threads(
-    function: Callable[[Any], Any],
-    items: Iterable[Any],
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> list[Any]:
-    """Return `function` of each item, in order, run by `workers` threads: one a core, at most 8.
-
-    Threads, because decompression, hashing and matrix products release the interpreter, and nothing has to be copied.
-    After an error, or Ctrl-C, what has not begun is dropped.
-    """
-    with ThreadPoolExecutor(workers or min(8, _cores())) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                if progress is not None:
-                    progress(done, len(futures))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
-
-
 @contextlib.contextmanager
 def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
     """Hold the lock of these contents. The kernel frees it when its holder dies, so a wait is for a living process."""
@@ -430,35 +401,7 @@ def _sync(*paths: Path) -> None:
             os.close(handle)
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # a container's share, not the machine's
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # MedMNIST ----------------------------------------------------------------------------------------------------------------
-
-
-def import_medmnist(archive: Path, folder: Path, limit: int | None = None) -> Path:
-    """Write a MedMNIST 3D archive as NIfTI files with its official split; returns the path of the table.
-
-    archive: .npz with {train,val,test}_images (N, D, H, W) and {train,val,test}_labels (N,) or (N, 1).
-    folder: gets `table.csv` (path, label, subject, split; one subject a volume, as MedMNIST names none) and `volumes/`,
-    1 mm voxels in RAS+. It appears only when it is complete. limit: volumes of each split, the first ones.
-
-    Raises CohortError: not such an archive, or `folder` holds something already.
-    """
-    parts = _medmnist_parts(archive, limit)
-    with new_folder(folder) as target:
-        (target / "volumes").mkdir()
-        lines = ["path,label,subject,split"]
-        for split, (images, labels) in parts.items():
-            for row, (voxels, label) in enumerate(zip(images, labels, strict=True)):
-                name = f"{split}_{row:05d}"
-                write_nifti(target / "volumes" / f"{name}.nii.gz", voxels, np.eye(4))
-                lines.append(f"volumes/{name}.nii.gz,{label},{name},{split}")
-        (target / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / "table.csv"
 
 
 @contextlib.contextmanager
@@ -498,57 +441,3 @@ def _is_alive(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-def _medmnist_parts(archive: Path, limit: int | None) -> dict[str, tuple[np.ndarray, list[int]]]:
-    problems = []
-    parts = {}
-    try:
-        arrays = np.load(archive, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise ValueError("one array, not an archive of arrays")
-        with arrays:
-            for split in ("train", "val", "test"):
-                missing = [
-                    name
-                    for name in (f"{split}_images", f"{split}_labels")
-                    if name not in arrays.files
-                ]
-                if missing:
-                    problems.append(
-                        f"{archive}: no {' and no '.join(missing)}; it holds {', '.join(arrays.files) or 'nothing'}"
-                    )
-                    continue
-                images, labels = (
-                    arrays[f"{split}_images"][:limit],
-                    arrays[f"{split}_labels"][:limit],
-                )
-                problem = _medmnist_problem(images, labels)
-                if problem:
-                    problems.append(f"{archive}: {split}: {problem}")
-                else:
-                    stored = images.astype(np.uint8) if images.dtype == bool else images
-                    parts[split] = stored, labels.reshape(-1).tolist()
-    except FileNotFoundError:
-        raise CohortError([f"{archive}: no such file"]) from None
-    except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise CohortError([f"{archive}: not a MedMNIST archive (.npz): {error}"]) from None
-    if problems:
-        raise CohortError(problems)
-    return parts
-
-
-def _medmnist_problem(images: np.ndarray, labels: np.ndarray) -> str | None:
-    if images.ndim != 4:
-        return f"images of shape {images.shape}: (N, D, H, W) is needed, a 3D archive"
-    if images.dtype not in (bool, np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64):
-        return (
-            f"images of type {images.dtype}: bool, integers of up to 32 bits or floats are needed"
-        )
-    if labels.size != len(labels) or len(labels) != len(images):
-        return (
-            f"labels of shape {labels.shape} for {len(images)} images: one label an image is needed"
-        )
-    if labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
-        return f"labels of type {labels.dtype}: whole numbers from 0 are needed"
-    return None

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trainables.data.manifest import Split, grouped_folds
+from trainables.data.folds import Split, grouped_folds
 from trainables.data.volumes import Cohort
 
 Pretext = Literal["rotation", "size"]

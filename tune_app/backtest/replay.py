@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from tune_app.backtest.curves import SOUND, Curve, CurveError, generate_curves, read_curves
+from tune_app.backtest.curves import SOUND, Curve, CurveError, read_curves
+from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.objective import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
@@ -25,7 +26,8 @@ from tune_app.study.objective import (
     best_epoch,
     objective_value,
 )
-from tune_app.study.policy import Decision, Policy, PolicySpec
+from tune_app.study.policy import Decision, Policy
+from tune_app.study.policy_spec import PolicySpec
 
 RAY: Literal["ray"] = "ray"
 """Stands for Ray's own `ASHAScheduler`, with the settings it is shipped with."""

@@ -46,8 +46,10 @@ from tune_app.bench.search import machine
 from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes
 from tune_app.results.effects import COLLAPSES
-from tune_app.results.study import Study, load_study
-from tune_app.study.spec import SpecError, StudyFiles
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000

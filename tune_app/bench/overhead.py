@@ -37,8 +37,10 @@ from tune_app.bench.search import machine
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.run import Lifecycle, Plan, _Session
-from tune_app.study.spec import StudyFiles, StudySpec, build_spec
+from tune_app.driver.resources import Plan
+from tune_app.driver.session import Lifecycle, StudySession
+from tune_app.study.files import StudyFiles
+from tune_app.study.spec import StudySpec, build_spec
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")
@@ -121,7 +123,7 @@ class _Ends(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
 
 class _OurEnds(Lifecycle):
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: StudySession) -> None:
         super().__init__(session)
         self.ends = _Ends()
 
@@ -239,7 +241,7 @@ class _Ours:
         spec = self._spec()
         console = Console(file=(self.files.root / "console.log").open("a"), width=80)
         recorder = Recorder(spec, self.files)
-        session = _Session(
+        session = StudySession(
             spec, "none", recorder, Display(console, num_trials=self.trials, epochs=self.epochs)
         )
         session.begin()

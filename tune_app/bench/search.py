@@ -27,8 +27,9 @@ from search_spaces.written import space_from
 from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config
-from tune_app.results.study import load_study
-from tune_app.study.spec import SpecError, build_spec
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.spec import build_spec
 
 SPACE = "documented"
 SIDES = ("plain", "medtune")
@@ -373,7 +374,8 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     from ray import tune
     from sklearn.metrics import roc_auc_score
 
-    from trainables.data.manifest import read_manifest, split_rows
+    from trainables.data.folds import split_rows
+    from trainables.data.manifest import read_manifest
     from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 
     overrides = space_from(SPACE, given["settings"]).sample_to_overrides(

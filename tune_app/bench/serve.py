@@ -23,8 +23,9 @@ from typing import Any
 from filelock import FileLock
 
 from trainables.checkpoints import write_json
-from tune_app.backtest.curves import generate_curves
-from tune_app.study.spec import StudyFiles, append_line, build_spec
+from tune_app.backtest.synthetic import generate_curves
+from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 PACE_S = 0.1

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from trainables.config import FineTuneConfig
-from trainables.data.manifest import Split
+from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
 from trainables.finetune import _Run
 from trainables.training_thread import in_training_thread

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from trainables.config import FineTuneConfig, build_config
-from trainables.data.manifest import Split, read_manifest
+from trainables.data.folds import Split
+from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.finetune import _Run, configured_network
@@ -455,9 +456,9 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> float:
-    from trainables.finetune import _peak_memory_gib
+    from trainables.finetune import peak_memory_gib
 
-    return _peak_memory_gib(device)
+    return peak_memory_gib(device)
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

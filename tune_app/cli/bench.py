@@ -55,7 +55,7 @@ def bench_train_command(
 ) -> None:
     """Time whole training steps: a plain loop against medtune's own, side by side."""
     from tune_app.bench.train import bench_train, markdown_table, parse_batches, result_table
-    from tune_app.models.predict import choose_device
+    from tune_app.models.model import choose_device
 
     result = bench_train(
         sizes=_whole_numbers(sizes, "--sizes"),
@@ -101,7 +101,7 @@ def bench_ranks_command(
 ) -> None:
     """Time whole training steps of one run over several GPUs."""
     from tune_app.bench.ranks import bench_ranks, ranks_table
-    from tune_app.models.predict import choose_device
+    from tune_app.models.model import choose_device
 
     result = bench_ranks(
         sizes=_whole_numbers(sizes, "--sizes"),
@@ -139,7 +139,7 @@ def bench_start_command(
 ) -> None:
     """Time the start of a trial, in a new process and in one that has trained before."""
     from tune_app.bench.start import bench_start, start_table
-    from tune_app.models.predict import choose_device
+    from tune_app.models.model import choose_device
 
     result = bench_start(
         volumes=_whole_numbers(volumes, "--volumes"),
@@ -191,7 +191,7 @@ def bench_search_command(
     import tempfile
 
     from tune_app.bench.search import bench_search, search_table
-    from tune_app.models.predict import choose_device
+    from tune_app.models.model import choose_device
 
     with tempfile.TemporaryDirectory() as folder:
         result = bench_search(

@@ -81,7 +81,8 @@ def submit(
     Submitting the same study again goes on with it, or follows it while it runs. Paths are those that the cluster's
     nodes see; no data is sent.
     """
-    from tune_app.cluster.submit import Cluster, build_submission, cluster_file, kuberay_manifest
+    from tune_app.cluster.kubernetes import Cluster, cluster_file, kuberay_manifest
+    from tune_app.cluster.submit import build_submission
 
     def send(spec: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
@@ -201,7 +202,7 @@ def fetch(
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
 ) -> None:
     """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
-    from tune_app.study.mirror import fetch_study
+    from tune_app.study.copies import fetch_study
 
     number = fetch_study(study, folder)
     out.print(f"{folder}: {number} files", soft_wrap=True, markup=False)

@@ -96,7 +96,7 @@ def as_number(text: str) -> float | None:
 
 
 def cache_folder(cache: Path | None) -> Path:
-    from tune_app.study.spec import default_cache
+    from tune_app.study.files import default_cache
 
     return cache or default_cache()
 

@@ -32,7 +32,8 @@ def data_check(
     setting: SetOption = None,
 ) -> None:
     """Tell every problem of every row at once; reads each volume."""
-    from trainables.data.manifest import ManifestError, check_manifest
+    from trainables.data.manifest_check import check_manifest
+    from trainables.data.table_file import ManifestError
 
     checked = build_config(parse_settings(setting))
     with progress_bar("checking") as progress:
@@ -78,7 +79,7 @@ def data_import(
     ] = None,
 ) -> None:
     """Write a MedMNIST archive as NIfTI files and a table with its official split."""
-    from trainables.data.volumes import import_medmnist
+    from trainables.data.medmnist import import_medmnist
 
     table = import_medmnist(file, folder, limit=limit)
     out.print(str(table), soft_wrap=True)

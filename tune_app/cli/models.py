@@ -44,7 +44,7 @@ def export(
 ) -> None:
     """Write a trial as a model: weights, threshold, calibration, model card and checksums in one folder."""
     from tune_app.models.export import export_model, outcome_lines
-    from tune_app.models.predict import choose_device
+    from tune_app.models.model import choose_device
 
     if trial is not None and (best or confirmed or ensemble):
         raise typer.BadParameter(
@@ -83,8 +83,9 @@ def retrain(
     force: ForceOption = False,
 ) -> None:
     """Train the chosen configuration on training and validation volumes together; write it as a model."""
-    from tune_app.models.export import outcome_lines, retrain_model
-    from tune_app.models.predict import choose_device
+    from tune_app.models.export import outcome_lines
+    from tune_app.models.model import choose_device
+    from tune_app.models.retrain import retrain_model
 
     if (trial is not None) + best + confirmed > 1:
         raise typer.BadParameter("one of --trial, --best and --confirmed")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from trainables import installed_version
 from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.cluster.submit import pack_code
-from tune_app.study.spec import default_cache
+from tune_app.study.files import default_cache
 
 State = Literal["good", "look", "bad"]
 
@@ -217,8 +217,9 @@ def _open_files() -> int:
 
 def _data_seen(table: str) -> dict[str, str]:
     """Digest of the table, or what is wrong: the table, or the first volume that it names."""
-    from trainables.data.manifest import ManifestError, read_manifest, table_bytes
-    from trainables.data.volumes import in_threads
+    from trainables.data.manifest import read_manifest
+    from trainables.data.table_file import ManifestError, table_bytes
+    from trainables.data.threads import in_threads
 
     remedy = {"remedy": DATA_REMEDY} if is_url(table) else {}
     try:

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from tune_app.cluster.submit import Submission, cluster_place, job_name
+from tune_app.cluster.submit import Submission, cluster_place
+from tune_app.study.files import job_name
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

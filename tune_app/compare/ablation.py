@@ -17,13 +17,18 @@ from rich.text import Text
 
 from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import Scalar, build_config
-from trainables.data.manifest import Manifest, ManifestError, read_manifest, split_rows
+from trainables.data.folds import split_rows
+from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.storage import url_of
+from trainables.data.table_file import ManifestError
 from tune_app.results.effects import COLLAPSES
-from tune_app.results.study import ENDED, Study
-from tune_app.results.tables import came_back, format_value, printable
+from tune_app.results.study import Study
+from tune_app.results.tables import came_back
+from tune_app.results.text import format_value, printable
+from tune_app.study.errors import SpecError
 from tune_app.study.objective import OBJECTIVES
-from tune_app.study.spec import PlannedTrial, SpecError, StudySpec, absolute_paths, build_spec
+from tune_app.study.rows import ENDED
+from tune_app.study.spec import PlannedTrial, StudySpec, absolute_paths, build_spec
 from tune_app.study.yaml_text import YamlError, load_yaml
 
 PLANNED = ("fold", "seed", "cross_validate", "num_folds")

@@ -7,26 +7,19 @@ difference holds after correction for having been picked as the best of several 
 with the documented settings). Without one the documented settings stay, and that is said.
 """
 
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from search_spaces.fixes import all_fixes, documented_after
-from trainables.checkpoints import load_state, without_nonfinite, write_json
 from trainables.config import Scalar, build_config
-from trainables.data.manifest import Manifest, read_manifest, split_rows
-from trainables.data.scans import Recipe
-from trainables.data.volumes import open_cohort, prepare_cohort
-from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
+from trainables.data.manifest import read_manifest
 from tune_app.compare.ablation import (
     ADJUSTED_LEVEL,
     choose_folds,
@@ -35,11 +28,15 @@ from tune_app.compare.ablation import (
     plan,
     run_lines,
 )
+from tune_app.compare.test_record import read_test_record, score_lines, test_file
 from tune_app.results.effects import COLLAPSES, interval_over_folds
-from tune_app.results.study import ENDED, Study, load_study
-from tune_app.results.tables import format_value, printable
+from tune_app.results.study import Study
+from tune_app.results.text import format_value, printable
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
-from tune_app.study.spec import SpecError, StudyFiles, StudySpec, build_spec, default_cache
+from tune_app.study.rows import ENDED
+from tune_app.study.spec import StudySpec, build_spec
 
 REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""
@@ -56,17 +53,6 @@ OF_SEARCHES = (
     "policy",
 )
 """Fields of a spec that mean nothing in a confirmation."""
-
-REPORTED = (
-    "auprc",
-    "balanced_accuracy",
-    "accuracy",
-    "brier",
-    "ece",
-    "auc_probability",
-    "logit_gap",
-)
-"""What is recorded of the test rows beside AUC: nothing whose threshold would be chosen on them."""
 
 
 # The plan --------------------------------------------------------------------------------------------------------------
@@ -90,8 +76,8 @@ def choose_candidates(search: Study, top: int) -> Candidates:
     """
     epochs = search.spec.epochs
     known = {
-        _same_setting(search.spec, documented_after(epochs)): "the documented settings",
-        _same_setting(search.spec, all_fixes(epochs)): "the default settings",
+        setting_key(search.spec, documented_after(epochs)): "the documented settings",
+        setting_key(search.spec, all_fixes(epochs)): "the default settings",
     }
     trials = search.trials
     whole = trials[(trials["state"] == "completed") & trials["objective"].notna()]
@@ -105,7 +91,7 @@ def choose_candidates(search: Study, top: int) -> Candidates:
             for name, value in search.record(str(trial))["overrides"].items()
             if name != "seed"
         }
-        setting = _same_setting(search.spec, overrides)
+        setting = setting_key(search.spec, overrides)
         if setting in known:
             found.notes.append(f"trial {trial} is {known[setting]}: run as such")
             continue
@@ -130,7 +116,7 @@ def choose_candidates(search: Study, top: int) -> Candidates:
     return found
 
 
-def _same_setting(spec: StudySpec, overrides: Mapping[str, Any]) -> str:
+def setting_key(spec: StudySpec, overrides: Mapping[str, Any]) -> str:
     """A text that is equal for runs which differ in fold and seed only."""
     return build_config({**spec.config, **overrides, "fold": 0, "seed": 0}).hash()
 
@@ -311,7 +297,7 @@ def print_confirmation(study: Study, console: Console) -> None:
     console.print()
     for line in [*judged_lines(study, found), *run_lines(study)]:
         console.print(line, markup=False)
-    record = _read_record(_test_file(study))
+    record = read_test_record(test_file(study))
     for line in score_lines(record[-1]) if record else []:
         console.print(line, markup=False)
 
@@ -410,7 +396,7 @@ def _chosen_by_own_split(spec: StudySpec) -> bool:
 def _settings(study: Study, variant: str) -> str:
     """What a variant changes against the documented settings."""
     configs = [
-        build_config({**study.spec.config, **_planned(study.spec, name)}).model_dump()
+        build_config({**study.spec.config, **planned_overrides(study.spec, name)}).model_dump()
         for name in (variant, REFERENCE)
     ]
     changed = [name for name in configs[0] if configs[0][name] != configs[1][name]]
@@ -420,281 +406,5 @@ def _settings(study: Study, variant: str) -> str:
     )
 
 
-def _planned(spec: StudySpec, variant: str) -> dict[str, Scalar]:
+def planned_overrides(spec: StudySpec, variant: str) -> dict[str, Scalar]:
     return next(trial.overrides for trial in spec.planned if trial.variant == variant)
-
-
-# The test rows ---------------------------------------------------------------------------------------------------------
-
-
-def confirmed_on_test(
-    search: Path, root: Path, *, cache: Path | None, again: bool, notes: Console
-) -> None:
-    """Score the test rows for the confirmation in `root`, or say that this was done before; see `score_test`."""
-    if not StudyFiles(root).spec.exists():
-        raise SpecError(
-            [
-                f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
-            ]
-        )
-    study = load_study(root)
-    earlier = _read_record(_test_file(study))
-    if earlier and not again:
-        notes.print(
-            f"The test rows were scored before, which is recorded in {_test_file(study)}: shown again, not scored "
-            "again. --again scores anew, and counts it.",
-            markup=False,
-            soft_wrap=True,
-        )
-        return
-    folder = cache or Path(study.spec.cache or default_cache())
-    score_test(root, cache=folder, again=again, notes=lambda text: notes.print(text, markup=False))
-
-
-def score_test(
-    root: Path,
-    *,
-    cache: Path,
-    again: bool = False,
-    notes: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Score the confirmed variant of the study in `root` on the table's test rows, once; return the record.
-
-    Each of its runs scores the test rows with its averaged weights (best.pt). Recorded are every run's AUC, their mean,
-    and the ensemble (mean of the runs' log-odds) with DeLong's interval; the documented settings beside it, with
-    DeLong's paired test, where another variant was confirmed. The record goes to test.json of the search that was
-    confirmed, so that a second confirmation does not give a second look. When there is a record it is returned, and
-    nothing is scored; with `again` the rows are scored anew and the record says how often that was.
-
-    Raises SpecError when the confirmation is not finished, the table has no test rows, or it changed since.
-    """
-    study = load_study(root)
-    target = _test_file(study)
-    earlier = _read_record(target)
-    if earlier and not again:
-        return earlier[-1]
-    found = judge(study)
-    if not found.finished:
-        raise SpecError(
-            [judged_lines(study, found)[0] + "; the test rows are scored at the very end"]
-        )
-    spec = study.spec
-    base = build_config(spec.config)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
-    rows = split_rows(manifest, **_split_of(study, found.choice)).test
-    if not len(rows):
-        raise SpecError(
-            [
-                f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"
-            ]
-        )
-    labels = manifest.rows["label"].to_numpy()[rows]
-    if missing := sorted(set(range(base.num_classes)) - set(labels.tolist())):
-        raise SpecError(
-            [f"{spec.data}: the test rows have no volume of class {', '.join(map(str, missing))}"]
-        )
-    folder = prepare_cohort(manifest, Recipe.from_config(base), cache)
-    if folder.name != study.info.get("cohort"):
-        raise SpecError(
-            [
-                f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
-            ]
-        )
-    names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
-    scored = {name: _score_variant(study, name, folder, manifest, rows, notes) for name in names}
-    record = _as_record(study, found, scored, labels, times=len(earlier) + 1)
-    write_json(target, {"scored": [*earlier, record]})
-    return record
-
-
-def _test_file(study: Study) -> Path:
-    """test.json of the search that was confirmed; beside the confirmation where the search is gone."""
-    search = Path(study.spec.confirms) if study.spec.confirms else study.path
-    return StudyFiles(search if search.is_dir() else study.path).test
-
-
-def _read_record(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        scored: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["scored"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpecError(
-            [f"{path}: damaged ({error}): it is the record of the test scores, restore it"]
-        ) from None
-    return scored
-
-
-def _split_of(study: Study, variant: str) -> dict[str, Any]:
-    config = build_config({**study.spec.config, **_planned(study.spec, variant)})
-    return {
-        "fold": config.fold,
-        "num_folds": config.num_folds,
-        "cross_validate": config.cross_validate,
-    }
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """One variant on the test rows."""
-
-    runs: list[dict[str, Any]]
-    scores: np.ndarray
-    """Log-odds of the ensemble, as `ranking_scores`."""
-    metrics: dict[str, float]
-
-
-def _score_variant(
-    study: Study,
-    variant: str,
-    cohort_folder: Path,
-    manifest: Manifest,
-    rows: np.ndarray,
-    notes: Callable[[str], None],
-) -> _Scored:
-    cohort = open_cohort(cohort_folder)
-    labels = np.asarray(cohort.labels)[rows]
-    total: np.ndarray = np.zeros(())
-    runs = []
-    own = study.trials[
-        (study.trials["variant"] == variant) & (study.trials["state"] == "completed")
-    ]
-    for trial in own.to_dict("records"):
-        path = StudyFiles(study.path).trial(str(trial["trial"])).best
-        if not path.is_file():
-            raise SpecError(
-                [
-                    f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"
-                ]
-            )
-        state = load_state(path)
-        if set(rows.tolist()) & {*state["train_rows"].tolist(), *state["val_rows"].tolist()}:
-            raise SpecError(
-                [
-                    f"trial {trial['trial']} was trained on test rows: the table's split changed since"
-                ]
-            )
-        logits, scale = _averaged_logits(state, cohort.volumes, rows)
-        scores = ranking_scores(logits, scale=scale)
-        auc = auc_interval(scores, labels).auc
-        runs.append(
-            {
-                "trial": trial["trial"],
-                "fold": trial["fold"],
-                "seed": trial["seed"],
-                "epoch": state["epoch"],
-                "auc": auc,
-            }
-        )
-        notes(
-            f"{variant}, fold {trial['fold']}, seed {trial['seed']}: scored with epoch {state['epoch']}"
-        )
-        total = total + scale * logits.astype(np.float64)
-    if not runs:
-        raise SpecError(
-            [f"{study.path}: no run of {variant} completed: nothing to score the test rows with"]
-        )
-    logits = total / len(runs)
-    return _Scored(
-        runs, ranking_scores(logits, scale=1.0), score_metrics(logits, labels, scale=1.0)
-    )
-
-
-def _averaged_logits(
-    state: Mapping[str, Any], volumes: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, float]:
-    """Logits (N, C) float32 of the averaged weights on `rows` in float32, and their scale."""
-    import torch
-
-    from trainables.finetune import configured_network
-    from trainables.losses import logit_scale
-
-    config = build_config(state["config"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = configured_network(config)
-    network.load_state_dict(state["average"]["network"])
-    network.to(device).eval()
-    size = config.validation_batch_size
-    with torch.no_grad():
-        parts = [
-            network(
-                torch.from_numpy(volumes[rows[start : start + size]].astype(np.float32)).to(device)
-            )
-            .float()
-            .cpu()
-            for start in range(0, len(rows), size)
-        ]
-    return torch.cat(parts).numpy(), logit_scale(config.loss, config.head, config.s)
-
-
-def _as_record(
-    study: Study, found: Confirmation, scored: Mapping[str, _Scored], labels: np.ndarray, times: int
-) -> dict[str, Any]:
-    chosen = scored[found.choice]
-    values = [run["auc"] for run in chosen.runs]
-    record: dict[str, Any] = {
-        "time": time.time(),
-        "times": times,
-        "confirmation": str(study.path),
-        "study_hash": study.spec.hash(),
-        "variant": found.choice,
-        "winner": found.winner is not None,
-        "config_hash": _same_setting(study.spec, _planned(study.spec, found.choice)),
-        "table": study.spec.data,
-        "cohort": study.info.get("cohort"),
-        "volumes": len(labels),
-        "positive": int((labels > 0).sum()),
-        "negative": int((labels == 0).sum()),
-        "runs": chosen.runs,
-        "mean_auc": float(np.mean(values)),
-        "lowest_auc": min(values),
-        "highest_auc": max(values),
-        "auc": chosen.metrics["auc"],
-        "auc_low": chosen.metrics["auc_low"],
-        "auc_high": chosen.metrics["auc_high"],
-        "metrics": {name: chosen.metrics[name] for name in REPORTED},
-    }
-    if found.choice != REFERENCE:
-        reference = scored[REFERENCE]
-        difference = compare_auc(chosen.scores, reference.scores, labels)
-        record["documented"] = {
-            "auc": reference.metrics["auc"],
-            "auc_low": reference.metrics["auc_low"],
-            "auc_high": reference.metrics["auc_high"],
-            "mean_auc": float(np.mean([run["auc"] for run in reference.runs])),
-            "difference": difference.difference,
-            "low": difference.low,
-            "high": difference.high,
-            "p": difference.p,
-        }
-    cleaned: dict[str, Any] = without_nonfinite(record)
-    return cleaned
-
-
-def score_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return a record of the test rows in words."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["time"]))
-    what = "the winner" if record["winner"] else "no winner was named"
-    runs = len(record["runs"])
-    lines = [
-        f"Test rows ({record['volumes']}: {record['positive']} positive, {record['negative']} negative), scored "
-        f"{when} with {record['variant']} ({what}), config {record['config_hash']}:",
-        f"  ensemble of {runs} runs: AUC {_shown(record['auc'])} [95 % CI {_shown(record['auc_low'])}, "
-        f"{_shown(record['auc_high'])}]",
-        f"  single runs: mean AUC {_shown(record['mean_auc'])}, from {_shown(record['lowest_auc'])} to "
-        f"{_shown(record['highest_auc'])}",
-    ]
-    if other := record.get("documented"):
-        line = f"  documented settings: AUC {_shown(other['auc'])}; difference {_shown(other['difference'], '+')}"
-        if other["low"] is not None:
-            line += f" [{other['low']:+.3f}, {other['high']:+.3f}], DeLong p {other['p']:.3f}"
-        lines.append(line)
-    if record["times"] > 1:
-        lines.append(
-            f"  This was look number {record['times']} at the test rows: the first one is the honest one."
-        )
-    return lines
-
-
-def _shown(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.3f}"

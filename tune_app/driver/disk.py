@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trainables.config import FineTuneConfig
-from tune_app.study.spec import SpecError, StudyFiles, StudySpec
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
+from tune_app.study.spec import StudySpec
 
 GIB = 2**30
 LOGS = 8 * 2**20

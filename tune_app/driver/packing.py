@@ -8,7 +8,7 @@ import numpy as np
 import ray
 
 from trainables.config import FineTuneConfig
-from trainables.data.manifest import Split
+from trainables.data.folds import Split
 from trainables.ray_trainable import wait_for_device_memory
 
 CANDIDATES = (1, 2, 4, 8)

@@ -8,10 +8,11 @@ from typing import Any
 from trainables.checkpoints import when_there_is_room, write_json
 from trainables.config import build_config
 from trainables.diagnosis import diagnose
-from tune_app.results.study import StudyDamageError, read_record, read_rows
+from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.objective import objective_value
 from tune_app.study.policy import Decision
-from tune_app.study.spec import StudyFiles, StudySpec, append_line
+from tune_app.study.rows import StudyDamageError, read_record, read_rows
+from tune_app.study.spec import StudySpec
 
 RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
 DECIDED = {"trial", "epoch", "action", "reason", "summary"}

@@ -13,32 +13,35 @@ been asked for, so that a killed search is taken up by opening it again:
 """
 
 import contextlib
-import functools
 import json
 import math
-import sqlite3
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import optuna
-import sqlalchemy
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import InMemoryStorage, RDBStorage
-from optuna.storages._rdb import models
+from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from search_spaces.space import Parameter, Sample, Space, SpaceError
 from search_spaces.spaces import warm_start_points
-from trainables.checkpoints import when_there_is_room
 from trainables.config import ConfigError, Scalar, build_config
+from tune_app.driver.optuna_database import (
+    REASON,
+    STUDY_NAME,
+    Database,
+    SearchError,
+    quiet_optuna,
+    shown_url,
+    sqlite_url,
+)
 from tune_app.study.objective import as_number
 
 SamplerName = Literal["tpe", "random", "qmc", "gp"]
@@ -51,21 +54,13 @@ EndState = Literal["completed", "stopped", "failed"]
 Row = Mapping[str, Any]
 """One epoch of one trial: `epoch`, counted from 1, and the metrics."""
 
-STUDY_NAME = "medtune"
-LOCK_TIMEOUT_S = 120.0
-"""How long a write waits for another reader or writer of the SQLite file, such as optuna-dashboard."""
 
 _SEARCH = "search"  # study attribute: what the values of its trials depend on
 _OVERRIDES = "overrides"  # trial attribute: the config overrides its parameters became
 _POINT = "point"  # trial attribute: name of the setting it was asked for by
 _FROM = "from"  # trial attribute: earlier study and number it was taken over from
-_REASON = "reason"  # trial attribute: why it was stopped or failed
 _TAKEN_OVER = "taken over"  # study attribute: earlier studies already taken over
 _STREAM = "stream"  # trial attribute: what the sampler keeps with the study, as of this trial
-
-
-class SearchError(ValueError):
-    """A study that cannot be opened or continued as asked; the message says what to do."""
 
 
 class TakenOver(NamedTuple):
@@ -141,7 +136,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._failure = failure
 
         self._memory = InMemoryStorage()
-        with _quiet():
+        with quiet_optuna():
             self._memory_study = self._memory.create_new_study(
                 [StudyDirection.MAXIMIZE], STUDY_NAME
             )
@@ -151,7 +146,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._reasons: dict[int, str] = {}
         self._own = 0
         self._left: deque[int] = deque()
-        self._database = _Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
+        self._database = Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
         try:
             self._claim()
             self._load(rows or {}, retry)
@@ -254,7 +249,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def failed(self) -> dict[int, str]:
         """Return why each trial failed, of those that the study knows to have failed."""
         return {
-            trial.number: str(trial.user_attrs.get(_REASON, ""))
+            trial.number: str(trial.user_attrs.get(REASON, ""))
             for trial in self._trials()
             if trial.state == TrialState.FAIL
         }
@@ -408,7 +403,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                 self._database.reopen(trial.number)
                 trial.state, trial.datetime_complete = TrialState.RUNNING, None
                 trial.user_attrs = {
-                    key: value for key, value in trial.user_attrs.items() if key != _REASON
+                    key: value for key, value in trial.user_attrs.items() if key != REASON
                 }
             if trial.state == TrialState.WAITING:
                 raise SearchError(
@@ -461,12 +456,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         left_out: dict[str, int] = {}
         for study in studies:
             url = str(study) if "://" in str(study) else sqlite_url(Path(study) / "study.db")
-            source = _shown_url(url)
+            source = shown_url(url)
             if source == self._database.name:
                 raise SearchError(f"{study}: a study cannot be warm-started from itself")
             if source in done:
                 continue  # it may be gone by now
-            earlier = _Database(url, own=False)
+            earlier = Database(url, own=False)
             earlier.close()
             for trial, reason in self._earlier_trials(earlier):
                 if reason is not None:
@@ -480,7 +475,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             self._database.set_attr(_TAKEN_OVER, done)
         return TakenOver(added, left_out)
 
-    def _earlier_trials(self, earlier: "_Database") -> Iterator[tuple[FrozenTrial, str | None]]:
+    def _earlier_trials(self, earlier: "Database") -> Iterator[tuple[FrozenTrial, str | None]]:
         """The finished trials of an earlier study as they would stand in this one, or the reason they cannot."""
         identity = earlier.attrs.get(_SEARCH, {}).get("identity", {})
         differing = sorted(
@@ -546,247 +541,6 @@ def trial_name(number: int) -> str:
     return f"{number:05d}"
 
 
-def sqlite_url(path: Path) -> str:
-    """Return the storage URL of a SQLite file; a path may hold any character, such as `#`, `?`, `%` or braces."""
-    return sqlalchemy.URL.create("sqlite", database=str(path.resolve())).render_as_string(
-        hide_password=False
-    )
-
-
-def _sqlite_path(url: str) -> Path | None:
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        raise SearchError(
-            f"storage {url!r} is no database URL: write sqlite:///FILE, or leave it out"
-        ) from None
-    in_file = parsed.get_backend_name() == "sqlite" and parsed.database not in (
-        None,
-        "",
-        ":memory:",
-    )
-    return Path(str(parsed.database)).resolve() if in_file else None
-
-
-def _shown_url(url: str) -> str:
-    """A database by the name users know it by, without its password."""
-    return str(_sqlite_path(url) or sqlalchemy.make_url(url).render_as_string(hide_password=True))
-
-
-def _with_room(method: Callable[..., None]) -> Callable[..., None]:
-    """A transaction that a full disk undid is made again when there is room."""
-
-    @functools.wraps(method)
-    def patient(self: "_Database", *arguments: Any) -> None:
-        errors = (sqlalchemy.exc.OperationalError, OSError)
-        when_there_is_room(lambda: method(self, *arguments), Path(self.name), errors=errors)
-
-    return patient
-
-
-class _Database:
-    """The study in its database, each change one transaction.
-
-    Reads, and the schema with its checks, are Optuna's. Trials are written through Optuna's own table models, because
-    its storage takes some thirty statements for a trial of seven parameters where five do.
-
-    SQLite gets a write-ahead log: a commit then survives a killed process without waiting for the disk, and readers
-    never block the search. A power cut may cost the last trials, never the file.
-    """
-
-    def __init__(self, url: str, *, own: bool = True) -> None:
-        """Open the study, made if it is new; with `own` off, one that has to be there and is only read."""
-        self.name = _shown_url(url)
-        self._path = _sqlite_path(url)
-        self._own = own
-        if not own and self._path is not None and not self._path.is_file():
-            raise SearchError(f"no earlier study here: {self._path} is missing")
-        self._storage = self._open(url)
-        try:
-            self._study = int(self._storage.get_study_id_from_name(STUDY_NAME))
-        except KeyError:
-            if not own:
-                raise SearchError(f"{self.name} holds no study of this program") from None
-            with _quiet():
-                self._study = int(
-                    self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
-                )
-        self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
-        """The study's user attributes."""
-        self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
-        """All trials it held when it was opened, by number."""
-        self._ids = {trial.number: trial._trial_id for trial in self.found}
-        trials = models.TrialModel.__table__
-        self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(
-            trials.c.study_id == self._study
-        )
-
-    @_with_room
-    def set_attr(self, key: str, value: Any) -> None:
-        """Write a user attribute of the study."""
-        self._storage.set_study_user_attr(self._study, key, value)
-        self.attrs[key] = value
-
-    @_with_room
-    def create(self, trial: FrozenTrial, number: int) -> None:
-        """Write a trial with all it has. Raises SearchError if the study does not end at the number before."""
-        row = models.TrialModel(
-            study_id=self._study,
-            number=number,
-            state=trial.state,
-            datetime_start=trial.datetime_start,
-            datetime_complete=trial.datetime_complete,
-        )
-        with self._storage.engine.begin() as db:
-            if (found := db.scalar(self._last)) != (number - 1 if number else None):
-                raise SearchError(
-                    f"{self.name}: another process adds trials to this study (the last is {found}, this one was to be "
-                    f"{number}); end one of the two, and resume"
-                )
-            trial_id = db.execute(
-                _insertion(models.TrialModel), _columns(row)
-            ).inserted_primary_key[0]
-            parameters = [
-                {
-                    "param_name": name,
-                    "param_value": trial.distributions[name].to_internal_repr(value),
-                    "distribution_json": optuna.distributions.distribution_to_json(
-                        trial.distributions[name]
-                    ),
-                }
-                for name, value in trial.params.items()
-            ]
-            _insert(db, models.TrialParamModel, trial_id, parameters)
-            _insert(db, models.TrialUserAttributeModel, trial_id, _attributes(trial.user_attrs))
-            _insert(db, models.TrialSystemAttributeModel, trial_id, _attributes(trial.system_attrs))
-            _insert(
-                db, models.TrialIntermediateValueModel, trial_id, _steps(trial.intermediate_values)
-            )
-            _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
-        self._ids[number] = trial_id
-
-    @_with_room
-    def report(self, number: int, step: int, value: float) -> None:
-        """Write an intermediate value; a finite one, of a step that has none."""
-        with self._storage.engine.begin() as db:
-            _insert(
-                db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value})
-            )
-
-    @_with_room
-    def finish(
-        self, number: int, state: TrialState, value: float | None, reason: str | None
-    ) -> None:
-        """Write how a running trial ended."""
-        trial_id = self._ids[number]
-        row = models.TrialModel(state=state, datetime_complete=datetime.now())
-        with self._storage.engine.begin() as db:
-            trials = models.TrialModel.__table__
-            db.execute(
-                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row))
-            )
-            _insert(db, models.TrialValueModel, trial_id, _values(value))
-            _insert(
-                db,
-                models.TrialUserAttributeModel,
-                trial_id,
-                _attributes({_REASON: reason} if reason else {}),
-            )
-
-    @_with_room
-    def reopen(self, number: int) -> None:
-        """Have a trial that has failed run again, which Optuna itself refuses."""
-        trial_id = self._ids[number]
-        trials, attributes = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
-        running = {"state": TrialState.RUNNING, "datetime_complete": None}
-        with self._storage.engine.begin() as db:
-            db.execute(
-                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(running)
-            )
-            reason = (attributes.c.trial_id == trial_id) & (attributes.c.key == _REASON)
-            db.execute(sqlalchemy.delete(attributes).where(reason))
-
-    def close(self) -> None:
-        self._storage.remove_session()
-        self._storage.engine.dispose()
-        if self._path is not None and self._own:
-            # Another reader keeps the file in WAL mode, which every reader understands.
-            with (
-                contextlib.suppress(sqlite3.OperationalError),
-                contextlib.closing(sqlite3.connect(self._path, 0.1)) as db,
-            ):
-                db.execute("PRAGMA journal_mode=DELETE")
-
-    def _open(self, url: str) -> RDBStorage:
-        if self._path is None:
-            try:
-                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-            except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-                raise SearchError(
-                    f"storage {self.name} cannot be opened: {_one_line(error)}"
-                ) from error
-        try:
-            if self._own:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.closing(sqlite3.connect(self._path, LOCK_TIMEOUT_S)) as db:
-                    db.execute("PRAGMA journal_mode=WAL")
-            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
-        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
-            raise SearchError(
-                f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}"
-            ) from error
-        storage.engine.dispose()  # the next connection is the first that the listener sees
-        sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
-        return storage
-
-
-def _columns(row: Any) -> dict[str, Any]:
-    """What Optuna's own model would write, by column: times are not stored as they are given."""
-    mapper: Any = sqlalchemy.inspect(type(row))
-    values = {
-        attribute.columns[0].name: getattr(row, attribute.key) for attribute in mapper.column_attrs
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _insert(
-    db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]
-) -> None:
-    if rows:
-        db.execute(_insertion(model), [{"trial_id": trial_id, **row} for row in rows])
-
-
-@functools.cache
-def _insertion(model: Any) -> sqlalchemy.Insert:
-    """Made once: that costs as much as to execute it."""
-    return sqlalchemy.insert(model.__table__)
-
-
-def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
-
-
-def _steps(values: Mapping[int, float]) -> list[dict[str, Any]]:
-    finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
-    return [
-        {"step": step, "intermediate_value": value, "intermediate_value_type": finite}
-        for step, value in values.items()
-    ]
-
-
-def _values(value: float | None) -> list[dict[str, Any]]:
-    finite = models.TrialValueModel.TrialValueType.FINITE
-    return [] if value is None else [{"objective": 0, "value": value, "value_type": finite}]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
 def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
     distribution = parameter.distribution
     value: Scalar
@@ -822,14 +576,3 @@ def _no_experimental_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna announces each new study on stderr."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

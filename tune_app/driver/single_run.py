@@ -1,6 +1,5 @@
 """One run without a search: what `medtune train` does, and the line an epoch that it prints."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from rich.console import Console
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
-from trainables.data.manifest import read_manifest, split_rows
+from trainables.data.folds import split_rows
+from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.diagnosis import diagnose
@@ -18,22 +18,7 @@ from trainables.finetune import choose_precision, finetune
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
 from tune_app.driver.local_ray import keep_strangers_out
-
-HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc     s"
-
-
-def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """One epoch in 80 columns: what the source document says to watch."""
-    return (
-        f"{row['epoch']:>3}/{epochs:<3} {row['lr_backbone']:.1e}/{row['lr_classifier']:.1e} "
-        f"{'on ' if row['drw_active'] else 'off'} {row['train_loss']:>7.3f}   {_score(row['val_auc_raw'])}"
-        f"    {_score(row['val_auc'])} [{_score(row['val_auc_low'])}, {_score(row['val_auc_high'])}]"
-        f" {_score(row['val_accuracy_ema'])} {row['epoch_s']:>5.1f}"
-    )
-
-
-def _score(value: float | None) -> str:
-    return "  nan" if value is None or math.isnan(value) else f"{value:.3f}"
+from tune_app.study.epoch_text import HEADER, epoch_line
 
 
 def train_once(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trainables.checkpoints import replacing
 from trainables.data.scans import Recipe, ScanHeader, read_header, read_scan
 from trainables.network.model import Classifier
-from tune_app.models.predict import Model, Prediction
+from tune_app.models.model import Model, Prediction
 
 Array = npt.NDArray[Any]
 

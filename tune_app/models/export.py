@@ -8,18 +8,12 @@ and every number in the model card, so that a card never speaks of other weights
 import csv
 import io
 import json
-import logging
 import math
-import shutil
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib import util
-from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,26 +22,24 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save as save_tensors
-from scipy.special import softmax
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainables import installed_version
-from trainables.checkpoints import TrialFiles, load_state, write_json
+from trainables.checkpoints import load_state, write_json
 from trainables.config import FineTuneConfig, build_config
-from trainables.data.manifest import Manifest, Split, read_manifest, split_rows
+from trainables.data.folds import Split, split_rows
+from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, read_header
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
-from trainables.finetune import configured_network, finetune
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
-from trainables.saved_run import saved_run
 from tune_app.compare import confirm
-from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
+from tune_app.models.calibration import Array, fit_calibration
 from tune_app.models.card import model_card
+from tune_app.models.evaluation import ExportError, class_counts, judge
 from tune_app.models.folder import (
     Choice,
-    Evaluation,
     HeldOut,
     Measured,
     Member,
@@ -56,38 +48,23 @@ from tune_app.models.folder import (
     check_target,
     new_model,
 )
-from tune_app.models.predict import class_scores, decide, network_logits, on_device, pooled
-from tune_app.results.study import Study, load_study
-from tune_app.study.spec import StudyFiles, default_cache
-
-BOOTSTRAPS = 500
-"""Resamples of the subjects behind each bootstrap interval."""
+from tune_app.models.model import class_scores, network_logits, network_of, pooled
+from tune_app.models.onnx import require_onnx, write_onnx
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.files import StudyFiles, default_cache
 
 AUC_TOLERANCE = {"float32": 0.005, "fp16": 0.02, "bf16": 0.02}
 """By how much the AUC at export, in float32, may differ from the study's, by the precision the study ran in."""
 
-ONNX_TOLERANCE = 1e-3
-"""Largest difference of a logit between ONNX Runtime and torch, as a share of the largest logit."""
-
-RETRAIN_WATCHED = 8
-"""Training volumes of each class whose AUC is shown while retraining."""
 
 BATCH = 16
 """Volumes scored at a time."""
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 VERSIONS = ("medtune", "torch", "monai", "numpy", "nibabel", "safetensors")
 
 Say = Callable[[str], None]
-
-
-class ExportError(ValueError):
-    """A model that cannot be made as asked. `problems` holds one line a problem."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -217,9 +194,11 @@ def export_model(
     chosen = choose(study, trial=trial, confirmed=confirmed, ensemble=ensemble)
     if study.running:
         say(f"note: {study.name} is still running; a better trial may follow")
-    runs = [_read_run(row) for _, row in chosen.trials.iterrows()]
-    manifest, cohort = _open(runs[0].config, study, data, cache)
-    members = [_measured(run, manifest, cohort, device, folder=_folder(run, runs)) for run in runs]
+    runs = [read_run(row) for _, row in chosen.trials.iterrows()]
+    manifest, cohort = open_data(runs[0].config, study, data, cache)
+    members = [
+        score_member(run, manifest, cohort, device, folder=_folder(run, runs)) for run in runs
+    ]
     for one in members:
         if one.member.trouble:
             say(f"note: trial {one.member.trial}: {one.member.trouble}")
@@ -230,24 +209,26 @@ def export_model(
     info = ModelInfo(
         kind="network" if len(members) == 1 else "ensemble",
         members=tuple(one.member for one in members),
-        training=_training(
+        training=training_of(
             manifest,
             cohort,
             np.unique(np.concatenate([one.split.train for one in members])),
             runs[0].config,
         ),
-        **_judged(z_NC, scale, cohort, rows),
-        **_common(study, cohort, runs[0].config, chosen),
+        **judged_fields(z_NC, scale, cohort, rows),
+        **common_fields(study, cohort, runs[0].config, chosen),
     )
-    scores = _scores_csv(rows, cohort.labels[rows], class_scores(z_NC, scale=scale))
-    return _write(out, info, members, scores, cohort, onnx=onnx, force=force)
+    scores = scores_csv(rows, cohort.labels[rows], class_scores(z_NC, scale=scale))
+    return write_model(out, info, members, scores, cohort, onnx=onnx, force=force)
 
 
 def _folder(run: "_Run", runs: Sequence["_Run"]) -> str:
     return "." if len(runs) == 1 else f"members/{run.trial}"
 
 
-def _common(study: Study, cohort: Cohort, config: FineTuneConfig, chosen: Chosen) -> dict[str, Any]:
+def common_fields(
+    study: Study, cohort: Cohort, config: FineTuneConfig, chosen: Chosen
+) -> dict[str, Any]:
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "num_classes": config.num_classes,
@@ -289,7 +270,7 @@ def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
     return None
 
 
-def _judged(z_NC: Array, scale: float, cohort: Cohort, rows: Array) -> dict[str, Any]:
+def judged_fields(z_NC: Array, scale: float, cohort: Cohort, rows: Array) -> dict[str, Any]:
     found = judge(z_NC, scale, cohort.labels[rows], cohort.subjects[rows])
     return {
         "threshold": found.threshold,
@@ -313,7 +294,7 @@ class _Run:
     row: dict[str, Any]
 
 
-def _read_run(trial: pd.Series) -> _Run:
+def read_run(trial: pd.Series) -> _Run:
     path = str(trial["best_checkpoint"])
     try:
         state = load_state(Path(path))
@@ -345,7 +326,7 @@ def _read_run(trial: pd.Series) -> _Run:
 
 
 @dataclass(frozen=True, eq=False)
-class _Member:
+class ScoredMember:
     """A network of the model, and how it scores the volumes it was validated on."""
 
     member: Member
@@ -356,20 +337,12 @@ class _Member:
     """(N, C) of all rows of the cohort, NaN for those it was not asked to score."""
 
 
-def _open(
+def open_data(
     config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None
 ) -> tuple[Manifest, Cohort]:
     manifest = read_manifest(data or Path(study.spec.data), num_classes=config.num_classes)
     folder = cache or Path(study.spec.cache or default_cache())
     return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), folder))
-
-
-def _network(
-    config: FineTuneConfig, weights: dict[str, Tensor], device: torch.device
-) -> Classifier:
-    network = configured_network(config)
-    network.load_state_dict(weights, strict=True)
-    return on_device(network, device)
 
 
 def _logits(
@@ -385,9 +358,9 @@ def _logits(
     return found
 
 
-def _measured(
+def score_member(
     run: _Run, manifest: Manifest, cohort: Cohort, device: torch.device, *, folder: str
-) -> _Member:
+) -> ScoredMember:
     """Score the run's validation volumes anew. Raises ExportError unless rows, recipe and AUC are those of the study."""
     trial, config = run.trial, run.config
     split = split_rows(
@@ -405,7 +378,7 @@ def _measured(
                 f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"
             ]
         )
-    network = _network(config, run.weights, device)
+    network = network_of(config, run.weights, device)
     logits = _logits(network, cohort, split.val, config.num_classes, device)
     scale = logit_scale(config.loss, config.head, config.s)
     labels = cohort.labels[split.val]
@@ -438,10 +411,12 @@ def _measured(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         calibration=fit_calibration(scale * logits[split.val], labels),
     )
-    return _Member(member, config, network, split, logits)
+    return ScoredMember(member, config, network, split, logits)
 
 
-def _training(manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneConfig) -> Training:
+def training_of(
+    manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneConfig
+) -> Training:
     """What the volumes that were trained on look like; reads the headers of their files."""
     with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(read_header, [manifest.rows["path"].iloc[row] for row in rows]))
@@ -452,7 +427,7 @@ def _training(manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneC
         cohort=cohort.folder.name,
         volumes=len(rows),
         subjects=len(np.unique(cohort.subjects[rows])),
-        classes=_class_counts(cohort.labels[rows], config.num_classes),
+        classes=class_counts(cohort.labels[rows], config.num_classes),
         spacing_low_mm=tuple(spacings.min(axis=0)),
         spacing_high_mm=tuple(spacings.max(axis=0)),
         extent_low_mm=tuple(extents.min(axis=0)),
@@ -462,11 +437,7 @@ def _training(manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneC
     )
 
 
-def _class_counts(labels: Array, classes: int) -> tuple[int, ...]:
-    return tuple(int(count) for count in np.bincount(labels, minlength=classes))
-
-
-def _scores_csv(rows: Array, labels: Array, scores_NC: Array) -> str:
+def scores_csv(rows: Array, labels: Array, scores_NC: Array) -> str:
     """Scores of the validation volumes: enough to choose another threshold, and nothing that names a subject or a file."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -476,10 +447,10 @@ def _scores_csv(rows: Array, labels: Array, scores_NC: Array) -> str:
     return stream.getvalue()
 
 
-def _write(
+def write_model(
     out: Path,
     info: ModelInfo,
-    members: Sequence[_Member],
+    members: Sequence[ScoredMember],
     scores: str,
     cohort: Cohort,
     *,
@@ -539,374 +510,3 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
         "not for clinical use; complete the data section of MODEL_CARD.md",
         f"next:      medtune predict {out} SCANS",
     ]
-
-
-# What a model is worth -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What follows from scores of volumes whose class is known."""
-
-    threshold: float | None
-    calibration: Calibration
-    evaluation: Evaluation
-
-
-def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judged:
-    """Return the threshold with the best balanced accuracy, the calibration, and how the model does with both.
-
-    Threshold and calibration are fitted on these very volumes. What they are worth on others is told beside, under
-    names that end in `_unseen`: ten times, each on a tenth of the subjects, with both fitted on the others.
-    """
-    z_NC, classes = np.asarray(z_NC, dtype=np.float64), z_NC.shape[1]
-    calibration = fit_calibration(scale * z_NC, labels_N)
-    threshold = score_metrics(z_NC, labels_N, scale=scale)["threshold"] if classes == 2 else None
-    log_odds = class_scores(z_NC, scale=scale)
-    unseen_z, unseen_decisions = np.full_like(z_NC, np.nan), np.full(len(z_NC), -1)
-    for fit, held_out in cross_fits(labels_N, subjects_N):
-        unseen_z[held_out] = fit_calibration(scale * z_NC[fit], labels_N[fit]).logits(
-            scale * z_NC[held_out]
-        )
-        best = (
-            score_metrics(z_NC[fit], labels_N[fit], scale=scale)["threshold"]
-            if classes == 2
-            else None
-        )
-        unseen_decisions[held_out] = decide(
-            log_odds[held_out], 0.0 if best is not None and math.isnan(best) else best
-        )
-    evaluation = evaluate(
-        z_NC,
-        scale,
-        labels_N,
-        subjects_N,
-        threshold=threshold,
-        calibration=calibration,
-        unseen=(unseen_z, unseen_decisions) if np.isfinite(unseen_z).all() else None,
-    )
-    return Judged(threshold, calibration, evaluation)
-
-
-def evaluate(
-    z_NC: Array,
-    scale: float,
-    labels_N: Array,
-    subjects_N: Array,
-    *,
-    threshold: float | None,
-    calibration: Calibration,
-    unseen: tuple[Array, Array] | None = None,
-) -> Evaluation:
-    """Return the metrics of scaled logits at a given threshold and calibration, with 95 % intervals.
-
-    AUC: DeLong's. Shares of decisions (sensitivity, specificity, accuracy): Wilson's, taking volumes as independent.
-    All others: percentiles over resamples of the subjects, whose volumes stay together. `unseen`: calibrated logits and
-    decisions that were made for each volume without its subject.
-    """
-    classes = z_NC.shape[1]
-    decisions = {"": decide(class_scores(z_NC, scale=scale), threshold)}
-    calibrated = {"_uncalibrated": scale * z_NC, "": calibration.logits(scale * z_NC)}
-    if unseen is not None:
-        calibrated["_unseen"], decisions["_unseen"] = unseen
-
-    errors = {name: _squared_errors(logits, labels_N) for name, logits in calibrated.items()}
-
-    def resampled(rows: Array) -> dict[str, float]:
-        plain = score_metrics(z_NC[rows], labels_N[rows], scale=scale)
-        found = {name: plain[name] for name in ("auc", "auprc", "sensitivity_at_90_specificity")}
-        for name, made in decisions.items():
-            found[f"balanced_accuracy{name}"] = _balanced_accuracy(
-                made[rows], labels_N[rows], classes
-            )
-        return found | {
-            f"brier{name}": float(of_each[rows].mean()) for name, of_each in errors.items()
-        }
-
-    values = resampled(np.arange(len(labels_N)))
-    low, high = _bootstrap(resampled, subjects_N)
-    by_subject = {
-        name: Measured(
-            value=_known(value),
-            low=_known(low[name]),
-            high=_known(high[name]),
-            interval="bootstrap over subjects",
-        )
-        for name, value in values.items()
-    }
-    plain = score_metrics(z_NC, labels_N, scale=scale)
-    metrics = {
-        "auc": Measured(
-            value=_known(plain["auc"]),
-            low=_known(plain["auc_low"]),
-            high=_known(plain["auc_high"]),
-            interval="DeLong",
-        )
-    }
-    if len(np.unique(subjects_N)) < len(subjects_N):
-        metrics["auc_by_subject"] = by_subject["auc"]
-    metrics |= {name: by_subject[name] for name in ("auprc", "sensitivity_at_90_specificity")}
-    for name, made in decisions.items():
-        metrics[f"balanced_accuracy{name}"] = by_subject[f"balanced_accuracy{name}"]
-        shares = {f"recall_{c}": labels_N == c for c in range(classes)}
-        if classes == 2:
-            shares = {"sensitivity": shares["recall_1"], "specificity": shares["recall_0"]}
-        metrics |= {
-            f"{share}{name}": wilson((made == labels_N)[among]) for share, among in shares.items()
-        }
-    metrics |= {f"brier{name}": by_subject[f"brier{name}"] for name in calibrated}
-    for name, logits in calibrated.items():
-        # No interval: a resample repeats volumes, which empties bins, and its errors are all larger than the true one.
-        metrics[f"ece{name}"] = Measured(
-            value=_known(score_metrics(logits, labels_N, scale=1.0)["ece"])
-        )
-    return Evaluation(
-        volumes=len(labels_N),
-        subjects=len(np.unique(subjects_N)),
-        classes=_class_counts(labels_N, classes),
-        metrics=metrics,
-    )
-
-
-def wilson(right: Array) -> Measured:
-    """Return the share of `right` with Wilson's score interval (Wilson 1927); no value for no volumes."""
-    count, z = len(right), statistics.NormalDist().inv_cdf(0.975)
-    if not count:
-        return Measured(value=None)
-    share = float(right.mean())
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = (
-        z
-        / (1 + z * z / count)
-        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    )
-    return Measured(
-        value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), interval="Wilson"
-    )
-
-
-def _bootstrap(
-    measure: Callable[[Array], dict[str, float]], subjects_N: Array
-) -> tuple[dict[str, float], dict[str, float]]:
-    """2.5 and 97.5 percent points of each value over resamples of the subjects; resamples without a value are left out."""
-    _, codes = np.unique(subjects_N, return_inverse=True)
-    rows_of = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
-    rng = np.random.default_rng(0)
-    draws = [
-        measure(
-            np.concatenate([rows_of[code] for code in rng.integers(0, len(rows_of), len(rows_of))])
-        )
-        for _ in range(BOOTSTRAPS)
-    ]
-    table = pd.DataFrame(draws)
-    low, high = (
-        {str(name): float(end) for name, end in table.quantile(q).items()} for q in (0.025, 0.975)
-    )
-    return low, high
-
-
-def _squared_errors(logits_NC: Array, labels_N: Array) -> Array:
-    """(N,): each volume's part of the Brier score, from 0 to 1."""
-    p_NC = softmax(logits_NC, axis=1)
-    return np.asarray(((p_NC - np.eye(p_NC.shape[1])[labels_N]) ** 2).sum(axis=1) / 2)
-
-
-def _balanced_accuracy(decisions_N: Array, labels_N: Array, classes: int) -> float:
-    counts = np.bincount(labels_N, minlength=classes)
-    if not counts.all():
-        return math.nan
-    return float(
-        (np.bincount(labels_N[decisions_N == labels_N], minlength=classes) / counts).mean()
-    )
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-# ONNX ------------------------------------------------------------------------------------------------------------------
-
-
-def require_onnx() -> None:
-    """Raise ExportError unless the packages that write and check ONNX are installed."""
-    missing = [name for name in ONNX_PACKAGES if util.find_spec(name) is None]
-    if missing:
-        raise ExportError([f"--onnx needs {', '.join(missing)}: pip install 'medtune[onnx]'"])
-
-
-class _Scaled(nn.Module):
-    """A network whose softmax is its probability: what is written to ONNX."""
-
-    def __init__(self, network: Classifier, scale: float) -> None:
-        super().__init__()
-        self.network, self.scale = network, scale
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        logits: Tensor = self.scale * self.network(volumes)
-        return logits
-
-
-def write_onnx(
-    path: Path, config: FineTuneConfig, weights: dict[str, Tensor], scale: float, volumes: Tensor
-) -> float:
-    """Write the network as ONNX and run it on `volumes` in ONNX Runtime; returns the largest difference from torch.
-
-    Input `volumes` (batch, C, D, H, W) float32, prepared; output `logits` (batch, classes), scaled: their softmax is
-    the uncalibrated probability. Raises ExportError when the two differ by more than ONNX_TOLERANCE of the logits.
-    """
-    require_onnx()
-    import onnxruntime
-
-    cpu = torch.device("cpu")
-    scaled = _Scaled(_network(config, weights, cpu), scale).eval()
-    sample = torch.cat([volumes, volumes])[
-        : max(2, len(volumes))
-    ]  # a batch of one would be taken for fixed
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                scaled,
-                (sample,),
-                str(path),
-                input_names=["volumes"],
-                output_names=["logits"],
-                dynamic_shapes={"volumes": {0: torch.export.Dim("batch")}},
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    difference = largest = 0.0
-    with torch.no_grad():
-        for batch in (volumes, volumes[:1]):
-            expected = scaled(batch).numpy()
-            found = session.run(["logits"], {"volumes": batch.numpy()})[0]
-            difference = max(difference, float(np.abs(found - expected).max()))
-            largest = max(largest, float(np.abs(expected).max()))
-    if not difference <= ONNX_TOLERANCE * max(1.0, largest):
-        raise ExportError(
-            [f"ONNX: its logits differ from torch's by {difference:.2g}; export without --onnx"]
-        )
-    return difference
-
-
-# Training on everything ------------------------------------------------------------------------------------------------
-
-
-def retrain_model(
-    root: Path,
-    out: Path,
-    *,
-    trial: str | None = None,
-    confirmed: bool = False,
-    data: Path | None = None,
-    cache: Path | None = None,
-    device: torch.device,
-    onnx: bool = False,
-    force: bool = False,
-    say: Say = print,
-) -> ModelInfo:
-    """Train the chosen configuration on train and validation rows together, and write it as a model to `out`.
-
-    The schedule is the study's, stopped after the epoch that was best there: with no volume left to validate on,
-    nothing else can say when to stop. Threshold, calibration and metrics are those of the chosen trial, and the model
-    card says that they were not measured on this network. Called again after a kill it goes on from `<out>.training`,
-    which is removed at the end. Raises as `export_model` does.
-    """
-    check_target(out, force=force)
-    if onnx:
-        require_onnx()
-    study = load_study(confirmation_of(root) if confirmed else root)
-    chosen = choose(study, trial=trial, confirmed=confirmed)
-    run = _read_run(chosen.trials.iloc[0])
-    manifest, cohort = _open(run.config, study, data, cache)
-    source = _measured(run, manifest, cohort, device, folder=".")
-    everything = np.union1d(source.split.train, source.split.val)
-    say(
-        f"training on {len(everything)} volumes, {chosen.epochs} epochs of a schedule of {run.config.epochs}"
-    )
-    work = TrialFiles(out.with_name(f"{out.name}.training"))
-    weights = _trained(run.config, cohort, everything, chosen.epochs, work, device, say)
-    member = source.member.model_copy(
-        update={
-            "epoch": chosen.epochs,
-            "validates": "nothing: it was trained on every volume",
-            "auc": None,
-        }
-    )
-    member = member.model_copy(update={"verdict": None, "verdict_summary": None})
-    network = _network(run.config, weights, device)
-    retrained = _Member(member, run.config, network, source.split, source.logits)
-    rows = source.split.val
-    info = ModelInfo(
-        kind="retrained",
-        members=(member,),
-        training=_training(manifest, cohort, everything, run.config),
-        **_judged(source.logits[rows], member.scale, cohort, rows),
-        **_common(study, cohort, run.config, chosen),
-    )
-    scores = _scores_csv(
-        rows, cohort.labels[rows], class_scores(source.logits[rows], scale=member.scale)
-    )
-    written = _write(out, info, [retrained], scores, cohort, onnx=onnx, force=force)
-    shutil.rmtree(work.folder, ignore_errors=True)
-    return written
-
-
-def _trained(
-    config: FineTuneConfig,
-    cohort: Cohort,
-    rows: Array,
-    epochs: int,
-    work: TrialFiles,
-    device: torch.device,
-    say: Say,
-) -> dict[str, Tensor]:
-    """Averaged weights after `epochs` epochs on `rows`, going on from what an earlier call left in `work`."""
-    labels = cohort.labels[rows]
-    # A run validates something each epoch. Here it is a few of its own training volumes: it shows that the run
-    # learns and decides nothing.
-    few = np.sort(
-        np.concatenate([rows[labels == c][:RETRAIN_WATCHED] for c in range(config.num_classes)])
-    )
-    split = Split(rows, few, np.empty(0, dtype=np.int64))
-    if (
-        work.checkpoint.exists()
-    ):  # rows of an earlier call are handed out before the run compares itself with them
-        left = load_state(work.checkpoint)
-        if left["config_hash"] != config.hash() or not np.array_equal(
-            left["train_rows"].numpy(), rows
-        ):
-            raise ExportError(
-                [
-                    f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"
-                ]
-            )
-    run = saved_run(
-        config, work, lambda resume: finetune(config, cohort, split, device=device, resume=resume)
-    )
-    with closing(run) as epoch_rows:  # type: ignore[type-var]  # generators close
-        for row in islice(epoch_rows, epochs):
-            say(
-                f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  "
-                f"AUC on {len(few)} training volumes {row['val_auc']:.3f}  {row['epoch_s']:.1f} s"
-            )
-    state = load_state(work.checkpoint)
-    if state["epoch"] != epochs:
-        raise ExportError(
-            [
-                f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"
-            ]
-        )
-    weights: dict[str, Tensor] = state["average"]["network"]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise ExportError(
-            [f"{work.folder}: the run ended in weights that are not finite; choose another trial"]
-        )
-    return weights

@@ -35,7 +35,7 @@ from trainables.network.pretext import (
 )
 from trainables.network.weights import inspect_weights, save_medicalnet
 from trainables.saved_run import saved_run
-from tune_app.driver.single_run import HEADER, epoch_line
+from tune_app.study.epoch_text import HEADER, epoch_line
 
 PRETEXT_DEFAULTS: dict[str, Scalar] = {
     "backbone_lr": 1e-3,

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from tune_app.report.findings import documented_settings, leading
-from tune_app.results.effects import Axis, axis_of
+from tune_app.results.importance import Axis, axis_of
 from tune_app.results.study import Study
-from tune_app.results.tables import format_value
+from tune_app.results.text import format_value
 from tune_app.study.objective import OBJECTIVES
 
 Figure = dict[str, Any]

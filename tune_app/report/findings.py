@@ -23,12 +23,18 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, hanley_mcneil_error
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
-from tune_app.compare.confirm import judge, judged_lines, score_lines
-from tune_app.results.effects import COLLAPSES, axis_of
-from tune_app.results.study import ENDED, Study, load_study
-from tune_app.results.tables import came_back, format_value, printable
+from tune_app.compare.confirm import judge, judged_lines
+from tune_app.compare.test_record import score_lines
+from tune_app.results.effects import COLLAPSES
+from tune_app.results.importance import axis_of
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.results.tables import came_back
+from tune_app.results.text import format_value, printable
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
-from tune_app.study.spec import SpecError, StudyFiles
+from tune_app.study.rows import ENDED
 
 EDGE = 0.04
 """Share of an axis at either end that counts as its edge."""

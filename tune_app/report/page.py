@@ -24,10 +24,12 @@ from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app.compare.ablation import effect_lines
 from tune_app.report import figures, findings
-from tune_app.results.study import Study, load_study
-from tune_app.results.tables import duration, format_value, printable, results_table
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.results.tables import results_table
+from tune_app.results.text import duration, format_value, printable
+from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
-from tune_app.study.spec import StudyFiles
 
 MOST_ROWS = 500
 """Trials listed in the table of the page, the best ones."""

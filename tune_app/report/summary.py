@@ -8,7 +8,8 @@ from trainables.config import build_config
 from trainables.data.storage import url_of
 from tune_app.compare.ablation import print_ablation
 from tune_app.compare.confirm import print_confirmation
-from tune_app.results.study import Study, load_study
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
 from tune_app.results.tables import came_back, render_table, results_table
 
 SHOWN_TRIALS = 20

@@ -34,16 +34,14 @@ from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig, problem_lines
 from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
 from tune_app.report import figures
-from tune_app.results.tables import QueryError, format_value, printable
+from tune_app.results.query import QueryError
+from tune_app.results.text import format_value, printable
 from tune_app.serve.access import LEAST_TOKEN, SESSION_S, Access, Guard, Refused
+from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
 from tune_app.serve.live import Feeds, TooManyViewersError
 from tune_app.serve.queue import QueueError, StudyQueue
 from tune_app.serve.replica import Replica
 from tune_app.serve.views import (
-    Reading,
-    StudyFolder,
-    UnknownError,
-    UnreadableError,
     comparison,
     curves,
     failed_trials,
@@ -56,9 +54,11 @@ from tune_app.serve.views import (
     trial_page,
     trials_table,
 )
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
 from tune_app.study.requests import ask_to_stop_trial
-from tune_app.study.spec import SpecError, StudyFiles, StudySpec, absolute_paths, build_spec
+from tune_app.study.spec import StudySpec, absolute_paths, build_spec
 
 log = logging.getLogger("medtune.serve")
 

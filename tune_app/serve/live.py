@@ -16,15 +16,9 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from tune_app.serve.views import (
-    Reading,
-    StudyFolder,
-    UnknownError,
-    UnreadableError,
-    to_json,
-    trials_table,
-)
-from tune_app.study.spec import StudyFiles
+from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
+from tune_app.serve.views import to_json, trials_table
+from tune_app.study.files import StudyFiles
 
 EVERY_S = 0.5
 """Seconds between two looks at the files."""

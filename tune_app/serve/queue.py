@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainables.checkpoints import write_json
-from tune_app.results.study import is_held
+from tune_app.study.files import StudyFiles, default_cache
 from tune_app.study.requests import ask_to_stop_study
-from tune_app.study.spec import StudyFiles, default_cache
+from tune_app.study.rows import is_held
 
 log = logging.getLogger("medtune.serve")
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trainables.data.storage import Listed, Remote, StorageError
-from tune_app.study.mirror import FRESH_S, LEASE, PAUSE, REQUEST, copy_objects, folder_of
-from tune_app.study.spec import StudyFiles
+from tune_app.study.copies import FRESH_S, LEASE, REQUEST, copy_objects, folder_of
+from tune_app.study.files import StudyFiles
+from tune_app.study.mirror import PAUSE
 
 log = logging.getLogger("medtune.serve")
 

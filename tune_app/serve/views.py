@@ -7,10 +7,8 @@ Ids are made from what lies on disk and looked up, never joined to a path: nothi
 import json
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,15 @@ import pandas as pd
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
 from tune_app.report import figures, findings
-from tune_app.results.study import ENDED, Study, is_held, load_study
-from tune_app.results.tables import duration, format_value, printable, results_table
+from tune_app.results.study import Study
+from tune_app.results.tables import results_table
+from tune_app.results.text import duration, format_value, printable
+from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
-from tune_app.serve.replica import Replica
+from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
 from tune_app.study.requests import asked_to_stop
-from tune_app.study.spec import SpecError, StudyFiles
-
-DEPTH = 3
-"""Folders deep that studies are looked for: a confirmation lies in its search, a search may lie in a group's folder."""
-
-REST = 4
-"""A study that took t seconds to read is not read again for so many times t: the page must not slow the search down."""
+from tune_app.study.rows import ENDED, is_held
 
 LOG_BYTES = 64 * 1024
 """Of a log's end that are read at most."""
@@ -41,173 +35,6 @@ RECENT_S = 600.0
 
 LATE_COLUMNS = ("error", "reason")
 """What says why a trial ended, the more telling first."""
-
-
-class UnknownError(LookupError):
-    """No such study, trial or figure."""
-
-
-class UnreadableError(ValueError):
-    """A study that cannot be read, with the reason."""
-
-
-@dataclass
-class Reading:
-    """A study as it was read, and what has been computed of it."""
-
-    study: Study
-    size: int
-    """Bytes of epochs.jsonl before it was read; all of their rows are in."""
-    stamp: tuple[Any, ...]
-    took_s: float
-    at: float
-    memo: dict[Any, Any] = field(default_factory=dict)
-    locks: dict[Any, threading.Lock] = field(default_factory=dict)
-    guard: threading.Lock = field(default_factory=threading.Lock)
-
-
-class StudyFolder:
-    """The studies below `root`, each read once for all who look at it. Safe to use from several threads.
-
-    With a `replica` that is its folder, a copy of what is in object storage.
-    """
-
-    def __init__(self, root: Path, replica: Replica | None = None) -> None:
-        self.root, self.replica = root.resolve(), replica
-        self._guard = threading.Lock()
-        self._readings: dict[Path, Reading] = {}
-        self._errors: dict[Path, tuple[tuple[Any, ...], str]] = {}
-        self._locks: dict[Path, threading.Lock] = {}
-        self._walking = threading.Lock()
-        self._begun = self._walked = -math.inf
-        self._found: dict[str, Path] = {}
-
-    # Which there are ---------------------------------------------------------------------------------------------------
-
-    def paths(self, since: float | None = None) -> dict[str, Path]:
-        """Return the folders of the studies by id, looked up again after a second, or if last before `since` (monotonic)."""
-        with self._walking:  # whoever comes meanwhile shares what is found
-            if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
-                self._begun, found = time.monotonic(), dict[str, Path]()
-                for path in self._walk(self.root, 0):
-                    name = path.relative_to(self.root).as_posix().replace("/", "~")
-                    found.setdefault(self.root.name if name == "." else name, path)
-                self._found, self._walked = found, time.monotonic()
-            return self._found
-
-    def place(self, path: Path) -> str:
-        """Return what a command takes to name the study in the folder `path`."""
-        return str(path) if self.replica is None else self.replica.place(path)
-
-    def path(self, study: str) -> Path:
-        """Return the folder of the study with that id, however new it is. Raises UnknownError."""
-        asked = time.monotonic()
-        found = self.paths().get(study) or self.paths(since=asked).get(study)
-        if found is None:
-            raise UnknownError(
-                f"no study {printable(study)[:100]!r} here; the list shows all of them"
-            )
-        return found
-
-    def _walk(self, folder: Path, depth: int) -> list[Path]:
-        files = StudyFiles(folder)
-        found = [folder] if files.spec.is_file() or files.asked.is_file() else []
-        if depth == DEPTH:
-            return found
-        try:
-            children = sorted(folder.iterdir())
-        except OSError:
-            return found
-        skipped = {files.trials, files.ray, files.requests} if found else set()
-        for child in children:
-            if (
-                child not in skipped
-                and not child.name.startswith(".")
-                and child.is_dir()
-                and not child.is_symlink()
-            ):
-                found += self._walk(child, depth + 1)
-        return found
-
-    # Reading -----------------------------------------------------------------------------------------------------------
-
-    def reading(self, study: str, *, wait: bool = True) -> Reading | None:
-        """Return the study as last read; reads it again when its files changed and the last time is long enough ago.
-
-        Without `wait`, None when it has never been read. Raises UnknownError and UnreadableError.
-        """
-        path = self.path(study)
-        if self.replica is not None:
-            self.replica.look()
-        with self._guard:
-            lock = self._locks.setdefault(path, threading.Lock())
-            reading, error = self._readings.get(path), self._errors.get(path)
-        if not wait and reading is None:
-            if error is not None:
-                raise UnreadableError(error[1])
-            return None
-        if reading is not None and time.monotonic() < reading.at + REST * reading.took_s:
-            return reading
-        if not lock.acquire(blocking=reading is None):
-            return reading  # somebody is at it
-        try:
-            return self._read_again(path)
-        finally:
-            lock.release()
-
-    def _read_again(self, path: Path) -> Reading:
-        with self._guard:
-            reading, error = self._readings.get(path), self._errors.get(path)
-        stamp = self.stamp(path)
-        if reading is not None and reading.stamp == stamp:
-            return reading
-        if error is not None and error[0] == stamp:
-            raise UnreadableError(error[1])
-        started = time.monotonic()
-        epochs = StudyFiles(path).epochs
-        size = epochs.stat().st_size if epochs.exists() else 0
-        try:
-            loaded = load_study(path, on_damage="skip")
-        except SpecError as problem:
-            with self._guard:
-                self._errors[path] = (stamp, str(problem))
-            raise UnreadableError(str(problem)) from None
-        if self.replica is not None:
-            loaded = replace(loaded, url=self.replica.place(path))
-        now = time.monotonic()
-        reading = Reading(loaded, size, stamp, now - started, now)
-        with self._guard:
-            self._readings[path] = reading
-            self._errors.pop(path, None)
-        return reading
-
-    def stamp(self, path: Path) -> tuple[Any, ...]:
-        """Return what changes when the study does."""
-        files = StudyFiles(path)
-        watched = [files.spec, files.epochs, files.decisions, files.trials, files.test]
-        records = files.trials.glob("*/trial.json") if files.trials.is_dir() else ()
-        return (
-            is_held(files.lock),
-            *map(_mark, watched),
-            max((_mark(record)[0] for record in records), default=0),
-        )
-
-    def memo(self, reading: Reading, key: Any, make: Callable[[Study], Any]) -> Any:
-        """Return `make(study)`, computed once a reading, however many ask at the same time."""
-        with reading.guard:
-            lock = reading.locks.setdefault(key, threading.Lock())
-        with lock:
-            if key not in reading.memo:
-                reading.memo[key] = make(reading.study)
-            return reading.memo[key]
-
-
-def _mark(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return (0, 0)
-    return (found.st_mtime_ns, found.st_size)
 
 
 # Shapes to send --------------------------------------------------------------------------------------------------------

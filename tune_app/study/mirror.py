@@ -8,7 +8,6 @@ before an epoch is reported. What is there is the truth: a driver that goes on s
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 import sqlite3
@@ -17,35 +16,23 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
-from trainables.data.storage import Listed, Remote, StorageError, url_of
-from tune_app.cluster.submit import job_name
-from tune_app.study.spec import SpecError, StudyFiles, default_cache
+from trainables.data.storage import Listed, Remote, StorageError
+from tune_app.study.copies import LEASE, REQUEST, copy_objects
+from tune_app.study.files import StudyFiles, default_cache, job_name
 
 log = logging.getLogger("medtune.storage")
 
-LEASE = ".driver.json"
-"""Object that says who drives the study; written anew all the time, removed at the end."""
 BEAT_S = 5.0
 """Seconds between two writings of it."""
 SILENT_S = 3 * BEAT_S
 """Seconds without one after which its driver counts as gone; no clock of another machine is asked."""
-FRESH_S = 60.0
-"""Age up to which a reader takes the study for running."""
 PAUSE = 3
 """Times as long as sending took until the next sending: large studies are mirrored less often."""
-
-LARGE = (".pt", ".db")
-"""Ends of names that are not needed to read a study."""
-
-
-REQUEST = re.compile(r"requests/[0-9A-Za-z_-]{1,64}\.json")
-"""Names of the objects that ask the driver for something."""
 
 
 class BusyError(RuntimeError):
@@ -217,61 +204,6 @@ def _trial_of(line: bytes) -> str | None:
         return str(json.loads(line)["trial"])
     except (ValueError, RecursionError, LookupError, TypeError):
         return None
-
-
-def opened(place: str | Path) -> tuple[Path, bool | None]:
-    """Return the folder to read a study from, and whether it is being driven; None where its lock will tell.
-
-    A study in object storage is copied without weights, to a folder that is used again the next time.
-    """
-    if (url := url_of(place)) is None:
-        return Path(place), None
-    remote = Remote(url)
-    listed = {one.name: one.written for one in remote.listing()}
-    if "study.json" not in listed:
-        raise SpecError(
-            [
-                f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"
-            ]
-        )
-    folder = folder_of(url, "seen")
-    shutil.rmtree(folder, ignore_errors=True)
-    # Records before rows, as in a folder: a trial that ends in between must not show an end without its rows.
-    names = [name for name in listed if not name.endswith(LARGE) and name != LEASE]
-    copy_objects(remote, [name for name in names if name.startswith("trials/")], folder)
-    copy_objects(remote, [name for name in names if not name.startswith("trials/")], folder)
-    written = listed.get(LEASE)
-    return folder, written is not None and (datetime.now(UTC) - written).total_seconds() < FRESH_S
-
-
-def folder_of(url: str, kind: str) -> Path:
-    """Return the folder of this machine for copies of what is at the URL; it has the last part of the URL as its name."""
-    return default_cache() / kind / job_name(url).rsplit("-", 1)[-1] / url.rsplit("/", 1)[-1]
-
-
-def fetch_study(place: str, folder: Path) -> int:
-    """Copy a study from object storage to a folder, weights and all; returns the number of files.
-
-    Raises SpecError when there is none, or the folder is not empty.
-    """
-    url = url_of(place)
-    if url is None:
-        raise SpecError([f"{place}: not object storage; a folder can be used as it is"])
-    if folder.exists() and any(folder.iterdir()):
-        raise SpecError([f"{folder}: not empty; name another folder"])
-    remote = Remote(url)
-    names = [name for name in remote.names() if name != LEASE]
-    if "study.json" not in names:
-        raise SpecError([f"{url}: no study here (no study.json)"])
-    copy_objects(remote, names, folder)
-    return len(names)
-
-
-def copy_objects(remote: Remote, names: list[str], folder: Path) -> None:
-    """Copy objects to files of the same names below `folder`; those that have been removed meanwhile are left out."""
-    with ThreadPoolExecutor(8) as pool:
-        for done in pool.map(lambda name: remote.get(name, folder / name), names):
-            assert done in (True, False)
 
 
 def _content(path: Path) -> bytes | None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,22 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
-from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.config import ConfigError, Scalar, build_config, problem_lines
 from trainables.data.storage import is_url
+from tune_app.study.errors import SpecError
 from tune_app.study.objective import OBJECTIVES
-from tune_app.study.policy import PolicySpec
+from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.yaml_text import YamlError, load_yaml
-
-STUDY_FORMAT = 1
-
-
-class SpecError(ValueError):
-    """A study that cannot run as asked. `problems` holds one line a violation, all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 class PlannedTrial(BaseModel):
@@ -216,43 +205,6 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     return spec
 
 
-HOW_ONLY = (
-    "accelerator_type",
-    "cache",
-    "checkpoint_epochs",
-    "gpus_per_trial",
-    "log",
-    "max_concurrent",
-    "max_failures",
-    "rank_deadline_s",
-    "wait_for_resources_s",
-)
-"""Fields that say how a study is run, not what it finds: they may differ when it goes on."""
-
-
-def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
-    """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
-
-    How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
-    """
-    there = files.read_spec()
-    differ = [
-        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
-        for name in StudySpec.model_fields
-        if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
-    ]
-    if differ:
-        raise SpecError(
-            [
-                f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"
-            ]
-        )
-    how = {name: getattr(asked, name) for name in HOW_ONLY}
-    if asked.gpus_per_trial == "auto":
-        how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
-    return there.model_copy(update=how)
-
-
 def read_study_file(path: Path) -> dict[str, Any]:
     """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
 
@@ -302,158 +254,3 @@ def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, 
     if isinstance(config := fields.get("config"), dict):
         fields["config"] = absolute_paths(config, base)
     return fields
-
-
-@dataclass(frozen=True)
-class StudyFiles:
-    """Names every file of a study directory."""
-
-    root: Path
-
-    @property
-    def spec(self) -> Path:
-        """study.json: the resolved spec, versions, hardware and the data's fingerprint."""
-        return self.root / "study.json"
-
-    @property
-    def database(self) -> Path:
-        """study.db: the Optuna study, SQLite."""
-        return self.root / "study.db"
-
-    @property
-    def epochs(self) -> Path:
-        """epochs.jsonl: one row a trial and epoch, in the order of arrival."""
-        return self.root / "epochs.jsonl"
-
-    @property
-    def decisions(self) -> Path:
-        """decisions.jsonl: each decision of the stopping policy, with what it was based on."""
-        return self.root / "decisions.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """study.log: what Ray, Optuna and the driver said."""
-        return self.root / "study.log"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the driver while it runs: two drivers on one study would undo each other."""
-        return self.root / ".driver.lock"
-
-    @property
-    def ray(self) -> Path:
-        """What Tune itself writes; nothing is read back from it."""
-        return self.root / "ray"
-
-    @property
-    def trials(self) -> Path:
-        return self.root / "trials"
-
-    @property
-    def confirmation(self) -> Path:
-        """confirmation/: the study that confirms this search's best, where it is not put elsewhere."""
-        return self.root / "confirmation"
-
-    @property
-    def test(self) -> Path:
-        """test.json: every time the test rows were scored for this search, and what came of it."""
-        return self.root / "test.json"
-
-    @property
-    def requests(self) -> Path:
-        """requests/: what the driver is asked to do, a file each; see `tune_app.study.requests`."""
-        return self.root / "requests"
-
-    @property
-    def stop_request(self) -> Path:
-        """requests/study.json: the study is to stop."""
-        return self.requests / "study.json"
-
-    def trial_request(self, trial_id: str) -> Path:
-        """requests/<trial>.json: the trial is to stop."""
-        return self.requests / f"{trial_id}.json"
-
-    @property
-    def asked(self) -> Path:
-        """study.yaml: the study file, where the study was begun from the page of `medtune serve`."""
-        return self.root / "study.yaml"
-
-    @property
-    def console(self) -> Path:
-        """console.log: what the driver printed, where it was started from the page of `medtune serve`."""
-        return self.root / "console.log"
-
-    def trial(self, trial_id: str) -> TrialFiles:
-        return TrialFiles(self.trials / trial_id)
-
-    def require(self) -> None:
-        """Raise SpecError unless this is a study of a version that can be read."""
-        if not self.spec.is_file():
-            raise SpecError(
-                [
-                    f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"
-                ]
-            )
-        self.read()
-
-    def read(self) -> dict[str, Any]:
-        """Return study.json. Raises SpecError when it is damaged or of another version."""
-        try:
-            value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
-            found = value["format"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
-        if found != STUDY_FORMAT:
-            raise SpecError(
-                [
-                    f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"
-                ]
-            )
-        if not isinstance(value.get("spec"), dict):
-            raise SpecError(
-                [
-                    f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"
-                ]
-            )
-        return value
-
-    def read_spec(self) -> StudySpec:
-        return build_spec(self.read()["spec"])
-
-    def write(self, value: Mapping[str, Any]) -> None:
-        write_json(self.spec, {"format": STUDY_FORMAT, **value})
-
-
-def default_cache() -> Path:
-    """Return the folder of prepared cohorts where none is named."""
-    return Path(os.environ.get("MEDTUNE_CACHE") or Path.home() / ".cache" / "medtune")
-
-
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON row as one write, so that a reader sees whole lines only; a killed writer can cut the last one.
-
-    A write that fails (the disk is full) leaves the file as it was.
-    """
-    line = json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[file.write(line) :]
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def mend_last_line(path: Path) -> str | None:
-    """Cut a last line that a killed writer left unfinished, and return it; call it before appending anew."""
-    if not path.is_file():
-        return None
-    with path.open("rb+") as file:
-        content = file.read()
-        end = content.rfind(b"\n") + 1
-        if end == len(content):
-            return None
-        file.truncate(end)
-        return content[end:].decode(errors="replace")

@@ -58,3 +58,26 @@ def _count(value: Any, known: dict[int, int], inside: set[int]) -> int:
         if known[id(value)] > MAX_VALUES:
             raise YamlError(f"more than {MAX_VALUES} values, with every alias written out")
     return known[id(value)]
+
+
+def readable_yaml(*documents: Any, width: int = 100) -> str:
+    """Return YAML documents, keys in their order: block text for what has lines, no references."""
+    return str(
+        yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=width)
+    )
+
+
+class _Readable(yaml.SafeDumper):
+    """Block text for what has lines, and no references between parts that happen to be equal."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> Any:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style="|" if "\n" in value else None
+    )
+
+
+_Readable.add_representer(str, _text)

@@ -17,13 +17,10 @@ from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
 from trainables.data import manifest as manifest_module
-from trainables.data.manifest import (
-    Manifest,
-    ManifestError,
-    check_manifest,
-    read_manifest,
-    split_rows,
-)
+from trainables.data.folds import split_rows
+from trainables.data.manifest import Manifest, read_manifest
+from trainables.data.manifest_check import check_manifest
+from trainables.data.table_file import ManifestError
 
 Write = Callable[..., Path]
 

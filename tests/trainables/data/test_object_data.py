@@ -13,13 +13,16 @@ from object_storage import put_folder
 
 from trainables.config import build_config
 from trainables.data import storage, volumes
-from trainables.data.manifest import ManifestError, check_manifest, read_manifest
+from trainables.data.manifest import read_manifest
+from trainables.data.manifest_check import check_manifest
 from trainables.data.scans import Recipe, VolumeError, read_header, read_scan
 from trainables.data.storage import Remote, bucket_of
+from trainables.data.table_file import ManifestError
 from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.saved_run import open_inputs
 from tune_app.cluster.doctor import diagnose_machine
-from tune_app.study.spec import SpecError, build_spec
+from tune_app.study.errors import SpecError
+from tune_app.study.spec import build_spec
 
 Write = Callable[..., Path]
 TINY = {"volume_shape": 16, "num_folds": 2}

@@ -26,14 +26,9 @@ from filelock import FileLock
 from trainables.config import build_config
 from trainables.data import volumes
 from trainables.data.manifest import Manifest, read_manifest
+from trainables.data.medmnist import import_medmnist
 from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, read_scan
-from trainables.data.volumes import (
-    CohortError,
-    import_medmnist,
-    new_folder,
-    open_cohort,
-    prepare_cohort,
-)
+from trainables.data.volumes import CohortError, new_folder, open_cohort, prepare_cohort
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[3]

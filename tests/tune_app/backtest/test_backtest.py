@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from tune_app.backtest.curves import Curve, CurveError, Truth, generate_curves
+from tune_app.backtest.curves import Curve, CurveError, Truth
 from tune_app.backtest.replay import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
+from tune_app.backtest.synthetic import generate_curves
 from tune_app.cli.app import app
-from tune_app.study.policy import RAY_ASHA, Policy, PolicySpec
+from tune_app.study.policy import Policy
+from tune_app.study.policy_spec import RAY_ASHA, PolicySpec
 
 
 def curve(trial, values, **columns):

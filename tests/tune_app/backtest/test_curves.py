@@ -7,15 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from trainables.diagnosis import hanley_mcneil_error
-from tune_app.backtest.curves import (
-    COLLAPSING,
-    KINDS,
-    MIX,
-    CurveError,
-    auc_and_error,
-    generate_curves,
-    read_curves,
-)
+from tune_app.backtest.curves import COLLAPSING, KINDS, CurveError, read_curves
+from tune_app.backtest.synthetic import MIX, auc_and_error, generate_curves
 
 
 def write_study(folder, rows, configs):

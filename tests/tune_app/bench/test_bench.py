@@ -31,8 +31,10 @@ from tune_app.bench.train import (
     parse_batches,
     result_table,
 )
-from tune_app.results.study import load_study, read_record, read_rows
-from tune_app.study.spec import SpecError, StudyFiles
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
+from tune_app.study.rows import read_record, read_rows
 from tune_app.synthetic import write_cohort
 
 

@@ -14,7 +14,7 @@ from cluster_runs import Cluster, ended, make_cluster, wait_for
 from study_runs import TINY, check_whole, rows_of
 
 from trainables.data.storage import Remote
-from tune_app.study.spec import StudyFiles
+from tune_app.study.files import StudyFiles
 from tune_app.synthetic import write_cohort
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

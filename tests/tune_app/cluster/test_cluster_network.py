@@ -12,8 +12,8 @@ import pytest
 from cluster_runs import Cluster, ended, make_cluster, wait_for
 from study_runs import TINY, check_whole, rows_of
 
-from tune_app.results.study import load_study
-from tune_app.study.spec import StudyFiles
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles
 from tune_app.synthetic import write_cohort
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -15,25 +15,17 @@ from typer.testing import CliRunner
 
 from tune_app.cli import app as cli
 from tune_app.cluster.jobs import JobServerError, is_loopback, job_server, use_token_if_there
+from tune_app.cluster.kubernetes import Cluster, cluster_file, kuberay_manifest
 from tune_app.cluster.submit import (
     PACKAGES,
     SPEC_FILE,
-    Cluster,
     build_submission,
-    cluster_file,
-    job_name,
-    kuberay_manifest,
     next_id,
     pinned_requirements,
 )
-from tune_app.study.spec import (
-    SpecError,
-    StudyFiles,
-    StudySpec,
-    build_spec,
-    read_study_file,
-    resumed_spec,
-)
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, job_name, resumed_spec
+from tune_app.study.spec import StudySpec, build_spec, read_study_file
 
 ROOT = Path(__file__).parents[3]
 SHARED = {"data": "/shared/adrenal/table.csv", "config": {"epochs": 30}, "trials": 8}

@@ -20,7 +20,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from search_spaces.ablations import variants
-from trainables.data.manifest import ManifestError, read_manifest
+from trainables.data.manifest import read_manifest
+from trainables.data.table_file import ManifestError
 from tune_app.cli.app import app
 from tune_app.compare.ablation import (
     ablation_spec,
@@ -33,8 +34,12 @@ from tune_app.compare.ablation import (
     run_lines,
 )
 from tune_app.results.effects import interval_over_folds
-from tune_app.results.study import Study, load_study, read_rows
-from tune_app.study.spec import SpecError, StudyFiles, build_spec
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
+from tune_app.study.rows import read_rows
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 WriteStudy = Callable[..., Path]

@@ -31,15 +31,16 @@ from tune_app.cli.app import app
 from tune_app.compare.confirm import (
     choose_candidates,
     confirmation_spec,
-    confirmed_on_test,
     judge,
     print_confirmation,
     same_plan,
-    score_test,
     unfinished,
 )
-from tune_app.results.study import Study, load_study
-from tune_app.study.spec import SpecError, StudyFiles
+from tune_app.compare.test_rows import confirmed_on_test, score_test
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 from tune_app.synthetic import write_cohort
 
 WriteStudy = Callable[..., Path]

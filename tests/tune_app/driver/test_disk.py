@@ -32,8 +32,11 @@ from trainables.saved_run import open_inputs, saved_run
 from tune_app.driver.disk import file_sizes, make_room, plan_budget
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.searcher import OptunaSearcher
-from tune_app.results.study import load_study, read_rows
-from tune_app.study.spec import SpecError, StudyFiles, append_line, build_spec
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.rows import read_rows
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 TINY: dict[str, Any] = {

@@ -32,11 +32,12 @@ import tune_app
 from trainables.checkpoints import sweep_temporaries
 from trainables.ray_trainable import FATAL
 from tune_app.driver.display import Display
+from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.run import StudyScheduler, _Session
-from tune_app.driver.searcher import STUDY_NAME, sqlite_url
-from tune_app.results.study import read_record, read_rows
-from tune_app.study.spec import StudyFiles, build_spec, mend_last_line
+from tune_app.driver.session import StudyScheduler, StudySession
+from tune_app.study.files import StudyFiles, mend_last_line
+from tune_app.study.rows import read_record, read_rows
+from tune_app.study.spec import build_spec
 
 ROOT = Path(__file__).parents[3]
 OURS = tuple(str(Path(str(package.__file__)).parent) for package in (trainables, tune_app))
@@ -93,7 +94,7 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
         mend_last_line(path)
     recorder = Recorder(spec, files)
     display = Display(Console(file=io.StringIO()), num_trials=spec.num_trials, epochs=EPOCHS)
-    session = _Session(spec, "none", recorder, display)
+    session = StudySession(spec, "none", recorder, display)
     session.begin()
     begun()
     scheduler, lifecycle, searcher = StudyScheduler(session), session.lifecycle, session.searcher

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from tune_app.driver.ray_scheduler import PolicyScheduler
-from tune_app.study.policy import Policy, PolicySpec
+from tune_app.study.policy import Policy
+from tune_app.study.policy_spec import PolicySpec
 
 
 class RaysTrial:

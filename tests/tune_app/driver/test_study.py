@@ -27,19 +27,17 @@ from trainables.finetune import configured_network
 from trainables.network.weights import save_medicalnet
 from tune_app.driver import watchdog
 from tune_app.driver.display import Display
+from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.run import (
-    Interrupt,
-    Plan,
-    _Session,
-    log_callbacks,
-    plan_resources,
-    run_study,
-    watching_only,
-)
-from tune_app.driver.searcher import STUDY_NAME, sqlite_url
-from tune_app.results.study import StudyDamageError, load_study, read_record, read_rows
-from tune_app.study.spec import SpecError, StudyFiles, append_line, build_spec, mend_last_line
+from tune_app.driver.resources import Plan, plan_resources
+from tune_app.driver.run import run_study
+from tune_app.driver.session import Interrupt, StudySession, watching_only
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line, mend_last_line
+from tune_app.study.rows import StudyDamageError, read_record, read_rows
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 WHOLE = {
@@ -361,7 +359,7 @@ def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_pat
     recorder = Recorder(spec, files)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        session = _Session(
+        session = StudySession(
             spec, "none", recorder, Display(Console(quiet=True), num_trials=3, epochs=2)
         )
         session.begin()

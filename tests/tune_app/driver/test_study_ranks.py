@@ -26,8 +26,9 @@ from study_runs import (
 
 from trainables.diagnosis import VERDICTS
 from tune_app.driver.run import Outcome, run_study
-from tune_app.results.study import load_study
-from tune_app.study.spec import StudyFiles, build_spec
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 STOPPED_TRIALS = int(os.environ.get("MEDTUNE_STOPPED_TRIALS", "3"))

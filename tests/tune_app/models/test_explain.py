@@ -27,7 +27,8 @@ from tune_app.models.explain import (
     write_map,
     write_slices,
 )
-from tune_app.models.predict import Source, find_scans, load_model, predict, run_predict
+from tune_app.models.model import Source, load_model
+from tune_app.models.predict import find_scans, predict, run_predict
 
 
 class LogOdds(nn.Module):

@@ -15,7 +15,8 @@ from scipy.stats import binomtest
 
 from trainables.checkpoints import load_state, save_state
 from trainables.config import build_config
-from trainables.data.manifest import read_manifest, split_rows
+from trainables.data.folds import split_rows
+from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
@@ -23,20 +24,16 @@ from trainables.metrics import score_metrics
 from trainables.network.model import build_network
 from tune_app.models import export
 from tune_app.models.calibration import Calibration
-from tune_app.models.export import (
-    ExportError,
-    choose,
-    evaluate,
-    export_model,
-    judge,
-    require_onnx,
-    retrain_model,
-    wilson,
-)
+from tune_app.models.evaluation import ExportError, evaluate, judge, wilson
+from tune_app.models.export import choose, export_model
 from tune_app.models.folder import Measured, ModelError, ModelFiles, ModelInfo
-from tune_app.models.predict import find_scans, load_model, predict
-from tune_app.results.study import load_study
-from tune_app.study.spec import SpecError, StudyFiles
+from tune_app.models.model import load_model
+from tune_app.models.onnx import require_onnx
+from tune_app.models.predict import find_scans, predict
+from tune_app.models.retrain import retrain_model
+from tune_app.results.loading import load_study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 
 CPU = torch.device("cpu")
 

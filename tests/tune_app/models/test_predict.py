@@ -20,15 +20,8 @@ from tune_app.cli.app import app
 from tune_app.models import predict as module
 from tune_app.models.explain import explain
 from tune_app.models.folder import ModelFiles, ModelInfo
-from tune_app.models.predict import (
-    Model,
-    Source,
-    decide,
-    find_scans,
-    load_model,
-    predict,
-    run_predict,
-)
+from tune_app.models.model import Model, Source, decide, load_model
+from tune_app.models.predict import find_scans, predict, run_predict
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from tune_app.report import findings
-from tune_app.results.study import Study, load_study
-from tune_app.study.spec import StudyFiles
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.files import StudyFiles
 
 WriteStudy = Callable[..., Path]
 

@@ -17,9 +17,10 @@ from search_spaces.fixes import all_fixes, baseline
 from tune_app.report import figures, findings
 from tune_app.report import page as report
 from tune_app.report.page import watch_report, write_comparison, write_report
-from tune_app.results.effects import axis_of
-from tune_app.results.study import Study, load_study
-from tune_app.study.spec import StudyFiles, append_line
+from tune_app.results.importance import axis_of
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
+from tune_app.study.files import StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
 

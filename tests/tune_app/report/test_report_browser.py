@@ -10,7 +10,8 @@ from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, wait
 
 from tune_app.report import figures
 from tune_app.report.page import write_comparison, write_report
-from tune_app.results.study import Study, load_study
+from tune_app.results.loading import load_study
+from tune_app.results.study import Study
 
 WriteStudy = Callable[..., Path]
 

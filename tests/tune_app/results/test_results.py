@@ -19,19 +19,16 @@ from trainables.diagnosis import diagnose
 from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
 from tune_app.results import study as results
-from tune_app.results.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
-from tune_app.results.effects import axis_of, holm
-from tune_app.results.study import (
-    StudyDamageError,
-    column_meanings,
-    load_studies,
-    load_study,
-    read_record,
-    read_rows,
-)
+from tune_app.results.effects import holm
+from tune_app.results.importance import axis_of
+from tune_app.results.loading import load_studies, load_study
+from tune_app.results.trials import column_meanings
+from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.objective import objective_value
 from tune_app.study.policy import Policy
-from tune_app.study.spec import SpecError, StudyFiles, append_line
+from tune_app.study.rows import StudyDamageError, read_record, read_rows
 
 WriteStudy = Callable[..., Path]
 

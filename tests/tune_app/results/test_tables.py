@@ -9,22 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tune_app.results.study import Study, column_meanings, load_studies, load_study
-from tune_app.results.tables import (
-    QueryError,
-    column_of,
-    compact,
-    duration,
-    format_value,
-    formatted,
-    matching,
-    meanings_table,
-    printable,
-    render_table,
-    results_table,
-    select,
-    smaller_is_better,
-)
+from tune_app.results.loading import load_studies, load_study
+from tune_app.results.query import QueryError, column_of, select, smaller_is_better
+from tune_app.results.study import Study
+from tune_app.results.tables import matching, meanings_table, render_table, results_table
+from tune_app.results.text import compact, duration, format_value, formatted, printable
+from tune_app.results.trials import column_meanings
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from browsing import DEADLINE_S, wait_for
 from filelock import FileLock
 from starlette.testclient import TestClient
 
-from tune_app.results.study import load_study
+from tune_app.results.loading import load_study
 from tune_app.serve.access import (
     GLOBAL_TRIES,
     MOST_ADDRESSES,
@@ -24,11 +24,13 @@ from tune_app.serve.access import (
     Throttle,
 )
 from tune_app.serve.app import build_app, serve
+from tune_app.serve.folder import StudyFolder
 from tune_app.serve.live import Feeds
 from tune_app.serve.queue import QueueError, StudyQueue
-from tune_app.serve.views import StudyFolder, progress
+from tune_app.serve.views import progress
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.requests import asked_to_stop
-from tune_app.study.spec import SpecError, StudyFiles, append_line
 
 WriteStudy = Callable[..., Path]
 TOKEN = "a token of the test"

@@ -29,8 +29,9 @@ from browsing import (
 from filelock import FileLock
 from object_storage import put_folder, s3_server
 
-from tune_app.results.study import is_held, load_study
-from tune_app.study.spec import StudyFiles, append_line
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.rows import is_held
 from tune_app.synthetic import write_cohort
 
 TOKEN = "token-of-the-test"

@@ -15,15 +15,18 @@ from object_storage import put_folder, put_raw, s3_server
 from starlette.testclient import TestClient
 
 from trainables.data.storage import Remote, StorageError
-from tune_app.results.study import load_study
+from tune_app.driver.stopping import stopping_on_request
+from tune_app.results.loading import load_study
 from tune_app.serve import replica as serve_storage
 from tune_app.serve.access import Access
 from tune_app.serve.app import build_app, serve
 from tune_app.serve.replica import Replica
 from tune_app.study import mirror as storage
-from tune_app.study.mirror import fetch_study, mirrored, opened
-from tune_app.study.requests import TrialRequests, asked_to_stop, stopping_on_request
-from tune_app.study.spec import SpecError, StudyFiles, append_line
+from tune_app.study.copies import fetch_study, opened
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.mirror import mirrored
+from tune_app.study.requests import TrialRequests, asked_to_stop
 
 WriteStudy = Callable[..., Path]
 TOKEN = "a token of the test"

@@ -8,15 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from trainables.diagnosis import VERDICTS
-from tune_app.study.policy import (
+from tune_app.study.policy import Policy, rung_cutoff, rung_epochs
+from tune_app.study.policy_spec import (
     DEFAULT_ACTIONS,
     RAY_ASHA,
-    Policy,
     PolicyError,
     PolicySpec,
     read_policy,
-    rung_cutoff,
-    rung_epochs,
 )
 
 PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}

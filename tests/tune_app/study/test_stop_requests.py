@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from study_runs import medtune
 
-from tune_app.results.study import load_study
-from tune_app.study.policy import Decision, Policy, PolicySpec
+from tune_app.driver.stopping import stopping_on_request
+from tune_app.results.loading import load_study
+from tune_app.study.files import StudyFiles
+from tune_app.study.policy import Decision, Policy
+from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.requests import (
     ON_REQUEST,
     TrialRequests,
@@ -21,9 +24,7 @@ from tune_app.study.requests import (
     ask_to_stop_study,
     ask_to_stop_trial,
     asked_to_stop,
-    stopping_on_request,
 )
-from tune_app.study.spec import StudyFiles
 from tune_app.synthetic import write_cohort
 
 TINY = [

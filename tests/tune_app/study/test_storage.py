@@ -19,10 +19,13 @@ from object_storage import put_folder
 from trainables.checkpoints import TrialFiles
 from trainables.data.storage import Remote, StorageError, TrialStore, bucket_of, url_of
 from tune_app.cluster.doctor import diagnose_machine
-from tune_app.results.study import load_study, read_rows
+from tune_app.results.loading import load_study
 from tune_app.study import mirror as storage
-from tune_app.study.mirror import BusyError, Mirror, drop_unrecorded, fetch_study, mirrored, opened
-from tune_app.study.spec import SpecError, StudyFiles, append_line
+from tune_app.study.copies import fetch_study, opened
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.mirror import BusyError, Mirror, drop_unrecorded, mirrored
+from tune_app.study.rows import read_rows
 from tune_app.synthetic import write_cohort
 
 TINY = [

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from trainables.config import FineTuneConfig, build_config
 from tune_app.cli.app import app
-from tune_app.study.policy import PolicySpec
-from tune_app.study.spec import SpecError, StudySpec, absolute_paths, build_spec, read_study_file
+from tune_app.study.errors import SpecError
+from tune_app.study.policy_spec import PolicySpec
+from tune_app.study.spec import StudySpec, absolute_paths, build_spec, read_study_file
 from tune_app.study.template import study_file, write_study_file
 
 

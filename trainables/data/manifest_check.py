@@ -1,0 +1,195 @@
+"""The deep check of a table: every volume is read and what preparation does to it is reported."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainables.config import FineTuneConfig
+from trainables.data.folds import split_rows
+from trainables.data.manifest import (
+    SPLITS,
+    Manifest,
+    Row,
+    checked_rows,
+    manifest_of,
+    real_path,
+    shown_cell,
+)
+from trainables.data.scans import (
+    Recipe,
+    VolumeError,
+    prepare_scan,
+    read_header,
+    read_scan,
+    target_spacing,
+)
+from trainables.data.table_file import ManifestError
+from trainables.data.threads import Progress, in_threads
+
+
+@dataclass(frozen=True, eq=False)
+class CheckReport:
+    """What a deep check found: `manifest` is None, and `problems` not empty, or the other way round."""
+
+    manifest: Manifest | None
+    problems: list[str]
+    notices: list[str]
+    """What is worth knowing but stops nothing."""
+
+    def lines(self) -> list[str]:
+        """Return the table in a few sentences: rows, subjects, classes, splits, sizes, and the notices."""
+        if self.manifest is None:
+            return self.notices
+        rows = self.manifest.rows
+        classes = ", ".join(
+            f"class {label}: {count}" for label, count in sorted(Counter(rows["label"]).items())
+        )
+        lines = [f"{len(rows)} volumes of {rows['subject'].nunique()} subjects; {classes}"]
+        given = Counter(word for word in rows["split"] if word is not None)
+        if given:
+            lines.append(
+                "split: " + ", ".join(f"{word} {given[word]}" for word in SPLITS if given[word])
+            )
+        folds = Counter(int(fold) for fold in rows["fold"].dropna())
+        if folds:
+            lines.append(
+                "folds: " + ", ".join(f"{fold}: {count}" for fold, count in sorted(folds.items()))
+            )
+        return lines + self.notices
+
+
+def check_manifest(
+    table: Path, num_classes: int, config: FineTuneConfig, progress: Progress | None = None
+) -> CheckReport:
+    """Return `read_manifest`'s findings and those of reading every volume once, as `config` would have it prepared.
+
+    Beyond the rows: unreadable, cut or damaged files, more dimensions than `in_channels`, voxels that are not finite,
+    spacings not above 0, the same voxels twice (under two subjects that is a leak), volumes that `intensity` leaves
+    constant, and folds that cannot be made. A table that is no table raises ManifestError.
+    """
+    table = Path(table)
+    rows, problems = checked_rows(table, num_classes)
+    readable = [row for row in rows if row.file is not None]
+    recipe = Recipe.from_config(config)
+    found: list[_Finding] = in_threads(
+        lambda row: _read_volume(str(row.file), recipe), readable, progress=progress
+    )
+    unreadable = [
+        f"{row.name}: {finding.problem}"
+        for row, finding in zip(readable, found, strict=True)
+        if finding.problem
+    ]
+    problems = problems + unreadable + _same_voxels(readable, found)
+    if problems:
+        return CheckReport(None, problems, _notices(found, recipe))
+    manifest = manifest_of(table, rows, num_classes)
+    problems = _fold_problems(manifest, config)
+    return CheckReport(None if problems else manifest, problems, _notices(found, recipe))
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What reading one volume gave."""
+
+    problem: str | None
+    digest: str | None = None
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    oriented: bool = True
+
+
+def _read_volume(path: str, recipe: Recipe) -> _Finding:
+    try:
+        header = read_header(path)
+        scan = read_scan(path, recipe.in_channels)
+        prepare_scan(scan, recipe, path)
+    except VolumeError as error:
+        return _Finding(error.reason)
+    digest = hashlib.sha256(repr(scan.voxels.shape).encode())
+    digest.update(scan.voxels.data)
+    return _Finding(None, digest.hexdigest(), header.shape, header.spacing_mm, header.oriented)
+
+
+def _same_voxels(rows: list[Row], found: list[_Finding]) -> list[str]:
+    first: dict[str, Row] = {}
+    files: set[str] = set()
+    problems = []
+    for row, finding in zip(rows, found, strict=True):
+        assert row.file is not None
+        file = real_path(row.file)
+        if finding.digest is None or file in files:  # the same file twice is told already
+            continue
+        files.add(file)
+        known = first.setdefault(finding.digest, row)
+        if known is row:
+            continue
+        if known.subject is not None and row.subject is not None and known.subject != row.subject:
+            subjects = f"{shown_cell(row.subject)!r} and {shown_cell(known.subject)!r}"
+            problems.append(
+                f"{row.name}: the same voxels as {known.name}, but the subjects are {subjects}: "
+                "one would leak into the other's fold; keep one, or give both one subject and keep one"
+            )
+        else:
+            problems.append(f"{row.name}: the same voxels as {known.name}: keep one of the rows")
+    return problems
+
+
+def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:
+    try:
+        split_rows(
+            manifest,
+            fold=config.fold,
+            num_folds=config.num_folds,
+            cross_validate=config.cross_validate,
+        )
+    except ManifestError as error:
+        return error.problems
+    return []
+
+
+def _notices(found: Iterable[_Finding], recipe: Recipe) -> list[str]:
+    good = [finding for finding in found if finding.problem is None]
+    if not good:
+        return []
+    shapes, spacings = np.array([f.shape for f in good]), np.array([f.spacing_mm for f in good])
+    notices = [
+        f"voxels {_span(shapes, 'd')}, spacing {_span(spacings, '.3g')} mm (x, y, z: left-right, back-front, feet-head)",
+        _prepared(shapes, spacings, recipe),
+    ]
+    blind = sum(not finding.oriented for finding in good)
+    if blind:
+        notices.append(
+            f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says"
+        )
+    return notices
+
+
+def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Recipe) -> str:
+    """What the recipe makes of the scans, in words: their new spacing, and how much of them is cut off."""
+    targets = np.array(
+        [target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)]
+    )
+    kept = np.minimum(recipe.volume_shape / np.maximum(np.round(shapes * spacings / targets), 1), 1)
+    cropped = int((kept < 1).any(axis=1).sum())
+    told = "none is cropped"
+    if cropped:
+        least, axis = kept.min(), "xyz"[int(kept.min(axis=0).argmin())]
+        told = (
+            f"{cropped} of {len(kept)} are cropped, one to {least:.0%} of its extent along {axis}"
+        )
+    voxels = " x ".join(map(str, recipe.volume_shape))
+    return f"prepared: {voxels} voxels of {_span(targets, '.3g')} mm; {told}"
+
+
+def _span(values: npt.NDArray[Any], form: str) -> str:
+    low, high = (
+        " x ".join(format(value, form) for value in side)
+        for side in (values.min(axis=0), values.max(axis=0))
+    )
+    return low if low == high else f"{low} to {high}"

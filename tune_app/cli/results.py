@@ -1,0 +1,201 @@
+"""Commands that show results."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from tune_app.cli.common import (
+    err,
+    out,
+)
+from tune_app.study.objective import DEFAULT_OBJECTIVE, OBJECTIVES
+
+app = typer.Typer()
+
+
+@app.command()
+def results(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies.")],
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", help="Names or patterns, or all.")
+    ] = None,
+    sort: Annotated[
+        list[str] | None, typer.Option("--sort", help="Column; a leading minus: largest first.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", help="Such as 'val_auc > 0.8'; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows at most.")] = None,
+    output: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")
+    ] = "table",
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Write trials, epochs and decisions as CSV to this folder."),
+    ] = None,
+    parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
+    skip_damage: Annotated[
+        bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")
+    ] = False,
+    meanings: Annotated[
+        bool,
+        typer.Option(
+            "--meanings", help="List what columns there are, with type and meaning, instead."
+        ),
+    ] = False,
+) -> None:
+    """Show trials, best first; works while the study runs and after its driver was killed."""
+    from tune_app.results.loading import load_studies, load_study
+    from tune_app.results.tables import matching, meanings_table, render_table, results_table
+    from tune_app.results.trials import column_meanings
+
+    on_damage: Literal["error", "skip"] = "skip" if skip_damage else "error"
+    loaded = [load_study(path, on_damage=on_damage) for path in studies]
+    for one in loaded:
+        for note in one.notes:
+            err.print(f"note: {note}", markup=False, soft_wrap=True)
+        for write, folder in ((one.to_csv, csv), (one.to_parquet, parquet)):
+            if folder is not None:
+                target = folder if len(loaded) == 1 else folder / one.name
+                for path in write(target):
+                    err.print(str(path), markup=False, soft_wrap=True)
+    subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
+    if meanings:
+        table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
+    else:
+        table = results_table(
+            subject,
+            columns=columns,
+            sort=sort or ("-objective", "number"),
+            where=where or (),
+            limit=limit,
+        )
+    if output == "csv":
+        print(table.to_csv(index=False), end="")
+    elif output == "json":
+        print(table.to_json(orient="records", indent=1))
+    elif meanings:
+        out.print(meanings_table(table))
+    elif table.empty:
+        out.print("no trial has begun" if subject.trials.empty else "no trial fits --where")
+    else:
+        out.print(render_table(table, out.width if out.is_terminal else 80))
+
+
+@app.command()
+def report(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    compare: Annotated[
+        Path | None, typer.Option("--compare", help="Another study to set beside it.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; default: report.html in the study.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever the study has news.")
+    ] = False,
+) -> None:
+    """Write the study as one self-contained HTML page."""
+    from trainables.data.storage import url_of
+    from tune_app.report.page import watch_report, write_comparison, write_report
+    from tune_app.results.loading import load_study
+
+    if compare is not None and watch:
+        raise typer.BadParameter(
+            "--watch writes the page of one study: leave out --compare, or --watch"
+        )
+    if compare is not None:
+        path = out_file or study / f"comparison-{compare.name}.html"
+        write_comparison(load_study(study), load_study(compare), path)
+    else:
+        path = out_file or (Path("report.html") if url_of(study) else study / "report.html")
+        write_report(load_study(study), path)
+    out.print(str(path), soft_wrap=True, markup=False)
+    if watch:
+        watch_report(study, path, say=lambda text: err.print(text, markup=False))
+
+
+@app.command()
+def backtest(
+    studies: Annotated[
+        list[Path] | None, typer.Argument(help="Finished studies, or files of curves.")
+    ] = None,
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option("--policy", help="YAML file with fields of `policy:`; may be repeated."),
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    positives: Annotated[
+        int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")
+    ] = 50,
+    negatives: Annotated[
+        int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")
+    ] = 200,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")
+    ] = 8,
+    objective: Annotated[
+        str, typer.Option("--objective", help="What a trial is worth.")
+    ] = DEFAULT_OBJECTIVE,
+    output: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")
+    ] = "table",
+) -> None:
+    """Replay recorded curves through stopping policies, side by side: what each spends, saves, finds and loses.
+
+    A file of curves is a table (.csv, .parquet, .jsonl), a row a trial and epoch. Needed: epoch, from 1 on, and val_auc,
+    empty where it is not finite. trial names the run; without it a file is one run. config.NAME is a hyperparameter of
+    the run. Any other column of a study's epochs.jsonl is used where it is there: val_auc_low and val_auc_high,
+    val_auc_raw, val_positive and val_negative, drw_active, train_auc, train_loss, epoch_s.
+    """
+    from tune_app.backtest.replay import POLICIES, backtest_studies
+    from tune_app.backtest.replay import backtest as run_backtest
+    from tune_app.backtest.synthetic import generate_curves
+    from tune_app.study.policy_spec import read_policy
+
+    policies = dict(POLICIES) | {path.stem: read_policy(path) for path in policy or []}
+    if bool(studies) == (generate is not None):
+        raise typer.BadParameter("name studies or files of curves, or give --generate N")
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"--objective {objective!r}: one of {', '.join(OBJECTIVES)}")
+    if generate is not None:
+        err.print(
+            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+        )
+        curves = generate_curves(
+            generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives
+        )
+        compared = run_backtest(curves, policies, workers=workers, objective=objective)
+    else:
+        compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
+    if output == "csv":
+        print(compared.to_csv(index=False), end="")
+    elif output == "json":
+        print(compared.to_json(orient="records", indent=1))
+    else:
+        out.print(_backtest_table(compared))
+
+
+def _backtest_table(compared: Any) -> Table:
+    """Policies as columns: there are few of them, and many figures of each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for name in compared["policy"]:
+        table.add_column(str(name), justify="right")
+    for column in compared.columns:
+        values = compared[column]
+        if column != "policy" and not values.isna().all():
+            told = [
+                "-"
+                if value != value
+                else (f"{value:.3g}" if isinstance(value, float) else str(value))
+                for value in values
+            ]
+            table.add_row(str(column).replace("_", " "), *told)
+    return table

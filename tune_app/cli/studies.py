@@ -1,0 +1,321 @@
+"""Commands that run studies."""
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainables.config import build_config
+from tune_app.cli.common import (
+    AddressOption,
+    CacheOption,
+    ConcurrentOption,
+    DataOption,
+    GpusOption,
+    OutOption,
+    RetryOption,
+    SetOption,
+    WeightsOption,
+    elsewhere,
+    err,
+    gpus_option,
+    out,
+    parse_settings,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def run(
+    study_file: Annotated[
+        Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
+    pretrained_path: WeightsOption = None,
+    gpus_per_trial: GpusOption = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
+    ] = None,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")
+    ] = None,
+    max_concurrent: ConcurrentOption = None,
+    disk_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--disk-budget", help="GiB the study may take; the worst trials' weights go first."
+        ),
+    ] = None,
+    warm_start_from: Annotated[
+        list[Path] | None,
+        typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated."),
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
+    ] = None,
+    wait_for_resources_s: Annotated[
+        float | None,
+        typer.Option(
+            "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
+        ),
+    ] = None,
+    setting: SetOption = None,
+    out_folder: OutOption = None,
+    cache: CacheOption = None,
+    address: AddressOption = None,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Go on where --out holds this very study.")
+    ] = False,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
+    from trainables.data.storage import url_of
+    from tune_app.study.spec import build_spec, read_study_file
+
+    fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
+    given: dict[str, Any] = {
+        "data": data and (url_of(data) or str(data.resolve())),
+        "space": space,
+        "trials": trials,
+        "sampler": sampler,
+        "seed": seed,
+        "gpus_per_trial": gpus_option(gpus_per_trial),
+        "ranks": ranks,
+        "cpus_per_rank": cpus_per_rank,
+        "max_concurrent": max_concurrent,
+        "disk_budget_gib": disk_budget,
+        "log": tuple(log.split(",")) if log else None,
+        "wait_for_resources_s": wait_for_resources_s,
+        "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from)
+        if warm_start_from
+        else None,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields |= {name: value for name, value in given.items() if value is not None}
+    settings = parse_settings(setting)
+    settings |= {"epochs": epochs} if epochs is not None else {}
+    settings |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
+    fields["config"] = {**(fields.get("config") or {}), **settings}
+    if "data" not in fields:
+        raise typer.BadParameter(
+            "name the table of volumes: --data TABLE, or data: in the study file"
+        )
+    spec = build_spec(fields)
+    root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
+    if retry_failed and not go_on and elsewhere.get() is None:
+        raise typer.BadParameter(
+            "--retry-failed goes with --resume: only a study that is there has failed trials"
+        )
+    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on, retry_failed=retry_failed)
+
+
+@app.command()
+def resume(
+    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    address: AddressOption = None,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
+    from tune_app.study.copies import opened
+    from tune_app.study.files import StudyFiles
+
+    files = StudyFiles(opened(study)[0])
+    files.require()
+    _run_and_tell(files.read_spec(), study, address=address, resume=True, retry_failed=retry_failed)
+
+
+def _run_and_tell(
+    spec: Any,
+    root: Path,
+    *,
+    address: str | None,
+    resume: bool,
+    go_on: bool = False,
+    retry_failed: bool = False,
+) -> None:
+    if (send := elsewhere.get()) is not None:
+        raise typer.Exit(send(spec, root, retry_failed))
+    from trainables.data.storage import url_of
+    from tune_app.driver.run import FAILED_TRIALS, INTERRUPTED, run_study
+    from tune_app.report.summary import print_summary
+
+    place = url_of(root) or root
+    err.print(f"study: {place}", soft_wrap=True, markup=False)
+    outcome = run_study(
+        spec,
+        root,
+        console=err,
+        notes=err,
+        address=address,
+        resume=resume,
+        go_on=go_on,
+        retry_failed=retry_failed,
+    )
+    print_summary(root, out)
+    if outcome.exit_code == INTERRUPTED:
+        err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
+    elif outcome.exit_code == FAILED_TRIALS:
+        err.print(
+            f"try failed trials again with: medtune resume {place} --retry-failed",
+            soft_wrap=True,
+            markup=False,
+        )
+    raise typer.Exit(outcome.exit_code)
+
+
+SeedsOption = Annotated[
+    int, typer.Option("--seeds", min=1, help="Runs of each variant on each fold.")
+]
+
+
+FoldsOption = Annotated[
+    str,
+    typer.Option(
+        "--folds", help="all, numbers such as 0,1, or own: the table's own train and val rows."
+    ),
+]
+
+
+@app.command()
+def ablate(
+    data: DataOption,
+    variants: Annotated[
+        str,
+        typer.Option(
+            "--variants",
+            help="documented, add-one, leave-one-out, all, or a YAML file: name to settings.",
+        ),
+    ] = "documented",
+    seeds: SeedsOption = 3,
+    first_seed: Annotated[
+        int,
+        typer.Option(
+            "--first-seed", min=0, help="Seeds count from here: to add runs to an earlier ablation."
+        ),
+    ] = 0,
+    folds: FoldsOption = "all",
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="What a run is worth.")
+    ] = None,
+    pretrained_path: WeightsOption = None,
+    gpus_per_trial: GpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    setting: SetOption = None,
+    out_folder: OutOption = None,
+    cache: CacheOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run variants of the fixes over seeds and folds, nothing stopped early: which fix matters, and is it certain?"""
+    from tune_app.compare.ablation import ablation_spec, read_variants
+
+    config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
+    config |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
+    chosen = read_variants(variants, build_config(config).epochs)
+    given = {
+        "objective": objective,
+        "gpus_per_trial": gpus_option(gpus_per_trial),
+        "max_concurrent": max_concurrent,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    spec = ablation_spec(
+        data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields
+    )
+    from_seed = f" from {first_seed}" if first_seed else ""
+    err.print(
+        f"{spec.num_trials} runs of {spec.epochs} epochs: "
+        f"{len(chosen)} variants, seeds {seeds}{from_seed}, folds {folds}"
+    )
+    root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
+    _run_and_tell(spec, root, address=address, resume=False)
+
+
+@app.command()
+def confirm(
+    study: Annotated[Path, typer.Argument(help="Folder of a search.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Best configurations to run again.")] = 3,
+    seeds: SeedsOption = 3,
+    folds: FoldsOption = "all",
+    test: Annotated[
+        bool,
+        typer.Option("--test", help="Afterwards, once: score what was confirmed on the test rows."),
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")
+    ] = False,
+    gpus_per_trial: GpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of the confirmation; default: confirmation/ in the search."
+        ),
+    ] = None,
+    cache: CacheOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run a search's best again, beside the documented settings, on all folds with new seeds: is there a winner?"""
+    from tune_app.compare.confirm import (
+        confirmation_spec,
+        print_confirmation,
+        same_plan,
+        unfinished,
+    )
+    from tune_app.compare.test_rows import confirmed_on_test
+    from tune_app.results.loading import load_study
+    from tune_app.study.files import StudyFiles
+
+    if again and not test:
+        raise typer.BadParameter("--again goes with --test")
+    files = StudyFiles(out_folder or StudyFiles(study).confirmation)
+    if test:
+        confirmed_on_test(study, files.root, cache=cache, again=again, notes=err)
+        print_confirmation(load_study(files.root), out)
+        return
+    given = {
+        "gpus_per_trial": gpus_option(gpus_per_trial),
+        "max_concurrent": max_concurrent,
+        "cache": cache and str(cache.resolve()),
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    spec, notes = confirmation_spec(load_study(study), top=top, folds=folds, seeds=seeds, **fields)
+    for note in notes:
+        err.print(f"note: {note}", markup=False)
+    begun = files.spec.exists()
+    if begun:
+        same_plan(files, spec)
+        if not unfinished(load_study(files.root)):
+            print_confirmation(load_study(files.root), out)
+            return
+    _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("study.yaml"),
+    data: Annotated[
+        str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")
+    ] = "table.csv",
+    space: Annotated[str, typer.Option("--space", help="Search space.")] = "documented",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
+) -> None:
+    """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
+    from tune_app.study.template import write_study_file
+
+    write_study_file(path, data=data, space=space, force=force)
+    out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)

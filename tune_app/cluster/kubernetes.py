@@ -1,0 +1,205 @@
+"""A study as a KubeRay job: the manifest's text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainables.data.storage import is_url
+from tune_app.cluster.submit import SPEC_FILE, cluster_place, entry_arguments, spec_text
+from tune_app.study.errors import SpecError
+from tune_app.study.files import job_name
+from tune_app.study.spec import StudySpec
+from tune_app.study.yaml_text import readable_yaml
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a cluster made for one study is made of."""
+
+    image: str = "medtune:0.1.0"
+    """Container image with medtune and its requirements installed, on every node."""
+    ray_version: str = "2.60.0"
+    max_workers: int = 4
+    """GPU workers at most; there are none until trials wait for them."""
+    gpus: int = 1
+    """GPUs of a worker."""
+    cpus: int = 8
+    """CPUs of a worker."""
+    memory_gib: int = 32
+    """Memory of a worker."""
+    claim: str = "medtune-shared"
+    """Name of the PersistentVolumeClaim (ReadWriteMany) with the data, and with the study unless that is a URL."""
+    mount: str = "/shared"
+    """Where it is mounted on every node."""
+
+
+def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
+    """Return a KubeRay RayJob (KubeRay 1.5.1 or later) and the ConfigMap with the study, as YAML.
+
+    The head has CPUs only and takes no trials, GPU workers come and go with the trials that wait. A head that is lost
+    is started again up to three times, and goes on with the study. The operator makes the token and its Secret.
+    """
+    study = cluster_place(study)
+    _check_seen(spec, study, cluster)
+    name = job_name(study)
+    spec = _waiting(spec)
+    volumes = [
+        {"name": "shared", "persistentVolumeClaim": {"claimName": cluster.claim}},
+        {"name": "study", "configMap": {"name": name}},
+        # torch's loaders and NCCL need more shared memory than a container's 64 MiB.
+        {
+            "name": "shm",
+            "emptyDir": {"medium": "Memory", "sizeLimit": f"{max(1, cluster.memory_gib // 4)}Gi"},
+        },
+    ]
+    mounts = [
+        {"name": "shared", "mountPath": cluster.mount},
+        {"name": "study", "mountPath": "/etc/medtune", "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+
+    def pod(
+        container: str, resources: dict[str, str], ports: list[dict[str, Any]] | None = None
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {"name": container, "image": cluster.image}
+        if ports:
+            body["ports"] = ports
+        body |= {"resources": {"requests": resources, "limits": resources}, "volumeMounts": mounts}
+        return {"spec": {"containers": [body], "volumes": volumes}}
+
+    ports = [("gcs-server", 6379), ("dashboard", 8265), ("client", 10001)]
+    worker = {
+        "cpu": str(cluster.cpus),
+        "memory": f"{cluster.memory_gib}Gi",
+        **({"nvidia.com/gpu": str(cluster.gpus)} if cluster.gpus else {}),
+    }
+    job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name},
+        "spec": {
+            "entrypoint": f"medtune {entry_arguments(f'/etc/medtune/{SPEC_FILE}', study)}",
+            "backoffLimit": 3,
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "rayClusterSpec": {
+                "rayVersion": cluster.ray_version,
+                "authOptions": {"mode": "token"},
+                "enableInTreeAutoscaling": True,
+                "autoscalerOptions": {"idleTimeoutSeconds": 300},
+                "headGroupSpec": {
+                    "serviceType": "ClusterIP",  # reached by `kubectl port-forward` only
+                    "rayStartParams": {"num-cpus": "0"},
+                    "template": pod(
+                        "ray-head",
+                        {"cpu": "4", "memory": "16Gi"},
+                        [{"containerPort": port, "name": title} for title, port in ports],
+                    ),
+                },
+                "workerGroupSpecs": [
+                    {
+                        "groupName": "gpu" if cluster.gpus else "cpu",
+                        "replicas": 0,
+                        "minReplicas": 0,
+                        "maxReplicas": cluster.max_workers,
+                        "rayStartParams": {},
+                        "template": pod("ray-worker", worker),
+                    }
+                ],
+            },
+        },
+    }
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name},
+        "data": {SPEC_FILE: spec_text(spec)},
+    }
+    header = (
+        f"# medtune: {study}\n"
+        f"# kubectl apply -f THIS; kubectl logs -f job/{name}. Needs KubeRay 1.5.1, the image {cluster.image} with medtune\n"
+        f"# in it, and the claim {cluster.claim} with the data. The operator makes the access token, in a Secret.\n"
+    )
+    return header + readable_yaml(config, job)
+
+
+def cluster_file(
+    study: str, cluster: Cluster, *, provider: str = "aws", region: str = "eu-central-1"
+) -> str:
+    """Return a file for Ray's cluster launcher (`ray up`), as YAML: CPU head, GPU workers, token, shared folder.
+
+    Machine types and the line that mounts the shared folder are the provider's own, and are marked to be filled in.
+    """
+    name = job_name(cluster_place(study))
+    token = "$HOME/.ray/auth_token"
+    # The launcher's own ssh carries the token to each node as a file: it never is an argument.
+    start = "export RAY_AUTH_MODE=token; ulimit -n 65536; ray start"
+    types: dict[str, Any] = {
+        "head": {"resources": {"CPU": 0}, "node_config": {"InstanceType": "m6i.xlarge"}},
+        "gpu": {
+            "resources": {},
+            "min_workers": 0,
+            "max_workers": cluster.max_workers,
+            "node_config": {"InstanceType": "g6.2xlarge"},
+        },
+    }
+    text = {
+        "cluster_name": name,
+        "max_workers": cluster.max_workers,
+        "idle_timeout_minutes": 10,
+        "provider": {"type": provider, "region": region, "use_internal_ips": False},
+        "auth": {"ssh_user": "ubuntu"},
+        "docker": {
+            "image": cluster.image,
+            "container_name": "medtune",
+            "run_options": [
+                "--shm-size=8g",
+                "--ulimit nofile=65536:65536",
+                f"-v {cluster.mount}:{cluster.mount}",
+            ],
+        },
+        "available_node_types": types,
+        "head_node_type": "head",
+        "file_mounts": {"~/.ray/auth_token": "~/.ray/auth_token"},
+        "initialization_commands": [
+            f"mountpoint -q {cluster.mount} || sudo mount {cluster.mount}  # mount the shared folder; edit for your storage"
+        ],
+        "setup_commands": [f"chmod 600 {token}"],
+        "head_start_ray_commands": [
+            "ray stop",
+            f"{start} --head --port=6379 --dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": ["ray stop", f"{start} --address=$RAY_HEAD_IP:6379"],
+    }
+    header = (
+        f"# medtune: {study}\n"
+        "# ray get-auth-token --generate; ray up -y THIS; ray dashboard THIS &\n"
+        "# medtune submit --address http://127.0.0.1:8265 -- run study.yaml --wait-for-resources 900 --out ...\n"
+        "# Edit: machine types, region, image, and how the shared folder is mounted.\n"
+    )
+    return header + readable_yaml(text, width=120)
+
+
+def _waiting(spec: StudySpec) -> StudySpec:
+    """There are no workers when the driver starts: have it ask for them, and wait."""
+    return (
+        spec
+        if spec.wait_for_resources_s
+        else spec.model_copy(update={"wait_for_resources_s": 1800.0})
+    )
+
+
+def _check_seen(spec: StudySpec, study: str, cluster: Cluster) -> None:
+    """Raise SpecError for paths that no pod would see."""
+    asked = {
+        "data": spec.data,
+        "pretrained_path": spec.config.get("pretrained_path"),
+        "the study": study,
+    }
+    hidden = [
+        f"{what} {path}: no pod sees it; put it below {cluster.mount} (--mount names another folder)"
+        for what, path in asked.items()
+        if path and not is_url(path) and not Path(path).is_relative_to(cluster.mount)
+    ]
+    if hidden:
+        raise SpecError(hidden)

@@ -1,0 +1,437 @@
+"""One run of a study's driver: Ray, searcher and scheduler put together."""
+
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+
+from trainables.config import build_config
+from trainables.ray_trainable import FATAL
+from tune_app.driver.disk import Budget, make_room
+from tune_app.driver.display import Display
+from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.planned import PlannedSearcher
+from tune_app.driver.ray_scheduler import PolicyScheduler
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.resources import Plan
+from tune_app.driver.searcher import OptunaSearcher
+from tune_app.driver.stopping import STOP_SIGNAL
+from tune_app.driver.tune_repairs import lost_processes_told_once
+from tune_app.driver.watchdog import watch_tune
+from tune_app.study.objective import OBJECTIVES, objective_value
+from tune_app.study.policy import Policy, stop_reason
+from tune_app.study.policy_spec import PolicySpec
+from tune_app.study.requests import TrialRequests, answered_requests
+from tune_app.study.rows import ENDED, read_rows
+from tune_app.study.spec import StudySpec
+
+log = logging.getLogger("medtune.study")
+
+
+class StudySession:
+    """One driver at work on a study: rebuilds what earlier ones left, then runs the rest."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        cohort: str,
+        recorder: Recorder,
+        display: Display,
+        budget: Budget | None = None,
+    ) -> None:
+        self.spec, self.cohort, self.files = spec, cohort, recorder.files
+        self.recorder, self.display, self.budget = recorder, display, budget
+        self.epochs = spec.epochs
+        self.ranks = 1
+        self.fatal: dict[str, str] = {}
+        self.interrupt = Interrupt()
+        self.lifecycle = Lifecycle(self)
+        self.requests = TrialRequests(self.files)
+        self.policy = Policy(
+            spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs
+        )
+        self.variants = {
+            f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)
+        }
+
+    def run(
+        self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True
+    ) -> bool:
+        """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`.
+
+        `local`: this Ray is the study's own, and nobody adds a node to it.
+        """
+        self.keep_to_budget()
+        self.ranks = plan.ranks
+        self.look = watch_tune(
+            self.files.trial,
+            lambda trial: len(self.recorder.rows.get(trial, ())),
+            plan.bundles,
+            say=log.warning,
+            local=local,
+            # A gang ends itself first, and can say which rank hangs.
+            deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
+        )
+        searcher = self.searcher
+        tuner = tune.Tuner(
+            tune.with_resources(
+                trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=StudyScheduler(self),
+                num_samples=-1,
+                max_concurrent_trials=plan.concurrent,
+                trial_name_creator=trial_name,  # what TensorBoard and MLflow show
+                trial_dirname_creator=trial_name,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=str(self.files.ray.resolve()),
+                failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
+                callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],
+                verbose=0,
+            ),
+        )
+        try:
+            with self.interrupt, lost_processes_told_once():
+                tuner.fit()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            searcher.close()
+            self.recorder.close()
+        return False
+
+    def keep_to_budget(self) -> None:
+        """Remove what does not fit the disk budget any more, where there is one."""
+        if self.budget is not None:
+            for path in make_room(self.files, self.budget, self.recorder.records.values()):
+                log.info("disk budget: removed %s", path)
+
+    def begin(self, *, retry_failed: bool = False) -> None:
+        """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
+        retried = self.recorder.failed() if retry_failed else []
+        self.searcher = self._searcher(retried)
+        with ExitStack() as unless_begun:
+            unless_begun.callback(self.searcher.close)
+            for trial in (
+                retried
+            ):  # after the Optuna study: one that is running only there is settled as failed again
+                self.recorder.reopened(trial)
+            notes = [*self.searcher.notes]
+            if retried:
+                notes.append(
+                    f"failed before, to go on from their checkpoints: {', '.join(retried)}"
+                )
+            elif retry_failed:
+                notes.append("no trial has failed: none is tried again")
+            for note in notes:
+                self.display.note(note)
+            self._rebuild(self.searcher)
+            ended = self.recorder.states()
+            if sum(ended.get(state, 0) for state in ENDED) >= self.spec.num_trials:
+                self.display.note(
+                    f"nothing left to do: all {self.spec.num_trials} trials have ended"
+                )
+            unless_begun.pop_all()
+
+    def _searcher(self, retried: Sequence[str]) -> Any:
+        if self.spec.kind != "search":
+            return PlannedSearcher(self.spec)
+        return OptunaSearcher(
+            self.spec.resolved_space(),
+            epochs=self.epochs,
+            num_trials=self.spec.trials,
+            objective=partial(objective_value, objective=self.spec.objective),
+            metric=OBJECTIVES[self.spec.objective].column,
+            storage=self.spec.storage or self.files.database,
+            sampler=self.spec.sampler,
+            seed=self.spec.seed,
+            warm_start=self.spec.warm_start,
+            warm_start_from=self.spec.warm_start_from,
+            rows={int(trial): rows for trial, rows in self.recorder.rows.items()},
+            identity={"cohort": self.cohort, "objective": self.spec.objective},
+            failure=FATAL,
+            retry=[int(trial) for trial in retried],
+        )
+
+    def _rebuild(self, searcher: Any) -> None:
+        """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+        requested = answered_requests(read_rows(self.files.decisions))
+        for row in read_rows(self.files.epochs):
+            words = requested.get((row["trial"], row["epoch"]))
+            self.recorder.decision(
+                self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words)
+            )
+        decided, failed = self.policy.stopped(), searcher.failed()
+        for trial, record in list(self.recorder.records.items()):
+            rows = self.recorder.rows.get(trial, [])
+            if (
+                record["state"] not in ENDED and int(trial) in failed
+            ):  # Tune tells the searcher first
+                record = self.recorder.ended(
+                    trial, "failed", failed[int(trial)], error=failed[int(trial)]
+                )
+            elif record["state"] not in ENDED and trial in decided:
+                state = "stopped" if decided[trial].stops else "completed"
+                record = self.recorder.ended(trial, state, stop_reason(decided[trial]))
+            if record["state"] in ENDED:
+                self.requests.answered(trial)
+                searcher.settle(
+                    int(trial), record["state"], record["objective"], rows, reason=record["reason"]
+                )
+                self.recorder.rows.pop(trial, None)
+            self.display.known(record, rows[-1]["epoch"] if rows else 0)
+
+    def config_of(self, trial: str) -> dict[str, Any]:
+        """The complete configuration of a trial, as plain values."""
+        overrides = self.recorder.records[trial]["overrides"]
+        return build_config({**self.spec.config, **overrides}).model_dump(mode="json")
+
+
+def watching_only(policy: PolicySpec) -> PolicySpec:
+    """Return the policy that diagnoses and warns but stops nothing: variants are compared on whole runs."""
+    return policy.model_copy(
+        update={
+            "halving": False,
+            "actions": {
+                verdict: "warn" if action == "stop" else action
+                for verdict, action in policy.actions.items()
+            },
+        }
+    )
+
+
+class StudyScheduler(PolicyScheduler):
+    """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
+
+    def __init__(self, session: StudySession) -> None:
+        super().__init__(
+            session.policy,
+            session.recorder.row,
+            session.recorder.decision,
+            base=session.spec.config,
+            requested=session.requests.of,
+        )
+        self.session = session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its arguments, for a restore that is never asked for
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self.session.lifecycle.begun(trial)
+        if FATAL in result:
+            self.session.fatal[trial_name(trial)] = str(result[FATAL])
+            return str(TrialScheduler.STOP)
+        action = super().on_trial_result(tune_controller, trial, result)
+        ended = self.policy.stopped().get(trial_name(trial))
+        if ended is not None and ended.stops:
+            self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
+        return action
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Have Tune end the process of a trial that failed for good with several ranks: it has lost them.
+
+        Tune asks this just before it keeps the process for the next trial, and keeps only those that it has seen start.
+        """
+        super().on_trial_complete(tune_controller, trial, result)
+        if self.session.ranks > 1 and trial_name(trial) in self.session.fatal:
+            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
+        # ERROR is set before this, not after, where the trial is going to be tried again.
+        if trial.status != Trial.ERROR:
+            self.session.lifecycle.failed(trial)
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
+
+    Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
+    is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)
+            self._before = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Raise KeyboardInterrupt if one was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.take()
+        self.asked = True
+
+
+ANSWER_S = 10.0
+"""Seconds a trial's process may take to say where it runs, before its record is written without that."""
+
+
+class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
+    """Tune's events -> the trial's record and the display."""
+
+    def __init__(self, session: StudySession) -> None:
+        self.session = session
+        self._starting: dict[str, _Starting] = {}
+        self._nodes: dict[Any, str] = {}
+        """Where processes run that have said so, by Ray's id of each."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.interrupt.take()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = trial_name(trial)
+        self.session.display.began(name, self.session.variants.get(name))
+        actor = trial.temporary_state.ray_actor
+        if actor is None or actor._actor_id in self._nodes:  # a process that has run other trials
+            self._begin(trial, None if actor is None else self._nodes[actor._actor_id])
+        else:  # waiting for the answer would hold up all other trials, and Tune's own question waits for ever
+            where = actor.get_current_ip_pid.remote()
+            self._starting[name] = _Starting(
+                trial, actor._actor_id, where, time.monotonic() + ANSWER_S
+            )
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for start in list(self._starting.values()):
+            if ray.wait([start.where], timeout=0)[0] or time.monotonic() >= start.deadline:
+                self.begun(start.trial)
+        self.session.look(trials)
+
+    def begun(self, trial: Any) -> str:
+        """Return the trial's name. Its record is there from now on, which has to come before any row.
+
+        A process that dies on its way up has failed before Tune calls the trial started.
+        """
+        name = trial_name(trial)
+        if name not in self._starting and name not in self.session.recorder.records:
+            self.on_trial_start(0, [], trial)
+        if (start := self._starting.pop(name, None)) is not None:
+            node = _node_of(start.where)
+            if node is not None:
+                self._nodes[start.actor] = node
+            self._begin(trial, node)
+        return name
+
+    def _begin(self, trial: Any, node: str | None) -> None:
+        name = trial_name(trial)
+        self.session.recorder.began(
+            name, trial.config["overrides"], self.session.variants.get(name), node=node
+        )
+        self.session.keep_to_budget()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        name = trial_name(trial)
+        rows = self.session.recorder.rows.get(name)
+        if rows and rows[-1]["epoch"] == result["epoch"]:
+            self.session.display.reported(
+                name, rows[-1], objective_value(rows, self.session.spec.objective)
+            )
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = self.begun(trial)
+        self.session.recorder.failed_once(name)
+        self.session.display.note(
+            f"trial {name}: {self._failure_of(trial)[0]}; it starts again from its checkpoint"
+        )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = self.begun(trial)
+        decision = self.session.policy.stopped().get(name)
+        if name in self.session.fatal:
+            self._end(name, "failed", self.session.fatal[name], error=self.session.fatal[name])
+        elif decision is not None and decision.stops:
+            self._end(name, "stopped", stop_reason(decision))
+        else:
+            self._end(name, "completed", "")
+
+    def failed(self, trial: Any) -> None:
+        """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
+        name = self.begun(trial)
+        reason, text = self._failure_of(trial)
+        self._end(name, "failed", reason, error=text)
+        self.session.searcher.note(int(name), reason)
+
+    def _failure_of(self, trial: Any) -> tuple[str, str]:
+        """Why the trial failed last: in a line, and in full.
+
+        Read where Tune writes it, on this machine: `get_pickled_error` looks in the storage, where it comes much later.
+        """
+        told = (
+            Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+            if trial.error_file
+            else ""
+        )
+        text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
+        if not text:
+            return ("the trial's process ended without a word",) * 2
+        reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
+        if reason.startswith("The actor is dead"):
+            reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
+        if text.startswith("The actor died") and (
+            node := re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
+        ):
+            who = "rank 0" if self.session.ranks > 1 else "its process"
+            reason = f"{who} on node {node[1]} died: {reason}"
+        return reason, text
+
+    def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
+        self.session.recorder.ended(name, state, reason, error=error)
+        self.session.requests.answered(name)
+        self.session.display.ended(name, state, reason)
+        self.session.keep_to_budget()
+
+
+@dataclass(frozen=True)
+class _Starting:
+    """A trial whose record is still to be written."""
+
+    trial: Any
+    actor: Any
+    where: Any
+    """What will be the address of its process, and the process's id."""
+    deadline: float
+
+
+def _node_of(where: Any) -> str | None:
+    """Where the trial runs; None when its process has not said so."""
+    try:
+        return str(ray.get(where, timeout=0)[0])
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return None
+
+
+def trial_name(trial: Any) -> str:
+    """Return the study's own name of a trial of Tune's: 00003."""
+    return str(trial.config["trial"])

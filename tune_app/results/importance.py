@@ -1,0 +1,312 @@
+"""Which hyperparameters matter, by Optuna's evaluators."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from optuna.distributions import CategoricalDistribution
+
+from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
+from tune_app.results.query import column_of, smaller_is_better
+from tune_app.results.text import format_value
+
+if TYPE_CHECKING:
+    from tune_app.results.study import Study
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A hyperparameter on the scale it is searched on. A place on it is a number; choices have places 0, 1, ..."""
+
+    name: str
+    kind: Literal["even", "log", "one_minus_log", "choice"]
+    low: float
+    """Place of its lower end."""
+    high: float
+    choices: tuple[str, ...] = ()
+    """Texts of the choices, by place."""
+    ranged: bool = False
+    """Whether the ends are those of the search space; else those of the trials."""
+
+    def places(self, trials: pd.DataFrame) -> np.ndarray:
+        """Return where each trial lies, NaN where it has no value or its run does not read the hyperparameter."""
+        values = trials[self.name]
+        if self.kind == "choice":
+            order = {text: float(place) for place, text in enumerate(self.choices)}
+            found: np.ndarray = (
+                values.map(self._text).map(order).to_numpy("float64", na_value=math.nan)
+            )
+        else:
+            found = _on_scale(self.kind, values.to_numpy("float64", na_value=math.nan))
+        if self.name in READ_ONLY_WHEN:
+            names = READ_ONLY_WHEN[self.name].reads
+            rows = zip(*(trials[name] for name in names), strict=True)
+            read = [is_read(self.name, dict(zip(names, row, strict=True))) for row in rows]
+            found = np.where(read, found, math.nan)
+        return found
+
+    def place(self, value: Any) -> float:
+        """Return where `value` lies, NaN where that is nowhere."""
+        if value is None or value is pd.NA:
+            return math.nan
+        if self.kind == "choice":
+            return (
+                float(self.choices.index(self._text(value)))
+                if self._text(value) in self.choices
+                else math.nan
+            )
+        return float(_on_scale(self.kind, np.array([float(value)]))[0])
+
+    def text(self, place: float) -> str:
+        """Return the hyperparameter's value at `place` as people write it."""
+        if self.kind == "choice":
+            return self.choices[round(place)] if 0 <= round(place) < len(self.choices) else ""
+        value = {
+            "even": lambda: place,
+            "log": lambda: 10**place,
+            "one_minus_log": lambda: 1 - 10**-place,
+        }[self.kind]()
+        return format_value(self.name, float(f"{value:.6g}"))
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return places with their texts: every choice, or about five round values within the range."""
+        if self.kind == "choice":
+            return [(float(place), text) for place, text in enumerate(self.choices)]
+        if self.kind == "even":
+            places = _round_values(self.low, self.high)
+        elif self.kind == "log":
+            places = [math.log10(value) for value in _round_powers(self.low, self.high)]
+        else:  # round in 1 - value
+            places = [
+                -math.log10(value) for value in reversed(_round_powers(-self.high, -self.low))
+            ]
+        return [(place, self.text(place)) for place in places]
+
+    def share(self, place: float) -> float:
+        """Return how far along the axis `place` lies, from 0 to 1."""
+        return (place - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+
+    def _text(self, value: Any) -> str:
+        return "none" if value is None or value is pd.NA else format_value(self.name, value)
+
+
+def axis_of(study: "Study", name: str) -> Axis:
+    """Return the axis of a hyperparameter: the search space's scale and range, or what the values suggest.
+
+    `ema_decay` and `drw_beta` are 1 - value on a logarithm; without a space, rates are logarithmic, and what spans a
+    factor of 30.
+    """
+    values = study.trials[name]
+    parameter = _parameter(study, name)
+    if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
+        texts = [
+            "none" if choice is None else format_value(name, choice) for choice in parameter.choices
+        ]
+        seen = [
+            text for text in _texts(name, values) if text not in texts
+        ]  # warm starts may lie outside
+        choices = (*texts, *seen)
+        return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices, ranged=True)
+    if parameter is None and (
+        not pd.api.types.is_numeric_dtype(values.dtype) or values.dtype == "boolean"
+    ):
+        choices = tuple(_texts(name, values))
+        return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices)
+    numbers = values.dropna().to_numpy("float64")
+    kind: Literal["even", "log", "one_minus_log"] = "even"
+    if name in ("ema_decay", "drw_beta"):
+        kind = "one_minus_log"
+    elif parameter is not None:
+        kind = "log" if parameter.distribution.log else "even"
+    elif (
+        len(numbers)
+        and (numbers > 0).all()
+        and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30)
+    ):
+        kind = "log"
+    ends = _ends(study, parameter) if parameter is not None else None
+    ranged = ends is not None
+    places = _on_scale(kind, np.array(ends) if ends is not None else numbers)
+    places = places[np.isfinite(places)]
+    if not len(places):
+        return Axis(name, kind, 0.0, 1.0)
+    return Axis(name, kind, float(places.min()), float(places.max()), ranged=ranged)
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Three to six multiples of 1, 2 or 5 times a power of ten from `low` to `high`."""
+    if high <= low:
+        return [low]
+    size = 10 ** math.floor(math.log10(high - low))
+    step = next(
+        size * part for part in (0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if (high - low) / (size * part) <= 6
+    )
+    return [
+        step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
+
+
+def _round_powers(low: float, high: float) -> list[float]:
+    """Values from 10**low to 10**high with the fewest digits that make at least three: powers, then 1 3, 1 2 5 and so on."""
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), (1, 1.5, 2, 3, 4, 5, 7), range(1, 10)):
+        values = [
+            m * 10.0**e
+            for e in exponents
+            for m in mantissas
+            if low - 1e-9 <= math.log10(m) + e <= high + 1e-9
+        ]
+        if len(values) >= 3:
+            return values
+    return [10**low, 10**high]
+
+
+def _parameter(study: "Study", name: str) -> Parameter | None:
+    if study.space is None:
+        return None
+    return next((p for p in study.space.parameters.values() if p.hyperparameter == name), None)
+
+
+def _ends(study: "Study", parameter: Parameter) -> tuple[float, float] | None:
+    """The hyperparameter's range in the space; None where it depends on another one's value."""
+    if parameter.name in DERIVED and DERIVED[parameter.name].reads:
+        return None
+    low, high = (parameter.decode(end, {"epochs": study.spec.epochs}) for end in parameter.ends)
+    assert isinstance(low, int | float)
+    assert isinstance(high, int | float)
+    return float(low), float(high)
+
+
+def _on_scale(kind: str, values: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if kind == "log":
+            return np.asarray(np.log10(values))
+        if kind == "one_minus_log":
+            return np.asarray(-np.log10(np.maximum(1 - values, 1e-12)))
+    return values
+
+
+def _texts(name: str, values: pd.Series) -> list[str]:
+    return sorted(
+        {
+            "none" if value is pd.NA or value is None else format_value(name, value)
+            for value in values
+        }
+    )
+
+
+def importance(
+    study: "Study", metric: str, evaluator: str, repeats: int, seed: int
+) -> pd.DataFrame:
+    """See `Study.importance`."""
+    column = column_of(study.trials, metric)
+    rows = study.trials[
+        study.trials["state"].isin(["completed", "stopped"]) & study.trials[column].notna()
+    ]
+    names = [name for name in study.searched if rows[name].nunique(dropna=False) > 1]
+    if len(rows) < 4 or not names:
+        raise ValueError(
+            f"{study.path}: importance needs four ended trials that differ in something; here are {len(rows)} "
+            f"that differ in {', '.join(names) or 'nothing'}"
+        )
+    if rows[column].nunique() < 2:
+        raise ValueError(
+            f"{study.path}: all {len(rows)} ended trials have the same {column}: nothing to account for"
+        )
+    from optuna.importance import get_param_importances
+
+    with _quiet_optuna():
+        temporary = _temporary_study(study, rows, names, column)
+        evaluators = _evaluators(evaluator, repeats, seed)
+        found = pd.DataFrame(
+            [get_param_importances(temporary, evaluator=each) for each in evaluators]
+        )
+    table = pd.DataFrame(
+        {
+            "parameter": pd.Series(names, dtype="string"),
+            "importance": found[names].mean().to_numpy("float64"),
+            "low": found[names].min().to_numpy("float64"),
+            "high": found[names].max().to_numpy("float64"),
+        }
+    )
+    table = table.sort_values("importance", ascending=False, kind="stable", ignore_index=True)
+    stopped = int((rows["state"] == "stopped").sum())
+    table.attrs["how"] = (
+        f"{_EVALUATOR_NAMES[evaluator]} (Optuna) for {column} over {len(rows)} trials, {stopped or 'none'} of them stopped early"
+        f"{' and counted with their value so far' if stopped else ''}; failed and unfinished trials left out; mean and extremes of {len(found)} evaluations"
+    )
+    return table
+
+
+_EVALUATOR_NAMES = {
+    "fanova": "fANOVA",
+    "mdi": "mean decrease in impurity",
+    "ped-anova": "PED-ANOVA",
+}
+
+
+def _temporary_study(study: "Study", rows: pd.DataFrame, names: list[str], column: str) -> Any:
+    """An Optuna study in memory that holds `rows` as completed trials, whatever ended them."""
+    import optuna
+    from optuna.distributions import BaseDistribution, FloatDistribution
+
+    distributions: dict[str, BaseDistribution] = {}
+    values: dict[str, list[Any]] = {}
+    for name in names:
+        axis = axis_of(study, name)
+        if axis.kind == "choice":
+            values[name] = ["none" if v is pd.NA else format_value(name, v) for v in rows[name]]
+            distributions[name] = CategoricalDistribution(axis.choices)
+        else:  # read or not: Optuna's evaluators leave out what not every trial has
+            places = _on_scale(axis.kind, rows[name].to_numpy("float64"))
+            values[name] = places.tolist()
+            distributions[name] = FloatDistribution(min(axis.low, *places), max(axis.high, *places))
+    temporary = optuna.create_study(
+        direction="minimize" if smaller_is_better(column) else "maximize"
+    )
+    for row, value in enumerate(rows[column].astype("float64")):
+        params = {name: values[name][row] for name in names}
+        temporary.add_trial(
+            optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+        )
+    return temporary
+
+
+def _evaluators(evaluator: str, repeats: int, seed: int) -> list[Any]:
+    from optuna.importance import (
+        FanovaImportanceEvaluator,
+        MeanDecreaseImpurityImportanceEvaluator,
+        PedAnovaImportanceEvaluator,
+    )
+
+    if evaluator == "fanova":
+        # Shallow trees: 1,000 trials take a second an evaluation instead of forty, with the same shares to two digits
+        return [
+            FanovaImportanceEvaluator(n_trees=16, max_depth=6, seed=seed + i)
+            for i in range(repeats)
+        ]
+    if evaluator == "mdi":
+        return [MeanDecreaseImpurityImportanceEvaluator(seed=seed + i) for i in range(repeats)]
+    if evaluator == "ped-anova":
+        return [PedAnovaImportanceEvaluator()]  # nothing random in it
+    raise ValueError(f"unknown evaluator {evaluator!r}: one of fanova, mdi, ped-anova")
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """That a study was created in memory, and that an evaluator is experimental, is no news to anyone here."""
+    import optuna
+
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

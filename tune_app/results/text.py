@@ -1,0 +1,89 @@
+"""Values as text."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    pass
+
+
+def formatted(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as text: scores with three decimals, rates as 1e-4, durations in s, min or h, "-" for missing."""
+    return pd.DataFrame(
+        {
+            str(name): [format_value(str(name), value) for value in table[name]]
+            for name in table.columns
+        },
+        dtype="object",
+    )
+
+
+def format_value(column: str, value: Any) -> str:
+    """Return one value of `column` as short text without control characters."""
+    if (
+        value is None
+        or value is pd.NA
+        or value is pd.NaT
+        or (isinstance(value, float) and math.isnan(value))
+    ):
+        return "-"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, str):
+        return printable(value)
+    number = float(value)
+    if column.endswith("_lr") or "lr_" in column or column == "weight_decay":
+        return compact(number)
+    if column.endswith("_s"):
+        return duration(number)
+    if number == int(number) and not _is_score(column) and abs(number) < 1e15:
+        return str(int(number))
+    return f"{number:.3f}" if _is_score(column) else f"{number:.4g}"
+
+
+def _is_score(column: str) -> bool:
+    scores = (
+        "auc",
+        "auprc",
+        "accuracy",
+        "sensitivity",
+        "brier",
+        "ece",
+        "objective",
+        "share",
+        "tied",
+    )
+    return any(score in column for score in scores) and not column.endswith("_epoch")
+
+
+def compact(number: float) -> str:
+    """Return two significant digits, in the form people write rates: 0.0002 -> 2e-4, 0.05 -> 0.05."""
+    if number == 0 or 0.01 <= abs(number) < 10_000:
+        return f"{number:.3g}"
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `42 s`, `3.5 min`, `2.1 h` or `3.2 d`."""
+    if not math.isfinite(seconds):
+        return "-"
+    for limit, unit, size in ((100, "s", 1), (100 * 60, "min", 60), (48 * 3600, "h", 3600)):
+        if abs(seconds) < limit:
+            return f"{seconds / size:.{0 if abs(seconds) >= 10 * size else 1}f} {unit}"
+    return f"{seconds / 86400:.1f} d"
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line without control characters: an error's text must not recolour or move a terminal."""
+    plain = _ESCAPES.sub("", text)
+    return "".join(sign for sign in " ".join(plain.split()) if sign.isprintable())
+
+
+_ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[@-Z\\^_]")
