@@ -1,4 +1,4 @@
-"""The README against the code: its table of fixes, and every command and option it names."""
+"""README and docs against the code: the table of fixes, and every command and option they name."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,11 @@ from typer.main import get_command
 from search_spaces.fixes import FIXES, fixes_markdown
 from tune_app.cli.app import app
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")
 """A command and its subcommands, then the rest of the line or code span; lines ending in a backslash go on."""
 
@@ -61,15 +65,24 @@ def problems_of(text):
 
 
 def test_the_table_of_fixes_is_the_one_in_the_code():
-    between = re.findall(r"<!-- fixes:begin -->\n(.*?)<!-- fixes:end -->", README, flags=re.DOTALL)
+    between = re.findall(
+        r"<!-- fixes:begin -->\n(.*?)<!-- fixes:end -->",
+        DOCUMENTS["docs/fixes.md"],
+        flags=re.DOTALL,
+    )
     assert between == [fixes_markdown()], (
         "put the output of `medtune fixes --format markdown` between the markers"
     )
-    assert README.count("(`") >= len(FIXES)
+    assert DOCUMENTS["docs/fixes.md"].count("(`") >= len(FIXES)
 
 
-def test_every_command_and_option_that_is_named_exists():
-    assert problems_of(README) == []
+def test_the_documents_are_seen():
+    assert len(DOCUMENTS) > 10
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_and_option_that_is_named_exists(name):
+    assert problems_of(DOCUMENTS[name]) == []
 
 
 @pytest.mark.parametrize(
@@ -90,7 +103,12 @@ def test_a_command_that_does_not_exist_would_be_noticed(text, problems):
     assert problems_of(text) == problems
 
 
-def test_files_that_the_readme_shows_or_links_are_there():
-    named = [path for path in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in path]
-    assert "docs/collapse.svg" in named
-    assert [path for path in named if not (Path(__file__).parents[1] / path).exists()] == []
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_a_document_shows_or_links_are_there(name):
+    named = re.findall(r"\]\(([^)#\s]+)", DOCUMENTS[name])
+    here = (ROOT / name).parent
+    assert [path for path in named if "://" not in path and not (here / path).exists()] == []
+
+
+def test_the_readme_shows_the_collapse():
+    assert "](docs/collapse.svg)" in DOCUMENTS["README.md"]

@@ -276,7 +276,7 @@ def test_the_default_policy_spends_a_third_and_finds_what_rays_asha_misses(compa
     assert ours.top_stopped.sum() < rays.top_stopped.sum()
 
 
-README = Path(__file__).parents[3] / "README.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "stopping.md"
 SHOWN = {
     "epochs spent": ("epochs_share", "{:.1%}"),
     "AUC lost": ("auc_lost", "{:.4f}"),
@@ -287,7 +287,7 @@ SHOWN = {
 
 
 @pytest.mark.slow
-def test_the_command_that_the_readme_quotes_gives_its_figures_and_they_hold_what_they_promise():
+def test_the_command_that_the_document_quotes_gives_its_figures_and_they_hold_what_they_promise():
     done = CliRunner().invoke(app, ["backtest", "--generate", "500", "--format", "json"])
     assert done.exit_code == 0, done.output
     found = pd.DataFrame(json.loads(done.stdout)).set_index("policy")
@@ -302,7 +302,7 @@ def test_the_command_that_the_readme_quotes_gives_its_figures_and_they_hold_what
     assert ours.epochs_share <= 0.35
     assert ours.auc_lost <= 0.005 < rays.auc_lost
 
-    text = README.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     (table,) = re.findall(
         r"<!-- backtest:begin -->\n(.*?)<!-- backtest:end -->", text, flags=re.DOTALL
     )
