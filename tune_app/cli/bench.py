@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from tune_app.cli.common import (
+    CacheOption,
     ConcurrentOption,
+    DataOption,
     DeviceOption,
     SetOption,
+    cache_folder,
     out,
     parse_settings,
     to_stderr,
@@ -344,3 +347,65 @@ def bench_overhead_command(
             record=_recorder(out_file),
         )
     out.print(overhead_table(result))
+
+
+@bench_app.command("record")
+def bench_record_command(
+    data: DataOption,
+    out_file: Annotated[
+        Path, typer.Option("--out", help="Parquet file of the curves; it continues where it is.")
+    ],
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Configurations drawn at random.")
+    ] = 100,
+    space: Annotated[
+        str, typer.Option("--space", help="Search space that is drawn from.")
+    ] = "documented",
+    known: Annotated[
+        str, typer.Option("--settings", help="Known settings, recorded first; empty for none.")
+    ] = "",
+    folds: Annotated[
+        str, typer.Option("--folds", help="Validation folds, separated by commas.")
+    ] = "0",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds on each fold.")] = 1,
+    hold_fold: Annotated[
+        int, typer.Option("--hold-fold", help="Fold that no run trains or validates on.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")
+    ] = 1,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="No run begins later than this.")
+    ] = None,
+    settings: SetOption = None,
+    cache: CacheOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Record whole learning curves of random configurations, for `bench strategies` and for priors."""
+    import math
+
+    from search_spaces.written import space_from
+    from tune_app.bench.record import record_curves
+    from tune_app.models.model import choose_device
+
+    config = parse_settings(settings)
+    table = record_curves(
+        data,
+        out_file,
+        space=space_from(space, config),
+        config=config,
+        trials=trials,
+        settings=[name for name in known.split(",") if name],
+        folds=_whole_numbers(folds, "--folds"),
+        seeds=seeds,
+        hold_fold=hold_fold,
+        seed=seed,
+        device=str(choose_device(device)),
+        at_once=at_once,
+        seconds=math.inf if minutes is None else 60 * minutes,
+        cache=cache_folder(cache),
+        say=to_stderr,
+    )
+    runs = table["trial"].nunique() if len(table) else 0
+    out.print(f"{out_file}: {runs} runs, {len(table)} epochs", soft_wrap=True)

@@ -1,0 +1,154 @@
+"""Recording whole curves: what is drawn, what is held out, and that a stopped recording continues."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from search_spaces.spaces import SPACES
+from search_spaces.written import space_from
+from trainables.config import build_config
+from trainables.data.folds import split_rows
+from trainables.data.manifest import read_manifest
+from tune_app.bench.record import (
+    RecordError,
+    Recording,
+    draw,
+    held_out_split,
+    planned_runs,
+    read_scores,
+    record_curves,
+)
+from tune_app.synthetic import write_cohort
+
+TINY: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.125,
+    "volume_shape": 12,
+    "epochs": 2,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_folds": 3,
+    "amp": "off",
+    "train_auc_volumes": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(
+        tmp_path_factory.mktemp("record") / "cohort", subjects=18, side=(12, 14), noise=0.3
+    )
+
+
+def record(cohort: Path, out: Path, **more: Any) -> pd.DataFrame:
+    asked: dict[str, Any] = {"trials": 2, "folds": (0, 2), "hold_fold": 1, **more}
+    return record_curves(
+        cohort,
+        out,
+        space=space_from("documented", TINY),
+        config=TINY,
+        cache=out.parent / "cache",
+        **asked,
+    )
+
+
+def test_a_stopped_recording_continues_and_ends_with_the_same_table(
+    cohort: Path, tmp_path: Path
+) -> None:
+    whole = record(cohort, tmp_path / "whole.parquet")
+    first = record(
+        cohort, tmp_path / "parts.parquet", seconds=0.0
+    )  # one run begins: no run begins later
+    assert first["trial"].nunique() == 1
+    rest = record(cohort, tmp_path / "parts.parquet", at_once=2)
+    assert list(rest["trial"].unique()) == [
+        "00000",
+        "00001",
+        "00000-fold2-seed0",
+        "00001-fold2-seed0",
+    ]
+    timed = ["epoch_s", "train_s", "validation_s", "volumes_per_s", "peak_memory_gib"]
+    pd.testing.assert_frame_equal(whole.drop(columns=timed), rest.drop(columns=timed))
+    again = pd.read_parquet(tmp_path / "parts.parquet")
+    assert len(again) == 8
+    assert again.attrs["labels"].keys() == {"0", "1", "2"}
+    for (
+        row
+    ) in again.itertuples():  # the scores that are kept are those that the AUCs were computed from
+        assert row.hold_auc == pytest.approx(
+            roc_auc_score(again.attrs["labels"]["1"], read_scores(row.hold_scores))
+        )
+        assert row.val_auc == pytest.approx(
+            roc_auc_score(again.attrs["labels"][str(row.fold)], read_scores(row.val_scores)),
+            abs=0.01,
+        )
+
+
+def test_the_held_out_fold_is_in_no_other_part(cohort: Path) -> None:
+    manifest = read_manifest(cohort)
+    for fold in (0, 2):
+        split, hold = held_out_split(cohort, build_config({**TINY, "fold": fold}), 1)
+        own = split_rows(manifest, fold=fold, num_folds=3, cross_validate=True)
+        assert set(split.val) == set(own.val)
+        assert set(split.train) == set(own.train) - set(hold)
+        assert len(hold)
+        assert not set(hold) & (set(split.train) | set(split.val))
+
+
+def test_more_trials_leave_the_first_ones_as_they_were() -> None:
+    space = SPACES["documented"]
+    few, more = (
+        planned_runs(
+            Recording(space.to_mapping(), {"epochs": 30}, count, ("after",), (0,), 1, 1, 7, ""),
+            space,
+        )
+        for count in (3, 9)
+    )
+    assert [run.overrides for run in more[:4]] == [run.overrides for run in few]
+    assert [run.origin for run in few] == ["after", "random", "random", "random"]
+    for run in more:
+        build_config(run.overrides)
+
+
+def test_draws_are_uniform_on_the_scale_that_is_searched() -> None:
+    rng = np.random.default_rng(0)
+    parameters = SPACES["wide"].parameters
+    rates = np.log([draw(parameters["backbone_lr"], rng) for _ in range(4000)])
+    low, high = (np.log(float(end)) for end in parameters["backbone_lr"].ends)  # type: ignore[arg-type]
+    assert low <= rates.min()
+    assert rates.max() <= high
+    assert np.mean(rates) == pytest.approx((low + high) / 2, abs=0.1)
+    assert np.std(rates) == pytest.approx((high - low) / 12**0.5, rel=0.05)
+    assert {draw(parameters["freeze_backbone_share"], rng) for _ in range(200)} == {
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+    }
+    assert {draw(parameters["unfreeze_stage_epochs"], rng) for _ in range(200)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"folds": (1,)}, "held-out"),
+        ({"folds": (0, 3)}, "folds 3"),
+        ({"folds": (0, 0)}, "each fold once"),
+        ({"trials": 0}, "1 or more"),
+    ],
+)
+def test_folds_that_cannot_be_recorded_are_named(
+    cohort: Path, tmp_path: Path, asked: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RecordError, match=named):
+        record(cohort, tmp_path / "curves.parquet", **asked)
+
+
+def test_a_table_of_other_settings_is_not_added_to(cohort: Path, tmp_path: Path) -> None:
+    record(cohort, tmp_path / "curves.parquet", trials=1, folds=(0,))
+    with pytest.raises(RecordError, match="another seed"):
+        record(cohort, tmp_path / "curves.parquet", trials=1, folds=(0,), seed=5)
