@@ -19,6 +19,7 @@ from optuna.distributions import (
 
 from search_spaces.fixes import DOCUMENT_EPOCHS, baseline, drw_start_at, shown
 from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
+from trainables.errors import ProblemsError
 
 Sample = dict[str, Scalar]
 """Values by parameter name; parameters that nothing would read are absent."""
@@ -27,15 +28,8 @@ Role = Literal["searched", "retuned"]
 """searched: what the study asks about; retuned: varied only so that each searched value is judged at its own best."""
 
 
-class SpaceError(ValueError):
+class SpaceError(ProblemsError):
     """A space that cannot be searched. `problems` holds one line a violation, all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-    def __reduce__(self) -> tuple[type["SpaceError"], tuple[list[str]]]:
-        return type(self), (self.problems,)
 
 
 @dataclass(frozen=True)

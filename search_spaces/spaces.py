@@ -158,7 +158,7 @@ def warm_start_points(space: Space, epochs: int, names: Iterable[str] | None = N
     wanted = list(WARM_STARTS) if names is None else list(names)
     if unknown := [name for name in wanted if name not in WARM_STARTS]:
         raise SpaceError(
-            [f"unknown warm start {', '.join(unknown)}: there are {', '.join(WARM_STARTS)}"]
+            f"unknown warm start {', '.join(unknown)}: there are {', '.join(WARM_STARTS)}"
         )
     searched = {parameter.hyperparameter for parameter in space.parameters.values()}
     points: dict[str, Sample] = {}

@@ -43,7 +43,7 @@ def space_from(value: str | Mapping[str, Any], config: Mapping[str, Any] | None 
     else:
         guess = difflib.get_close_matches(value, SPACES, n=1)
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
-        raise SpaceError([f"unknown space {value!r}: one of {', '.join(SPACES)}{hint}"])
+        raise SpaceError(f"unknown space {value!r}: one of {', '.join(SPACES)}{hint}")
     try:
         space = space.within(config or {})
     except ConfigError as error:
@@ -143,18 +143,16 @@ def _mapping(written: Mapping[str, Any], group: str, problems: list[str]) -> dic
 def _parameter(name: str, entry: Any, role: Role) -> Parameter:
     hyperparameter = DERIVED[name].hyperparameter if name in DERIVED else name
     if hyperparameter not in FineTuneConfig.model_fields:
-        raise SpaceError([_unknown(name)])
+        raise SpaceError(_unknown(name))
     if hyperparameter in NOT_SEARCHED:
         raise SpaceError(
-            [f"{name} is not searched: {NOT_SEARCHED[hyperparameter]}; it may stand under `fixed`"]
+            f"{name} is not searched: {NOT_SEARCHED[hyperparameter]}; it may stand under `fixed`"
         )
     if isinstance(entry, list | tuple):
         entry = {"choices": entry}
     if not isinstance(entry, Mapping):
         raise SpaceError(
-            [
-                f"{name}: {entry!r} is no range: write {{low: .., high: ..}} or a list of choices; one value goes under `fixed`"
-            ]
+            f"{name}: {entry!r} is no range: write {{low: .., high: ..}} or a list of choices; one value goes under `fixed`"
         )
     if unknown := [
         f"{name}: unknown field {key!r}{_guess(key, _RANGE_FIELDS)}"
@@ -216,7 +214,7 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     wanted = _kind(name)
     if wanted not in (int, float):
         raise SpaceError(
-            [f"{name} has no range, it takes choices: write {name}: [{', '.join(_possible(name))}]"]
+            f"{name} has no range, it takes choices: write {name}: [{', '.join(_possible(name))}]"
         )
     problems = [f"{name}: {key} is missing" for key in ("low", "high") if key not in entry]
     numbers: dict[str, float] = {}

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from trainables.errors import ProblemsError
+
 Scalar = str | int | float | bool | None
 """What an override may be: a JSON scalar, so that it fits a Ray trial config, an Optuna parameter and a table cell."""
 
@@ -37,17 +39,8 @@ FORMER_NAMES = {
 """Names used elsewhere for what is here called otherwise: spelling alone would not suggest the right one."""
 
 
-class ConfigError(ValueError):
+class ConfigError(ProblemsError):
     """A configuration that cannot run. `problems` holds one line a violation, all of them, in field order."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
-        return type(self), (
-            self.problems,
-        )  # the default would pass the joined text, and Ray pickles errors
 
 
 def _as_triple(value: object) -> object:

@@ -60,7 +60,7 @@ def open_inputs(
             made = prepare_cohort(manifest, Recipe.from_config(config), folder.parent)
             if made.name != folder.name:
                 raise CohortError(
-                    [f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"]
+                    f"{table}: not the data of the study (cohort {folder.name}, here {made.name})"
                 )
     except (ManifestError, CohortError) as error:
         here = f"node {socket.gethostname()}"

@@ -101,7 +101,7 @@ def run_demo(folder: Path, *, trials: int, epochs: int, console: Console, result
 
     started = time.monotonic()
     if folder.exists() and any(folder.iterdir()):
-        raise SpecError([f"{folder}: not empty; remove it, or name another folder with --out"])
+        raise SpecError(f"{folder}: not empty; remove it, or name another folder with --out")
     cache = folder / "cache"
     table = write_cohort(folder / "cohort", subjects=60, noise=0.8)
     console.print(f"cohort: real NIfTI files and their table {table}", soft_wrap=True)

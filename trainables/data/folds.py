@@ -44,17 +44,13 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
         given = sorted({int(number) for number in folds})
         if fold not in given:
             raise ManifestError(
-                [
-                    f"fold={fold}: the table's fold column has {', '.join(map(str, given))}; choose one of them"
-                ]
+                f"fold={fold}: the table's fold column has {', '.join(map(str, given))}; choose one of them"
             )
         validates = folds == fold
     else:
         if not 0 <= fold < num_folds:
             raise ManifestError(
-                [
-                    f"fold={fold}: there are folds 0 to {num_folds - 1}; raise num_folds or lower fold"
-                ]
+                f"fold={fold}: there are folds 0 to {num_folds - 1}; raise num_folds or lower fold"
             )
         labels = rows["label"].to_numpy(dtype=np.int64)[pool]
         subjects = rows["subject"].to_numpy(dtype=object)[pool]

@@ -68,9 +68,9 @@ def _medmnist_parts(archive: Path, limit: int | None) -> dict[str, tuple[np.ndar
                     stored = images.astype(np.uint8) if images.dtype == bool else images
                     parts[split] = stored, labels.reshape(-1).tolist()
     except FileNotFoundError:
-        raise CohortError([f"{archive}: no such file"]) from None
+        raise CohortError(f"{archive}: no such file") from None
     except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise CohortError([f"{archive}: not a MedMNIST archive (.npz): {error}"]) from None
+        raise CohortError(f"{archive}: not a MedMNIST archive (.npz): {error}") from None
     if problems:
         raise CohortError(problems)
     return parts

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.data.storage import StorageError, bucket_of, url_of
+from trainables.errors import ProblemsError
 
 COLUMNS = {
     "path": "the NIfTI file of each row",
@@ -26,17 +27,8 @@ MAX_ROWS = 1_000_000
 MAX_TABLE_BYTES = 2**28
 
 
-class ManifestError(ValueError):
+class ManifestError(ProblemsError):
     """A table that cannot be used. `problems` holds one line a problem, all of them, rows first."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-    def __reduce__(self) -> tuple[type["ManifestError"], tuple[list[str]]]:
-        return type(self), (
-            self.problems,
-        )  # the default would pass the joined text, and Ray pickles errors
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def table_bytes(table: Path) -> bytes:
         found = table.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ManifestError(
-                [f"table {table}: a CSV or Parquet file is needed, this is a folder or device"]
+                f"table {table}: a CSV or Parquet file is needed, this is a folder or device"
             )
         return (
             table.read_bytes()
@@ -67,21 +59,21 @@ def table_bytes(table: Path) -> bytes:
         )
     except FileNotFoundError:
         what = "file" if url_of(table) is None else "object"
-        raise ManifestError([f"table {url_of(table) or table}: no such {what}"]) from None
+        raise ManifestError(f"table {url_of(table) or table}: no such {what}") from None
     except StorageError as error:
-        raise ManifestError([f"table {url_of(table)}: {error}"]) from None
+        raise ManifestError(f"table {url_of(table)}: {error}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, ManifestError):
             raise
         raise ManifestError(
-            [f"table {table}: cannot be read: {getattr(error, 'strerror', None) or error}"]
+            f"table {table}: cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
 
 
 def _too_large(table: str, size: int) -> bytes:
     most = MAX_TABLE_BYTES // 2**20
     raise ManifestError(
-        [f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"]
+        f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"
     )
 
 
@@ -102,24 +94,22 @@ def _csv(table: str, content: bytes) -> tuple[list[str], list[Record]]:
     elif b"\0" in content:
         kind = "is a binary file: CSV or Parquet is needed"
     if kind:
-        raise ManifestError([f"table {table}: {kind}"])
+        raise ManifestError(f"table {table}: {kind}")
     try:
         lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ManifestError(
-            [f"table {table}: line {line} is not UTF-8 text: save it as UTF-8"]
+            f"table {table}: line {line} is not UTF-8 text: save it as UTF-8"
         ) from None
     except csv.Error as error:
-        raise ManifestError([f"table {table}: not a CSV table: {error}"]) from None
+        raise ManifestError(f"table {table}: not a CSV table: {error}") from None
     if len(lines) > MAX_ROWS:
-        raise ManifestError([f"table {table}: {len(lines)} rows, at most {MAX_ROWS} are read"])
+        raise ManifestError(f"table {table}: {len(lines)} rows, at most {MAX_ROWS} are read")
     header = next((number for number, cells in enumerate(lines) if _filled(cells)), None)
     if header is None:
         raise ManifestError(
-            [
-                f"table {table}: empty: a header with path, label, subject and a row a volume are needed"
-            ]
+            f"table {table}: empty: a header with path, label, subject and a row a volume are needed"
         )
     columns = [name.strip() for name in lines[header]]
     rows = enumerate(lines[header + 1 :], 1)
@@ -146,9 +136,9 @@ def _parquet(table: str, content: bytes) -> tuple[list[str], list[Record]]:
         values = file.read(columns=wanted).to_pydict() if wanted and count <= MAX_ROWS else {}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ManifestError([f"table {table}: not a Parquet table: {reason}"]) from None
+        raise ManifestError(f"table {table}: not a Parquet table: {reason}") from None
     if count > MAX_ROWS:
-        raise ManifestError([f"table {table}: {count} rows, at most {MAX_ROWS} are read"])
+        raise ManifestError(f"table {table}: {count} rows, at most {MAX_ROWS} are read")
     return columns, [
         Record(n + 1, {name: values[name][n] for name in values}, len(columns))
         for n in range(count)

@@ -36,6 +36,7 @@ from trainables.data.scans import (
 )
 from trainables.data.storage import url_of
 from trainables.data.threads import Progress, in_threads
+from trainables.errors import ProblemsError
 
 if TYPE_CHECKING:
     from trainables.data.manifest import Manifest
@@ -50,15 +51,8 @@ STALLED_S = 600.0
 log = logging.getLogger(__name__)
 
 
-class CohortError(ValueError):
+class CohortError(ProblemsError):
     """A cohort that cannot be prepared or opened. `problems` holds one line a problem, in row order."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-    def __reduce__(self) -> tuple[type["CohortError"], tuple[list[str]]]:
-        return type(self), (self.problems,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +141,7 @@ def prepare_cohort(
                 shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        raise CohortError([f"cache {cache}: {reason}: free some room or choose another"]) from error
+        raise CohortError(f"cache {cache}: {reason}: free some room or choose another") from error
     return folder
 
 
@@ -160,9 +154,7 @@ def open_cohort(folder: Path) -> Cohort:
         written = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
         if written["format"] != FORMAT_VERSION:
             raise CohortError(
-                [
-                    f"cohort {folder}: format {written['format']}, this is {FORMAT_VERSION}: prepare it again"
-                ]
+                f"cohort {folder}: format {written['format']}, this is {FORMAT_VERSION}: prepare it again"
             )
         volumes = np.load(folder / "volumes.npy", mmap_mode="r", allow_pickle=False)
         recipe = Recipe.from_json(written["recipe"])
@@ -184,10 +176,10 @@ def open_cohort(folder: Path) -> Cohort:
         raise
     except FileNotFoundError as error:
         raise CohortError(
-            [f"cohort {folder}: {Path(error.filename).name} is not there: prepare it again"]
+            f"cohort {folder}: {Path(error.filename).name} is not there: prepare it again"
         ) from None
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CohortError([f"cohort {folder}: damaged ({error}): prepare it again"]) from None
+        raise CohortError(f"cohort {folder}: damaged ({error}): prepare it again") from None
     return cohort
 
 
@@ -264,9 +256,7 @@ def _build_volumes(
     needed, free = 2 * math.prod(shape), shutil.disk_usage(building).free
     if needed > free:
         raise CohortError(
-            [
-                f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room or choose another"
-            ]
+            f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room or choose another"
         )
     mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
     start, stride = mapped.offset, mapped[0].nbytes
@@ -342,10 +332,8 @@ def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
                 seen, since = beat, now
             elif now - since >= STALLED_S:
                 raise CohortError(
-                    [
-                        f"cohort {building}: another process has held {lock.lock_file} for {STALLED_S:.0f} s without "
-                        "finishing a volume: end it (`fuser` on the lock file names it) and prepare again"
-                    ]
+                    f"cohort {building}: another process has held {lock.lock_file} for {STALLED_S:.0f} s without "
+                    "finishing a volume: end it (`fuser` on the lock file names it) and prepare again"
                 ) from None
     try:
         yield
@@ -412,7 +400,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CohortError(
-            [f"{folder}: exists and is not an empty folder; remove it or choose another"]
+            f"{folder}: exists and is not an empty folder; remove it or choose another"
         )
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.absolute().name}."

@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from trainables.errors import ProblemsError
+
 Kind = Literal[
     "healthy",
     "dipping",
@@ -53,12 +55,8 @@ SOUND: frozenset[Kind] = frozenset({"healthy", "dipping"})
 Floats = npt.NDArray[np.float64]
 
 
-class CurveError(ValueError):
+class CurveError(ProblemsError):
     """Curves that cannot be replayed; `problems` holds one line a violation, all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ def read_curves(path: Path) -> list[Curve]:
     )
     if not files:
         raise CurveError(
-            [
-                f"{path}: no curves here: name a study's folder, or {', '.join(READERS)} files or a folder of them"
-            ]
+            f"{path}: no curves here: name a study's folder, or {', '.join(READERS)} files or a folder of them"
         )
     curves: list[Curve] = []
     problems: list[str] = []
@@ -175,11 +171,11 @@ def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str
 
 def _from_table(path: Path, *, alone: bool) -> list[Curve]:
     if path.suffix not in READERS:
-        raise CurveError([f"{path}: curve files are {', '.join(READERS)}"])
+        raise CurveError(f"{path}: curve files are {', '.join(READERS)}")
     try:
         table = READERS[path.suffix](path)
     except (OSError, ValueError) as error:
-        raise CurveError([f"{path}: cannot be read: {error}"]) from None
+        raise CurveError(f"{path}: cannot be read: {error}") from None
     missing = [name for name in ("epoch", "val_auc") if name not in table.columns]
     if missing:
         raise CurveError(

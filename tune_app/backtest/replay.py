@@ -137,16 +137,14 @@ def backtest(
     """
     if not curves:
         raise CurveError(
-            ["no curves to replay: name a study with finished epochs, or a folder of curve files"]
+            "no curves to replay: name a study with finished epochs, or a folder of curve files"
         )
     twice = sorted(
         name for name, count in Counter(curve.trial for curve in curves).items() if count > 1
     )
     if twice:
         raise CurveError(
-            [
-                f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"
-            ]
+            f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"
         )
     longest = max_epochs or max(
         (int(row["epoch"]) for curve in curves for row in curve.rows[-1:]), default=1

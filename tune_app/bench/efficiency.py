@@ -87,7 +87,7 @@ def bench_efficiency(
     """
     asked = list(dict.fromkeys(sides))
     if unknown := sorted(set(asked) - set(SIDES)):
-        raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
+        raise SpecError(f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}")
     folder.mkdir(parents=True, exist_ok=True)
     shared = build_config({**config, "epochs": epochs})
     manifest = read_manifest(table, num_classes=shared.num_classes)
@@ -245,9 +245,7 @@ def _until(
         try:
             if process.wait(seconds):
                 raise SpecError(
-                    [
-                        f"the search ended with {process.returncode} before its time was over: see {log}"
-                    ]
+                    f"the search ended with {process.returncode} before its time was over: see {log}"
                 )
             return time.perf_counter() - began
         except subprocess.TimeoutExpired:
@@ -274,7 +272,7 @@ def _winner(study: Study) -> str:
     valued = study.trials[study.trials["objective"].notna()]
     sound = valued[(valued["state"] == "completed") & ~valued["verdict"].isin(COLLAPSES)]
     if valued.empty:
-        raise SpecError([f"{study.path}: no trial has a value yet: give the searches more seconds"])
+        raise SpecError(f"{study.path}: no trial has a value yet: give the searches more seconds")
     best = (sound if len(sound) else valued).sort_values(
         ["objective", "number"], ascending=[False, True]
     )
@@ -316,7 +314,7 @@ def _plain(
     if done.returncode:
         last = (place / "console.log").read_text().strip().rpartition("\n")[2]
         raise SpecError(
-            [f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"]
+            f"plain Ray Tune ended with {done.returncode} ({last}): see {place / 'console.log'}"
         )
     found: dict[str, Any] = json.loads((place / "found.json").read_text())
     return {"seconds": min(seconds, time.perf_counter() - began), **found}

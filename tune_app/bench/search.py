@@ -63,7 +63,7 @@ def bench_search(
     """
     sides = set(sides)
     if unknown := sorted(sides - set(SIDES)):
-        raise SpecError([f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}"])
+        raise SpecError(f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}")
     settings = {**config, "epochs": epochs}
     search = {
         "trials": trials,

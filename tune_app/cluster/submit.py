@@ -140,10 +140,8 @@ def cluster_place(study: str) -> str:
         return url.rstrip("/")
     if not Path(study).is_absolute():
         raise SpecError(
-            [
-                f"--out {study}: on a cluster a study needs a place that every node sees and that stays the same when it "
-                "is submitted again: the absolute path of a shared folder, or a URL such as s3://bucket/study"
-            ]
+            f"--out {study}: on a cluster a study needs a place that every node sees and that stays the same when it "
+            "is submitted again: the absolute path of a shared folder, or a URL such as s3://bucket/study"
         )
     return str(Path(study))
 
@@ -174,7 +172,7 @@ def package_files(source: Path) -> dict[str, Path]:
         if path.is_file() and path.suffix in KINDS and "__pycache__" not in path.parts
     }
     if "tune_app/cli/app.py" not in found:
-        raise SpecError([f"{source}: medtune's packages are not there: nothing to send"])
+        raise SpecError(f"{source}: medtune's packages are not there: nothing to send")
     project = source / "pyproject.toml"
     return found | ({"pyproject.toml": project} if project.is_file() else {})
 
@@ -205,9 +203,7 @@ def _checked(package: bytes) -> bytes:
             f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest
         )
         raise SpecError(
-            [
-                f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"
-            ]
+            f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"
         )
     return package
 

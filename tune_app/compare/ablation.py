@@ -78,9 +78,7 @@ def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
     if asked.strip() == "own":
         if not has_own:
             raise SpecError(
-                [
-                    f"{manifest.table}: folds=own needs rows with split=val, and there are none: use all"
-                ]
+                f"{manifest.table}: folds=own needs rows with split=val, and there are none: use all"
             )
         return Folds((0,), num_folds, cross_validate=False, own_split=True)
     given = rows.loc[rows["split"] != "test", "fold"]
@@ -91,9 +89,7 @@ def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
     numbers = there if asked.strip() == "all" else _numbers(asked)
     if unknown := [str(number) for number in numbers if number not in there]:
         raise SpecError(
-            [
-                f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"
-            ]
+            f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"
         )
     folds = Folds(numbers, num_folds, cross_validate=has_own)
     problems: list[str] = []
@@ -111,9 +107,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise SpecError([f"folds={text!r}: all, own, or numbers such as 0,1,2"]) from None
+        raise SpecError(f"folds={text!r}: all, own, or numbers such as 0,1,2") from None
     if len(set(numbers)) < len(numbers):
-        raise SpecError([f"folds={text!r}: each fold once"])
+        raise SpecError(f"folds={text!r}: each fold once")
     return numbers
 
 
@@ -142,26 +138,24 @@ def read_variants(text: str, epochs: int) -> Variants:
     try:
         return variants(text, epochs)
     except ValueError as error:
-        raise SpecError([f"{error}; or a YAML file of your own"]) from None
+        raise SpecError(f"{error}; or a YAML file of your own") from None
 
 
 def _written_variants(path: Path) -> Variants:
     try:
         written = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
+        raise SpecError(f"{path}: cannot be read as text: {error}") from None
     except YamlError as error:
-        raise SpecError([f"{path}: {error}"]) from None
+        raise SpecError(f"{path}: {error}") from None
     example = "write `reference: {}` and below it `other: {max_m: 0.3}`"
     if not isinstance(written, dict) or len(written) < 2:
-        raise SpecError([f"{path}: two or more variants by name, the reference first: {example}"])
+        raise SpecError(f"{path}: two or more variants by name, the reference first: {example}")
     if bad := [
         str(name) for name, overrides in written.items() if not isinstance(overrides, dict | None)
     ]:
         raise SpecError(
-            [
-                f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"
-            ]
+            f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"
         )
     return {
         str(name): absolute_paths(overrides or {}, path.parent)

@@ -99,10 +99,8 @@ def choose_candidates(search: Study, top: int) -> Candidates:
         found.overrides[f"trial-{trial}"] = overrides
     if not found.overrides:
         raise SpecError(
-            [
-                f"{search.path}: no trial to confirm: {len(trials)} trials, {len(whole)} completed with a score, "
-                f"{len(whole) - len(sound)} of these collapsed"
-            ]
+            f"{search.path}: no trial to confirm: {len(trials)} trials, {len(whole)} completed with a score, "
+            f"{len(whole) - len(sound)} of these collapsed"
         )
     if len(found.overrides) < top:
         found.notes.append(
@@ -133,12 +131,10 @@ def confirmation_spec(
     spec = search.spec
     if spec.kind != "search":
         raise SpecError(
-            [
-                f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"
-            ]
+            f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"
         )
     if search.running:
-        raise SpecError([f"{search.path}: the search is still running: confirm when it has ended"])
+        raise SpecError(f"{search.path}: the search is still running: confirm when it has ended")
     if problems := [
         f"{name}={value}: 1 or more"
         for name, value in (("top", top), ("seeds", seeds))
@@ -181,10 +177,8 @@ def same_plan(files: StudyFiles, spec: StudySpec) -> None:
     there = files.read_spec()
     if there.planned != spec.planned:
         raise SpecError(
-            [
-                f"{files.root}: holds a confirmation with other candidates, folds or seeds "
-                f"({_variants_text(there)}): `medtune resume {files.root}` goes on with it, --out starts another"
-            ]
+            f"{files.root}: holds a confirmation with other candidates, folds or seeds "
+            f"({_variants_text(there)}): `medtune resume {files.root}` goes on with it, --out starts another"
         )
 
 
@@ -236,12 +230,12 @@ def judge(study: Study) -> Confirmation:
     """Return what the runs of a confirmation say by now. Raises SpecError when `study` is none, or has hardly begun."""
     if study.spec.kind != "confirmation":
         raise SpecError(
-            [f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"]
+            f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"
         )
     begun = set(study.trials["variant"].dropna())
     if REFERENCE not in begun or len(begun) < 2:
         raise SpecError(
-            [f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"]
+            f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"
         )
     run = sorted({int(fold) for fold in study.trials["fold"].dropna()})
     unseen = [fold for fold in run if fold not in study.spec.seen_folds]

@@ -24,7 +24,7 @@ def read_test_record(path: Path) -> list[dict[str, Any]]:
         scored: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["scored"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(
-            [f"{path}: damaged ({error}): it is the record of the test scores, restore it"]
+            f"{path}: damaged ({error}): it is the record of the test scores, restore it"
         ) from None
     return scored
 

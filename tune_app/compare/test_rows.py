@@ -48,9 +48,7 @@ def confirmed_on_test(
     """Score the test rows for the confirmation in `root`, or say that this was done before; see `score_test`."""
     if not StudyFiles(root).spec.exists():
         raise SpecError(
-            [
-                f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
-            ]
+            f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
         )
     study = load_study(root)
     earlier = read_test_record(test_file(study))
@@ -91,7 +89,7 @@ def score_test(
     found = judge(study)
     if not found.finished:
         raise SpecError(
-            [judged_lines(study, found)[0] + "; the test rows are scored at the very end"]
+            judged_lines(study, found)[0] + "; the test rows are scored at the very end"
         )
     spec = study.spec
     base = build_config(spec.config)
@@ -99,21 +97,17 @@ def score_test(
     rows = split_rows(manifest, **_split_of(study, found.choice)).test
     if not len(rows):
         raise SpecError(
-            [
-                f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"
-            ]
+            f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"
         )
     labels = manifest.rows["label"].to_numpy()[rows]
     if missing := sorted(set(range(base.num_classes)) - set(labels.tolist())):
         raise SpecError(
-            [f"{spec.data}: the test rows have no volume of class {', '.join(map(str, missing))}"]
+            f"{spec.data}: the test rows have no volume of class {', '.join(map(str, missing))}"
         )
     folder = prepare_cohort(manifest, Recipe.from_config(base), cache)
     if folder.name != study.info.get("cohort"):
         raise SpecError(
-            [
-                f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
-            ]
+            f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
         )
     names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
     scored = {name: _score_variant(study, name, folder, manifest, rows, notes) for name in names}
@@ -160,16 +154,12 @@ def _score_variant(
         path = StudyFiles(study.path).trial(str(trial["trial"])).best
         if not path.is_file():
             raise SpecError(
-                [
-                    f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"
-                ]
+                f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"
             )
         state = load_state(path)
         if set(rows.tolist()) & {*state["train_rows"].tolist(), *state["val_rows"].tolist()}:
             raise SpecError(
-                [
-                    f"trial {trial['trial']} was trained on test rows: the table's split changed since"
-                ]
+                f"trial {trial['trial']} was trained on test rows: the table's split changed since"
             )
         logits, scale = _averaged_logits(state, cohort.volumes, rows)
         scores = ranking_scores(logits, scale=scale)
@@ -189,7 +179,7 @@ def _score_variant(
         total = total + scale * logits.astype(np.float64)
     if not runs:
         raise SpecError(
-            [f"{study.path}: no run of {variant} completed: nothing to score the test rows with"]
+            f"{study.path}: no run of {variant} completed: nothing to score the test rows with"
         )
     logits = total / len(runs)
     return _Scored(

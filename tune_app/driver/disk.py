@@ -59,12 +59,10 @@ def plan_budget(spec: StudySpec, concurrent: int) -> Budget | None:
     )
     if budget.least > budget.total:
         raise SpecError(
-            [
-                f"disk_budget_gib={spec.disk_budget_gib:g}: {concurrent} trials at a time need "
-                f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}) and the {spec.keep_best} best "
-                f"{_gib(spec.keep_best * budget.best)}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
-                "max_concurrent or keep_best"
-            ]
+            f"disk_budget_gib={spec.disk_budget_gib:g}: {concurrent} trials at a time need "
+            f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}) and the {spec.keep_best} best "
+            f"{_gib(spec.keep_best * budget.best)}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
+            "max_concurrent or keep_best"
         )
     return budget
 

@@ -21,7 +21,7 @@ def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
     if "mlflow" in spec.log:
         if importlib.util.find_spec("mlflow") is None:
             raise SpecError(
-                ["log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"]
+                "log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"
             )
         from mlflow.exceptions import MlflowException
         from ray.air.integrations.mlflow import MLflowLoggerCallback
@@ -38,6 +38,6 @@ def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
             where = (
                 "MLFLOW_TRACKING_URI" if asked else "mlflow.db in the study"
             )  # a URI may hold a password
-            raise SpecError([f"log=mlflow: {where}: {str(error).splitlines()[0]}"]) from None
+            raise SpecError(f"log=mlflow: {where}: {str(error).splitlines()[0]}") from None
         callbacks.append(callback)
     return callbacks

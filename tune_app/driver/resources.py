@@ -68,13 +68,11 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
     ranks = spec.ranks or max(1, int(wanted))
     if wanted > 1 and int(wanted) != ranks:
         raise SpecError(
-            [
-                f"gpus_per_trial={wanted:g} over {ranks} ranks: each rank has one GPU, so give as many of both"
-            ]
+            f"gpus_per_trial={wanted:g} over {ranks} ranks: each rank has one GPU, so give as many of both"
         )
     if 0 < wanted <= 1 and ranks > 1:
         raise SpecError(
-            [f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"]
+            f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"
         )
     gpus = 1.0 if wanted > 1 else float(wanted)
     bundle = {"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}
@@ -96,9 +94,7 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
     if spec.accelerator_type is not None and spec.accelerator_type not in kinds:
         there = ", ".join(kinds) or "none that Ray has a name for"
         raise SpecError(
-            [
-                f"accelerator_type={spec.accelerator_type!r}: Ray has {there}: choose one, or leave it out"
-            ]
+            f"accelerator_type={spec.accelerator_type!r}: Ray has {there}: choose one, or leave it out"
         )
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     bundles = trial_bundle(spec, has_gpu=gpus > 0)
@@ -112,9 +108,7 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
             f" and {per_rank * ranks:g} GPU" if per_rank else ""
         )
         raise SpecError(
-            [
-                f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"
-            ]
+            f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"
         )
     most = int(min(fits))
     concurrent = min(most, spec.max_concurrent or most, spec.num_trials)

@@ -144,9 +144,7 @@ def _run_locked(
 ) -> Outcome:
     if files.spec.exists() and not resume:
         place = url or files.root
-        raise SpecError(
-            [f"{place}: holds a study already; `medtune resume {place}` goes on with it"]
-        )
+        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
     made = [path for path in (files.spec, files.database) if not path.exists()]
@@ -164,9 +162,7 @@ def _run_locked(
     cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
     if resume and (recorded := files.read().get("cohort")) != cohort.name:
         raise SpecError(
-            [
-                f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
-            ]
+            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
         )
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
@@ -237,7 +233,7 @@ def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
         held = "the data"
     if held is not None:
         raise SpecError(
-            [f"{root}: holds {held}; a study has a folder of its own: name another with --out"]
+            f"{root}: holds {held}; a study has a folder of its own: name another with --out"
         )
 
 
@@ -277,9 +273,7 @@ def _with_measured_packing(
 ) -> StudySpec:
     """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
     if not ray.cluster_resources().get("GPU"):
-        raise SpecError(
-            ["gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"]
-        )
+        raise SpecError("gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs")
     totals = measure_packing(base, _told(spec.data), str(cohort))
     number = pick_packing(totals)
     told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 
+from trainables.errors import ProblemsError
 from trainables.metrics import score_metrics
 from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.models.folder import (
@@ -21,12 +22,8 @@ BOOTSTRAPS = 500
 """Resamples of the subjects behind each bootstrap interval."""
 
 
-class ExportError(ValueError):
+class ExportError(ProblemsError):
     """A model that cannot be made as asked. `problems` holds one line a problem."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 def class_counts(labels: Array, classes: int) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ def choose(
     if trial is not None:
         rows = usable[usable["trial"] == (trial.zfill(5) if trial.isdigit() else trial)]
         if rows.empty:
-            raise ExportError([_no_such(study, trial)])
+            raise ExportError(_no_such(study, trial))
         name = str(rows["trial"].iloc[0])
         luck = "whoever asked for this trial may have known its score"
         return chosen(rows, f"trial {name} was asked for by name", luck, rows["best_epoch"].iloc[0])
@@ -114,9 +114,7 @@ def choose(
         found = confirm.judge(study)
         if not found.finished:
             raise ExportError(
-                [
-                    f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` goes on"
-                ]
+                f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` goes on"
             )
         usable = usable[usable["variant"] == found.choice]
         how = f"variant {found.choice}, confirmed as better than the documented settings"
@@ -125,12 +123,10 @@ def choose(
         how += f"; {len(usable)} runs on {usable['fold'].nunique()} fold(s) with {usable['seed'].nunique()} seed(s)"
         luck = "the run was not picked by its score"
     if usable.empty:
-        raise ExportError([f"{study.path}: no trial has weights and a score yet"])
+        raise ExportError(f"{study.path}: no trial has weights and a score yet")
     if ensemble is not None and not 2 <= ensemble <= len(usable):
         raise ExportError(
-            [
-                f"--ensemble {ensemble}: 2 to {len(usable)} are possible, as many trials as have weights and a score"
-            ]
+            f"--ensemble {ensemble}: 2 to {len(usable)} are possible, as many trials as have weights and a score"
         )
     if confirmed:
         epochs = statistics.median(usable["best_epoch"])
@@ -265,7 +261,7 @@ def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(
-            [f"{files.test}: damaged ({' '.join(str(error).split())[:200]}); restore it"]
+            f"{files.test}: damaged ({' '.join(str(error).split())[:200]}); restore it"
         ) from None
     return None
 
@@ -321,7 +317,7 @@ def read_run(trial: pd.Series) -> _Run:
         AttributeError,
     ) as error:
         raise ExportError(
-            [f"{path}: damaged or of another version ({' '.join(str(error).split())[:200]})"]
+            f"{path}: damaged or of another version ({' '.join(str(error).split())[:200]})"
         ) from None
 
 
@@ -368,15 +364,11 @@ def score_member(
     )
     if not (np.array_equal(split.train, run.train) and np.array_equal(split.val, run.val)):
         raise ExportError(
-            [
-                f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"
-            ]
+            f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"
         )
     if Recipe.from_config(config) != cohort.recipe:
         raise ExportError(
-            [
-                f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"
-            ]
+            f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"
         )
     network = network_of(config, run.weights, device)
     logits = _logits(network, cohort, split.val, config.num_classes, device)
@@ -384,16 +376,14 @@ def score_member(
     labels = cohort.labels[split.val]
     if not np.isfinite(logits[split.val]).all():
         raise ExportError(
-            [f"trial {trial}: its scores are not finite, it is of no use; choose another"]
+            f"trial {trial}: its scores are not finite, it is of no use; choose another"
         )
     auc = score_metrics(logits[split.val], labels, scale=scale)["auc"]
     recorded, precision = run.row["val_auc"], str(run.row["precision"])
     if not abs(auc - recorded) <= AUC_TOLERANCE[precision]:
         raise ExportError(
-            [
-                f"trial {trial}: its weights give validation AUC {auc:.4f}, the study recorded {recorded:.4f} ({precision}): "
-                "the volumes, or how they are prepared, have changed since; export with the data of the study"
-            ]
+            f"trial {trial}: its weights give validation AUC {auc:.4f}, the study recorded {recorded:.4f} ({precision}): "
+            "the volumes, or how they are prepared, have changed since; export with the data of the study"
         )
     own = (manifest.rows["split"] == "val").any() and not config.cross_validate
     member = Member(

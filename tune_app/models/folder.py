@@ -30,6 +30,7 @@ from trainables.config import ConfigError, FineTuneConfig, build_config, problem
 from trainables.data.scans import Recipe
 from trainables.data.volumes import new_folder
 from trainables.diagnosis import HEALTHY
+from trainables.errors import ProblemsError
 from tune_app.models.calibration import Calibration
 
 MODEL_FORMAT = 1
@@ -43,12 +44,8 @@ NOTED_FACTOR = 1.1
 Triple = tuple[float, float, float]
 
 
-class ModelError(ValueError):
+class ModelError(ProblemsError):
     """A model folder that cannot be used. `problems` holds one line a problem, all of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 class _Part(BaseModel):
@@ -299,9 +296,7 @@ class ModelFiles:
             listed = self.sums.read_bytes()
         except OSError as error:
             raise ModelError(
-                [
-                    f"model {self.root}: no exported model here (SHA256SUMS: {error.strerror}); `medtune export` makes one"
-                ]
+                f"model {self.root}: no exported model here (SHA256SUMS: {error.strerror}); `medtune export` makes one"
             ) from None
         contents: dict[str, bytes] = {}
         problems = []
@@ -339,9 +334,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         fields = json.loads(contents["model.json"])
         if isinstance(fields, dict) and fields.get("format") != MODEL_FORMAT:
             raise ModelError(
-                [
-                    f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"
-                ]
+                f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"
             )
         info = ModelInfo.model_validate(fields)
         recipe = info.recipe
@@ -351,7 +344,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         ]
     except KeyError as error:
         raise ModelError(
-            [f"{files.sums}: does not list {error.args[0]}: copy the folder again"]
+            f"{files.sums}: does not list {error.args[0]}: copy the folder again"
         ) from None
     except ModelError:
         raise
@@ -364,14 +357,12 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         ) from None
     except (ValueError, TypeError) as error:
         raise ModelError(
-            [f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"]
+            f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"
         ) from None
     for config in configs:
         if Recipe.from_config(config) != recipe or config.num_classes != info.num_classes:
             raise ModelError(
-                [
-                    f"model {folder}: config.json and model.json disagree on input or classes: export it anew"
-                ]
+                f"model {folder}: config.json and model.json disagree on input or classes: export it anew"
             )
     return info, configs
 
@@ -382,7 +373,7 @@ def weights_of(member: Member, contents: dict[str, bytes], folder: Path) -> byte
         return contents[_name(member, "model.safetensors")]
     except KeyError as error:
         raise ModelError(
-            [f"{ModelFiles(folder).sums}: does not list {error.args[0]}: copy the folder again"]
+            f"{ModelFiles(folder).sums}: does not list {error.args[0]}: copy the folder again"
         ) from None
 
 
@@ -423,16 +414,16 @@ def check_target(folder: Path, *, force: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ModelError([f"{folder}: a file is there; choose another name"])
+        raise ModelError(f"{folder}: a file is there; choose another name")
     if not any(folder.iterdir()):
         return
     files = ModelFiles(folder)
     if not (files.sums.is_file() and files.info.is_file()):
         raise ModelError(
-            [f"{folder}: holds something that is no exported model; choose another folder"]
+            f"{folder}: holds something that is no exported model; choose another folder"
         )
     if not force:
-        raise ModelError([f"{folder}: holds an exported model; --force replaces it"])
+        raise ModelError(f"{folder}: holds an exported model; --force replaces it")
 
 
 def sigmoid(x: float) -> float:

@@ -126,9 +126,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                [
-                    f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"
-                ]
+                f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"
             ) from None
         networks.append(on_device(network, device))
     return Model(folder, short_id, info, tuple(networks), device)
@@ -147,7 +145,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError(["--device cuda: torch finds no GPU here; use --device cpu"])
+        raise ModelError("--device cuda: torch finds no GPU here; use --device cpu")
     return torch.device(name)
 
 

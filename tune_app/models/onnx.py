@@ -25,7 +25,7 @@ def require_onnx() -> None:
     """Raise ExportError unless the packages that write and check ONNX are installed."""
     missing = [name for name in ONNX_PACKAGES if util.find_spec(name) is None]
     if missing:
-        raise ExportError([f"--onnx needs {', '.join(missing)}: pip install 'medtune[onnx]'"])
+        raise ExportError(f"--onnx needs {', '.join(missing)}: pip install 'medtune[onnx]'")
 
 
 class _Scaled(nn.Module):
@@ -85,6 +85,6 @@ def write_onnx(
             largest = max(largest, float(np.abs(expected).max()))
     if not difference <= ONNX_TOLERANCE * max(1.0, largest):
         raise ExportError(
-            [f"ONNX: its logits differ from torch's by {difference:.2g}; export without --onnx"]
+            f"ONNX: its logits differ from torch's by {difference:.2g}; export without --onnx"
         )
     return difference

@@ -128,9 +128,7 @@ def _trained(
             left["train_rows"].numpy(), rows
         ):
             raise ExportError(
-                [
-                    f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"
-                ]
+                f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"
             )
     run = saved_run(
         config, work, lambda resume: finetune(config, cohort, split, device=device, resume=resume)
@@ -144,13 +142,11 @@ def _trained(
     state = load_state(work.checkpoint)
     if state["epoch"] != epochs:
         raise ExportError(
-            [
-                f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"
-            ]
+            f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"
         )
     weights: dict[str, Tensor] = state["average"]["network"]
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise ExportError(
-            [f"{work.folder}: the run ended in weights that are not finite; choose another trial"]
+            f"{work.folder}: the run ended in weights that are not finite; choose another trial"
         )
     return weights

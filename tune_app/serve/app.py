@@ -692,16 +692,12 @@ def serve(
 
     if token is not None and len(token) < LEAST_TOKEN:
         raise SpecError(
-            [
-                f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"
-            ]
+            f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or leave it out"
         )
     url = url_of(root)
     if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
         raise SpecError(
-            [
-                f"{root}: name a folder, or a bucket in object storage: {', '.join(SCHEMES)}://bucket/..."
-            ]
+            f"{root}: name a folder, or a bucket in object storage: {', '.join(SCHEMES)}://bucket/..."
         )
     replica = Replica(url) if url else None
     root = replica.root if replica else root

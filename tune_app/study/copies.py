@@ -37,9 +37,7 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
     listed = {one.name: one.written for one in remote.listing()}
     if "study.json" not in listed:
         raise SpecError(
-            [
-                f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"
-            ]
+            f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"
         )
     folder = folder_of(url, "seen")
     shutil.rmtree(folder, ignore_errors=True)
@@ -63,13 +61,13 @@ def fetch_study(place: str, folder: Path) -> int:
     """
     url = url_of(place)
     if url is None:
-        raise SpecError([f"{place}: not object storage; a folder can be used as it is"])
+        raise SpecError(f"{place}: not object storage; a folder can be used as it is")
     if folder.exists() and any(folder.iterdir()):
-        raise SpecError([f"{folder}: not empty; name another folder"])
+        raise SpecError(f"{folder}: not empty; name another folder")
     remote = Remote(url)
     names = [name for name in remote.names() if name != LEASE]
     if "study.json" not in names:
-        raise SpecError([f"{url}: no study here (no study.json)"])
+        raise SpecError(f"{url}: no study here (no study.json)")
     copy_objects(remote, names, folder)
     return len(names)
 

@@ -102,9 +102,7 @@ class StudyFiles:
         """Raise SpecError unless this is a study of a version that can be read."""
         if not self.spec.is_file():
             raise SpecError(
-                [
-                    f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"
-                ]
+                f"{self.root}: no study here (no study.json); name the folder that `medtune run` printed"
             )
         self.read()
 
@@ -114,18 +112,14 @@ class StudyFiles:
             value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
             found = value["format"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SpecError([f"{self.spec}: damaged or not a study: {error}"]) from None
+            raise SpecError(f"{self.spec}: damaged or not a study: {error}") from None
         if found != STUDY_FORMAT:
             raise SpecError(
-                [
-                    f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"
-                ]
+                f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"
             )
         if not isinstance(value.get("spec"), dict):
             raise SpecError(
-                [
-                    f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"
-                ]
+                f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"
             )
         return value
 
@@ -207,9 +201,7 @@ def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
     ]
     if differ:
         raise SpecError(
-            [
-                f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"
-            ]
+            f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"
         )
     how = {name: getattr(asked, name) for name in HOW_ONLY}
     if asked.gpus_per_trial == "auto":

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from trainables.config import problem_lines
 from trainables.diagnosis import VERDICTS, Verdict
+from trainables.errors import ProblemsError
 from tune_app.study.objective import Reduction
 from tune_app.study.yaml_text import YamlError, load_yaml
 
@@ -99,12 +100,8 @@ class PolicySpec(BaseModel):
         return {**DEFAULT_ACTIONS, **value}
 
 
-class PolicyError(ValueError):
+class PolicyError(ProblemsError):
     """A policy file that cannot be used; `problems` holds one line a violation."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 def read_policy(path: Path) -> PolicySpec:
@@ -113,11 +110,11 @@ def read_policy(path: Path) -> PolicySpec:
         fields = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YamlError) as error:
         raise PolicyError(
-            [f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]
+            f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(fields, dict):
         raise PolicyError(
-            [f"{path}: a policy is a mapping of fields to values, such as `halving: false`"]
+            f"{path}: a policy is a mapping of fields to values, such as `halving: false`"
         )
     try:
         return PolicySpec(**{str(name): value for name, value in fields.items()})

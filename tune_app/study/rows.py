@@ -7,15 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainables.errors import ProblemsError
 from tune_app.study.columns import EPOCH_COLUMNS
 
 
-class StudyDamageError(ValueError):
+class StudyDamageError(ProblemsError):
     """Files of a study that do not hold what they must. `problems` names file and line, one each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 STATES = ("completed", "stopped", "running", "interrupted", "failed")

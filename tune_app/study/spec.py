@@ -213,23 +213,19 @@ def read_study_file(path: Path) -> dict[str, Any]:
     try:
         fields = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError([f"{path}: no such study file; `medtune init` writes one"]) from None
+        raise SpecError(f"{path}: no such study file; `medtune init` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([f"{path}: cannot be read as text: {error}"]) from None
+        raise SpecError(f"{path}: cannot be read as text: {error}") from None
     except YamlError as error:
-        raise SpecError([f"{path}: {error}"]) from None
+        raise SpecError(f"{path}: {error}") from None
     if not isinstance(fields, dict):
         raise SpecError(
-            [
-                f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"
-            ]
+            f"{path}: a study file is a mapping of fields to values, this is a {type(fields).__name__}"
         )
     config = fields.get("config")
     if not isinstance(config, dict | None):
         raise SpecError(
-            [
-                f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"
-            ]
+            f"{path}: config: a mapping of hyperparameters to values, this is a {type(config).__name__}"
         )
     return absolute_paths(fields, path.parent)
 

@@ -83,7 +83,7 @@ def study_file(
 def write_study_file(path: Path, *, data: str, space: str, force: bool = False) -> None:
     """Write `study_file` to `path`. Raises SpecError when there is a file (without `force`), or no such space."""
     if path.exists() and not force:
-        raise SpecError([f"{path}: there already; --force writes over it, or name another file"])
+        raise SpecError(f"{path}: there already; --force writes over it, or name another file")
     try:
         space_from(space)
     except SpaceError as error:

@@ -1,0 +1,14 @@
+"""What is wrong with something that a user wrote, all of it at once."""
+
+from collections.abc import Iterable
+
+
+class ProblemsError(ValueError):
+    """An error of one problem or more. `problems` holds one line per problem, all of them, in the order of the input."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__(self.problems)  # what pickle, and so Ray, gives to the copy
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
