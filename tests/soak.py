@@ -43,7 +43,7 @@ from optuna.storages import RDBStorage
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
-from tune_app.local_ray import keep_strangers_out
+from tune_app.driver.local_ray import keep_strangers_out
 
 def trial(config):
     for epoch in range(4):

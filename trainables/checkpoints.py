@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import pickle
 import sys
@@ -98,8 +99,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def without_nonfinite(value: Any) -> Any:
-    """Return `value` with every NaN and infinite float replaced by None, at any depth."""
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    """Return `value` as JSON has it, at any depth: None for NaN and infinities, Python's own scalars for NumPy's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {key: without_nonfinite(item) for key, item in value.items()}

@@ -16,8 +16,7 @@ volumes: raw AUCs five epochs apart differ by some .05, averaged ones by some .0
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from trainables.checkpoints import without_nonfinite
 from trainables.errors import ProblemsError
+from tune_app.study.files import StudyFiles
+from tune_app.study.rows import json_lines, whole_lines
 
 Kind = Literal[
     "healthy",
@@ -120,15 +122,13 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _from_study(folder: Path) -> list[Curve]:
-    from tune_app.study.files import StudyFiles
-
     files = StudyFiles(folder)
     problems: list[str] = []
     by_trial: dict[str, list[dict[str, Any]]] = {}
-    for number, row in _json_lines(files.epochs, problems):
+    for number, row in json_lines(files.epochs, whole_lines(files.epochs, []), problems):
         if "trial" not in row or "epoch" not in row:
             problems.append(
-                f"{files.epochs} line {number}: a row needs trial and epoch, this one has {sorted(row)}"
+                f"{files.epochs}:{number}: a row needs trial and epoch, this one has {sorted(row)}"
             )
         else:
             by_trial.setdefault(str(row["trial"]), []).append(row)
@@ -148,25 +148,6 @@ def _from_study(folder: Path) -> list[Curve]:
     if problems:
         raise CurveError(problems)
     return curves
-
-
-def _json_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers and rows. A last line without an end is what a killed writer leaves: it is left out."""
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if line.endswith(b"\n"):
-                problems.append(f"{path} line {number}: not JSON: {error}")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            problems.append(
-                f"{path} line {number}: a row is a JSON object, this is a {type(row).__name__}"
-            )
 
 
 def _from_table(path: Path, *, alone: bool) -> list[Curve]:
@@ -209,7 +190,7 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
     for trial, part in table.groupby(table["trial"].astype(str), sort=True):
         for epoch in sorted(set(part["epoch"][part["epoch"].duplicated()])):
             problems.append(f"{path}: trial {trial} has epoch {epoch} twice; keep one row")
-        records = [_plain(record) for record in part.sort_values("epoch").to_dict("records")]
+        records = [without_nonfinite(row) for row in part.sort_values("epoch").to_dict("records")]
         config: dict[str, Any] = {}
         for column in (str(name) for name in part.columns if str(name).startswith("config.")):
             values = {json.dumps(record.get(column), default=str) for record in records}
@@ -229,20 +210,9 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
     return curves
 
 
-def _plain(record: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the row as the run would have reported it: Python scalars, None for NaN."""
-    plain: dict[str, Any] = {}
-    for name, value in record.items():
-        scalar = value.item() if hasattr(value, "item") else value
-        plain[str(name)] = (
-            None if isinstance(scalar, float) and not math.isfinite(scalar) else scalar
-        )
-    return plain
-
-
 def _read_json_lines(path: Path) -> pd.DataFrame:
     problems: list[str] = []
-    rows = [row for _, row in _json_lines(path, problems)]
+    rows = [row for _, row in json_lines(path, path.read_bytes().rstrip() + b"\n", problems)]
     if problems:
         raise ValueError("; ".join(problems))
     return pd.DataFrame(rows)

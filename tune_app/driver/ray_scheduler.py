@@ -4,7 +4,6 @@ Nothing of it is saved or restored by Ray: `Tuner.restore` loses a scheduler's r
 `Policy` that has replayed the study's epochs.jsonl.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from ray.tune.result import (
 )
 from ray.tune.schedulers.trial_scheduler import FIFOScheduler, TrialScheduler
 
+from trainables.checkpoints import without_nonfinite
 from tune_app.study.policy import Decision, Policy
 
 if TYPE_CHECKING:
@@ -79,11 +79,8 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
             for key, value in result.items()
             if key not in RAYS_OWN and not key.startswith(("config/", "__"))
         }
-        row = {
-            "trial": name,
-            "time": time.time(),
-            **{key: _storable(value) for key, value in row.items()},
-        }
+        # Decide on what will be read again: rows are stored as JSON, which has no NaN.
+        row = {"trial": name, "time": time.time(), **without_nonfinite(row)}
         new = not self.policy.known(name, int(row["epoch"]))
         if new:
             self._record(row)
@@ -109,10 +106,3 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing: the policy was rebuilt from epochs.jsonl."""
-
-
-def _storable(value: Any) -> Any:
-    """Decide on what will be read again: rows are stored as JSON, which has no NaN."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,7 @@ from tune_app.report import figures, findings
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.tables import results_table
-from tune_app.results.text import duration, format_value, printable
+from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.study.files import StudyFiles
 from tune_app.study.objective import OBJECTIVES
 
@@ -984,14 +984,7 @@ def _sha256(text: str) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON that no browser takes for the end of its script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, default=_plain)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False, default=plain)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's and pandas' scalars as Python's."""
-    if value is pd.NA:
-        return None
-    return value.item()

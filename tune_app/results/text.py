@@ -2,13 +2,24 @@
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-if TYPE_CHECKING:
-    pass
+from trainables.checkpoints import without_nonfinite
+
+
+def plain(value: Any) -> Any:
+    """Return cells as JSON has them, at any depth: Python's own scalars, None for what is missing or not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is pd.NA or value is pd.NaT:
+        return None
+    return value.isoformat() if isinstance(value, pd.Timestamp) else without_nonfinite(value)
 
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,6 @@ back, and goes on from there. Events: `rows` ([trial, epoch, raw, averaged, clas
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
 from tune_app.serve.views import to_json, trials_table
 from tune_app.study.files import StudyFiles
+from tune_app.study.rows import json_lines
 
 EVERY_S = 0.5
 """Seconds between two looks at the files."""
@@ -233,15 +233,8 @@ def _rows(path: Path, start: int, upto: int) -> tuple[list[dict[str, Any]], int]
     end = content.rfind(b"\n") + 1
     if not end:  # one line longer than a chunk is no row of ours
         return [], min(upto, start + CHUNK)
-    rows = []
-    for line in content[:end].split(b"\n")[:-1]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the study's notes tell of damaged lines
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, start + end
+    # The study's notes tell of damaged lines.
+    return [row for _, row in json_lines(path, content[:end], damage=[])], start + end
 
 
 def _backlog(path: Path, start: int, upto: int) -> tuple[bytes, int]:

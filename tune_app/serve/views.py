@@ -5,7 +5,6 @@ Ids are made from what lies on disk and looked up, never joined to a path: nothi
 """
 
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from trainables.config import FineTuneConfig
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
 from tune_app.results.tables import results_table
-from tune_app.results.text import duration, format_value, printable
+from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
 from tune_app.study.files import StudyFiles
@@ -464,7 +463,7 @@ def figure(study: Study, name: str) -> dict[str, Any]:
     else:
         drawn = figures.slice_of(study, name.removeprefix("slice-"))
         caption = "Dashed: the document's value before its fix; solid: after."
-    return {"figure": cleaned(drawn), "caption": caption}
+    return {"figure": plain(drawn), "caption": caption}
 
 
 # Logs ------------------------------------------------------------------------------------------------------------------
@@ -495,28 +494,6 @@ def log_tail(path: Path, which: str, trial: str | None, lines: int) -> dict[str,
 
 
 # Plain values ----------------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """Return a cell as JSON has it: Python's own scalars, None for what is missing or not finite."""
-    if value is None or value is pd.NA or value is pd.NaT:
-        return None
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, pd.Timestamp):
-        return value.isoformat()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def cleaned(value: Any) -> Any:
-    """Return nested values with every scalar plain."""
-    if isinstance(value, Mapping):
-        return {str(key): cleaned(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [cleaned(item) for item in value]
-    return plain(value)
 
 
 def to_json(value: Any) -> bytes:

@@ -157,6 +157,7 @@ _DTYPE_WORDS = {
 def json_lines(
     path: Path, content: bytes, damage: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line numbers and objects of the whole lines of `content`; what is none goes to `damage`, with file and line."""
     for line, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(text, parse_constant=_constant)

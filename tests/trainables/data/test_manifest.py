@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
-from trainables.data import manifest as manifest_module
+from trainables.data import table_file
 from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.manifest_check import check_manifest
@@ -269,10 +269,10 @@ def test_a_table_that_is_missing_a_folder_a_pipe_or_huge_is_told(
     assert "this is a folder or device" in problems_of(tmp_path / "pipe")[0]
     table = write_table(GOOD)
     pd.read_csv(table).to_parquet(tmp_path / "t.parquet")
-    monkeypatch.setattr(manifest_module, "MAX_ROWS", 5)
+    monkeypatch.setattr(table_file, "MAX_ROWS", 5)
     assert "9 rows, at most 5 are read" in problems_of(table)[0]
     assert "8 rows, at most 5 are read" in problems_of(tmp_path / "t.parquet")[0]
-    monkeypatch.setattr(manifest_module, "MAX_TABLE_BYTES", 10)
+    monkeypatch.setattr(table_file, "MAX_TABLE_BYTES", 10)
     assert "is it the table?" in problems_of(table)[0]
 
 

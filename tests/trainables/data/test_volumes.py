@@ -24,7 +24,7 @@ import pytest
 from filelock import FileLock
 
 from trainables.config import build_config
-from trainables.data import volumes
+from trainables.data import threads, volumes
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.medmnist import import_medmnist
 from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, read_scan
@@ -307,9 +307,9 @@ BUILDER = """
 import sys
 import threading
 from pathlib import Path
-from trainables import volumes
+from trainables.data import volumes
 from trainables.config import build_config
-from trainables.manifest import read_manifest
+from trainables.data.manifest import read_manifest
 
 table, cache, pause = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "pause"
 real = volumes.read_scan
@@ -424,7 +424,7 @@ def test_ctrl_c_ends_a_preparation_and_leaves_nothing(
     def press(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(volumes, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(volumes, "read_scan", held)
     with pytest.raises(KeyboardInterrupt):
         prepare_cohort(read_manifest(table), recipe(), cache, progress=press, workers=1)

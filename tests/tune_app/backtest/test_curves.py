@@ -208,7 +208,7 @@ def test_every_problem_of_every_curve_file_is_told(tmp_path):
         "b.csv row 3: val_auc",
         "c.csv: trial t has epoch 1 twice",
         "c.csv: trial t has 2 values of config.s",
-        "d.jsonl line 2: not JSON",
+        "d.jsonl:2: not a JSON row",
     ):
         assert part in problems
     with pytest.raises(CurveError, match="no curves here"):
@@ -237,5 +237,5 @@ def test_a_studys_folder_gives_its_trials_with_their_configs(tmp_path):
     ]  # the first report of an epoch counts
     with (folder / "epochs.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(CurveError, match="line 6: not JSON"):
+    with pytest.raises(CurveError, match="jsonl:6: not a JSON row"):
         read_curves(folder)

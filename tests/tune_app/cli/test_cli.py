@@ -15,6 +15,7 @@ from search_spaces.spaces import SPACES
 from trainables.config import ConfigError, FineTuneConfig
 from tune_app.cli import app as cli
 from tune_app.cli import common as cli_common
+from tune_app.cli import studies
 from tune_app.cli.common import parse_settings
 from tune_app.study.spec import StudySpec
 from tune_app.synthetic import write_cohort
@@ -43,7 +44,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudySpec]:
     """The studies that would have been run."""
     specs: list[StudySpec] = []
-    monkeypatch.setattr(cli, "_run_and_tell", lambda spec, root, **options: specs.append(spec))
+    monkeypatch.setattr(studies, "_run_and_tell", lambda spec, root, **options: specs.append(spec))
     return specs
 
 

@@ -17,7 +17,7 @@ from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
 STUDY = """
 import os, subprocess, sys
 import ray
-from tune_app.local_ray import ray_to_work_with
+from tune_app.driver.local_ray import ray_to_work_with
 
 with open(sys.argv[1], "w") as answer, ray_to_work_with(None):
     address = ray.get_runtime_context().gcs_address
@@ -68,7 +68,7 @@ FROZEN = """
 import os, signal, sys
 import psutil
 import ray
-from tune_app.local_ray import ray_to_work_with
+from tune_app.driver.local_ray import ray_to_work_with
 
 with ray_to_work_with(None):
     pid = ray.get(ray.remote(lambda: os.getpid()).remote())
@@ -96,7 +96,7 @@ FORGOTTEN = """
 import gc, sys, tempfile
 from functools import partial
 from ray import tune
-from tune_app.local_ray import ray_to_work_with
+from tune_app.driver.local_ray import ray_to_work_with
 
 def trial(config, setting):
     tune.report({"value": 1})

@@ -22,7 +22,7 @@ from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import build_network
-from tune_app.models import export
+from tune_app.models import evaluation, export, onnx
 from tune_app.models.calibration import Calibration
 from tune_app.models.evaluation import ExportError, evaluate, judge, wilson
 from tune_app.models.export import choose, export_model
@@ -533,7 +533,7 @@ def noise(
 def test_scores_that_know_nothing_are_shown_up_by_the_unseen_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, "BOOTSTRAPS", 2)
+    monkeypatch.setattr(evaluation, "BOOTSTRAPS", 2)
     found = [
         judge(*(z, 1.0, labels, subjects)).evaluation.metrics
         for z, labels, subjects in (noise(seed=s) for s in range(12))
@@ -557,7 +557,7 @@ def test_intervals_hold_their_values() -> None:
 
 
 def test_metrics_equal_score_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "BOOTSTRAPS", 20)
+    monkeypatch.setattr(evaluation, "BOOTSTRAPS", 20)
     z, labels, subjects = noise()
     identity = Calibration(slope=1.0, offsets=(0.0, 0.0))
     oracle = score_metrics(z, labels, scale=2.0)
@@ -573,7 +573,7 @@ def test_metrics_equal_score_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_three_classes_have_recalls_and_no_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "BOOTSTRAPS", 20)
+    monkeypatch.setattr(evaluation, "BOOTSTRAPS", 20)
     rng = np.random.default_rng(6)
     labels = np.arange(60) % 3
     found = judge(
@@ -598,7 +598,7 @@ def test_wilson_equals_scipys(right: int, count: int) -> None:
 def test_onnx_without_its_packages_says_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx.util, "find_spec", lambda name: None)
     with pytest.raises(
         ExportError,
         match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'medtune\[onnx\]'",

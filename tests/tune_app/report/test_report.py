@@ -402,7 +402,7 @@ def test_watching_writes_when_there_is_news_and_ends_with_the_driver(
 
 def test_the_report_loads_neither_torch_nor_ray(an_ablation: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom tune_app.report.page import write_report\nfrom tune_app.results.study import load_study\n"
+        "import sys\nfrom tune_app.report.page import write_report\nfrom tune_app.results import load_study\n"
         f"write_report(load_study({str(an_ablation)!r}), {str(tmp_path / 'page.html')!r})\n"
         "print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
     )

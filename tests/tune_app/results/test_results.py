@@ -18,7 +18,7 @@ from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
-from tune_app.results import study as results
+from tune_app.results import loading
 from tune_app.results.effects import holm
 from tune_app.results.importance import axis_of
 from tune_app.results.loading import load_studies, load_study
@@ -383,7 +383,7 @@ def test_reading_at_once_and_line_by_line_give_the_same_table(
     a_search: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = load_study(a_search)
-    monkeypatch.setattr(results, "_read_epochs_fast", lambda content: None)
+    monkeypatch.setattr(loading, "_read_epochs_fast", lambda content: None)
     by_line = load_study(a_search)
     pd.testing.assert_frame_equal(at_once.epochs, by_line.epochs)
     pd.testing.assert_frame_equal(at_once.trials, by_line.trials)
@@ -704,7 +704,7 @@ def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(
 
 def test_results_load_neither_torch_nor_ray(a_search: Path) -> None:
     code = (
-        "import sys\nfrom tune_app.results.study import load_study\n"
+        "import sys\nfrom tune_app.results import load_study\n"
         f"study = load_study({str(a_search)!r})\nrepr(study), study._repr_html_()\n"
         "print(sorted({'torch', 'ray', 'plotly', 'monai'} & set(sys.modules)))"
     )
