@@ -142,10 +142,12 @@ class Cluster:
         found = self.get("/api/v0/nodes")["data"]["result"]["result"]
         return [node for node in found if node["state"] == "ALIVE"]
 
-    def get(self, path: str) -> Any:
-        token = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
+    def get(self, path: str, content: bytes | None = None) -> Any:
+        """Ask the job server; with `content`, which is JSON, post it."""
+        headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
+        headers |= {} if content is None else {"Content-Type": "application/json"}
         with urllib.request.urlopen(
-            urllib.request.Request(self.url + path, headers=token), timeout=30
+            urllib.request.Request(self.url + path, content, headers), timeout=30
         ) as answer:
             return json.loads(answer.read())
 

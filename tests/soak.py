@@ -56,7 +56,7 @@ keep_strangers_out()
 me = psutil.Process()
 goal = {"metric": "value", "mode": "max"}
 for _ in range(int(sys.argv[1])):
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init('local', include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     session = ray._private.worker._global_node.get_session_dir_path()
     with tempfile.TemporaryDirectory() as name:
         storage = RDBStorage(f"sqlite:///{name}/study.db")
@@ -140,7 +140,7 @@ def one_study(root: Path, table: Path, cache: Path, number: int) -> Look:
 def sessions_mib() -> float:
     """MiB of the sessions that this process started."""
     total = 0
-    for session in Path("/tmp/ray").glob(f"session_*_{os.getpid()}"):
+    for session in Path(tempfile.gettempdir()).glob(f"medtune-*/session_*_{os.getpid()}"):
         total += sum(path.lstat().st_size for path in session.rglob("*") if path.is_file())
     return total / 2**20
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -185,9 +186,10 @@ def sweep_temporaries(folder: Path, *written: Path) -> int:
     Call it before their writers start. Driver and trial both write into a trial's folder, at the same time: each sweeps
     what it writes itself.
     """
-    names = [path.name for path in written] or ["*"]
+    names = "|".join(re.escape(path.name) for path in written) or ".+"
+    ours = re.compile(rf"\.({names})\.[0-9]+\.tmp")  # as `replacing` names them
     leftovers = (
-        [found for name in names for found in folder.glob(f".{name}.*.tmp")]
+        [found for found in folder.iterdir() if ours.fullmatch(found.name) and found.is_file()]
         if folder.is_dir()
         else []
     )

@@ -158,7 +158,8 @@ def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[d
     Starts a Ray of its own and stops it at the end.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # before, and not only after, it has started
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # Without "local" Ray joins a cluster that has a node on this machine.
+    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if work.gpu else {})}
         group = ray.util.placement_group([bundle] * world, strategy="PACK")

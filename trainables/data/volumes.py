@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -341,6 +343,10 @@ def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
         lock.release()
 
 
+OF_CONTENTS = re.compile(r"[0-9a-f]{24}")
+"""Names of cohorts being built, after `.building-`."""
+
+
 def _lock_file(cache: Path, contents: str) -> Path:
     return cache / f".{contents}.lock"
 
@@ -356,6 +362,8 @@ def _sweep(cache: Path, building: Path) -> None:
     """Remove what killed builders left: ours is free because we hold its lock, others if their lock is free."""
     shutil.rmtree(building, ignore_errors=True)
     for left in cache.glob(".building-*"):
+        if not OF_CONTENTS.fullmatch(left.name.removeprefix(".building-")):
+            continue  # nobody says that the cache has a folder of its own
         lock = FileLock(_lock_file(cache, left.name.removeprefix(".building-")))
         with contextlib.suppress(Timeout), lock.acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
@@ -403,7 +411,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             f"{folder}: exists and is not an empty folder; remove it or choose another"
         )
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.absolute().name}."
+    prefix = f".{folder.absolute().name}.{socket.gethostname()}."  # elsewhere the process may live
     for left in folder.absolute().parent.iterdir():  # of a writer that was killed
         process = left.name.removeprefix(prefix).removesuffix(".tmp")
         if (

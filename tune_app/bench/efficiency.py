@@ -328,7 +328,7 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune_app.driver.local_ray import start_ray
+    from tune_app.driver.local_ray import own_ray
 
     settings = given["config"]
     space = space_from(given["space"], settings)
@@ -336,25 +336,24 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
         parameter.name: parameter.distribution for parameter in space.parameters.values()
     }
     place = Path(given["place"])
-    start_ray(
-        {"log_to_driver": False, "logging_level": "ERROR"}
-    )  # which tries again, as a study does
-    has_gpu = bool(ray.cluster_resources().get("GPU"))
-    gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
-    at_once = (
-        int(ray.cluster_resources()["GPU"] / gpus) if gpus else int(ray.cluster_resources()["CPU"])
-    )
-    at_once = min(at_once, given["max_concurrent"] or at_once)
-    reported: list[str] = []
+    with own_ray(log_to_driver=False, logging_level="ERROR"):  # tries again, as a study does
+        has_gpu = bool(ray.cluster_resources().get("GPU"))
+        gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
+        at_once = (
+            int(ray.cluster_resources()["GPU"] / gpus)
+            if gpus
+            else int(ray.cluster_resources()["CPU"])
+        )
+        at_once = min(at_once, given["max_concurrent"] or at_once)
+        reported: list[str] = []
 
-    class Watch(tune.Callback):  # type: ignore[misc]
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any
-        ) -> None:
-            reported.append(trial.trial_id)
+        class Watch(tune.Callback):  # type: ignore[misc]
+            def on_trial_result(
+                self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any
+            ) -> None:
+                reported.append(trial.trial_id)
 
-    searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
-    try:
+        searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
         results = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_plain_trial, given=dict(given)), {"CPU": 1, "GPU": gpus}
@@ -381,8 +380,6 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
             "claimed": float(best.metrics["val_auc"]),
             "overrides": space.sample_to_overrides(best.config, settings["epochs"]),
         }
-    finally:
-        ray.shutdown()
     (place / "found.json").write_text(json.dumps(found))
 
 

@@ -35,7 +35,7 @@ from rich.table import Table
 from search_spaces.written import space_from
 from tune_app.bench.search import machine
 from tune_app.driver.display import Display
-from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
+from tune_app.driver.local_ray import own_ray, ray_to_file
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan
 from tune_app.driver.session import Lifecycle, StudySession
@@ -69,39 +69,30 @@ def bench_overhead(
     size = max(2, math.ceil(trials / turns))
     done: list[dict[str, dict[str, float]]] = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with ray_to_file(folder / "ray.log", Console(quiet=True)):
-        keep_strangers_out()
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
+    with (
+        ray_to_file(folder / "ray.log", Console(quiet=True)),
+        own_ray(log_to_driver=False, logging_level=logging.ERROR),
+    ):
+        at_a_time = concurrent or int(ray.cluster_resources()["CPU"])
+        sides: dict[str, _Ours | _Bare] = {
+            "medtune": _Ours(folder / "study", epochs, at_a_time),
+            "bare": _Bare(folder / "bare", epochs, at_a_time),
+            "stripped": _Bare(folder / "stripped", epochs, at_a_time, stripped=True),
+        }
+        for side in SIDES:  # processes start, modules load, files are there: not what is measured
+            sides[side].begin(at_a_time)()
+        say(
+            f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}"
         )
-        try:
-            at_a_time = concurrent or int(ray.cluster_resources()["CPU"])
-            sides: dict[str, _Ours | _Bare] = {
-                "medtune": _Ours(folder / "study", epochs, at_a_time),
-                "bare": _Bare(folder / "bare", epochs, at_a_time),
-                "stripped": _Bare(folder / "stripped", epochs, at_a_time, stripped=True),
-            }
-            for (
-                side
-            ) in SIDES:  # processes start, modules load, files are there: not what is measured
-                sides[side].begin(at_a_time)()
+        for number in range(turns):
+            order = SIDES[number % 3 :] + SIDES[: number % 3]
+            turn = {side: sides[side].begin(size)().seconds_a_trial() for side in order}
+            done.append(turn)
+            told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
             say(
-                f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}"
+                f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}"
             )
-            for number in range(turns):
-                order = SIDES[number % 3 :] + SIDES[: number % 3]
-                turn = {side: sides[side].begin(size)().seconds_a_trial() for side in order}
-                done.append(turn)
-                told = ", ".join(f"{side} {turn[side]['wall_s']:.3f} s a trial" for side in SIDES)
-                say(
-                    f"turn {number + 1}: {told}, ratio {turn['medtune']['wall_s'] / turn['bare']['wall_s']:.2f}"
-                )
-                record(_result(done, size, epochs, at_a_time))
-        finally:
-            ray.shutdown()
+            record(_result(done, size, epochs, at_a_time))
     return _result(done, size, epochs, at_a_time)
 
 

@@ -311,7 +311,7 @@ def _plain(
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from tune_app.driver.local_ray import keep_strangers_out
+    from tune_app.driver.local_ray import own_ray
 
     runs: list[list[float]] = []
     going: dict[str, list[float]] = {}
@@ -332,9 +332,7 @@ def _plain(
     distributions = {
         parameter.name: parameter.distribution for parameter in space.parameters.values()
     }
-    keep_strangers_out()
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
+    with own_ray(log_to_driver=False, logging_level="ERROR"):
         given = {"table": str(table.resolve()), "settings": dict(settings), "gpu": gpu}
         trainable = tune.with_parameters(_plain_trial, given=given)
         tuner = tune.Tuner(
@@ -360,8 +358,6 @@ def _plain(
         )
         results = tuner.fit()
         assert not results.errors, results.errors
-    finally:
-        ray.shutdown()
     return runs
 
 

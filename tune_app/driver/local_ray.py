@@ -5,11 +5,13 @@ import os
 import re
 import secrets
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -18,6 +20,8 @@ import ray
 import ray.util.debug
 
 from trainables.checkpoints import LogFile
+from trainables.own_folder import mark_own, remove_own
+from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
 
 log = logging.getLogger("medtune.study")
@@ -39,8 +43,19 @@ def keep_strangers_out() -> None:
     later), but saves the one it makes where others on the machine can read it. Nothing is changed where the user has said
     how Ray authenticates (RAY_AUTH_MODE and its neighbours).
     """
-    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+    if not _of_authentication():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _of_authentication() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+
+
+def _forget_token(before: Mapping[str, str]) -> None:
+    """Have the environment say again how Ray authenticates what it said `before` a local Ray was started."""
+    for name in set(_of_authentication()) - set(before):
+        del os.environ[name]
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def would_start_ray(address: str | None) -> bool:
@@ -48,36 +63,86 @@ def would_start_ray(address: str | None) -> bool:
     return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
 
 
+@dataclass
+class OwnRay:
+    """A Ray that this process has started for itself."""
+
+    folder: Path
+    """All its files. Another Ray of this machine has other ones."""
+    mark: str
+    """What the folder's marker says: of this process and this Ray alone."""
+    keep: bool = False
+    """Whether its logs are left when it has ended."""
+
+
 @contextmanager
-def ray_to_work_with(address: str | None) -> Iterator[Path | None]:
+def ray_to_work_with(address: str | None) -> Iterator[OwnRay | None]:
     """A Ray to work with: the cluster at `address`, one that is already connected, or a local one for this study alone.
 
-    Gives the folder of Ray's own files in the last case, else None.
+    Gives the local one, else None.
     """
     if ray.is_initialized():
         yield None
         return
     cluster = address or os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "configure_logging": True,
-        "logging_level": logging.ERROR,
-    }
-    if cluster:
-        ray.init(address=cluster, **common)
-    else:
-        os.environ[SESSION] = secrets.token_hex(8)
-        start_ray(common)
+    if not cluster:
+        with own_ray(log_to_driver=False, logging_level=logging.ERROR) as local:
+            yield local
+        return
+    ray.init(
+        address=cluster, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR
+    )
     try:
-        yield None if cluster else Path(ray._private.worker._global_node.get_session_dir_path())
+        yield None
     finally:
         _shut_down_ray()
-        if not cluster:
-            end_workers(os.environ.pop(SESSION))
         _forget_what_ray_keeps()
 
 
-def start_ray(options: dict[str, Any]) -> None:
+@contextmanager
+def own_ray(**options: Any) -> Iterator[OwnRay]:
+    """A local Ray for the block alone, whatever else runs on this machine: it never joins another one.
+
+    `options` of `ray.init`. Its folder is removed at the end unless the block fails or sets `keep`: Ray itself keeps the
+    logs of every session for ever.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="medtune-", dir=_place_of_sessions()))
+    session = secrets.token_hex(8)
+    local = OwnRay(folder, f"Ray of process {os.getpid()}, session {session}")
+    mark_own(folder, local.mark)
+    os.environ[SESSION] = session
+    access = _of_authentication()
+    try:
+        _start_ray(folder, options)
+        yield local
+    except BaseException:
+        local.keep = True
+        raise
+    finally:
+        _shut_down_ray()
+        end_workers(os.environ.pop(SESSION, session))
+        _forget_what_ray_keeps()
+        _forget_token(access)
+        if local.keep:
+            log.warning("Ray's own logs are kept in %s", folder)
+        else:
+            remove_own(folder, local.mark)
+
+
+SOCKET_PATH = 107
+"""Characters that the path of a socket may have (Linux, unix(7))."""
+WITHIN_PLACE = len(
+    "/medtune-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+)
+
+
+def _place_of_sessions() -> str:
+    """The folder that Ray's files go below: the system's temporary one, unless its path is too long for Ray's sockets."""
+    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return place if len(str(Path(place).absolute())) + WITHIN_PLACE <= SOCKET_PATH else "/tmp"
+
+
+def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
     os.environ.setdefault(
@@ -85,7 +150,9 @@ def start_ray(options: dict[str, Any]) -> None:
     )  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
-            ray.init(include_dashboard=False, **options)
+            with agent_on_a_free_port():
+                # Without "local" Ray joins a cluster that has a node on this machine.
+                ray.init("local", include_dashboard=False, _temp_dir=str(folder), **options)
             return
         except Exception as error:  # Ray raises no narrower one
             if "timed out during startup" not in str(error):

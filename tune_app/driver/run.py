@@ -8,7 +8,6 @@ from Ray's experiment state, which is saved seconds too late and forgets the sch
 
 import gc
 import platform
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.storage import url_of
 from trainables.data.volumes import prepare_cohort
+from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
 from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
@@ -38,7 +38,7 @@ from tune_app.driver.loggers import log_callbacks
 from tune_app.driver.packing import measure_packing, pick_packing
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
-from tune_app.driver.session import StudySession, log
+from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.stopping import stopping_on_request
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache, mend_last_line, resumed_spec
@@ -149,7 +149,8 @@ def _run_locked(
         _refuse_other_folders(files.root, spec)
     made = [path for path in (files.spec, files.database) if not path.exists()]
     log_callbacks(spec, files)  # what is missing must be told before the study has begun
-    sweep_temporaries(files.root)
+    if files.spec.exists():  # else the folder is not known to be ours
+        sweep_temporaries(files.root)
     for record in files.trials.glob("*/"):
         sweep_temporaries(record, TrialFiles(record).record)
     _sweep_ray(spec, files)
@@ -172,7 +173,7 @@ def _run_locked(
             "trials %s report their epochs again: their records had not been mirrored",
             ", ".join(ahead),
         )
-    with ray_to_work_with(address) as own_session:
+    with ray_to_work_with(address) as own_ray:
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = await_resources(spec, notes)
@@ -213,13 +214,11 @@ def _run_locked(
                         path.unlink(missing_ok=True)
                 raise
             interrupted = session.run(
-                partial(run_trial, setting=setting), plan, local=own_session is not None
+                partial(run_trial, setting=setting), plan, local=own_ray is not None
             )
-    states = recorder.states()
-    if own_session is not None and not states.get("failed"):
-        shutil.rmtree(
-            own_session, ignore_errors=True
-        )  # Ray's logs: it keeps those of every session for ever
+        states = recorder.states()
+        if own_ray is not None:
+            own_ray.keep = bool(states.get("failed"))
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
@@ -291,5 +290,6 @@ def _told(table: str) -> str:
 
 def _sweep_ray(spec: StudySpec, files: StudyFiles) -> None:
     """Remove what Tune wrote in earlier sessions, unless a logger keeps its files there."""
-    if "tensorboard" not in spec.log:
-        shutil.rmtree(files.ray, ignore_errors=True)
+    if "tensorboard" not in spec.log and files.ray.is_dir():
+        for session in files.ray.iterdir():
+            remove_own(session, RAY_FILES)

@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from trainables.config import build_config
+from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
 from tune_app.driver.disk import Budget, make_room
 from tune_app.driver.display import Display
@@ -38,6 +39,9 @@ from tune_app.study.rows import ENDED, read_rows
 from tune_app.study.spec import StudySpec
 
 log = logging.getLogger("medtune.study")
+
+RAY_FILES = "what Ray Tune writes of one session of a study"
+"""Mark of the folders that hold it."""
 
 
 class StudySession:
@@ -85,6 +89,9 @@ class StudySession:
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
         searcher = self.searcher
+        name = time.strftime("%Y%m%d-%H%M%S")
+        if not is_own(self.files.ray / name, RAY_FILES):
+            mark_own(self.files.ray / name, RAY_FILES)
         tuner = tune.Tuner(
             tune.with_resources(
                 trainable, tune.PlacementGroupFactory(plan.bundles, strategy="PACK")
@@ -99,7 +106,7 @@ class StudySession:
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name=time.strftime("%Y%m%d-%H%M%S"),
+                name=name,
                 storage_path=str(self.files.ray.resolve()),
                 failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
                 callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],

@@ -1,8 +1,10 @@
-"""What Ray Tune gets wrong in a search, mended in its own objects for as long as one runs."""
+"""What Ray and Ray Tune get wrong in a search, mended in their own objects for as long as one runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import ray._private.parameter
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
@@ -30,3 +32,22 @@ def lost_processes_told_once() -> Iterator[None]:
         yield
     finally:
         TuneController._trial_task_failure = tell
+
+
+@contextmanager
+def agent_on_a_free_port() -> Iterator[None]:
+    """Let the agent of a Ray that is started in the block listen on a free port.
+
+    `ray.init` has no option for it: it takes 52365, and a head that is started later on the same machine then has no
+    agent that runs jobs (as of Ray 2.60).
+    """
+    parameters = ray._private.parameter.RayParams
+
+    def with_a_free_port(**fields: Any) -> Any:
+        return parameters(**{"dashboard_agent_listen_port": 0, **fields})
+
+    ray._private.parameter.RayParams = with_a_free_port
+    try:
+        yield
+    finally:
+        ray._private.parameter.RayParams = parameters

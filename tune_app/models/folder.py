@@ -390,10 +390,9 @@ def new_model(folder: Path, *, force: bool) -> Iterator[ModelFiles]:
     check_target(folder, force=force)
     old = folder.exists() and any(folder.iterdir())
     build = folder.with_name(f".{folder.name}.new") if old else folder
-    if old:
-        shutil.rmtree(
-            build, ignore_errors=True
-        )  # of an export that was killed before its last step
+    if old and build.exists():  # of an export that was killed before its last step
+        check_target(build, force=True)
+        shutil.rmtree(build, ignore_errors=True)
     with new_folder(build) as temporary:
         files = ModelFiles(temporary)
         yield files

@@ -7,7 +7,6 @@ beside the weights a table of all the other rows: a search on that table has see
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from trainables.network.pretext import (
     pretext_cohort,
 )
 from trainables.network.weights import inspect_weights, save_medicalnet
+from trainables.own_folder import fresh_own, remove_own
 from trainables.saved_run import saved_run
 from tune_app.study.epoch_text import HEADER, epoch_line
 
@@ -55,6 +55,8 @@ DECIDED = (
 )
 """Hyperparameters that the pretext decides or that have no meaning in it."""
 
+PRETEXT = "volumes of a pretraining"
+"""Mark of the folder that holds them while it runs."""
 RECORD = "pretraining.json"
 
 
@@ -126,7 +128,7 @@ def pretrain(
         notes.print(f"going on from the checkpoint in {files.folder}", soft_wrap=True)
     write_json(folder / RECORD, record)
     made = folder / "pretext"
-    made.mkdir(exist_ok=True)
+    fresh_own(made, PRETEXT)
     try:
         volumes = pretext_cohort(cohort, used, pretext, made / "volumes.npy")
         split = held_out_split(volumes)
@@ -150,7 +152,7 @@ def pretrain(
             rows.append(row)
             console.print(epoch_line(row, config.epochs))
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        remove_own(made, PRETEXT)
 
     weights = folder / f"resnet_{config.depth}.pth"
     network = configured_network(config)

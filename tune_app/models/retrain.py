@@ -1,6 +1,5 @@
 """A model trained again on all rows."""
 
-import shutil
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
 from trainables.finetune import finetune
+from trainables.own_folder import is_own, mark_own, remove_own
 from trainables.saved_run import saved_run
 from tune_app.models.calibration import Array
 from tune_app.models.evaluation import ExportError
@@ -39,6 +39,8 @@ from tune_app.models.model import class_scores, network_of
 from tune_app.models.onnx import require_onnx
 from tune_app.results.loading import load_study
 
+RETRAINING = "a run that makes a model"
+"""Mark of the folder that holds it."""
 RETRAIN_WATCHED = 8
 """Training volumes of each class whose AUC is shown while retraining."""
 
@@ -76,6 +78,8 @@ def retrain_model(
         f"training on {len(everything)} volumes, {chosen.epochs} epochs of a schedule of {run.config.epochs}"
     )
     work = TrialFiles(out.with_name(f"{out.name}.training"))
+    if not is_own(work.folder, RETRAINING) and not work.checkpoint.exists():
+        mark_own(work.folder, RETRAINING)
     weights = _trained(run.config, cohort, everything, chosen.epochs, work, device, say)
     member = source.member.model_copy(
         update={
@@ -99,7 +103,7 @@ def retrain_model(
         rows, cohort.labels[rows], class_scores(source.logits[rows], scale=member.scale)
     )
     written = write_model(out, info, [retrained], scores, cohort, onnx=onnx, force=force)
-    shutil.rmtree(work.folder, ignore_errors=True)
+    remove_own(work.folder, RETRAINING)
     return written
 
 

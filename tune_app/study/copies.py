@@ -1,12 +1,12 @@
 """A study in object storage opened as a local copy."""
 
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 from trainables.data.storage import Remote, url_of
+from trainables.own_folder import fresh_own
 from tune_app.study.errors import SpecError
 from tune_app.study.files import default_cache, job_name
 
@@ -40,7 +40,7 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
             f"{url}: no study here (no study.json); name the place that `medtune run` was given with --out"
         )
     folder = folder_of(url, "seen")
-    shutil.rmtree(folder, ignore_errors=True)
+    fresh_own(folder, url)
     # Records before rows, as in a folder: a trial that ends in between must not show an end without its rows.
     names = [name for name in listed if not name.endswith(LARGE) and name != LEASE]
     copy_objects(remote, [name for name in names if name.startswith("trials/")], folder)

@@ -8,7 +8,6 @@ before an epoch is reported. What is there is the truth: a driver that goes on s
 import json
 import logging
 import os
-import shutil
 import socket
 import sqlite3
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
 from trainables.data.storage import Listed, Remote, StorageError
+from trainables.own_folder import MARKER, fresh_own
 from tune_app.study.copies import LEASE, REQUEST, copy_objects
 from tune_app.study.files import StudyFiles, default_cache, job_name
 
@@ -51,8 +51,10 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
     mirror = Mirror(remote, StudyFiles(folder))
     mirror.take()
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # what the storage has is the truth
-        folder.mkdir(parents=True)
+        if aside := fresh_own(folder, url):  # what the storage has is the truth
+            log.warning(
+                "%s: not from the storage, or not all of it sent; moved to %s", folder, aside
+            )
         listed = [
             one for one in remote.listing() if not one.name.endswith(".pt") and one.name != LEASE
         ]
@@ -112,6 +114,7 @@ class Mirror:
             self.send()
             self.requests()
         except StorageError as error:
+            (self.files.root / MARKER).unlink(missing_ok=True)  # the next driver must not remove it
             raise StorageError(f"{error}; everything is in {self.files.root}") from None
 
     def send(self) -> None:

@@ -1,18 +1,23 @@
 """A local Ray lets only its own study in."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from cluster_runs import make_cluster, wait_for
 from ray._private.worker import print_to_stdstream
 from rich.console import Console
+from study_runs import TINY, check_whole, finished, medtune
 
 from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
+from tune_app.synthetic import write_cohort
 
 STUDY = """
 import os, subprocess, sys
@@ -37,6 +42,81 @@ def answers(code: str, folder: Path, env: Mapping[str, str] | None = None) -> li
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return told.read_text().splitlines()
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder whose path is short enough for the sockets of a Ray below it; pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def contents(folder: Path) -> set[str]:
+    """Names of the files and folders below, but those that a running Ray makes and removes by itself."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    return {name for name in found if not name.startswith(("logs/", "runtime_resources/"))}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_study_leaves_a_ray_of_this_machine_alone(tmp_path: Path, temporary: Path) -> None:
+    """It once joined it, removed its session's folder in the end, and its job server with it."""
+    folder = temporary / "c"
+    folder.mkdir()
+    table = write_cohort(tmp_path / "cohort", subjects=10, side=(14, 18))
+    cluster = make_cluster(folder, table)
+    try:
+        cluster.start_head()
+        (session,) = (folder / "r").glob("session_2*")
+        before = contents(session)
+        free = {n: v for n, v in cluster.env.items() if not n.startswith("RAY_")}
+        study = medtune(
+            *("run", "--data", table, "--out", tmp_path / "study", "--trials", 1, "--epochs", 1),
+            *(*TINY, "--set", "batch_size=4", "--cache", tmp_path / "cache"),
+            env=free | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"},
+        )
+        finished(study)
+        check_whole(tmp_path / "study", trials=1, epochs=1)
+        assert before <= contents(session)
+        assert not list(temporary.glob("medtune-*")), "its own Ray's folder is gone"
+        assert len(cluster.living()) == 1
+        job = {"entrypoint": "echo still here", "submission_id": "afterwards"}
+        cluster.get("/api/jobs/", json.dumps(job).encode())
+        wait_for(lambda: cluster.get("/api/jobs/afterwards")["status"] == "SUCCEEDED", "the job")
+        assert "still here" in cluster.get("/api/jobs/afterwards/logs")["logs"]
+    finally:
+        for node in cluster.nodes:
+            node.kill()
+
+
+OWN = """
+import sys
+import psutil
+from tune_app.driver.local_ray import own_ray
+
+with open(sys.argv[1], "w") as answer:
+    for keep in (False, True):
+        with own_ray(log_to_driver=False) as local:
+            (raylet,) = (p for p in psutil.Process().children() if p.name() == "raylet")
+            print(any("--listen-port=0" in word for word in raylet.cmdline()), file=answer)
+            (local.folder / "thesis.docx").touch()
+            local.keep = keep
+        print(local.folder.exists(), file=answer)
+    with own_ray(log_to_driver=False) as local:
+        local.mark = "another process"
+    print(local.folder.exists(), file=answer)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_local_ray_removes_its_own_folder_only_and_holds_no_fixed_port(
+    tmp_path: Path, temporary: Path
+) -> None:
+    """A head that is started beside it has its agent on 52365, and could run no jobs without it."""
+    env = os.environ | {"TMPDIR": str(temporary)}
+    assert answers(OWN, tmp_path, env) == ["True", "False", "True", "True", "True"]
+    assert len(list(temporary.glob("medtune-*"))) == 2
 
 
 @pytest.mark.ray
