@@ -9,3 +9,8 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def medtune_version() -> str:
+    """Return the version of medtune for people to read."""
+    return installed_version("medtune") or "(not installed)"

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from trainables.config import FineTuneConfig
+from trainables.metrics import hanley_mcneil_error
 
 Verdict = Literal[
     "healthy",
@@ -175,17 +176,13 @@ def diagnose(
     return diagnosis
 
 
-def hanley_mcneil_error(auc: float, positive: int, negative: int) -> float:
-    """Return the standard error of an AUC at these class counts (Hanley and McNeil 1982, equation 2).
+def expected_error(auc: float, positive: int, negative: int) -> float:
+    """Return the standard error of an AUC at these class counts: Hanley and McNeil's, but never none.
 
     An AUC near 1 is moved half a misranked volume of the smaller class away from it: the formula gives no error there.
     """
     edge = 1 - 0.5 / max(min(positive, negative), 1)
-    a = min(max(auc, 1 - edge), edge)
-    q1 = a / (2 - a)
-    q2 = 2 * a * a / (1 + a)
-    variance = a * (1 - a) + (positive - 1) * (q1 - a * a) + (negative - 1) * (q2 - a * a)
-    return math.sqrt(variance / (positive * negative))
+    return hanley_mcneil_error(min(max(auc, 1 - edge), edge), positive, negative)
 
 
 class DrwStart:
@@ -915,7 +912,7 @@ def _auc(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
     error = (high - low) / 3.92 if math.isfinite(high - low) else math.nan
     if error >= 0.02 or not (positive and negative):
         return auc, max(error, 0.01) if math.isfinite(error) else UNKNOWN_ERROR
-    formula = hanley_mcneil_error(auc, positive, negative)
+    formula = expected_error(auc, positive, negative)
     # Near an AUC of 1 DeLong's interval shrinks to nothing, and is clipped: there it is at least half the formula's
     return auc, max(error, formula / 2) if math.isfinite(error) else formula
 

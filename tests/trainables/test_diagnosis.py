@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
-from trainables.diagnosis import VERDICTS, RunMonitor, diagnose, hanley_mcneil_error
+from trainables.diagnosis import VERDICTS, RunMonitor, diagnose, expected_error
 
 
 def run(raw, ema=None, *, positive=50, negative=200, **columns):
@@ -21,7 +21,7 @@ def run(raw, ema=None, *, positive=50, negative=200, **columns):
         }
         row |= {"val_positive": positive, "val_negative": negative}
         for name, auc in (("val_auc_raw", r), ("val_auc_ema", e), ("val_auc", e)):
-            error = None if auc is None else hanley_mcneil_error(auc, positive, negative)
+            error = None if auc is None else expected_error(auc, positive, negative)
             row[name] = auc
             row[f"{name}_low"] = None if auc is None else auc - 1.96 * error
             row[f"{name}_high"] = None if auc is None else auc + 1.96 * error
@@ -394,8 +394,8 @@ def test_hanley_mcneil_gives_the_published_errors():
         (20, 80, 0.069),
         (50, 200, 0.044),
     ):
-        assert hanley_mcneil_error(0.72, positive, negative) == pytest.approx(error, abs=6e-4)
-    assert hanley_mcneil_error(1.0, 20, 80) > 0.005
+        assert expected_error(0.72, positive, negative) == pytest.approx(error, abs=6e-4)
+    assert expected_error(1.0, 20, 80) > 0.005
 
 
 @settings(max_examples=200, deadline=None)

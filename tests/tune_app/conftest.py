@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from search_spaces.fixes import all_fixes, baseline
 from trainables.checkpoints import write_json
 from trainables.config import build_config
-from trainables.diagnosis import diagnose, hanley_mcneil_error
+from trainables.diagnosis import diagnose, expected_error
 from tune_app.study.columns import METRICS
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.objective import objective_value
@@ -200,7 +200,7 @@ class _Run:
         }
         for weights, auc in (("raw", raw), ("ema", ema)):
             auc = min(max(auc, 0.3), 0.995)
-            half = 1.96 * hanley_mcneil_error(auc, POSITIVE, NEGATIVE)
+            half = 1.96 * expected_error(auc, POSITIVE, NEGATIVE)
             scores = {
                 "auc": auc,
                 "auprc": auc - 0.1,

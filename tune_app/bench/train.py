@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from trainables import installed_version
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split
 from trainables.data.manifest import read_manifest
@@ -465,7 +465,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {
         "name": platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "monai": metadata.version("monai"),
+        "monai": installed_version("monai"),
         "python": platform.python_version(),
         "matmul_tflops": None,
         "copy_tb_per_s": None,

@@ -9,7 +9,6 @@ import json
 import logging
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
 from tune_app.cli import cluster as cli_cluster
@@ -79,7 +79,7 @@ def _told(error: Exception) -> str:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        out.print(metadata.version("medtune"))
+        out.print(medtune_version())
         raise typer.Exit
 
 

@@ -21,13 +21,12 @@ from typing import Any, Literal
 
 from trainables import installed_version
 from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
-from tune_app.cluster.submit import pack_code
+from tune_app.cluster.submit import pack_code, required_packages
 from tune_app.study.files import default_cache
 
 State = Literal["good", "look", "bad"]
 
 VERSIONS = ("medtune", "torch", "ray", "optuna", "monai", "numpy", "nibabel")
-NEEDED = {"ray": (2, 54), "torch": (2, 10)}
 SHM_GIB, DISK_GIB, FILES, SKEW_S = 1.0, 10.0, 4096, 2.0
 """Least shared memory and free disk, least open files, largest difference of clocks that is well."""
 BUCKET_REMEDY = (
@@ -348,13 +347,18 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         )
 
     versions = facts["versions"]
-    old = [name for name, least in NEEDED.items() if _numbers(versions[name]) < least]
+    required = {package.name: package.specifier for package in required_packages()}
+    old = [
+        name
+        for name in set(VERSIONS) & set(required)
+        if versions[name] is None or not required[name].contains(versions[name], prereleases=True)
+    ]
     told = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in VERSIONS)
     say(
         "versions",
         not old,
         f"Python {facts['python']}, {told}",
-        f"upgrade {', '.join(old)}: see pyproject.toml",
+        "install " + ", ".join(f"{name}{required[name]}" for name in sorted(old)),
     )
     seen = len(facts["gpus"])
     if gpus is not None and gpus > seen:
@@ -499,8 +503,3 @@ def _port(port: int, use: str) -> Finding:
     said = f"{port} is in use" if taken else f"{port} is free"
     remedy = f"if that is not {use} of yours, give another port to `ray start`"
     return Finding("here", "ports", "look" if taken else "good", said, remedy if taken else "")
-
-
-def _numbers(version: str | None) -> tuple[int, ...]:
-    parts = (version or "0").split("+")[0].split(".")
-    return tuple(int(part) for part in parts[:2] if part.isdigit())

@@ -218,17 +218,21 @@ def spec_text(spec: StudySpec) -> str:
     )
 
 
+def required_packages(requires: Collection[str] | None = None) -> list[Requirement]:
+    """Return what this version of medtune requires on this machine, by its package's metadata; extras left out."""
+    lines = requires if requires is not None else metadata.requires("medtune") or []
+    found = map(Requirement, lines)
+    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
 def pinned_requirements(requires: Collection[str] | None = None) -> list[str]:
     """Return medtune's requirements at the versions installed here, without Ray and torch, which are the cluster's.
 
     Where a node has that very version nothing is installed.
     """
     pins = []
-    for line in metadata.requires("medtune") or [] if requires is None else requires:
-        requirement = Requirement(line)
-        if requirement.name in NOT_PINNED or (
-            requirement.marker and not requirement.marker.evaluate({"extra": ""})
-        ):
+    for requirement in required_packages(requires):
+        if requirement.name in NOT_PINNED:
             continue
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
         # A local part (+cu130) says who built it; no index has it, and without it any build of the version will do.

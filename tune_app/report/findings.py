@@ -21,7 +21,7 @@ import pandas as pd
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig
-from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, hanley_mcneil_error
+from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.compare.confirm import judge, judged_lines
 from tune_app.compare.test_record import score_lines
@@ -250,7 +250,7 @@ def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
         and positive
         and negative
     ):
-        return hanley_mcneil_error(float(auc), int(positive), int(negative))
+        return expected_error(float(auc), int(positive), int(negative))
     return math.nan
 
 

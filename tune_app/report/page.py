@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from trainables import medtune_version
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
 from tune_app.compare.ablation import effect_lines
@@ -231,12 +231,8 @@ def _subtitle(study: Study) -> str:
 
 
 def _footer(study: Study) -> str:
-    try:
-        version = metadata.version("medtune")
-    except metadata.PackageNotFoundError:
-        version = "?"
     rows = len(study.epochs)
-    return f"Written by medtune {version} from {rows} epochs of {len(study.trials)} trials, {_now()} UTC."
+    return f"Written by medtune {medtune_version()} from {rows} epochs of {len(study.trials)} trials, {_now()} UTC."
 
 
 def _now() -> str:

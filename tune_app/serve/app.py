@@ -14,7 +14,6 @@ import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -30,6 +29,7 @@ from starlette.exceptions import HTTPException
 
 from search_spaces.space import NOT_SEARCHED
 from search_spaces.spaces import SPACES
+from trainables import medtune_version
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig, problem_lines
 from trainables.data.storage import SCHEMES, StorageError, bucket_of, is_url, url_of
@@ -200,7 +200,7 @@ def build_app(
 
     app = FastAPI(
         title="medtune",
-        version=_version(),
+        version=medtune_version(),
         description="Studies of one folder or URL: what they found, live, and starting and stopping them.",
         lifespan=lifespan,
         docs_url=None,  # their pages load scripts from the network
@@ -573,13 +573,6 @@ def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
 def _asset(name: str) -> bytes:
     folder = REPORT if name == "report.css" else STATIC
     return (folder / name).read_bytes()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("medtune")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 @cache

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from trainables.diagnosis import hanley_mcneil_error
+from trainables.diagnosis import expected_error
 from tune_app.backtest.curves import COLLAPSING, KINDS, CurveError, read_curves
 from tune_app.backtest.synthetic import MIX, auc_and_error, generate_curves
 
@@ -125,7 +125,7 @@ def test_noise_has_the_size_that_class_counts_give_it(positives, negatives):
         )[0]
         truth = curve.truth.auc[20]
         errors.append(curve.rows[20]["val_auc"] - truth)
-        expected.append(hanley_mcneil_error(truth, positives, negatives))
+        expected.append(expected_error(truth, positives, negatives))
     assert abs(np.mean(errors)) < 3 * np.mean(expected) / math.sqrt(150)
     assert np.std(errors) == pytest.approx(np.mean(expected), rel=0.25)
 

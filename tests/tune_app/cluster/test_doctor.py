@@ -17,7 +17,7 @@ from tune_app.synthetic import write_cohort
 WELL: dict[str, Any] = {
     "python": "3.12.3",
     "executable": "/usr/bin/python3",
-    "versions": dict.fromkeys(("optuna", "monai", "numpy", "nibabel"), "1.0")
+    "versions": {"optuna": "5.0.0", "monai": "1.6.1", "numpy": "2.3.0", "nibabel": "5.3.2"}
     | {"medtune": "0.1.0", "torch": "2.11.0+cu130", "ray": "2.60.0"},
     "nccl": "2.28.9",
     "gpus": ["NVIDIA H200, 143771 MiB, 580.95"],
@@ -41,8 +41,14 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
 @pytest.mark.parametrize(
     ("changed", "what", "state", "told"),
     [
-        ({"versions": WELL["versions"] | {"ray": "2.53.0"}}, "versions", "bad", "upgrade ray"),
-        ({"versions": WELL["versions"] | {"torch": None}}, "versions", "bad", "upgrade torch"),
+        (
+            {"versions": WELL["versions"] | {"ray": "2.59.1"}},
+            "versions",
+            "bad",
+            "install ray>=2.60",
+        ),
+        ({"versions": WELL["versions"] | {"torch": None}}, "versions", "bad", "install torch>="),
+        ({"versions": WELL["versions"] | {"monai": "1.4.0"}}, "versions", "bad", "monai>=1.5"),
         ({"gpus": []}, "GPUs", "bad", "Ray counts 1, nvidia-smi shows 0"),
         ({"nccl": None}, "GPUs", "bad", "torch is built for CPUs only"),
         ({"shm_gib": 0.0625}, "shared memory", "bad", "--shm-size=8g"),
