@@ -12,6 +12,7 @@ from rich.console import Console
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
+from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.finetune import configured_network, finetune
 from trainables.network.weights import save_medicalnet
@@ -52,15 +53,15 @@ def demo_spec(
     """Return the demo's study: a small space with the document's before-settings and the defaults tried first."""
     config = SMALL | {"epochs": epochs}
     if weights is not None:
-        config["pretrained_path"] = str(weights.resolve())
+        config["pretrained_path"] = absolute(weights)
     return build_spec(
         {
-            "data": str(table.resolve()),
+            "data": absolute(table),
             "space": SPACE,
             "trials": trials,
             "config": config,
             "gpus_per_trial": 0,
-            "cache": str(cache.resolve()),
+            "cache": absolute(cache),
         }
     )
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from trainables.data.formats import NO_CONTENT
 from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.data.table_file import COLUMNS, ManifestError, Record, read_records
 
@@ -101,9 +102,21 @@ def checked_rows(table: Path, num_classes: int) -> tuple[list[Row], list[str]]:
     folder = absolute(table).rpartition("/")[0]
     rows = [_row(record, len(columns), folder, num_classes) for record in records]
     problems += _row_problems(rows)
+    if any("path" in row.problems for row in rows) and (link := _link_of(table)):
+        problems.append(link)
     problems += _same_files(rows)
     problems += _split_problems(rows, columns, num_classes)
     return rows, problems
+
+
+def _link_of(table: Path) -> str | None:
+    """A line on where a table's relative paths start, where the table is a link: there are two folders to think of."""
+    if is_url(table) or not table.is_symlink():
+        return None
+    return (
+        f"table {table}: a link to {os.path.realpath(table)}; relative paths start at the folder of the link, "
+        f"{Path(absolute(table)).parent}"
+    )
 
 
 def _row_problems(rows: list[Row]) -> list[str]:
@@ -114,7 +127,7 @@ def _row_problems(rows: list[Row]) -> list[str]:
             alike[problem].append(row)
     many = {problem: those for problem, those in alike.items() if len(those) > TOLD_APART}
     told = [
-        f"rows {_ranges([row.number for row in those])} ({len(those)}): {problem}"
+        f"rows {_ranges([row.number for row in those])} ({len(those)}{_first_scan(those)}): {problem}"
         for problem, those in many.items()
     ]
     told += [
@@ -132,6 +145,11 @@ def _row_problems(rows: list[Row]) -> list[str]:
             f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label",
         )
     return told
+
+
+def _first_scan(rows: list[Row]) -> str:
+    shown = next((row.shown for row in rows if row.shown), None)
+    return f", first scan {shown}" if shown else ""
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -168,7 +186,7 @@ def _column_problems(columns: list[str]) -> list[str]:
 
 
 def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
-    values = {name: _text(cell) for name, cell in record.cells.items()}
+    values = {name: cell_text(cell) for name, cell in record.cells.items()}
     row = Row(record.number, shown_cell(values.get("path", "")))
     if record.width != width:
         row.problems["cells"] = (
@@ -176,11 +194,11 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
         )
         return row
     if "path" in values:
-        row.file, problem = _file(values["path"], folder)
+        row.file, problem = place_of(values["path"], folder)
         if problem:
             row.problems["path"] = problem
     if "label" in values:
-        row.label = _whole_number(values["label"])
+        row.label = whole_number(values["label"])
         row.stated_label = row.label
         if row.label is None or row.label >= num_classes:
             row.problems["label"] = (
@@ -206,7 +224,7 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
                 f"split {_quoted(values['split'])}: train, val or test is needed{hint}"
             )
     if values.get("fold"):
-        row.fold = _whole_number(values["fold"])
+        row.fold = whole_number(values["fold"])
         if row.fold is None or row.fold >= MAX_FOLDS:
             row.problems["fold"] = (
                 f"fold {_quoted(values['fold'])}: a whole number from 0 to {MAX_FOLDS - 1} is needed"
@@ -215,7 +233,7 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
     return row
 
 
-def _text(cell: Any) -> str:
+def cell_text(cell: Any) -> str:
     """A cell as text: Parquet brings numbers, and whole columns of them as floats as soon as one is missing."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
@@ -224,13 +242,14 @@ def _text(cell: Any) -> str:
     return str(cell).strip()
 
 
-def _whole_number(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
     """The number in `7` or `7.0`; None for anything else, negative ones too. int() would take `1_0` and other scripts' digits."""
     found = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)
     return int(found[1]) if found else None
 
 
-def _file(path: str, folder: str) -> tuple[Path | str | None, str | None]:
+def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
+    """Return the file or URL that a cell `path` of a table in `folder` names, or what is wrong with it."""
     if not path:
         return None, "no path"
     if is_url(path):
@@ -242,6 +261,8 @@ def _file(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     try:
         mode = file.stat().st_mode
     except FileNotFoundError:
+        if file.is_symlink():
+            return None, NO_CONTENT
         below = "" if Path(path).is_absolute() else f" below {folder}"
         return None, f"no such file{below}"
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL
@@ -253,7 +274,7 @@ def _file(path: str, folder: str) -> tuple[Path | str | None, str | None]:
         )
     if not os.access(file, os.R_OK):
         return None, "this user may not read it: change its permissions"
-    return file.absolute(), None
+    return file, None
 
 
 def _object(url: str) -> tuple[str | None, str | None]:

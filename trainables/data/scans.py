@@ -28,6 +28,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.spatialimages import HeaderDataError
 
 from trainables.config import FineTuneConfig
+from trainables.data.formats import HEAD, foreign_format
 from trainables.data.storage import bucket_of, url_of
 
 LARGEST_VALUE = 1000.0
@@ -351,7 +352,7 @@ def _opened(path: Path | str) -> Iterator[tuple[IO[bytes], int, bool]]:
 
 
 def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
-    fields, length = _fields(stream.read(540))
+    fields, length = _fields(stream.read(HEAD))
     shape = _shape([int(number) for number in fields["dim"]])
     try:
         dtype = fields.get_data_dtype()
@@ -399,10 +400,14 @@ def _fields(block: bytes) -> tuple[Any, int]:
         found = fields["magic"].item()
         if found.startswith(magic):
             return fields, length
+        if foreign := foreign_format(block):
+            raise _Refused(foreign)
         pair = ", which is half of a .hdr and .img pair" if found[:2] == b"ni" else ""
         raise _Refused(
             f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz"
         )
+    if foreign := foreign_format(block):
+        raise _Refused(foreign)
     raise _Refused(
         "not a NIfTI file, or cut within its header: convert it to .nii.gz, or copy it again"
     )

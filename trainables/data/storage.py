@@ -40,8 +40,18 @@ def url_of(place: str | Path) -> str | None:
 
 
 def absolute(place: str | Path) -> str:
-    """Return the place as another process or node may be told it: a URL as it is, a path made absolute."""
-    return url_of(place) or str(Path(place).absolute())
+    """Return the place as another process or node can find it: a URL as it is, a path made absolute.
+
+    Links are kept: a table's relative paths start at the folder in which the user sees the table, and the file behind
+    the link may be in another one (DataLad and git-annex keep it under .git/annex). `..` is removed where that leads to
+    the same folder.
+    """
+    if (url := url_of(place)) is not None:
+        return url
+    kept = str(Path(place).absolute())
+    short = os.path.normpath(kept)
+    same = os.path.realpath(Path(short).parent) == os.path.realpath(Path(kept).parent)
+    return short if same else kept
 
 
 class Listed(NamedTuple):

@@ -78,7 +78,11 @@ def _too_large(table: str, size: int) -> bytes:
 
 
 def read_records(table: Path) -> tuple[list[str], list[Record]]:
-    """All column names, and the rows."""
+    """Return all column names, and the rows that are not empty. Row 1 is the first line below the header.
+
+    Every table of volumes is read here, told apart by content whatever its name. Spaces around cells, empty lines and
+    empty cells beyond the last column are dropped. Raises ManifestError: no file, too large, no CSV and no Parquet.
+    """
     content, named = table_bytes(table), url_of(table) or str(table)
     if content.startswith(b"PAR1"):
         return _parquet(named, content)
@@ -96,7 +100,20 @@ def _csv(table: str, content: bytes) -> tuple[list[str], list[Record]]:
     if kind:
         raise ManifestError(f"table {table}: {kind}")
     try:
-        lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
+        lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        columns = next((names for cells in lines if (names := _trimmed(cells, 0))), None)
+        if columns is None:
+            raise ManifestError(f"table {table}: empty: a header and rows are needed")
+        records = []
+        for number, cells in enumerate(lines, 1):
+            if number > MAX_ROWS:  # of all lines: a file of line ends alone would fill the memory
+                raise ManifestError(
+                    f"table {table}: more than {MAX_ROWS} rows, at most {MAX_ROWS} are read"
+                )
+            if any(cell.strip() for cell in cells):
+                cells = _trimmed(cells, len(columns))
+                named = dict(zip(columns, cells, strict=False))
+                records.append(Record(number, named, len(cells)))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ManifestError(
@@ -104,42 +121,73 @@ def _csv(table: str, content: bytes) -> tuple[list[str], list[Record]]:
         ) from None
     except csv.Error as error:
         raise ManifestError(f"table {table}: not a CSV table: {error}") from None
-    if len(lines) > MAX_ROWS:
-        raise ManifestError(f"table {table}: {len(lines)} rows, at most {MAX_ROWS} are read")
-    header = next((number for number, cells in enumerate(lines) if _filled(cells)), None)
-    if header is None:
-        raise ManifestError(
-            f"table {table}: empty: a header with path, label, subject and a row a volume are needed"
-        )
-    columns = [name.strip() for name in lines[header]]
-    rows = enumerate(lines[header + 1 :], 1)
-    return columns, [
-        Record(n, dict(zip(columns, cells, strict=False)), len(cells))
-        for n, cells in rows
-        if _filled(cells)
-    ]
+    return columns, records
 
 
-def _filled(cells: list[str]) -> bool:
-    return any(cell.strip() for cell in cells)
+def _trimmed(cells: list[str], width: int) -> list[str]:
+    """The cells without spaces around them, and without the empty ones that trailing commas add beyond `width`."""
+    cells = [cell.strip() for cell in cells]
+    while len(cells) > width and not cells[-1]:
+        cells.pop()
+    return cells
 
 
 def _parquet(table: str, content: bytes) -> tuple[list[str], list[Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    unreadable = (pa.ArrowException, OSError, ValueError, OverflowError)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
-        columns = [str(name) for name in file.schema_arrow.names]
-        count = file.metadata.num_rows
-        wanted = [name for name in (*COLUMNS, "split", "fold") if columns.count(name) == 1]
-        values = file.read(columns=wanted).to_pydict() if wanted and count <= MAX_ROWS else {}
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ManifestError(f"table {table}: not a Parquet table: {reason}") from None
+        schema, count = file.schema_arrow, file.metadata.num_rows
+    except unreadable as error:
+        raise _no_parquet(table, error) from None
+    columns = [str(name).strip() for name in schema.names]
     if count > MAX_ROWS:
         raise ManifestError(f"table {table}: {count} rows, at most {MAX_ROWS} are read")
+    wanted = {
+        name: schema.names[columns.index(name)]
+        for name in (*COLUMNS, "split", "fold")
+        if columns.count(name) == 1
+    }
+    texts = [name for name in wanted.values() if _is_text(schema.field(name).type)]
+    try:
+        # As dictionaries: a long text that is in every row is in the file, and in memory, once.
+        file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts)
+        read = file.read(columns=list(wanted.values())) if wanted else None
+        size = 0 if read is None else sum(_expanded_bytes(column) for column in read.columns)
+        values = (
+            {name: read[there].to_pylist() for name, there in wanted.items()}
+            if read is not None and size <= MAX_TABLE_BYTES
+            else {}
+        )
+    except unreadable as error:
+        raise _no_parquet(table, error) from None
+    if size > MAX_TABLE_BYTES:
+        _too_large(table, size)
     return columns, [
         Record(n + 1, {name: values[name][n] for name in values}, len(columns))
         for n in range(count)
     ]
+
+
+def _no_parquet(table: str, error: Exception) -> ManifestError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ManifestError(f"table {table}: not a Parquet table: {reason}")
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "binary", "large_binary")
+
+
+def _expanded_bytes(column: Any) -> int:
+    """Bytes of the column's texts as Python objects would hold them, each row by itself."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = (
+        pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)) for chunk in column.chunks
+    )
+    return sum(length.as_py() or 0 for length in lengths)

@@ -40,6 +40,7 @@ from trainables.checkpoints import without_nonfinite
 from trainables.config import FineTuneConfig, Scalar, build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
+from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
 from tune_app.bench.search import machine
@@ -94,12 +95,12 @@ def bench_efficiency(
     # Before any clock, for all sides
     prepared = prepare_cohort(manifest, Recipe.from_config(shared), folder / "cache")
     common: dict[str, Any] = {
-        "data": str(table.resolve()),
+        "data": absolute(table),
         "space": space,
         "config": {**config, "epochs": epochs},
         "gpus_per_trial": gpus_per_trial,
         "max_concurrent": max_concurrent,
-        "cache": str((folder / "cache").resolve()),
+        "cache": absolute(folder / "cache"),
         "disk_budget_gib": _disk_gib(shared, max_concurrent),
         "keep_best": 1,
     }
@@ -291,7 +292,7 @@ def _plain(
 ) -> dict[str, Any]:
     """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
     place.mkdir(parents=True)
-    given = {**common, "trials": MANY, "seed": repetition, "place": str(place.resolve())}
+    given = {**common, "trials": MANY, "seed": repetition, "place": absolute(place)}
     (place / "given.json").write_text(json.dumps(given))
     began = time.perf_counter()
     with (place / "console.log").open("w") as told:

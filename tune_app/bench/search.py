@@ -27,6 +27,7 @@ from search_spaces.written import space_from
 from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config
+from trainables.data.storage import absolute
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import build_spec
@@ -333,7 +334,7 @@ def _plain(
         parameter.name: parameter.distribution for parameter in space.parameters.values()
     }
     with own_ray(log_to_driver=False, logging_level="ERROR"):
-        given = {"table": str(table.resolve()), "settings": dict(settings), "gpu": gpu}
+        given = {"table": absolute(table), "settings": dict(settings), "gpu": gpu}
         trainable = tune.with_parameters(_plain_trial, given=given)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 1, "GPU": 1 if gpu else 0}),
@@ -353,7 +354,7 @@ def _plain(
                 ),
             ),
             run_config=tune.RunConfig(
-                storage_path=str(folder.resolve()), callbacks=[Watch()], verbose=0
+                storage_path=absolute(folder), callbacks=[Watch()], verbose=0
             ),
         )
         results = tuner.fit()

@@ -20,6 +20,7 @@ from rich.text import Text
 from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.storage import absolute
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import models as cli_models
 from tune_app.cli import results as cli_results
@@ -173,7 +174,7 @@ def train(
     """Fine-tune once, a line an epoch. The same command again goes on from the last checkpoint in --out."""
     given: dict[str, Any] = {
         "fold": fold,
-        "pretrained_path": pretrained_path and str(pretrained_path),
+        "pretrained_path": pretrained_path and absolute(pretrained_path),
         "backbone_lr": lr,
         "classifier_lr": classifier_lr if classifier_lr is not None or lr is None else 10 * lr,
         "batch_size": batch_size,

@@ -40,7 +40,7 @@ CacheOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[
-    Path | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.", resolve_path=True)
+    Path | None, typer.Option("--pretrained-path", help="MedicalNet checkpoint.")
 ]
 OutOption = Annotated[
     Path | None,

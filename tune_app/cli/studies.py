@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trainables.config import build_config
+from trainables.data.storage import absolute
 from tune_app.cli.common import (
     AddressOption,
     CacheOption,
@@ -81,12 +82,11 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from trainables.data.storage import url_of
     from tune_app.study.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
     given: dict[str, Any] = {
-        "data": data and (url_of(data) or str(data.resolve())),
+        "data": data and absolute(data),
         "space": space,
         "trials": trials,
         "sampler": sampler,
@@ -98,15 +98,17 @@ def run(
         "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
-        "warm_start_from": tuple(str(path.resolve()) for path in warm_start_from)
+        "warm_start_from": tuple(absolute(path) for path in warm_start_from)
         if warm_start_from
         else None,
-        "cache": cache and str(cache.resolve()),
+        "cache": cache and absolute(cache),
     }
     fields |= {name: value for name, value in given.items() if value is not None}
     settings = parse_settings(setting)
     settings |= {"epochs": epochs} if epochs is not None else {}
-    settings |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
+    settings |= (
+        {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
+    )
     fields["config"] = {**(fields.get("config") or {}), **settings}
     if "data" not in fields:
         raise typer.BadParameter(
@@ -222,13 +224,13 @@ def ablate(
     from tune_app.compare.ablation import ablation_spec, read_variants
 
     config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
-    config |= {"pretrained_path": str(pretrained_path)} if pretrained_path is not None else {}
+    config |= {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
     chosen = read_variants(variants, build_config(config).epochs)
     given = {
         "objective": objective,
         "gpus_per_trial": gpus_option(gpus_per_trial),
         "max_concurrent": max_concurrent,
-        "cache": cache and str(cache.resolve()),
+        "cache": cache and absolute(cache),
     }
     fields = {name: value for name, value in given.items() if value is not None}
     spec = ablation_spec(
@@ -288,7 +290,7 @@ def confirm(
     given = {
         "gpus_per_trial": gpus_option(gpus_per_trial),
         "max_concurrent": max_concurrent,
-        "cache": cache and str(cache.resolve()),
+        "cache": cache and absolute(cache),
     }
     fields = {name: value for name, value in given.items() if value is not None}
     spec, notes = confirmation_spec(load_study(study), top=top, folds=folds, seeds=seeds, **fields)

@@ -19,7 +19,7 @@ from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import Scalar, build_config
 from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
-from trainables.data.storage import url_of
+from trainables.data.storage import absolute
 from trainables.data.table_file import ManifestError
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study
@@ -201,7 +201,7 @@ def ablation_spec(
         {
             **fields,
             "kind": "ablation",
-            "data": url_of(data) or str(data.resolve()),
+            "data": absolute(data),
             "config": dict(config),
             "planned": planned,
         }

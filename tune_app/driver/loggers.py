@@ -6,6 +6,7 @@ import os
 
 from ray import tune
 
+from trainables.data.storage import absolute
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.spec import StudySpec
@@ -29,7 +30,7 @@ def log_callbacks(spec: StudySpec, files: StudyFiles) -> list[tune.Callback]:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         uri = (
-            asked or f"sqlite:///{files.root.resolve() / 'mlflow.db'}"
+            asked or f"sqlite:///{absolute(files.root)}/mlflow.db"
         )  # MLflow takes no folder any more
         callback = MLflowLoggerCallback(tracking_uri=uri, experiment_name=files.root.name)
         try:

@@ -27,7 +27,7 @@ from trainables.checkpoints import TrialFiles, sweep_temporaries
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
-from trainables.data.storage import url_of
+from trainables.data.storage import absolute, url_of
 from trainables.data.volumes import prepare_cohort
 from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
@@ -194,8 +194,8 @@ def _run_locked(
         with display:
             session = StudySession(spec, cohort.name, recorder, display, budget)
             setting = TrialSetting(
-                study=str(files.root.resolve()),
-                table=_told(spec.data),
+                study=absolute(files.root),
+                table=absolute(spec.data),
                 cohort=str(cohort),
                 base=spec.config,
                 checkpoint_epochs=spec.checkpoint_epochs,
@@ -228,7 +228,7 @@ def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
     """Raise SpecError where a new study would lie among files of something else."""
     others = {"model.json": "a model", TrialFiles(root).checkpoint.name: "a run of `medtune train`"}
     held = next((what for name, what in others.items() if (root / name).exists()), None)
-    if Path(spec.data).parent == root.resolve():
+    if Path(spec.data).parent.resolve() == root.resolve():
         held = "the data"
     if held is not None:
         raise SpecError(
@@ -273,16 +273,11 @@ def _with_measured_packing(
     """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
     if not ray.cluster_resources().get("GPU"):
         raise SpecError("gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs")
-    totals = measure_packing(base, _told(spec.data), str(cohort))
+    totals = measure_packing(base, absolute(spec.data), str(cohort))
     number = pick_packing(totals)
     told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())
     notes.print(f"packing: {number} trials a GPU (volumes a second in all: {told})", soft_wrap=True)
     return spec.model_copy(update={"gpus_per_trial": 1 / number})
-
-
-def _told(table: str) -> str:
-    """The table as trials anywhere are told it."""
-    return url_of(table) or str(Path(table).resolve())
 
 
 # A session -------------------------------------------------------------------------------------------------------------

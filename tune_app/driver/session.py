@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from trainables.config import build_config
+from trainables.data.storage import absolute
 from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
 from tune_app.driver.disk import Budget, make_room
@@ -107,7 +108,7 @@ class StudySession:
             ),
             run_config=tune.RunConfig(
                 name=name,
-                storage_path=str(self.files.ray.resolve()),
+                storage_path=absolute(self.files.ray),
                 failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
                 callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],
                 verbose=0,

@@ -7,6 +7,7 @@ cohort, and networks run in float32, on a GPU without TF32.
 
 import csv
 import os
+import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import pandas as pd
 
+from trainables.data.formats import foreign_format, has_scan_name, head_of, is_nifti, scans_below
+from trainables.data.manifest import cell_text, place_of, shown_cell, whole_number
 from trainables.data.scans import (
     Recipe,
     ScanHeader,
@@ -27,82 +29,101 @@ from trainables.data.scans import (
     read_header,
     read_scan,
 )
+from trainables.data.storage import StorageError, bucket_of, is_url, url_of
+from trainables.data.table_file import ManifestError, read_records
 from tune_app.models.calibration import Array
 from tune_app.models.folder import ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
 
-TABLES = (".csv", ".parquet")
-SCANS = (".nii", ".nii.gz")
-
-
 # The files -------------------------------------------------------------------------------------------------------------
 
 
-def find_scans(paths: Sequence[Path], num_classes: int) -> list[Source]:
+def find_scans(
+    paths: Sequence[Path], num_classes: int, say: Callable[[str], None] = lambda line: None
+) -> list[Source]:
     """Return the files that `paths` name, each once, in order: files themselves, all scans below a folder, or a table.
 
-    A table (.csv, .parquet) has a column `path`, relative to its own folder, and may have `label`. Hidden files are
-    passed over. What cannot be found becomes a source with its problem, so that it has its row.
+    A scan has a scan's name (.nii, .nii.gz) or content; any other file is read as a table, by the reader of all tables:
+    a column `path`, relative to the table's own folder, and perhaps `label`. What cannot be found or read becomes a
+    source with its problem, so that it has its row. What a folder holds besides scans is told to `say`.
     """
     sources: dict[str, Source] = {}
     for path in paths:
-        if path.is_dir():
-            found = sorted(
-                file
-                for file in path.rglob("*")
-                if file.name.endswith(SCANS)
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
-            new = [Source(str(file)) for file in found]
-            new = new or [Source(str(path), problem="no .nii or .nii.gz file in this folder")]
-        elif path.suffix.lower() in TABLES:
-            new = _of_table(path, num_classes)
-        else:
-            new = [Source(str(path))]
-        for source in new:
+        for source in _sources_of(path, num_classes, say):
             sources.setdefault(source.path, source)
     return list(sources.values())
 
 
-def _of_table(table: Path, num_classes: int) -> list[Source]:
+def _sources_of(path: Path, num_classes: int, say: Callable[[str], None]) -> list[Source]:
     try:
-        rows = (
-            pd.read_parquet(table)
-            if table.suffix.lower() == ".parquet"
-            else pd.read_csv(table, dtype=str)
-        )
-    except (
-        OSError,
-        ValueError,
-        UnicodeError,
-    ) as error:  # pandas' and pyarrow's parser errors are ValueErrors
-        return [
-            Source(
-                str(table),
-                problem=f"not a table that can be read: {' '.join(str(error).split())[:200]}",
-            )
-        ]
-    if "path" not in rows.columns:
-        return [
-            Source(
-                str(table),
-                problem=f"no column 'path'; its columns are {', '.join(map(str, rows.columns))[:200]}",
-            )
-        ]
-    labels = (
-        pd.to_numeric(rows["label"], errors="coerce")
-        if "label" in rows.columns
-        else pd.Series(np.nan, rows.index)
-    )
-    known = labels.isin(range(num_classes))
-    return [
-        Source(str(table.parent / str(path)), label=int(label) if is_class else None)
-        if isinstance(path, str) and path
-        else Source(f"{table} row {number}", problem="no path in this row")
-        for number, (path, label, is_class) in enumerate(
-            zip(rows["path"], labels, known, strict=True), 1
-        )
+        if (url := url_of(path)) is not None:
+            return _of_url(url, num_classes, say)
+        mode = path.stat().st_mode
+    except StorageError as error:
+        return [Source(str(url), problem=str(error))]
+    except (OSError, ValueError):
+        return [Source(str(path))]  # reading it says why
+    if stat.S_ISDIR(mode):
+        found, notes = scans_below(path)
+        for note in notes:
+            say(f"note: {note}")
+        new = [Source(str(one.path), problem=one.problem) for one in found]
+        return new or [Source(str(path), problem="no .nii or .nii.gz file in this folder")]
+    if has_scan_name(path.name) or not stat.S_ISREG(mode):
+        return [Source(str(path))]
+    head = head_of(path)
+    if is_nifti(head) or foreign_format(head):
+        return [Source(str(path))]
+    return _of_table(path, num_classes, say)
+
+
+def _of_url(url: str, num_classes: int, say: Callable[[str], None]) -> list[Source]:
+    """The sources of an object, or of all scans below a prefix."""
+    if has_scan_name(url):
+        return [Source(url)]
+    bucket, name = bucket_of(url)
+    if bucket.stamp(name) is not None:
+        return _of_table(Path(url), num_classes, say)
+    below = [f"{bucket.url}/{one.name}" for one in bucket.listing(name) if has_scan_name(one.name)]
+    return [Source(one) for one in below] or [
+        Source(url, problem="no such object, and no scan below")
     ]
+
+
+def _of_table(table: Path, num_classes: int, say: Callable[[str], None]) -> list[Source]:
+    named = url_of(table) or str(table)
+    try:
+        columns, records = read_records(table)
+    except ManifestError as error:
+        reason = "; ".join(error.problems).removeprefix(f"table {named}: ")
+        return [Source(named, problem=f"not a table that can be read: {reason}")]
+    if "path" not in columns or not records:
+        shown = ", ".join(map(shown_cell, columns[:12]))
+        what = "no rows" if "path" in columns else f"no column 'path'; its columns are {shown}"
+        return [Source(named, problem=f"a table with {what}")]
+    folder = named.rpartition("/")[0] if is_url(table) else str(table.parent)
+    sources, unknown = [], []
+    for record in records:
+        cells = {name: cell_text(cell) for name, cell in record.cells.items()}
+        if record.width != len(columns):
+            width = f"{record.width} cells, the header has {len(columns)}"
+            sources.append(Source(f"{named} row {record.number}", problem=width))
+            continue
+        place, problem = place_of(cells.get("path", ""), folder)
+        label = whole_number(cells.get("label", ""))
+        if cells.get("label") and (label is None or label >= num_classes):
+            unknown.append(cells["label"])
+            label = None
+        cell = cells.get("path", "")
+        named_by_row = cell if is_url(cell) else os.path.join(folder, cell)  # noqa: PTH118
+        shown = f"{named} row {record.number}" if not cell else str(place or named_by_row)
+        sources.append(Source(shown, label, problem))
+    if unknown:
+        say(
+            f"note: {named}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
+            f"classes are 0 to {num_classes - 1}"
+        )
+    return sources
 
 
 @dataclass(frozen=True)
@@ -339,7 +360,7 @@ def run_predict(
     """
     model = load_model(folder, choose_device(device))
     say(f"model: {folder}, id {model.id}, {model.info.kind}, on {model.device.type}")
-    sources = find_scans(paths, model.info.num_classes)
+    sources = find_scans(paths, model.info.num_classes, say)
     explainer = None
     if explain is not None:
         from tune_app.models.explain import Explainer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
+from trainables.data.storage import is_url
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import StudySpec, build_spec
 
@@ -174,6 +175,25 @@ def job_name(study: str) -> str:
     return f"medtune-{slug}-{hashlib.sha256(study.encode()).hexdigest()[:8]}"
 
 
+def _with_links_followed(spec: StudySpec) -> StudySpec:
+    """Return the spec with the paths as earlier versions recorded them: of the files behind links."""
+
+    def followed(place: str) -> str:
+        return place if is_url(place) else os.path.realpath(place)
+
+    config = dict(spec.config)
+    if isinstance(weights := config.get("pretrained_path"), str):
+        config["pretrained_path"] = followed(weights)
+    return spec.model_copy(
+        update={
+            "data": followed(spec.data),
+            "confirms": spec.confirms and followed(spec.confirms),
+            "warm_start_from": tuple(followed(place) for place in spec.warm_start_from),
+            "config": config,
+        }
+    )
+
+
 HOW_ONLY = (
     "accelerator_type",
     "cache",
@@ -194,10 +214,12 @@ def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
     How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
     """
     there = files.read_spec()
+    followed = _with_links_followed(asked)
     differ = [
         f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
         for name in StudySpec.model_fields
-        if name not in HOW_ONLY and getattr(there, name) != getattr(asked, name)
+        if name not in HOW_ONLY
+        and getattr(there, name) not in (getattr(asked, name), getattr(followed, name))
     ]
     if differ:
         raise SpecError(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
 from trainables.config import ConfigError, Scalar, build_config, problem_lines
-from trainables.data.storage import is_url
+from trainables.data.storage import absolute, is_url
 from tune_app.study.errors import SpecError
 from tune_app.study.objective import OBJECTIVES
 from tune_app.study.policy_spec import PolicySpec
@@ -236,17 +236,17 @@ def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, 
     Relative paths start at `base`, `~` is the home folder, URLs stay as they are.
     """
 
-    def absolute(path: str) -> str:
+    def placed(path: str) -> str:
         # Path.expanduser raises for a user that is not there; a file's name may begin with ~, too
-        return str((base / os.path.expanduser(path)).resolve())  # noqa: PTH111
+        return absolute(base / os.path.expanduser(path))  # noqa: PTH111
 
     fields = dict(fields)
     for name in ("data", "cache", "confirms", "pretrained_path"):
         value = fields.get(name)
         if isinstance(value, str) and value and not is_url(value):
-            fields[name] = absolute(value)
+            fields[name] = placed(value)
     if isinstance(earlier := fields.get("warm_start_from"), list):
-        fields["warm_start_from"] = [absolute(str(folder)) for folder in earlier]
+        fields["warm_start_from"] = [placed(str(folder)) for folder in earlier]
     if isinstance(config := fields.get("config"), dict):
         fields["config"] = absolute_paths(config, base)
     return fields

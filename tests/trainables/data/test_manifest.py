@@ -229,7 +229,7 @@ def test_a_missing_column_hides_no_problem_of_the_others(write_table: Write) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty: a header with path, label, subject and a row a volume are needed"),
+        (b"", "empty: a header and rows are needed"),
         (b"\n\n , ,\n", "empty: a header"),
         (b"path,label,subject\n", "no rows; a row a volume is needed"),
         (b"path,label,subject\n\n,,\n", "no rows"),
@@ -270,7 +270,7 @@ def test_a_table_that_is_missing_a_folder_a_pipe_or_huge_is_told(
     table = write_table(GOOD)
     pd.read_csv(table).to_parquet(tmp_path / "t.parquet")
     monkeypatch.setattr(table_file, "MAX_ROWS", 5)
-    assert "9 rows, at most 5 are read" in problems_of(table)[0]
+    assert "more than 5 rows, at most 5 are read" in problems_of(table)[0]
     assert "8 rows, at most 5 are read" in problems_of(tmp_path / "t.parquet")[0]
     monkeypatch.setattr(table_file, "MAX_TABLE_BYTES", 10)
     assert "is it the table?" in problems_of(table)[0]
@@ -638,11 +638,13 @@ def test_the_same_problem_in_many_rows_is_one_line(real_table: Path) -> None:
         first
         == "labels begin at 1, up to 2; classes are counted from 0: subtract 1 from every label"
     )
-    assert labels.endswith("(4): label '2': a whole number from 0 to 1 is needed (num_classes=2)")
+    assert labels.endswith(
+        "(4, first scan 1.nii.gz): label '2': a whole number from 0 to 1 is needed (num_classes=2)"
+    )
     assert sorted(map(int, re.findall(r"\d+", labels.split("(")[0]))) == twos
     assert (
         splits
-        == "rows 2-8 (7): split 'training': train, val or test is needed; did you mean 'train'?"
+        == "rows 2-8 (7, first scan 1.nii.gz): split 'training': train, val or test is needed; did you mean 'train'?"
     )
 
 

@@ -253,7 +253,7 @@ def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
         ("1.nii", None),
         ("2.nii.gz", None),
     ]
-    assert table[3].problem == "no path in this row"
+    assert table[3].problem == "no path"
     twice = find_scans(
         [tmp_path / "a.nii", tmp_path / "b", tmp_path / "table.csv", tmp_path / "b" / "1.nii"], 2
     )
@@ -263,7 +263,7 @@ def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
         1,
         None,
         None,
-        None,
+        0,
     ]
 
 
