@@ -8,8 +8,12 @@ exits with 1 where no daemon answers. Killed with SIGKILL, the daemon leaves its
 import sys
 from pathlib import Path
 
-H200 = "0, GPU-11111111-2222-3333-4444-555555555555, NVIDIA H200, 580.159.03, Default, Disabled, 9.0"
-SECOND = "1, GPU-11111111-2222-3333-4444-666666666666, NVIDIA H200, 580.159.03, Default, Disabled, 9.0"
+H200 = (
+    "0, GPU-11111111-2222-3333-4444-555555555555, NVIDIA H200, 580.159.03, Default, Disabled, 9.0"
+)
+SECOND = (
+    "1, GPU-11111111-2222-3333-4444-666666666666, NVIDIA H200, 580.159.03, Default, Disabled, 9.0"
+)
 
 CONTROL = """\
 import os, signal, socket, subprocess, sys

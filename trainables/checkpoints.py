@@ -64,6 +64,11 @@ class TrialFiles:
         return self.folder / "alive"
 
     @property
+    def apart(self) -> Path:
+        """apart: there after a fault of the GPU under MPS; the trial's next attempts share no server with others."""
+        return self.folder / "apart"
+
+    @property
     def log(self) -> Path:
         """trial.log: what the trial's process said."""
         return self.folder / "trial.log"

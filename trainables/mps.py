@@ -43,6 +43,8 @@ ANSWER_S = 20.0
 """Seconds that the daemon may take to answer."""
 START_S = 30.0
 """Seconds until the daemon and its server must run, and that a process waits for another one to start them."""
+END_S = 10.0
+"""Seconds that a study waits at its end until its daemons have ended."""
 FAULT_S = 60.0
 """Seconds to wait for a server that recovers from the fault of a client."""
 
@@ -76,7 +78,7 @@ class Standing:
     @property
     def text(self) -> str:
         if self.kind == "turns":
-            return f"they take turns on a GPU: {self.reason}"
+            return f"in turns on the GPU, without CUDA MPS ({self.reason})"
         return f"side by side under CUDA MPS ({self.reason})"
 
 
@@ -101,7 +103,7 @@ def join(mode: Mode = "auto") -> Standing:
     global _joined
     if _joined is None:
         standing, variables, lock = _settle(mode)
-        _required(mode, standing)
+        require(mode, standing)
         os.environ.update(variables)
         _joined = standing, lock
     return _joined[0]
@@ -128,17 +130,19 @@ def joined() -> Standing | None:
 def held(mode: Mode = "auto") -> Iterator[Standing]:
     """Keep the daemons of all visible GPUs running while the block runs, without using them; gives their standing.
 
-    For the driver of a study: processes of its trials come and go. Changes no environment. Raises as `join` does.
+    For the driver of a study: processes of its trials come and go. Changes no environment. At the end it waits until
+    daemons that no other process uses have ended. Raises as `join` does.
     """
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as ending, contextlib.ExitStack() as locks:
         standing = Standing("turns", "no GPU was found")
         for gpu in visible_gpus():
             standing, _, lock = _settle(mode, gpu)
             if lock is not None:
+                ending.callback(_await_end, Path(lock.name).parent)
                 locks.enter_context(lock)
             if standing.kind == "turns":
                 break
-        _required(mode, standing)
+        require(mode, standing)
         yield standing
 
 
@@ -174,14 +178,13 @@ def visible_gpus() -> list[Gpu]:
 # Settling --------------------------------------------------------------------------------------------------------------
 
 
-def _required(mode: Mode, standing: Standing) -> None:
+def require(mode: Mode, standing: Standing) -> None:
+    """Raise MpsError where MPS was required, and `standing` is without."""
     if mode == "on" and standing.kind == "turns":
         raise MpsError(f"mps=on: {standing.reason}; set mps=auto to let trials take turns instead")
 
 
-def _settle(
-    mode: Mode, gpu: Gpu | None = None
-) -> tuple[Standing, dict[str, str], IO[str] | None]:
+def _settle(mode: Mode, gpu: Gpu | None = None) -> tuple[Standing, dict[str, str], IO[str] | None]:
     """The standing of this process on `gpu` (None: its first), the variables to set, and the lock to hold."""
     if mode == "off":
         return Standing("turns", "mps=off"), {PIPES: str(_folder_of_user() / "none")}, None
@@ -243,7 +246,9 @@ def _obstacle(gpu: Gpu) -> Standing | None:
 
 def _others(gpu: Gpu) -> bool:
     """Whether a process computes on `gpu` that is not one of our daemon's."""
-    names = _ask_smi("--query-compute-apps=process_name", "--format=csv,noheader", f"--id={gpu.uuid}")
+    names = _ask_smi(
+        "--query-compute-apps=process_name", "--format=csv,noheader", f"--id={gpu.uuid}"
+    )
     ours = _answers(_newest(_folder_of_user() / _short(gpu)) / "pipe")
     return any("nvidia-cuda-mps" not in name for name in names) and not ours
 
@@ -284,7 +289,9 @@ def _enter(folder: Path, gpu: Gpu) -> tuple[Path, IO[str]]:
             if not _answers(generation / "pipe"):
                 generation = _start(folder, generation, gpu, alone=alone)
             _await_recovery(generation / "pipe")
-            fcntl.flock(users, fcntl.LOCK_SH)  # before the keeper starts, which ends what no one uses
+            fcntl.flock(
+                users, fcntl.LOCK_SH
+            )  # before the keeper starts, which ends what no one uses
             _start_keeper(folder)
         except BaseException:
             users.close()
@@ -402,7 +409,9 @@ def _answers(pipes: Path) -> bool:
 
 
 def _servers(pipes: Path) -> list[int]:
-    return [int(word) for word in (_control(pipes, "get_server_list") or "").split() if word.isdigit()]
+    return [
+        int(word) for word in (_control(pipes, "get_server_list") or "").split() if word.isdigit()
+    ]
 
 
 def _await_recovery(pipes: Path) -> None:
@@ -441,9 +450,25 @@ def _processes_of(folder: Path) -> Iterator[int]:
             continue
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            named = any(Path(os.fsdecode(word)).name.startswith("nvidia-cuda-mps") for word in words)
+            named = any(
+                Path(os.fsdecode(word)).name.startswith("nvidia-cuda-mps") for word in words
+            )
             if named and set(marks) & set((entry / "environ").read_bytes().split(b"\0")):
                 yield int(entry.name)
+
+
+def _await_end(folder: Path) -> None:
+    """Wait until the keeper has removed `folder`, unless another process uses it."""
+    deadline = time.monotonic() + END_S
+    while time.monotonic() < deadline:
+        try:
+            with (folder / "users").open("r") as users:
+                free = _try_lock(users, fcntl.LOCK_EX)  # the keeper is about to take it
+                if not free and _try_lock(users, fcntl.LOCK_SH):
+                    return  # shared with others: the keeper would not share it
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
 
 
 # The keeper ------------------------------------------------------------------------------------------------------------

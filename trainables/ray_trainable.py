@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ray import tune
 
+from trainables import mps
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
 from trainables.data.storage import TrialStore
@@ -58,6 +59,8 @@ class TrialSetting:
     """CPU threads of a rank: without a limit every trial takes all cores and they slow each other down."""
     deadline_s: float = 1800.0
     """Seconds without a finished step after which a gang of ranks counts as hanging."""
+    mps: Literal["auto", "on", "off"] = "off"
+    """Whether trials that share a GPU do so under CUDA MPS."""
     storage: str | None = None
     """URL of the study in object storage; `study` is then a folder of each node's own."""
 
@@ -87,6 +90,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
 
         log.exception("trial %s failed", trial["trial"])
         if not is_out_of_memory(error):
+            _raise_for_lost_gpu(error, files)
             raise
         advice = "lower batch_size (and raise gradient_accumulation_steps), or give the trial more of a GPU"
         first = str(error) if isinstance(error, RankError) else str(error).splitlines()[0]
@@ -99,6 +103,52 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         log.removeHandler(handler)
         disk_log.removeHandler(handler)
         handler.close()
+
+
+class GpuFaultError(RuntimeError):
+    """The GPU took this process's context away: the process can compute no more."""
+
+
+def _raise_for_lost_gpu(error: Exception, files: TrialFiles) -> None:
+    """Raise GpuFaultError where `error` cost this process its GPU under MPS, and let the next attempt run without MPS.
+
+    Which of the processes that share a server caused the fault is not told by CUDA; all of them see it. Each continues
+    from its checkpoint in a process of its own without MPS, so that the one that faults again faults alone.
+    """
+    standing = mps.joined()
+    if standing is None or standing.kind == "turns" or not gpu_is_lost():
+        return
+    files.apart.touch()
+    lost = GpuFaultError(
+        "the GPU failed under CUDA MPS, where a fault of one process ends all that share the GPU: "
+        f"{str(error).splitlines()[0]}"
+    )
+    log.error("%s; the next attempt runs without MPS", lost)
+    raise lost from error
+
+
+def gpu_is_lost() -> bool:
+    """Whether CUDA refuses this process any work from now on."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def device_of(setting: TrialSetting) -> str:
+    """Where a trial of one rank trains."""
+    return "cuda" if setting.gpus_per_rank else "cpu"
+
+
+def _share_gpu(setting: TrialSetting, files: TrialFiles) -> None:
+    """Settle how this process shares its GPU, before CUDA is initialised."""
+    if not 0 < setting.gpus_per_rank < 1:
+        return
+    standing = mps.keep_apart() if files.apart.exists() else mps.join(setting.mps)
+    log.info("GPU shared: %s", standing.text)
 
 
 class SignOfLife:
@@ -168,6 +218,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     from trainables.rank_actors import rank_processes
 
     began = time.monotonic()
+    _share_gpu(setting, files)
     processes = (
         rank_processes(setting.ranks) if setting.ranks > 1 else None
     )  # they load what follows meanwhile
@@ -206,7 +257,7 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     else:
         cohort, split = open_inputs(config, setting.table, setting.cohort)
         log.info("cohort open %.1f s after the start", time.monotonic() - began)
-        device = torch.device("cuda" if setting.gpus_per_rank else "cpu")
+        device = torch.device(device_of(setting))
         epochs = lambda resume: finetune(  # noqa: E731
             config, cohort, split, device=device, resume=resume, heartbeat=alive.step
         )

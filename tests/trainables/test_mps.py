@@ -31,7 +31,7 @@ sys.stdin.readline()
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A short folder for temporary files: sockets have short names."""
-    with tempfile.TemporaryDirectory(prefix="mps") as name:
+    with tempfile.TemporaryDirectory(prefix="mps", ignore_cleanup_errors=True) as name:
         yield Path(name)
         for process in ours(Path(name)):
             process.kill()
@@ -176,7 +176,7 @@ def test_where_there_can_be_no_daemon_trials_take_turns_and_the_reason_is_told(
     assert (variables, lock) == ({}, None)
     assert dict(os.environ) == before
     with pytest.raises(mps.MpsError, match="mps=on: "):
-        mps._required("on", standing)
+        mps.require("on", standing)
     assert not ours(place)
 
 

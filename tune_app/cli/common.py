@@ -49,6 +49,10 @@ OutOption = Annotated[
 GpusOption = Annotated[
     str | None, typer.Option("--gpus-per-trial", help="Whole number, fraction of one GPU, or auto.")
 ]
+MpsOption = Annotated[
+    Literal["auto", "on", "off"] | None,
+    typer.Option("--mps", help="CUDA MPS for trials that share a GPU: auto, on or off."),
+]
 ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")

@@ -15,6 +15,7 @@ from tune_app.cli.common import (
     ConcurrentOption,
     DataOption,
     GpusOption,
+    MpsOption,
     OutOption,
     RetryOption,
     SetOption,
@@ -46,6 +47,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
+    mps: MpsOption = None,
     ranks: Annotated[
         int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
     ] = None,
@@ -92,6 +94,7 @@ def run(
         "sampler": sampler,
         "seed": seed,
         "gpus_per_trial": gpus_option(gpus_per_trial),
+        "mps": mps,
         "ranks": ranks,
         "cpus_per_rank": cpus_per_rank,
         "max_concurrent": max_concurrent,
@@ -214,6 +217,7 @@ def ablate(
     ] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
+    mps: MpsOption = None,
     max_concurrent: ConcurrentOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
@@ -229,6 +233,7 @@ def ablate(
     given = {
         "objective": objective,
         "gpus_per_trial": gpus_option(gpus_per_trial),
+        "mps": mps,
         "max_concurrent": max_concurrent,
         "cache": cache and absolute(cache),
     }
@@ -259,6 +264,7 @@ def confirm(
         bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")
     ] = False,
     gpus_per_trial: GpusOption = None,
+    mps: MpsOption = None,
     max_concurrent: ConcurrentOption = None,
     out_folder: Annotated[
         Path | None,
@@ -289,6 +295,7 @@ def confirm(
         return
     given = {
         "gpus_per_trial": gpus_option(gpus_per_trial),
+        "mps": mps,
         "max_concurrent": max_concurrent,
         "cache": cache and absolute(cache),
     }

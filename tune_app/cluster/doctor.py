@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainables import installed_version
+from trainables import installed_version, mps
 from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.cluster.submit import pack_code, required_packages
 from tune_app.study.files import default_cache
@@ -146,6 +146,7 @@ def node_facts(
         "versions": {name: installed_version(name) for name in VERSIONS},
         "nccl": _nccl(),
         "gpus": _gpus(),
+        "mps": [mps.look(gpu).text for gpu in mps.visible_gpus()],
         "shm_gib": _free_gib(Path("/dev/shm"), total=True),
         "disk_gib": _free_gib(place),
         "cache": str(place),
@@ -377,6 +378,9 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         )
     else:
         say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
+    if facts["mps"]:
+        told = "; ".join(dict.fromkeys(facts["mps"]))
+        say("MPS", True, f"trials that share a GPU run {told}", "")
     say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
     shm = facts["shm_gib"]
     said = "there is no /dev/shm" if shm is None else f"{shm:.1f} GiB"

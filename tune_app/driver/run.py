@@ -39,6 +39,7 @@ from tune_app.driver.packing import measure_packing, pick_packing
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
 from tune_app.driver.session import RAY_FILES, StudySession, log
+from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import stopping_on_request
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache, mend_last_line, resumed_spec
@@ -173,7 +174,10 @@ def _run_locked(
             "trials %s report their epochs again: their records had not been mirrored",
             ", ".join(ahead),
         )
-    with ray_to_work_with(address) as own_ray:
+    with (
+        GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
+        ray_to_work_with(address) as own_ray,
+    ):
         if spec.gpus_per_trial == "auto":
             spec = _with_measured_packing(spec, base, cohort, notes)
         plan, resources = await_resources(spec, notes)
@@ -203,9 +207,12 @@ def _run_locked(
                 gpus_per_rank=plan.gpus_per_rank,
                 threads=spec.cpus_per_rank,
                 deadline_s=spec.rank_deadline_s,
+                mps=spec.mps,
                 storage=url,
             )
-            notes.print(plan.text, soft_wrap=True)
+            standing = sharing.standing(plan.gpus_per_rank)
+            shared = f", {standing.text}" if standing is not None else ""
+            notes.print(f"{plan.text}{shared}", soft_wrap=True)
             try:
                 session.begin(retry_failed=retry_failed)
             except Exception:

@@ -252,12 +252,15 @@ class StudyScheduler(PolicyScheduler):
         return action
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Have Tune end the process of a trial that failed for good with several ranks: it has lost them.
+        """Have Tune end a process that no other trial must use: of a trial that failed for good with several ranks, which it
+        has lost, and of one that shared its GPU without MPS after a fault, as the next one would.
 
         Tune asks this just before it keeps the process for the next trial, and keeps only those that it has seen start.
         """
         super().on_trial_complete(tune_controller, trial, result)
-        if self.session.ranks > 1 and trial_name(trial) in self.session.fatal:
+        name = trial_name(trial)
+        lost_ranks = self.session.ranks > 1 and name in self.session.fatal
+        if lost_ranks or self.session.files.trial(name).apart.exists():
             tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:

@@ -202,6 +202,7 @@ HOW_ONLY = (
     "log",
     "max_concurrent",
     "max_failures",
+    "mps",
     "rank_deadline_s",
     "wait_for_resources_s",
 )

@@ -70,6 +70,9 @@ class StudySpec(BaseModel):
     """When trials are stopped early."""
     gpus_per_trial: float | Literal["auto"] | None = None
     """GPUs of one trial; a fraction shares one GPU. None: one where there are GPUs, else none."""
+    mps: Literal["auto", "on", "off"] = "auto"
+    """Whether trials that share a GPU run side by side under CUDA MPS: auto where that is possible, else in turns; on makes it
+    an error where it is not."""
     accelerator_type: str | None = None
     """Kind of GPU that trials run on, by Ray's name such as A100, where a cluster has several kinds; None: any."""
     ranks: int | None = Field(None, ge=1)

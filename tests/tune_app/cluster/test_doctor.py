@@ -21,6 +21,7 @@ WELL: dict[str, Any] = {
     | {"medtune": "0.1.0", "torch": "2.11.0+cu130", "ray": "2.60.0"},
     "nccl": "2.28.9",
     "gpus": ["NVIDIA H200, 143771 MiB, 580.95"],
+    "mps": ["side by side under CUDA MPS (a daemon of this user's own would be started)"],
     "shm_gib": 8.0,
     "disk_gib": 200.0,
     "cache": "/cache",
@@ -35,7 +36,7 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
     found = judge_node(WELL, node="n1", gpus=1.0)
     assert {finding.state for finding in found} == {"good"}
     assert not any(finding.remedy for finding in found)
-    assert len({finding.what for finding in found}) == len(found) == 9
+    assert len({finding.what for finding in found}) == len(found) == 10
 
 
 @pytest.mark.parametrize(
