@@ -46,6 +46,73 @@ def data_check(
         out.print(line, markup=False)
 
 
+@data_app.command("table")
+def data_table(
+    scans: Annotated[
+        Path, typer.Argument(help="Folder of scans: plain, BIDS, or nnU-Net's imagesTr.")
+    ],
+    labels: Annotated[Path, typer.Argument(help="Label sheet: CSV, TSV, XLSX or JSON.")],
+    table: Annotated[Path, typer.Argument(help="Table to write (CSV).")],
+    id_column: Annotated[
+        str | None, typer.Option("--id", help="Column that names the scans; default: guessed.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label", help="Column of the label; default: guessed.")
+    ] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option("--subject", help="Column of the subject, or a pattern with one group."),
+    ] = None,
+    one_subject_per_scan: Annotated[
+        bool, typer.Option("--one-subject-per-scan", help="Every scan is of another person.")
+    ] = False,
+    positive: Annotated[
+        str | None, typer.Option("--positive", help="Label of class 1; all others are class 0.")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="LABEL=N,...", help="Class number of each label."),
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option("--scans", metavar="GLOB", help="Which files are scans: *_T1w.nii.gz")
+    ] = "*",
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="SCANS is a DICOM folder: convert it with dcm2niix.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing table.")] = False,
+) -> None:
+    """Join a folder of scans with a label sheet; what is guessed and what does not match is shown.
+
+    Example: medtune data table scans/ labels.xlsx table.csv --positive malignant --subject patient
+    """
+    from trainables.data.table_making import JoinOptions, convert_dicom, join_table, write_table
+
+    if dicom:
+        converted = table.parent / f"{table.stem}-nifti"
+        for line in convert_dicom(scans, converted):
+            out.print(line, markup=False, soft_wrap=True)
+        scans = converted
+    options = JoinOptions(
+        id_column, label_column, subject, one_subject_per_scan, positive, _classes(classes), pattern
+    )
+    joined = join_table(scans, labels, options)
+    write_table(joined, table, force=force)
+    for line in joined.lines:
+        out.print(line, markup=False, soft_wrap=True)
+    out.print(f"{table}: {len(joined.rows)} rows; next: medtune data check {table}", soft_wrap=True)
+
+
+def _classes(text: str | None) -> dict[str, int]:
+    """`benign=0,malignant=1` as a mapping."""
+    pairs = [part.rpartition("=") for part in (text or "").split(",") if part.strip()]
+    wrong = [
+        name or number for name, sign, number in pairs if not sign or not number.strip().isdigit()
+    ]
+    if wrong:
+        raise typer.BadParameter(f"--classes {text!r}: write LABEL=NUMBER,LABEL=NUMBER")
+    return {name.strip(): int(number) for name, _, number in pairs}
+
+
 @data_app.command("prepare")
 def data_prepare(
     table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
