@@ -52,7 +52,7 @@ def load_modules():
 
 root, page = sys.argv[1:]
 step("import", load_modules)
-from tune_app.report import write_report
+from tune_app.report.page import write_report
 from tune_app.results import load_study
 study = step("load", lambda: load_study(root))
 step("leaderboard", lambda: study.leaderboard(10))

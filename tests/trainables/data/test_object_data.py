@@ -46,7 +46,7 @@ def table(write_scan: Write, tmp_path: Path) -> Path:
 @pytest.fixture
 def url(bucket: str, table: Path) -> str:
     """The same in the bucket."""
-    put_folder(bucket, table.parents[2])
+    put_folder(bucket, table.parents[1])
     return f"{bucket}/tables/table.csv"
 
 
@@ -135,7 +135,7 @@ def test_a_node_without_the_cohort_makes_it_from_the_objects(
 ) -> None:
     config = build_config(TINY)
     made = prepare_cohort(read_manifest(Path(url)), Recipe.from_config(config), tmp_path / "driver")
-    shutil.rmtree(table.parents[2])
+    shutil.rmtree(table.parents[1])
     elsewhere = tmp_path / "node" / made.name
     cohort, split = open_inputs(config, url, elsewhere)
     np.testing.assert_array_equal(cohort.volumes, open_cohort(made).volumes)

@@ -411,7 +411,7 @@ def test_the_test_rows_are_scored_once_with_the_winner_and_on_record(
     finished: Callable[..., Path], cohort_table: Path
 ) -> None:
     root = finished()
-    cache = cohort_table.parents[2] / "cache"
+    cache = cohort_table.parents[1] / "cache"
     record = score_test(root, cache=cache)
     files = StudyFiles(root.parent)
     assert json.loads(files.test.read_text())["scored"] == [record]
@@ -461,7 +461,7 @@ def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
     finished: Callable[..., Path], cohort_table: Path
 ) -> None:
     root = finished()
-    cache = cohort_table.parents[2] / "cache"
+    cache = cohort_table.parents[1] / "cache"
     first = score_test(root, cache=cache)
     weights = {path: path.read_bytes() for path in root.glob("trials/*/best.pt")}
     for path in weights:
@@ -490,7 +490,7 @@ def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
 def test_without_a_winner_the_documented_settings_are_scored(
     finished: Callable[..., Path], cohort_table: Path
 ) -> None:
-    record = score_test(finished(gain=0.0), cache=cohort_table.parents[2] / "cache")
+    record = score_test(finished(gain=0.0), cache=cohort_table.parents[1] / "cache")
     assert record["variant"] == "documented"
     assert record["winner"] is False
     assert "documented" not in record
@@ -499,7 +499,7 @@ def test_without_a_winner_the_documented_settings_are_scored(
 def test_what_must_not_be_scored_is_refused(
     finished: Callable[..., Path], cohort_table: Path, write_study: WriteStudy, tmp_path: Path
 ) -> None:
-    cache = cohort_table.parents[2] / "cache"
+    cache = cohort_table.parents[1] / "cache"
     with pytest.raises(SpecError, match="no confirmation here: `medtune confirm"):
         confirmed_on_test(
             tmp_path, tmp_path / "confirmation", cache=cache, again=False, notes=Console()
@@ -561,7 +561,7 @@ def test_a_search_is_confirmed_and_tested_from_the_command_line(
         "space": space,
         "policy": {"halving": False},
     }
-    planned |= {"cache": str(cohort_table.parents[2] / "cache")}
+    planned |= {"cache": str(cohort_table.parents[1] / "cache")}
     root = write_study(
         "searched",
         kind="ablation",

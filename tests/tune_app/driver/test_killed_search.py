@@ -227,7 +227,7 @@ def told(root: Path) -> dict[str, Any]:
 @pytest.mark.timeout(300)  # seconds on a quiet machine, but it starts a driver 22 times
 def test_a_search_killed_at_20_random_moments_decides_as_one_never_killed(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_killed_search as tests; tests.main(*sys.argv[2:])"
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path), "13"]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), "13"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
     assert done.returncode == 0, done.stderr
     whole, killed = told(tmp_path / "whole"), told(tmp_path / "killed")

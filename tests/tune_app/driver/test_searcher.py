@@ -502,7 +502,7 @@ print(session)
 def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
     log = tmp_path / "handed-out"
     code = KILLED_FOR_REAL.format(
-        tests=str(Path(__file__).parents[1]), folder=str(tmp_path), log=str(log)
+        tests=str(Path(__file__).parent), folder=str(tmp_path), log=str(log)
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
