@@ -32,7 +32,6 @@ import psutil
 import yaml
 
 from trainables.checkpoints import load_state
-from trainables.config import build_config
 from tune_app.results.loading import load_study
 from tune_app.study.files import StudyFiles
 from tune_app.study.policy import Policy
@@ -329,8 +328,7 @@ def check(root: Path, result: Round) -> list[str]:
     policy = Policy(spec.policy, spec.epochs)
     overrides = {trial: study.record(trial)["overrides"] for trial in study.trials["trial"]}
     configs = {
-        trial: build_config({**spec.config, **given}).model_dump(mode="json")
-        for trial, given in overrides.items()
+        trial: spec.config_of(given).model_dump(mode="json") for trial, given in overrides.items()
     }
     replayed = [decision.as_row() for decision in policy.replay(read_rows(files.epochs), configs)]
     logged = {(row["trial"], row["epoch"]): row for row in read_rows(files.decisions)}

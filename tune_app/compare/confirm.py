@@ -116,7 +116,7 @@ def choose_candidates(search: Study, top: int) -> Candidates:
 
 def setting_key(spec: StudySpec, overrides: Mapping[str, Any]) -> str:
     """A text that is equal for runs which differ in fold and seed only."""
-    return build_config({**spec.config, **overrides, "fold": 0, "seed": 0}).hash()
+    return spec.config_of({**overrides, "fold": 0, "seed": 0}).hash()
 
 
 def confirmation_spec(
@@ -390,7 +390,7 @@ def _chosen_by_own_split(spec: StudySpec) -> bool:
 def _settings(study: Study, variant: str) -> str:
     """What a variant changes against the documented settings."""
     configs = [
-        build_config({**study.spec.config, **planned_overrides(study.spec, name)}).model_dump()
+        study.spec.config_of(planned_overrides(study.spec, name)).model_dump()
         for name in (variant, REFERENCE)
     ]
     changed = [name for name in configs[0] if configs[0][name] != configs[1][name]]

@@ -117,7 +117,7 @@ def score_test(
 
 
 def _split_of(study: Study, variant: str) -> dict[str, Any]:
-    config = build_config({**study.spec.config, **planned_overrides(study.spec, variant)})
+    config = study.spec.config_of(planned_overrides(study.spec, variant))
     return {
         "fold": config.fold,
         "num_folds": config.num_folds,

@@ -123,7 +123,7 @@ def _largest(spec: StudySpec) -> list[FineTuneConfig]:
     from trainables.config import build_config
 
     if spec.kind != "search":
-        return [build_config({**spec.config, **trial.overrides}) for trial in spec.planned]
+        return [spec.config_of(trial.overrides) for trial in spec.planned]
     base = build_config(spec.config).model_dump()
     space = spec.resolved_space()
     largest: dict[str, Any] = {

@@ -19,7 +19,8 @@ from ray.tune.result import (
 from ray.tune.schedulers.trial_scheduler import FIFOScheduler, TrialScheduler
 
 from trainables.checkpoints import without_nonfinite
-from tune_app.study.policy import Decision, Policy
+from trainables.ray_trainable import FATAL
+from tune_app.study.policy import Decision, Policy, stop_reason
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -34,13 +35,15 @@ RAYS_OWN = {
 """Keys that Ray adds to what a trial reports; they belong to its attempt, not to the run."""
 
 
-class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
-    """Starts trials in order, and stops them when `policy` says so.
+class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
+    """Starts trials in order, and stops them when `policy` says so, or when a trial reports that its failure is final.
 
     A trial's Ray config holds `trial` (its id) and `overrides` (a dict of hyperparameters); `base` are the study's own,
     which the overrides go before. Each report with a new `epoch` is given to `record` first, as the row
     `{"trial", "time", **metrics}` with None for what is not finite: a decision never rests on a row that a killed driver
-    would lose. `requested` says whether a trial is to be stopped, in words. Then `log` gets the decision; `Decision.notable` tells those worth a line from the rest.
+    would lose. `requested` says whether a trial is to be stopped, in words. Then `log` gets the decision, and `stopped`
+    the reason of one that stops. `fatal` holds failures for good by trial; `begun` and `failed` get Tune's trials.
+    `spent` says whether no other trial must use a trial's process.
     """
 
     # Buffered results would be decided on in bursts, epochs after the first of them.
@@ -52,15 +55,27 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         record: Callable[[dict[str, Any]], None],
         log: Callable[[Decision], None],
         base: Mapping[str, Any] | None = None,
+        *,
         requested: Callable[[str], str | None] = lambda trial: None,
+        begun: Callable[[Trial], object] = lambda trial: None,
+        failed: Callable[[Trial], None] = lambda trial: None,
+        stopped: Callable[[str, str], None] = lambda trial, reason: None,
+        fatal: dict[str, str] | None = None,
+        spent: Callable[[str], bool] = lambda trial: False,
     ) -> None:
         super().__init__()
         self.policy = policy
         self._record = record
         self._log = log
         self._base = dict(base or {})
-        self._requested = requested
+        self._requested, self._begun, self._failed = requested, begun, failed
+        self._tell_stopped = stopped
+        self._fatal = {} if fatal is None else fatal
+        self._spent = spent
         self._stopped = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Accept whatever Tune was told: the policy has its own metric and mode."""
@@ -71,7 +86,11 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]
     ) -> str:
         """Record, decide and log a new epoch; CONTINUE for a known one, unless the trial has been stopped before."""
-        name = str(trial.config["trial"])
+        name = trial_name(trial)
+        self._begun(trial)
+        if FATAL in result:
+            self._fatal[name] = str(result[FATAL])
+            return str(TrialScheduler.STOP)
         if "epoch" not in result:
             return str(TrialScheduler.CONTINUE)
         row = {
@@ -90,7 +109,25 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
             self._log(decision)
         if decision.stops:
             self._stopped += 1
+            self._tell_stopped(name, stop_reason(decision))
         return str(TrialScheduler.STOP if decision.stops else TrialScheduler.CONTINUE)
+
+    def on_trial_complete(
+        self, tune_controller: "TuneController", trial: Trial, result: dict[str, Any]
+    ) -> None:
+        """Have Tune end a process that no other trial must use.
+
+        Tune asks this just before it keeps the process for the next trial, and keeps only those that it has seen start.
+        """
+        super().on_trial_complete(tune_controller, trial, result)
+        if self._spent(trial_name(trial)):
+            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
+
+    def on_trial_error(self, tune_controller: "TuneController", trial: Trial) -> None:
+        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
+        # ERROR is set before this, not after, where the trial is going to be tried again.
+        if trial.status != Trial.ERROR:
+            self._failed(trial)
 
     def debug_string(self) -> str:
         """Return one line for Ray's own status output."""
@@ -106,3 +143,8 @@ class PolicyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
 
     def restore(self, checkpoint_path: str) -> None:
         """Restore nothing: the policy was rebuilt from epochs.jsonl."""
+
+
+def trial_name(trial: Any) -> str:
+    """Return the study's own name of a trial of Tune's: 00003."""
+    return str(trial.config["trial"])

@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from trainables.checkpoints import when_there_is_room, write_json
-from trainables.config import build_config
 from trainables.diagnosis import diagnose
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.objective import objective_value
@@ -102,11 +101,7 @@ class Recorder:
     ) -> dict[str, Any]:
         rows = self.rows.get(trial, [])
         record = self.records[trial]
-        diagnosis = (
-            diagnose(rows, build_config({**self.spec.config, **record["overrides"]}))
-            if rows
-            else None
-        )
+        diagnosis = diagnose(rows, self.spec.config_of(record["overrides"])) if rows else None
         self._write(
             record
             | {

@@ -249,8 +249,7 @@ def _check_weights(spec: StudySpec) -> None:
     Else every trial of the search would find that out by itself. In a process of its own: a driver does without torch.
     """
     configs = [
-        build_config({**spec.config, **overrides})
-        for overrides in [{}, *(one.overrides for one in spec.planned)]
+        spec.config_of(overrides) for overrides in [{}, *(one.overrides for one in spec.planned)]
     ]
     networks = {
         (

@@ -14,10 +14,7 @@ from typing import Any, Self
 
 import ray
 from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
 
-from trainables.config import build_config
 from trainables.data.storage import absolute
 from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
@@ -25,7 +22,7 @@ from tune_app.driver.disk import Budget, make_room
 from tune_app.driver.display import Display
 from tune_app.driver.loggers import log_callbacks
 from tune_app.driver.planned import PlannedSearcher
-from tune_app.driver.ray_scheduler import PolicyScheduler
+from tune_app.driver.ray_scheduler import StudyScheduler, trial_name
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan
 from tune_app.driver.searcher import OptunaSearcher
@@ -99,7 +96,7 @@ class StudySession:
             ),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=StudyScheduler(self),
+                scheduler=self.scheduler(),
                 num_samples=-1,
                 max_concurrent_trials=plan.concurrent,
                 trial_name_creator=trial_name,  # what TensorBoard and MLflow show
@@ -123,6 +120,26 @@ class StudySession:
             searcher.close()
             self.recorder.close()
         return False
+
+    def scheduler(self) -> StudyScheduler:
+        """Return the stopping policy as Tune asks it, joined to the study's records. After `begin`."""
+        return StudyScheduler(
+            self.policy,
+            self.recorder.row,
+            self.recorder.decision,
+            self.spec.config,
+            requested=self.requests.of,
+            begun=self.lifecycle.begun,
+            failed=self.lifecycle.failed,
+            stopped=lambda trial, reason: self.searcher.note(int(trial), reason),
+            fatal=self.fatal,
+            spent=self._spent,
+        )
+
+    def _spent(self, trial: str) -> bool:
+        """Whether no other trial must use the process: it has lost its ranks, or it shared its GPU without MPS after a fault."""
+        lost_ranks = self.ranks > 1 and trial in self.fatal
+        return lost_ranks or self.files.trial(trial).apart.exists()
 
     def keep_to_budget(self) -> None:
         """Remove what does not fit the disk budget any more, where there is one."""
@@ -208,7 +225,7 @@ class StudySession:
     def config_of(self, trial: str) -> dict[str, Any]:
         """The complete configuration of a trial, as plain values."""
         overrides = self.recorder.records[trial]["overrides"]
-        return build_config({**self.spec.config, **overrides}).model_dump(mode="json")
+        return self.spec.config_of(overrides).model_dump(mode="json")
 
 
 def watching_only(policy: PolicySpec) -> PolicySpec:
@@ -222,52 +239,6 @@ def watching_only(policy: PolicySpec) -> PolicySpec:
             },
         }
     )
-
-
-class StudyScheduler(PolicyScheduler):
-    """The stopping policy, with every row recorded first; a trial that says its failure is final ends at once."""
-
-    def __init__(self, session: StudySession) -> None:
-        super().__init__(
-            session.policy,
-            session.recorder.row,
-            session.recorder.decision,
-            base=session.spec.config,
-            requested=session.requests.of,
-        )
-        self.session = session
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its arguments, for a restore that is never asked for
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self.session.lifecycle.begun(trial)
-        if FATAL in result:
-            self.session.fatal[trial_name(trial)] = str(result[FATAL])
-            return str(TrialScheduler.STOP)
-        action = super().on_trial_result(tune_controller, trial, result)
-        ended = self.policy.stopped().get(trial_name(trial))
-        if ended is not None and ended.stops:
-            self.session.searcher.note(int(trial.config["trial"]), stop_reason(ended))
-        return action
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Have Tune end a process that no other trial must use: of a trial that failed for good with several ranks, which it
-        has lost, and of one that shared its GPU without MPS after a fault, as the next one would.
-
-        Tune asks this just before it keeps the process for the next trial, and keeps only those that it has seen start.
-        """
-        super().on_trial_complete(tune_controller, trial, result)
-        name = trial_name(trial)
-        lost_ranks = self.session.ranks > 1 and name in self.session.fatal
-        if lost_ranks or self.session.files.trial(name).apart.exists():
-            tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
-        # ERROR is set before this, not after, where the trial is going to be tried again.
-        if trial.status != Trial.ERROR:
-            self.session.lifecycle.failed(trial)
 
 
 class Interrupt:
@@ -315,7 +286,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         """Where processes run that have said so, by Ray's id of each."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as above
+        return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.session.interrupt.take()
@@ -441,8 +412,3 @@ def _node_of(where: Any) -> str | None:
         return str(ray.get(where, timeout=0)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         return None
-
-
-def trial_name(trial: Any) -> str:
-    """Return the study's own name of a trial of Tune's: 00003."""
-    return str(trial.config["trial"])

@@ -76,7 +76,7 @@ def best_lines(study: Study) -> list[str]:
     except ValueError as error:
         return [str(error)]
     record = study.record(str(best["trial"]))
-    config = build_config({**study.spec.config, **record["overrides"]})
+    config = study.spec.config_of(record["overrides"])
     defaults = build_config(study.spec.config)
     changed = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.config import ConfigError, FineTuneConfig
 from tune_app.results.study import Study
 from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
 from tune_app.study.files import StudyFiles
@@ -139,7 +139,7 @@ def _trial_row(
 def _config_of(spec: StudySpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The config a trial will have, before it has written it; empty when it cannot have one."""
     try:
-        return build_config({**spec.config, **overrides}).model_dump(mode="json")
+        return spec.config_of(overrides).model_dump(mode="json")
     except ConfigError:
         return {}
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
-from trainables.config import ConfigError, Scalar, build_config, problem_lines
+from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config, problem_lines
 from trainables.data.storage import absolute, is_url
 from tune_app.study.errors import SpecError
 from tune_app.study.objective import OBJECTIVES
@@ -154,7 +154,7 @@ class StudySpec(BaseModel):
                 problems.append(f"kind={self.kind} needs planned trials")
             for trial in self.planned:
                 try:
-                    build_config({**self.config, **trial.overrides})
+                    self.config_of(trial.overrides)
                 except ConfigError as error:
                     problems += [
                         f"variant {trial.variant}: {problem}" for problem in error.problems
@@ -173,6 +173,10 @@ class StudySpec(BaseModel):
     def epochs(self) -> int:
         """Epochs of a trial that is not stopped."""
         return build_config(self.config).epochs
+
+    def config_of(self, overrides: Mapping[str, Any]) -> FineTuneConfig:
+        """Return the complete configuration of a trial with these overrides. Raises ConfigError."""
+        return build_config({**self.config, **overrides})
 
     def resolved_space(self) -> Space:
         """The space as an object; only searches have one."""

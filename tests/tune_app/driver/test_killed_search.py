@@ -34,7 +34,7 @@ from trainables.ray_trainable import FATAL
 from tune_app.driver.display import Display
 from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.session import StudyScheduler, StudySession
+from tune_app.driver.session import StudySession
 from tune_app.study.files import StudyFiles, mend_last_line
 from tune_app.study.rows import read_record, read_rows
 from tune_app.study.spec import build_spec
@@ -97,7 +97,7 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
     session = StudySession(spec, "none", recorder, display)
     session.begin()
     begun()
-    scheduler, lifecycle, searcher = StudyScheduler(session), session.lifecycle, session.searcher
+    scheduler, lifecycle, searcher = session.scheduler(), session.lifecycle, session.searcher
     running: list[TuneTrial] = []
     finished = False
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tune_app.driver.ray_scheduler import PolicyScheduler
+from tune_app.driver.ray_scheduler import StudyScheduler
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 
@@ -14,7 +14,7 @@ class RaysTrial:
 
 
 def scheduler(spec, events, epochs=60, **options):
-    return PolicyScheduler(
+    return StudyScheduler(
         Policy(spec, epochs),
         record=lambda row: events.append(("row", row)),
         log=lambda decision: events.append(("decision", decision)),
@@ -135,7 +135,7 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_
                     lambda spec: {"collapses": spec.config["trial"] in ("00001", "00003")}
                 ),
             },
-            scheduler=PolicyScheduler(
+            scheduler=StudyScheduler(
                 policy, record=rows.append, log=decisions.append, base={"epochs": 12}
             ),
             storage_path=str(tmp_path),
