@@ -1,6 +1,7 @@
 """The commands of the service: `medtune serve`, and `medtune bench serve`."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -36,8 +37,11 @@ def serve(
     address: AddressOption = None,
 ) -> None:
     """Serve a live page over the studies of a folder or bucket: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
-    from tune_app.serve.app import serve as run
+    from tune_app.serve.connections import LogLimit
+    from tune_app.serve.server import serve as run
 
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(LogLimit())
     run(
         folder,
         host=host,

@@ -23,10 +23,11 @@ from tune_app.serve.access import (
     Refused,
     Throttle,
 )
-from tune_app.serve.app import build_app, serve
+from tune_app.serve.app import build_app
 from tune_app.serve.folder import StudyFolder
 from tune_app.serve.live import Feeds
 from tune_app.serve.queue import QueueError, StudyQueue
+from tune_app.serve.server import serve
 from tune_app.serve.views import progress
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line

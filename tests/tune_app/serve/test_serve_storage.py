@@ -19,8 +19,9 @@ from tune_app.driver.stopping import stopping_on_request
 from tune_app.results.loading import load_study
 from tune_app.serve import replica as serve_storage
 from tune_app.serve.access import Access
-from tune_app.serve.app import build_app, serve
+from tune_app.serve.app import build_app
 from tune_app.serve.replica import Replica
+from tune_app.serve.server import serve
 from tune_app.study import mirror as storage
 from tune_app.study.copies import fetch_study, opened
 from tune_app.study.errors import SpecError
@@ -142,7 +143,7 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
         seen = client.get("/api/studies/live/curves").json()["seen"]
 
         async def news() -> list[bytes]:
-            streams = [client.app.state.feeds.events("live", seen) for _ in range(5)]  # type: ignore[attr-defined]
+            streams = [client.app.state.service.feeds.events("live", seen) for _ in range(5)]  # type: ignore[attr-defined]
             for stream in streams:
                 await anext(stream)
             append_line(files.epochs, new)

@@ -1,0 +1,125 @@
+"""The routes that change something: check, queue, start and stop studies, and stop trials."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from fastapi import APIRouter, Body
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainables.checkpoints import replacing
+from trainables.data.storage import bucket_of, is_url
+from tune_app.serve.queue import QueueError
+from tune_app.serve.service import StudyId, TheService, TrialId
+from tune_app.serve.views import failed_trials, state_of, trial_page
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
+from tune_app.study.requests import ask_to_stop_trial
+from tune_app.study.spec import absolute_paths, build_spec
+
+router = APIRouter(prefix="/api")
+
+
+class Asked(BaseModel):
+    """The outcome of a request to start or stop something."""
+
+    study: str
+    became: str
+
+
+class NewStudy(BaseModel):
+    """A study to start: a name for its folder, and the fields of a study file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")
+    spec: dict[str, Any]
+    """As in the study file that `medtune init` writes; relative paths start at the service's working directory."""
+
+
+@router.post("/check")
+def check(fields: Annotated[dict[str, Any], Body()]) -> JSONResponse:
+    """Check the fields of a study file without starting anything; returns the size of the study."""
+    spec = build_spec(_with_paths(fields))
+    space = spec.resolved_space() if spec.kind == "search" else None
+    rows = [row._asdict() for row in space.describe()] if space else []
+    return JSONResponse({"trials": spec.num_trials, "epochs": spec.epochs, "space": rows})
+
+
+@router.post("/studies", status_code=201)
+def begin(asked: NewStudy, service: TheService) -> Asked:
+    """Write the study file into a new folder and queue the study."""
+    fields = _with_paths(asked.spec)
+    build_spec(fields)
+    path = service.folder.root / asked.name
+    if path.exists():
+        raise QueueError(f"{asked.name}: this folder exists already; choose another name")
+    path.mkdir(parents=True)
+    with replacing(StudyFiles(path).asked) as temporary:
+        temporary.write_text(
+            yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+    service.queue.add(path)
+    return Asked(study=asked.name, became="queued")
+
+
+@router.post("/studies/{study}/start")
+def start(study: StudyId, service: TheService, retry_failed: bool = False) -> Asked:
+    """Queue a study: it is started when it never was, and resumed otherwise.
+
+    `retry_failed`: failed trials are continued as well.
+    """
+    path, queue = service.folder.path(study), service.queue
+    if StudyFiles(path).spec.is_file():
+        found = service.read(study).study
+        failed = failed_trials(found)
+        if retry_failed and not failed:
+            raise QueueError(f"{path.name}: no trial has failed")
+        if not retry_failed and state_of(path, found, queue) == "ended":
+            raise QueueError(
+                f"{path.name} has ended, {failed} of its trials failed: retry_failed=true continues them"
+                if failed
+                else f"{path.name} has ended: every trial ran to its end or was stopped"
+            )
+    elif retry_failed:
+        raise QueueError(f"{path.name} has not started: no trial has failed")
+    queue.add(path, retry_failed=retry_failed)
+    return Asked(study=study, became="queued")
+
+
+@router.post("/studies/{study}/stop")
+def stop(study: StudyId, service: TheService) -> Asked:
+    """Remove a waiting study from the queue, or ask a running one to stop; it can be resumed."""
+    path = service.folder.path(study)
+    if service.queue.place(path) is None:
+        service.require_storage()
+    became = service.queue.stop(path)
+    service.send_requests()
+    return Asked(study=study, became=became)
+
+
+@router.post("/studies/{study}/trials/{trial}/stop")
+def stop_trial(study: StudyId, trial: TrialId, service: TheService) -> Asked:
+    """Ask the driver to stop one trial after its current epoch."""
+    service.require_storage()
+    path = service.folder.path(study)
+    page = trial_page(service.read(study).study, trial)
+    if not page["stoppable"]:
+        raise QueueError(f"trial {trial} has ended: {page['state']}")
+    ask_to_stop_trial(StudyFiles(path), trial)
+    service.send_requests()
+    return Asked(study=study, became="asked")
+
+
+def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with absolute paths. Raises SpecError where the table is missing."""
+    fields = absolute_paths(fields)
+    data = fields.get("data")
+    if isinstance(data, str) and is_url(data):
+        bucket, name = bucket_of(data)
+        if bucket.stamp(name) is None:
+            raise SpecError([f"data: no object {data}"])
+    elif isinstance(data, str) and not Path(data).is_file():
+        raise SpecError([f"data: no file {data}"])
+    return fields
