@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,17 +32,6 @@ def imports_of(tree):
             if (ROOT / node.module.replace(".", "/")).is_dir():
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
-
-
-def run_at_import(tree):
-    """The module's own imports: not those inside functions, nor those for type checkers only."""
-    body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    body = [
-        node
-        for node in body
-        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-    ]
-    return ast.Module(body, [])
 
 
 def own(module):
@@ -134,17 +124,47 @@ def test_the_config_imports_nothing_of_ours_but_its_error():
 
 
 def test_no_module_imports_itself_in_a_circle():
+    """Not even by an import inside a function, or for type checkers only."""
     graph = {
-        name: {
-            n
-            for n in imports_of(run_at_import(tree))
-            if n in TREES and not f"{name}.".startswith(f"{n}.")
-        }
-        for name, tree in TREES.items()
+        name: {n for n in targets if n in TREES and not f"{name}.".startswith(f"{n}.")}
+        for name, targets in IMPORTS.items()
     }
-    assert len(tuple(TopologicalSorter(graph).static_order())) == len(
-        TREES
-    )  # raises CycleError with the circle
+    order = TopologicalSorter(graph).static_order()  # raises CycleError with the circle
+    assert len(tuple(order)) == len(TREES)
+
+
+STILL_LONG = {
+    "trainables.finetune:__init__",
+    "tune_app.bench.efficiency:bench_efficiency",
+    "tune_app.cli.app:train",
+    "tune_app.cli.cluster:submit",
+    "tune_app.cli.studies:run",
+    "tune_app.cluster.doctor:judge_node",
+    "tune_app.cluster.kubernetes:kuberay_manifest",
+    "tune_app.driver.run:_run_locked",
+    "tune_app.models.pretrain:pretrain",
+    "tune_app.report.figures:slice_of",
+    "tune_app.serve.app:build_app",
+    "tune_app.serve.views:trial_page",
+}
+"""To be cut; nothing is added here."""
+
+
+def test_no_function_has_80_lines_or_more():
+    functions = [
+        (f"{name}:{node.name}", node.end_lineno - node.lineno)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert len(functions) > 1000
+    long = {name: lines + 1 for name, lines in functions if lines >= 80}
+    assert not set(long) - STILL_LONG, long
+
+
+def test_no_folder_holds_more_files_than_one_finds_ones_way_in():
+    folders = Counter(path.parent for path in MODULES)
+    assert folders.most_common(1)[0][1] <= 26
 
 
 def loaded_by(code, *arguments):

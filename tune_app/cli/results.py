@@ -66,7 +66,8 @@ def results(
         table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
     else:
         table = results_table(
-            subject,
+            subject.trials,
+            subject.searched,
             columns=columns,
             sort=sort or ("-objective", "number"),
             where=where or (),

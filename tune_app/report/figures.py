@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from tune_app.report.findings import documented_settings, leading
-from tune_app.results.importance import Axis, axis_of
+from tune_app.results.importance import Axis
 from tune_app.results.study import Study
 from tune_app.results.text import format_value
 from tune_app.study.objective import OBJECTIVES
@@ -345,7 +345,7 @@ def parallel(study: Study) -> Figure:
     """
     trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
     trials = trials.sort_values("objective", ascending=False).head(400)
-    axes = [axis_of(study, name) for name in study.searched]
+    axes = [study.axis(name) for name in study.searched]
     low, high = float(trials["objective"].min()), float(trials["objective"].max())
     worth = Axis("objective", "even", low, high)
     columns = [[_clip(axis.share(float(place))) for place in axis.places(trials)] for axis in axes]
@@ -460,7 +460,7 @@ def importance(table: pd.DataFrame) -> Figure:
 
 def slice_of(study: Study, name: str) -> Figure:
     """Return the objective over one hyperparameter, with the document's values before (dashed) and after (solid)."""
-    axis = axis_of(study, name)
+    axis = study.axis(name)
     trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
     trials = trials.assign(place=axis.places(trials))
     trials = trials[trials["place"].notna()]

@@ -26,7 +26,6 @@ from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.compare.confirm import judge, judged_lines
 from tune_app.compare.test_record import score_lines
 from tune_app.results.effects import COLLAPSES
-from tune_app.results.importance import axis_of
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back
@@ -523,7 +522,7 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
 
 
 def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution]:
-    axis = axis_of(study, name)
+    axis = study.axis(name)
     place = axis.places(best.to_frame().T)[0]
     if axis.kind == "choice" or not axis.ranged or not math.isfinite(place):
         return

@@ -27,7 +27,9 @@ def print_summary(root: Path, console: Console) -> None:
         return
     width = min(console.width, 100)
     console.print()
-    console.print(render_table(results_table(study, limit=SHOWN_TRIALS), width))
+    console.print(
+        render_table(results_table(study.trials, study.searched, limit=SHOWN_TRIALS), width)
+    )
     if len(study.trials) > SHOWN_TRIALS:
         console.print(
             f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)"

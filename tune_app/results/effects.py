@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,6 @@ import pandas as pd
 from trainables.diagnosis import FALLS
 from tune_app.results.query import column_of, smaller_is_better
 from tune_app.results.tables import came_back
-
-if TYPE_CHECKING:
-    from tune_app.results.study import Study
 
 NAMES_OF_BASELINE = ("baseline", "all-fixes", "documented-after", "documented", "after", "defaults")
 """Variants that others are compared with when none is named: the first of these that is there, or the first variant."""
@@ -43,13 +40,13 @@ EFFECT_COLUMNS = {
 # Effects ---------------------------------------------------------------------------------------------------------------
 
 
-def effects(study: "Study", metric: str, baseline: str | None) -> pd.DataFrame:
+def effects(trials: pd.DataFrame, metric: str, baseline: str | None) -> pd.DataFrame:
     """See `Study.effects`."""
-    trials = study.trials[study.trials["variant"].notna()]
+    trials = trials[trials["variant"].notna()]
     variants = list(dict.fromkeys(trials["variant"]))
     if len(variants) < 2:
         raise ValueError(
-            f"{study.path}: effects compare variants, and this {study.spec.kind} has {len(variants)}: "
+            f"effects compare variants, and these trials have {len(variants)}: "
             "`medtune ablate` and `medtune confirm` make studies with variants"
         )
     if baseline is None:

@@ -2,21 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from optuna.distributions import CategoricalDistribution
 
-from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, is_read
+from search_spaces.space import DERIVED, READ_ONLY_WHEN, Parameter, Space, is_read
 from tune_app.results.query import column_of, smaller_is_better
 from tune_app.results.text import format_value
-
-if TYPE_CHECKING:
-    from tune_app.results.study import Study
 
 
 @dataclass(frozen=True)
@@ -95,14 +92,14 @@ class Axis:
         return "none" if value is None or value is pd.NA else format_value(self.name, value)
 
 
-def axis_of(study: "Study", name: str) -> Axis:
-    """Return the axis of a hyperparameter: the search space's scale and range, or what the values suggest.
+def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
+    """Return the axis of the hyperparameter in column `values`: the search space's scale and range, or what they suggest.
 
     `ema_decay` and `drw_beta` are 1 - value on a logarithm; without a space, rates are logarithmic, and what spans a
     factor of 30.
     """
-    values = study.trials[name]
-    parameter = _parameter(study, name)
+    name = str(values.name)
+    parameter = _parameter(space, name)
     if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
         texts = [
             "none" if choice is None else format_value(name, choice) for choice in parameter.choices
@@ -129,7 +126,7 @@ def axis_of(study: "Study", name: str) -> Axis:
         and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30)
     ):
         kind = "log"
-    ends = _ends(study, parameter) if parameter is not None else None
+    ends = _ends(parameter, epochs) if parameter is not None else None
     ranged = ends is not None
     places = _on_scale(kind, np.array(ends) if ends is not None else numbers)
     places = places[np.isfinite(places)]
@@ -166,17 +163,17 @@ def _round_powers(low: float, high: float) -> list[float]:
     return [10**low, 10**high]
 
 
-def _parameter(study: "Study", name: str) -> Parameter | None:
-    if study.space is None:
+def _parameter(space: Space | None, name: str) -> Parameter | None:
+    if space is None:
         return None
-    return next((p for p in study.space.parameters.values() if p.hyperparameter == name), None)
+    return next((p for p in space.parameters.values() if p.hyperparameter == name), None)
 
 
-def _ends(study: "Study", parameter: Parameter) -> tuple[float, float] | None:
+def _ends(parameter: Parameter, epochs: int) -> tuple[float, float] | None:
     """The hyperparameter's range in the space; None where it depends on another one's value."""
     if parameter.name in DERIVED and DERIVED[parameter.name].reads:
         return None
-    low, high = (parameter.decode(end, {"epochs": study.spec.epochs}) for end in parameter.ends)
+    low, high = (parameter.decode(end, {"epochs": epochs}) for end in parameter.ends)
     assert isinstance(low, int | float)
     assert isinstance(high, int | float)
     return float(low), float(high)
@@ -201,27 +198,31 @@ def _texts(name: str, values: pd.Series) -> list[str]:
 
 
 def importance(
-    study: "Study", metric: str, evaluator: str, repeats: int, seed: int
+    trials: pd.DataFrame,
+    axes: Mapping[str, Axis],
+    metric: str,
+    *,
+    evaluator: str,
+    repeats: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """See `Study.importance`."""
-    column = column_of(study.trials, metric)
-    rows = study.trials[
-        study.trials["state"].isin(["completed", "stopped"]) & study.trials[column].notna()
-    ]
-    names = [name for name in study.searched if rows[name].nunique(dropna=False) > 1]
+    """See `Study.importance`; `axes` are those of the hyperparameters searched."""
+    column = column_of(trials, metric)
+    rows = trials[trials["state"].isin(["completed", "stopped"]) & trials[column].notna()]
+    names = [name for name in axes if rows[name].nunique(dropna=False) > 1]
     if len(rows) < 4 or not names:
         raise ValueError(
-            f"{study.path}: importance needs four ended trials that differ in something; here are {len(rows)} "
+            f"importance needs four ended trials that differ in something; here are {len(rows)} "
             f"that differ in {', '.join(names) or 'nothing'}"
         )
     if rows[column].nunique() < 2:
         raise ValueError(
-            f"{study.path}: all {len(rows)} ended trials have the same {column}: nothing to account for"
+            f"all {len(rows)} ended trials have the same {column}: nothing to account for"
         )
     from optuna.importance import get_param_importances
 
     with _quiet_optuna():
-        temporary = _temporary_study(study, rows, names, column)
+        temporary = _temporary_study(rows, {name: axes[name] for name in names}, column)
         evaluators = _evaluators(evaluator, repeats, seed)
         found = pd.DataFrame(
             [get_param_importances(temporary, evaluator=each) for each in evaluators]
@@ -250,15 +251,14 @@ _EVALUATOR_NAMES = {
 }
 
 
-def _temporary_study(study: "Study", rows: pd.DataFrame, names: list[str], column: str) -> Any:
+def _temporary_study(rows: pd.DataFrame, axes: Mapping[str, Axis], column: str) -> Any:
     """An Optuna study in memory that holds `rows` as completed trials, whatever ended them."""
     import optuna
     from optuna.distributions import BaseDistribution, FloatDistribution
 
     distributions: dict[str, BaseDistribution] = {}
     values: dict[str, list[Any]] = {}
-    for name in names:
-        axis = axis_of(study, name)
+    for name, axis in axes.items():
         if axis.kind == "choice":
             values[name] = ["none" if v is pd.NA else format_value(name, v) for v in rows[name]]
             distributions[name] = CategoricalDistribution(axis.choices)
@@ -270,7 +270,7 @@ def _temporary_study(study: "Study", rows: pd.DataFrame, names: list[str], colum
         direction="minimize" if smaller_is_better(column) else "maximize"
     )
     for row, value in enumerate(rows[column].astype("float64")):
-        params = {name: values[name][row] for name in names}
+        params = {name: values[name][row] for name in axes}
         temporary.add_trial(
             optuna.trial.create_trial(params=params, distributions=distributions, value=value)
         )

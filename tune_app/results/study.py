@@ -24,6 +24,8 @@ import pandas as pd
 from search_spaces.space import Space
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
+from tune_app.results.effects import effects
+from tune_app.results.importance import Axis, axis_of, importance
 from tune_app.results.query import column_of, require_column, select, smaller_is_better
 from tune_app.results.tables import results_table
 from tune_app.results.text import formatted
@@ -79,6 +81,10 @@ class Study:
         """The search space; None for what is no search."""
         return self.spec.resolved_space() if self.spec.kind == "search" else None
 
+    def axis(self, name: str) -> Axis:
+        """Return the axis of a hyperparameter: the scale and range of the search space, or what the trials suggest."""
+        return axis_of(self.trials[name], self.space, self.spec.epochs)
+
     def best(self, metric: str = "objective", where: str | Sequence[str] = ()) -> pd.Series:
         """Return the row of the best trial by `metric` among those `where` lets through (failed ones never).
 
@@ -97,7 +103,7 @@ class Study:
 
     def leaderboard(self, n: int | None = 10, where: str | Sequence[str] = ()) -> pd.DataFrame:
         """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched."""
-        table = results_table(self, where=where, limit=n)
+        table = results_table(self.trials, self.searched, where=where, limit=n)
         table.insert(0, "rank", np.arange(1, len(table) + 1))
         return table
 
@@ -139,9 +145,10 @@ class Study:
         over `repeats` random forests, and say nothing of how few trials there are. `.attrs["how"]` tells all this in
         a sentence with the numbers. Raises ValueError with fewer than four trials or nothing that varies.
         """
-        from tune_app.results.importance import importance
-
-        return importance(self, metric, evaluator, repeats, seed)
+        axes = {name: self.axis(name) for name in self.searched}
+        return importance(
+            self.trials, axes, metric, evaluator=evaluator, repeats=repeats, seed=seed
+        )
 
     def effects(self, metric: str = "objective", *, baseline: str | None = None) -> pd.DataFrame:
         """Return what each variant changes against `baseline`, from differences paired over (seed, fold).
@@ -155,9 +162,7 @@ class Study:
         interval, and is "cannot tell" when it holds zero, or where there is none: of one pair, or of differences that are
         all the same. Raises ValueError without variants.
         """
-        from tune_app.results.effects import effects
-
-        return effects(self, metric, baseline)
+        return effects(self.trials, metric, baseline)
 
     def to_csv(self, folder: str | Path) -> list[Path]:
         """Write trials.csv, epochs.csv and decisions.csv to `folder`; returns their paths."""
@@ -213,7 +218,7 @@ class Studies:
         return f"<Studies: {len(self.trials)} trials, {len(self.epochs)} epochs; {told}>"
 
     def _repr_html_(self) -> str:
-        table = formatted(results_table(self, limit=10))
+        table = formatted(results_table(self.trials, self.searched, limit=10))
         return f"<p>{escape(repr(self)[1:-1])}</p>\n{table.to_html(index=False, escape=True, border=0, na_rep='')}"
 
 

@@ -7,7 +7,6 @@ stripped of anything a terminal would obey.
 import fnmatch
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.table import Table
@@ -16,12 +15,10 @@ from rich.text import Text
 from tune_app.results.query import QueryError, column_of, require_column, select
 from tune_app.results.text import formatted
 
-if TYPE_CHECKING:
-    from tune_app.results.study import Studies, Study
-
 
 def results_table(
-    study: "Study | Studies",
+    trials: pd.DataFrame,
+    searched: Sequence[str],
     *,
     columns: str | Sequence[str] | None = None,
     sort: str | Sequence[str] = ("-objective", "number"),
@@ -30,10 +27,11 @@ def results_table(
 ) -> pd.DataFrame:
     """Return the trials as `medtune results` shows them: best first, the columns that tell the trials apart.
 
+    `searched` are the hyperparameters that tell them apart.
     `columns` are names, bare metrics, or patterns (`best_val_auc*`); "all" is all. `sort` holds names, with a leading
     minus for the largest first; missing values come last. `where` as in `select`. Raises QueryError.
     """
-    table = select(study.trials, where)
+    table = select(trials, where)
     keys = [sort] if isinstance(sort, str) else list(sort)
     keys = [key.strip() for key in keys for key in key.split(",") if key.strip()]
     for key in reversed(keys):  # stable sorts from the last key to the first
@@ -41,7 +39,7 @@ def results_table(
         table = table.sort_values(
             column, ascending=not key.startswith("-"), kind="stable", na_position="last"
         )
-    chosen = _chosen_columns(study, table, columns)
+    chosen = _chosen_columns(table, searched, columns)
     return table[chosen].iloc[:limit].reset_index(drop=True)
 
 
@@ -51,10 +49,8 @@ def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def _chosen_columns(
-    study: "Study | Studies", table: pd.DataFrame, columns: str | Sequence[str] | None
+    table: pd.DataFrame, searched: Sequence[str], columns: str | Sequence[str] | None
 ) -> list[str]:
-    from tune_app.results.study import Studies
-
     if columns is None:
         names = [
             "trial",
@@ -73,8 +69,8 @@ def _chosen_columns(
             "epochs_run",
             "work_s",
         ]
-        names = ["study", *names] if isinstance(study, Studies) else names
-        names += [] if "variant" in names and table["variant"].notna().any() else study.searched
+        names = ["study", *names] if "study" in table.columns else names
+        names += [] if "variant" in names and table["variant"].notna().any() else searched
         empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
         empty += [] if came_back(table).any() else ["healed_epochs"]
         return [name for name in names if name not in empty]

@@ -174,7 +174,7 @@ _HEADINGS = {
 
 def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
-    table = results_table(study, where=where, sort="number")
+    table = results_table(study.trials, study.searched, where=where, sort="number")
     about = study.trials.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
     names = [
         str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")

@@ -17,7 +17,6 @@ from search_spaces.fixes import all_fixes, baseline
 from tune_app.report import figures, findings
 from tune_app.report import page as report
 from tune_app.report.page import watch_report, write_comparison, write_report
-from tune_app.results.importance import axis_of
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.study.files import StudyFiles, append_line
@@ -551,7 +550,7 @@ def test_many_trials_are_thinned_and_the_page_says_so(
 
 def test_slices_mark_the_documents_values_before_and_after(search: Study) -> None:
     for name in ("max_m", "backbone_lr", "ema_decay", "drw_start_epoch"):
-        figure, axis = figures.slice_of(search, name), axis_of(search, name)
+        figure, axis = figures.slice_of(search, name), search.axis(name)
         marks = {shape["line"]["dash"]: shape["x0"] for shape in figure["layout"]["shapes"]}
         assert marks["dash"] == pytest.approx(axis.place(baseline(20)[name]))
         assert marks["solid"] == pytest.approx(axis.place(all_fixes(20)[name]))

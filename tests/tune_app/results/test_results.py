@@ -20,7 +20,6 @@ from trainables.metrics import SCORE_METRICS
 from trainables.saved_run import BestEpoch
 from tune_app.results import loading
 from tune_app.results.effects import holm
-from tune_app.results.importance import axis_of
 from tune_app.results.loading import load_studies, load_study
 from tune_app.results.trials import column_meanings
 from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
@@ -687,7 +686,7 @@ def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(
     a_search: Path, name: str
 ) -> None:
     study = load_study(a_search)
-    axis = axis_of(study, name)
+    axis = study.axis(name)
     assert axis.ranged
     places = axis.places(study.trials)
     assert np.isfinite(places).all()
