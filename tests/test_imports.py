@@ -91,7 +91,8 @@ def test_training_does_not_know_ray(module):
 
 ROOMS = (
     ({"study"}, set()),
-    ({"driver", "backtest", "cluster", "results"}, {"study"}),
+    ({"driver", "backtest", "results"}, {"study"}),
+    ({"cluster"}, {"study", "driver"}),
     ({"compare"}, {"study", "results"}),
     ({"report"}, {"study", "results", "compare"}),
     ({"models"}, {"study", "results", "compare", "driver"}),

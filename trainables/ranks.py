@@ -31,6 +31,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
+from trainables.data.storage import patient
 from trainables.finetune import EpochResult, finetune
 from trainables.rank_actors import Position, RankProcesses
 from trainables.saved_run import open_inputs, saved_run
@@ -374,7 +375,8 @@ def _rank_epochs(
     device = torch.device("cuda", 0) if work.gpu else torch.device("cpu")
     if work.gpu:
         torch.cuda.set_device(device)
-    cohort, split = open_inputs(work.config, work.table, work.cohort)
+    with patient():
+        cohort, split = open_inputs(work.config, work.table, work.cohort)
     if not dist.is_initialized():  # the first run of these ranks, which stay together
         # By itself gloo takes what the host's name resolves to: on many machines loopback, which no other node can reach.
         if (name := interface_of(ray.util.get_node_ip_address())) is not None:

@@ -20,7 +20,7 @@ from ray import tune
 from trainables import mps
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
-from trainables.data.storage import TrialStore
+from trainables.data.storage import TrialStore, patient
 from trainables.training_thread import in_training_thread
 
 log = logging.getLogger("medtune.trial")
@@ -83,8 +83,10 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     disk_log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    alive = SignOfLife(files.alive)
     try:
-        in_training_thread(_run, trial, setting, files)
+        with patient(waits=alive):
+            in_training_thread(_run, trial, setting, files, alive)
     except Exception as error:
         from trainables.ranks import RankError, is_out_of_memory
 
@@ -214,7 +216,9 @@ def _device_memory() -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(), total
 
 
-def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> None:
+def _run(
+    trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles, alive: SignOfLife
+) -> None:
     from trainables.rank_actors import rank_processes
 
     began = time.monotonic()
@@ -234,7 +238,6 @@ def _run(trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles) -> 
     )  # 0 in a process that has trained before
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
-    alive = SignOfLife(files.alive)
     epochs: Epochs
     if setting.gpus_per_rank:
         wait_for_device_memory(setting.gpus_per_rank)

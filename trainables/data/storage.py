@@ -4,14 +4,16 @@ An object is there whole or not at all, as a renamed file is, so what holds for 
 """
 
 import io
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import quote
 
 from trainables.checkpoints import TrialFiles, replacing
@@ -22,6 +24,15 @@ OF_URLS = "%:/?[]@!$&'()*+,;="
 CHUNK = 16 * 2**20
 BUFFER = 4 * 2**20
 """Bytes that one request brings where an object is read as a stream."""
+
+
+OUTAGE_S = 600.0
+"""Seconds for which a trial, and a driver at its end, try again what object storage has not answered."""
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+log = logging.getLogger("medtune.disk")
 
 
 class StorageError(OSError):
@@ -54,6 +65,56 @@ def absolute(place: str | Path) -> str:
     return short if same else kept
 
 
+class _Patience(NamedTuple):
+    seconds: float
+    waits: Callable[[], None]
+
+
+_patience = _Patience(0.0, lambda: None)
+
+
+@contextmanager
+def patient(seconds: float = OUTAGE_S, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Have all threads of this process try again for `seconds`, within the block, what object storage does not answer.
+
+    A process that has a table or a study to find must fail at once on a wrong name, which looks the same: so patience is
+    for those that others have found before. `waits` is called before each try, to tell who watches over this process.
+    """
+    global _patience
+    before, _patience = _patience, _Patience(seconds, waits)
+    try:
+        yield
+    finally:
+        _patience = before
+
+
+def _lasting(call: Callable[P, Result]) -> Callable[P, Result]:
+    """Have `call` tried again after each StorageError for as long as `patient` says."""
+
+    @wraps(call)
+    def lasting(*args: P.args, **kwargs: P.kwargs) -> Result:
+        seconds, waits = _patience
+        deadline, pause_s = None, 0.5
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except StorageError as error:
+                if not seconds:
+                    raise
+                if deadline is None:
+                    deadline = time.monotonic() + seconds
+                    until = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+                    log.warning("%s: tried again until %s", error, until)
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise StorageError(f"{error}; tried again for {seconds:.0f} s") from None
+            waits()
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(5.0, 2 * pause_s)
+
+    return lasting
+
+
 class Listed(NamedTuple):
     """An object as a listing has it."""
 
@@ -65,22 +126,30 @@ class Listed(NamedTuple):
 class Remote:
     """The objects below a URL. Credentials come from the environment or the machine, never from the URL.
 
-    Every method raises StorageError when the storage does not answer or refuses.
+    Every method raises StorageError when the storage does not answer or refuses, tried again for as long as `patient` says.
     """
 
     def __init__(self, url: str) -> None:
         from pyarrow import ArrowException
-        from pyarrow.fs import FileSystem
 
         self.url = url
         self._errors = (OSError, ArrowException)
         try:
-            self.system, self.path = FileSystem.from_uri(
-                quote(url, safe=OF_URLS)
-            )  # a name may have a space in it
-        except (*self._errors, ValueError) as error:
+            self.system, self.path = self._connected()
+        except ValueError as error:
             raise self._error("cannot be used", error) from None
 
+    @_lasting
+    def _connected(self) -> tuple[Any, str]:
+        from pyarrow.fs import FileSystem
+
+        try:
+            name = quote(self.url, safe=OF_URLS)  # a name may have a space in it
+            return cast(tuple[Any, str], FileSystem.from_uri(name))
+        except self._errors as error:
+            raise self._error("cannot be used", error) from None
+
+    @_lasting
     def read(self, name: str) -> bytes | None:
         """Return the object, None where there is none."""
         try:
@@ -91,6 +160,7 @@ class Remote:
         except self._errors as error:
             raise self._error(f"{name} cannot be read", error) from None
 
+    @_lasting
     def write(self, name: str, content: bytes) -> None:
         """Write the object, replacing one that is there."""
         try:
@@ -99,6 +169,7 @@ class Remote:
         except self._errors as error:
             raise self._error(f"{name} cannot be written", error) from None
 
+    @_lasting
     def put(self, name: str, file: Path) -> None:
         """Write a file's content, however large, as the object."""
         try:
@@ -111,6 +182,7 @@ class Remote:
         except self._errors as error:
             raise self._error(f"{name} cannot be written", error) from None
 
+    @_lasting
     def get(self, name: str, file: Path) -> bool:
         """Write the object to a file, whole or not at all; False where there is none."""
         try:
@@ -127,6 +199,7 @@ class Remote:
         except self._errors as error:
             raise self._error(f"{name} cannot be read", error) from None
 
+    @_lasting
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Return size and time of writing (ns) of the object, None where there is none."""
         from pyarrow.fs import FileType
@@ -143,15 +216,30 @@ class Remote:
 
         Raises FileNotFoundError where there is none.
         """
+        with (
+            self._open(name) as file,
+            io.BufferedReader(cast(Any, _Pieces(self, name, file)), BUFFER) as stream,
+        ):
+            yield stream, file.size()
+
+    @_lasting
+    def _open(self, name: str) -> Any:
         try:
-            file = self.system.open_input_file(f"{self.path}/{name}")
+            return self.system.open_input_file(f"{self.path}/{name}")
         except FileNotFoundError:
             raise
         except self._errors as error:
             raise self._error(f"{name} cannot be read", error) from None
-        with file, io.BufferedReader(file, BUFFER) as stream:
-            yield stream, file.size()
 
+    @_lasting
+    def piece(self, file: Any, name: str, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes at `offset` of an object that `_open` has given."""
+        try:
+            return bytes(file.read_at(size, offset))
+        except self._errors as error:
+            raise self._error(f"{name} cannot be read", error) from None
+
+    @_lasting
     def delete(self, name: str) -> None:
         """Remove the object, if it is there."""
         try:
@@ -165,6 +253,7 @@ class Remote:
         """Names of all objects, in order."""
         return [one.name for one in self.listing()]
 
+    @_lasting
     def listing(self, below: str = "") -> list[Listed]:
         """All objects, or those whose names begin with `below` and a slash, by name.
 
@@ -202,6 +291,38 @@ class Remote:
 
     def _error(self, what: str, error: BaseException) -> StorageError:
         return StorageError(f"{self.url}: {what}: {' '.join(str(error).split())[:300]}")
+
+
+class _Pieces(io.RawIOBase):
+    """An open object as a raw stream; each piece that is read is tried again through an outage."""
+
+    def __init__(self, remote: Remote, name: str, file: Any) -> None:
+        super().__init__()
+        self.remote, self.name, self.file = remote, name, file
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.file.size()}[whence]
+        self.at = max(0, begin + offset)
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self.file.size() - self.at))
+        content = b""
+        if wanted:
+            content = self.remote.piece(self.file, self.name, self.at, wanted)
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
 
 
 def bucket_of(url: str) -> tuple[Remote, str]:

@@ -1,7 +1,6 @@
 """The commands around a Ray cluster: `medtune submit`, `medtune jobs`, `medtune doctor`."""
 
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -244,14 +243,10 @@ def doctor(
         jobs.send(task)
         raise typer.Exit(_follow(jobs, task.submission_id))
     from tune_app.cluster.doctor import diagnose_cluster, diagnose_machine
+    from tune_app.driver.ray_access import cluster_address
 
-    if address:
-        found = diagnose_cluster(
-            os.environ.get("RAY_ADDRESS", address) if address == "auto" else address,
-            data,
-            out_folder,
-            cache,
-        )
+    if address and (cluster := cluster_address(address)):
+        found = diagnose_cluster(cluster, data, out_folder, cache)
     else:
         found = diagnose_machine(data, out_folder, cache)
     signs = {"good": "ok", "look": "look", "bad": "BAD"}

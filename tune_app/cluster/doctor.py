@@ -22,6 +22,7 @@ from typing import Any, Literal
 from trainables import installed_version, mps
 from trainables.data.storage import Remote, StorageError, bucket_of, is_url, url_of
 from tune_app.cluster.submit import pack_code, required_packages
+from tune_app.driver.ray_access import join
 from tune_app.study.files import default_cache
 
 State = Literal["good", "look", "bad"]
@@ -62,7 +63,7 @@ def diagnose_machine(
 def diagnose_cluster(
     address: str, data: str | None = None, study: str | None = None, cache: Path | None = None
 ) -> list[Finding]:
-    """Look at every node of the Ray cluster at `address`, and at what lies between them. Raises ConnectionError."""
+    """Look at every node of the Ray cluster at `address`, and at what lies between them. Raises AddressError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -74,9 +75,7 @@ def diagnose_cluster(
             in_job = (
                 "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             )  # a job's code is on every node already
-            ray.init(
-                address, runtime_env=None if in_job else {"working_dir": str(package)}, **options
-            )
+            join(address, runtime_env=None if in_job else {"working_dir": str(package)}, **options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             lost = [node for node in ray.nodes() if not node["Alive"]]
@@ -487,11 +486,14 @@ def judge_together(facts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
 
 def _state_api() -> Finding:
+    import ray
     from ray.util.state import list_nodes
     from ray.util.state.exception import RayStateApiException
 
     try:
-        number = len(list_nodes(timeout=20))
+        # Without an address it takes any Ray of this machine, or fails where there are several.
+        here = ray.get_runtime_context().gcs_address
+        number = len(list_nodes(address=here, timeout=20))
     except (RayStateApiException, OSError, ValueError) as error:
         said = f"does not answer: {str(error).splitlines()[0]}"
         return Finding(

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tune_app.cluster.submit import Submission, cluster_place
+from tune_app.driver.ray_access import use_token_if_there
 from tune_app.study.files import job_name
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -57,29 +58,6 @@ def is_loopback(host: str) -> bool:
     return bool(found) and all(
         ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found
     )
-
-
-def use_token_if_there() -> str | None:
-    """Have Ray send the token that is set or saved; returns where it comes from. Call it before Ray is imported.
-
-    Raises JobServerError when RAY_AUTH_TOKEN_PATH, which goes before the saved one, leads nowhere.
-    """
-    places = {
-        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN"),
-        "RAY_AUTH_TOKEN_PATH": os.environ.get("RAY_AUTH_TOKEN_PATH"),
-        "~/.ray/auth_token": (Path.home() / ".ray" / "auth_token").is_file(),
-    }
-    place = next((name for name, there in places.items() if there), None)
-    if (
-        place == "RAY_AUTH_TOKEN_PATH"
-        and not (file := Path(os.environ[place]).expanduser()).is_file()
-    ):
-        raise JobServerError(
-            f"RAY_AUTH_TOKEN_PATH={file}: no such file; point it to the token's, or unset it"
-        )
-    if place and "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-    return place if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None
 
 
 def open_to_anyone(url: str) -> bool:

@@ -21,6 +21,7 @@ import ray.util.debug
 
 from trainables.checkpoints import LogFile
 from trainables.own_folder import mark_own, remove_own
+from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
 
@@ -60,7 +61,7 @@ def _forget_token(before: Mapping[str, str]) -> None:
 
 def would_start_ray(address: str | None) -> bool:
     """Whether a study here works with a Ray of its own on this machine: none is connected, named, or in RAY_ADDRESS."""
-    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+    return not ray.is_initialized() and cluster_address(address) is None
 
 
 @dataclass
@@ -84,14 +85,12 @@ def ray_to_work_with(address: str | None) -> Iterator[OwnRay | None]:
     if ray.is_initialized():
         yield None
         return
-    cluster = address or os.environ.get("RAY_ADDRESS")
-    if not cluster:
+    cluster = cluster_address(address)
+    if cluster is None:
         with own_ray(log_to_driver=False, logging_level=logging.ERROR) as local:
             yield local
         return
-    ray.init(
-        address=cluster, log_to_driver=False, configure_logging=True, logging_level=logging.ERROR
-    )
+    join(cluster, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield None
     finally:

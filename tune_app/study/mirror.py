@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
-from trainables.data.storage import Listed, Remote, StorageError
+from trainables.data.storage import Listed, Remote, StorageError, patient
 from trainables.own_folder import MARKER, fresh_own
 from tune_app.study.copies import LEASE, REQUEST, copy_objects
 from tune_app.study.files import StudyFiles, default_cache, job_name
@@ -111,8 +111,9 @@ class Mirror:
         self._ended.set()
         self._thread.join()
         try:
-            self.send()
-            self.requests()
+            with patient():
+                self.send()
+                self.requests()
         except StorageError as error:
             (self.files.root / MARKER).unlink(missing_ok=True)  # the next driver must not remove it
             raise StorageError(f"{error}; everything is in {self.files.root}") from None

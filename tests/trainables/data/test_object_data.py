@@ -1,22 +1,26 @@
 """Table and volumes in object storage, with a real S3 server on loopback."""
 
 import dataclasses
+import io
 import shutil
 import socket
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from object_storage import put_folder
+from object_storage import BUCKET, put_folder, s3_server
 
 from trainables.config import build_config
 from trainables.data import storage, volumes
 from trainables.data.manifest import read_manifest
 from trainables.data.manifest_check import check_manifest
 from trainables.data.scans import Recipe, VolumeError, read_header, read_scan
-from trainables.data.storage import Remote, bucket_of
+from trainables.data.storage import Remote, StorageError, bucket_of, patient
 from trainables.data.table_file import ManifestError
 from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.saved_run import open_inputs
@@ -215,3 +219,81 @@ def test_the_doctor_looks_for_the_objects_of_a_table(url: str, bucket: str, tmp_
 def test_a_cache_is_a_folder() -> None:
     with pytest.raises(SpecError, match="cache: s3://bucket/cache: a folder is needed"):
         build_spec({"data": "s3://bucket/table.csv", "cache": "s3://bucket/cache"})
+
+
+OUTAGES: dict[str, Callable[[Any, Path], Any]] = {
+    "read": lambda remote, folder: remote.read("a"),
+    "get": lambda remote, folder: remote.get("a", folder / "a") and (folder / "a").read_bytes(),
+    "stamp": lambda remote, folder: remote.stamp("a")[0] * b"x",
+    "listing": lambda remote, folder: remote.listing()[0].size * b"x",
+    "write": lambda remote, folder: remote.write("b", b"x" * 10) or remote.read("b"),
+    "stream": lambda remote, folder: streamed(remote),
+}
+
+
+def streamed(remote: Remote) -> bytes:
+    with remote.opened("a") as (stream, _):
+        return stream.read()
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Remote, Callable[[], None]]]:
+    """Object storage that has stopped answering, with an object of ten bytes in it, and what brings it back."""
+    with ExitStack() as back:
+        with s3_server() as variables:
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            remote = Remote(f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}")
+            remote.write("a", b"x" * 10)
+        port = int(variables["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        calls: list[int] = []
+
+        def bring_back() -> None:
+            if not calls:
+                back.enter_context(s3_server(port))
+            calls.append(1)
+
+        yield remote, bring_back
+
+
+@pytest.mark.slow  # the client itself tries for some seconds
+@pytest.mark.parametrize("what", OUTAGES)
+def test_a_trial_outlasts_an_outage_of_object_storage(
+    outage: tuple[Remote, Callable[[], None]], what: str, tmp_path: Path
+) -> None:
+    remote, bring_back = outage
+    with patient(120.0, bring_back):
+        assert OUTAGES[what](remote, tmp_path) == b"x" * 10
+
+
+@pytest.mark.slow
+def test_an_outage_without_patience_or_longer_than_it_is_an_error(
+    outage: tuple[Remote, Callable[[], None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    remote, _ = outage
+    with pytest.raises(StorageError, match="a cannot be read"):
+        remote.read("a")
+    assert not caplog.records
+    with (
+        pytest.raises(StorageError, match=r"a cannot be read.*; tried again for 1 s"),
+        patient(1.0),
+    ):
+        remote.read("a")
+    (told,) = caplog.records
+    assert "tried again until" in told.getMessage()
+
+
+def test_a_stream_can_be_read_in_any_order(bucket: str) -> None:
+    content = bytes(range(256)) * 100
+    remote = Remote(bucket)
+    remote.write("a", content)
+    with remote.opened("a") as (stream, size):
+        assert size == len(content)
+        assert stream.read(10) == content[:10]
+        stream.seek(-5, io.SEEK_END)
+        assert stream.read() == content[-5:]
+        assert stream.read() == b""
+        stream.seek(20_000)
+        stream.seek(-100, io.SEEK_CUR)
+        assert stream.tell() == 19_900
+        assert stream.read(300) == content[19_900:20_200]

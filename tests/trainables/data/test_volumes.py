@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -565,11 +566,14 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 def test_a_folder_appears_whole_or_not_at_all_and_a_dead_writers_is_swept(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".new.{dead.pid}.tmp").mkdir()
-    (tmp_path / f".new.{os.getppid()}.tmp").mkdir()
+    here = socket.gethostname()
+    (tmp_path / f".new.{here}.{dead.pid}.tmp").mkdir()
+    left = {f".new.{here}.{os.getppid()}.tmp", f".new.another-host.{dead.pid}.tmp"}
+    for name in left:
+        (tmp_path / name).mkdir()
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "new") as folder:
         (folder / "half").rename(folder / "none")
-    assert [path.name for path in tmp_path.iterdir()] == [f".new.{os.getppid()}.tmp"]
+    assert {path.name for path in tmp_path.iterdir()} == left
     with new_folder(tmp_path / "new") as folder:
         (folder / "whole").touch()
     assert (tmp_path / "new" / "whole").exists()

@@ -14,7 +14,7 @@ from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
 from tune_app.cli import app as cli
-from tune_app.cluster.jobs import JobServerError, is_loopback, job_server, use_token_if_there
+from tune_app.cluster.jobs import JobServerError, is_loopback, job_server
 from tune_app.cluster.kubernetes import Cluster, cluster_file, kuberay_manifest
 from tune_app.cluster.submit import (
     PACKAGES,
@@ -383,12 +383,3 @@ def test_the_launchers_file_is_one_that_ray_accepts() -> None:
     for command in [made["head_start_ray_commands"][1], *made["worker_start_ray_commands"][1:]]:
         assert "RAY_AUTH_MODE=token" in command
         assert "RAY_AUTH_TOKEN=" not in command, "an argument shows in the process list"
-
-
-def test_a_token_path_that_leads_nowhere_is_told_as_such(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And not as another cluster's token, which is what Ray's refusal looks like."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "gone"))
-    with pytest.raises(JobServerError, match=r"RAY_AUTH_TOKEN_PATH=.*gone: no such file"):
-        use_token_if_there()
