@@ -702,8 +702,8 @@ def replaced(name: str, content: str) -> Callable[[StudyFiles], Any]:
 STUDIES = [
     Case(
         "a study of a later format",
-        study(spec_field("format", 2)),
-        "format 2, this version reads 1",
+        study(spec_field("format", 3)),
+        "format 3, this version reads 1 and 2",
     ),
     Case("a field of a later version", study(spec_field("warp", 9)), "unknown field 'warp'"),
     Case(

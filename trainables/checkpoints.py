@@ -55,7 +55,7 @@ class TrialFiles:
 
     @property
     def best(self) -> Path:
-        """best.pt: averaged weights of the epoch with the best 3-epoch median of val_auc so far."""
+        """best.pt: weights of the epoch that stands for the objective so far, of the network that the objective is of."""
         return self.folder / "best.pt"
 
     @property

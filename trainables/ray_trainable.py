@@ -21,6 +21,7 @@ from trainables import mps
 from trainables.checkpoints import LogFile, TrialFiles
 from trainables.config import build_config
 from trainables.data.storage import TrialStore, patient
+from trainables.objective import DEFAULT_OBJECTIVE
 from trainables.training_thread import in_training_thread
 
 log = logging.getLogger("medtune.trial")
@@ -63,6 +64,10 @@ class TrialSetting:
     """Whether trials that share a GPU do so under CUDA MPS."""
     storage: str | None = None
     """URL of the study in object storage; `study` is then a folder of each node's own."""
+    objective: str = DEFAULT_OBJECTIVE
+    """Whose epoch's weights a trial keeps in best.pt."""
+    window_end: bool = False
+    """See `trainables.objective.BestEpoch`."""
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -269,9 +274,15 @@ def _run(
         store = TrialStore(setting.storage, trial["trial"], files)
         store.fetch()
     keep = store.keep if store else None
-    every = setting.checkpoint_epochs
     for row in saved_run(
-        config, files, epochs, checkpoint_epochs=every, waits=alive.waits_for_room, keep=keep
+        config,
+        files,
+        epochs,
+        checkpoint_epochs=setting.checkpoint_epochs,
+        waits=alive.waits_for_room,
+        keep=keep,
+        objective=setting.objective,
+        window_end=setting.window_end,
     ):
         alive()
         log.info(

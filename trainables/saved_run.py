@@ -10,13 +10,12 @@ cores an improvement now costs 0.04 to 0.08 s where it cost 0.24 to 0.41 s.
 
 import logging
 import socket
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from trainables.checkpoints import (
     TrialFiles,
@@ -33,11 +32,14 @@ from trainables.data.scans import Recipe
 from trainables.data.table_file import ManifestError
 from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
 from trainables.finetune import EpochResult, check_checkpoint
+from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES, BestEpoch
 
 SAVING_PAUSE = 20
 """Times as long as writing the last checkpoint took until the next: with Adam and the average, a ResNet-50's has 740 MB."""
 CHECKPOINT_TO_BEST = 4
 """Sizes of best.pt in a checkpoint: network, average and Adam's two moments."""
+HELD = "held"
+"""Key of a checkpoint: weights of the epoch before that may become the best, by epoch."""
 
 log = logging.getLogger("medtune.disk")
 
@@ -79,6 +81,8 @@ def saved_run(
     checkpoint_epochs: int = 1,
     waits: Callable[[], None] | None = None,
     keep: Callable[[], None] | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
+    window_end: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
@@ -89,6 +93,10 @@ def saved_run(
     the next best.pt, and when the run ends or is closed: a process that is killed in between leaves the one before. On a
     full disk the run waits for room, and calls `waits` meanwhile, from another thread for best.pt. `keep` is called after
     each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always saved.
+
+    best.pt holds the weights of the epoch that stands for `objective` (`BestEpoch`, which explains `window_end`): the raw
+    network's where the objective is of the raw network, else the averaged ones. A run that a version before began, whose
+    checkpoint holds no weights but its own, keeps to the rule it began with.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder, files.config, files.checkpoint, files.best)
@@ -100,29 +108,32 @@ def saved_run(
     when_there_is_room(
         lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits
     )
-    best = BestEpoch()
-    for row in resume["rows"] if resume else []:
-        best.improved_by(row)
-        yield row
+    window_end = window_end or (resume is not None and HELD not in resume)
     saved, cost_s = time.monotonic(), 0.0 if keep is not None else None
-    with _WrittenBehind(files.best, waits) as weights, closing(epochs(resume)) as results:  # type: ignore[type-var]
-        for result in results:
-            if best.improved_by(result.metrics):
-                weights.write(best_state(result))
-                if cost_s is None:
-                    cost_s = CHECKPOINT_TO_BEST * weights.wait()
-            worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
-            if (
-                worth_it and result.epoch % checkpoint_epochs == 0
-            ) or result.epoch == config.epochs:
-                weights.wait()
-                cost_s = _save(files.checkpoint, result.state(), waits)
-                if keep is not None:
-                    began = time.monotonic()
-                    keep()
-                    cost_s += time.monotonic() - began
-                saved = time.monotonic()
-            yield result.metrics
+    with _WrittenBehind(files.best, waits) as file:
+        weights = _Weights(file, objective, window_end=window_end)
+        for row in resume["rows"] if resume else []:
+            weights.known(row)
+            yield row
+        if resume is not None:
+            held = resume.pop(HELD, {})  # no business of the run's, which may be on other nodes
+            weights.resume({**resume, HELD: held})
+        with closing(epochs(resume)) as results:  # type: ignore[type-var]
+            for result in results:
+                if weights.update(result) and cost_s is None:
+                    cost_s = CHECKPOINT_TO_BEST * file.wait()
+                worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
+                due = worth_it and result.epoch % checkpoint_epochs == 0
+                if due or result.epoch == config.epochs:
+                    file.wait()
+                    state = result.state() | {HELD: weights.held(result.epoch)}
+                    cost_s = _save(files.checkpoint, state, waits)
+                    if keep is not None:
+                        began = time.monotonic()
+                        keep()
+                        cost_s += time.monotonic() - began
+                    saved = time.monotonic()
+                yield result.metrics
 
 
 class _WrittenBehind:
@@ -134,9 +145,9 @@ class _WrittenBehind:
         self._writing: Future[float] | None = None
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Begin to write `state` as it is now, once the one before is written."""
+        """Begin to write `state`, which must not change any more, once the one before is written."""
         self.wait()
-        self._writing = self._thread.submit(_save, self.path, in_memory(state), self.waits)
+        self._writing = self._thread.submit(_save, self.path, state, self.waits)
 
     def wait(self) -> float:
         """Return the seconds that the last writing took, 0 before the first; raises what went wrong with it."""
@@ -180,29 +191,54 @@ def in_memory(state: Any) -> Any:
     )
 
 
-class BestEpoch:
-    """The best 3-epoch median of val_auc so far: one lucky epoch does not become the network that is exported."""
+class _Weights:
+    """The weights of the epoch that stands for the run's objective, kept in best.pt; those that may follow, in memory.
 
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.best = float("-inf")
+    A median of three is known an epoch or two after the epoch whose value it is: copies of the last two epochs' weights
+    are held as long as their values may become the best.
+    """
 
-    def improved_by(self, row: Mapping[str, Any]) -> bool:
-        """Take the next epoch's row; True when the median of the last three epochs is the best yet.
+    def __init__(self, file: "_WrittenBehind", objective: str, *, window_end: bool) -> None:
+        self._file = file
+        self._best = BestEpoch(objective, window_end=window_end)
+        self._key = {"raw": "network", "ema": "average"}[OBJECTIVES[objective].weights]
+        self._held: dict[int, dict[str, Any]] = {}
 
-        Before there are three the lowest stands in, and is forgotten then; a score that is no number counts lowest.
-        """
-        value = row["val_auc"]
-        self.values.append(float("-inf") if value is None or value != value else value)
-        median = statistics.median_low(self.values[-3:])
-        if median <= self.best and len(self.values) != 3:
-            return False
-        self.best = median
-        return True
+    def known(self, row: Mapping[str, Any]) -> None:
+        """Take a row of an epoch whose weights have been dealt with by an earlier process."""
+        self._best.update(row)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up what `held` left in a checkpoint, and the checkpoint's own weights; after its rows."""
+        own = {state["epoch"]: in_memory(self._part(state))}
+        self._held = self._only_pending({**state[HELD], **own})
+
+    def update(self, result: EpochResult) -> bool:
+        """Take an epoch's result; True when weights are being written because of it."""
+        changed = self._best.update(result.metrics)
+        if changed or result.epoch in self._best.pending:
+            self._held[result.epoch] = in_memory(self._part(result.state()))
+        if changed:
+            assert self._best.epoch is not None
+            self._file.write(self._held[self._best.epoch])
+        self._held = self._only_pending(self._held)
+        return changed
+
+    def held(self, epoch: int) -> dict[int, dict[str, Any]]:
+        """Return what a checkpoint of `epoch` has to hold besides its own weights: those of the epoch before, if any."""
+        return {held: state for held, state in self._held.items() if held != epoch}
+
+    def _only_pending(self, states: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        return {epoch: states[epoch] for epoch in self._best.pending if epoch in states}
+
+    def _part(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a run's state that prediction needs: one network's weights, config, rows and the epoch's metrics."""
+        kept = ("format", "config", "epoch", self._key, "train_rows", "val_rows")
+        return {key: state[key] for key in kept} | {"row": state["rows"][-1]}
 
 
-def best_state(result: EpochResult) -> dict[str, Any]:
-    """The part of a run's state that prediction needs: averaged weights, config, its rows and the epoch's metrics."""
-    state = result.state()
-    kept = ("format", "config", "epoch", "average", "train_rows", "val_rows")
-    return {key: state[key] for key in kept} | {"row": state["rows"][-1]}
+def kept_weights(state: Mapping[str, Any]) -> tuple[Literal["raw", "ema"], dict[str, Any]]:
+    """Return which weights the state of a best.pt holds, raw or averaged, and the network's tensors by name."""
+    if "average" in state:
+        return "ema", state["average"]["network"]
+    return "raw", state["network"]

@@ -2,9 +2,10 @@
 
 import errno
 import itertools
+import random
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from trainables import saved_run as module
 from trainables.checkpoints import TrialFiles, load_state, write_json
 from trainables.config import build_config
 from trainables.finetune import EpochResult
-from trainables.saved_run import SAVING_PAUSE, BestEpoch, saved_run
+from trainables.objective import BestEpoch, objective_value
+from trainables.saved_run import SAVING_PAUSE, kept_weights, saved_run
 
 EPOCHS = 60
 
@@ -157,13 +159,16 @@ def test_training_goes_on_while_the_best_weights_are_written_and_a_checkpoint_wa
     )
     threading.Timer(0.2, disk.through.set).start()
     assert next(run)["epoch"] == 4, "which is better still, and waits for them"
-    assert load_state(files.best)["epoch"] >= 3
+    assert load_state(files.best)["epoch"] >= 2
     for _ in run:
         best = load_state(files.best)["epoch"]
         if files.checkpoint.exists():
             saved = load_state(files.checkpoint)
-            reason = BestEpoch()
-            assert best >= max(row["epoch"] for row in saved["rows"] if reason.improved_by(row))
+            due = BestEpoch()
+            for row in saved["rows"]:
+                due.update(row)
+            assert due.epoch is not None
+            assert best >= due.epoch
     assert files.checkpoint.exists()
 
 
@@ -178,7 +183,7 @@ def test_a_run_that_is_closed_leaves_the_best_weights_complete(
     assert [next(run)["epoch"] for _ in range(3)] == [1, 2, 3]
     threading.Timer(0.2, disk.through.set).start()
     run.close()  # type: ignore[attr-defined]
-    assert load_state(files.best)["epoch"] == 3
+    assert load_state(files.best)["epoch"] == 2, "the median of three rising values"
 
 
 def test_what_is_written_is_the_epoch_s_own_state_though_the_tensors_go_on_changing(
@@ -208,7 +213,7 @@ def test_what_is_written_is_the_epoch_s_own_state_though_the_tensors_go_on_chang
     weights.fill_(-1.0)
     disk.through.set()
     run.close()  # type: ignore[attr-defined]
-    assert load_state(files.best)["average"]["network"]["w"].tolist() == [3.0, 3.0, 3.0]
+    assert load_state(files.best)["average"]["network"]["w"].tolist() == [2.0, 2.0, 2.0]
 
 
 def test_a_disk_that_does_not_take_the_best_weights_ends_the_run_before_a_checkpoint_counts_on_them(
@@ -239,3 +244,110 @@ def test_a_file_that_cannot_be_written_is_told_by_its_own_name(tmp_path: Path) -
         write_json(path, {})
     assert told.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+# Which weights are kept ------------------------------------------------------------------------------------------------
+
+
+def scored(
+    values: Sequence[float | None], raw: Sequence[float | None] | None = None
+) -> module.Epochs:
+    """A run whose weights are the number of their epoch, the raw network's plus 100; and its validation AUCs."""
+
+    def run(resume: Mapping[str, Any] | None) -> Iterator[EpochResult]:
+        assert resume is None or "held" not in resume
+        rows: list[dict[str, Any]] = list(resume["rows"]) if resume else []
+        for epoch in range(len(rows) + 1, len(values) + 1):
+            row = {"epoch": epoch, "val_auc": values[epoch - 1]}
+            rows.append(row | {"val_auc_raw": (raw or values)[epoch - 1]})
+            state = {
+                "format": 1,
+                "config": {},
+                "config_hash": build_config({"epochs": len(values)}).hash(),
+                "epoch": epoch,
+                "network": {"w": torch.tensor(100.0 + epoch)},
+                "average": {"network": {"w": torch.tensor(float(epoch))}, "updates": epoch},
+                "rows": list(rows),
+                "train_rows": [],
+                "val_rows": [],
+            }
+            yield EpochResult(epoch, rows[-1], lambda state=state: dict(state))  # type: ignore[misc]
+
+    return run
+
+
+def kept(folder: Path, epochs: module.Epochs, count: int, **how: Any) -> tuple[int, str, float]:
+    files = TrialFiles(folder)
+    list(saved_run(build_config({"epochs": count}), files, epochs, **how))
+    state = load_state(files.best)
+    name, weights = kept_weights(state)
+    assert state["row"]["epoch"] == state["epoch"]
+    return state["epoch"], name, float(weights["w"])
+
+
+@pytest.mark.parametrize(
+    ("values", "epoch"),
+    [
+        ([0.80, 0.82, 0.50], 1),
+        ([0.80, 0.82, None], 1),
+        ([0.80, 0.82, float("nan")], 1),
+        ([0.6, 0.5, 0.9, 0.7, 0.8, 0.4], 5),
+        ([0.6, 0.5, 0.9, 0.8, 0.7, 0.4], 4),
+        ([0.5, None, None, 0.6, 0.7, None], 4),
+    ],
+)
+def test_the_weights_are_of_the_epoch_whose_value_is_the_objective(
+    tmp_path: Path, values: list[float | None], epoch: int
+) -> None:
+    assert kept(tmp_path, scored(values), len(values)) == (epoch, "ema", float(epoch))
+    rows = [{"epoch": number, "val_auc": value} for number, value in enumerate(values, start=1)]
+    assert objective_value(rows) == values[epoch - 1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "epoch"),
+    [("best_median3_raw", 4), ("best_raw", 2), ("last_raw", 6)],
+)
+def test_an_objective_of_the_raw_network_keeps_the_raw_weights_of_its_epoch(
+    tmp_path: Path, objective: str, epoch: int
+) -> None:
+    raw = [0.5, 0.9, 0.6, 0.7, 0.8, 0.6]
+    epochs = scored([0.9, 0.9, 0.9, 0.5, 0.5, 0.5], raw)
+    assert kept(tmp_path, epochs, 6, objective=objective) == (epoch, "raw", 100.0 + epoch)
+
+
+def test_a_run_that_is_killed_after_any_epoch_keeps_what_an_undisturbed_one_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a window's first epoch outlive a kill before its last one in the checkpoint."""
+    monkeypatch.setattr(module, "SAVING_PAUSE", 0)
+    rng = random.Random(0)
+    for run in range(20):
+        values = [rng.choice([None, round(rng.random(), 1)]) for _ in range(8)]
+        values[0] = 0.1
+        whole = kept(tmp_path / f"{run}", scored(values), 8)
+        for killed in range(1, 8):
+            files = TrialFiles(tmp_path / f"{run}, {killed}")
+            begun = saved_run(build_config({"epochs": 8}), files, scored(values), keep=lambda: None)
+            for _ in range(killed):
+                next(begun)
+            begun.close()  # type: ignore[attr-defined]
+            assert load_state(files.checkpoint)["epoch"] == killed
+            assert kept(files.folder, scored(values), 8) == whole
+
+
+def test_a_run_of_an_earlier_version_keeps_to_its_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint does not have the weights of the epoch before, which may be the median."""
+    monkeypatch.setattr(module, "SAVING_PAUSE", 0)
+    epochs = scored([0.6, 0.5, 0.55, 0.8, 0.9, 0.4])
+    assert kept(tmp_path / "new", epochs, 6)[0] == 4
+    files = TrialFiles(tmp_path / "earlier")
+    begun = saved_run(build_config({"epochs": 6}), files, epochs, keep=lambda: None)
+    assert [next(begun)["epoch"] for _ in range(4)] == [1, 2, 3, 4]
+    begun.close()  # type: ignore[attr-defined]
+    state = load_state(files.checkpoint)
+    del state["held"]
+    checkpoints.save_state(files.checkpoint, state)
+    assert kept(files.folder, epochs, 6) == (5, "ema", 5.0)

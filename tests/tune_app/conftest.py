@@ -14,9 +14,9 @@ from search_spaces.fixes import all_fixes, baseline
 from trainables.checkpoints import write_json
 from trainables.config import build_config
 from trainables.diagnosis import diagnose, expected_error
+from trainables.objective import objective_value
 from tune_app.study.columns import METRICS
 from tune_app.study.files import StudyFiles, append_line
-from tune_app.study.objective import objective_value
 from tune_app.study.policy import Policy
 from tune_app.study.spec import build_spec
 

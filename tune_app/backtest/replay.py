@@ -17,15 +17,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from tune_app.backtest.curves import SOUND, Curve, CurveError, read_curves
-from tune_app.backtest.synthetic import generate_curves
-from tune_app.study.objective import (
+from trainables.objective import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
     as_number,
     best_epoch,
     objective_value,
 )
+from tune_app.backtest.curves import SOUND, Curve, CurveError, read_curves
+from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.policy import Decision, Policy
 from tune_app.study.policy_spec import PolicySpec
 
@@ -322,11 +322,10 @@ class _Worth:
 def _decider(policy: Compared, max_epochs: int, objective: str) -> Decider:
     if policy is None:
         return lambda curve, row: False
-    column = OBJECTIVES[objective].column
     if policy == RAY:
-        return RayAsha(max_epochs, column)
+        return RayAsha(max_epochs, OBJECTIVES[objective].column)
     assert isinstance(policy, PolicySpec)
-    decisions = Policy(policy, max_epochs, metric=column)
+    decisions = Policy(policy, max_epochs, objective=objective)
     return lambda curve, row: decisions.decide(curve.trial, curve.config, row)
 
 

@@ -18,12 +18,12 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from trainables.objective import DEFAULT_OBJECTIVE, objective_value
 from tune_app.backtest.curves import Curve
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.bench.search import machine
 from tune_app.study.columns import METRICS
 from tune_app.study.files import StudyFiles
-from tune_app.study.objective import DEFAULT_OBJECTIVE, objective_value
 from tune_app.study.spec import build_spec
 
 CREATED = 1_780_000_000.0

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from tune_app.cli.common import (
     err,
     out,
 )
-from tune_app.study.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 
 app = typer.Typer()
 

@@ -21,12 +21,12 @@ from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.storage import absolute
 from trainables.data.table_file import ManifestError
+from trainables.objective import OBJECTIVES
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.rows import ENDED
 from tune_app.study.spec import PlannedTrial, StudySpec, absolute_paths, build_spec
 from tune_app.study.yaml_text import YamlError, load_yaml

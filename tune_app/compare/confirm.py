@@ -20,6 +20,7 @@ from rich.text import Text
 from search_spaces.fixes import all_fixes, documented_after
 from trainables.config import Scalar, build_config
 from trainables.data.manifest import read_manifest
+from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import (
     ADJUSTED_LEVEL,
     choose_folds,
@@ -34,7 +35,6 @@ from tune_app.results.study import Study
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.rows import ENDED
 from tune_app.study.spec import StudySpec, build_spec
 

@@ -73,7 +73,7 @@ def score_test(
 ) -> dict[str, Any]:
     """Score the confirmed variant of the study in `root` on the table's test rows, once; return the record.
 
-    Each of its runs scores the test rows with its averaged weights (best.pt). Recorded are every run's AUC, their mean,
+    Each of its runs scores the test rows with the weights it kept (best.pt). Recorded are every run's AUC, their mean,
     and the ensemble (mean of the runs' log-odds) with DeLong's interval; the documented settings beside it, with
     DeLong's paired test, where another variant was confirmed. The record goes to test.json of the search that was
     confirmed, so that a second confirmation does not give a second look. When there is a record it is returned, and
@@ -154,14 +154,14 @@ def _score_variant(
         path = StudyFiles(study.path).trial(str(trial["trial"])).best
         if not path.is_file():
             raise SpecError(
-                f"{path}: the averaged weights of trial {trial['trial']} are gone: they score the test rows"
+                f"{path}: the weights of trial {trial['trial']} are gone: they score the test rows"
             )
         state = load_state(path)
         if set(rows.tolist()) & {*state["train_rows"].tolist(), *state["val_rows"].tolist()}:
             raise SpecError(
                 f"trial {trial['trial']} was trained on test rows: the table's split changed since"
             )
-        logits, scale = _averaged_logits(state, cohort.volumes, rows)
+        logits, scale = _kept_logits(state, cohort.volumes, rows)
         scores = ranking_scores(logits, scale=scale)
         auc = auc_interval(scores, labels).auc
         runs.append(
@@ -187,19 +187,20 @@ def _score_variant(
     )
 
 
-def _averaged_logits(
+def _kept_logits(
     state: Mapping[str, Any], volumes: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Logits (N, C) float32 of the averaged weights on `rows` in float32, and their scale."""
+    """Logits (N, C) float32 of the weights that best.pt holds on `rows` in float32, and their scale."""
     import torch
 
     from trainables.finetune import configured_network
     from trainables.losses import logit_scale
+    from trainables.saved_run import kept_weights
 
     config = build_config(state["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = configured_network(config)
-    network.load_state_dict(state["average"]["network"])
+    network.load_state_dict(kept_weights(state)[1])
     network.to(device).eval()
     size = config.validation_batch_size
     with torch.no_grad():

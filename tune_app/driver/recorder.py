@@ -7,8 +7,8 @@ from typing import Any
 
 from trainables.checkpoints import when_there_is_room, write_json
 from trainables.diagnosis import diagnose
+from trainables.objective import objective_value
 from tune_app.study.files import StudyFiles, append_line
-from tune_app.study.objective import objective_value
 from tune_app.study.policy import Decision
 from tune_app.study.rows import StudyDamageError, read_record, read_rows
 from tune_app.study.spec import StudySpec

@@ -42,7 +42,7 @@ from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import stopping_on_request
 from tune_app.study.errors import SpecError
-from tune_app.study.files import StudyFiles, default_cache, mend_last_line, resumed_spec
+from tune_app.study.files import StudyFiles, default_cache, kept_by, mend_last_line, resumed_spec
 from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.spec import StudySpec
 
@@ -197,6 +197,7 @@ def _run_locked(
         display = Display(console, num_trials=spec.num_trials, epochs=base.epochs)
         with display:
             session = StudySession(spec, cohort.name, recorder, display, budget)
+            kept = kept_by(spec.objective, files.read()["format"])
             setting = TrialSetting(
                 study=absolute(files.root),
                 table=absolute(spec.data),
@@ -209,6 +210,8 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
                 mps=spec.mps,
                 storage=url,
+                objective=kept.objective,
+                window_end=kept.window_end,
             )
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""

@@ -33,6 +33,7 @@ from ray.tune.search import Searcher
 from search_spaces.space import Parameter, Sample, Space, SpaceError
 from search_spaces.spaces import warm_start_points
 from trainables.config import ConfigError, Scalar, build_config
+from trainables.objective import as_number
 from tune_app.driver.optuna_database import (
     REASON,
     STUDY_NAME,
@@ -42,7 +43,6 @@ from tune_app.driver.optuna_database import (
     shown_url,
     sqlite_url,
 )
-from tune_app.study.objective import as_number
 
 SamplerName = Literal["tpe", "random", "qmc", "gp"]
 """tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian

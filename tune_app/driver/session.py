@@ -16,6 +16,7 @@ import ray
 from ray import tune
 
 from trainables.data.storage import absolute
+from trainables.objective import OBJECTIVES, objective_value
 from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
 from tune_app.driver.disk import Budget, make_room
@@ -29,7 +30,7 @@ from tune_app.driver.searcher import OptunaSearcher
 from tune_app.driver.stopping import STOP_SIGNAL
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
-from tune_app.study.objective import OBJECTIVES, objective_value
+from tune_app.study.files import kept_by
 from tune_app.study.policy import Policy, stop_reason
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.requests import TrialRequests, answered_requests
@@ -62,7 +63,9 @@ class StudySession:
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.policy = Policy(
-            spec.policy if spec.kind == "search" else watching_only(spec.policy), self.epochs
+            spec.policy if spec.kind == "search" else watching_only(spec.policy),
+            self.epochs,
+            objective=kept_by(spec.objective, self.files.read()["format"]).objective,
         )
         self.variants = {
             f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)

@@ -270,10 +270,11 @@ def _limits(info: ModelInfo) -> list[str]:
 
 
 def _files(info: ModelInfo, configs: list[FineTuneConfig]) -> list[str]:
+    weights = "raw" if info.members[0].weights == "raw" else "averaged"
     lines = [
         "## Files",
         "",
-        "`model.json` (all of this as data), `model.safetensors` (averaged weights), `config.json` (every "
+        f"`model.json` (all of this as data), `model.safetensors` ({weights} weights), `config.json` (every "
         "hyperparameter), `validation.csv` (scores of the validation volumes; row 1 is the first of the table), `SHA256SUMS` (of these; this "
         "card may be completed).",
     ]

@@ -1,6 +1,7 @@
 """Trials of a study -> the folder of a model that can be used elsewhere; and the chosen configuration trained on all.
 
-What is exported is measured again first: the averaged weights score the validation volumes of their run, and unless
+What is exported is measured again first: the kept weights (averaged ones, or raw ones where the objective is of the raw
+network) score the validation volumes of their run, and unless
 that gives the AUC that the study recorded, nothing is written. From these scores come the threshold, the calibration
 and every number in the model card, so that a card never speaks of other weights than those beside it.
 """
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,7 @@ from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
+from trainables.saved_run import kept_weights
 from tune_app.compare import confirm
 from tune_app.models.calibration import Array, fit_calibration
 from tune_app.models.card import model_card
@@ -285,6 +287,7 @@ class _Run:
     config: FineTuneConfig
     epoch: int
     weights: dict[str, Tensor]
+    weights_of: Literal["raw", "ema"]
     train: Array
     val: Array
     row: dict[str, Any]
@@ -294,6 +297,7 @@ def read_run(trial: pd.Series) -> _Run:
     path = str(trial["best_checkpoint"])
     try:
         state = load_state(Path(path))
+        weights_of, weights = kept_weights(state)
         return _Run(
             trial=str(trial["trial"]),
             verdict=None if pd.isna(trial["verdict"]) else str(trial["verdict"]),
@@ -302,7 +306,8 @@ def read_run(trial: pd.Series) -> _Run:
             else str(trial["verdict_summary"]),
             config=build_config(state["config"]),
             epoch=int(state["epoch"]),
-            weights=state["average"]["network"],
+            weights=weights,
+            weights_of=weights_of,
             train=state["train_rows"].numpy(),
             val=state["val_rows"].numpy(),
             row=state["row"],
@@ -379,7 +384,7 @@ def score_member(
             f"trial {trial}: its scores are not finite, it is of no use; choose another"
         )
     auc = score_metrics(logits[split.val], labels, scale=scale)["auc"]
-    recorded, precision = run.row["val_auc"], str(run.row["precision"])
+    recorded, precision = run.row[f"val_auc_{run.weights_of}"], str(run.row["precision"])
     if not abs(auc - recorded) <= AUC_TOLERANCE[precision]:
         raise ExportError(
             f"trial {trial}: its weights give validation AUC {auc:.4f}, the study recorded {recorded:.4f} ({precision}): "
@@ -390,6 +395,7 @@ def score_member(
         folder=folder,
         trial=trial,
         epoch=run.epoch,
+        weights=run.weights_of,
         scale=scale,
         validates="the table's val rows" if own else f"fold {config.fold}",
         seed=config.seed,

@@ -1,7 +1,7 @@
 """The folder of an exported model: what is in it, written once and checked on every load. No torch here.
 
     model.json          what the model is, what it was made for, where it decides: `ModelInfo`
-    model.safetensors   averaged weights, as tensors by name; nothing in it can run
+    model.safetensors   weights, as tensors by name; nothing in it can run
     config.json         the FineTuneConfig of the run
     validation.csv      scores of the validation volumes: row of the table, class, logits; no paths, no subjects
     MODEL_CARD.md       the same in words
@@ -82,7 +82,9 @@ class Member(_Part):
     """Where its weights and config are, from the model's folder."""
     trial: str
     epoch: int
-    """1-based epoch its averaged weights are of."""
+    """1-based epoch its weights are of."""
+    weights: Literal["raw", "ema"] = "ema"
+    """Which of a run's two networks: that of the objective, averaged (ema) or raw."""
     scale: float
     """Factor on its logits: softmax(scale * logits) is the probability it was trained to give."""
     validates: str

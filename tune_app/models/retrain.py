@@ -3,10 +3,10 @@
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainables.checkpoints import TrialFiles, load_state
 from trainables.config import FineTuneConfig
@@ -80,7 +80,12 @@ def retrain_model(
     work = TrialFiles(out.with_name(f"{out.name}.training"))
     if not is_own(work.folder, RETRAINING) and not work.checkpoint.exists():
         mark_own(work.folder, RETRAINING)
-    weights = _trained(run.config, cohort, everything, chosen.epochs, work, device, say)
+    state = _trained(run.config, cohort, everything, chosen.epochs, work, device, say)
+    weights = state["network"] if run.weights_of == "raw" else state["average"]["network"]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise ExportError(
+            f"{work.folder}: the run ended in weights that are not finite; choose another trial"
+        )
     member = source.member.model_copy(
         update={
             "epoch": chosen.epochs,
@@ -115,8 +120,8 @@ def _trained(
     work: TrialFiles,
     device: torch.device,
     say: Say,
-) -> dict[str, Tensor]:
-    """Averaged weights after `epochs` epochs on `rows`, going on from what an earlier call left in `work`."""
+) -> dict[str, Any]:
+    """State after `epochs` epochs on `rows`, going on from what an earlier call left in `work`."""
     labels = cohort.labels[rows]
     # A run validates something each epoch. Here it is a few of its own training volumes: it shows that the run
     # learns and decides nothing.
@@ -148,9 +153,4 @@ def _trained(
         raise ExportError(
             f"{work.folder}: holds a run of {state['epoch']} epochs, {epochs} are wanted: remove it"
         )
-    weights: dict[str, Tensor] = state["average"]["network"]
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
-        raise ExportError(
-            f"{work.folder}: the run ended in weights that are not finite; choose another trial"
-        )
-    return weights
+    return state

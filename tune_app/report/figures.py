@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from trainables.objective import OBJECTIVES
 from tune_app.report.findings import documented_settings, leading
 from tune_app.results.importance import Axis
 from tune_app.results.study import Study
 from tune_app.results.text import format_value
-from tune_app.study.objective import OBJECTIVES
 
 Figure = dict[str, Any]
 """{"data": [...], "layout": {...}}, as Plotly.newPlot takes it."""
@@ -695,7 +695,7 @@ def progress_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
 
 def budget_curve(study: Study) -> tuple[list[int], list[float | None]]:
     """Return epochs spent by all trials, and the best objective reached by then, as the rows arrived."""
-    from tune_app.study.objective import RunningValue
+    from trainables.objective import RunningValue
 
     objective = OBJECTIVES[study.spec.objective]
     rows = study.epochs.sort_values("arrival")

@@ -22,6 +22,7 @@ from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
+from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.compare.confirm import judge, judged_lines
 from tune_app.compare.test_record import score_lines
@@ -32,7 +33,6 @@ from tune_app.results.tables import came_back
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.rows import ENDED
 
 EDGE = 0.04

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from trainables import medtune_version
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
+from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import effect_lines
 from tune_app.report import figures, findings
 from tune_app.results.loading import load_study
@@ -29,7 +30,6 @@ from tune_app.results.study import Study
 from tune_app.results.tables import results_table
 from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.study.files import StudyFiles
-from tune_app.study.objective import OBJECTIVES
 
 MOST_ROWS = 500
 """Trials listed in the table of the page, the best ones."""

@@ -15,7 +15,7 @@ from tune_app.results.study import Studies, Study
 from tune_app.results.trials import trials_table
 from tune_app.study.columns import DECISION_COLUMNS, EPOCH_COLUMNS
 from tune_app.study.copies import opened
-from tune_app.study.files import StudyFiles
+from tune_app.study.files import StudyFiles, kept_by
 from tune_app.study.policy import Policy
 from tune_app.study.rows import (
     StudyDamageError,
@@ -61,7 +61,8 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     notes += _gaps(epochs)
 
     rungs = _rungs(spec, decisions)
-    trials = trials_table(files, spec, records, epochs, rungs, running)
+    kept = kept_by(spec.objective, info["format"])
+    trials = trials_table(files, spec, records, epochs, rungs, running, kept)
     trials["stopped_by"] = (
         trials["trial"]
         .map(_stopped_by(decisions))

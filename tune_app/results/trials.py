@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from trainables.config import ConfigError, FineTuneConfig
+from trainables.objective import OBJECTIVES, BestEpoch, RunningValue
 from tune_app.results.study import Study
 from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
-from tune_app.study.files import StudyFiles
-from tune_app.study.objective import OBJECTIVES, RunningValue
+from tune_app.study.files import KeptBy, StudyFiles
 from tune_app.study.spec import StudySpec
 
 
@@ -50,6 +49,7 @@ def trials_table(
     epochs: pd.DataFrame,
     rungs: tuple[int, ...],
     running: bool,
+    kept: KeptBy,
 ) -> pd.DataFrame:
     ids = sorted({*records, *epochs["trial"].unique()}, key=lambda trial: (len(trial), trial))
     values = {
@@ -74,7 +74,7 @@ def trials_table(
         table[name] = pd.to_datetime(pd.to_numeric(table[name]), unit="s", utc=True)
 
     best, peak, last = (
-        _best_rows(epochs),
+        _best_rows(epochs, kept),
         _peak_rows(epochs),
         epochs.drop_duplicates("trial", keep="last"),
     )
@@ -168,19 +168,18 @@ def _reduced(spec: StudySpec, values: list[float]) -> float:
     return worth
 
 
-def _best_rows(epochs: pd.DataFrame) -> pd.DataFrame:
-    """The row of each trial whose averaged weights are in best.pt: `trainables.saved_run.BestEpoch`, all trials at once."""
-    value = epochs["val_auc"].fillna(-math.inf)
-    by_trial = value.groupby(epochs["trial"], observed=True)
-    one, two = by_trial.shift(1), by_trial.shift(2)
-    median = pd.concat([value, one, two], axis=1).median(axis=1, skipna=True)
-    place, length = by_trial.cumcount(), by_trial.transform("size")
-    median = median.where(place != 1, np.minimum(value, one))
-    median = median.where(
-        (place >= 2) | (length < 3), -math.inf
-    )  # what stood in for a median is forgotten
-    found = median[median > -math.inf]
-    return epochs.loc[found.groupby(epochs["trial"], observed=True).idxmax()]
+def _best_rows(epochs: pd.DataFrame, kept: KeptBy) -> pd.DataFrame:
+    """The row of each trial whose weights are in best.pt."""
+    column = OBJECTIVES[kept.objective].column
+    places: list[Any] = []
+    for _, rows in epochs[["trial", "epoch", column]].groupby("trial", observed=True):
+        best = BestEpoch(kept.objective, window_end=kept.window_end)
+        numbers, values = rows["epoch"].tolist(), rows[column].tolist()
+        for epoch, value in zip(numbers, values, strict=True):
+            best.update({"epoch": epoch, column: value})
+        if best.epoch is not None:
+            places.append(rows.index[numbers.index(best.epoch)])
+    return epochs.loc[places]
 
 
 def _peak_rows(epochs: pd.DataFrame) -> pd.DataFrame:

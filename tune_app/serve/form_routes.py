@@ -8,10 +8,10 @@ from fastapi import APIRouter, Response
 from search_spaces.space import NOT_SEARCHED, Space
 from search_spaces.spaces import SPACES
 from trainables.config import FineTuneConfig
+from trainables.objective import OBJECTIVES
 from tune_app.report import figures
 from tune_app.results.text import format_value
 from tune_app.serve.views import to_json
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.spec import StudySpec
 
 router = APIRouter(prefix="/api")

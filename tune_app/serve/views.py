@@ -15,6 +15,7 @@ import pandas as pd
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
+from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
 from tune_app.results.tables import results_table
@@ -22,7 +23,6 @@ from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
 from tune_app.study.files import StudyFiles
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.requests import asked_to_stop
 from tune_app.study.rows import ENDED, is_held
 

@@ -127,7 +127,7 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "checkpoint": ("string", "file to go on from; missing when there is none"),
     "best_checkpoint": (
         "string",
-        "file with the averaged weights of `best_epoch`; missing when there is none",
+        "file with the weights of `best_epoch`; missing when there is none",
     ),
 }
 """Columns of `.trials` before the hyperparameters -> (dtype, meaning)."""

@@ -11,10 +11,16 @@ from typing import Any
 
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
 from trainables.data.storage import is_url
+from trainables.objective import DEFAULT_OBJECTIVE
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import StudySpec, build_spec
 
-STUDY_FORMAT = 1
+STUDY_FORMAT = 2
+"""Of what is written. 1: rungs compared `val_auc` whatever the objective was, and best.pt held the averaged weights of the
+epoch that completed the best window of three. 2: both follow the objective."""
+
+READABLE_FORMATS = (1, 2)
+"""A study goes on by the rules it began with."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,10 @@ class StudyFiles:
             found = value["format"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SpecError(f"{self.spec}: damaged or not a study: {error}") from None
-        if found != STUDY_FORMAT:
+        if found not in READABLE_FORMATS:
+            known = " and ".join(map(str, READABLE_FORMATS))
             raise SpecError(
-                f"{self.spec}: format {found}, this version reads {STUDY_FORMAT}: use the medtune that wrote it"
+                f"{self.spec}: format {found}, this version reads {known}: use the medtune that wrote it"
             )
         if not isinstance(value.get("spec"), dict):
             raise SpecError(
@@ -128,7 +135,24 @@ class StudyFiles:
         return build_spec(self.read()["spec"])
 
     def write(self, value: Mapping[str, Any]) -> None:
+        """Write study.json; of the format that `value` names, where it is another study's or an earlier content."""
         write_json(self.spec, {"format": STUDY_FORMAT, **value})
+
+
+@dataclass(frozen=True)
+class KeptBy:
+    """By what a study's rungs compare and its trials keep weights."""
+
+    objective: str
+    window_end: bool
+    """See `trainables.objective.BestEpoch`."""
+
+
+def kept_by(objective: str, study_format: int) -> KeptBy:
+    """Return by what a study of this objective and format compares trials at rungs and chooses the weights to keep."""
+    if study_format == 1:
+        return KeptBy(DEFAULT_OBJECTIVE, window_end=True)
+    return KeptBy(objective, window_end=False)
 
 
 def default_cache() -> Path:

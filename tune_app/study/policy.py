@@ -14,7 +14,7 @@ import numpy as np
 
 from trainables.config import FineTuneConfig
 from trainables.diagnosis import HEALTHY, DrwStart, RunMonitor, Verdict
-from tune_app.study.objective import RunningValue, as_number
+from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES, RunningValue, as_number
 from tune_app.study.policy_spec import COMPARED, FIRST_COMPARABLE, PolicySpec
 
 Reason = Literal[
@@ -76,8 +76,8 @@ class Decision:
 class Policy:
     """Decisions over the trials of one study, row by row.
 
-    `max_epochs` is the number of epochs a full trial has; `metric` the column halving compares and `mode` whether more
-    or less of it is better.
+    `max_epochs` is the number of epochs a full trial has; `objective` names the objective whose column halving compares,
+    and `mode` says whether more or less of it is better.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Policy:
         spec: PolicySpec,
         max_epochs: int,
         mode: Literal["max", "min"] = "max",
-        metric: str = "val_auc",
+        objective: str = DEFAULT_OBJECTIVE,
     ) -> None:
         if max_epochs < 1:
             raise ValueError(f"max_epochs={max_epochs}: a trial has at least one epoch")
         self.spec = spec
-        self.metric = metric
+        self.metric = OBJECTIVES[objective].column
         self.max_epochs = min(max_epochs, spec.max_epochs or max_epochs)
         self._sign = 1.0 if mode == "max" else -1.0
         grace = spec.grace_epochs or max(FIRST_COMPARABLE, round(max_epochs / 10))

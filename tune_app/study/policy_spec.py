@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trainables.config import problem_lines
 from trainables.diagnosis import VERDICTS, Verdict
 from trainables.errors import ProblemsError
-from tune_app.study.objective import Reduction
+from trainables.objective import Reduction
 from tune_app.study.yaml_text import YamlError, load_yaml
 
 VerdictAction = Literal["stop", "warn", "ignore"]

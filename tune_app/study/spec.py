@@ -17,8 +17,8 @@ from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
 from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config, problem_lines
 from trainables.data.storage import absolute, is_url
+from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.yaml_text import YamlError, load_yaml
 

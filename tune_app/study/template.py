@@ -12,8 +12,8 @@ from search_spaces.space import SpaceError
 from search_spaces.written import space_from
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
+from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
-from tune_app.study.objective import OBJECTIVES
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.spec import StudySpec
 

@@ -474,7 +474,7 @@ def test_a_second_look_shows_the_record_and_scores_only_when_asked_which_counts(
         root.parent, root, cache=cache, again=False, notes=Console(file=said, width=200)
     )
     assert "The test rows were scored before" in said.getvalue()
-    with pytest.raises(SpecError, match="the averaged weights of trial 00002 are gone"):
+    with pytest.raises(SpecError, match="the weights of trial 00002 are gone"):
         score_test(root, cache=cache, again=True)
     for path, content in weights.items():
         path.write_bytes(content)

@@ -23,9 +23,9 @@ from search_spaces.space import SpaceError
 from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
 from trainables.config import build_config
+from trainables.objective import objective_value
 from tune_app.driver.optuna_database import STUDY_NAME, SearchError, sqlite_url
 from tune_app.driver.searcher import OptunaSearcher, trial_name
-from tune_app.study.objective import objective_value
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 4

@@ -17,7 +17,7 @@ from scipy.stats import t, ttest_rel
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.metrics import SCORE_METRICS
-from trainables.saved_run import BestEpoch
+from trainables.objective import best_epoch, objective_value
 from tune_app.results import loading
 from tune_app.results.effects import holm
 from tune_app.results.loading import load_studies, load_study
@@ -25,7 +25,6 @@ from tune_app.results.trials import column_meanings
 from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHTS
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line
-from tune_app.study.objective import objective_value
 from tune_app.study.policy import Policy
 from tune_app.study.rows import StudyDamageError, read_record, read_rows
 
@@ -88,27 +87,52 @@ def test_the_scores_are_those_the_run_computes() -> None:
 # What a row says -------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_epoch_is_the_one_whose_weights_the_run_keeps(a_search: Path) -> None:
+def test_the_best_epoch_is_the_one_that_stands_for_the_objective(a_search: Path) -> None:
     study = load_study(a_search)
     seen = 0
     for trial, rows in study.epochs.groupby("trial"):
-        best, kept = BestEpoch(), None
-        for row in rows[["epoch", "val_auc"]].to_dict("records"):
-            kept = row["epoch"] if best.improved_by(row) else kept
-        assert study.trials.set_index("trial")["best_epoch"][trial] == kept
+        expected = best_epoch(rows.to_dict("records"))
+        row = study.trials.set_index("trial").loc[trial]
+        assert row["best_epoch"] == expected
+        assert row["best_val_auc"] == row["objective"]
         seen += 1
     assert seen == 20
+
+
+def test_the_best_epoch_follows_the_objective_of_the_study(write_study: WriteStudy) -> None:
+    root = write_study(trials=3, epochs=8, spec={"objective": "last_raw"})
+    study = load_study(root)
+    ended = study.trials[study.trials["state"] == "completed"]
+    assert len(ended)
+    assert (ended["best_epoch"] == ended["epochs_run"]).all()
+    assert (ended["best_val_auc_raw"] == ended["objective"]).all()
+
+
+def test_a_study_of_format_1_keeps_the_epochs_that_its_weights_are_of(
+    write_study: WriteStudy,
+) -> None:
+    """Its best.pt hold the third epoch of a window, whatever the objective was."""
+    root = write_study(trials=1, epochs=5, spec={"objective": "best_raw"})
+    files = StudyFiles(root)
+    files.write({**files.read(), "format": 1})
+    files.epochs.unlink()
+    for epoch, value in enumerate([0.9, 0.5, 0.6, 0.55, 0.5], start=1):
+        row = {"trial": "00000", "time": 1.0, "epoch": epoch, "val_auc": value}
+        append_line(files.epochs, row | {"val_auc_raw": 1 - value})
+    assert load_study(root).trials.iloc[0]["best_epoch"] == 3
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([0.6], 1),
-        ([0.9, 0.5], 1),
+        ([0.9, 0.5], 2),  # the lower of two stands in
         ([0.9, 0.5, 0.6], 3),  # the lucky first epoch is forgotten once there is a median
-        ([0.5, 0.6, 0.7, 0.65, 0.72], 5),
-        ([0.9, 0.9, 0.9, 0.8, 0.7], 3),
-        ([None, None, None, 0.7, 0.8], 5),
+        ([0.5, 0.6, 0.7, 0.65, 0.72], 3),  # medians .6, .65, .7
+        ([0.9, 0.9, 0.9, 0.8, 0.7], 1),
+        ([0.8, 0.82, 0.5], 1),
+        ([0.8, 0.82, None], 1),
+        ([None, None, None, 0.7, 0.8], 4),
         ([None, None], None),
         ([None, None, None, None], None),
     ],

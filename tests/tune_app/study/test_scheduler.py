@@ -101,7 +101,7 @@ def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with():
 
 
 def test_deciding_loads_neither_ray_nor_torch():
-    code = "import sys, tune_app.study.policy, tune_app.study.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
+    code = "import sys, tune_app.study.policy, trainables.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -399,3 +399,19 @@ def test_a_policy_file_tells_each_violation_in_our_own_words(tmp_path):
         f"{path}: grace_epochs: Input should be greater than or equal to 1",
         f"{path}: actions: healthy=stop would end every trial: warn or ignore",
     ]
+
+
+def test_rungs_compare_what_the_objective_is_of() -> None:
+    """The same rows, of two networks: which trial halving stops follows from the objective's own column."""
+    values = {"a": (0.9, 0.6), "b": (0.8, 0.7), "c": (0.7, 0.8), "d": (0.6, 0.9)}
+    stopped = {}
+    for objective in ("best_median3", "best_median3_raw"):
+        policy = Policy(halving(grace_epochs=3, finalists=0), 6, objective=objective)
+        order = values if objective == "best_median3" else dict(reversed(values.items()))
+        for trial, (ema, raw) in order.items():
+            for epoch in (1, 2, 3):
+                row = {"epoch": epoch, "val_auc": ema, "val_auc_raw": raw}
+                decision = policy.decide(trial, {"epochs": 6}, row)
+            assert decision.value == (ema if objective == "best_median3" else raw)
+        stopped[objective] = {name for name, found in policy.stopped().items() if found.stops}
+    assert stopped == {"best_median3": {"b", "c", "d"}, "best_median3_raw": {"a", "b", "c"}}

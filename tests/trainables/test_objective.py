@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from tune_app.study.objective import OBJECTIVES, RunningValue, best_epoch, objective_value
+from trainables.objective import OBJECTIVES, BestEpoch, RunningValue, best_epoch, objective_value
 
 
 def rows(*values, column="val_auc"):
@@ -75,3 +75,81 @@ def test_the_best_epoch_always_has_the_objectives_own_value():
             assert (epoch is None) == math.isnan(value)
             if epoch is not None:
                 assert run[epoch - 1]["val_auc"] == value
+
+
+REDUCED = ("best_median3", "best", "last", "smoothed")
+
+
+def random_runs(count, seed=1):
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield rows(*(rng.choice([None, round(rng.random(), 1)]) for _ in range(rng.randint(1, 12))))
+
+
+def epoch_by_search(run, objective):
+    """All windows of the whole run, as the objective's own description has it."""
+    values = [-math.inf if row["val_auc"] is None else row["val_auc"] for row in run]
+    worth = objective_value(run, objective)
+    if math.isnan(worth):
+        return None
+    if objective == "last":
+        return len(run)
+    if objective == "best":
+        return values.index(worth) + 1
+    windows = [values[i : i + 3] for i in range(max(1, len(values) - 2))]
+    if objective == "smoothed":
+        windows = windows[-1:]
+    start = max(1, len(values) - 2) - len(windows)
+    for shift, window in enumerate(windows):
+        if sorted(window)[(len(window) - 1) // 2] == worth:
+            return start + shift + window.index(worth) + 1
+    raise AssertionError(run)
+
+
+@pytest.mark.parametrize("objective", REDUCED)
+def test_the_best_epoch_found_row_by_row_is_that_of_the_whole_run(objective):
+    for run in random_runs(300):
+        best = BestEpoch(objective)
+        for seen, row in enumerate(run, start=1):
+            before = best.epoch
+            changed = best.update(row)
+            assert best.epoch == epoch_by_search(run[:seen], objective)
+            assert changed == (best.epoch is not None and best.epoch != before)
+
+
+@pytest.mark.parametrize("objective", REDUCED)
+def test_weights_held_for_pending_epochs_are_all_that_the_best_epoch_needs(objective):
+    held_without_need = 0
+    for run in random_runs(300):
+        best, held = BestEpoch(objective), set()
+        for row in run:
+            if best.update(row):
+                assert best.epoch in held | {row["epoch"]}
+            assert len(best.pending) <= 2
+            assert set(best.pending) <= held | {row["epoch"]}
+            held = set(best.pending)
+            held_without_need += len(held)
+    assert (held_without_need == 0) == (objective in ("best", "last"))
+
+
+def test_an_epoch_below_the_best_median_is_not_held():
+    best = BestEpoch()
+    for row in rows(0.8, 0.8, 0.8, 0.7, 0.9):
+        best.update(row)
+    assert best.epoch == 1
+    assert best.pending == (5,)
+
+
+def test_the_window_s_end_is_the_rule_of_earlier_versions():
+    best = BestEpoch(window_end=True)
+    kept = []
+    for row in rows(0.9, 0.5, 0.6, 0.7, 0.65, 0.72):
+        best.update(row)
+        kept.append(best.epoch)
+    assert kept == [1, 1, 3, 3, 5, 6]
+    assert best.pending == ()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_of_the_raw_network_keeps_raw_weights(name):
+    assert OBJECTIVES[name].weights == ("raw" if name.endswith("_raw") else "ema")

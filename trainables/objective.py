@@ -1,4 +1,6 @@
-"""What a run is worth: named objectives over the rows of its epochs. Scheduler, searcher and results all read this one.
+"""What a run is worth, and which epoch's weights stand for it: named objectives over the rows of its epochs.
+
+Searcher, rungs, the weights a trial keeps, export, back-test and results all read this one.
 
 A value that is missing or not finite ranks below every number and is never a score. All objectives are maximised.
 """
@@ -27,6 +29,11 @@ class Objective:
     column: str
     reduction: Reduction
     title: str
+
+    @property
+    def weights(self) -> Literal["raw", "ema"]:
+        """Which of a run's two networks the column scores: the one to keep, export and predict with."""
+        return "raw" if self.column.endswith("_raw") else "ema"
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -76,29 +83,71 @@ def objective_value(rows: Sequence[Mapping[str, Any]], objective: str = DEFAULT_
 
 
 def best_epoch(rows: Sequence[Mapping[str, Any]], objective: str = DEFAULT_OBJECTIVE) -> int | None:
-    """Return the epoch whose weights stand for `objective_value`; None where that is NaN.
+    """Return the epoch whose weights stand for `objective_value`; None where that is NaN. See `BestEpoch`."""
+    best = BestEpoch(objective)
+    for row in _in_order(rows):
+        best.update(row)
+    return best.epoch
 
-    For a median it is the epoch that is the median, so that its own value is the objective's; the earlier of two.
+
+class BestEpoch:
+    """The epoch whose weights stand for a run's objective: `update()` with each epoch's row, in order.
+
+    For a median it is the epoch that is the median, so that its own value is the objective's; the earlier of two. The
+    first epoch that reaches a value keeps its place against later ones that only equal it. `last` and `smoothed` follow
+    the last epochs; all others, the best so far.
+
+    `window_end` is the rule of studies of format 1: the epoch that completes the window, whatever its own value is.
     """
-    chosen = _objective(objective)
-    ordered = _in_order(rows)
-    values = [as_number(row.get(chosen.column)) for row in ordered]
-    value = objective_value(ordered, objective)
-    if math.isnan(value):
-        return None
-    if chosen.reduction == "last":
-        return int(ordered[-1]["epoch"])
-    if chosen.reduction == "best":
-        return int(ordered[values.index(value)]["epoch"])
-    starts = (
-        range(max(len(values) - WINDOW, 0), -1, -1)
-        if chosen.reduction == "smoothed"
-        else range(len(values))
-    )
-    for start in starts:
-        if _low_median(values[start : start + WINDOW]) == value:
-            return int(ordered[start + values[start : start + WINDOW].index(value)]["epoch"])
-    raise AssertionError(f"no epoch of {values} has the {objective} {value}")
+
+    def __init__(self, objective: str = DEFAULT_OBJECTIVE, *, window_end: bool = False) -> None:
+        self._objective = _objective(objective)
+        self._running = RunningValue(self._objective.reduction)
+        self._window_end = window_end
+        self._window: list[tuple[int, float]] = []
+        self._value = math.nan
+        self._epochs = 0
+        self.epoch: int | None = None
+        """None while the objective has no value."""
+
+    def update(self, row: Mapping[str, Any]) -> bool:
+        """Take the next epoch's row; True when the weights to keep are those of another epoch than before."""
+        before, epoch = self.epoch, int(row["epoch"])
+        self._window.append((epoch, as_number(row.get(self._objective.column))))
+        del self._window[:-WINDOW]
+        self._epochs += 1
+        value = self._running.update(self._window[-1][1])
+        if math.isnan(value):
+            self.epoch = None
+        elif self._moves(value):
+            self.epoch = epoch if self._window_end else self._epoch_of(value)
+        self._value = value
+        return self.epoch is not None and self.epoch != before
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Epochs that the next rows may yet make the best: their weights have to be held until then."""
+        if self._window_end or self._objective.reduction in ("best", "last"):
+            return ()
+        may = self._window[-(WINDOW - 1) :]
+        floor = -math.inf
+        if self._objective.reduction == "best_median3" and len(self._window) == WINDOW:
+            floor = as_number(self._value)  # only a higher median takes its place
+        return tuple(epoch for epoch, value in may if value > floor)
+
+    def _moves(self, value: float) -> bool:
+        reduction = self._objective.reduction
+        if reduction in ("last", "smoothed"):
+            return True
+        if reduction == "best_median3" and self._epochs == WINDOW:
+            return True  # what stood in for a median is forgotten
+        if self._window_end:
+            return value > as_number(self._value)
+        return value != self._value
+
+    def _epoch_of(self, value: float) -> int:
+        width = 1 if self._objective.reduction in ("best", "last") else WINDOW
+        return next(epoch for epoch, own in self._window[-width:] if own == value)
 
 
 class RunningValue:
