@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -19,8 +19,16 @@ STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed"
 class Display:
     """Shows trials as they go. Use as a context; every method is one event of the study."""
 
-    def __init__(self, console: Console, *, num_trials: int, epochs: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        num_trials: int,
+        epochs: int,
+        on_epoch: Callable[[str, Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.console = console
+        self.on_epoch = on_epoch
         self.num_trials = num_trials
         self.epochs = epochs
         self.started = time.monotonic()
@@ -61,6 +69,8 @@ class Display:
             f" val_auc {_score(row['val_auc'])} raw {_score(row['val_auc_raw'])} loss {row['train_loss']:.3f}"
             f"{' DRW' if row['drw_active'] else ''} {row['epoch_s']:.1f} s"
         )
+        if self.on_epoch is not None:
+            self.on_epoch(trial, row)
 
     def ended(self, trial: str, state: str, reason: str) -> None:
         shown = self.trials.setdefault(trial, {"trial": trial, "objective": None})

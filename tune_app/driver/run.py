@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -83,11 +83,13 @@ def run_study(
     resume: bool = False,
     go_on: bool = False,
     retry_failed: bool = False,
+    on_epoch: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> Outcome:
     """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
 
     `root` may be object storage (s3://...): the work is then mirrored there. `go_on`: resume where there is a study.
-    `retry_failed`: trials that have failed for good go on, too, from their checkpoints.
+    `retry_failed`: trials that have failed for good go on, too, from their checkpoints. `on_epoch` is called with a trial's
+    name and row after each of its epochs.
 
     `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
     Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
@@ -112,6 +114,7 @@ def run_study(
                 address=address,
                 resume=resume,
                 retry_failed=retry_failed,
+                on_epoch=on_epoch,
             )
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
@@ -142,6 +145,7 @@ def _run_locked(
     address: str | None,
     resume: bool,
     retry_failed: bool,
+    on_epoch: Callable[[str, Mapping[str, Any]], None] | None,
 ) -> Outcome:
     if files.spec.exists() and not resume:
         place = url or files.root
@@ -194,7 +198,9 @@ def _run_locked(
                 }
             )
         recorder = Recorder(spec, files)
-        display = Display(console, num_trials=spec.num_trials, epochs=base.epochs)
+        display = Display(
+            console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
+        )
         with display:
             session = StudySession(spec, cohort.name, recorder, display, budget)
             kept = kept_by(spec.objective, files.read()["format"])

@@ -1,0 +1,61 @@
+"""The Python interface: the same study as the commands give, in two calls, and nothing loaded too early."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import tune_app
+from trainables.errors import ProblemsError
+from tune_app.demo import SMALL
+from tune_app.synthetic import write_cohort
+
+
+def test_importing_it_loads_neither_torch_nor_ray_nor_pandas():
+    code = "import tune_app, sys; print(sorted({'torch', 'ray', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", tune_app.__all__)
+def test_every_function_is_documented_and_no_submodule_hides_it(name):
+    function = getattr(tune_app, name)
+    assert inspect.isfunction(function)
+    assert inspect.getdoc(function)
+    __import__("tune_app.report.page"), __import__("tune_app.models.export")
+    assert getattr(tune_app, name) is function
+
+
+def test_a_field_that_does_not_exist_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ProblemsError, match="trails"):
+        tune_app.search(tmp_path / "t.csv", tmp_path / "study", trails=3)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_from_a_table_to_predictions(tmp_path):
+    table = write_cohort(tmp_path / "cohort", subjects=18)
+    seen = []
+    study = tune_app.search(
+        table,
+        tmp_path / "study",
+        trials=2,
+        config=SMALL | {"epochs": 2},
+        gpus_per_trial=0,
+        cache=str(tmp_path / "cache"),
+        on_epoch=lambda trial, row: seen.append((trial, row["epoch"])),
+        quiet=True,
+    )
+    assert sorted(seen) == sorted(zip(study.epochs["trial"], study.epochs["epoch"], strict=True))
+    assert len(study.trials) == 2
+    again = tune_app.resume(study, quiet=True)
+    assert len(again.epochs) == len(study.epochs), "nothing was left to do"
+    assert tune_app.write_report(study).read_text().startswith("<!doctype html>")
+    info = tune_app.export(study, tmp_path / "model", device="cpu")
+    best = study.best()
+    assert [member.trial for member in info.members] == [best["trial"]]
+    scores = tune_app.predict(tmp_path / "model", table, device="cpu")
+    assert len(scores) == len(table.read_text().splitlines()) - 1
