@@ -157,6 +157,13 @@ def look(gpu: Gpu) -> Standing:
     return Standing("own", "a daemon of this user's own would be started")
 
 
+def leftovers() -> list[str]:
+    """Return what there is of daemons of this user's own: processes and folders. Nothing, where no process uses one."""
+    folders = sorted(path for path in _folder_of_user().glob("*") if path.is_dir())
+    running = [f"process {number}" for folder in folders for number in _processes_of(folder)]
+    return running + [str(folder) for folder in folders]
+
+
 def visible_gpus() -> list[Gpu]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES leaves to this process; none where nvidia-smi does not answer."""
     fields = "index,uuid,name,driver_version,compute_mode,mig.mode.current,compute_cap"
@@ -372,7 +379,7 @@ def _start(folder: Path, last: Path, gpu: Gpu, *, alone: bool) -> Path:
             raise _not_started(folder, logs, "the MPS daemon does not start")
         time.sleep(0.05)
     _control(pipes, f"start_server -uid {os.getuid()}")
-    while not _servers(pipes):
+    while not servers(pipes):
         if time.monotonic() > deadline:
             raise _not_started(folder, logs, "the MPS server does not start")
         time.sleep(0.05)
@@ -408,7 +415,8 @@ def _answers(pipes: Path) -> bool:
     return _control(pipes, "get_server_list") is not None
 
 
-def _servers(pipes: Path) -> list[int]:
+def servers(pipes: Path) -> list[int]:
+    """Return the process ids of the servers of the daemon in the folder `pipes`."""
     return [
         int(word) for word in (_control(pipes, "get_server_list") or "").split() if word.isdigit()
     ]
@@ -419,7 +427,7 @@ def _await_recovery(pipes: Path) -> None:
     deadline = time.monotonic() + FAULT_S
     while any(
         (_control(pipes, f"get_server_status {server}") or "").strip() == "FAULT"
-        for server in _servers(pipes)
+        for server in servers(pipes)
     ):
         if time.monotonic() > deadline:
             raise _NotPossibleError("the MPS server does not recover from the fault of a client")

@@ -48,6 +48,7 @@ def bench_search(
     config: Mapping[str, Any],
     gpu: bool = True,
     gpus_per_trial: float | str | None = None,
+    mps: str = "auto",
     sides: Iterable[str] = SIDES,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
@@ -59,7 +60,7 @@ def bench_search(
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
     medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour.
-    `gpus_per_trial` is medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever a trial of
+    `gpus_per_trial` and `mps` are medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever a trial of
     the plain side has ended. Writes below `folder`.
     """
     sides = set(sides)
@@ -107,7 +108,13 @@ def bench_search(
                 runs = _plain(table, place, settings, search, gpu=gpu, seed=seed, ended=keep)
             else:
                 runs, more = _medtune(
-                    table, place, settings, search, gpus_per_trial=gpus_per_trial, seed=seed
+                    table,
+                    place,
+                    settings,
+                    search,
+                    gpus_per_trial=gpus_per_trial,
+                    mps=mps,
+                    seed=seed,
                 )
         keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
@@ -256,6 +263,7 @@ def _medtune(
     search: Mapping[str, Any],
     *,
     gpus_per_trial: float | str | None,
+    mps: str,
     seed: int,
 ) -> tuple[list[list[float]], dict[str, float | int | None]]:
     """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
@@ -271,6 +279,7 @@ def _medtune(
             "seed": seed,
             "warm_start": (),
             "gpus_per_trial": gpus_per_trial,
+            "mps": mps,
             "cache": str(folder / "cache"),
             "policy": {
                 "grace_epochs": search["grace_epochs"],

@@ -12,6 +12,7 @@ from tune_app.cli.common import (
     ConcurrentOption,
     DataOption,
     DeviceOption,
+    MpsOption,
     SetOption,
     cache_folder,
     out,
@@ -170,6 +171,74 @@ def _one_batch(text: str) -> tuple[int, int]:
     return pair
 
 
+@bench_app.command("share")
+def bench_share_command(
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
+    ] = "28,64,96",
+    at_once: Annotated[
+        str, typer.Option("--at-once", help="Processes on the GPU, separated by commas.")
+    ] = "1,4,8",
+    modes: Annotated[str, typer.Option("--modes", help="turns, mps or both.")] = "turns,mps",
+    volumes: Annotated[int, typer.Option("--volumes", min=12, help="Training volumes.")] = 1029,
+    batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs that are timed.")] = 2,
+    depth: DepthOption = 50,
+    width: WidthOption = 1.0,
+    device: DeviceOption = "auto",
+    out_file: ResultOption = None,
+) -> None:
+    """Time processes that share one GPU: in turns, and side by side under CUDA MPS."""
+    from tune_app.bench.share import bench_share, share_table
+
+    result = bench_share(
+        sizes=_whole_numbers(sizes, "--sizes"),
+        at_once=_whole_numbers(at_once, "--at-once"),
+        modes=modes.split(","),
+        volumes=volumes,
+        batch=_one_batch(batch),
+        epochs=epochs,
+        device=_device_apart(device),
+        depth=depth,
+        width=width,
+        say=to_stderr,
+        record=_recorder(out_file),
+    )
+    out.print(share_table(result))
+
+
+@bench_app.command("faults")
+def bench_faults_command(
+    faults: Annotated[
+        str | None,
+        typer.Option("--faults", help="Some of them, separated by commas; default: all."),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", min=1, help="Processes beside the one with the fault.")
+    ] = 2,
+    out_file: ResultOption = None,
+) -> None:
+    """Show what a fault of one process does to others that share its GPU under CUDA MPS."""
+    from tune_app.bench.faults import FAULTS, bench_faults, faults_table
+
+    result = bench_faults(
+        faults=faults.split(",") if faults else FAULTS,
+        neighbours=neighbours,
+        say=to_stderr,
+        record=_recorder(out_file),
+    )
+    out.print(faults_table(result))
+
+
+def _device_apart(device: str) -> str:
+    """The device asked for. `auto` is answered without CUDA, which under MPS only the measured processes may start."""
+    if device != "auto":
+        return device
+    from trainables.mps import visible_gpus
+
+    return "cuda" if visible_gpus() else "cpu"
+
+
 @bench_app.command("search")
 def bench_search_command(
     data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
@@ -185,6 +254,7 @@ def bench_search_command(
     gpus_per_trial: Annotated[
         str | None, typer.Option("--gpus-per-trial", help="Of medtune's side.")
     ] = None,
+    mps: MpsOption = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of both samplers.")] = 0,
@@ -207,6 +277,7 @@ def bench_search_command(
             config=parse_settings(settings),
             gpu=choose_device(device).type == "cuda",
             gpus_per_trial=gpus_per_trial,
+            mps=mps or "auto",
             sides=sides.split(","),
             seed=seed,
             say=to_stderr,
