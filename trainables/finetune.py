@@ -56,10 +56,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._inductor.config  # or torch does at first use, and keeps in a circle the frames of the run that is in it
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainables import without_compiler
 from trainables.augment import augment_batch
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
@@ -735,7 +735,7 @@ def _build_optimizer(
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": True}
     capturable = device.type == "cuda"
     if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        optimizer: torch.optim.Optimizer = without_compiler.SGD(
             groups, momentum=0.9, nesterov=True, **common
         )
         for (
@@ -743,9 +743,9 @@ def _build_optimizer(
         ) in network.parameters():  # torch leaves them unwritten when the first step is skipped
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, capturable=capturable, **common)
+        optimizer = without_compiler.AdamW(groups, capturable=capturable, **common)
     else:
-        optimizer = torch.optim.Adam(groups, capturable=capturable, **common)
+        optimizer = without_compiler.Adam(groups, capturable=capturable, **common)
     return optimizer, [rates[str(group["name"])] for group in groups]
 
 
