@@ -1,6 +1,5 @@
 """Processes that share a GPU, measured on a CPU with programs that stand in for NVIDIA's."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +82,5 @@ def test_what_a_fault_does_to_neighbours_is_recorded(
 
 def test_faults_without_mps_are_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    assert "fake" not in os.environ["PATH"]
-    with pytest.raises(BenchError, match="nvidia-cuda-mps-control is not installed"):
+    with pytest.raises(BenchError, match="MPS is not possible: nvidia-smi reports no GPU"):
         bench_faults(faults=["killed"], neighbours=1, device="cpu")
