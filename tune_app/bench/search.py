@@ -60,8 +60,8 @@ def bench_search(
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
     medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour.
-    `gpus_per_trial` and `mps` are medtune's; the plain side has a GPU a trial. `record` is given the result so far whenever a trial of
-    the plain side has ended. Writes below `folder`.
+    `gpus_per_trial` and `mps` are medtune's; the plain side has a GPU a trial. `record` is given the result so far
+    whenever a trial of the plain side has ended. Writes below `folder`.
     """
     sides = set(sides)
     if unknown := sorted(sides - set(SIDES)):
@@ -83,9 +83,8 @@ def bench_search(
         "medtune": None,
         "ratio": None,
     }
-    for side in [
-        side for side in SIDES if side in sides
-    ]:  # plain first: a study sets variables for Ray
+    # Plain first: a study sets variables for Ray.
+    for side in [side for side in SIDES if side in sides]:
         started = time.perf_counter()
 
         def keep(
@@ -107,15 +106,8 @@ def bench_search(
             if side == "plain":
                 runs = _plain(table, place, settings, search, gpu=gpu, seed=seed, ended=keep)
             else:
-                runs, more = _medtune(
-                    table,
-                    place,
-                    settings,
-                    search,
-                    gpus_per_trial=gpus_per_trial,
-                    mps=mps,
-                    seed=seed,
-                )
+                shared = {"gpus_per_trial": gpus_per_trial, "mps": mps}
+                runs, more = _medtune(table, place, settings, search, shared=shared, seed=seed)
         keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
         say(
@@ -262,8 +254,7 @@ def _medtune(
     settings: Mapping[str, Any],
     search: Mapping[str, Any],
     *,
-    gpus_per_trial: float | str | None,
-    mps: str,
+    shared: Mapping[str, Any],
     seed: int,
 ) -> tuple[list[list[float]], dict[str, float | int | None]]:
     """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
@@ -278,8 +269,7 @@ def _medtune(
             "config": dict(settings),
             "seed": seed,
             "warm_start": (),
-            "gpus_per_trial": gpus_per_trial,
-            "mps": mps,
+            **shared,
             "cache": str(folder / "cache"),
             "policy": {
                 "grace_epochs": search["grace_epochs"],
