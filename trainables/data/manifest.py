@@ -164,6 +164,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _column_problems(columns: list[str]) -> list[str]:
+    words = {word.strip().lower() for column in columns for word in re.split(r"[;\t|]", column)}
+    if not any(difflib.get_close_matches(name, words, n=1) for name in COLUMNS):
+        # It may be any file, named by mistake or by somebody else: what it holds belongs in no message.
+        return [
+            "the header names none of path, label and subject: is this the table of volumes? Its content is not shown. "
+            "Of these columns: " + "; ".join(f"{name} is {what}" for name, what in COLUMNS.items())
+        ]
     problems = []
     for name, meaning in COLUMNS.items():
         if name in columns:

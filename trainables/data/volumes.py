@@ -316,7 +316,7 @@ def _all_or_errors(
 @contextlib.contextmanager
 def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
     """Hold the lock of these contents. The kernel frees it when its holder dies, so a wait is for a living process."""
-    lock = FileLock(_lock_file(cache, contents))
+    lock = FileLock(_lock_file(cache, contents), mode=0o600)
     seen, since = _beat(building), time.monotonic()
     wait_s = 0.0
     while True:
@@ -364,7 +364,7 @@ def _sweep(cache: Path, building: Path) -> None:
     for left in cache.glob(".building-*"):
         if not OF_CONTENTS.fullmatch(left.name.removeprefix(".building-")):
             continue  # nobody says that the cache has a folder of its own
-        lock = FileLock(_lock_file(cache, left.name.removeprefix(".building-")))
+        lock = FileLock(_lock_file(cache, left.name.removeprefix(".building-")), mode=0o600)
         with contextlib.suppress(Timeout), lock.acquire(timeout=0):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -34,6 +34,13 @@ def serve(
         bool,
         typer.Option("--private", help="Reading takes the token as well, on this machine, too."),
     ] = False,
+    data_root: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data-root",
+            help="Folder or URL; a study started from the page reads nothing outside it. May be repeated.",
+        ),
+    ] = None,
     address: AddressOption = None,
 ) -> None:
     """Serve a live page over the studies of a folder or bucket: watch, compare, start, stop. MEDTUNE_TOKEN sets its token."""
@@ -50,6 +57,7 @@ def serve(
         names=allow_host or (),
         private=private,
         address=address,
+        data_roots=data_root or (),
         say=lambda text: err.print(text, soft_wrap=True, markup=False, highlight=False),
     )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
@@ -44,6 +44,7 @@ from tune_app.driver.stopping import stopping_on_request
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache, kept_by, mend_last_line, resumed_spec
 from tune_app.study.mirror import drop_unrecorded, mirrored
+from tune_app.study.rows import driver_lock
 from tune_app.study.spec import StudySpec
 
 DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
@@ -126,7 +127,7 @@ def _only_driver(files: StudyFiles, notes: Any) -> Iterator[None]:
     files.root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
-        held = FileLock(files.lock).acquire(timeout=1)
+        held = driver_lock(files.lock, timeout=1)
     except Timeout:
         raise StudyBusyError(
             f"{files.root}: another driver is running this study; wait for it, or stop it first"

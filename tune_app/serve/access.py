@@ -15,13 +15,18 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Callable, Iterable, MutableMapping
+from pathlib import Path
 from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from trainables.checkpoints import write_json
 
 SESSION_S = 12 * 3600
 """Seconds a browser stays logged in."""
@@ -40,6 +45,9 @@ MOST_BYTES = 256 * 1024
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 
+HOST = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^:\[\]/@\s]*))(?::[0-9]{1,5})?")
+"""A Host header: a name or an address, IPv6 in brackets, and perhaps a port. Nothing may follow."""
+
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -53,17 +61,20 @@ HEADERS = {
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
 
-Scope = dict[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[Any], Any]
 
 
-class Refused(Exception):
-    """A request that is answered with `status` and what is wrong with it."""
+class Refused(HTTPException):
+    """A request that is answered with `status_code` and the reason.
+
+    An HTTPException, because FastAPI answers any other error of reading a body with 400.
+    """
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers or {}
+        more = {"www-authenticate": "Bearer"} if status == 401 else {}
+        super().__init__(status, detail, {**more, **(headers or {})})
 
 
 def is_loopback(host: str) -> bool:
@@ -110,6 +121,7 @@ class Access:
     """The rules for one service, bound to `host` and `port`, with its `token`.
 
     `names` are further host names it goes by, such as that of a reverse proxy; `private`: reading takes the token, too.
+    `ended` is the file that keeps which sessions were logged out before they expired; None: they are kept in memory.
     """
 
     def __init__(
@@ -120,9 +132,11 @@ class Access:
         port: int = 8321,
         names: Iterable[str] = (),
         private: bool = False,
+        ended: Path | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._token, self._now = token, now
+        self._ended_file, self._ended = ended, _read_ended(ended)
         self.cookie = f"medtune_{port}"
         self.open_to_read = is_loopback(host) and not private
         self.names = {"localhost", host.lower(), *(name.lower() for name in names)}
@@ -141,18 +155,31 @@ class Access:
         return False
 
     def new_session(self) -> str:
-        """Return the cookie's value for a browser that gave the token; it needs no memory here and survives a restart."""
+        """Return the cookie's value for a browser that gave the token; it survives a restart of the service."""
         content = f"{int(self._now()) + SESSION_S}.{secrets.token_urlsafe(12)}"
         return f"{content}.{self._sign('session', content)}"
 
     def is_session(self, value: str) -> bool:
-        """Whether `value` is a cookie of ours that has not expired."""
+        """Whether `value` is a cookie of ours that has neither expired nor been logged out."""
         content, _, signature = value.rpartition(".")
         if not content or not hmac.compare_digest(
             signature.encode(), self._sign("session", content).encode()
         ):
             return False
-        return int(content.split(".")[0]) > self._now()
+        return int(content.split(".")[0]) > self._now() and self._name(value) not in self._ended
+
+    def end_session(self, value: str) -> None:
+        """Log a session out: from now on its cookie is worth nothing, wherever a copy of it is."""
+        if self.is_session(value):
+            now = self._now()
+            self._ended = {name: until for name, until in self._ended.items() if until > now}
+            self._ended[self._name(value)] = int(value.split(".")[0])
+            if self._ended_file is not None:
+                write_json(self._ended_file, self._ended)
+
+    def _name(self, session: str) -> str:
+        """What stands for a session in a file: nobody can log in with it."""
+        return hashlib.sha256(session.encode()).hexdigest()
 
     def csrf(self, session: str) -> str:
         """Return what the page of that session has to send with each change."""
@@ -203,11 +230,8 @@ class Access:
             )
 
     def _check_host(self, host: str) -> None:
-        name = host.lower()
-        if name.startswith("["):
-            name = name[1:].partition("]")[0]
-        elif name.count(":") == 1:
-            name = name.partition(":")[0]
+        found = HOST.fullmatch(host.lower())
+        name = (found["six"] or found["name"]) if found else ""
         try:
             ipaddress.ip_address(
                 name
@@ -231,11 +255,37 @@ class Access:
             raise Refused(403, "the request comes from another site")
 
     def _session(self, cookies: str) -> str:
-        try:
-            found = SimpleCookie(cookies).get(self.cookie)
-        except CookieError:
-            return ""
-        return found.value if found is not None and self.is_session(found.value) else ""
+        # Other services of the host set cookies, too, and not all of them in the form of the standard.
+        for part in cookies.split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == self.cookie and self.is_session(value):
+                return value
+        return ""
+
+
+def is_secure(scope: Scope) -> bool:
+    """Whether the browser reached the service by HTTPS, through a proxy that ends TLS or without one.
+
+    A proxy's own word is enough: all that hangs on it is whether the browser sends the cookie without TLS.
+    """
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    return (
+        scope.get("scheme") == "https"
+        or headers.get(b"x-forwarded-proto", b"").strip().lower() == b"https"
+        or headers.get(b"origin", b"").lower().startswith(b"https://")
+    )
+
+
+def _read_ended(file: Path | None) -> dict[str, int]:
+    if file is None or not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        return {str(name): int(until) for name, until in value.items()}
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(
+            f"{file}: damaged, remove it; every session can then be used again"
+        ) from None
 
 
 class Guard:
@@ -284,14 +334,12 @@ class Guard:
             headers = {
                 "content-type": "application/json",
                 "content-length": str(len(body)),
-                **refused.headers,
+                **(refused.headers or {}),
             }
-            if refused.status == 401:
-                headers["www-authenticate"] = "Bearer"
             await guarded(
                 {
                     "type": "http.response.start",
-                    "status": refused.status,
+                    "status": refused.status_code,
                     "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
                 }
             )

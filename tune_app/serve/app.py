@@ -5,7 +5,7 @@ study is taken here. It may be stopped and started again at any time: drivers ar
 that is shown is read from the studies' folders.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,19 @@ STATUS: dict[type[Exception], int] = {
 
 
 def build_app(
-    root: Path, access: Access, *, address: str | None = None, replica: Replica | None = None
+    root: Path,
+    access: Access,
+    *,
+    address: str | None = None,
+    replica: Replica | None = None,
+    data_roots: Sequence[str] = (),
 ) -> FastAPI:
     """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use.
 
-    `replica`: keeps `root` as a copy of what is in object storage, and has begun.
+    `replica`: keeps `root` as a copy of what is in object storage, and has begun. `data_roots`: the folders and URLs that
+    a study started from the page may read; empty: all that the service's user may read.
     """
-    service = Service(root, access, address=address, replica=replica)
+    service = Service(root, access, address=address, replica=replica, data_roots=data_roots)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,5 +1,6 @@
 """The routes that change something: check, queue, start and stop studies, and stop trials."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainables.checkpoints import replacing
 from trainables.data.storage import bucket_of, is_url
+from tune_app.results.text import printable
 from tune_app.serve.queue import QueueError
-from tune_app.serve.service import StudyId, TheService, TrialId
+from tune_app.serve.service import Service, StudyId, TheService, TrialId
 from tune_app.serve.views import failed_trials, state_of, trial_page
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.requests import ask_to_stop_trial
-from tune_app.study.spec import absolute_paths, build_spec
+from tune_app.study.spec import absolute_paths, build_spec, paths_in
 
 router = APIRouter(prefix="/api")
 
@@ -39,9 +41,9 @@ class NewStudy(BaseModel):
 
 
 @router.post("/check")
-def check(fields: Annotated[dict[str, Any], Body()]) -> JSONResponse:
+def check(fields: Annotated[dict[str, Any], Body()], service: TheService) -> JSONResponse:
     """Check the fields of a study file without starting anything; returns the size of the study."""
-    spec = build_spec(_with_paths(fields))
+    spec = build_spec(_with_paths(fields, service))
     space = spec.resolved_space() if spec.kind == "search" else None
     rows = [row._asdict() for row in space.describe()] if space else []
     return JSONResponse({"trials": spec.num_trials, "epochs": spec.epochs, "space": rows})
@@ -50,7 +52,7 @@ def check(fields: Annotated[dict[str, Any], Body()]) -> JSONResponse:
 @router.post("/studies", status_code=201)
 def begin(asked: NewStudy, service: TheService) -> Asked:
     """Write the study file into a new folder and queue the study."""
-    fields = _with_paths(asked.spec)
+    fields = _with_paths(asked.spec, service)
     build_spec(fields)
     path = service.folder.root / asked.name
     if path.exists():
@@ -112,14 +114,64 @@ def stop_trial(study: StudyId, trial: TrialId, service: TheService) -> Asked:
     return Asked(study=study, became="asked")
 
 
-def _with_paths(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with absolute paths. Raises SpecError where the table is missing."""
+def _with_paths(fields: dict[str, Any], service: Service) -> dict[str, Any]:
+    """Return the fields with absolute paths. Raises SpecError for a missing table and for paths that may not be read."""
+    _require_text(fields)
     fields = absolute_paths(fields)
+    problems = _outside(fields, service)
     data = fields.get("data")
-    if isinstance(data, str) and is_url(data):
-        bucket, name = bucket_of(data)
-        if bucket.stamp(name) is None:
-            raise SpecError([f"data: no object {data}"])
-    elif isinstance(data, str) and not Path(data).is_file():
-        raise SpecError([f"data: no file {data}"])
+    if not problems and isinstance(data, str):
+        problems = _missing_table(data)
+    if problems:
+        raise SpecError(problems)
     return fields
+
+
+def _require_text(value: Any) -> None:
+    """Raise SpecError for text that no file can hold: JSON allows NUL and halves of characters."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _require_text(name)
+            _require_text(item)
+    elif isinstance(value, list):
+        for item in value:
+            _require_text(item)
+    elif isinstance(value, str) and NO_TEXT.search(value):
+        raise SpecError(f"{printable(value)[:100]!r}: holds a character that is no text")
+
+
+NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+
+
+def _missing_table(data: str) -> list[str]:
+    if is_url(data):
+        bucket, name = bucket_of(data)
+        return [] if bucket.stamp(name) is not None else [f"data: no object {data}"]
+    try:
+        found = Path(data).is_file()
+    except OSError as error:  # such as a name that is too long
+        return [f"data: {printable(data)[:100]}: {error.strerror}"]
+    return [] if found else [f"data: no file {data}"]
+
+
+def _outside(fields: dict[str, Any], service: Service) -> list[str]:
+    """What a study would read or write outside the folders that the service was given, one line each."""
+    if not service.data_roots:
+        return []
+    roots = [*service.data_roots, str(service.folder.root)]
+    given = [(name, path) for name, path in paths_in(fields) if not _within(path, roots)]
+    if fields.get("storage") is not None:
+        given.append(("storage", "a database of its own"))
+    allowed = ", ".join(service.data_roots)
+    return [f"{name}: {path} is outside what --data-root allows: {allowed}" for name, path in given]
+
+
+def _within(path: str, roots: list[str]) -> bool:
+    if is_url(path):
+        return ".." not in path.split("/") and any(
+            path == root or path.startswith(f"{root.rstrip('/')}/")
+            for root in roots
+            if is_url(root)
+        )
+    place = Path(path).resolve()
+    return any(place.is_relative_to(root) for root in roots if not is_url(root))

@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from tune_app.serve.access import SESSION_S, Refused
+from tune_app.serve.access import SESSION_S, Refused, is_secure
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.service import Service, TheService
 
@@ -82,14 +82,21 @@ def log_in(request: Request, given: Token, response: Response, service: TheServi
         raise Refused(403, "this is not the token that `medtune serve` printed")
     value = access.new_session()
     response.set_cookie(
-        access.cookie, value, max_age=SESSION_S, httponly=True, samesite="strict", path="/"
+        access.cookie,
+        value,
+        max_age=SESSION_S,
+        httponly=True,
+        samesite="strict",
+        secure=is_secure(request.scope),
+        path="/",
     )
     return _session(service, value, logged_in=True)
 
 
 @router.delete("/api/session")
-def log_out(response: Response, service: TheService) -> Session:
-    """Remove the cookie."""
+def log_out(request: Request, response: Response, service: TheService) -> Session:
+    """End the session, on the server as well, and remove the cookie."""
+    service.access.end_session(request.scope["session"])
     response.delete_cookie(service.access.cookie, path="/")
     return _session(service, "", logged_in=False)
 

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from tune_app.results.text import printable
+from tune_app.serve.access import Refused
 from tune_app.serve.folder import UnknownError, UnreadableError
 from tune_app.serve.service import StudyId, TheService, TrialId
 from tune_app.serve.views import (
@@ -108,11 +109,17 @@ def one_figure(
 def study_log(
     study: StudyId,
     service: TheService,
+    request: Request,
     which: Literal["study", "console", "trial"] = "study",
     trial: TrialQuery | None = None,
     lines: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> JSONResponse:
-    """Return the end of a log: the study's, the driver's console, or a trial's."""
+    """Return the end of a log: the study's, the driver's console, or a trial's.
+
+    It takes the token: what a driver prints may come from any file that a study names.
+    """
+    if not request.scope["trusted"]:
+        raise Refused(401, "logs take the token: log in on the page, or send it")
     path = service.folder.path(study)
     if service.replica is not None and which == "trial" and trial is not None:
         service.replica.fetch(StudyFiles(path).trial(trial).log)

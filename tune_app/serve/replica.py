@@ -21,12 +21,13 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from trainables.data.storage import Listed, Remote, StorageError
 from tune_app.study.copies import FRESH_S, LEASE, REQUEST, copy_objects, folder_of
 from tune_app.study.files import StudyFiles
 from tune_app.study.mirror import PAUSE
+from tune_app.study.rows import driver_lock
 
 log = logging.getLogger("medtune.serve")
 
@@ -60,7 +61,7 @@ class Replica:
         """Requests that lie there and here."""
         self._leases: dict[str, tuple[datetime, float]] = {}
         """Study -> when its driver last gave a sign of life, by the storage's clock and by ours."""
-        self._locks: dict[str, FileLock] = {}
+        self._locks: dict[str, BaseFileLock] = {}
         self._hosts: dict[str, str] = {}
         self._looked = -math.inf
         self._wake, self._ended = threading.Event(), threading.Event()
@@ -190,11 +191,12 @@ class Replica:
         for study in set(self._locks) - alive:
             self._let_go(study)
         for study in alive - set(self._locks):
-            lock = FileLock(StudyFiles(self.root / study).lock)
             with contextlib.suppress(Timeout, ValueError):
                 driver = json.loads(self.remote.read(study + LEASE) or b"{}").get("driver", "")
-                lock.acquire(timeout=1)  # whoever asks whether it is held holds it for microseconds
-                self._locks[study], self._hosts[study] = lock, str(driver).split(" ")[0]
+                # A second: asking whether it is held takes it for microseconds.
+                held = driver_lock(StudyFiles(self.root / study).lock, timeout=1)
+                self._locks[study] = held.lock
+                self._hosts[study] = str(driver).split(" ")[0]
 
     def _let_go(self, study: str) -> None:
         self._locks.pop(study).release()

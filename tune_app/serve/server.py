@@ -4,7 +4,7 @@ import re
 import secrets
 import shlex
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from filelock import FileLock, Timeout
 
-from trainables.data.storage import SCHEMES, url_of
+from trainables.data.storage import SCHEMES, is_url, url_of
 from tune_app.serve.access import LEAST_TOKEN, Access
 from tune_app.serve.app import build_app
 from tune_app.serve.connections import (
@@ -38,6 +38,7 @@ def serve(
     names: Iterable[str] = (),
     private: bool = False,
     address: str | None = None,
+    data_roots: Sequence[str] = (),
     say: Callable[[str], object] = print,
 ) -> None:
     """Serve the studies below `root`, a folder or a URL, until interrupted.
@@ -51,6 +52,10 @@ def serve(
                 f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or omit it"
             ]
         )
+    allowed = [each if is_url(each) else str(Path(each).resolve()) for each in data_roots]
+    missing = [each for each in allowed if not is_url(each) and not Path(each).is_dir()]
+    if missing:
+        raise SpecError([f"--data-root {each}: no such folder" for each in missing])
     url = url_of(root)
     if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
         schemes = ", ".join(SCHEMES)
@@ -64,7 +69,14 @@ def serve(
         say(f"{root} was not there: an empty folder, which has no studies yet")
     own.mkdir(parents=True, exist_ok=True)
     token = token or secrets.token_urlsafe(24)
-    access = Access(token, host=host, port=port, names=names, private=private)
+    access = Access(
+        token,
+        host=host,
+        port=port,
+        names=names,
+        private=private,
+        ended=own / "ended_sessions.json",
+    )
     try:
         with FileLock(own / "serve.lock", timeout=0, mode=0o600):
             if replica is not None:
@@ -76,7 +88,8 @@ def serve(
                 if access.open_to_read
                 else "everything takes the token above; put TLS before it where the network is not yours"
             )
-            _run(build_app(root, access, address=address, replica=replica), host, port)
+            app = build_app(root, access, address=address, replica=replica, data_roots=allowed)
+            _run(app, host, port)
     except Timeout:
         raise QueueError(
             f"{url or root}: another `medtune serve` serves this here; two would start studies twice"

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from tune_app.serve.replica import Replica
 from tune_app.serve.views import (
     failed_trials,
     glance,
-    log_tail,
     overview,
     state_of,
     to_json,
@@ -37,12 +36,19 @@ class Service:
     """The studies below `root` and everything that the routes need to show and change them.
 
     `address` is the Ray cluster that the drivers use. `replica` keeps `root` as a copy of what is in object storage.
+    `data_roots`: folders and URLs; where there are any, a study started from the page reads nothing outside them.
     """
 
     def __init__(
-        self, root: Path, access: Access, *, address: str | None, replica: Replica | None
+        self,
+        root: Path,
+        access: Access,
+        *,
+        address: str | None = None,
+        replica: Replica | None = None,
+        data_roots: Sequence[str] = (),
     ) -> None:
-        self.access, self.replica = access, replica
+        self.access, self.replica, self.data_roots = access, replica, tuple(data_roots)
         self.folder = StudyFolder(root, replica)
         driven = replica.driven_here if replica else lambda: list(self.folder.paths().values())
         self.queue = StudyQueue(
@@ -131,7 +137,6 @@ class Service:
         state = state_of(path, reading.study if reading else None, queue)
         entry = queue.last if queue.last is not None and queue.last.path == str(path) else None
         stopping = entry is not None and entry.stopping and entry.exit_code is None
-        console = log_tail(path, "console", None, 12)["lines"] if state == "unstarted" else []
         return {
             "state": state,
             "place": queue.place(path),
@@ -142,7 +147,6 @@ class Service:
             and state in ("ended", "interrupted")
             and failed_trials(reading.study) > 0,
             "can_stop": state in ("running", "starting", "queued"),
-            "said": [line for line in console if line][-6:],
         }
 
     # Object storage ----------------------------------------------------------------------------------------------------

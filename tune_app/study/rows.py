@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import AcquireReturnProxy, FileLock
 
 from trainables.errors import ProblemsError
 from tune_app.study.columns import EPOCH_COLUMNS
@@ -22,9 +25,10 @@ ENDED = ("completed", "stopped", "failed")
 
 
 def is_held(lock: Path) -> bool:
-    """Return whether a driver holds `lock` (a filelock); asks without taking it, writes nothing.
+    """Return whether a driver holds `lock` (a filelock); asks without keeping it, writes nothing.
 
-    On systems without flock the answer is yes when the file is there, which calls no trial interrupted by mistake.
+    Only the driver's user may open the file, because flock needs no more than read access; other users find the lock in
+    the system's table of locks. On systems without flock the answer is yes when the file is there, which calls no trial interrupted by mistake.
     """
     if not lock.is_file():
         return False
@@ -37,9 +41,35 @@ def is_held(lock: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file closes
     except BlockingIOError:
         return True
+    except PermissionError:
+        return _is_listed(lock)
     except OSError:
         return False
     return False
+
+
+def driver_lock(lock: Path, timeout: float = 0.0) -> AcquireReturnProxy[Any]:
+    """Return the lock a driver holds, taken within `timeout` seconds, for a `with`. Raises filelock's Timeout.
+
+    Only the driver's user may open the file: who may read it could take the lock and so keep the study from running.
+    """
+    held: AcquireReturnProxy[Any] = FileLock(lock, mode=0o600).acquire(timeout=timeout)
+    lock.chmod(0o600)  # versions before left it readable
+    return held
+
+
+SYSTEM_LOCKS = Path("/proc/locks")
+
+
+def _is_listed(lock: Path) -> bool:
+    """Whether Linux lists a lock of the file: `1: FLOCK ADVISORY WRITE <pid> <major>:<minor>:<inode> 0 EOF`."""
+    try:
+        found = lock.stat()
+        listed = SYSTEM_LOCKS.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    return any(name in line.split() for line in listed.splitlines() if "->" not in line)
 
 
 def record_problem(folder: str, record: Mapping[str, Any]) -> str | None:

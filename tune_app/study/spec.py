@@ -237,6 +237,29 @@ def read_study_file(path: Path) -> dict[str, Any]:
     return absolute_paths(fields, path.parent)
 
 
+PATHS = ("data", "cache", "confirms", "pretrained_path")
+"""Fields of a study, or of a trial's config, that hold one path."""
+
+
+def paths_in(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every path in the fields of a study, with its field: in its config and its written-out space as well."""
+    found: list[tuple[str, str]] = []
+    for name, value in fields.items():
+        if name in (*PATHS, "warm_start_from"):
+            found += [(name, text) for text in _texts(value)]
+        elif isinstance(value, Mapping):
+            found += [(f"{name}.{inner}", path) for inner, path in paths_in(value)]
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
 def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, Any]:
     """Return the fields of a study, or of a trial's config, with every path absolute: trials stand elsewhere.
 
@@ -248,7 +271,7 @@ def absolute_paths(fields: Mapping[str, Any], base: Path = Path()) -> dict[str, 
         return absolute(base / os.path.expanduser(path))  # noqa: PTH111
 
     fields = dict(fields)
-    for name in ("data", "cache", "confirms", "pretrained_path"):
+    for name in PATHS:
         value = fields.get(name)
         if isinstance(value, str) and value and not is_url(value):
             fields[name] = placed(value)

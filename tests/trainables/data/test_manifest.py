@@ -770,3 +770,12 @@ def test_a_deep_check_of_no_table_raises(tmp_path: Path) -> None:
 def test_a_manifest_error_survives_the_way_between_processes() -> None:
     copy = pickle.loads(pickle.dumps(ManifestError(["one", "two"])))
     assert (copy.problems, str(copy)) == (["one", "two"], "one\ntwo")
+
+
+def test_a_file_that_is_no_table_is_not_quoted(tmp_path: Path) -> None:
+    table = tmp_path / "shadow"
+    table.write_text("root:$6$secret:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n")
+    with pytest.raises(ManifestError, match="names none of path, label and subject") as refused:
+        read_manifest(table)
+    assert "secret" not in str(refused.value)
+    assert "root" not in str(refused.value)

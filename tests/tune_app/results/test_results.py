@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS, WEIGHT
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.policy import Policy
-from tune_app.study.rows import StudyDamageError, read_record, read_rows
+from tune_app.study.rows import StudyDamageError, driver_lock, read_record, read_rows
 
 WriteStudy = Callable[..., Path]
 
@@ -740,3 +741,27 @@ def test_ids_are_kept_as_text_by_the_filters(a_search: Path) -> None:
     study = load_study(a_search)
     row: Any = study.best(where="trial == 00003")
     assert row["trial"] == "00003"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as another user")
+def test_another_user_cannot_block_a_study_and_still_sees_that_it_runs(tmp_path: Path) -> None:
+    lock = tmp_path / ".driver.lock"
+    lock.touch(mode=0o644)  # as versions before left it
+    for folder in (tmp_path, *tmp_path.parents):
+        folder.chmod(folder.stat().st_mode | 0o755)
+    code = (
+        "import fcntl, os, sys; from pathlib import Path; from tune_app.study.rows import is_held\n"
+        "lock = Path(sys.argv[1]); os.setuid(65534)\n"
+        "try: fcntl.flock(lock.open('rb'), fcntl.LOCK_EX | fcntl.LOCK_NB); print('taken')\n"
+        "except PermissionError: print('refused', is_held(lock))"
+    )
+
+    def as_another_user() -> str:
+        command = [sys.executable, "-c", code, str(lock)]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+    assert as_another_user() == "taken"
+    with driver_lock(lock):
+        assert as_another_user() == "refused True"
+        assert lock.stat().st_mode & 0o777 == 0o600
+    assert as_another_user() == "refused False"

@@ -165,10 +165,12 @@ def test_a_log_that_is_a_link_to_somewhere_else_is_not_followed(
     secret.write_text("not for the page\n")
     files = StudyFiles(tmp_path / "first")
     files.log.write_text("what Ray said\n\x1b[31mred\x1b[0m\n")
-    assert client.get("/api/studies/first/log").json()["lines"] == ["what Ray said", "red"]
+    assert client.get("/api/studies/first/log").status_code == 401, "it may hold text of any file"
+    read = client.get("/api/studies/first/log", headers=BEARER).json()
+    assert read["lines"] == ["what Ray said", "red"]
     files.log.unlink()
     files.log.symlink_to(secret)
-    assert client.get("/api/studies/first/log").json()["lines"] == []
+    assert client.get("/api/studies/first/log", headers=BEARER).json()["lines"] == []
 
 
 def test_a_damaged_study_is_shown_with_its_notes_and_a_foreign_one_with_its_error(
@@ -238,6 +240,7 @@ def test_every_answer_forbids_inline_scripts_framing_and_guessing(client: TestCl
     ("host", "status"),
     [
         ("127.0.0.1:8321", 200), ("localhost:9000", 200), ("[::1]:8321", 200), ("10.0.0.7", 200),
+        ("[::1]evil.example", 421), ("[::1", 421), ("127.0.0.1:8321:1", 421), ("user@127.0.0.1", 421), ("127.0.0.1:x", 421),
         ("evil.example", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example:8321", 421), ("", 421),
     ],
 )  # fmt: skip
@@ -425,6 +428,60 @@ def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(
     assert len(events[0]["data"]["rows"]) == 4, "half a row is sent whole"
 
 
+@pytest.mark.parametrize(
+    "others",
+    ['x={"a":1}; %s', "%s; x=a b", 'x="open; %s', "%s; y=[1;2]; =; ;;z", "medtune_8321=old; %s", "x=é; %s"],
+)  # fmt: skip
+def test_cookies_of_other_services_do_not_log_the_browser_out(
+    client: TestClient, others: str
+) -> None:
+    value = Access(TOKEN).new_session()
+    cookie = (others % f"medtune_8321={value}").encode()
+    assert client.get("/api/session", headers={"cookie": cookie}).json()["logged_in"]
+
+
+def test_a_session_ends_on_the_server_and_stays_ended(client: TestClient, tmp_path: Path) -> None:
+    value = client.post("/api/session", json={"token": TOKEN}).cookies["medtune_8321"]
+    copied = {"cookie": f"medtune_8321={value}"}
+    assert client.get("/api/session", headers=copied).json()["logged_in"]
+    client.delete("/api/session", headers=copied)
+    assert not client.get("/api/session", headers=copied).json()["logged_in"]
+
+    file = tmp_path / "ended.json"
+    access = Access(TOKEN, ended=file)
+    session, other = access.new_session(), access.new_session()
+    access.end_session(session)
+    access.end_session("nonsense")
+    again = Access(TOKEN, ended=file)
+    assert (again.is_session(session), again.is_session(other)) == (False, True)
+    assert session not in file.read_text()
+    file.write_text("[")
+    with pytest.raises(ValueError, match="damaged, remove it"):
+        Access(TOKEN, ended=file)
+
+
+@pytest.mark.parametrize(
+    ("headers", "secure"),
+    [({}, False), ({"x-forwarded-proto": "https"}, True), ({"origin": "https://127.0.0.1:8321"}, True)],
+)  # fmt: skip
+def test_the_cookie_stays_with_tls_where_there_is_tls(
+    client: TestClient, headers: dict[str, str], secure: bool
+) -> None:
+    answer = client.post("/api/session", json={"token": TOKEN}, headers=headers)
+    assert ("secure" in answer.headers["set-cookie"].lower()) == secure
+
+
+def test_a_long_body_is_refused_however_it_is_sent(client: TestClient) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(8):
+            yield b" " * 65536
+
+    for content in (b" " * 2**19, pieces()):
+        headers = {**BEARER, "content-type": "application/json"}
+        answer = client.post("/api/check", content=content, headers=headers)
+        assert answer.status_code == 413
+
+
 # Starting and stopping -------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +520,54 @@ def test_a_study_is_checked_before_it_is_queued(client: TestClient, tmp_path: Pa
         ).status_code
         == 409
     )
+
+
+@pytest.mark.parametrize(
+    "data", ["/table\0.csv", "/table\ud800.csv", "/" + "x" * 5000 + ".csv", "~no\0body"]
+)
+@pytest.mark.parametrize("field", ["data", "cache", "space", "config"])
+def test_names_that_no_file_can_have_are_refused(client: TestClient, data: str, field: str) -> None:
+    given = {"data": "/table.csv", field: {"s": data} if field == "config" else data}
+    content = json.dumps(given).encode()
+    headers = {**BEARER, "content-type": "application/json"}
+    answer = client.post("/api/check", content=content, headers=headers)
+    assert answer.status_code == 422, answer.text
+
+
+def test_a_study_from_the_page_reads_nothing_outside_the_given_folders(
+    tmp_path: Path, own_cache: None
+) -> None:
+    inside, outside = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (inside, outside, tmp_path / "studies"):
+        folder.mkdir()
+    for folder in (inside, outside):
+        (folder / "table.csv").write_text("path,label,subject\n")
+    (inside / "link.csv").symlink_to(outside / "table.csv")
+    app = build_app(
+        tmp_path / "studies", Access(TOKEN), data_roots=[str(inside), "s3://bucket/cohort"]
+    )
+    good: dict[str, Any] = {"data": str(inside / "table.csv"), "trials": 2}
+    written = {"search": {"s": {"low": 1.0, "high": 9.0}}, "retune": {}, "name": "own"}
+    bad: list[tuple[str, dict[str, Any]]] = [
+        ("data", {"data": str(outside / "table.csv")}),
+        ("data", {"data": str(inside / "link.csv")}),
+        ("data", {"data": str(inside / ".." / "elsewhere" / "table.csv")}),
+        ("data", {"data": "s3://bucket/cohort2/table.csv"}),
+        ("data", {"data": "s3://bucket/cohort/../other/table.csv"}),
+        ("cache", {"cache": str(outside)}),
+        ("warm_start_from", {"warm_start_from": [str(outside)]}),
+        ("config.pretrained_path", {"config": {"pretrained_path": "/etc/shadow"}}),
+        ("space.fixed.pretrained_path", {"space": written | {"fixed": {"pretrained_path": "/x"}}}),
+        ("storage", {"storage": "sqlite:////etc/x"}),
+    ]
+    with TestClient(app, base_url="http://127.0.0.1:8321") as client:
+        assert client.post("/api/check", json=good, headers=BEARER).status_code == 200
+        for field, change in bad:
+            answer = client.post("/api/check", json=good | change, headers=BEARER)
+            assert answer.status_code == 422
+            (told,) = answer.json()["detail"]
+            assert told.startswith(f"{field}: ")
+            assert "--data-root" in told
 
 
 def test_stopping_asks_the_driver_and_says_when_there_is_none(

@@ -93,7 +93,9 @@ def test_studies_below_a_url_are_shown_as_those_of_a_folder(
         report = client.get(f"{base}/report").text
         assert f"{bucket}/group/first" in report
         assert str(tmp_path) not in report, "the copy's folder is nothing that a reader can use"
-        log = client.get(f"{base}/log", params={"which": "trial", "trial": "00001"}).json()
+        log = client.get(
+            f"{base}/log", params={"which": "trial", "trial": "00001"}, headers=BEARER
+        ).json()
         assert log["lines"] == ["epoch 1 of 12"]
     copied = {path.name for path in (tmp_path / "laptop").rglob("*") if path.is_file()}
     assert {"epochs.jsonl", "trial.json"} <= copied
@@ -261,7 +263,9 @@ def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(
             120,
         )
         assert (told["exit_code"], told["state"], told["path"]) == (1, "unstarted", f"{bucket}/new")
-        said = client.get("/api/studies/new/log", params={"which": "console"}).json()["lines"]
+        said = client.get(
+            "/api/studies/new/log", params={"which": "console"}, headers=BEARER
+        ).json()["lines"]
         assert f"study: {bucket}/new" in said
         assert any("no such file" in line for line in said)
         assert not any("Traceback" in line for line in said)
@@ -295,7 +299,11 @@ def test_storage_that_goes_away_is_told_on_the_page_and_comes_back(
                 refused = client.post(f"/api/studies/study/{change}", headers=BEARER)
                 assert refused.status_code == 503
                 assert refused.json()["detail"] == [trouble]
-            log = client.get("/api/studies/study/log", params={"which": "trial", "trial": "00002"})
+            log = client.get(
+                "/api/studies/study/log",
+                params={"which": "trial", "trial": "00002"},
+                headers=BEARER,
+            )
             assert log.status_code == 503
             with s3_server(int(leading_there["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])):
                 wait_for(lambda: client.get("/api/studies").json()["trouble"] is None)

@@ -146,7 +146,7 @@ export function studyView(id, query) {
 
   function waiting(told) { // no study.json yet: it waits, starts, or could not start
     page.replaceChildren(h("h1", {}, told.name), h("p", {}, badge(told.state, told.place ? ` (place ${told.place})` : "")),
-      buttons(told), told.said?.length ? h("pre", { class: "log" }, told.said.join("\n")) : "", h("h2", {}, "What its driver says"), parts.log);
+      buttons(told), h("h2", {}, "What its driver says"), parts.log);
     logPart(["console"]);
     document.documentElement.dataset.ready = "yes";
     timer = setTimeout(load, 1500);
