@@ -73,7 +73,7 @@ from trainables.network.ema import AveragedWeights
 from trainables.network.model import (
     STAGES,
     Classifier,
-    build_network,
+    configured_network,
     parameter_groups,
     set_trainable,
     train_mode,
@@ -669,19 +669,6 @@ def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
         raise ResumeError(
             f"the checkpoint is of another configuration ({', '.join(differing)}): start anew in another folder"
         )
-
-
-def configured_network(config: FineTuneConfig) -> Classifier:
-    """Return the network that `config` asks for, with fresh weights, on the CPU."""
-    return build_network(
-        depth=config.depth,
-        width=config.width,
-        geometry=config.geometry,
-        head=config.head,
-        num_classes=config.num_classes,
-        in_channels=config.in_channels,
-        dropout=config.dropout,
-    )
 
 
 def activation_bytes(config: FineTuneConfig) -> int:

@@ -14,7 +14,8 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
-from trainables.finetune import configured_network, finetune
+from trainables.finetune import finetune
+from trainables.network.model import configured_network
 from trainables.network.weights import save_medicalnet
 from trainables.saved_run import open_inputs
 from tune_app.study.errors import SpecError

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainables.config import DEPTHS
+from trainables.config import DEPTHS, FineTuneConfig
 from trainables.network.batchnorm import BatchNorm, fused_on, max_pool, norm_act
 from trainables.network.monai_resnet import ResNet, ResNetBlock, ResNetBottleneck
 
@@ -240,6 +240,19 @@ def maximum_by_axis(x_BCDHW: Tensor) -> Tensor:
         )
         x = torch.maximum(torch.maximum(first, middle), last)
     return x
+
+
+def configured_network(config: FineTuneConfig) -> Classifier:
+    """Return the network that `config` asks for, with fresh weights, on the CPU."""
+    return build_network(
+        depth=config.depth,
+        width=config.width,
+        geometry=config.geometry,
+        head=config.head,
+        num_classes=config.num_classes,
+        in_channels=config.in_channels,
+        dropout=config.dropout,
+    )
 
 
 def build_network(

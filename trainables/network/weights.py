@@ -25,10 +25,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.network.model import BLOCKS, PLANES, SHORTCUT_A_DEPTHS, Classifier, build_network
+from trainables.config import FineTuneConfig
+from trainables.errors import ProblemsError
+from trainables.network.model import (
+    BLOCKS,
+    PLANES,
+    SHORTCUT_A_DEPTHS,
+    Classifier,
+    build_network,
+    configured_network,
+)
 
 
-class WeightsError(ValueError):
+class WeightsError(ProblemsError):
     """A file of weights that cannot be had, read, or loaded in full. One line a problem, all of them."""
 
 
@@ -190,6 +199,22 @@ def load_pretrained(network: Classifier, path: str | Path) -> LoadReport:
     backbone |= {name: tensor for name, (_, tensor) in file.entries.items() if name in backbone}
     network.backbone.load_state_dict(backbone)
     return report
+
+
+def pretrained_problems(configs: Iterable[FineTuneConfig]) -> list[str]:
+    """Return why checkpoints that runs of `configs` start from do not fill their networks; each network is tried once."""
+    problems: dict[str, None] = {}
+    tried = set()
+    for config in configs:
+        network = (config.pretrained_path, config.depth, config.width, config.in_channels)
+        if config.pretrained_path is None or network in tried:
+            continue
+        tried.add(network)
+        try:
+            load_pretrained(configured_network(config), config.pretrained_path)
+        except WeightsError as error:
+            problems |= dict.fromkeys(error.problems)
+    return list(problems)
 
 
 def inspect_weights(path: str | Path) -> LoadReport:
@@ -368,7 +393,7 @@ class _File:
         )
 
     def fail(self, *problems: str) -> NoReturn:
-        raise WeightsError("\n".join(f"{self.path}: {problem}" for problem in problems))
+        raise WeightsError(f"{self.path}: {problem}" for problem in problems)
 
 
 def _read(path: Path, depth: int | None) -> _File:

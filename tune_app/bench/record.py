@@ -342,8 +342,9 @@ def _record(job: _Job, run: Run) -> float:
     """Train one run to its end and write its part; returns its last AUC on the held-out fold."""
     import torch
 
-    from trainables.finetune import configured_network, finetune
+    from trainables.finetune import finetune
     from trainables.metrics import auc_interval
+    from trainables.network.model import configured_network
 
     config = build_config(run.overrides)
     cohort = open_cohort(Path(job.cohort))

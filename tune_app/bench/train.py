@@ -36,7 +36,8 @@ from trainables.data.folds import Split
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
-from trainables.finetune import _Run, configured_network
+from trainables.finetune import _Run
+from trainables.network.model import configured_network
 from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 from tune_app.synthetic import write_cohort
 

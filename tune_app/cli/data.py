@@ -164,7 +164,7 @@ def weights_check(
     from trainables.network.weights import inspect_weights, load_pretrained
 
     if setting:
-        from trainables.finetune import configured_network
+        from trainables.network.model import configured_network
 
         report = load_pretrained(configured_network(build_config(parse_settings(setting))), file)
     else:

@@ -193,8 +193,8 @@ def _kept_logits(
     """Logits (N, C) float32 of the weights that best.pt holds on `rows` in float32, and their scale."""
     import torch
 
-    from trainables.finetune import configured_network
     from trainables.losses import logit_scale
+    from trainables.network.model import configured_network
     from trainables.saved_run import kept_weights
 
     config = build_config(state["config"])

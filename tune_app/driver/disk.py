@@ -71,7 +71,7 @@ def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
     """Return about how many bytes checkpoint.pt and best.pt of a run have, a little too many; allocates nothing."""
     import torch
 
-    from trainables.finetune import configured_network
+    from trainables.network.model import configured_network
 
     with torch.device("meta"):
         network = configured_network(config)

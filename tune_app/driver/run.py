@@ -9,13 +9,13 @@ from Ray's experiment state, which is saved seconds too late and forgets the sch
 import gc
 import platform
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -148,37 +148,15 @@ def _run_locked(
     retry_failed: bool,
     on_epoch: Callable[[str, Mapping[str, Any]], None] | None,
 ) -> Outcome:
-    if files.spec.exists() and not resume:
-        place = url or files.root
-        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
-    if not files.spec.exists():
-        _refuse_other_folders(files.root, spec)
     made = [path for path in (files.spec, files.database) if not path.exists()]
-    log_callbacks(spec, files)  # what is missing must be told before the study has begun
-    if files.spec.exists():  # else the folder is not known to be ours
-        sweep_temporaries(files.root)
-    for record in files.trials.glob("*/"):
-        sweep_temporaries(record, TrialFiles(record).record)
-    _sweep_ray(spec, files)
+    _tidy_up(spec, files, url, resume=resume)
     base = build_config(spec.config)
     if would_start_ray(
         address
     ):  # the path is of the nodes: elsewhere it need not lead anywhere from here
         _check_weights(spec)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
-    cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
-    if resume and (recorded := files.read().get("cohort")) != cohort.name:
-        raise SpecError(
-            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
-        )
-    for path in (files.epochs, files.decisions):
-        if cut := mend_last_line(path):
-            log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
-    if url is not None and (ahead := drop_unrecorded(files)):
-        log.warning(
-            "trials %s report their epochs again: their records had not been mirrored",
-            ", ".join(ahead),
-        )
+    cohort = _prepared(spec, base, files, resume=resume)
+    _mend(files, url)
     with (
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
         ray_to_work_with(address) as own_ray,
@@ -188,16 +166,7 @@ def _run_locked(
         plan, resources = await_resources(spec, notes)
         budget = plan_budget(spec, plan.concurrent)
         if not resume:
-            files.write(
-                {
-                    "spec": spec.model_dump(mode="json"),
-                    "cohort": cohort.name,
-                    "created": time.time(),
-                    "versions": {name: installed_version(name) for name in VERSIONS}
-                    | {"python": platform.python_version()},
-                    "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
-                }
-            )
+            files.write(_description(spec, cohort.name, resources))
         recorder = Recorder(spec, files)
         display = Display(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
@@ -223,13 +192,8 @@ def _run_locked(
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""
             notes.print(f"{plan.text}{shared}", soft_wrap=True)
-            try:
+            with _nothing_left_of(() if resume else made):
                 session.begin(retry_failed=retry_failed)
-            except Exception:
-                if not resume:  # the corrected command would be told that the folder holds a study
-                    for path in made:
-                        path.unlink(missing_ok=True)
-                raise
             interrupted = session.run(
                 partial(run_trial, setting=setting), plan, local=own_ray is not None
             )
@@ -239,6 +203,67 @@ def _run_locked(
     if interrupted:
         return Outcome(INTERRUPTED, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+
+
+def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: bool) -> None:
+    """Remove what a killed driver left in the study's folder. Raises SpecError where the folder is not the study's."""
+    if files.spec.exists() and not resume:
+        place = url or files.root
+        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
+    if not files.spec.exists():
+        _refuse_other_folders(files.root, spec)
+    log_callbacks(spec, files)  # what is missing must be told before the study has begun
+    if files.spec.exists():  # else the folder is not known to be ours
+        sweep_temporaries(files.root)
+    for record in files.trials.glob("*/"):
+        sweep_temporaries(record, TrialFiles(record).record)
+    _sweep_ray(spec, files)
+
+
+def _prepared(spec: StudySpec, base: FineTuneConfig, files: StudyFiles, *, resume: bool) -> Path:
+    """Return the cohort of the study's data. Raises SpecError where it is not the one that the study began with."""
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
+    if resume and (recorded := files.read().get("cohort")) != cohort.name:
+        raise SpecError(
+            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
+        )
+    return cohort
+
+
+def _mend(files: StudyFiles, url: str | None) -> None:
+    """Cut lines that a killed driver left unfinished, and rows whose trials have no record in the storage."""
+    for path in (files.epochs, files.decisions):
+        if cut := mend_last_line(path):
+            log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
+    if url is not None and (ahead := drop_unrecorded(files)):
+        log.warning(
+            "trials %s report their epochs again: their records had not been mirrored",
+            ", ".join(ahead),
+        )
+
+
+def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -> dict[str, Any]:
+    """What study.json holds."""
+    return {
+        "spec": spec.model_dump(mode="json"),
+        "cohort": cohort,
+        "created": time.time(),
+        "versions": {name: installed_version(name) for name in VERSIONS}
+        | {"python": platform.python_version()},
+        "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
+    }
+
+
+@contextmanager
+def _nothing_left_of(made: Iterable[Path]) -> Iterator[None]:
+    """Remove `made` where the block fails: the corrected command would be told that the folder holds a study."""
+    try:
+        yield
+    except Exception:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
@@ -258,29 +283,20 @@ def _check_weights(spec: StudySpec) -> None:
 
     Else every trial of the search would find that out by itself. In a process of its own: a driver does without torch.
     """
-    configs = [
-        spec.config_of(overrides) for overrides in [{}, *(one.overrides for one in spec.planned)]
-    ]
-    networks = {
-        (
-            one.pretrained_path,
-            *(f"{name}={getattr(one, name)}" for name in ("depth", "width", "in_channels")),
-        )
-        for one in configs
-        if one.pretrained_path is not None
-    }
-    for path, *settings in sorted(networks):
-        asked = [str(path), *(word for setting in settings for word in ("--set", setting))]
-        checked = subprocess.run(
-            [sys.executable, "-m", "tune_app.cli", "weights", "check", *asked],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if checked.returncode:
-            raise SpecError(
-                [line.removeprefix("error: ") for line in checked.stderr.strip().splitlines()]
-            )
+    planned = ({}, *(trial.overrides for trial in spec.planned))
+    configs = [spec.config_of(overrides) for overrides in planned]
+    if all(config.pretrained_path is None for config in configs):
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        problems = process.submit(_pretrained_problems, configs).result()
+    if problems:
+        raise SpecError(problems)
+
+
+def _pretrained_problems(configs: Sequence[FineTuneConfig]) -> list[str]:
+    from trainables.network.weights import pretrained_problems
+
+    return pretrained_problems(configs)
 
 
 def _with_measured_packing(

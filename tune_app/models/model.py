@@ -12,9 +12,8 @@ from torch import Tensor
 
 from trainables.config import FineTuneConfig
 from trainables.data.scans import Recipe
-from trainables.finetune import configured_network
 from trainables.metrics import ranking_scores
-from trainables.network.model import Classifier
+from trainables.network.model import Classifier, configured_network
 from tune_app.models.calibration import Array
 from tune_app.models.folder import (
     Member,

@@ -22,7 +22,8 @@ from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
-from trainables.finetune import choose_precision, configured_network, finetune
+from trainables.finetune import choose_precision, finetune
+from trainables.network.model import configured_network
 from trainables.network.pretext import (
     TENTHS,
     Pretext,

@@ -23,7 +23,7 @@ from study_runs import SMALL, TINY, check_whole, finished, medtune, rows_of, wai
 from trainables.checkpoints import load_state
 from trainables.config import build_config
 from trainables.diagnosis import VERDICTS
-from trainables.finetune import configured_network
+from trainables.network.model import configured_network
 from trainables.network.weights import save_medicalnet
 from tune_app.driver import watchdog
 from tune_app.driver.display import Display

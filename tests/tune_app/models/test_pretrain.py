@@ -13,7 +13,7 @@ from rich.console import Console
 from trainables.checkpoints import load_state
 from trainables.config import ConfigError, build_config
 from trainables.data.manifest import read_manifest
-from trainables.finetune import configured_network
+from trainables.network.model import configured_network
 from trainables.network.pretext import PretextError
 from trainables.network.weights import load_pretrained
 from tune_app.models.pretrain import accuracy_text, pretext_config, pretrain

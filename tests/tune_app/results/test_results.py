@@ -694,7 +694,7 @@ def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs
 def test_effects_without_variants_or_with_an_unknown_baseline_are_refused(
     a_search: Path, an_ablation: Path
 ) -> None:
-    with pytest.raises(ValueError, match="effects compare variants, and this search has 0"):
+    with pytest.raises(ValueError, match="effects compare variants, and these trials have 0"):
         load_study(a_search).effects()
     with pytest.raises(ValueError, match="no variant 'nothing': one of baseline"):
         load_study(an_ablation).effects(baseline="nothing")
