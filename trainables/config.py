@@ -14,6 +14,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from trainables.errors import ProblemsError
 
+RULES = 2
+"""What a run computes and a study compares, by the version that began it; both keep to their rules when they go on. Formats
+of checkpoints and of study.json are these numbers. 1: class weights sum to the number of classes, augmentation takes voxels
+for cubes, ranks validate with rank 0's BatchNorm statistics, rungs compare `val_auc` and best.pt holds the averaged weights
+of the epoch that completes the best window of three, whatever the objective is. 2: class weights have mean 1 over the
+samples, rotations are rigid in space, statistics are those of all ranks, rungs and best.pt follow the objective."""
+
 Scalar = str | int | float | bool | None
 """What an override may be: a JSON scalar, so that it fits a Ray trial config, an Optuna parameter and a table cell."""
 
@@ -97,7 +104,8 @@ class FineTuneConfig(BaseModel):
     """Spacing in mm along (x, y, z) that volumes are resampled to. None: the smallest isotropic spacing at which each whole
     volume fits."""
     intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
-    """zscore over all voxels; zscore_nonzero over voxels > 0 (MedicalNet's rule: on CT in HU it drops air and fat); window clips and scales to [-1, 1]."""
+    """zscore over all voxels; zscore_nonzero over voxels > 0, with the background at 0 (MedicalNet takes
+    the same voxels, and fills the background with noise of N(0, 1); on CT in HU the rule drops air and fat); window clips and scales to [-1, 1]."""
     window_low: float = -1000.0
     """Lower end of the intensity window, in the volume's own units; read by `intensity=window` only."""
     window_high: float = 400.0

@@ -61,14 +61,14 @@ from torch import Tensor, nn
 
 from trainables import without_compiler
 from trainables.augment import augment_batch
-from trainables.config import FineTuneConfig
+from trainables.config import RULES, FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
 from trainables.gradient_sum import GradientSum
 from trainables.losses import class_weights, drw_active, ldam_margins, logit_scale, sample_losses
 from trainables.metrics import score_metrics
-from trainables.network.batchnorm import set_groups
+from trainables.network.batchnorm import SharedStatistics, set_groups
 from trainables.network.ema import AveragedWeights
 from trainables.network.model import (
     STAGES,
@@ -81,7 +81,6 @@ from trainables.network.model import (
 )
 from trainables.network.weights import LoadReport, load_pretrained
 
-CHECKPOINT_FORMAT = 1
 ACTIVATION_SHARE = 0.2  # of all device memory, for the micro-batches that run together: several trials may share a GPU
 WARM_STEPS = 3  # eager steps before a capture: they choose convolution algorithms and make the optimiser's state
 
@@ -136,17 +135,22 @@ def finetune(
     resume: Mapping[str, Any] | None = None,
     heartbeat: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    rules: int = RULES,
 ) -> Iterator[EpochResult]:
     """Fine-tune on `split.train`, validate on `split.val`; yield an EpochResult after each epoch.
 
     `resume` is an earlier result's `state()`: the run goes on after its epoch, bit for bit on a CPU.
     `heartbeat` is told (epoch, step) whenever a step has been issued: it is how a hanging rank is noticed.
     `graphs=False` issues every kernel by itself on a GPU too; the numbers are the same.
+    `rules` are those of the study the run belongs to; a checkpoint's own go before them.
 
     Raises WeightsError when the pretrained file does not fill the backbone, ResumeError when the checkpoint is of
     another run, ValueError when a class has no training volume.
     """
-    run = _Run(config, cohort, split, torch.device(device), graphs=graphs)
+    if resume is not None:
+        check_checkpoint(resume, config)
+        rules = int(resume["format"])
+    run = _Run(config, cohort, split, torch.device(device), graphs=graphs, rules=rules)
     if resume is not None:
         run.restore(resume)
     try:
@@ -168,8 +172,9 @@ class _Run:
         device: torch.device,
         *,
         graphs: bool = True,
+        rules: int = RULES,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.rules = config, device, rules
         if device.type == "cuda":
             # What the process's last run held lies in pools of its graphs: neither this run nor another process could use it.
             torch.cuda.empty_cache()
@@ -202,6 +207,9 @@ class _Run:
                     "sync_batchnorm=True needs GPUs: torch has no SyncBatchNorm on the CPU"
                 )
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        self.shared_statistics: SharedStatistics | None = None
+        if self.world > 1 and not config.sync_batchnorm and rules > 1:
+            self.shared_statistics = SharedStatistics(self.network, self.rank, self.world)
         self.statistics = _in_one_piece(self.network)
         self.statistics_before = self.statistics.clone()
         self.average = AveragedWeights(
@@ -216,12 +224,15 @@ class _Run:
         self.steps_per_epoch = len(self.step_ends)
 
         scaled = self.precision.dtype is torch.float16
+        self.spacing = config.spacing_mm if config.spacing_mm and rules > 1 else (1.0, 1.0, 1.0)
         self.loss_scale = torch.tensor(65536.0 if scaled else 1.0, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         margins = ldam_margins(self.class_counts, config.max_m) if config.loss == "ldam" else None
         self.margins = None if margins is None else margins.to(device)
         self.scale = logit_scale(config.loss, config.head, config.s)
-        weights = class_weights(self.class_counts, config.drw_beta).to(device)
+        weights = class_weights(
+            self.class_counts, config.drw_beta, mean_over="samples" if rules > 1 else "classes"
+        ).to(device)
         self.weights = {True: weights, False: torch.ones_like(weights)}
 
         # What a captured step reads and writes: these tensors keep their place for the whole run.
@@ -231,6 +242,7 @@ class _Run:
         )  # places in the resident cohort
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # of the step, in the order
         self.loss_sum = torch.zeros((), device=device)
+        self.plain_sum = torch.zeros((), device=device)  # of losses without class weights
         self.norm = torch.zeros((), device=device)
         self.generator = torch.Generator(device)
         # SyncBatchNorm knows no groups: it would take the statistics of all micro-batches together
@@ -297,10 +309,10 @@ class _Run:
         stages = trainable_stages(
             self.epoch, config.freeze_backbone_epochs, config.unfreeze_stage_epochs
         )
-        loss_sums_S, norms_S = self.train_part(heartbeat)
+        sums = self.train_part(heartbeat)
         trained = time.perf_counter()
 
-        metrics = self._epoch_metrics(loss_sums_S, norms_S)
+        metrics = self._epoch_metrics(sums)
         metrics |= {"drw_active": active, "frozen_stages": len(STAGES) - len(stages)}
         metrics |= self._validate()
         ended = time.perf_counter()
@@ -315,10 +327,8 @@ class _Run:
         self.rows.append(metrics)
         return metrics
 
-    def train_part(
-        self, heartbeat: Callable[[int, int], None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The optimiser steps of the current epoch: sums of losses and gradient norms, one of each a step."""
+    def train_part(self, heartbeat: Callable[[int, int], None] | None = None) -> "StepSums":
+        """The optimiser steps of the current epoch."""
         config = self.config
         active = drw_active(self.epoch, config.drw_start_epoch)
         stages = trainable_stages(
@@ -338,8 +348,8 @@ class _Run:
         order = self.split.train[
             np.random.default_rng((config.seed, self.epoch)).permutation(len(self.split.train))
         ]
-        loss_sums = torch.zeros(self.steps_per_epoch, device=self.device)
-        norms = torch.zeros(self.steps_per_epoch, device=self.device)
+        sums = torch.zeros(2, self.steps_per_epoch, device=self.device)
+        norms = torch.zeros(1, self.steps_per_epoch, device=self.device)
         with self._on_own_stream():
             self.weights_C.copy_(self.weights[active])
             if self.volumes.resident is not None:
@@ -348,17 +358,16 @@ class _Run:
                 begin = self.step_ends[step - 1] if step else 0
                 self._set_learning_rates(step)
                 self._take_step(order, begin, self.step_ends[step] - begin)
-                loss_sums[step] = self.loss_sum
-                norms[step] = self.norm
+                sums[0, step] = self.loss_sum
+                sums[1, step] = self.plain_sum
+                norms[0, step] = self.norm
                 if heartbeat is not None:
                     heartbeat(self.epoch, step + 1)
         self._agree_on_buffers()
         if self.world > 1:
-            dist.all_reduce(loss_sums)
-        both = (
-            torch.stack([loss_sums, norms]).double().cpu().numpy()
-        )  # the one wait of the training part
-        return both[0], both[1]
+            dist.all_reduce(sums)
+        # The one wait of the training part
+        return StepSums(*torch.cat([sums, norms]).double().cpu().numpy())
 
     @contextmanager
     def _on_own_stream(self) -> Iterator[None]:
@@ -401,14 +410,18 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.statistics_before.copy_(self.statistics)
         self.loss_sum.zero_()
+        self.plain_sum.zero_()
         passes = self._passes(count)
         for part in passes:
+            short = self.shared_statistics is not None and part.ranks < self.world
+            before = self.statistics.clone() if short and not part.counts else None
             volumes, labels = self._batch(order, begin, part)
             volumes = augment_batch(
                 volumes,
                 strength=config.augmentation_strength,
                 flip_axes=config.flip_axes,
                 generator=self.generator,
+                spacing=self.spacing,
             )
             set_groups(self.network, part.groups)
             with self._autocast():
@@ -423,14 +436,18 @@ class _Run:
             )
             loss = (self.weights_C[labels] * losses_B).sum() / count
             if not part.counts:
-                loss = loss * 0.0
+                loss, losses_B = loss * 0.0, losses_B * 0.0
             self.loss_sum += loss.detach() * count
+            self.plain_sum += losses_B.detach().sum()
             with (
                 nullcontext()
                 if self.gradient_sum is None
                 else self.gradient_sum.over(part is passes[-1])
             ):
                 (loss * self.loss_scale).backward()
+            if short:  # not before: the backward pass refuses buffers that were changed
+                assert self.shared_statistics is not None
+                self.shared_statistics.short_round(self.statistics, part.ranks, before)
 
         grads = [p.grad for p in self.network.parameters() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.loss_scale
@@ -455,21 +472,25 @@ class _Run:
         """This rank's passes through the network in a step of `count` volumes; made once, as a capture uploads nothing."""
         if count not in self.passes:
             made: list[_Pass] = []
-            for chunk in rank_micro_batches(
-                np.arange(count), self.config.batch_size, self.rank, self.world
-            ):
+            rounds = [
+                rank_micro_batches(np.arange(count), self.config.batch_size, rank, self.world)
+                for rank in range(self.world)
+            ]
+            for number, chunk in enumerate(rounds[self.rank]):
+                ranks = sum(len(chunks[number]) > 0 for chunks in rounds)
                 last = made[-1] if made else None
                 if not len(chunk):  # a rank left without work still joins, with weight zero
-                    made.append(_Pass(np.arange(2), 1, counts=False))
+                    made.append(_Pass(np.arange(2), 1, counts=False, ranks=ranks))
                 elif (
                     last is not None
                     and last.groups < self.at_once
                     and len(last.offsets) == last.groups * len(chunk)
-                    and last.counts
+                    and last.ranks == ranks
                 ):
-                    made[-1] = _Pass(np.concatenate([last.offsets, chunk]), last.groups + 1)
+                    both = np.concatenate([last.offsets, chunk])
+                    made[-1] = _Pass(both, last.groups + 1, ranks=ranks)
                 else:
-                    made.append(_Pass(chunk, 1))
+                    made.append(_Pass(chunk, 1, ranks=ranks))
             for part in made:
                 part.on_device = torch.from_numpy(part.offsets).to(self.device)
             self.passes[count] = made
@@ -498,26 +519,30 @@ class _Run:
         )
 
     def _agree_on_buffers(self) -> None:
-        """Give all ranks rank 0's BatchNorm statistics, raw and averaged, so that all validate one network."""
-        if self.world > 1:
+        """Give all ranks the same BatchNorm statistics, raw and averaged, so that all validate one network."""
+        if self.world == 1:
+            return
+        if self.shared_statistics is not None:
+            averages = [one for one in self.average.network.buffers() if one.is_floating_point()]
+            self.shared_statistics.combine([self.statistics, *averages])
+        else:
             for buffer in [self.statistics, *self.average.network.buffers()]:
                 dist.broadcast(buffer, src=0)
 
     # What an epoch came to --------------------------------------------------------------------------------------------
 
-    def _epoch_metrics(self, loss_sums_S: np.ndarray, norms_S: np.ndarray) -> dict[str, Any]:
-        taken = np.isfinite(norms_S)
-        finite = norms_S[taken]
+    def _epoch_metrics(self, sums: "StepSums") -> dict[str, Any]:
+        taken = np.isfinite(sums.norms_S)
+        finite = sums.norms_S[taken]
         sizes_S = np.diff(self.step_ends, prepend=0)
         clip = self.config.grad_clip
         by_name = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         return {
             "epoch": self.epoch,
             "updates": int(self.average.updates),
-            "skipped_updates": int(len(norms_S) - len(finite)),
-            "train_loss": float(loss_sums_S[taken].sum() / sizes_S[taken].sum())
-            if taken.any()
-            else math.nan,
+            "skipped_updates": int(len(taken) - len(finite)),
+            "train_loss": _ratio(sums.losses_S[taken].sum(), sizes_S[taken].sum()),
+            "drw_loss_factor": _ratio(sums.losses_S[taken].sum(), sums.plain_losses_S[taken].sum()),
             "lr_backbone": by_name["backbone"],
             "lr_classifier": by_name["classifier"],
             "grad_norm": float(np.median(finite)) if len(finite) else math.nan,
@@ -602,7 +627,7 @@ class _Run:
 
     def snapshot(self) -> dict[str, Any]:
         return {
-            "format": CHECKPOINT_FORMAT,
+            "format": self.rules,
             "config": self.config.model_dump(mode="json"),
             "config_hash": self.config.hash(),
             "epoch": self.epoch,
@@ -642,6 +667,18 @@ class _Run:
         self.growth_tracker.copy_(state["growth_tracker"])
 
 
+@dataclass(frozen=True)
+class StepSums:
+    """What each optimiser step of an epoch came to, over all ranks; shape (steps,)."""
+
+    losses_S: np.ndarray
+    """Sum of the samples' losses, weighted."""
+    plain_losses_S: np.ndarray
+    """The same without class weights."""
+    norms_S: np.ndarray
+    """Gradient norm before clipping; not finite where the step was skipped."""
+
+
 @dataclass
 class _Pass:
     """What goes through the network at once: some micro-batches of a step."""
@@ -652,14 +689,16 @@ class _Pass:
     """Micro-batches it holds, all of one size."""
     counts: bool = True
     """False on a rank that only joins in."""
+    ranks: int = 1
+    """Ranks that have a micro-batch of this round: fewer than there are only in an epoch's last step."""
     on_device: Tensor = dataclass_field(init=False)
 
 
 def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
     """Raise ResumeError unless `state` is of this version and of a run of `config`."""
-    if state.get("format") != CHECKPOINT_FORMAT:
+    if state.get("format") not in range(1, RULES + 1):
         raise ResumeError(
-            f"checkpoint format {state.get('format')!r}, this version reads {CHECKPOINT_FORMAT}: start anew elsewhere"
+            f"checkpoint format {state.get('format')!r}, this version reads 1 to {RULES}: start anew elsewhere"
         )
     if state["config_hash"] != config.hash():
         ours, theirs = config.model_dump(mode="json"), state["config"]
@@ -699,6 +738,10 @@ def learning_rate_factor(step: int, *, total: int, warmup: int, scheduler: str) 
     if scheduler == "constant":
         return 1.0
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _ratio(value: float, base: float) -> float:
+    return float(value / base) if base else math.nan
 
 
 def _column(key: str, weights: str) -> str:

@@ -14,6 +14,7 @@ under a CUDA graph, overwritten in place when the class weights begin.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,12 +34,20 @@ def ldam_margins(class_counts: Sequence[int] | np.ndarray, max_m: float) -> Tens
     return torch.from_numpy(max_m * (counts / counts.min()) ** -0.25).float()
 
 
-def class_weights(class_counts: Sequence[int] | np.ndarray, beta: float) -> Tensor:
-    """Return the weight of each class, float32 of shape (C,), on the CPU: (1 - beta) / (1 - beta^n_j), summing to C.
+def class_weights(
+    class_counts: Sequence[int] | np.ndarray,
+    beta: float,
+    *,
+    mean_over: Literal["samples", "classes"] = "samples",
+) -> Tensor:
+    """Return the weight of each class, float32 of shape (C,), on the CPU: (1 - beta) / (1 - beta^n_j), scaled to mean 1.
 
-    `beta` 0 weights all classes alike; towards 1 it becomes inverse frequency, which .9999 already is below some
-    thousand samples. Raises ValueError for a class without a sample, or `beta` outside [0, 1).
-    Source: Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples.
+    The mean is over the fold's samples, sum_j n_j w_j / N = 1, as a loss is divided by samples: then its scale, and an
+    update's size with it, stays what it was when the weights begin. `mean_over="classes"` is the paper's scaling, in which
+    the weights sum to C: at 180 and 20 samples it takes the loss to .36 of itself. `beta` 0 weights all classes alike;
+    towards 1 it becomes inverse frequency, which .9999 already is below some thousand samples.
+    Raises ValueError for a class without a sample, or `beta` outside [0, 1).
+    Source: Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples; scaled otherwise.
     """
     if not 0 <= beta < 1:
         raise ValueError(
@@ -46,8 +55,11 @@ def class_weights(class_counts: Sequence[int] | np.ndarray, beta: float) -> Tens
         )
     counts = _checked(class_counts)
     # 1 - beta^n by expm1: the plain difference loses digits as beta nears 1
-    seen = -np.expm1(counts * np.log(beta)) if beta > 0 else np.ones_like(counts)
-    return torch.from_numpy(len(counts) / seen / np.sum(1 / seen)).float()
+    weights = 1 / (-np.expm1(counts * np.log(beta)) if beta > 0 else np.ones_like(counts))
+    shares = (
+        counts / counts.sum() if mean_over == "samples" else np.full_like(counts, 1 / len(counts))
+    )
+    return torch.from_numpy(weights / np.sum(shares * weights)).float()
 
 
 def drw_active(epoch: int, start: int) -> bool:

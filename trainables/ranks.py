@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainables.checkpoints import TrialFiles
-from trainables.config import FineTuneConfig
+from trainables.config import RULES, FineTuneConfig
 from trainables.data.storage import patient
 from trainables.finetune import EpochResult, finetune
 from trainables.rank_actors import Position, RankProcesses
@@ -66,6 +66,7 @@ class RankWork:
     cohort: str
     gpu: bool = False
     threads: int = 1
+    rules: int = RULES
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -390,5 +391,11 @@ def _rank_epochs(
             device_id=device if work.gpu else None,
         )
     yield from finetune(
-        work.config, cohort, split, device=device, resume=resume, heartbeat=position.reached
+        work.config,
+        cohort,
+        split,
+        device=device,
+        resume=resume,
+        heartbeat=position.reached,
+        rules=work.rules,
     )

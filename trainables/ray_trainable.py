@@ -19,7 +19,7 @@ from ray import tune
 
 from trainables import mps
 from trainables.checkpoints import LogFile, TrialFiles
-from trainables.config import build_config
+from trainables.config import RULES, build_config
 from trainables.data.storage import TrialStore, patient
 from trainables.objective import DEFAULT_OBJECTIVE
 from trainables.training_thread import in_training_thread
@@ -66,8 +66,8 @@ class TrialSetting:
     """URL of the study in object storage; `study` is then a folder of each node's own."""
     objective: str = DEFAULT_OBJECTIVE
     """Whose epoch's weights a trial keeps in best.pt."""
-    window_end: bool = False
-    """See `trainables.objective.BestEpoch`."""
+    rules: int = RULES
+    """Those the study began with: see `trainables.config.RULES`."""
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -253,6 +253,7 @@ def _run(
             setting.cohort,
             gpu=setting.gpus_per_rank > 0,
             threads=setting.threads,
+            rules=setting.rules,
         )
         epochs = lambda resume: gang(  # noqa: E731
             work,
@@ -267,7 +268,13 @@ def _run(
         log.info("cohort open %.1f s after the start", time.monotonic() - began)
         device = torch.device(device_of(setting))
         epochs = lambda resume: finetune(  # noqa: E731
-            config, cohort, split, device=device, resume=resume, heartbeat=alive.step
+            config,
+            cohort,
+            split,
+            device=device,
+            resume=resume,
+            heartbeat=alive.step,
+            rules=setting.rules,
         )
     store = None
     if setting.storage is not None:
@@ -282,7 +289,7 @@ def _run(
         waits=alive.waits_for_room,
         keep=keep,
         objective=setting.objective,
-        window_end=setting.window_end,
+        window_end=setting.rules == 1,
     ):
         alive()
         log.info(

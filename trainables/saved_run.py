@@ -95,8 +95,8 @@ def saved_run(
     each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always saved.
 
     best.pt holds the weights of the epoch that stands for `objective` (`BestEpoch`, which explains `window_end`): the raw
-    network's where the objective is of the raw network, else the averaged ones. A run that a version before began, whose
-    checkpoint holds no weights but its own, keeps to the rule it began with.
+    network's where the objective is of the raw network, else the averaged ones. A run of rules 1 keeps
+    the window's end.
     """
     files.folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(files.folder, files.config, files.checkpoint, files.best)
@@ -108,7 +108,7 @@ def saved_run(
     when_there_is_room(
         lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits
     )
-    window_end = window_end or (resume is not None and HELD not in resume)
+    window_end = window_end or (resume is not None and resume["format"] == 1)
     saved, cost_s = time.monotonic(), 0.0 if keep is not None else None
     with _WrittenBehind(files.best, waits) as file:
         weights = _Weights(file, objective, window_end=window_end)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from trainables import finetune as finetune_module
+from trainables.augment import augment_batch
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split
@@ -324,6 +326,55 @@ def test_shuffled_labels_score_chance() -> None:
     for weights in ("raw", "ema"):
         low, high = last.metrics[f"val_auc_{weights}_low"], last.metrics[f"val_auc_{weights}_high"]
         assert low < 0.5 < high
+
+
+def test_the_scale_of_the_loss_stays_when_the_class_weights_begin() -> None:
+    """Divided by samples, weights that sum to the number of classes shrink it: to .36 at 180 and 20 samples."""
+    cohort = ball_cohort(40, positive=6)
+    split = split_of(cohort)
+    config = build_config(TINY | {"epochs": 2, "drw_start_epoch": 2, "backbone_lr": 1e-6})
+    counts = np.bincount(cohort.labels[split.train])
+    factors = {}
+    for rules in (1, 2):
+        rows = [result.metrics for result in finetune(config, cohort, split, rules=rules)]
+        assert rows[0]["drw_loss_factor"] == pytest.approx(1)
+        factors[rules] = rows[1]["drw_loss_factor"]
+    weights = class_weights(counts, config.drw_beta, mean_over="classes").numpy()
+    shrunk = np.average(weights, weights=counts)
+    assert shrunk < 0.7
+    assert factors[1] == pytest.approx(factors[2] * shrunk, rel=1e-3)
+
+
+def test_augmentation_knows_the_spacing_of_the_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At (1, 1, 3) mm a rotation in voxels of 15 degrees tilts the content by 39."""
+    seen = []
+
+    def spy(volumes: Any, *, spacing: Any, **given: Any) -> Any:
+        seen.append(tuple(spacing))
+        return augment_batch(volumes, spacing=spacing, **given)
+
+    monkeypatch.setattr(finetune_module, "augment_batch", spy)
+    cohort = ball_cohort(16, positive=6)
+    for spacing, rules in [((1.0, 1.0, 3.0), 2), (None, 2), ((1.0, 1.0, 3.0), 1)]:
+        config = build_config(TINY | {"epochs": 1, "spacing_mm": spacing})
+        list(finetune(config, cohort, split_of(cohort), rules=rules))
+    cubes = (1.0, 1.0, 1.0)
+    assert list(dict.fromkeys(seen)) == [(1.0, 1.0, 3.0), cubes]
+    assert seen[-1] == cubes
+
+
+def test_a_run_of_earlier_rules_goes_on_by_them() -> None:
+    cohort = ball_cohort(24, positive=6)
+    split = split_of(cohort)
+    config = build_config(TINY | {"epochs": 3, "drw_start_epoch": 2})
+    *_, whole = finetune(config, cohort, split, rules=1)
+    begun = finetune(config, cohort, split, rules=1)
+    state = next(begun).state()
+    assert state["format"] == 1
+    *_, resumed = finetune(config, cohort, split, resume=state)
+    assert resumed.state()["format"] == 1
+    for name, value in whole.state()["network"].items():
+        assert torch.equal(resumed.state()["network"][name], value), name
 
 
 def test_a_row_tells_what_the_document_says_to_watch() -> None:

@@ -54,19 +54,29 @@ def test_a_worked_margin():
     ],
 )
 def test_class_weights_have_their_worked_values(counts, beta, expected):
-    np.testing.assert_allclose(class_weights(counts, beta), expected, atol=6e-4)
+    """As published they sum to the number of classes."""
+    published = class_weights(counts, beta, mean_over="classes")
+    np.testing.assert_allclose(published, expected, atol=6e-4)
+    np.testing.assert_allclose(
+        class_weights(counts, beta), expected / np.average(expected, weights=counts), rtol=6e-3
+    )
 
 
 @pytest.mark.parametrize("counts", [[180, 20], [3, 900, 41], [1, 1, 1, 5]])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.9999, 1 - 1e-12])
-def test_class_weights_follow_the_effective_number_and_sum_to_the_number_of_classes(counts, beta):
-    weights = class_weights(counts, beta)
+def test_class_weights_follow_the_effective_number_and_have_mean_1_over_the_samples(counts, beta):
+    weights, published = (
+        class_weights(counts, beta),
+        class_weights(counts, beta, mean_over="classes"),
+    )
     effective = [
         sum(beta**k for k in range(n)) for n in counts
     ]  # (1 - beta^n) / (1 - beta), as the series it is
     expected = np.array([1 / n for n in effective])
-    np.testing.assert_allclose(weights, expected * len(counts) / expected.sum(), rtol=1e-6)
-    assert weights.sum() == pytest.approx(len(counts))
+    np.testing.assert_allclose(published, expected * len(counts) / expected.sum(), rtol=1e-6)
+    np.testing.assert_allclose(weights, expected / np.average(expected, weights=counts), rtol=1e-6)
+    assert np.dot(weights.numpy(), counts) == pytest.approx(sum(counts))
+    assert published.sum() == pytest.approx(len(counts))
     assert weights.dtype == torch.float32
 
 
@@ -233,7 +243,8 @@ def test_a_micro_batch_of_one_class_keeps_its_weight_where_a_weighted_mean_loses
         plain.item(), rel=1e-5
     )  # the trap
     ours = (weights[labels] * sample_losses(logits, labels, loss="cross_entropy", s=1.0)).sum() / 6
-    assert ours.item() == pytest.approx(1.799 * plain.item(), rel=1e-3)
+    assert ours.item() == pytest.approx(weights[1].item() * plain.item(), rel=1e-6)
+    assert weights[1].item() == pytest.approx(1.799 / 0.36, rel=4e-3)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -94,6 +94,7 @@ def untimed(row: dict[str, Any]) -> dict[str, str]:
     ("world", "subjects"),
     [
         pytest.param(2, 16, id="two"),
+        pytest.param(4, 22, id="four", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
         pytest.param(8, 70, id="eight", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
         pytest.param(
             8,
@@ -132,16 +133,16 @@ def test_ranks_equal_one_on_the_same_global_batch(
             "ranks must agree"
         )
     for name, value in one.state()["network"].items():
-        if (
-            "running" not in name and "num_batches" not in name
-        ):  # each rank follows the statistics of its own batches
+        if "num_batches" not in name:  # which counts a rank's own
             torch.testing.assert_close(first["network"][name], value, rtol=1e-4, atol=1e-6)
             assert all(
                 torch.equal(first["network"][name], other["network"][name]) for other in others
             )
     for ours, theirs in zip(first["rows"], one.state()["rows"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
-        assert ours["grad_norm_max"] == pytest.approx(theirs["grad_norm_max"], rel=1e-3)
+        assert ours["grad_norm_max"] == pytest.approx(theirs["grad_norm_max"], rel=1e-2)
+        for column in ("val_auc", "val_auc_raw", "val_brier_raw", "val_brier_ema"):
+            assert ours[column] == pytest.approx(theirs[column], abs=1e-4), column
         assert (ours["updates"], ours["val_positive"]) == (
             theirs["updates"],
             theirs["val_positive"],

@@ -9,9 +9,11 @@ On a GPU with Triton, in channels-last memory, this is two passes over memory fo
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,6 +98,46 @@ def set_groups(network: nn.Module, groups: int) -> None:
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.groups = groups
+
+
+class SharedStatistics:
+    """BatchNorm statistics of several ranks that come out as those of one rank which took all micro-batches in turn.
+
+    In a round every rank passes one micro-batch, rank 0's being the first. One rank would follow them with momentum m,
+    s <- (1 - m) s + m x: after a round of W, (1 - m)^W of the old statistics is left, and x_r has m (1 - m)^(W - 1 - r). A
+    rank that sees only its own micro-batch gets the same decay from momentum 1 - (1 - m)^W, and the mean over ranks
+    weighted by m (1 - m)^(W - 1 - r) / (1 - (1 - m)^W), which add up to 1, gives each x_r its weight. All of it is linear,
+    so one mean an epoch does, for averages of the statistics as well.
+    """
+
+    def __init__(self, network: nn.Module, rank: int, world: int) -> None:
+        layers = [module for module in network.modules() if isinstance(module, BatchNorm)]
+        (momentum,) = {layer.momentum for layer in layers}
+        assert momentum is not None
+        self.left, self.world = 1 - momentum, world
+        for layer in layers:
+            layer.momentum = 1 - self.left**world
+        self.weight = momentum * self.left ** (world - 1 - rank) / (1 - self.left**world)
+
+    def short_round(self, statistics: Tensor, ranks: int, before: Tensor | None) -> None:
+        """Correct `statistics`, in place, after a round in which only the first `ranks` ranks had a micro-batch.
+
+        `before`: the statistics before the round, on a rank that had none; None on the others. Until `combine` they are no
+        statistics by themselves: it is the weighted mean that is right.
+        """
+        if before is None:
+            statistics.mul_(self.left ** (ranks - self.world))
+        else:
+            torch.mul(before, self.left**ranks, out=statistics)
+
+    def combine(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of `tensors`, statistics or averages of them, by the weighted mean over the ranks, in place."""
+        whole = torch.cat([tensor.flatten() for tensor in tensors]) * self.weight
+        dist.all_reduce(whole)
+        for tensor, part in zip(
+            tensors, whole.split([one.numel() for one in tensors]), strict=True
+        ):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def max_pool(x_BCDHW: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _run_locked(
         )
         with display:
             session = StudySession(spec, cohort.name, recorder, display, budget)
-            kept = kept_by(spec.objective, files.read()["format"])
+            rules = files.read()["format"]
             setting = TrialSetting(
                 study=absolute(files.root),
                 table=absolute(spec.data),
@@ -186,8 +186,8 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
                 mps=spec.mps,
                 storage=url,
-                objective=kept.objective,
-                window_end=kept.window_end,
+                objective=kept_by(spec.objective, rules).objective,
+                rules=rules,
             )
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""

@@ -36,6 +36,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "float64",
         "mean training loss; not comparable between losses, margins and scales",
     ),
+    "drw_loss_factor": (
+        "float64",
+        "training loss over what it would be without class weights: 1 until they begin",
+    ),
     "train_auc": (
         "float64",
         "AUC of the raw weights on a fixed part of the training fold, without augmentation",

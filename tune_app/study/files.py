@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
+from trainables.config import RULES
 from trainables.data.storage import is_url
 from trainables.objective import DEFAULT_OBJECTIVE
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import StudySpec, build_spec
 
-STUDY_FORMAT = 2
-"""Of what is written. 1: rungs compared `val_auc` whatever the objective was, and best.pt held the averaged weights of the
-epoch that completed the best window of three. 2: both follow the objective."""
+STUDY_FORMAT = RULES
+"""Of what is written: the rules that the study's trials keep to (`trainables.config.RULES`)."""
 
-READABLE_FORMATS = (1, 2)
+READABLE_FORMATS = tuple(range(1, RULES + 1))
 """A study goes on by the rules it began with."""
 
 
