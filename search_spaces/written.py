@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from optuna.distributions import (
@@ -66,25 +66,7 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         except SpaceError as error:
             problems += error.problems
 
-    own: dict[str, Parameter] = {}
-    roles: tuple[tuple[str, Role], ...] = (("search", "searched"), ("retune", "retuned"))
-    for group, role in roles:
-        entries = _mapping(written, group, problems)
-        for name, entry in entries.items():
-            try:
-                own_parameter = _parameter(name, entry, role)
-            except SpaceError as error:
-                problems += error.problems
-                continue
-            twin = next(
-                (p for p in own.values() if p.hyperparameter == own_parameter.hyperparameter), None
-            )
-            if twin is not None:
-                problems.append(
-                    f"{twin.name} and {name} both decide {own_parameter.hyperparameter}: keep one"
-                )
-            own[name] = own_parameter
-
+    own = _own_parameters(written, problems)
     fixed: dict[str, Scalar] = {
         name: _off(name, value) if name in FineTuneConfig.model_fields else value
         for name, value in _mapping(written, "fixed", problems).items()
@@ -126,6 +108,29 @@ def _written_space(written: Mapping[str, Any]) -> Space:
     if problems:
         raise SpaceError(problems + (space.problems() if parameters else []))
     return space
+
+
+def _own_parameters(written: Mapping[str, Any], problems: list[str]) -> dict[str, Parameter]:
+    """Parameters that are written under `search` and `retune`; what is wrong with them goes to `problems`."""
+    own: dict[str, Parameter] = {}
+    roles: tuple[tuple[str, Role], ...] = (("search", "searched"), ("retune", "retuned"))
+    for group, role in roles:
+        entries = _mapping(written, group, problems)
+        for name, entry in entries.items():
+            try:
+                own_parameter = _parameter(name, entry, role)
+            except SpaceError as error:
+                problems += error.problems
+                continue
+            twin = next(
+                (p for p in own.values() if p.hyperparameter == own_parameter.hyperparameter), None
+            )
+            if twin is not None:
+                problems.append(
+                    f"{twin.name} and {name} both decide {own_parameter.hyperparameter}: keep one"
+                )
+            own[name] = own_parameter
+    return own
 
 
 def _mapping(written: Mapping[str, Any], group: str, problems: list[str]) -> dict[str, Any]:
@@ -234,16 +239,27 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     if problems:
         raise SpaceError(problems)
     low, high, step = numbers["low"], numbers["high"], numbers.get("step")
+    problems = [*_wrong_ends(name, low, high, step, log=log), *_outside(name, [low, high])]
+    if problems:
+        raise SpaceError(problems)
+    if wanted is int:
+        return IntDistribution(int(low), int(high), log=log, step=1 if step is None else int(step))
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+def _wrong_ends(
+    name: str, low: float, high: float, step: float | None, *, log: bool
+) -> Iterator[str]:
     if low > high:
-        problems.append(f"{name}: low={shown(low)} is above high={shown(high)}")
+        yield (f"{name}: low={shown(low)} is above high={shown(high)}")
     if low == high:
-        problems.append(f"{name}: low and high are both {shown(low)}; one value goes under `fixed`")
+        yield (f"{name}: low and high are both {shown(low)}; one value goes under `fixed`")
     if log and low <= 0:
-        problems.append(f"{name}: low={shown(low)} on a log scale, it must be > 0")
+        yield (f"{name}: low={shown(low)} on a log scale, it must be > 0")
     if step is not None and log:
-        problems.append(f"{name}: step does not go with log")
+        yield (f"{name}: step does not go with log")
     if step is not None and step <= 0:
-        problems.append(f"{name}: step={shown(step)}, it must be > 0")
+        yield (f"{name}: step={shown(step)}, it must be > 0")
     if (
         step is not None
         and step > 0
@@ -251,15 +267,9 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
         and abs((steps := (high - low) / step) - round(steps)) > 1e-8
     ):
         nearest = tidy(low + math.floor(steps) * step)
-        problems.append(
+        yield (
             f"{name}: steps of {shown(step)} from {shown(low)} never reach high={shown(high)}, but {shown(nearest)}"
         )
-    problems += _outside(name, [low, high])
-    if problems:
-        raise SpaceError(problems)
-    if wanted is int:
-        return IntDistribution(int(low), int(high), log=log, step=1 if step is None else int(step))
-    return FloatDistribution(low, high, log=log, step=step)
 
 
 def _outside(name: str, values: Sequence[float]) -> list[str]:

@@ -16,7 +16,7 @@ volumes: raw AUCs five epochs apart differ by some .05, averaged ones by some .0
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -165,23 +165,11 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
                 for name in missing
             ]
         )
-    problems: list[str] = []
-    epochs = pd.to_numeric(table["epoch"], errors="coerce")
-    for number in table.index[~((epochs >= 1) & (epochs % 1 == 0))]:
-        problems.append(
-            f"{path} row {number + 1}: epoch {table.at[number, 'epoch']!r} must be a whole number from 1 on"
-        )
-    scores = pd.to_numeric(table["val_auc"], errors="coerce")
-    given = table["val_auc"].notna() & ~table["val_auc"].astype(str).str.strip().str.lower().isin(
-        ["nan", ""]
-    )
-    for number in table.index[(scores.isna() & given) | (scores.abs() > 1)]:
-        problems.append(
-            f"{path} row {number + 1}: val_auc {table.at[number, 'val_auc']!r} must be a number from 0 to 1, or empty"
-        )
+    problems = list(_bad_cells(path, table))
     if problems:
         raise CurveError(problems)
-    table = table.assign(epoch=epochs.astype(int), val_auc=scores)
+    scores = pd.to_numeric(table["val_auc"], errors="coerce")
+    table = table.assign(epoch=pd.to_numeric(table["epoch"]).astype(int), val_auc=scores)
     if "trial" not in table.columns:
         table, prefix = table.assign(trial=path.stem), ""
     else:
@@ -208,6 +196,23 @@ def _from_table(path: Path, *, alone: bool) -> list[Curve]:
     if problems:
         raise CurveError(problems)
     return curves
+
+
+def _bad_cells(path: Path, table: pd.DataFrame) -> Iterator[str]:
+    """Epochs and scores that are none, by row."""
+    epochs = pd.to_numeric(table["epoch"], errors="coerce")
+    for number in table.index[~((epochs >= 1) & (epochs % 1 == 0))]:
+        yield (
+            f"{path} row {number + 1}: epoch {table.at[number, 'epoch']!r} must be a whole number from 1 on"
+        )
+    scores = pd.to_numeric(table["val_auc"], errors="coerce")
+    given = table["val_auc"].notna() & ~table["val_auc"].astype(str).str.strip().str.lower().isin(
+        ["nan", ""]
+    )
+    for number in table.index[(scores.isna() & given) | (scores.abs() > 1)]:
+        yield (
+            f"{path} row {number + 1}: val_auc {table.at[number, 'val_auc']!r} must be a number from 0 to 1, or empty"
+        )
 
 
 def _read_json_lines(path: Path) -> pd.DataFrame:

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,36 +115,64 @@ def bench_efficiency(
         "searches": [],
         "documented": [],
     }
-    keeping = threading.Lock()
+    searched = _Searches(result, common, str(prepared), folder, asked, seconds, say, record)
+    _in_waves(searched.search, asked, repetitions, at_once)
+    _confirm(result, table, folder, common, folds, seeds)
+    finite: dict[str, Any] = without_nonfinite(result)
+    record(finite)
+    return finite
 
-    def search(side: str, repetition: int, environment: Mapping[str, str] | None) -> None:
-        place = folder / f"{side}-{repetition}"
+
+@dataclass
+class _Searches:
+    """The searches of all sides, each kept in `result` as soon as it has ended."""
+
+    result: dict[str, Any]
+    common: dict[str, Any]
+    cohort: str
+    folder: Path
+    sides: list[str]
+    seconds: float
+    say: Callable[[str], None]
+    record: Callable[[dict[str, Any]], object]
+    keeping: threading.Lock = field(default_factory=threading.Lock)
+
+    def search(self, side: str, repetition: int, environment: Mapping[str, str] | None) -> None:
+        place = self.folder / f"{side}-{repetition}"
         if side == "plain":
             found = _plain(
-                {**common, "cohort": str(prepared)}, place, seconds, repetition, environment
+                {**self.common, "cohort": self.cohort}, place, self.seconds, repetition, environment
             )
         else:
-            found = _study(side, common, place, seconds, repetition, environment)
-        with keeping:
-            result["searches"].append(
+            found = _study(side, self.common, place, self.seconds, repetition, environment)
+        with self.keeping:
+            self.result["searches"].append(
                 {"side": side, "repetition": repetition, **found, "confirmed": []}
             )
-            result["searches"].sort(
-                key=lambda search: (search["repetition"], asked.index(search["side"]))
+            self.result["searches"].sort(
+                key=lambda search: (search["repetition"], self.sides.index(search["side"]))
             )
-            say(
+            self.say(
                 f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
                 f"its best says {found['claimed']:.3f}"
             )
-            record(without_nonfinite(result))
+            self.record(without_nonfinite(self.result))
 
+
+def _in_waves(
+    search: Callable[[str, int, Mapping[str, str] | None], None],
+    sides: list[str],
+    repetitions: int,
+    at_once: int | None,
+) -> None:
+    """Search with every side, `at_once` repetitions of all sides at a time on GPUs of their own, or one after the other."""
     together = at_once or 1
     gpus = _visible_gpus() if at_once else []
     for first in range(0, repetitions, together):
         wave = [
             (side, number)
             for number in range(first, min(first + together, repetitions))
-            for side in asked
+            for side in sides
         ]
         with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
             begun = [
@@ -151,10 +180,6 @@ def bench_efficiency(
             ]
         for one in begun:
             one.result()
-    _confirm(result, table, folder, common, folds, seeds)
-    finite: dict[str, Any] = without_nonfinite(result)
-    record(finite)
-    return finite
 
 
 def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:

@@ -102,71 +102,78 @@ def _common(
 # One run ---------------------------------------------------------------------------------------------------------------
 
 
+LrOption = Annotated[
+    float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")
+]
+ClassifierLrOption = Annotated[
+    float | None,
+    typer.Option(
+        "--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given."
+    ),
+]
+BatchSizeOption = Annotated[
+    int | None, typer.Option("--batch_size", "--batch-size", help="Volumes a micro-batch.")
+]
+OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="adam, adamw or sgd.")]
+LossOption = Annotated[str | None, typer.Option("--loss", help="LDAM, cross_entropy or focal.")]
+SchedulerOption = Annotated[str | None, typer.Option("--scheduler", help="cosine or constant.")]
+MaxMOption = Annotated[float | None, typer.Option("--max-m", help="Margin of the rarest class.")]
+DrwStartEpochOption = Annotated[
+    int | None, typer.Option("--drw-start-epoch", help="First epoch with class weights.")
+]
+GradClipOption = Annotated[
+    float | None, typer.Option("--grad-clip", help="Largest gradient norm; 0 for none.")
+]
+EmaDecayOption = Annotated[
+    float | None, typer.Option("--ema-decay", help="Decay of the averaged weights.")
+]
+GradientAccumulationStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gradient_accumulation_steps",
+        "--gradient-accumulation-steps",
+        help="Micro-batches an update.",
+    ),
+]
+FreezeBackboneEpochsOption = Annotated[
+    int | None,
+    typer.Option("--freeze-backbone-epochs", help="Epochs in which only the head trains."),
+]
+MultiGpuOption = Annotated[
+    bool, typer.Option("--multi_gpu", "--multi-gpu", help="All GPUs of this machine.")
+]
+GpuOption = Annotated[
+    bool,
+    typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU."),
+]
+AmpOption = Annotated[
+    bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")
+]
+
+
 @app.command()
 def train(
     data: DataOption,
     fold: Annotated[int | None, typer.Option("--fold", help="Fold that validates.")] = None,
     pretrained_path: WeightsOption = None,
-    lr: Annotated[
-        float | None, typer.Option("--lr", "--backbone-lr", help="Peak rate of the backbone.")
-    ] = None,
-    classifier_lr: Annotated[
-        float | None,
-        typer.Option(
-            "--classifier-lr", help="Peak rate of the head; 10 x --lr when only that is given."
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch_size", "--batch-size", help="Volumes a micro-batch.")
-    ] = None,
+    lr: LrOption = None,
+    classifier_lr: ClassifierLrOption = None,
+    batch_size: BatchSizeOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option("--optimizer", help="adam, adamw or sgd.")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="LDAM, cross_entropy or focal.")
-    ] = None,
-    scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="cosine or constant.")
-    ] = None,
-    max_m: Annotated[
-        float | None, typer.Option("--max-m", help="Margin of the rarest class.")
-    ] = None,
+    optimizer: OptimizerOption = None,
+    loss: LossOption = None,
+    scheduler: SchedulerOption = None,
+    max_m: MaxMOption = None,
     s: Annotated[float | None, typer.Option("--s", help="Scale of the logits.")] = None,
-    drw_start_epoch: Annotated[
-        int | None, typer.Option("--drw-start-epoch", help="First epoch with class weights.")
-    ] = None,
-    grad_clip: Annotated[
-        float | None, typer.Option("--grad-clip", help="Largest gradient norm; 0 for none.")
-    ] = None,
-    ema_decay: Annotated[
-        float | None, typer.Option("--ema-decay", help="Decay of the averaged weights.")
-    ] = None,
+    drw_start_epoch: DrwStartEpochOption = None,
+    grad_clip: GradClipOption = None,
+    ema_decay: EmaDecayOption = None,
     dropout: Annotated[float | None, typer.Option("--dropout", help="Before the head.")] = None,
-    gradient_accumulation_steps: Annotated[
-        int | None,
-        typer.Option(
-            "--gradient_accumulation_steps",
-            "--gradient-accumulation-steps",
-            help="Micro-batches an update.",
-        ),
-    ] = None,
-    freeze_backbone_epochs: Annotated[
-        int | None,
-        typer.Option("--freeze-backbone-epochs", help="Epochs in which only the head trains."),
-    ] = None,
-    multi_gpu: Annotated[
-        bool, typer.Option("--multi_gpu", "--multi-gpu", help="All GPUs of this machine.")
-    ] = False,
-    gpu: Annotated[
-        bool,
-        typer.Option(
-            "--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU."
-        ),
-    ] = True,
-    amp: Annotated[
-        bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")
-    ] = None,
+    gradient_accumulation_steps: GradientAccumulationStepsOption = None,
+    freeze_backbone_epochs: FreezeBackboneEpochsOption = None,
+    multi_gpu: MultiGpuOption = False,
+    gpu: GpuOption = True,
+    amp: AmpOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,

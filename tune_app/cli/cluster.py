@@ -32,70 +32,75 @@ JobArgument = Annotated[
 ]
 
 
+CommandOption = Annotated[
+    list[str],
+    typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm."),
+]
+PipOption = Annotated[
+    bool,
+    typer.Option(
+        "--pip/--no-pip",
+        help="Install this machine's versions there, where others are installed.",
+    ),
+]
+FollowOption = Annotated[
+    bool, typer.Option("--follow/--detach", help="Show the log until the job ends.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")
+]
+KuberayOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--kuberay", metavar="FILE", help="Write a KubeRay manifest instead; - for stdout."
+    ),
+]
+ImageOption = Annotated[
+    str | None, typer.Option("--image", help="Container image with medtune, for the manifest.")
+]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="GPU nodes at most, in the manifest.")
+]
+MountOption = Annotated[
+    str, typer.Option("--mount", help="Folder that all nodes share, in the manifest.")
+]
+
+
 @app.command()
 def submit(
     context: typer.Context,
-    command: Annotated[
-        list[str],
-        typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm."),
-    ],
+    command: CommandOption,
     address: ServerOption = None,
-    pip: Annotated[
-        bool,
-        typer.Option(
-            "--pip/--no-pip",
-            help="Install this machine's versions there, where others are installed.",
-        ),
-    ] = True,
-    follow: Annotated[
-        bool, typer.Option("--follow/--detach", help="Show the log until the job ends.")
-    ] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")
-    ] = False,
+    pip: PipOption = True,
+    follow: FollowOption = True,
+    dry_run: DryRunOption = False,
     allow_open: OpenOption = False,
-    kuberay: Annotated[
-        Path | None,
-        typer.Option(
-            "--kuberay", metavar="FILE", help="Write a KubeRay manifest instead; - for stdout."
-        ),
-    ] = None,
-    cluster_yaml: Annotated[
-        Path | None,
-        typer.Option("--cluster-yaml", metavar="FILE", help="Write a file for `ray up` instead."),
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option("--image", help="Container image with medtune, for those files.")
-    ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="GPU nodes at most, in those files.")
-    ] = 4,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of a node, in those files.")] = 1,
-    mount: Annotated[
-        str, typer.Option("--mount", help="Folder that all nodes share, in those files.")
-    ] = "/shared",
+    kuberay: KuberayOption = None,
+    image: ImageOption = None,
+    workers: WorkersOption = 4,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=0, help="GPUs of a node, in the manifest.")
+    ] = 1,
+    mount: MountOption = "/shared",
 ) -> None:
     """Run a study on a Ray cluster: send code and spec, follow the log, return its exit code. Ctrl-C detaches.
 
     Submitting the same study again goes on with it, or follows it while it runs. Paths are those that the cluster's
     nodes see; no data is sent.
     """
-    from tune_app.cluster.kubernetes import Cluster, cluster_file, kuberay_manifest
+    from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
     from tune_app.cluster.submit import build_submission
 
     def send(spec: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
-        if kuberay or cluster_yaml:
+        if kuberay:
             if retry_failed:
                 raise typer.BadParameter(
                     "--retry-failed is for one job: a manifest would have each of its starts do that"
                 )
             cluster = Cluster(max_workers=workers, gpus=gpus, mount=mount)
             cluster = replace(cluster, image=image) if image else cluster
-            if kuberay:
-                _write_text(kuberay, kuberay_manifest(spec, place, cluster))
-            if cluster_yaml:
-                _write_text(cluster_yaml, cluster_file(place, cluster))
+            _write_text(kuberay, kuberay_manifest(spec, place, cluster))
             return 0
         if dry_run:
             print(

@@ -30,57 +30,67 @@ from tune_app.cli.common import (
 app = typer.Typer()
 
 
+StudyFileOption = Annotated[
+    Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")
+]
+SpaceOption = Annotated[
+    str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
+]
+SamplerOption = Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")]
+RanksOption = Annotated[
+    int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
+]
+CpusPerRankOption = Annotated[
+    int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")
+]
+DiskBudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--disk-budget", help="GiB the study may take; the worst trials' weights go first."
+    ),
+]
+WarmStartFromOption = Annotated[
+    list[Path] | None,
+    typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated."),
+]
+LogOption = Annotated[
+    str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
+]
+WaitForResourcesSOption = Annotated[
+    float | None,
+    typer.Option(
+        "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
+    ),
+]
+GoOnOption = Annotated[
+    bool, typer.Option("--resume", help="Go on where --out holds this very study.")
+]
+
+
 @app.command()
 def run(
-    study_file: Annotated[
-        Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")
-    ] = None,
+    study_file: StudyFileOption = None,
     data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
-    space: Annotated[
-        str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
-    ] = None,
+    space: SpaceOption = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")
-    ] = None,
+    sampler: SamplerOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
     mps: MpsOption = None,
-    ranks: Annotated[
-        int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
-    ] = None,
-    cpus_per_rank: Annotated[
-        int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")
-    ] = None,
+    ranks: RanksOption = None,
+    cpus_per_rank: CpusPerRankOption = None,
     max_concurrent: ConcurrentOption = None,
-    disk_budget: Annotated[
-        float | None,
-        typer.Option(
-            "--disk-budget", help="GiB the study may take; the worst trials' weights go first."
-        ),
-    ] = None,
-    warm_start_from: Annotated[
-        list[Path] | None,
-        typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated."),
-    ] = None,
-    log: Annotated[
-        str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
-    ] = None,
-    wait_for_resources_s: Annotated[
-        float | None,
-        typer.Option(
-            "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
-        ),
-    ] = None,
+    disk_budget: DiskBudgetOption = None,
+    warm_start_from: WarmStartFromOption = None,
+    log: LogOption = None,
+    wait_for_resources_s: WaitForResourcesSOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
     address: AddressOption = None,
-    go_on: Annotated[
-        bool, typer.Option("--resume", help="Go on where --out holds this very study.")
-    ] = False,
+    go_on: GoOnOption = False,
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,13 +340,19 @@ def _meets(host: str, port: int) -> str | None:
 
 def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None) -> list[Finding]:
     """What the facts of one node mean; pure. `gpus`: what Ray thinks it has, None where there is no Ray."""
-    found: list[Finding] = []
+    say = partial(_judged, node)
+    return [*_software(facts, gpus, say), *_room(facts, say), *_reach(facts, say)]
 
-    def say(what: str, good: bool, said: str, remedy: str, *, otherwise: State = "bad") -> None:
-        found.append(
-            Finding(node, what, "good" if good else otherwise, said, "" if good else remedy)
-        )
 
+def _judged(
+    node: str, what: str, good: bool, said: str, remedy: str, *, otherwise: State = "bad"
+) -> Finding:
+    return Finding(node, what, "good" if good else otherwise, said, "" if good else remedy)
+
+
+def _software(
+    facts: Mapping[str, Any], gpus: float | None, say: Callable[..., Finding]
+) -> Iterator[Finding]:
     versions = facts["versions"]
     required = {package.name: package.specifier for package in required_packages()}
     old = [
@@ -354,7 +361,7 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         if versions[name] is None or not required[name].contains(versions[name], prereleases=True)
     ]
     told = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in VERSIONS)
-    say(
+    yield say(
         "versions",
         not old,
         f"Python {facts['python']}, {told}",
@@ -362,28 +369,31 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
     )
     seen = len(facts["gpus"])
     if gpus is not None and gpus > seen:
-        say(
+        yield say(
             "GPUs",
             False,
             f"Ray counts {gpus:g}, nvidia-smi shows {seen}",
             "install the driver, or mend --num-gpus",
         )
     elif seen and facts["nccl"] is None:
-        say(
+        yield say(
             "GPUs",
             False,
             f"{seen}, but torch is built for CPUs only",
             "install torch for the driver's CUDA version",
         )
     else:
-        say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
+        yield say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
     if facts["mps"]:
         told = "; ".join(dict.fromkeys(facts["mps"]))
-        say("MPS", True, f"trials that share a GPU run {told}", "")
-    say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
+        yield say("MPS", True, f"trials that share a GPU run {told}", "")
+    yield say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
+
+
+def _room(facts: Mapping[str, Any], say: Callable[..., Finding]) -> Iterator[Finding]:
     shm = facts["shm_gib"]
     said = "there is no /dev/shm" if shm is None else f"{shm:.1f} GiB"
-    say(
+    yield say(
         "shared memory",
         shm is not None and shm >= SHM_GIB,
         said,
@@ -395,43 +405,45 @@ def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None
         if disk is not None
         else f"{facts['cache']} cannot be looked at"
     )
-    say(
+    yield say(
         "disk",
         disk is not None and disk >= DISK_GIB,
         said,
         "free some room, or choose another --cache",
         otherwise="look",
     )
-    say(
+    yield say(
         "open files",
         facts["files"] >= FILES,
         f"{facts['files']} at most",
         "ulimit -n 65536",
         otherwise="look",
     )
+
+
+def _reach(facts: Mapping[str, Any], say: Callable[..., Finding]) -> Iterator[Finding]:
     if facts.get("data") is not None:
         error = facts["data"].get("error")
         said = error or f"{facts['data']['volumes']} volumes, table {facts['data']['digest']}"
         remedy = facts["data"].get(
             "remedy", "mount the folder with the data at the same path on every node"
         )
-        say("data", not error, said, remedy)
+        yield say("data", not error, said, remedy)
     if facts.get("study") is not None:
         error = facts["study"].get("error")
         remedy = facts["study"].get(
             "remedy", "mount the same shared folder on every node, writable"
         )
-        say("storage", not error, error or "can be written", remedy)
+        yield say("storage", not error, error or "can be written", remedy)
     if "meets" in facts:
         error = facts["meets"]
         said = error or "the driver's node can be reached"
-        say(
+        yield say(
             "ports",
             not error,
             said,
             "let the nodes reach each other on all ports: ranks choose theirs",
         )
-    return found
 
 
 def judge_clock(node: str, skew_s: float, took_s: float) -> Finding:

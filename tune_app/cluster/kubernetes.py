@@ -43,6 +43,23 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
     _check_seen(spec, study, cluster)
     name = job_name(study)
     spec = _waiting(spec)
+    job = _ray_job(name, study, cluster)
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name},
+        "data": {SPEC_FILE: spec_text(spec)},
+    }
+    header = (
+        f"# medtune: {study}\n"
+        f"# kubectl apply -f THIS; kubectl logs -f job/{name}. Needs KubeRay 1.5.1, the image {cluster.image} with medtune\n"
+        f"# in it, and the claim {cluster.claim} with the data. The operator makes the access token, in a Secret.\n"
+    )
+    return header + readable_yaml(config, job)
+
+
+def _ray_job(name: str, study: str, cluster: Cluster) -> dict[str, Any]:
+    """The RayJob: a head of CPUs only, and workers that come and go."""
     volumes = [
         {"name": "shared", "persistentVolumeClaim": {"claimName": cluster.claim}},
         {"name": "study", "configMap": {"name": name}},
@@ -73,7 +90,7 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
         "memory": f"{cluster.memory_gib}Gi",
         **({"nvidia.com/gpu": str(cluster.gpus)} if cluster.gpus else {}),
     }
-    job = {
+    return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {"name": name},
@@ -109,75 +126,6 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
             },
         },
     }
-    config = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": name},
-        "data": {SPEC_FILE: spec_text(spec)},
-    }
-    header = (
-        f"# medtune: {study}\n"
-        f"# kubectl apply -f THIS; kubectl logs -f job/{name}. Needs KubeRay 1.5.1, the image {cluster.image} with medtune\n"
-        f"# in it, and the claim {cluster.claim} with the data. The operator makes the access token, in a Secret.\n"
-    )
-    return header + readable_yaml(config, job)
-
-
-def cluster_file(
-    study: str, cluster: Cluster, *, provider: str = "aws", region: str = "eu-central-1"
-) -> str:
-    """Return a file for Ray's cluster launcher (`ray up`), as YAML: CPU head, GPU workers, token, shared folder.
-
-    Machine types and the line that mounts the shared folder are the provider's own, and are marked to be filled in.
-    """
-    name = job_name(cluster_place(study))
-    token = "$HOME/.ray/auth_token"
-    # The launcher's own ssh carries the token to each node as a file: it never is an argument.
-    start = "export RAY_AUTH_MODE=token; ulimit -n 65536; ray start"
-    types: dict[str, Any] = {
-        "head": {"resources": {"CPU": 0}, "node_config": {"InstanceType": "m6i.xlarge"}},
-        "gpu": {
-            "resources": {},
-            "min_workers": 0,
-            "max_workers": cluster.max_workers,
-            "node_config": {"InstanceType": "g6.2xlarge"},
-        },
-    }
-    text = {
-        "cluster_name": name,
-        "max_workers": cluster.max_workers,
-        "idle_timeout_minutes": 10,
-        "provider": {"type": provider, "region": region, "use_internal_ips": False},
-        "auth": {"ssh_user": "ubuntu"},
-        "docker": {
-            "image": cluster.image,
-            "container_name": "medtune",
-            "run_options": [
-                "--shm-size=8g",
-                "--ulimit nofile=65536:65536",
-                f"-v {cluster.mount}:{cluster.mount}",
-            ],
-        },
-        "available_node_types": types,
-        "head_node_type": "head",
-        "file_mounts": {"~/.ray/auth_token": "~/.ray/auth_token"},
-        "initialization_commands": [
-            f"mountpoint -q {cluster.mount} || sudo mount {cluster.mount}  # mount the shared folder; edit for your storage"
-        ],
-        "setup_commands": [f"chmod 600 {token}"],
-        "head_start_ray_commands": [
-            "ray stop",
-            f"{start} --head --port=6379 --dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml",
-        ],
-        "worker_start_ray_commands": ["ray stop", f"{start} --address=$RAY_HEAD_IP:6379"],
-    }
-    header = (
-        f"# medtune: {study}\n"
-        "# ray get-auth-token --generate; ray up -y THIS; ray dashboard THIS &\n"
-        "# medtune submit --address http://127.0.0.1:8265 -- run study.yaml --wait-for-resources 900 --out ...\n"
-        "# Edit: machine types, region, image, and how the shared folder is mounted.\n"
-    )
-    return header + readable_yaml(text, width=120)
 
 
 def _waiting(spec: StudySpec) -> StudySpec:

@@ -101,11 +101,7 @@ def pretrain(
     (averaged weights of the last epoch), `finetune.csv` (all rows whose subjects were not used; not with a share of 1),
     `pretraining.json`. Raises PretextError, ConfigError, and what reading the table and its volumes raises.
     """
-    tenths = round(share * TENTHS)
-    if not math.isclose(tenths, share * TENTHS) or not 1 <= tenths <= TENTHS:
-        raise PretextError(
-            f"a share of {share:g}: 0.1 to 1 of the training subjects, in steps of 0.1"
-        )
+    tenths = _tenths(share)
     config = pretext_config(pretext, settings)
     manifest = read_manifest(
         table, num_classes=build_config({"num_classes": 2, **settings}).num_classes
@@ -115,15 +111,7 @@ def pretrain(
     cohort = open_cohort(cohort_folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = TrialFiles(folder / "run")
-    record = {
-        "pretext": pretext,
-        "table": manifest.table,
-        "cohort": cohort_folder.name,
-        "share": tenths / TENTHS,
-        "subjects": sorted(set(manifest.rows["subject"].iloc[used])),
-        "config": config.model_dump(mode="json"),
-        "versions": {name: installed_version(name) for name in ("medtune", "torch", "monai")},
-    }
+    record = _record(pretext, manifest, cohort_folder.name, tenths, used, config)
     if files.checkpoint.exists():
         _check_same(folder, record)
         notes.print(f"going on from the checkpoint in {files.folder}", soft_wrap=True)
@@ -154,25 +142,59 @@ def pretrain(
             console.print(epoch_line(row, config.epochs))
     finally:
         remove_own(made, PRETEXT)
-
-    weights = folder / f"resnet_{config.depth}.pth"
-    network = configured_network(config)
-    network.load_state_dict(load_state(files.checkpoint)["average"]["network"])
-    save_medicalnet(network.backbone, weights)
-    others = write_others(manifest, used, folder / "finetune.csv") if tenths < TENTHS else 0
     accuracy = float(rows[-1]["val_accuracy_ema"])
     reached = {"accuracy": accuracy, "chance": 1 / config.num_classes, "held_out": len(split.val)}
+    weights = _write_weights(config, files, folder)
     described = {"file": weights.name, "sha256": inspect_weights(weights).sha256}
     write_json(folder / RECORD, {**record, **reached, "weights": described})
     console.print(
         f"\n{accuracy_text(accuracy, config.num_classes, len(split.val))}", soft_wrap=True
     )
     console.print(f"weights: {weights}", soft_wrap=True, markup=False)
-    if others:
+    if tenths < TENTHS:
+        others = write_others(manifest, used, folder / "finetune.csv")
         console.print(
             f"table of the {others} volumes whose subjects were not used: {folder / 'finetune.csv'}",
             soft_wrap=True,
         )
+    return weights
+
+
+def _record(
+    pretext: Pretext,
+    manifest: Manifest,
+    cohort: str,
+    tenths: int,
+    used: npt.NDArray[np.int64],
+    config: FineTuneConfig,
+) -> dict[str, Any]:
+    """What pretraining.json says of the run before it begins."""
+    return {
+        "pretext": pretext,
+        "table": manifest.table,
+        "cohort": cohort,
+        "share": tenths / TENTHS,
+        "subjects": sorted(set(manifest.rows["subject"].iloc[used])),
+        "config": config.model_dump(mode="json"),
+        "versions": {name: installed_version(name) for name in ("medtune", "torch", "monai")},
+    }
+
+
+def _tenths(share: float) -> int:
+    tenths = round(share * TENTHS)
+    if not math.isclose(tenths, share * TENTHS) or not 1 <= tenths <= TENTHS:
+        raise PretextError(
+            f"a share of {share:g}: 0.1 to 1 of the training subjects, in steps of 0.1"
+        )
+    return tenths
+
+
+def _write_weights(config: FineTuneConfig, files: TrialFiles, folder: Path) -> Path:
+    """Write the averaged weights of the last epoch as MedicalNet's files are."""
+    weights = folder / f"resnet_{config.depth}.pth"
+    network = configured_network(config)
+    network.load_state_dict(load_state(files.checkpoint)["average"]["network"])
+    save_medicalnet(network.backbone, weights)
     return weights
 
 

@@ -468,6 +468,26 @@ def slice_of(study: Study, name: str) -> Figure:
         trials = trials.assign(
             place=trials["place"] + 0.36 * (np.arange(len(trials)) * 0.618034 % 1 - 0.5)
         )
+    shapes, notes, places = _document_marks(axis, documented_settings(study))
+    margin = 0.06 * (max(places) - min(places) or 1.0) + (0.25 if axis.kind == "choice" else 0)
+    ticks = [
+        (place, text)
+        for place, text in axis.ticks()
+        if min(places) - margin <= place <= max(places) + margin
+    ]
+    layout = _layout(230, name, None, margin={"l": 44, "r": 38, "t": 18, "b": 40})
+    layout["xaxis"] |= {
+        "tickvals": [place for place, _ in ticks],
+        "ticktext": [escape(text) for _, text in ticks],
+        "range": [min(places) - margin, max(places) + margin],
+        "zeroline": False,
+    }
+    layout |= {"shapes": shapes, "annotations": notes}
+    return {"data": _slice_points(trials, name), "layout": layout}
+
+
+def _slice_points(trials: pd.DataFrame, name: str) -> list[dict[str, Any]]:
+    """A trace a group of trials, and one for what a viewer picks."""
     data = []
     for key, rows in _by_group(trials):
         group = GROUPS[key]
@@ -511,11 +531,18 @@ def slice_of(study: Study, name: str) -> Figure:
             "hoverinfo": "skip",
         }
     )
+    return data
+
+
+def _document_marks(
+    axis: Axis, documented: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
+    """Lines at the document's values before and after, their labels, and all places that an axis has to show."""
     shapes, notes, places = [], [], [axis.low, axis.high]
     marks = [
-        (words, axis.place(settings[name]))
-        for words, settings in documented_settings(study).items()
-        if name in settings
+        (words, axis.place(settings[axis.name]))
+        for words, settings in documented.items()
+        if axis.name in settings
     ]
     same = len(marks) == 2 and marks[0][1] == marks[1][1]
     for words, place in marks[1:] if same else marks:
@@ -532,20 +559,7 @@ def slice_of(study: Study, name: str) -> Figure:
             else {"xanchor": "right" if leftmost else "left", "xshift": -2 if leftmost else 2}
         )
         notes.append(_note(place, label) | side)
-    margin = 0.06 * (max(places) - min(places) or 1.0) + (0.25 if axis.kind == "choice" else 0)
-    ticks = [
-        (place, text)
-        for place, text in axis.ticks()
-        if min(places) - margin <= place <= max(places) + margin
-    ]
-    layout = _layout(230, name, None, margin={"l": 44, "r": 38, "t": 18, "b": 40})
-    layout["xaxis"] |= {
-        "tickvals": [place for place, _ in ticks],
-        "ticktext": [escape(text) for _, text in ticks],
-        "range": [min(places) - margin, max(places) + margin],
-        "zeroline": False,
-    }
-    return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
+    return shapes, notes, places
 
 
 def effects(table: pd.DataFrame) -> Figure:

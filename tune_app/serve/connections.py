@@ -132,7 +132,7 @@ class Connections:
                 del self._of[address]
 
 
-def limited_protocol(connections: Connections) -> type[H11Protocol]:
+def limited_protocol(connections: Connections) -> type[H11Protocol]:  # noqa: C901  # sum over the methods
     """Return uvicorn's HTTP protocol with these limits."""
 
     class LimitedProtocol(H11Protocol):

@@ -297,6 +297,37 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
     }
     group = figures.group_of(row[["state", "verdict", "stopped_by"]].to_dict())
     active = rows.loc[rows["drw_active"].fillna(False).astype(bool), "epoch"]
+    decisions = study.decisions[study.decisions["trial"] == trial]
+    kept = decisions[
+        ~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)
+    ]
+    return {
+        "trial": trial,
+        "study": study.name,
+        "group": group,
+        "group_title": figures.GROUPS[group].title,
+        **told,
+        "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
+        "drw": int(active.min()) if len(active) else None,
+        "rungs": list(study.rungs),
+        "settings": _settings(study, row),
+        "curves": {
+            "epoch": rows["epoch"].tolist(),
+            **{
+                name: _rounded(rows[name]) for name in CURVES_OF_A_TRIAL if rows[name].notna().any()
+            },
+        },
+        "decisions": [
+            {name: plain(value) for name, value in decision.items() if name in _DECISION_SHOWN}
+            for decision in kept.to_dict("records")
+        ],
+        "stop_asked": trial in asked_to_stop(StudyFiles(study.path)),
+        "stoppable": bool(row["state"] in ("running", "interrupted")),
+    }
+
+
+def _settings(study: Study, row: pd.Series) -> list[dict[str, Any]]:
+    """A trial's hyperparameters next to the documented ones."""
     settings = []
     documented = findings.documented_settings(study)
     for name, info in FineTuneConfig.model_fields.items():
@@ -312,33 +343,7 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
                 "meaning": (info.description or "").split(". ")[0],
             }
         )
-    decisions = study.decisions[study.decisions["trial"] == trial]
-    kept = decisions[
-        ~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)
-    ]
-    return {
-        "trial": trial,
-        "study": study.name,
-        "group": group,
-        "group_title": figures.GROUPS[group].title,
-        **told,
-        "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
-        "drw": int(active.min()) if len(active) else None,
-        "rungs": list(study.rungs),
-        "settings": settings,
-        "curves": {
-            "epoch": rows["epoch"].tolist(),
-            **{
-                name: _rounded(rows[name]) for name in CURVES_OF_A_TRIAL if rows[name].notna().any()
-            },
-        },
-        "decisions": [
-            {name: plain(value) for name, value in decision.items() if name in _DECISION_SHOWN}
-            for decision in kept.to_dict("records")
-        ],
-        "stop_asked": trial in asked_to_stop(StudyFiles(study.path)),
-        "stoppable": bool(row["state"] in ("running", "interrupted")),
-    }
+    return settings
 
 
 _DECISION_SHOWN = (
