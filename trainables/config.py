@@ -104,8 +104,9 @@ class FineTuneConfig(BaseModel):
     """Spacing in mm along (x, y, z) that volumes are resampled to. None: the smallest isotropic spacing at which each whole
     volume fits."""
     intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
-    """zscore over all voxels; zscore_nonzero over voxels > 0, with the background at 0 (MedicalNet takes
-    the same voxels, and fills the background with noise of N(0, 1); on CT in HU the rule drops air and fat); window clips and scales to [-1, 1]."""
+    """zscore over all voxels; zscore_nonzero with mean and deviation of voxels > 0, all voxels scaled alike (MedicalNet takes
+    the same statistics, but fills the background with N(0, 1) noise; on CT in HU they leave out air and fat); window clips
+    and scales to [-1, 1]."""
     window_low: float = -1000.0
     """Lower end of the intensity window, in the volume's own units; read by `intensity=window` only."""
     window_high: float = 400.0

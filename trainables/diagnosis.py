@@ -3,7 +3,7 @@
 Pure arithmetic on the rows that the run reports; no torch, no Ray, and a few microseconds an epoch, so that the same
 code decides inside a search, explains in a report and is replayed over thousands of recorded runs.
 
-Every comparison is held against the noise of the AUC, taken from the interval in the rows (DeLong) or, where there is
+Every comparison is held against the noise of the AUC, taken from the interval in the rows or, where there is
 none, from the class counts (Hanley and McNeil, Radiology 1982). Two networks of one run are scored on the same volumes,
 so their errors go together: their difference is taken to have the noise of one of them, not sqrt(2) times it (a
 correlation of 1/2; measured ones are higher, so that this errs on the side of waiting).
@@ -913,7 +913,7 @@ def _auc(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
     if error >= 0.02 or not (positive and negative):
         return auc, max(error, 0.01) if math.isfinite(error) else UNKNOWN_ERROR
     formula = expected_error(auc, positive, negative)
-    # Near an AUC of 1 DeLong's interval shrinks to nothing, and is clipped: there it is at least half the formula's
+    # Near an AUC of 1 intervals are clipped, and DeLong's, in rows of earlier versions, shrink: half the formula's at least
     return auc, max(error, formula / 2) if math.isfinite(error) else formula
 
 

@@ -4,17 +4,23 @@ Two rules stand behind all of it. The ranking is taken from logits, never from p
 rounds to 0 and 1, and AUC falls to one half while the network ranks as well as before. And a score that is not finite
 never becomes a number: NaN ranks happily in most libraries, and a run that died then reads .53.
 
-The AUC interval is DeLong's, on the logit scale of the AUC. Coverage of the nominal 95 % in simulation (normal scores
-of equal and of unequal spread, true AUC .5 to .95, 2,000 to 4,000 draws each):
+The AUC interval is a score interval: it holds the AUCs t with |auc - t| <= z * sqrt(c * V(t)), V being the variance that
+Hanley and McNeil expect at t with these class counts, and c how many times that the data's own variance (DeLong's) is.
+Few samples tell little about c, and perfect separation nothing: it is drawn towards PRIOR_FACTOR, which counts as much as
+PRIOR_SAMPLES of the samples of the rarer class that are ranked neither above nor below all others. So few positives have
+the interval of their counts, and many DeLong's. DeLong's own (Wald) interval holds the truth in 77 % of the draws with 2
+positives at an AUC of .5, in 86 % with 3.
 
-    positives / negatives    on the AUC's own scale    on the logit scale
-    4 / 36                   .65 to .91                .90 to .97
-    10 / 30                  .80 to .93                .94 to .98
-    20 / 80                  .86 to .95                .93 to .96
-    50 / 200                 .91 to .95                .94 to .96
+Coverage of the nominal 95 % in simulation, lowest of true AUC .5, .6, .7, .8, .9, .95, .98 and 10, 40, 200 negatives (3,000
+draws of each, standard error .004; positives and negatives change places without a difference):
 
-Where DeLong's variance is zero or undefined (perfect separation, all scores equal, a class of one sample) the interval
-holds the AUCs that Hanley and McNeil's standard error reconciles with the observed one: wide, rather than of no width.
+    positives                    1     2     3     5     10    20
+    normal scores                .964  .965  .953  .941  .939  .937
+    logistic                     .962  .958  .951  .947  .940  .943
+    exponential                  .929  .933  .932  .931  .939  .941
+    exponential, mirrored        .989  .967  .951  .943  .933  .947
+    normal, positives 1.5 x wide .933  .895  .895  .909  .925  .934
+    normal, positives 2 x wide   .894  .819  .846  .894  .922  .923
 
 Inputs may be numpy arrays, torch tensors on any device, or lists; this module itself needs numpy only.
 """
@@ -169,12 +175,14 @@ def ranking_scores(logits_NC: "Array", *, scale: float) -> np.ndarray:
 
 
 def auc_interval(scores: "Array", labels_N: "Array", *, confidence: float = 0.95) -> AucInterval:
-    """Return the AUC of `scores` and its interval: DeLong's variance, on the logit scale (see the module's docstring).
+    """Return the AUC of `scores` and its interval (see the module's docstring).
 
     Scores are (N,) for two classes, the larger the more class 1, or (N, C) one against the rest as `ranking_scores`
     makes them: then the AUC is the mean over classes, and its variance accounts for the samples being the same.
     All NaN if a score is not finite or a class has no sample.
-    Source: DeLong, DeLong and Clarke-Pearson 1988; computed in O(N log N) as Sun and Xu 2014.
+    Source: DeLong, DeLong and Clarke-Pearson 1988, computed in O(N log N) as Sun and Xu 2014; score interval with Hanley
+    and McNeil's variance: Newcombe 2006, Confidence intervals for an effect size measure based on the Mann-Whitney
+    statistic, part 2, method 5, with the counts themselves and the data's variance.
     """
     values = _float64(scores)
     num_classes = 2 if values.ndim == 1 else values.shape[1]
@@ -231,6 +239,9 @@ def hanley_mcneil_error(auc: float, positives: int, negatives: int) -> float:
     return math.sqrt(max(spread, 0.0) / (positives * negatives))
 
 
+PRIOR_FACTOR, PRIOR_SAMPLES = 1.2, 5
+"""Chosen by simulation, see the module's docstring: without the factor, exponential scores are covered to 91 %."""
+
 SMALLEST_ERROR = 1e-12
 """A standard error below this is rounding: one half-discordant pair among 100,000 samples makes 1e-10."""
 
@@ -266,6 +277,13 @@ class _Curve:
         above_neg = (self.num_neg - self.fp + self.neg / 2) / (self.num_neg * self.num_pos)
         below_pos = (self.tp - self.pos / 2) / (self.num_neg * self.num_pos)
         return np.where(self.positive, above_neg[self.group], below_pos[self.group])
+
+    def between(self) -> int:
+        """Samples, of the class that has fewer such, that are neither above nor below all samples of the other class."""
+        below_pos, above_neg = self.tp - self.pos / 2, self.num_neg - self.fp + self.neg / 2
+        positives = self.pos[(above_neg > 0) & (above_neg < self.num_neg)].sum()
+        negatives = self.neg[(below_pos > 0) & (below_pos < self.num_pos)].sum()
+        return int(min(positives, negatives))
 
     def average_precision(self) -> float:
         return float((self.pos / self.num_pos * self.tp / (self.tp + self.fp)).sum())
@@ -313,27 +331,47 @@ def _variance(placements: np.ndarray, labels: np.ndarray) -> float:
 
 def _interval(curves: list[_Curve], labels: np.ndarray, confidence: float) -> AucInterval:
     auc = _mean(curve.auc() for curve in curves)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    error = math.sqrt(_variance(_placements(curves), labels))
-    if error > SMALLEST_ERROR and 0 < auc < 1:
-        center, half = math.log(auc / (1 - auc)), z * error / (auc * (1 - auc))
-        low, high = ((1 + math.tanh(x / 2)) / 2 for x in (center - half, center + half))
-        return AucInterval(auc, low, high)
-    # the rarest of more than two classes is the least known
-    positives = int(np.bincount(labels).min()) if len(curves) > 1 else curves[0].num_pos
-    negatives = len(labels) - positives
-    return AucInterval(auc, *(_reconcile(auc, end, z, positives, negatives) for end in (0.0, 1.0)))
+    counts = [(curve.num_pos, curve.num_neg) for curve in curves]
+    reach = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(
+        _variance_factor(auc, curves, counts, labels)
+    )
+    low, high = (_reconciled(auc, end, reach, counts) for end in (0.0, 1.0))
+    return AucInterval(auc, low, high)
 
 
-def _reconcile(auc: float, end: float, z: float, positives: int, negatives: int) -> float:
-    """The AUC between `auc` and `end` that lies z of its own Hanley-McNeil errors from `auc`, by bisection."""
+def _variance_factor(
+    auc: float, curves: list[_Curve], counts: list[tuple[int, int]], labels: np.ndarray
+) -> float:
+    """How many times the variance expected from the counts the data's own is, drawn towards PRIOR_FACTOR."""
+    expected = _expected_variance(auc, counts)
+    found = _variance(_placements(curves), labels)
+    if not expected or not found > SMALLEST_ERROR**2:
+        return PRIOR_FACTOR
+    telling = max(0, min(curve.between() for curve in curves) - 1)
+    return (PRIOR_SAMPLES * PRIOR_FACTOR + telling * found / expected) / (PRIOR_SAMPLES + telling)
+
+
+def _expected_variance(auc: float, counts: list[tuple[int, int]]) -> float:
+    """Hanley and McNeil's variance of the mean AUC of several classes against their rest, taken to err together.
+
+    Their formula favours few positives above one half and few negatives below: here the rarer class has the larger of the
+    two terms, so that classes, and rankings, may change places.
+    """
+    return _mean(math.sqrt(_hanley_mcneil(auc, *sorted(pair))) for pair in counts) ** 2
+
+
+def _hanley_mcneil(auc: float, rarer: int, other: int) -> float:
+    q1, q2 = auc / (2 - auc) - auc * auc, 2 * auc * auc / (1 + auc) - auc * auc
+    spread = auc * (1 - auc) + (other - 1) * max(q1, q2) + (rarer - 1) * min(q1, q2)
+    return max(spread, 0.0) / (rarer * other)
+
+
+def _reconciled(auc: float, end: float, reach: float, counts: list[tuple[int, int]]) -> float:
+    """The AUC between `auc` and `end` that lies `reach` of its own expected errors from `auc`, by bisection."""
     near, far = auc, end
     for _ in range(50):
         middle = (near + far) / 2
-        # taken above one half, since the formula favours positives: intervals of opposite rankings mirror each other
-        if abs(middle - auc) < z * hanley_mcneil_error(
-            max(middle, 1 - middle), positives, negatives
-        ):
+        if abs(middle - auc) < reach * math.sqrt(_expected_variance(middle, counts)):
             near = middle
         else:
             far = middle

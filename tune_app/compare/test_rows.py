@@ -74,7 +74,7 @@ def score_test(
     """Score the confirmed variant of the study in `root` on the table's test rows, once; return the record.
 
     Each of its runs scores the test rows with the weights it kept (best.pt). Recorded are every run's AUC, their mean,
-    and the ensemble (mean of the runs' log-odds) with DeLong's interval; the documented settings beside it, with
+    and the ensemble (mean of the runs' log-odds) with its interval; the documented settings beside it, with
     DeLong's paired test, where another variant was confirmed. The record goes to test.json of the search that was
     confirmed, so that a second confirmation does not give a second look. When there is a record it is returned, and
     nothing is scored; with `again` the rows are scored anew and the record says how often that was.

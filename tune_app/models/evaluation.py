@@ -86,7 +86,7 @@ def evaluate(
 ) -> Evaluation:
     """Return the metrics of scaled logits at a given threshold and calibration, with 95 % intervals.
 
-    AUC: DeLong's. Shares of decisions (sensitivity, specificity, accuracy): Wilson's, taking volumes as independent.
+    AUC: the score interval of `trainables.metrics`. Shares of decisions (sensitivity, specificity, accuracy): Wilson's, taking volumes as independent.
     All others: percentiles over resamples of the subjects, whose volumes stay together. `unseen`: calibrated logits and
     decisions that were made for each volume without its subject.
     """
@@ -126,7 +126,7 @@ def evaluate(
             value=_known(plain["auc"]),
             low=_known(plain["auc_low"]),
             high=_known(plain["auc_high"]),
-            interval="DeLong",
+            interval="score",
         )
     }
     if len(np.unique(subjects_N)) < len(subjects_N):

@@ -254,7 +254,7 @@ def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
                         value=record["auc"],
                         low=record["auc_low"],
                         high=record["auc_high"],
-                        interval="DeLong",
+                        interval="score",
                     ),
                     **{
                         name: record[name]

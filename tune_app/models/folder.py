@@ -61,7 +61,7 @@ class Measured(_Part):
     low: float | None = None
     high: float | None = None
     interval: str | None = None
-    """What the interval is: DeLong, Wilson, or bootstrap over subjects."""
+    """What the interval is: score (of an AUC; DeLong in earlier versions), Wilson, or bootstrap over subjects."""
 
 
 class Evaluation(_Part):

@@ -13,8 +13,8 @@ WEIGHTS = ("raw", "ema")
 
 _SCORES = {  # of either network; the ends of an interval keep their place at the end of the name
     "val_auc_{}": "AUC from float32 logit differences",
-    "val_auc_{}_low": "lower end of its 95 % DeLong interval",
-    "val_auc_{}_high": "upper end of its 95 % DeLong interval",
+    "val_auc_{}_low": "lower end of its 95 % interval",
+    "val_auc_{}_high": "upper end of its 95 % interval",
     "val_auprc_{}": "area under the precision-recall curve",
     "val_accuracy_{}": "accuracy of the likelier class",
     "val_balanced_accuracy_{}": "balanced accuracy of the likelier class",
@@ -52,8 +52,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "grad_norm_max": ("float64", "largest finite gradient norm before clipping"),
     "clipped_share": ("float64", "share of updates whose gradient was clipped"),
     "val_auc": ("float64", "validation AUC of the averaged weights: what would be deployed"),
-    "val_auc_low": ("float64", "lower end of its 95 % DeLong interval"),
-    "val_auc_high": ("float64", "upper end of its 95 % DeLong interval"),
+    "val_auc_low": ("float64", "lower end of its 95 % interval"),
+    "val_auc_high": ("float64", "upper end of its 95 % interval"),
     **{
         name.format(weights): (
             "float64",

@@ -442,7 +442,7 @@ def test_the_card_says_what_the_model_is_worth_and_not_for(exported_ensemble: Pa
     auc = info.validation.metrics["auc"]
     for text in (
         "Not for clinical use",
-        f"| AUC | {auc.value:.3f} | {auc.low:.3f} to {auc.high:.3f} | DeLong |",
+        f"| AUC | {auc.value:.3f} | {auc.low:.3f} to {auc.high:.3f} | score |",
         f"{info.threshold:.6g}",
         f"{info.threshold_calibrated:.6g}",
         "Optimistic",
