@@ -48,7 +48,7 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def driver_lock(lock: Path, timeout: float = 0.0) -> AcquireReturnProxy[Any]:
+def driver_lock(lock: Path, timeout: float = 0.0) -> "AcquireReturnProxy[Any]":
     """Return the lock a driver holds, taken within `timeout` seconds, for a `with`. Raises filelock's Timeout.
 
     Only the driver's user may open the file: who may read it could take the lock and so keep the study from running.
