@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+HURRY = ".hurry"
+"""Name of the file in a study's folder that asks its trials for a checkpoint after the epoch they are in."""
 ROOM_S = 86_400.0
 """How long a run waits for room on a full disk: until somebody has slept and looked at it."""
 

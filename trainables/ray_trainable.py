@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ray import tune
 
 from trainables import mps
-from trainables.checkpoints import LogFile, TrialFiles
+from trainables.checkpoints import HURRY, LogFile, TrialFiles
 from trainables.config import RULES, build_config
 from trainables.data.storage import TrialStore, patient
 from trainables.objective import DEFAULT_OBJECTIVE
@@ -290,6 +290,7 @@ def _run(
         keep=keep,
         objective=setting.objective,
         window_end=setting.rules == 1,
+        hurry=(Path(setting.study) / HURRY).exists,
     ):
         alive()
         log.info(

@@ -83,6 +83,7 @@ def saved_run(
     keep: Callable[[], None] | None = None,
     objective: str = DEFAULT_OBJECTIVE,
     window_end: bool = False,
+    hurry: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
@@ -92,7 +93,8 @@ def saved_run(
     best.pt is written while the next epoch runs, and complete before a checkpoint of the same epoch or a later one, before
     the next best.pt, and when the run ends or is closed: a process that is killed in between leaves the one before. On a
     full disk the run waits for room, and calls `waits` meanwhile, from another thread for best.pt. `keep` is called after
-    each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always saved.
+    each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always saved. Where
+    `hurry` says that the run is going to be killed, each epoch is saved.
 
     best.pt holds the weights of the epoch that stands for `objective` (`BestEpoch`, which explains `window_end`): the raw
     network's where the objective is of the raw network, else the averaged ones. A run of rules 1 keeps
@@ -124,7 +126,7 @@ def saved_run(
                     cost_s = CHECKPOINT_TO_BEST * file.wait()
                 worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
                 due = worth_it and result.epoch % checkpoint_epochs == 0
-                if due or result.epoch == config.epochs:
+                if due or result.epoch == config.epochs or hurry():
                     file.wait()
                     state = result.state() | {HELD: weights.held(result.epoch)}
                     cost_s = _save(files.checkpoint, state, waits)

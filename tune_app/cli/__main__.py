@@ -1,5 +1,5 @@
 """`python -m tune_app.cli`."""
 
-from tune_app.cli.app import main
+from tune_app.cli import main
 
 main()

@@ -39,6 +39,7 @@ from tune_app.cli.common import (
     parse_settings,
 )
 from tune_app.cli.data import data_app, weights_app
+from tune_app.driver.stopping import INTERRUPTED, PREEMPTED, Preempted
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -56,8 +57,8 @@ def main() -> None:
     """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(PREEMPTED if isinstance(error, Preempted) else INTERRUPTED)
     except Exception as error:
         if "--debug" in sys.argv or not _is_ours(error):
             raise

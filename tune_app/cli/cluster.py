@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,6 +65,42 @@ WorkersOption = Annotated[
 MountOption = Annotated[
     str, typer.Option("--mount", help="Folder that all nodes share, in the manifest.")
 ]
+GpusOfNodeOption = Annotated[
+    int, typer.Option("--gpus", min=0, help="GPUs of a node, in manifest and batch script.")
+]
+CpusOption = Annotated[
+    int | None, typer.Option("--cpus", min=1, help="CPUs of a node there; default: 8 per GPU.")
+]
+MemoryOption = Annotated[
+    int | None, typer.Option("--memory", min=1, help="GiB of a node there; default: 32 per GPU.")
+]
+RetriesOption = Annotated[
+    int,
+    typer.Option(
+        "--retries", min=0, help="New clusters that KubeRay starts when the job has failed."
+    ),
+]
+SlurmOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--slurm", metavar="FILE", help="Write a Slurm batch script instead; - for stdout."
+    ),
+]
+NodesOption = Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the Slurm job.")]
+TimeOption = Annotated[
+    str, typer.Option("--time", help="Time limit of the Slurm job, which is requeued before it.")
+]
+PartitionOption = Annotated[str | None, typer.Option("--partition", help="Of the Slurm job.")]
+AccountOption = Annotated[str | None, typer.Option("--account", help="Of the Slurm job.")]
+ExclusiveOption = Annotated[
+    bool, typer.Option("--exclusive", help="Whole nodes for the Slurm job alone.")
+]
+SetupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--setup", help="First line of the Slurm job, such as `source venv/bin/activate`."
+    ),
+]
 
 
 @app.command()
@@ -78,10 +115,18 @@ def submit(
     kuberay: KuberayOption = None,
     image: ImageOption = None,
     workers: WorkersOption = 4,
-    gpus: Annotated[
-        int, typer.Option("--gpus", min=0, help="GPUs of a node, in the manifest.")
-    ] = 1,
+    gpus: GpusOfNodeOption = 1,
+    cpus: CpusOption = None,
+    memory: MemoryOption = None,
     mount: MountOption = "/shared",
+    retries: RetriesOption = 0,
+    slurm: SlurmOption = None,
+    nodes: NodesOption = 1,
+    time_limit: TimeOption = "24:00:00",
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    exclusive: ExclusiveOption = False,
+    setup: SetupOption = None,
 ) -> None:
     """Run a study on a Ray cluster: send code and spec, follow the log, return its exit code. Ctrl-C detaches.
 
@@ -89,16 +134,29 @@ def submit(
     nodes see; no data is sent.
     """
     from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
+    from tune_app.cluster.slurm import Allocation, slurm_script
     from tune_app.cluster.submit import build_submission
+
+    share = max(1, gpus)
+    node: dict[str, Any] = {
+        "gpus": gpus,
+        "cpus": cpus or 8 * share,
+        "memory_gib": memory or 32 * share,
+    }
+
+    of_slurm: dict[str, Any] = {"nodes": nodes, "time": time_limit, "partition": partition}
+    of_slurm |= {"account": account, "exclusive": exclusive, "setup": setup, "image": image}
+    of_slurm |= {"mount": mount if image else None, "symmetric": _has_symmetric_run()}
 
     def send(spec: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
+        if slurm or kuberay:
+            _refuse_retries(retry_failed)
+        if slurm:
+            _write_text(slurm, slurm_script(spec, place, Allocation(**node, **of_slurm)))
+            return 0
         if kuberay:
-            if retry_failed:
-                raise typer.BadParameter(
-                    "--retry-failed is for one job: a manifest would have each of its starts do that"
-                )
-            cluster = Cluster(max_workers=workers, gpus=gpus, mount=mount)
+            cluster = Cluster(**node, max_workers=workers, mount=mount, retries=retries)
             cluster = replace(cluster, image=image) if image else cluster
             _write_text(kuberay, kuberay_manifest(spec, place, cluster))
             return 0
@@ -125,6 +183,20 @@ def submit(
         elsewhere.reset(token)
 
 
+def _refuse_retries(retry_failed: bool) -> None:
+    if retry_failed:
+        raise typer.BadParameter(
+            "--retry-failed is for one job: a file would have each of its starts do that"
+        )
+
+
+def _has_symmetric_run() -> bool:
+    """Whether the Ray installed here has `ray symmetric-run`; asked without loading Ray."""
+    ray = find_spec("ray")
+    places = ray.submodule_search_locations if ray is not None else None
+    return any((Path(place) / "scripts" / "symmetric_run.py").is_file() for place in places or ())
+
+
 def _place(root: Path) -> str:
     from tune_app.cluster.submit import cluster_place
 
@@ -142,13 +214,14 @@ def _send(
     retry_failed: bool,
 ) -> int:
     from tune_app.cluster.jobs import ENDED, Jobs
-    from tune_app.cluster.submit import build_submission
+    from tune_app.cluster.submit import build_submission, refuse_other_settings
 
     jobs = Jobs(address, allow_open=allow_open)
     earlier = jobs.of_study(place)
     running = [job for job in earlier if str(job.status.value) not in ENDED]
     if running:
         job_id = running[-1].submission_id
+        refuse_other_settings(spec, job_id, running[-1].metadata or {})
         err.print(
             f"{place} is running already, as {job_id}: nothing is sent",
             soft_wrap=True,
@@ -179,9 +252,10 @@ def _follow(jobs: Any, job_id: str) -> int:
         return 130
     job = jobs.find(job_id)
     if code:
-        err.print(
-            f"{job_id} {job.status.value.lower()}: {job.message}", soft_wrap=True, markup=False
-        )
+        # Ray's message of a driver that ran repeats the end of its log, which has been shown.
+        ran = job.driver_exit_code is not None
+        why = f"exit code {job.driver_exit_code}" if ran else job.message
+        err.print(f"{job_id} {job.status.value.lower()}: {why}", soft_wrap=True, markup=False)
     return code
 
 

@@ -54,8 +54,18 @@ MpsOption = Annotated[
     typer.Option("--mps", help="CUDA MPS for trials that share a GPU: auto, on or off."),
 ]
 ConcurrentOption = Annotated[int | None, typer.Option("--max-concurrent", help="Trials at a time.")]
+WaitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
+    ),
+]
 AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Ray cluster; none starts a local Ray.")
+    str | None,
+    typer.Option(
+        "--address",
+        help="Ray cluster: HOST:PORT, auto, or local; default: RAY_ADDRESS, else a Ray of its own.",
+    ),
 ]
 RetryOption = Annotated[
     bool,

@@ -19,6 +19,7 @@ from tune_app.cli.common import (
     OutOption,
     RetryOption,
     SetOption,
+    WaitOption,
     WeightsOption,
     elsewhere,
     err,
@@ -56,12 +57,6 @@ WarmStartFromOption = Annotated[
 LogOption = Annotated[
     str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
 ]
-WaitForResourcesSOption = Annotated[
-    float | None,
-    typer.Option(
-        "--wait-for-resources", help="Seconds to wait for a cluster that scales itself up."
-    ),
-]
 GoOnOption = Annotated[
     bool, typer.Option("--resume", help="Go on where --out holds this very study.")
 ]
@@ -85,7 +80,7 @@ def run(
     disk_budget: DiskBudgetOption = None,
     warm_start_from: WarmStartFromOption = None,
     log: LogOption = None,
-    wait_for_resources_s: WaitForResourcesSOption = None,
+    wait_for_resources_s: WaitOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
@@ -163,7 +158,8 @@ def _run_and_tell(
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
-    from tune_app.driver.run import FAILED_TRIALS, INTERRUPTED, run_study
+    from tune_app.driver.run import FAILED_TRIALS, run_study
+    from tune_app.driver.stopping import INTERRUPTED, PREEMPTED
     from tune_app.report.summary import print_summary
 
     place = url_of(root) or root
@@ -179,7 +175,7 @@ def _run_and_tell(
         retry_failed=retry_failed,
     )
     print_summary(root, out)
-    if outcome.exit_code == INTERRUPTED:
+    if outcome.exit_code in (INTERRUPTED, PREEMPTED):
         err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
     elif outcome.exit_code == FAILED_TRIALS:
         err.print(
@@ -229,6 +225,7 @@ def ablate(
     gpus_per_trial: GpusOption = None,
     mps: MpsOption = None,
     max_concurrent: ConcurrentOption = None,
+    wait_for_resources_s: WaitOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
     cache: CacheOption = None,
@@ -245,6 +242,7 @@ def ablate(
         "gpus_per_trial": gpus_option(gpus_per_trial),
         "mps": mps,
         "max_concurrent": max_concurrent,
+        "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
     fields = {name: value for name, value in given.items() if value is not None}
@@ -276,6 +274,7 @@ def confirm(
     gpus_per_trial: GpusOption = None,
     mps: MpsOption = None,
     max_concurrent: ConcurrentOption = None,
+    wait_for_resources_s: WaitOption = None,
     out_folder: Annotated[
         Path | None,
         typer.Option(
@@ -307,6 +306,7 @@ def confirm(
         "gpus_per_trial": gpus_option(gpus_per_trial),
         "mps": mps,
         "max_concurrent": max_concurrent,
+        "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
     fields = {name: value for name, value in given.items() if value is not None}

@@ -58,6 +58,8 @@ def diagnose_machine(
     facts = node_facts(data, study, str(cache) if cache else None, None)
     found = judge_node(facts, node="here")
     found += [_port(port, use) for port, use in ((6379, "a Ray head"), (8265, "Ray's dashboard"))]
+    if "SLURM_JOB_ID" in os.environ:
+        found += judge_allocation(os.environ, _slurm_job(os.environ["SLURM_JOB_ID"]))
     return found
 
 
@@ -129,6 +131,36 @@ def diagnose_cluster(
             found.append(_state_api())
         finally:
             ray.shutdown()
+    return found
+
+
+def _slurm_job(number: str) -> dict[str, str] | None:
+    """What Slurm says of a job, by its own names; None where it does not answer."""
+    asked = ["scontrol", "show", "job", "-o", number]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(word.split("=", 1) for word in told.split() if "=" in word)
+
+
+def judge_allocation(env: Mapping[str, str], job: Mapping[str, str] | None) -> list[Finding]:
+    """What the Slurm job means in which this runs; pure. `job`: what `scontrol show job` says, None for nothing."""
+    number = env["SLURM_JOB_ID"]
+    cpus = env.get("SLURM_CPUS_PER_TASK") or env.get("SLURM_CPUS_ON_NODE") or "all"
+    gpus = [one for one in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    said = f"job {number}, {env.get('SLURM_JOB_NUM_NODES', '1')} nodes, {cpus} CPUs and {len(gpus)} GPUs on this one"
+    found = [Finding("here", "Slurm", "good", said)]
+    if job is None:
+        remedy = "nothing for one run; a job that requeues itself needs scontrol on its nodes"
+        found.append(Finding("here", "requeue", "look", "scontrol does not answer", remedy))
+    elif job.get("Requeue") != "1":
+        remedy = "sbatch --requeue, as `medtune submit --slurm` writes it"
+        said = f"no: preempted, job {number} ends for good"
+        found.append(Finding("here", "requeue", "look", said, remedy))
+    else:
+        said = f"yes, {job.get('Restarts', '0')} times so far; time limit {job.get('TimeLimit')}"
+        found.append(Finding("here", "requeue", "good", said))
     return found
 
 

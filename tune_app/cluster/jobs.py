@@ -103,6 +103,7 @@ class Jobs:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
+        import aiohttp
         import requests
         from ray.exceptions import AuthenticationError
 
@@ -117,7 +118,7 @@ class Jobs:
             raise JobServerError(
                 f"{self.url} refuses the token of {self.token}: it is another cluster's"
             ) from None
-        except (requests.RequestException, ConnectionError) as error:
+        except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
             raise JobServerError(unreachable(self.url, error)) from None
         except RuntimeError as error:
             raise JobServerError(f"{self.url}: {str(error).strip().splitlines()[-1]}") from None

@@ -31,13 +31,17 @@ class Cluster:
     """Name of the PersistentVolumeClaim (ReadWriteMany) with the data, and with the study unless that is a URL."""
     mount: str = "/shared"
     """Where it is mounted on every node."""
+    retries: int = 0
+    """Times the operator starts a new cluster when the job has failed, whatever its exit code was."""
 
 
 def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
     """Return a KubeRay RayJob (KubeRay 1.5.1 or later) and the ConfigMap with the study, as YAML.
 
-    The head has CPUs only and takes no trials, GPU workers come and go with the trials that wait. A head that is lost
-    is started again up to three times, and goes on with the study. The operator makes the token and its Secret.
+    The head has CPUs only and takes no trials, GPU workers come and go with the trials that wait. The operator makes the
+    token and its Secret. It cannot tell a head that was lost from a study with failed trials (exit code 3) or an error of
+    the user (1), and would start a new cluster for each: so it retries only when asked to; applying the manifest again
+    continues the study.
     """
     study = cluster_place(study)
     _check_seen(spec, study, cluster)
@@ -96,7 +100,7 @@ def _ray_job(name: str, study: str, cluster: Cluster) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {
             "entrypoint": f"medtune {entry_arguments(f'/etc/medtune/{SPEC_FILE}', study)}",
-            "backoffLimit": 3,
+            "backoffLimit": cluster.retries,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "rayClusterSpec": {

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from trainables.data.storage import url_of
 from tune_app.study.errors import SpecError
-from tune_app.study.files import job_name
-from tune_app.study.spec import StudySpec
+from tune_app.study.files import differing_fields, job_name
+from tune_app.study.spec import StudySpec, build_spec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 KINDS = (".py", ".html", ".css", ".js")
@@ -31,6 +31,9 @@ KINDS = (".py", ".html", ".css", ".js")
 
 SPEC_FILE = "study.json"
 """Name of the resolved spec in what is sent."""
+
+SETTINGS = "medtune_settings"
+"""Name of a job's metadata that holds the resolved spec."""
 
 LIMIT_MIB = 100
 """Ray's own limit for a working directory in its documentation; some versions take more."""
@@ -103,8 +106,24 @@ def build_submission(
             pack_code(source or Path(__file__).parents[2], {SPEC_FILE: spec_text(spec)})
         ),
         runtime_env=_runtime_env(pip),
-        metadata={"medtune_study": study, "medtune_spec": spec.hash()},
+        metadata={
+            "medtune_study": study,
+            "medtune_spec": spec.hash(),
+            SETTINGS: json.dumps(json.loads(spec_text(spec))),
+        },
     )
+
+
+def refuse_other_settings(asked: StudySpec, job: str, metadata: Mapping[str, str]) -> None:
+    """Raise SpecError that names the settings in which `asked` differs from what the running `job` was sent with."""
+    if SETTINGS not in metadata:  # sent by an earlier version
+        return
+    there = build_spec(json.loads(metadata[SETTINGS]))
+    if differ := differing_fields(there, asked, StudySpec.model_fields):
+        raise SpecError(
+            f"{job} runs this study with other settings: {'; '.join(differ)}. `medtune jobs stop {job}` ends it; "
+            "then the study can be submitted again"
+        )
 
 
 def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submission:

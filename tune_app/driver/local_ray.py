@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import tempfile
 import threading
@@ -86,16 +87,25 @@ def ray_to_work_with(address: str | None) -> Iterator[OwnRay | None]:
         yield None
         return
     cluster = cluster_address(address)
+    ends = signal.getsignal(signal.SIGTERM)
     if cluster is None:
         with own_ray(log_to_driver=False, logging_level=logging.ERROR) as local:
+            _give_back(signal.SIGTERM, ends)
             yield local
         return
     join(cluster, log_to_driver=False, logging_level=logging.ERROR)
+    _give_back(signal.SIGTERM, ends)
     try:
         yield None
     finally:
         _shut_down_ray()
         _forget_what_ray_keeps()
+
+
+def _give_back(number: int, handler: Any) -> None:
+    """Take a signal back from Ray, whose handler of SIGTERM ends the process without a word to the study."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handler)
 
 
 @contextmanager
@@ -141,9 +151,19 @@ def _place_of_sessions() -> str:
     return place if len(str(Path(place).absolute())) + WITHIN_PLACE <= SOCKET_PATH else "/tmp"
 
 
+def _of_slurm() -> dict[str, int]:
+    """Options for a Ray within a Slurm job: it has the job's CPUs, of a machine that may have more.
+
+    Where Slurm does not bind processes to CPUs, nothing else says so. GPUs are told by CUDA_VISIBLE_DEVICES.
+    """
+    given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
+    return {"num_cpus": int(given)} if "SLURM_JOB_ID" in os.environ and given.isdecimal() else {}
+
+
 def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
+    options = _of_slurm() | options
     os.environ.setdefault(
         "RAY_enable_open_telemetry", "0"
     )  # its exporter's thread outlives each `ray.shutdown`

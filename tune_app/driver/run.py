@@ -47,7 +47,7 @@ from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.rows import driver_lock
 from tune_app.study.spec import StudySpec
 
-DONE, FAILED_TRIALS, INTERRUPTED = 0, 3, 130
+DONE, FAILED_TRIALS = 0, 3
 VERSIONS = (
     "medtune",
     "torch",
@@ -194,14 +194,14 @@ def _run_locked(
             notes.print(f"{plan.text}{shared}", soft_wrap=True)
             with _nothing_left_of(() if resume else made):
                 session.begin(retry_failed=retry_failed)
-            interrupted = session.run(
+            ended_early = session.run(
                 partial(run_trial, setting=setting), plan, local=own_ray is not None
             )
         states = recorder.states()
         if own_ray is not None:
             own_ray.keep = bool(states.get("failed"))
-    if interrupted:
-        return Outcome(INTERRUPTED, states)
+    if ended_early:
+        return Outcome(ended_early, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
 
 

@@ -27,10 +27,17 @@ from tune_app.driver.ray_scheduler import StudyScheduler, trial_name
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan
 from tune_app.driver.searcher import OptunaSearcher
-from tune_app.driver.stopping import STOP_SIGNAL
+from tune_app.driver.stopping import (
+    INTERRUPTED,
+    PREEMPTED,
+    STOP_SIGNAL,
+    TAKEN_AWAY,
+    Preempted,
+    saving_s,
+)
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
-from tune_app.study.files import kept_by
+from tune_app.study.files import StudyFiles, kept_by
 from tune_app.study.policy import Policy, stop_reason
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.requests import TrialRequests, answered_requests
@@ -59,7 +66,7 @@ class StudySession:
         self.epochs = spec.epochs
         self.ranks = 1
         self.fatal: dict[str, str] = {}
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(self.files)
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.policy = Policy(
@@ -73,8 +80,10 @@ class StudySession:
 
     def run(
         self, trainable: Callable[[dict[str, Any]], None], plan: Plan, *, local: bool = True
-    ) -> bool:
-        """Run `trainable` as each trial until every one has ended; True when interrupted. After `begin`.
+    ) -> int:
+        """Run `trainable` as each trial until every one has ended; INTERRUPTED or PREEMPTED before that, else 0.
+
+        After `begin`.
 
         `local`: this Ray is the study's own, and nobody adds a node to it.
         """
@@ -117,12 +126,30 @@ class StudySession:
         try:
             with self.interrupt, lost_processes_told_once():
                 tuner.fit()
+        except Preempted:
+            return PREEMPTED
         except KeyboardInterrupt:
-            return True
+            return INTERRUPTED
         finally:
             searcher.close()
             self.recorder.close()
-        return False
+        return 0
+
+    def saved(self) -> bool:
+        """Whether every running trial has written a checkpoint since it was asked to."""
+        try:
+            asked = self.files.hurry.stat().st_mtime_ns
+        except FileNotFoundError:
+            return True
+        for trial, record in self.recorder.records.items():
+            if record["state"] in ENDED:
+                continue
+            try:
+                if self.files.trial(trial).checkpoint.stat().st_mtime_ns < asked:
+                    return False
+            except FileNotFoundError:
+                return False
+        return True
 
     def scheduler(self) -> StudyScheduler:
         """Return the stopping policy as Tune asks it, joined to the study's records. After `begin`."""
@@ -245,34 +272,68 @@ def watching_only(policy: PolicySpec) -> PolicySpec:
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM from a cluster, or a request to stop: taken between two steps of Tune's loop, a second one at once.
+    """Ctrl-C, a request to stop, or a machine that is taken away: taken between two steps of Tune's loop, a second one at once.
 
     Raised wherever it happens to arrive, a KeyboardInterrupt may land in a destructor or a callback of C code, where it
-    is printed and forgotten. Use as a context; outside the main thread, where no signal arrives, it does nothing.
+    is printed and forgotten. A signal of TAKEN_AWAY leaves trials the time that `saving_s` gives to finish their epochs and
+    write them. Use as a context; outside the main thread, where no signal arrives, it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: StudyFiles) -> None:
+        self.files = files
         self.asked = False
+        self.deadline: float | None = None
+        """Until when trials save their work, on the monotonic clock, once the machine is to be taken away."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL)
-            self._before = {number: signal.signal(number, self._ask) for number in signals}
+            for number in (signal.SIGINT, STOP_SIGNAL, *TAKEN_AWAY):
+                self._before[number] = signal.getsignal(number)
+            self._listen()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self.files.hurry.unlink(missing_ok=True)
 
-    def take(self) -> None:
-        """Raise KeyboardInterrupt if one was asked for."""
+    def _listen(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._preempt if number in TAKEN_AWAY else self._ask)
+
+    def take(self, saved: Callable[[], bool] = lambda: True) -> None:
+        """Raise KeyboardInterrupt if one was asked for; Preempted once `saved` says so, or there is no time left."""
+        if self._before and signal.getsignal(signal.SIGUSR1) != self._preempt:
+            self._listen()  # Tune takes SIGUSR1 for itself as it begins
         if self.asked:
             raise KeyboardInterrupt
+        if self.deadline is None:
+            return
+        if not self.files.hurry.exists():
+            log.warning(
+                "this machine is to be taken away: trials have %.0f s to finish their epochs",
+                max(0.0, self.deadline - time.monotonic()),
+            )
+            self.files.hurry.touch()
+        if time.monotonic() >= self.deadline or saved():
+            raise Preempted
+
+    def leave_if_preempted(self) -> None:
+        """Raise Preempted if the machine is being taken away: what fails now does so because of that."""
+        if self.deadline is not None:
+            raise Preempted
 
     def _ask(self, number: int, frame: object) -> None:
-        self.take()
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
+
+    def _preempt(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise Preempted
+        deadline = time.monotonic() + saving_s(number)
+        self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
 
 
 ANSWER_S = 10.0
@@ -292,7 +353,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.session.interrupt.take()
+        self.session.interrupt.take(self.session.saved)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial_name(trial)
@@ -345,6 +406,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             )
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.session.interrupt.leave_if_preempted()
         name = self.begun(trial)
         self.session.recorder.failed_once(name)
         self.session.display.note(
@@ -363,6 +425,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def failed(self, trial: Any) -> None:
         """Record that the trial has failed for good. Not Tune's own `on_trial_error`, which comes after the searcher's end."""
+        self.session.interrupt.leave_if_preempted()
         name = self.begun(trial)
         reason, text = self._failure_of(trial)
         self._end(name, "failed", reason, error=text)

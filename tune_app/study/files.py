@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoints import TrialFiles, without_nonfinite, write_json
+from trainables.checkpoints import HURRY, TrialFiles, without_nonfinite, write_json
 from trainables.config import RULES
 from trainables.data.storage import is_url
 from trainables.objective import DEFAULT_OBJECTIVE
@@ -87,6 +87,11 @@ class StudyFiles:
     def stop_request(self) -> Path:
         """requests/study.json: the study is to stop."""
         return self.requests / "study.json"
+
+    @property
+    def hurry(self) -> Path:
+        """.hurry: the machine is about to be taken away, and trials write a checkpoint after the epoch they are in."""
+        return self.root / HURRY
 
     def trial_request(self, trial_id: str) -> Path:
         """requests/<trial>.json: the trial is to stop."""
@@ -233,19 +238,24 @@ HOW_ONLY = (
 """Fields that say how a study is run, not what it finds: they may differ when it goes on."""
 
 
+def differing_fields(there: StudySpec, asked: StudySpec, fields: Collection[str]) -> list[str]:
+    """Return a text for each of the `fields` in which two studies differ, with both values; links are followed."""
+    followed = _with_links_followed(asked)
+    return [
+        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
+        for name in StudySpec.model_fields
+        if name in fields
+        and getattr(there, name) not in (getattr(asked, name), getattr(followed, name))
+    ]
+
+
 def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
     """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
 
     How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
     """
     there = files.read_spec()
-    followed = _with_links_followed(asked)
-    differ = [
-        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
-        for name in StudySpec.model_fields
-        if name not in HOW_ONLY
-        and getattr(there, name) not in (getattr(asked, name), getattr(followed, name))
-    ]
+    differ = differing_fields(there, asked, set(StudySpec.model_fields) - set(HOW_ONLY))
     if differ:
         raise SpecError(
             f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"

@@ -20,6 +20,7 @@ from tune_app.cluster.submit import (
     build_submission,
     next_id,
     pinned_requirements,
+    refuse_other_settings,
 )
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, job_name, resumed_spec
@@ -255,7 +256,7 @@ metadata:
   name: medtune-first-6ad55b09
 spec:
   entrypoint: medtune run /etc/medtune/study.json --out /shared/studies/first --resume
-  backoffLimit: 3
+  backoffLimit: 0
   shutdownAfterJobFinishes: true
   ttlSecondsAfterFinished: 600
   rayClusterSpec:
@@ -370,3 +371,15 @@ def test_a_path_that_no_pod_sees_is_refused() -> None:
         SpecError, match=r"data /home/me/table\.csv: no pod sees it; put it below /shared"
     ):
         kuberay_manifest(a_spec(data="/home/me/table.csv"), "/shared/first", Cluster())
+
+
+def test_a_running_job_with_other_settings_is_told_and_the_same_one_is_not() -> None:
+    sent = build_submission(a_spec(), "/shared/studies/first", pip=False)
+    refuse_other_settings(a_spec(), "job-1", sent.metadata)
+    refuse_other_settings(a_spec(seed=7), "job-1", {})
+    with pytest.raises(SpecError) as error:
+        refuse_other_settings(a_spec(seed=7, max_concurrent=2), "job-1", sent.metadata)
+    told = str(error.value)
+    assert "job-1 runs this study with other settings" in told
+    assert "seed is 0 there, 7 was asked for" in told
+    assert "max_concurrent is None there, 2 was asked for" in told

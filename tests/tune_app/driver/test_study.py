@@ -33,6 +33,7 @@ from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, plan_resources
 from tune_app.driver.run import run_study
 from tune_app.driver.session import Interrupt, StudySession, watching_only
+from tune_app.driver.stopping import GRACE_S, TAKEN_AWAY, USR1_GRACE_S, Preempted, saving_s
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line, mend_last_line
@@ -238,9 +239,11 @@ def test_failed_trials_go_on_when_they_are_asked_to(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("blow", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
 def test_an_interrupted_study_says_how_to_go_on_and_does(
-    table: Path, tmp_path: Path, blow: int
+    table: Path, tmp_path: Path, blow: int, code: int
 ) -> None:
     root = tmp_path / "study"
     asked = ["--trials", 1, "--epochs", 25, "--out", root, "--cache", tmp_path / "cache"]
@@ -248,10 +251,15 @@ def test_an_interrupted_study_says_how_to_go_on_and_does(
     wait_for_rows(process, root, 2)
     process.send_signal(blow)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert f"medtune resume {root}" in err
     assert "Traceback" not in err
     assert len(rows_of(root)) < 25
+    files = StudyFiles(root)
+    assert not files.hurry.exists()
+    if blow in TAKEN_AWAY:
+        saved = load_state(files.trial("00000").checkpoint)["epoch"]
+        assert saved >= rows_of(root)[-1]["epoch"], "an epoch that was reported is not repeated"
     if blow == signal.SIGINT:
         finished(medtune("resume", root))
         check_whole(root, trials=1, epochs=25)
@@ -574,9 +582,9 @@ def test_a_study_does_not_move_into_a_folder_of_something_else(
     assert not StudyFiles(tmp_path).spec.exists()
 
 
-def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> None:
+def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with Interrupt() as interrupt:
+    with Interrupt(StudyFiles(tmp_path)) as interrupt:
         interrupt.take()
         signal.raise_signal(
             signal.SIGINT
@@ -584,8 +592,57 @@ def test_an_interrupt_waits_for_a_safe_moment_and_a_second_one_does_not() -> Non
         with pytest.raises(KeyboardInterrupt):
             interrupt.take()
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("blow", TAKEN_AWAY)
+def test_a_machine_that_is_taken_away_leaves_trials_their_time(
+    tmp_path: Path, blow: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(GRACE_S, "3600")
+    files = StudyFiles(tmp_path)
+    with Interrupt(files) as interrupt:
+        interrupt.leave_if_preempted()
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as Tune does when it begins
+        interrupt.take()
+        signal.raise_signal(blow)
+        signal.raise_signal(blow)  # Slurm may send it to the job and to its step
+        interrupt.take(lambda: False)
+        assert files.hurry.exists()
+        with pytest.raises(Preempted):
+            interrupt.leave_if_preempted()
+        with pytest.raises(Preempted):
+            interrupt.take(lambda: True)
+    assert not files.hurry.exists()
+    monkeypatch.setenv(GRACE_S, "0")
+    with Interrupt(files) as interrupt:
+        signal.raise_signal(blow)
+        with pytest.raises(Preempted):
+            interrupt.take(lambda: False)
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "nan", "inf"])
+def test_a_grace_that_is_no_time_is_told(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GRACE_S, given)
+    with pytest.raises(SpecError, match=f"{GRACE_S}={given}: seconds are needed"):
+        saving_s(signal.SIGTERM)
+
+
+def test_the_earlier_signal_has_a_time_of_its_own_and_the_later_one_shortens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(GRACE_S, raising=False)
+    assert saving_s(signal.SIGUSR1) == saving_s(signal.SIGTERM) == 16
+    monkeypatch.setenv(USR1_GRACE_S, "3600")
+    assert (saving_s(signal.SIGUSR1), saving_s(signal.SIGTERM)) == (3586, 16)
+    with Interrupt(StudyFiles(tmp_path)) as interrupt:
+        deadlines = []
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+            deadlines.append(interrupt.deadline)
+    assert deadlines[1] < deadlines[0] - 3000
+    assert deadlines[2] == deadlines[1]
 
 
 def test_variants_are_compared_on_whole_runs() -> None:
