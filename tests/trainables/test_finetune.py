@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainables import finetune as finetune_module
+from trainables import step as step_module
 from trainables.augment import augment_batch
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig, build_config
@@ -24,17 +24,15 @@ from trainables.diagnosis import diagnose
 from trainables.finetune import (
     EpochResult,
     ResumeError,
-    _Run,
-    choose_precision,
+    Run,
     finetune,
-    learning_rate_factor,
-    rank_micro_batches,
-    step_ends,
 )
 from trainables.losses import class_weights, ldam_margins
 from trainables.metrics import score_metrics
 from trainables.network.model import build_network
 from trainables.saved_run import saved_run
+from trainables.schedule import learning_rate_factor, rank_micro_batches, step_ends
+from trainables.step import choose_precision
 
 SIDE = 16
 TIMES = {"epoch_s", "train_s", "validation_s", "volumes_per_s", "peak_memory_gib"}
@@ -106,7 +104,7 @@ def test_an_epoch_equals_the_plain_loop(optimizer: str) -> None:
         }
     )
     assert len(split.train) % 8 not in (0, 4)
-    run = _Run(config, cohort, split, torch.device("cpu"))
+    run = Run(config, cohort, split, torch.device("cpu"))
     reference = build_network(
         depth=10,
         width=0.125,
@@ -168,8 +166,8 @@ def test_the_clip_threshold_is_in_true_units_whatever_the_loss_scale() -> None:
     config = build_config(TINY | {"epochs": 1, "optimizer": "sgd", "grad_clip": 0.5})
     weights = []
     for scale in (1.0, 1024.0):  # a power of two: scaling is exact
-        run = _Run(config, cohort, split, torch.device("cpu"))
-        run.loss_scale.fill_(scale)
+        run = Run(config, cohort, split, torch.device("cpu"))
+        run.step.loss_scale.fill_(scale)
         row = run.train_one_epoch(None)
         assert row["clipped_share"] > 0, "nothing was clipped, so the test shows nothing"
         weights.append(torch.cat([p.detach().flatten() for p in run.network.parameters()]))
@@ -183,7 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
     config = build_config(
         TINY | {"epochs": 1, "batch_size": len(split.train), "gradient_accumulation_steps": 1}
     )
-    run = _Run(config, cohort, split, torch.device("cpu"))
+    run = Run(config, cohort, split, torch.device("cpu"))
     before = {
         key: value.clone()
         for key, value in run.network.state_dict().items()
@@ -277,7 +275,7 @@ def test_frozen_stages_keep_weights_and_statistics_and_thaw_in_order() -> None:
     config = build_config(
         TINY | {"epochs": 4, "freeze_backbone_epochs": 1, "unfreeze_stage_epochs": 1}
     )
-    run = _Run(config, cohort, split, torch.device("cpu"))
+    run = Run(config, cohort, split, torch.device("cpu"))
 
     def backbone() -> dict[str, torch.Tensor]:
         return {key: value.clone() for key, value in run.network.backbone.state_dict().items()}
@@ -353,7 +351,7 @@ def test_augmentation_knows_the_spacing_of_the_voxels(monkeypatch: pytest.Monkey
         seen.append(tuple(spacing))
         return augment_batch(volumes, spacing=spacing, **given)
 
-    monkeypatch.setattr(finetune_module, "augment_batch", spy)
+    monkeypatch.setattr(step_module, "augment_batch", spy)
     cohort = ball_cohort(16, positive=6)
     for spacing, rules in [((1.0, 1.0, 3.0), 2), (None, 2), ((1.0, 1.0, 3.0), 1)]:
         config = build_config(TINY | {"epochs": 1, "spacing_mm": spacing})
@@ -534,18 +532,18 @@ GPU_RUN = {
 
 def gpu_trajectory(
     settings: dict[str, object], *, graphs: bool, at_once: int | None = None
-) -> tuple[np.ndarray, _Run]:
+) -> tuple[np.ndarray, Run]:
     """Losses of all steps: 6 full ones and a partial one an epoch; stages thaw in epoch 2, DRW begins in epoch 3."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cohort = ball_cohort(81, positive=30, side=64)
     split = split_of(cohort)
-    run = _Run(build_config(GPU_RUN | settings), cohort, split, torch.device("cuda"), graphs=graphs)
+    run = Run(build_config(GPU_RUN | settings), cohort, split, torch.device("cuda"), graphs=graphs)
     if at_once is not None:
-        run.at_once = at_once
+        run.step.at_once = at_once
     losses = []
     for _ in range(4):
         run.epoch += 1
-        losses.append(run.train_part()[0])
+        losses.append(run.train_part().losses_S)
     return np.concatenate(losses), run
 
 
@@ -560,7 +558,7 @@ def test_captured_steps_equal_eager_ones_through_thawing_reweighting_and_partial
     settings: dict[str, object] = {"optimizer": optimizer, "amp": amp}
     eager, _ = gpu_trajectory(settings, graphs=False)
     captured, run = gpu_trajectory(settings, graphs=True)
-    assert run.graph is not None
+    assert run.step.graph is not None
     np.testing.assert_allclose(captured, eager, rtol=tolerance)
     skipped = len(captured) - int(run.average.updates)
     assert skipped <= (3 if amp == "fp16" else 0), (
@@ -579,7 +577,7 @@ def test_micro_batches_together_equal_one_after_the_other_on_a_gpu() -> None:
     }
     apart, _ = gpu_trajectory(settings, graphs=False, at_once=1)
     together, run = gpu_trajectory(settings, graphs=True, at_once=2)
-    assert max(part.groups for parts in run.passes.values() for part in parts) == 2
+    assert max(part.groups for parts in run.step.passes.values() for part in parts) == 2
     np.testing.assert_allclose(together, apart, rtol=5e-3)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from trainables.config import FineTuneConfig
-from trainables.finetune import _Run
+from trainables.finetune import Run
 from tune_app.bench.train import BenchError, bench_config, machine_facts, made_cohort
 
 MEASURED_EPOCHS = 5
@@ -104,7 +104,7 @@ def _rank(
         )
     step_size = config.batch_size * config.gradient_accumulation_steps * world
     cohort, split = made_cohort(config, steps * step_size)
-    run = _Run(config, cohort, split, device)
+    run = Run(config, cohort, split, device)
     first = run.train_one_epoch(None)["epoch_s"]
     rates = [run.train_one_epoch(None)["volumes_per_s"] for _ in range(MEASURED_EPOCHS)]
     rate = statistics.median(rates)
@@ -112,7 +112,7 @@ def _rank(
         row = {
             "volumes_per_s": rate,
             "ms_per_step": 1e3 * step_size / rate,
-            "captured": run.graph is not None,
+            "captured": run.step.graph is not None,
             "first_epoch_s": first,
         }
         answers.put(row | {"slowest": min(rates), "fastest": max(rates)})

@@ -400,9 +400,9 @@ def _scorer(
     import torch
 
     from trainables.data.resident import Volumes
-    from trainables.finetune import choose_precision
     from trainables.losses import logit_scale
     from trainables.metrics import ranking_scores
+    from trainables.step import choose_precision
 
     precision = choose_precision(config.amp, device)
     half = precision.dtype is not torch.float32

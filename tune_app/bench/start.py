@@ -30,7 +30,7 @@ from torch.multiprocessing.spawn import spawn
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
-from trainables.finetune import _Run
+from trainables.finetune import Run
 from trainables.training_thread import in_training_thread
 from tune_app.bench.train import BenchError, bench_config, machine_facts, made_cohort
 
@@ -140,7 +140,7 @@ def _run(
     config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
 ) -> dict[str, float]:
     started = time.perf_counter()
-    run = _Run(config, cohort, split, device)
+    run = Run(config, cohort, split, device)
     set_up_s = time.perf_counter() - started
     first, *later = (run.train_one_epoch(None)["epoch_s"] for _ in range(1 + LATER))
     run.put_away()

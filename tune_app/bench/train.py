@@ -36,7 +36,7 @@ from trainables.data.folds import Split
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
-from trainables.finetune import _Run
+from trainables.finetune import Run
 from trainables.network.model import configured_network
 from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 from tune_app.synthetic import write_cohort
@@ -276,21 +276,21 @@ def _ours(
 ) -> dict[str, Any]:
     _reset_peak(device)
     started = time.perf_counter()
-    run = _Run(config, cohort, split, device, graphs=graphs)
+    run = Run(config, cohort, split, device, graphs=graphs)
     first = run.train_one_epoch(None)
     started_up = time.perf_counter() - started
     epochs = [run.train_one_epoch(None) for _ in range(3)]
     peak = epochs[-1]["peak_memory_gib"]
     rate = statistics.median(row["volumes_per_s"] for row in epochs)
-    profile = _profile(run.train_part, run.steps_per_epoch, device)
+    profile = _profile(run.train_part, run.schedule.steps_per_epoch, device)
     return {
         **_rates(rate, config, profile),
         "peak_memory_gib": peak,
         "start_up_s": started_up,
         "first_epoch_s": first["epoch_s"],
         "validation_volumes_per_s": 2 * len(split.val) / epochs[-1]["validation_s"],
-        "micro_batches_at_once": run.at_once,
-        "precision": run.precision.name,
+        "micro_batches_at_once": run.step.at_once,
+        "precision": run.step.precision.name,
     }
 
 

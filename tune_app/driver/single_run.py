@@ -14,9 +14,10 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.diagnosis import diagnose
-from trainables.finetune import choose_precision, finetune
+from trainables.finetune import finetune
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
+from trainables.step import choose_precision
 from tune_app.driver.local_ray import keep_strangers_out
 from tune_app.study.epoch_text import HEADER, epoch_line
 

@@ -22,7 +22,7 @@ from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
-from trainables.finetune import choose_precision, finetune
+from trainables.finetune import finetune
 from trainables.network.model import configured_network
 from trainables.network.pretext import (
     TENTHS,
@@ -36,6 +36,7 @@ from trainables.network.pretext import (
 from trainables.network.weights import inspect_weights, save_medicalnet
 from trainables.own_folder import fresh_own, remove_own
 from trainables.saved_run import saved_run
+from trainables.step import choose_precision
 from tune_app.study.epoch_text import HEADER, epoch_line
 
 PRETEXT_DEFAULTS: dict[str, Scalar] = {
