@@ -1,8 +1,10 @@
 """Small studies under a killer: `make chaos ROUNDS=50`, and one round in the test suite.
 
 A round is one study of real trials in a process of its own. At random, seeded moments the killer takes one of its
-processes: the driver, a trial's actor, a rank, a raylet, with SIGKILL, or with SIGSTOP and for good, or for seconds.
-A driver that ends is started again with `medtune resume`, until the study is done. Then what must hold is checked:
+processes: the driver, a trial's actor, a rank, a raylet, with SIGKILL, or with SIGSTOP and for good, or for seconds. It
+preempts the driver (SIGTERM). In some rounds the study is in object storage, which stops answering for a minute; in some
+its trials run on a Ray cluster whose head is killed. A driver that ends is started again until the study is done. Then
+what must hold is checked:
 
 * every trial ended by completion or a logged stop, Optuna says the same, and each epoch from 1 to the last is there once;
 * no fault cost more than one epoch of work;
@@ -11,6 +13,8 @@ A driver that ends is started again with `medtune resume`, until the study is do
 """
 
 import argparse
+import logging
+import math
 import os
 import random
 import shutil
@@ -21,19 +25,22 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import optuna
 import psutil
 import yaml
+from cluster_runs import make_cluster
+from object_storage import BUCKET, s3_server
 
 from trainables.checkpoints import load_state
 from tune_app.results.loading import load_study
-from tune_app.study.files import StudyFiles
+from tune_app.study.copies import fetch_study
+from tune_app.study.files import StudyFiles, job_name
 from tune_app.study.policy import Policy
 from tune_app.study.rows import read_rows
 from tune_app.synthetic import write_cohort
@@ -70,8 +77,10 @@ VICTIMS: dict[str, Callable[[list[str]], bool]] = {
 }
 """Whom the killer takes -> whether a command line is such a process."""
 
-HOW = ("kill", "freeze", "pause")
-"""kill: SIGKILL; freeze: SIGSTOP for good; pause: SIGSTOP, and SIGCONT seconds later."""
+HOW = ("kill", "freeze", "pause", "preempt", "outage")
+"""kill: SIGKILL; freeze: SIGSTOP for good; pause: SIGSTOP, and SIGCONT seconds later; preempt: SIGTERM; outage: no answer."""
+OUTAGE_S = 60.0
+"""Seconds for which object storage does not answer."""
 
 
 @dataclass
@@ -85,6 +94,8 @@ class Fault:
     done: bool = False
     lost: int = 0
     """Whole epochs, reported already, that had to be trained again; the largest of any trial."""
+    left_s: float | None = None
+    """Seconds from a preemption to the driver's end."""
 
     @property
     def name(self) -> str:
@@ -98,6 +109,8 @@ class Round:
     seed: int
     ranks: int
     faults: list[Fault]
+    place: str = "here"
+    """here: in a folder, with a Ray of its own; storage: in object storage; cluster: in a folder, on a Ray cluster."""
     starts: int = 0
     seconds: float = 0.0
     trials: Counter[str] = field(default_factory=Counter)
@@ -111,12 +124,20 @@ class Round:
         )
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.trials.items()))
         end = "; ".join(self.problems) or "all holds"
-        return f"seed {self.seed}, {self.ranks} rank(s): {told}; {self.starts} starts, {states}, {self.seconds:.0f} s: {end}"
+        return f"seed {self.seed}, {self.place}, {self.ranks} rank(s): {told}; {self.starts} starts, {states}, {self.seconds:.0f} s: {end}"
 
 
 def plan_round(seed: int) -> Round:
     """Return what is to happen in the round of this seed."""
     rng = random.Random(seed)
+    if seed % 5 == 4:
+        faults = [Fault("storage", "outage", rng.uniform(8.0, 20.0))]
+        if rng.random() < 0.5:
+            faults.append(Fault("driver", rng.choice(("kill", "preempt")), rng.uniform(0.5, 8.0)))
+        return Round(seed, 1, faults, "storage")
+    if seed % 7 == 6:
+        faults = [Fault("head", "kill", rng.uniform(5.0, 20.0))]
+        return Round(seed, 1, faults, "cluster")
     ranks = 2 if seed % 3 == 2 else 1
     whom = ["driver", "actor", "raylet"] + (["rank", "rank"] if ranks > 1 else [])
     faults = []
@@ -124,7 +145,7 @@ def plan_round(seed: int) -> Round:
         who = rng.choice(whom)
         # For good only where something is there to notice: nobody watches over a frozen driver but its user.
         how = rng.choice(
-            ("kill", "kill", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause")
+            ("kill", "preempt", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause")
         )
         faults.append(Fault(who, how, rng.uniform(0.5, 12.0)))
     return Round(seed, ranks, faults)
@@ -133,53 +154,149 @@ def plan_round(seed: int) -> Round:
 def run_round(result: Round, table: Path, folder: Path) -> Round:
     """Run a round in `folder`, which it leaves there; returns it with what became of it."""
     began = time.monotonic()
-    study = folder / "study"
     write_study_file(folder / "study.yaml", table, folder / "cache", result)
     tag = f"{os.getpid()}-{result.seed}"
     faults = iter(result.faults)
     fault = next(faults, None)
     finished = False
-    try:
-        while not finished:
-            if time.monotonic() - began > ROUND_S or result.starts > 12:
-                result.problems.append(
-                    f"did not come to its end in {ROUND_S:.0f} s and {result.starts} starts"
-                )
-                break
-            words = (
-                ["resume", study]
-                if (study / "study.json").exists()
-                else ["run", folder / "study.yaml", "--out", study]
-            )
-            driver = start(words, tag, folder / f"driver-{result.starts}.log")
-            result.starts += 1
-            since = time.monotonic()
-            while driver.poll() is None and time.monotonic() - began < ROUND_S:
-                if (
-                    fault is not None
-                    and time.monotonic() - since > fault.after_s
-                    and inflict(fault, tag, study)
-                ):
-                    fault.lost = epochs_lost(study)
-                    fault, since = next(faults, None), time.monotonic()
-                time.sleep(0.05)
-            if driver.poll() is None:
-                driver.kill()
-            driver.wait()
-            finished = driver.returncode == 0
-            left = wait_for_none(tag)
-            if left:
-                result.problems.append(
-                    f"left running after start {result.starts}: {', '.join(left)}"
-                )
-                end_all(tag)
-    finally:
-        end_all(tag)
-    result.seconds = time.monotonic() - began
-    if finished:
-        result.problems += check(study, result)
-    result.problems += leftovers(folder, study)
+    with PLACES[result.place](folder, table) as place:
+        try:
+            while not finished:
+                if time.monotonic() - began > ROUND_S or result.starts > 12:
+                    result.problems.append(
+                        f"did not come to its end in {ROUND_S:.0f} s and {result.starts} starts"
+                    )
+                    break
+                place.ready()
+                words = ["run", folder / "study.yaml", "--resume", *place.words]
+                driver = start(words, tag, folder / f"driver-{result.starts}.log", place.env)
+                result.starts += 1
+                since = time.monotonic()
+                preempted: tuple[Fault, float] | None = None
+                while driver.poll() is None and time.monotonic() - began < ROUND_S:
+                    if (
+                        fault is not None
+                        and time.monotonic() - since > fault.after_s
+                        and (place.inflict(fault) or inflict(fault, tag, place.study))
+                    ):
+                        fault.lost = epochs_lost(place.study)
+                        if fault.how == "preempt":
+                            preempted = fault, time.monotonic()
+                        fault, since = next(faults, None), time.monotonic()
+                    time.sleep(0.05)
+                if driver.poll() is None:
+                    driver.kill()
+                driver.wait()
+                if preempted is not None:
+                    preempted[0].left_s = time.monotonic() - preempted[1]
+                finished = driver.returncode == 0
+                left = wait_for_none(tag)
+                if left:
+                    result.problems.append(
+                        f"left running after start {result.starts}: {', '.join(left)}"
+                    )
+                    end_all(tag)
+            result.seconds = time.monotonic() - began
+            if finished:
+                result.problems += check(place.whole(), result)
+        finally:
+            end_all(tag)
+    result.problems += leftovers(folder, folder / "study")
     return result
+
+
+class Here:
+    """A study in a folder, with a Ray of its own."""
+
+    def __init__(self, folder: Path, table: Path) -> None:
+        self.study = folder / "study"
+        self.words: list[Any] = ["--out", self.study]
+        self.env: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ready(self) -> None:
+        """Bring back what a fault has taken, before a driver starts."""
+
+    def inflict(self, fault: Fault) -> bool:
+        """Do it, if it is a fault of the place and not of a process."""
+        return False
+
+    def whole(self) -> Path:
+        """The study's folder, once it is done."""
+        return self.study
+
+
+class InStorage(Here):
+    """A study in object storage: `study` is the driver's copy."""
+
+    def __init__(self, folder: Path, table: Path) -> None:
+        super().__init__(folder, table)
+        self.url = f"s3://{BUCKET}/{folder.name}"
+        self.study = folder / "home" / "studies" / job_name(self.url)
+        self.copy = folder / "study"
+        self.words = ["--out", self.url]
+        self.server = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.env = self.server.enter_context(s3_server())
+        self.env["MEDTUNE_CACHE"] = str(self.study.parents[1])
+        os.environ.update(self.env)  # for the copy that is checked
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.close()
+        for name in self.env:
+            os.environ.pop(name, None)
+
+    def inflict(self, fault: Fault) -> bool:
+        if fault.who != "storage" or not self.study.exists():
+            return False
+        port = int(self.env["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        self.server.close()
+        time.sleep(OUTAGE_S)
+        self.server.enter_context(s3_server(port))
+        fault.done = True
+        return True
+
+    def whole(self) -> Path:
+        fetch_study(self.url, self.copy)
+        return self.copy
+
+
+class OnCluster(Here):
+    """A study on a Ray cluster of one node, started anew when it has been killed."""
+
+    def __init__(self, folder: Path, table: Path) -> None:
+        super().__init__(folder, table)
+        self.short = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))  # sockets lie below it
+        self.cluster = make_cluster(self.short, table)
+        self.env = self.cluster.env
+        self.words += ["--address", f"127.0.0.1:{self.cluster.port}"]
+
+    def __exit__(self, *_: object) -> None:
+        for node in self.cluster.nodes:
+            node.kill()
+        shutil.rmtree(self.short, ignore_errors=True)
+
+    def ready(self) -> None:
+        if not self.cluster.nodes or self.cluster.nodes[-1].process.poll() is not None:
+            shutil.rmtree(self.short / "r", ignore_errors=True)
+            self.cluster.start_head(cpus=2)
+
+    def inflict(self, fault: Fault) -> bool:
+        if fault.who != "head" or not rows_by_trial(StudyFiles(self.study)):
+            return False
+        self.cluster.nodes[-1].kill()
+        fault.done = True
+        return True
+
+
+PLACES = {"here": Here, "storage": InStorage, "cluster": OnCluster}
 
 
 def write_study_file(path: Path, table: Path, cache: Path, plan: Round) -> None:
@@ -203,14 +320,16 @@ def write_study_file(path: Path, table: Path, cache: Path, plan: Round) -> None:
 # Processes -------------------------------------------------------------------------------------------------------------
 
 
-def start(words: list[Any], tag: str, log: Path) -> subprocess.Popen[bytes]:
+def start(
+    words: list[Any], tag: str, log: Path, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     with log.open("wb") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "tune_app.cli", *map(str, words)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {TAG: tag, "OMP_NUM_THREADS": "1"},
+            env=os.environ | dict(env or {}) | {TAG: tag, "OMP_NUM_THREADS": "1"},
         )
 
 
@@ -234,6 +353,7 @@ def inflict(fault: Fault, tag: str, study: Path) -> bool:
             words = process.cmdline()
             if (
                 words
+                and fault.who in VICTIMS
                 and VICTIMS[fault.who](words)
                 and (fault.how != "freeze" or process.create_time() + 3.0 < begun)
             ):
@@ -244,6 +364,8 @@ def inflict(fault: Fault, tag: str, study: Path) -> bool:
     with suppress(psutil.Error):
         if fault.how == "kill":
             victim.kill()
+        elif fault.how == "preempt":
+            victim.terminate()
         else:
             victim.suspend()
             if fault.how == "pause":
@@ -344,7 +466,8 @@ def check(root: Path, result: Round) -> list[str]:
         problems.append(f"the policy stopped {sorted(stopped)}, the records say otherwise")
 
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-    if size > BUDGET_GIB * 2**30:
+    # The storage keeps the weights of trials that the budget has removed from the driver's machine.
+    if size > BUDGET_GIB * 2**30 and result.place != "storage":
         problems.append(f"{size / 2**20:.1f} MiB on disk, the budget is {BUDGET_GIB * 1024:.1f}")
     problems += [
         f"{fault.name}: {fault.lost} epochs lost" for fault in result.faults if fault.lost > 1
@@ -381,6 +504,7 @@ def summary(rounds: list[Round]) -> str:
     faults = [fault for result in rounds for fault in result.faults if fault.done]
     kinds = Counter(fault.name for fault in faults)
     lost = Counter(fault.lost for fault in faults)
+    left = [fault.left_s for fault in faults if fault.left_s is not None]
     good = sum(not result.problems for result in rounds)
     return "\n".join(
         [
@@ -390,6 +514,7 @@ def summary(rounds: list[Round]) -> str:
             + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
             "whole epochs lost by a fault: "
             + ", ".join(f"{n} by {count}" for n, count in sorted(lost.items())),
+            f"preempted drivers ended within {max(left, default=math.nan):.1f} s",
         ]
     )
 
@@ -409,6 +534,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     rounds = []
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request to the storage
     with tempfile.TemporaryDirectory(prefix="medtune-chaos-") as name:
         table = write_cohort(Path(name) / "cohort", subjects=40, side=(14, 18))
         for seed in range(options.seed, options.seed + options.rounds):

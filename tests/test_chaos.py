@@ -48,6 +48,9 @@ def test_rounds_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
         "freeze actor",
         "freeze rank",
         "pause driver",
+        "preempt driver",
+        "outage storage",
+        "kill head",
     }
 
 

@@ -141,11 +141,11 @@ def _head(spec: StudySpec, study: str, given: Allocation) -> str:
     return f"""\
 {given.setup or "# No --setup was given: medtune is on the PATH."}
 set -u
-export work="/tmp/medtune-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"   # short: sockets lie below it
 export MEDTUNE_USR1_GRACE_S={lead - lead // CLOSING}
 unset RAY_ADDRESS
 umask 077
-mkdir -m 700 "$work" || exit 1
+work=$(mktemp -d "/tmp/medtune-$SLURM_JOB_ID-XXXX") || exit 1   # a short path: sockets are below it
+export work
 study={shlex.quote(study)}
 {run}
 driver= ray= token= code=1 again=

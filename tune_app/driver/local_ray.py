@@ -124,7 +124,7 @@ def own_ray(**options: Any) -> Iterator[OwnRay]:
     try:
         _start_ray(folder, options)
         yield local
-    except BaseException:
+    except Exception:
         local.keep = True
         raise
     finally:
