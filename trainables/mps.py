@@ -451,8 +451,8 @@ def _end_daemons(folder: Path) -> None:
 
 
 def _processes_of(folder: Path) -> Iterator[int]:
-    """Daemons and servers that were started for a folder below `folder`."""
-    marks = [f"{PIPES}={generation / 'pipe'}".encode() for generation in _generations(folder)]
+    """Daemons and servers that were started for a folder below `folder`, also one that was removed since."""
+    mark = os.fsencode(f"{PIPES}={folder}/")
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -461,7 +461,8 @@ def _processes_of(folder: Path) -> Iterator[int]:
             named = any(
                 Path(os.fsdecode(word)).name.startswith("nvidia-cuda-mps") for word in words
             )
-            if named and set(marks) & set((entry / "environ").read_bytes().split(b"\0")):
+            variables = (entry / "environ").read_bytes().split(b"\0") if named else []
+            if any(variable.startswith(mark) for variable in variables):
                 yield int(entry.name)
 
 
@@ -498,8 +499,17 @@ def _start_keeper(folder: Path) -> None:
 def _keep(folder: Path) -> None:
     """Wait until no process holds the folder's `users`, then end its daemons and remove it."""
     while True:
-        with (folder / "users").open("a") as users:
+        with contextlib.ExitStack() as files:
+            try:
+                users = files.enter_context((folder / "users").open("a"))
+            except FileNotFoundError:
+                _end_daemons(folder)
+                return
             fcntl.flock(users, fcntl.LOCK_EX)
+            if not _is_still(users, folder / "users"):
+                if not folder.exists():  # someone has cleaned up temporary files
+                    _end_daemons(folder)
+                return  # else there is a new keeper, which ends all of the folder's daemons
             with (folder / "lock").open("a") as lock:
                 # Who holds the lock is about to join, and waits for `users`.
                 if _try_lock(lock, fcntl.LOCK_EX):

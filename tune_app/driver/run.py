@@ -24,7 +24,7 @@ from filelock import Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.storage import absolute, url_of
@@ -35,7 +35,7 @@ from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.driver.loggers import log_callbacks
-from tune_app.driver.packing import measure_packing, pick_packing
+from tune_app.driver.packing import packing_for
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
 from tune_app.driver.session import RAY_FILES, StudySession, log
@@ -161,8 +161,7 @@ def _run_locked(
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
         ray_to_work_with(address) as own_ray,
     ):
-        if spec.gpus_per_trial == "auto":
-            spec = _with_measured_packing(spec, base, cohort, notes)
+        spec = _packed(spec, cohort, sharing, notes)
         plan, resources = await_resources(spec, notes)
         budget = plan_budget(spec, plan.concurrent)
         if not resume:
@@ -299,17 +298,29 @@ def _pretrained_problems(configs: Sequence[FineTuneConfig]) -> list[str]:
     return pretrained_problems(configs)
 
 
-def _with_measured_packing(
-    spec: StudySpec, base: FineTuneConfig, cohort: Path, notes: Any
-) -> StudySpec:
-    """Return `spec` with the number of trials a GPU that gives the highest total throughput."""
-    if not ray.cluster_resources().get("GPU"):
-        raise SpecError("gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs")
-    totals = measure_packing(base, absolute(spec.data), str(cohort))
-    number = pick_packing(totals)
-    told = ", ".join(f"{count} at once {total:.0f}" for count, total in totals.items())
-    notes.print(f"packing: {number} trials a GPU (volumes a second in all: {told})", soft_wrap=True)
-    return spec.model_copy(update={"gpus_per_trial": 1 / number})
+def _packed(spec: StudySpec, cohort: Path, sharing: GpuSharing, notes: Any) -> StudySpec:
+    """Return `spec` with the number of trials per GPU settled, where the user left that open and there are GPUs."""
+    resources = dict(ray.cluster_resources())
+    if not resources.get("GPU"):
+        if spec.gpus_per_trial == "auto":
+            raise SpecError(
+                "gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"
+            )
+        return spec
+    if spec.gpus_per_trial not in (None, "auto") or (spec.ranks or 1) > 1:
+        return spec
+    sharing.standing(0.5)  # probes join what trials will
+    cache = Path(spec.cache or default_cache())
+    try:
+        packing = packing_for(spec, absolute(spec.data), cohort, resources, cache)
+    except ray.exceptions.RayError as error:
+        if spec.gpus_per_trial == "auto":
+            raise
+        told = str(error).strip().splitlines()[-1]
+        log.warning("one trial per GPU: how many fit could not be measured: %s", told)
+        return spec.model_copy(update={"gpus_per_trial": 1.0})
+    notes.print(packing.text, soft_wrap=True)
+    return spec.model_copy(update={"gpus_per_trial": 1 / packing.number})
 
 
 # A session -------------------------------------------------------------------------------------------------------------

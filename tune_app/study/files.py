@@ -261,6 +261,6 @@ def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
             f"{files.root}: holds another study: {'; '.join(differ)}. Name another folder with --out"
         )
     how = {name: getattr(asked, name) for name in HOW_ONLY}
-    if asked.gpus_per_trial == "auto":
+    if asked.gpus_per_trial in (None, "auto"):
         how["gpus_per_trial"] = there.gpus_per_trial  # measured when it began
     return there.model_copy(update=how)

@@ -69,7 +69,8 @@ class StudySpec(BaseModel):
     policy: PolicySpec = Field(default_factory=PolicySpec)
     """When trials are stopped early."""
     gpus_per_trial: float | Literal["auto"] | None = None
-    """GPUs of one trial; a fraction shares one GPU. None: one where there are GPUs, else none."""
+    """GPUs of one trial; a fraction shares one GPU. None: where there are GPUs, as many trials share one as train fastest
+    together (`auto`, measured once for each kind of GPU and configuration), else none."""
     mps: Literal["auto", "on", "off"] = "auto"
     """Whether trials that share a GPU run side by side under CUDA MPS: auto where that is possible, else in turns; on makes it
     an error where it is not."""

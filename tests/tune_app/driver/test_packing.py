@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -12,7 +13,20 @@ from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.volumes import Recipe, prepare_cohort
 from trainables.ray_trainable import wait_for_device_memory
-from tune_app.driver.packing import Window, measure_together, pick_packing, total_throughput
+from tune_app.driver import packing
+from tune_app.driver.packing import (
+    Memory,
+    Packing,
+    Window,
+    heaviest,
+    measure_packing,
+    most_of_use,
+    most_that_fit,
+    packing_for,
+    pick_packing,
+    total_throughput,
+)
+from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
 GIB = 2**30
@@ -50,7 +64,7 @@ def ray_cpus() -> Iterator[None]:
 
 
 def window(began: float, ended: float) -> Window:
-    return Window(began, ended, volumes=100, memory_gib=1.0, total_gib=80.0)
+    return Window(began, ended, volumes=100)
 
 
 def test_probes_that_ran_one_after_another_are_no_faster_than_one() -> None:
@@ -58,8 +72,80 @@ def test_probes_that_ran_one_after_another_are_no_faster_than_one() -> None:
     assert total_throughput([window(0, 2), window(0, 2)]) == 100
 
 
+@pytest.mark.parametrize(
+    ("taken", "free", "fit"),
+    [
+        (2.0, 138.0, 8),  # an H200
+        (10.0, 14.0, 2),  # 24 GiB: one beside the first takes 10 of 12.6 GiB
+        (10.0, 11.0, 1),  # 9.9 GiB are not enough for another
+        (70.0, 0.0, 1),
+    ],
+)
+def test_no_more_trials_are_tried_than_memory_holds(taken: float, free: float, fit: int) -> None:
+    assert most_that_fit(Memory(taken, free), 8) == fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "resources", "most"),
+    [
+        ({"trials": 40}, {"CPU": 16, "GPU": 1}, 8),
+        ({"trials": 40}, {"CPU": 16, "GPU": 4}, 4),  # 16 CPUs for four GPUs
+        ({"trials": 40, "cpus_per_rank": 4}, {"CPU": 16, "GPU": 1}, 4),
+        ({"trials": 3}, {"CPU": 16, "GPU": 2}, 2),
+        ({"trials": 40, "max_concurrent": 1}, {"CPU": 16, "GPU": 1}, 1),
+        ({"trials": 1}, {"CPU": 16, "GPU": 1}, 1),
+    ],
+)
+def test_no_more_trials_are_tried_than_the_study_can_have(
+    fields: dict[str, Any], resources: dict[str, float], most: int
+) -> None:
+    assert most_of_use(build_spec({"data": "t.csv", **fields}), resources) == most
+
+
+def test_the_largest_batch_of_a_study_is_what_is_measured() -> None:
+    searched = {"search": {"batch_size": {"low": 4, "high": 24}, "depth": [18, 50, 34]}}
+    spec = build_spec({"data": "t.csv", "space": searched, "config": {"volume_shape": 64}})
+    found = heaviest(spec)
+    assert (found.batch_size, found.depth, found.volume_shape) == (24, 50, (64, 64, 64))
+    planned = [{"variant": "a", "overrides": {"batch_size": 12}}]
+    spec = build_spec({"data": "t.csv", "kind": "ablation", "planned": planned})
+    assert heaviest(spec).batch_size == 12
+
+
+def test_what_was_measured_is_remembered_for_the_same_kind_of_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def measured(config: Any, table: str, cohort: str, **how: Any) -> dict[int, float]:
+        calls.append(config.batch_size)
+        return {1: 100.0, 2: 190.0, 4: 192.0}
+
+    monkeypatch.setattr(packing, "measure_packing", measured)
+    resources = {"CPU": 16.0, "GPU": 1.0, "accelerator_type:H200": 1.0}
+
+    def asked(**fields: Any) -> Packing:
+        spec = build_spec({"data": "t.csv", "trials": 40, **fields})
+        return packing_for(spec, "t.csv", Path("cohort-1"), resources, tmp_path / "cache")
+
+    first = asked()
+    assert first.number == 2
+    assert "2 at once 190" in first.text
+    assert "measured in" in first.text
+    again = asked(config={"backbone_lr": 1e-3, "seed": 5})
+    assert (again.number, again.totals) == (2, first.totals)
+    assert "remembered from" in again.text
+    assert len(calls) == 1
+    asked(config={"batch_size": 7})
+    asked(mps="off")
+    assert calls == [6, 7, 6]
+    (tmp_path / "cache" / "packing.json").write_text("{")
+    assert asked().number == 2
+    assert len(calls) == 4
+
+
 @pytest.mark.ray
-def test_no_probe_is_timed_before_all_have_warmed_up(tmp_path: Path, ray_cpus: None) -> None:
+def test_probes_train_together(tmp_path: Path, ray_cpus: None) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=12, side=(14, 18))
     config = build_config(
         {
@@ -74,10 +160,9 @@ def test_no_probe_is_timed_before_all_have_warmed_up(tmp_path: Path, ray_cpus: N
     cohort = prepare_cohort(
         read_manifest(table, num_classes=2), Recipe.from_config(config), tmp_path / "cache"
     )
-    windows = measure_together(2, config, str(table), str(cohort), device="cpu")
-    assert len(windows) == 2
-    assert max(one.began for one in windows) < min(one.ended for one in windows)
-    assert total_throughput(windows) > 0
+    totals = measure_packing(config, str(table), str(cohort), most=2, device="cpu")
+    assert set(totals) == {1, 2}
+    assert min(totals.values()) > 0
 
 
 def test_a_trial_waits_for_memory_that_is_about_to_be_freed() -> None:
