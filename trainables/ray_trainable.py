@@ -21,6 +21,7 @@ from trainables import mps
 from trainables.checkpoints import HURRY, LogFile, TrialFiles
 from trainables.config import RULES, build_config
 from trainables.data.storage import TrialStore, patient
+from trainables.kernel_cache import keep_kernels
 from trainables.objective import DEFAULT_OBJECTIVE
 from trainables.training_thread import in_training_thread
 
@@ -228,6 +229,8 @@ def _run(
 
     began = time.monotonic()
     _share_gpu(setting, files)
+    if setting.gpus_per_rank:
+        keep_kernels(Path(setting.cohort).parent)
     processes = (
         rank_processes(setting.ranks) if setting.ranks > 1 else None
     )  # they load what follows meanwhile

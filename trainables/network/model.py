@@ -5,9 +5,10 @@ No function here depends on the values of a tensor, so that all of it can be cap
 Shape suffixes: B volumes, C channels or classes, D H W voxels, F features.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -308,6 +309,46 @@ def build_network(
         CosineHead(features, num_classes) if head == "cosine" else LinearHead(features, num_classes)
     )
     return Classifier(backbone, dropout, new_head, depth=depth, geometry=geometry)
+
+
+def convolution_outputs(network: Classifier, shape: Sequence[int]) -> int:
+    """Return the number of values that all convolutions put out for one volume of `shape` (D, H, W).
+
+    By their geometry. A pass on the device "meta" would give the same number, and loads torch's compiler for it.
+    """
+    backbone = network.backbone
+    values = 0
+
+    def after(convolution: nn.Conv3d, sides: Sequence[int]) -> list[int]:
+        nonlocal values
+        out = _sides_after(convolution, sides)
+        values += convolution.out_channels * math.prod(out)
+        return out
+
+    sides = _sides_after(backbone.maxpool, after(backbone.conv1, shape))
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        for block in stage:
+            out = sides
+            for convolution in (block.conv1, block.conv2, getattr(block, "conv3", None)):
+                out = out if convolution is None else after(convolution, out)
+            for module in block.downsample.modules() if block.downsample is not None else ():
+                if isinstance(module, nn.Conv3d):
+                    after(module, sides)
+            sides = out
+    return values
+
+
+def _sides_after(module: nn.Conv3d | nn.MaxPool3d, sides: Sequence[int]) -> list[int]:
+    def triple(value: Any) -> tuple[int, ...]:
+        return (value,) * 3 if isinstance(value, int) else tuple(value)
+
+    settings = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return [
+        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for side, kernel, stride, padding, dilation in zip(
+            sides, *map(triple, settings), strict=True
+        )
+    ]
 
 
 def parameter_groups(network: Classifier) -> dict[str, list[nn.Parameter]]:

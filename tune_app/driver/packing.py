@@ -21,6 +21,7 @@ from trainables import installed_version, mps
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split
+from trainables.kernel_cache import SAME_STEP, keep_kernels
 from trainables.ray_trainable import wait_for_device_memory
 from tune_app.driver.resources import ACCELERATOR
 from tune_app.study.spec import StudySpec
@@ -45,15 +46,6 @@ PROBE_EPOCHS = 2
 
 PROBE_S = 600.0
 """Seconds that a probe may take to load and to warm up, and to be measured."""
-
-SAME_SPEED = {
-    *("epochs", "fold", "num_folds", "cross_validate", "seed", "dropout", "pretrained_path"),
-    *("backbone_lr", "classifier_lr", "weight_decay", "scheduler", "warmup_epochs", "grad_clip"),
-    *("max_m", "s", "focal_gamma", "drw_start_epoch", "drw_beta", "ema_decay", "ema_warmup"),
-    *("spacing_mm", "intensity", "window_low", "window_high", "scale_lr_with_batch"),
-    *("freeze_backbone_epochs", "unfreeze_stage_epochs"),
-}
-"""Hyperparameters that change neither the time of a step nor its memory, or only for some epochs."""
 
 HEAVIER = ("batch_size", "gradient_accumulation_steps", "depth", "width")
 """Hyperparameters of which the largest value of a study counts: no trial may run out of memory."""
@@ -198,7 +190,7 @@ def _key(
         "mps": spec.mps,
         "cpus": spec.cpus_per_rank,
         "most": most,
-        "config": {name: value for name, value in settings.items() if name not in SAME_SPEED},
+        "config": {name: value for name, value in settings.items() if name not in SAME_STEP},
         "cohort": cohort.name,
         "versions": [installed_version(name) for name in ("medtune", "torch")],
     }
@@ -260,6 +252,7 @@ class _Probe:
         """Settle how the GPU is shared, and load what a trial loads."""
         if self.device == "cuda":
             mps.join(self.mode)
+            keep_kernels(Path(self.cohort).parent)
         import trainables.finetune
         import trainables.saved_run  # noqa: F401
 

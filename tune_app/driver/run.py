@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -24,7 +24,7 @@ from filelock import Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
-from trainables.config import build_config
+from trainables.config import FineTuneConfig, build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.storage import absolute, url_of
@@ -35,12 +35,13 @@ from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.driver.loggers import log_callbacks
-from tune_app.driver.packing import packing_for
+from tune_app.driver.packing import heaviest, packing_for
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
 from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import stopping_on_request
+from tune_app.driver.warm_up import WarmUp
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache, kept_by, mend_last_line, resumed_spec
 from tune_app.study.mirror import drop_unrecorded, mirrored
@@ -103,6 +104,7 @@ def run_study(
         with (
             mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files,
             _only_driver(files, notes),
+            _warming_up(spec, address),
         ):
             if go_on and files.spec.exists():
                 spec, resume = resumed_spec(files, spec), True
@@ -119,6 +121,13 @@ def run_study(
             )
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
+
+
+def _warming_up(spec: StudySpec, address: str | None) -> AbstractContextManager[object]:
+    """Let a process beside this one compile what trials on this machine's GPU need."""
+    if spec.gpus_per_trial == 0 or not would_start_ray(address):
+        return nullcontext()
+    return WarmUp(heaviest(spec), Path(spec.cache or default_cache()), spec.mps)
 
 
 @contextmanager

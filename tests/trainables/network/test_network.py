@@ -18,6 +18,7 @@ from trainables.network.model import (
     PaddedShortcut,
     StemPool,
     build_network,
+    convolution_outputs,
     convolve,
     maximum_by_axis,
     parameter_groups,
@@ -591,6 +592,20 @@ def test_deterministic_algorithms_run_and_repeat_themselves_on_a_gpu(depth, geom
         assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("geometry", ["strided", "dilated"])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_convolution_outputs_are_what_a_pass_puts_out(depth, geometry):
+    with torch.device("meta"):
+        network = small(depth, geometry=geometry).eval()
+        outputs = []
+        for module in network.modules():
+            if isinstance(module, nn.Conv3d):
+                module.register_forward_hook(lambda _, __, out: outputs.append(out[0].numel()))
+        with torch.no_grad():
+            network(torch.empty(1, 1, 40, 33, 27))
+    assert convolution_outputs(network, (40, 33, 27)) == sum(outputs) > 0
 
 
 @needs_gpu

@@ -1,0 +1,120 @@
+"""Compile and load what the first trials need while the driver prepares: a process of its own trains a few random volumes.
+
+On a machine where nothing was trained before, the first process takes half a minute for this, and a driver needs the GPU
+for nothing until its trials start. The process reads the same files and compiles the same kernels as a trial, into the
+same cache. It runs once for each kind of GPU, configuration and versions: a mark in the cache says that it has.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trainables import installed_version, mps
+from trainables.config import FineTuneConfig, build_config
+from trainables.kernel_cache import SAME_STEP, keep_kernels, kernel_folder
+
+END_S = 5.0
+"""Seconds that the process may take to end when its study does."""
+
+
+class WarmUp:
+    """Runs beside the driver while the block runs, where this machine has a GPU and nothing has warmed it up before."""
+
+    def __init__(self, config: FineTuneConfig, cache: Path, mode: mps.Mode) -> None:
+        self.config, self.cache, self.mode = config, cache, mode
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        gpus = mps.visible_gpus()
+        if gpus:
+            mark = warm_mark(self.config, self.cache, gpus[0].name)
+            if not mark.exists():
+                work = {
+                    "config": self.config.model_dump(mode="json"),
+                    "cache": str(self.cache),
+                    "mode": self.mode,
+                    "mark": str(mark),
+                }
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tune_app.driver.warm_up", json.dumps(work)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_S)
+            self._process.kill()
+            self._process.wait()
+
+
+def warm_mark(config: FineTuneConfig, cache: Path, gpu: str) -> Path:
+    """Return the file that says that a process has compiled what a trial of `config` needs on this kind of GPU."""
+    settings = config.model_dump(mode="json")
+    parts = {
+        "config": {name: value for name, value in settings.items() if name not in SAME_STEP},
+        "versions": [installed_version(name) for name in ("medtune", "torch", "triton")],
+        "gpu": gpu,
+    }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return kernel_folder(cache) / f"warm-{digest}"
+
+
+def warm_up(config: FineTuneConfig, *, device: str = "cuda") -> None:
+    """Train and validate one epoch of random volumes: whole steps, and a captured one."""
+    import numpy as np
+
+    from trainables.data.folds import Split
+    from trainables.data.scans import Recipe
+    from trainables.data.volumes import Cohort
+    from trainables.finetune import finetune
+
+    short = config.model_copy(update={"epochs": 1, "pretrained_path": None})
+    train = 5 * config.batch_size * config.gradient_accumulation_steps
+    count = train + config.validation_batch_size
+    rng = np.random.default_rng(0)
+    shape = (count, config.in_channels, *config.volume_shape)
+    volumes = rng.standard_normal(shape, dtype=np.float32).astype(np.float16)
+    labels = np.arange(count) % config.num_classes
+    names = [str(row) for row in range(count)]
+    cohort = Cohort(
+        folder=Path(),
+        volumes=volumes,  # type: ignore[arg-type]  # no file
+        labels=labels,
+        subjects=np.array(names),
+        paths=tuple(names),
+        spacings_mm=np.ones((count, 3)),
+        recipe=Recipe.from_config(config),
+    )
+    rows = np.arange(count)
+    for _ in finetune(short, cohort, Split(rows[:train], rows[train:], rows[:0]), device=device):
+        pass
+
+
+def main(text: str) -> None:
+    """The process: what it was asked for as JSON."""
+    work: dict[str, Any] = json.loads(text)
+    keep_kernels(Path(work["cache"]))
+    mps.join("off" if work["mode"] == "off" else "auto")
+    warm_up(build_config(work["config"]))
+    mark = Path(work["mark"])
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
