@@ -22,7 +22,7 @@ from trainables.gradient_sum import GradientSum
 from trainables.losses import class_weights, ldam_margins, logit_scale, sample_losses
 from trainables.network.batchnorm import SharedStatistics, set_groups
 from trainables.network.ema import AveragedWeights
-from trainables.network.model import Classifier, configured_network, set_trainable
+from trainables.network.model import Classifier, convolution_outputs, set_trainable
 from trainables.schedule import Schedule, build_optimizer, rank_micro_batches
 
 ACTIVATION_SHARE = 0.2  # of all device memory, for the micro-batches that run together: several trials may share a GPU
@@ -193,7 +193,7 @@ class TrainingStep:
     def _micro_batches_that_fit(self) -> int:
         """How many micro-batches may go through the network together."""
         config = self.config
-        each = config.batch_size * activation_bytes(config)
+        each = config.batch_size * activation_bytes(config, self.network)
         fit = int(
             ACTIVATION_SHARE * torch.cuda.get_device_properties(self.device).total_memory / each
         )
@@ -391,21 +391,9 @@ class TrainingStep:
         self.growth_tracker.copy_(state["growth_tracker"])
 
 
-def activation_bytes(config: FineTuneConfig) -> int:
+def activation_bytes(config: FineTuneConfig, network: Classifier) -> int:
     """Return about how much a volume takes between forward and backward: what each convolution and each norm puts out."""
-    with torch.device("meta"):
-        network = configured_network(config)
-        outputs = 0
-
-        def count(_: nn.Module, __: object, output: Tensor) -> None:
-            nonlocal outputs
-            outputs += output[0].numel()
-
-        for module in network.modules():
-            if isinstance(module, nn.Conv3d):
-                module.register_forward_hook(count)
-        with torch.no_grad():
-            network.eval()(torch.empty(1, config.in_channels, *config.volume_shape))
+    outputs = convolution_outputs(network, config.volume_shape)
     return 2 * outputs * (4 if config.amp == "off" else 2)
 
 
