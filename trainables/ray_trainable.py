@@ -152,7 +152,9 @@ def device_of(setting: TrialSetting) -> str:
 
 
 def _share_gpu(setting: TrialSetting, files: TrialFiles) -> None:
-    """Settle how this process shares its GPU, before CUDA is initialised."""
+    """Settle how this process shares its GPU and where it keeps kernels, before CUDA is initialised."""
+    if setting.gpus_per_rank:
+        keep_kernels(Path(setting.cohort).parent)
     if not 0 < setting.gpus_per_rank < 1:
         return
     standing = mps.keep_apart() if files.apart.exists() else mps.join(setting.mps)
@@ -229,8 +231,6 @@ def _run(
 
     began = time.monotonic()
     _share_gpu(setting, files)
-    if setting.gpus_per_rank:
-        keep_kernels(Path(setting.cohort).parent)
     processes = (
         rank_processes(setting.ranks) if setting.ranks > 1 else None
     )  # they load what follows meanwhile
