@@ -18,7 +18,7 @@ from optuna.distributions import (
 )
 
 from search_spaces.fixes import DOCUMENT_EPOCHS, baseline, drw_start_at, shown
-from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
+from trainables.config import ConfigError, FineTuneConfig, Scalar, as_scalar, build_config
 from trainables.errors import ProblemsError
 
 Sample = dict[str, Scalar]
@@ -180,7 +180,7 @@ class Parameter:
         """Return the sample's value that decodes to what `values` holds."""
         if self.name in DERIVED:
             return DERIVED[self.name].encode(values)
-        value: Scalar = values[self.name]
+        value: Scalar = as_scalar(self.name, values[self.name])
         return value
 
     def holds(self, value: Scalar) -> bool:

@@ -15,7 +15,14 @@ from optuna.distributions import (
 from search_spaces.fixes import shown
 from search_spaces.space import DERIVED, NOT_SEARCHED, Parameter, Role, Space, SpaceError, tidy
 from search_spaces.spaces import SPACES
-from trainables.config import FORMER_NAMES, ConfigError, FineTuneConfig, Scalar, build_config
+from trainables.config import (
+    FORMER_NAMES,
+    ConfigError,
+    FineTuneConfig,
+    Scalar,
+    as_scalar,
+    build_config,
+)
 
 _SPACE_FIELDS = ("name", "title", "base", "search", "retune", "fixed", "notes")
 _RANGE_FIELDS = ("low", "high", "log", "step", "choices", "why")
@@ -188,7 +195,7 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     wanted = _kind(name)
     values: list[Scalar] = []
     for choice in choices:
-        value = _off(name, choice) if name not in DERIVED else choice
+        value = choice if name in DERIVED else as_scalar(name, _off(name, choice))
         if wanted in (int, float):
             number = _number(value)
             if number is None or (wanted is int and not number.is_integer()):

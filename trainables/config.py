@@ -46,6 +46,10 @@ FORMER_NAMES = {
 """Names used elsewhere for what is here called otherwise: spelling alone would not suggest the right one."""
 
 
+TRIPLES = ("volume_shape", "spacing_mm")
+"""Hyperparameters with a value for each of D, H and W."""
+
+
 class ConfigError(ProblemsError):
     """A configuration that cannot run. `problems` holds one line a violation, all of them, in field order."""
 
@@ -62,6 +66,21 @@ def _as_triple(value: object) -> object:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (value, value, value)
     return value
+
+
+def as_scalar(name: str, value: Any) -> Any:
+    """Return a hyperparameter's value as one scalar: a shape or spacing, however written, as text `96x96x64`.
+
+    Tables, search spaces and pages hold and compare scalars; `build_config` reads the text back.
+    """
+    if name not in TRIPLES:
+        return value
+    triple = _as_triple(value)
+    if not isinstance(triple, list | tuple) or not all(
+        isinstance(part, int | float) and not isinstance(part, bool) for part in triple
+    ):
+        return value
+    return "x".join(f"{part:.12g}" for part in triple)
 
 
 def _off(value: object) -> object:

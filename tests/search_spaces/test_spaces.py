@@ -325,7 +325,7 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
         ("{search: {head: [cosine, cosine]}}", ["head: 'cosine' stands there twice"]),
         ("{search: {head: [cosine, square]}}", ["head='square': input should be 'cosine' or 'linear'"]),
         ("{search: {head: {low: 0, high: 1}}}", ["head has no range, it takes choices: write head: [cosine, linear]"]),
-        ("{search: {volume_shape: [[96, 96, 64], 64]}}", ["volume_shape: [96, 96, 64] is no single value; write a shape as '96x96x64'"]),
+        ("{search: {volume_shape: [[96, 96, a], 64]}}", ["volume_shape: [96, 96, 'a'] is no single value; write a shape as '96x96x64'"]),
         ("{search: {sync_batchnorm: [true, 2]}}", ["sync_batchnorm: 2 is neither true nor false"]),
         ("{search: {dropout: {low: 0, high: 1.5}}}", ["dropout=1.5: input should be less than 1"]),
         ("{search: {one_minus_ema_decay: {low: 0.1, high: 2}}}",

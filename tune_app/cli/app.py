@@ -19,7 +19,7 @@ from rich.text import Text
 
 from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.storage import absolute
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import models as cli_models
@@ -237,13 +237,13 @@ def config(
     table.add_column("value", no_wrap=True)
     table.add_column("effect")
     for name, field in FineTuneConfig.model_fields.items():
-        table.add_row(name, _plain(getattr(checked, name)), field.description or "")
+        table.add_row(
+            name, _plain(as_scalar(name, getattr(checked, name))), field.description or ""
+        )
     out.print(table)
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, tuple):
-        return "x".join(f"{part:g}" for part in value)
     return "-" if value is None else (repr(value) if value == "" else str(value))
 
 

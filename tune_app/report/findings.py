@@ -20,7 +20,7 @@ import pandas as pd
 
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
-from trainables.config import FineTuneConfig
+from trainables.config import FineTuneConfig, as_scalar
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
@@ -292,7 +292,7 @@ def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
         same = (
             np.isclose(column.astype("float64"), value)
             if isinstance(value, float)
-            else (column == value).fillna(False)
+            else (column == as_scalar(name, value)).fillna(False)
         )
         rows = rows[np.asarray(same, dtype=bool)]
     rows = rows[rows["objective"].notna()]
@@ -328,9 +328,10 @@ def configuration(study: Study) -> pd.DataFrame:
     before, after = settings["original"], settings["recommended"]
     rows = []
     for name, field in FineTuneConfig.model_fields.items():
-        default = field.default
-        plain = not isinstance(default, tuple) and default is not None
-        moved = plain and name not in NOT_SEARCHED and best[name] != default
+        default = as_scalar(name, field.default)
+        plain = default is not None
+        own = best[name]
+        moved = plain and name not in NOT_SEARCHED and pd.notna(own) and own != default
         if name not in before and name not in study.searched and not moved:
             continue
         documented = [values.get(name, default) for values in (before, after)]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from trainables.config import as_scalar
+
 if TYPE_CHECKING:
     pass
 
@@ -246,4 +248,4 @@ class _Condition:
             raise QueryError(
                 f"condition {self.text!r}: {name} is compared with {text!r}, must be {wanted}"
             ) from None
-        return text
+        return as_scalar(name, text)

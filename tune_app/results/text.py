@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from trainables.checkpoints import without_nonfinite
+from trainables.config import as_scalar
 
 
 def plain(value: Any) -> Any:
@@ -46,8 +47,11 @@ def format_value(column: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, pd.Timestamp):
         return value.strftime("%Y-%m-%d %H:%M")
+    value = as_scalar(column, value)
     if isinstance(value, str):
         return printable(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(format_value(column, one) for one in value)
     number = float(value)
     if column.endswith("_lr") or "lr_" in column or column == "weight_decay":
         return compact(number)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from trainables.config import ConfigError, FineTuneConfig
+from trainables.config import ConfigError, FineTuneConfig, as_scalar
 from trainables.objective import OBJECTIVES, BestEpoch, RunningValue
 from tune_app.results.study import Study
 from tune_app.study.columns import EPOCH_COLUMNS, METRICS, TRIAL_COLUMNS
@@ -133,7 +133,7 @@ def _trial_row(
         for name in ("variant", "verdict", "reason", "advice", "error", "started", "ended", "node")
     }
     config = given.get("config") or _config_of(spec, given.get("overrides", {}))
-    return row | {name: _cell(config.get(name)) for name in FineTuneConfig.model_fields}
+    return row | {name: as_scalar(name, config.get(name)) for name in FineTuneConfig.model_fields}
 
 
 def _config_of(spec: StudySpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,13 +142,6 @@ def _config_of(spec: StudySpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
         return spec.config_of(overrides).model_dump(mode="json")
     except ConfigError:
         return {}
-
-
-def _cell(value: Any) -> Any:
-    """A hyperparameter as one cell: a shape or spacing becomes `96x96x64`, which a study file and `--set` read back."""
-    if isinstance(value, list | tuple):
-        return "x".join(f"{part:g}" for part in value)
-    return value
 
 
 def _config_dtype(name: str) -> str:

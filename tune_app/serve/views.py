@@ -332,13 +332,13 @@ def _settings(study: Study, row: pd.Series) -> list[dict[str, Any]]:
     documented = findings.documented_settings(study)
     for name, info in FineTuneConfig.model_fields.items():
         recommended = documented["recommended"].get(name, info.default)
-        text = _setting(name, row[name])
+        text = format_value(name, row[name])
         settings.append(
             {
                 "name": name,
                 "value": text,
-                "documented": _setting(name, recommended),
-                "differs": text != _setting(name, recommended),
+                "documented": format_value(name, recommended),
+                "differs": text != format_value(name, recommended),
                 "searched": name in study.searched,
                 "meaning": (info.description or "").split(". ")[0],
             }
@@ -357,12 +357,6 @@ _DECISION_SHOWN = (
     "arrived",
     "warning",
 )
-
-
-def _setting(name: str, value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "x".join(f"{part:g}" for part in value)
-    return format_value(name, value)
 
 
 def _lines(text: str) -> str:
