@@ -39,7 +39,11 @@ def form() -> Response:
 def _form() -> bytes:
     objectives = [{"name": each.name, "title": each.title} for each in OBJECTIVES.values()]
     hyperparameters = [
-        {"name": name, "default": _text(name, info.default), "meaning": info.description or ""}
+        {
+            "name": name,
+            "default": format_value(name, info.default),
+            "meaning": info.description or "",
+        }
         for name, info in FineTuneConfig.model_fields.items()
     ]
     return to_json(
@@ -75,9 +79,3 @@ def _space(space: Space) -> dict[str, Any]:
         "parameters": parameters,
         "fixed": written["fixed"],
     }
-
-
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, tuple):
-        return "x".join(map(str, value))
-    return format_value(name, value)

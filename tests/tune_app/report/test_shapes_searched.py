@@ -16,7 +16,6 @@ from tune_app.report.figures import parallel
 from tune_app.report.findings import configuration, trial_with
 from tune_app.report.page import write_report
 from tune_app.results import load_study
-from tune_app.results.importance import axis_of
 from tune_app.results.text import format_value
 from tune_app.serve import views
 
@@ -84,7 +83,7 @@ def test_reports_pages_and_tables_show_shapes(
         shown = {one["name"]: one for one in views.trial_page(study, trial)["settings"]}
         assert shown["volume_shape"]["documented"] == "96x96x96"
         assert shown["volume_shape"]["differs"] == (shown["volume_shape"]["value"] != "96x96x96")
-    axis = axis_of(study, "volume_shape")
+    axis = study.axis("volume_shape")
     assert axis.choices == ("16x16x16", "20x20x24", "24x24x24", "96x96x96")
     assert not any(place != place for place in axis.places(study.trials))
     assert axis.place((20, 20, 24)) == 1.0
