@@ -11,6 +11,8 @@ import re
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,15 +216,27 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), file)
 
 
+def damaged_member(path: Path) -> str | None:
+    """Return the name of a part of a zip archive, as torch writes them, whose bytes differ from its checksum; None: none.
+
+    torch itself does not compare checksums: flipped bits would load as weights. Raises zipfile.BadZipFile where even the
+    archive's directory is damaged, and for files that are no archives.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote, onto the CPU; nothing but tensors and plain values is unpickled.
 
-    Raises CheckpointError when the file is damaged or something else.
+    Raises CheckpointError when the file is damaged, by its own checksums, or something else.
     """
     import torch
 
     damaged = (
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
         RuntimeError,
         EOFError,
         ValueError,
@@ -231,6 +245,8 @@ def load_state(path: Path) -> dict[str, Any]:
         AttributeError,
     )
     try:
+        if (member := damaged_member(path)) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {member}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own remarks on pickles it refuses
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainables.checkpoints import damaged_member
 from trainables.config import FineTuneConfig
 from trainables.errors import ProblemsError
 from trainables.network.model import (
@@ -479,8 +480,9 @@ def _entries(path: Path) -> Mapping[object, object]:
     except _DAMAGED as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
+            number = "a NumPy number, " if found[1].startswith("numpy") else ""
             problem = (
-                f"holds {found[1]} beside tensors: loading that would run code, so it was not loaded; save only the "
+                f"holds {number}{found[1]} beside tensors: loading that would run code, so it was not loaded; save only the "
                 "weights, torch.save({'state_dict': network.state_dict()}, ...), where the file comes from"
             )
         elif start.startswith((_ZIP, _LEGACY)) or _is_safetensors(start):
@@ -495,13 +497,34 @@ def _entries(path: Path) -> Mapping[object, object]:
             problem = "not a checkpoint: neither torch's format nor safetensors"
         raise WeightsError(f"{path}: {problem}") from error
 
-    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
-        checkpoint = checkpoint["state_dict"]
     if not isinstance(checkpoint, Mapping):
         raise WeightsError(
             f"{path}: not a checkpoint of weights: holds a {type(checkpoint).__name__}, not a dict"
         )
-    return checkpoint
+    return _unwrapped(path, checkpoint)
+
+
+def _unwrapped(path: Path, checkpoint: Mapping[object, object]) -> Mapping[object, object]:
+    """Return the state dict of a checkpoint: at its top, under `state_dict`, or under the only name that has tensors.
+
+    Training programs save it as `net`, `model`, `model_state_dict`, `ema` and so on.
+    """
+    if isinstance(wrapped := checkpoint.get("state_dict"), Mapping):
+        return wrapped
+    if any(isinstance(value, Tensor) for value in checkpoint.values()):
+        return checkpoint
+    networks = [
+        str(name)
+        for name, value in checkpoint.items()
+        if isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+    ]
+    if len(networks) > 1:
+        raise WeightsError(
+            f"{path}: holds weights under {', '.join(networks)}: save the one to start from, "
+            f"torch.save({{'state_dict': torch.load(OLD)['{networks[0]}']}}, NEW)"
+        )
+    inner = checkpoint[networks[0]] if networks else checkpoint
+    return inner if isinstance(inner, Mapping) else checkpoint
 
 
 class _NotACheckpoint(Exception):
@@ -521,6 +544,8 @@ def _load(path: Path, start: bytes) -> object:
             raise _NotACheckpoint(
                 f"a zip archive and not a checkpoint: unpack it ({_some(inside or members)})"
             )
+        if (member := damaged_member(path)) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {member}")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -118,6 +119,14 @@ WRAPPINGS = {
     "backbone": lambda state: {f"backbone.{name}": tensor for name, tensor in state.items()},
     "encoder": lambda state: {
         "state_dict": {f"encoder.{name}": tensor for name, tensor in state.items()}
+    },
+    **{
+        name: lambda state, name=name: {
+            name: state,
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []},
+            "epoch": 7,
+        }
+        for name in ("net", "model", "model_state_dict", "ema", "state_dict_ema")
     },
     "nested": lambda state: {
         f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()
@@ -348,6 +357,29 @@ NO_WEIGHTS = {
         "has 1 entry without a tensor among its weights: step",
     ),
 }
+
+
+def test_two_networks_under_names_of_their_own_are_refused_with_what_to_save(tmp_path):
+    state = backbone_weights()
+    text = refusal(write(tmp_path, {"model": state, "ema": state}))
+    assert "holds weights under model, ema: save the one to start from" in text
+
+
+def test_a_numpy_number_next_to_the_weights_is_named(tmp_path):
+    checkpoint = {"state_dict": backbone_weights(), "best_auc": np.float64(0.9)}
+    text = refusal(write(tmp_path, checkpoint, legacy=False))
+    assert "holds a NumPy number, numpy" in text
+    assert "save only the weights" in text
+
+
+def test_flipped_bits_in_the_weights_are_found_by_the_files_own_checksum(tmp_path):
+    """torch loads such a file without a word."""
+    path = write(tmp_path, as_released(backbone_weights()), legacy=False)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 0x10
+    path.write_bytes(bytes(whole))
+    assert set(torch.load(path, weights_only=True)) == {"state_dict"}
+    assert "truncated or damaged" in refusal(path)
 
 
 @pytest.mark.parametrize("case", NO_WEIGHTS)
