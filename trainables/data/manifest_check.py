@@ -1,7 +1,9 @@
 """The deep check of a table: every volume is read and what preparation does to it is reported."""
 
 import hashlib
-from collections import Counter
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +92,8 @@ def check_manifest(
         return CheckReport(None, problems, _notices(found, recipe))
     manifest = manifest_of(table, rows, num_classes)
     problems = _fold_problems(manifest, config)
-    return CheckReport(None if problems else manifest, problems, _notices(found, recipe))
+    notices = [*_notices(found, recipe), *_one_person(rows)]
+    return CheckReport(None if problems else manifest, problems, notices)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,43 @@ def _same_voxels(rows: list[Row], found: list[_Finding]) -> list[str]:
         else:
             problems.append(f"{row.name}: the same voxels as {known.name}: keep one of the rows")
     return problems
+
+
+def person_of(subject: str) -> str:
+    """Return the subject without what people write differently of one person: case, accents' form, zeros, separators."""
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", subject).casefold())
+    parts = re.findall(r"[0-9]+|[^\W0-9_]+", plain)
+    return (
+        " ".join(part.lstrip("0") or "0" if part.isdecimal() else part for part in parts) or plain
+    )
+
+
+MOST_PAIRS = 10
+
+
+def _one_person(rows: list[Row]) -> list[str]:
+    """A notice of subjects whose names differ as names of one person do: folds would hold that person on both sides."""
+    names: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.subject is not None:
+            names[person_of(row.subject)].setdefault(row.subject, row)
+    alike = [spellings for spellings in names.values() if len(spellings) > 1]
+    if not alike:
+        return []
+    shown = [
+        " and ".join(f"{_told_apart(name)} (row {row.number})" for name, row in spellings.items())
+        for spellings in alike[:MOST_PAIRS]
+    ]
+    more = f"; and {len(alike) - MOST_PAIRS} more" if len(alike) > MOST_PAIRS else ""
+    return [
+        f"{len(alike)} subjects may be one person under several names, which folds would have on both sides: "
+        f"{'; '.join(shown)}{more}. Write one person's subject the same way in all rows; nothing to do if they are different"
+    ]
+
+
+def _told_apart(name: str) -> str:
+    """The name in quotes; its letters by number where another form of Unicode would look the same."""
+    return repr(shown_cell(name)) if name.isascii() else f"{shown_cell(name)!r} = {name!a}"
 
 
 def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:

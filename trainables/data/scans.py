@@ -25,6 +25,7 @@ from typing import IO, Any, Self
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, io_orientation
+from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 
 from trainables.config import FineTuneConfig
@@ -362,7 +363,9 @@ def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
         raise _Refused(
             f"datatype code {int(fields['datatype'])}: voxels must be integers or real numbers; convert it"
         )
+    # The standard: what is below the header's end, as the 0 of many writers, means right behind the header.
     offset = float(fields["vox_offset"])
+    offset = length + 4 if 0 <= offset < length + 4 else offset
     if not length + 4 <= offset < MAX_VOXELS:
         raise _Refused(
             f"vox_offset {offset:g}: voxels cannot start before byte {length + 4}; write the file again"
@@ -448,14 +451,21 @@ def _check_size(
 
 
 def _geometry(fields: Any) -> tuple[list[float], np.ndarray]:
-    """Spacing in mm of the file's three axes, and their orientation; the affine's where there is one, as in nibabel."""
-    stated = tuple(float(value) for value in fields["pixdim"][1:4])
-    if not all(math.isfinite(value) and value > 0 for value in stated):
-        raise _bad_spacing(stated)
-    try:
-        affine = np.asarray(fields.get_best_affine(), dtype=np.float64)
-    except (ValueError, HeaderDataError) as error:  # a quaternion that is no rotation
-        raise _Refused(f"no valid orientation ({error}): fix the header or drop the row") from None
+    """Spacing in mm of the file's three axes, and their orientation; the affine's where there is one, as in nibabel.
+
+    `pixdim` is read only where the standard reads it, which is where no sform is given; a sound sform stands alone. Of
+    a quaternion, rounding to float32 may leave b, c and d a little longer than 1, and qfac 0 means 1.
+    """
+    if fields["sform_code"] > 0:
+        affine = np.asarray(fields.get_sform(), dtype=np.float64)
+    else:
+        stated = tuple(float(value) for value in fields["pixdim"][1:4])
+        if not all(math.isfinite(value) and value > 0 for value in stated):
+            raise _bad_spacing(stated)
+        if fields["qform_code"] > 0:
+            affine = _from_quaternion(fields)
+        else:
+            affine = np.asarray(fields.get_best_affine(), dtype=np.float64)
     unit = {1: 1000.0, 3: 0.001}.get(
         int(fields["xyzt_units"]) & 7, 1.0
     )  # metres, micrometres; the rest is mm
@@ -468,6 +478,29 @@ def _geometry(fields: Any) -> tuple[list[float], np.ndarray]:
             "an affine that maps the volume onto a plane: fix the header or drop the row"
         )
     return spacing, io_orientation(affine)
+
+
+QUATERNION_ROUNDING = 1e-5
+"""By how much b*b + c*c + d*d may exceed 1: a hundred float32 roundings; writers work in float32, and round again."""
+
+
+def _from_quaternion(fields: Any) -> np.ndarray:
+    """Affine of the qform: NIfTI-1's METHOD 2, with the standard's defaults. Raises _Refused for no rotation."""
+    vector = np.array([float(fields[f"quatern_{name}"]) for name in "bcd"])
+    square = float((vector**2).sum())
+    if not square <= 1 + QUATERNION_ROUNDING:  # NaN, too
+        raise _Refused(
+            f"no valid orientation (quaternion {', '.join(f'{part:g}' for part in vector)} is no rotation): "
+            "fix the header or drop the row"
+        )
+    vector = vector / math.sqrt(square) if square > 1 else vector
+    a = math.sqrt(max(0.0, 1 - square))
+    qfac = -1.0 if float(fields["pixdim"][0]) < 0 else 1.0
+    spacing = np.asarray(fields["pixdim"][1:4], dtype=np.float64) * (1.0, 1.0, qfac)
+    affine = np.eye(4)
+    affine[:3, :3] = quat2mat([a, *vector]) * spacing
+    affine[:3, 3] = [float(fields[f"qoffset_{name}"]) for name in "xyz"]
+    return affine
 
 
 def _bad_spacing(spacing: Sequence[float]) -> _Refused:

@@ -779,3 +779,29 @@ def test_a_file_that_is_no_table_is_not_quoted(tmp_path: Path) -> None:
         read_manifest(table)
     assert "secret" not in str(refused.value)
     assert "root" not in str(refused.value)
+
+
+PEOPLE = ["001", "1", "sub-A", "Sub-a", "Jos\u00e9", "Jose\u0301", "x 7", "x_07", "P1", "P2"]
+
+
+def test_subjects_that_may_be_one_person_are_noticed_in_pairs(
+    write_scan: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = ["path,label,subject"]
+    for row, subject in enumerate(PEOPLE):
+        write_scan(f"{row}.nii.gz", seed=row)
+        rows.append(f"{row}.nii.gz,{row // 2 % 2},{subject}")
+    (tmp_path / "table.csv").write_text("\n".join(rows), encoding="utf-8")
+    report = check_manifest(tmp_path / "table.csv", 2, small())
+    assert report.problems == []
+    notice = report.notices[-1]
+    assert notice.startswith("4 subjects may be one person under several names")
+    for pair in (
+        "'001' (row 1) and '1' (row 2)",
+        "'sub-A' (row 3) and 'Sub-a' (row 4)",
+        r"'Jos\xe9' (row 5)",
+        r"'Jose\u0301' (row 6)",
+        "'x 7' (row 7) and 'x_07' (row 8)",
+    ):
+        assert pair in notice, notice
+    assert "P1" not in notice

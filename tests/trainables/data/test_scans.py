@@ -338,6 +338,16 @@ def changed(at: int, value: Any, dtype: str) -> Callable[[Path], None]:
     return change
 
 
+def without_sform(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Leave the orientation to the qform and the spacing to pixdim: with a sform nothing reads them."""
+
+    def change(path: Path) -> None:
+        for one in (changed(254, 0, "<i2"), *changes):
+            one(path)
+
+    return change
+
+
 def unzipped(change: Callable[[Path], None]) -> Callable[[Path], None]:
     def both(path: Path) -> None:
         change(path)
@@ -433,19 +443,15 @@ BAD_FILES = {
     "all zero": (constant(0), "constant: every voxel is 0"),
     "all 0.1": (constant(0.1), "constant: every voxel is 0.1"),
     "spacing 0": (
-        changed(80, [0, 1, 1], "<f4"),
+        without_sform(changed(80, [0, 1, 1], "<f4")),
         "spacing (0, 1, 1) mm, every value must be finite and > 0: fix the header",
     ),
-    "spacing below 0": (changed(80, [1, -1, 1], "<f4"), "spacing (1, -1, 1) mm"),
-    "spacing NaN": (changed(80, [1, 1, np.nan], "<f4"), "spacing (1, 1, nan) mm"),
+    "spacing below 0": (without_sform(changed(80, [1, -1, 1], "<f4")), "spacing (1, -1, 1) mm"),
+    "spacing NaN": (without_sform(changed(80, [1, 1, np.nan], "<f4")), "spacing (1, 1, nan) mm"),
     "spacing 0 in the affine": (changed(280, [0, 0, 0, 0], "<f4"), "spacing (0, 1, 1) mm"),
     "a flat affine": (changed(280, [1, 1, 0, 0] * 2, "<f4"), "maps the volume onto a plane"),
     "no rotation": (
-        lambda path: (
-            changed(254, 0, "<i2")(path),
-            changed(252, 1, "<i2")(path),
-            changed(256, [9, 9, 9], "<f4")(path),
-        )[0],
+        without_sform(changed(252, 1, "<i2"), changed(256, [9, 9, 9], "<f4")),
         "no valid orientation",
     ),
     "terabytes, zipped": (
@@ -458,10 +464,7 @@ BAD_FILES = {
     ),
     "a far first voxel": (changed(108, 1e30, "<f4"), "vox_offset 1e+30"),
     "a far first voxel within bounds": (changed(108, 9e8, "<f4"), "truncated, or a wrong header"),
-    "a first voxel in the header": (
-        changed(108, 0, "<f4"),
-        "vox_offset 0: voxels cannot start before byte 352",
-    ),
+    "a first voxel before the file": (changed(108, -4, "<f4"), "vox_offset -4: voxels cannot"),
     "no number as first voxel": (changed(108, np.nan, "<f4"), "vox_offset nan"),
     "no dimensions": (changed(40, [0], "<i2"), "1 to 7 dimensions"),
     "ninety dimensions": (changed(40, [90], "<i2"), "1 to 7 dimensions"),
@@ -492,6 +495,60 @@ def test_a_bad_file_is_refused_by_name_with_what_arrived(
     assert f"scan {path}: " in str(refusal.value)
     assert message in refusal.value.reason
     assert peak < 2**25, "a header's claim must not be believed before it is checked"
+
+
+SOUND_HEADERS = {
+    "vox_offset 0": changed(108, 0, "<f4"),
+    "vox_offset 348": changed(108, 348, "<f4"),
+    "pixdim 0 next to a sform": changed(80, [0, 0, 0], "<f4"),
+    "pixdim below 0 next to a sform": changed(80, [-1, -2, -3], "<f4"),
+    "pixdim NaN next to a sform": changed(80, [np.nan] * 3, "<f4"),
+    "a bad quaternion next to a sform": changed(252, [1], "<i2"),
+}
+
+
+@pytest.mark.parametrize("change", SOUND_HEADERS.values(), ids=SOUND_HEADERS)
+def test_a_header_that_is_sound_by_the_standards_defaults_is_read(
+    write_scan: Write, change: Callable[[Path], None]
+) -> None:
+    path = write_scan(spacing=(1.0, 2.0, 3.0), axes="LPS")
+    before = read_scan(path)
+    change(path)
+    after = read_scan(path)
+    assert after.spacing_mm == before.spacing_mm == (1.0, 2.0, 3.0)
+    np.testing.assert_array_equal(after.voxels, before.voxels)
+
+
+@pytest.mark.parametrize("qfac", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("turn", [0.0, 0.3, np.pi / 2, np.pi])
+def test_a_qform_is_read_as_nibabel_reads_it(write_scan: Write, qfac: float, turn: float) -> None:
+    """qfac 0 counts as 1; nibabel is the oracle for the other two."""
+    path = write_scan("a.nii.gz", spacing=(1.0, 2.0, 3.0))
+    axis = np.array([0.6, 0.0, 0.8]) * np.sin(turn / 2)
+    without_sform(
+        changed(252, 1, "<i2"),
+        changed(256, axis, "<f4"),
+        changed(76, [qfac, 1, 2, 3], "<f4"),
+    )(path)
+    header = read_header(path)
+    oracle = nib.load(path).header
+    oracle["pixdim"][0] = qfac or 1.0
+    expected = nib.orientations.io_orientation(oracle.get_qform())
+    np.testing.assert_array_equal(header.orientation, expected)
+    by_axis = [expected[:, 0].tolist().index(place) for place in range(3)]
+    np.testing.assert_allclose(header.spacing_mm, [(1.0, 2.0, 3.0)[axis] for axis in by_axis])
+
+
+@pytest.mark.parametrize("excess", [3.8e-7, 1e-6, 5e-6])
+def test_a_quaternion_rounded_to_float32_is_a_rotation(write_scan: Write, excess: float) -> None:
+    """nibabel refuses it: `w2 should be positive, but is -3.8e-07`."""
+    path = write_scan("a.nii.gz", spacing=(1.0, 2.0, 3.0))
+    without_sform(changed(252, 1, "<i2"), changed(256, [0, 0, np.sqrt(1 + excess)], "<f4"))(path)
+    with pytest.raises(ValueError, match="w2 should be positive"):
+        nib.load(path)
+    header = read_header(path)
+    assert header.spacing_mm == (1.0, 2.0, 3.0)
+    np.testing.assert_array_equal(header.orientation, [[0, -1], [1, -1], [2, 1]])  # half a turn
 
 
 def test_more_than_the_largest_volume_is_refused_even_if_the_bytes_may_be_there(
