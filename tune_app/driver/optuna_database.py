@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import re
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -19,6 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 from trainables.checkpoints import when_there_is_room
 
 STUDY_NAME = "medtune"
+"""Name of a study in a file of its own, and of those that earlier versions kept in a shared storage."""
+
+
+def shared_study_name(place: str) -> str:
+    """Return a new name for the study in the folder or at the URL `place`, for a storage that holds other studies too."""
+    stem = re.sub(r"[^0-9A-Za-z]+", "-", place.rstrip("/").rpartition("/")[2]).strip("-")[:40]
+    return "-".join(part for part in (STUDY_NAME, stem, secrets.token_hex(4)) if part)
 
 
 LOCK_TIMEOUT_S = 120.0
@@ -80,23 +89,31 @@ class Database:
     never block the search. A power cut may cost the last trials, never the file.
     """
 
-    def __init__(self, url: str, *, own: bool = True) -> None:
-        """Open the study, made if it is new; with `own` off, one that has to be there and is only read."""
+    def __init__(self, url: str, name: str | None = STUDY_NAME, *, own: bool = True) -> None:
+        """Open the study `name`, made if it is new; with `own` off, one that has to be there and is only read.
+
+        Without a name it is the only one of this program in the storage.
+        """
         self.name = shown_url(url)
         self._path = _sqlite_path(url)
         self._own = own
         if not own and self._path is not None and not self._path.is_file():
             raise SearchError(f"no earlier study here: {self._path} is missing")
         self._storage = self._open(url)
+        self.study_name = name if name is not None else self._only_study()
         try:
-            self._study = int(self._storage.get_study_id_from_name(STUDY_NAME))
+            self._study = int(self._storage.get_study_id_from_name(self.study_name))
         except KeyError:
             if not own:
-                raise SearchError(f"{self.name} holds no study of this program") from None
+                raise SearchError(f"{self.name} holds no study {self.study_name!r}") from None
             with quiet_optuna():
                 self._study = int(
-                    self._storage.create_new_study([StudyDirection.MAXIMIZE], STUDY_NAME)
+                    self._storage.create_new_study([StudyDirection.MAXIMIZE], self.study_name)
                 )
+        self.source = (
+            self.name if self.study_name == STUDY_NAME else f"{self.name}#{self.study_name}"
+        )
+        """The study among all that are known, as recorded with what is taken over from it."""
         self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
         """The study's user attributes."""
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
@@ -106,6 +123,19 @@ class Database:
         self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(
             trials.c.study_id == self._study
         )
+
+    def _only_study(self) -> str:
+        names = sorted(
+            study.study_name
+            for study in self._storage.get_all_studies()
+            if study.study_name.partition("-")[0] == STUDY_NAME
+        )
+        if len(names) != 1:
+            held = ", ".join(names) or "none"
+            raise SearchError(
+                f"{self.name} holds {len(names)} studies of this program ({held}): name the folder of one"
+            )
+        return str(names[0])
 
     @_with_room
     def set_attr(self, key: str, value: Any) -> None:
@@ -180,9 +210,13 @@ class Database:
             )
 
     @_with_room
-    def reopen(self, number: int) -> None:
-        """Have a trial that has failed run again, which Optuna itself refuses."""
+    def reopen(self, number: int, last_epoch: int | None = None) -> None:
+        """Have a trial that has ended run again, which Optuna itself refuses; of its curve, keep up to `last_epoch`."""
         trial_id = self._ids[number]
+        values, steps = (
+            models.TrialValueModel.__table__,
+            models.TrialIntermediateValueModel.__table__,
+        )
         trials, attributes = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
         running = {"state": TrialState.RUNNING, "datetime_complete": None}
         with self._storage.engine.begin() as db:
@@ -191,11 +225,15 @@ class Database:
             )
             reason = (attributes.c.trial_id == trial_id) & (attributes.c.key == REASON)
             db.execute(sqlalchemy.delete(attributes).where(reason))
+            db.execute(sqlalchemy.delete(values).where(values.c.trial_id == trial_id))
+            if last_epoch is not None:
+                later = (steps.c.trial_id == trial_id) & (steps.c.step > last_epoch)
+                db.execute(sqlalchemy.delete(steps).where(later))
 
     def close(self) -> None:
         self._storage.remove_session()
         self._storage.engine.dispose()
-        if self._path is not None and self._own:
+        if self._path is not None and self._own and self._path.is_file():
             # Another reader keeps the file in WAL mode, which every reader understands.
             with (
                 contextlib.suppress(sqlite3.OperationalError),

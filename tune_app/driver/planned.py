@@ -23,6 +23,9 @@ class PlannedSearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
     notes: tuple[str, ...] = ()
     """Nothing that the user would not know."""
 
+    reopened: tuple[int, ...] = ()
+    """There is no database that could know more than the records."""
+
     def failed(self) -> dict[int, str]:
         """None that the records do not know."""
         return {}

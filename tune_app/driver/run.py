@@ -35,6 +35,7 @@ from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.optuna_database import shared_study_name
 from tune_app.driver.packing import heaviest, packing_for
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
@@ -43,7 +44,14 @@ from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import stopping_on_request
 from tune_app.driver.warm_up import WarmUp
 from tune_app.study.errors import SpecError
-from tune_app.study.files import StudyFiles, default_cache, kept_by, mend_last_line, resumed_spec
+from tune_app.study.files import (
+    OPTUNA_STUDY,
+    StudyFiles,
+    default_cache,
+    kept_by,
+    mend_last_line,
+    resumed_spec,
+)
 from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.rows import driver_lock
 from tune_app.study.spec import StudySpec
@@ -174,7 +182,8 @@ def _run_locked(
         plan, resources = await_resources(spec, notes)
         budget = plan_budget(spec, plan.concurrent)
         if not resume:
-            files.write(_description(spec, cohort.name, resources))
+            name = spec.storage and shared_study_name(url or absolute(files.root))
+            files.write({**_description(spec, cohort.name, resources), OPTUNA_STUDY: name})
         recorder = Recorder(spec, files)
         display = Display(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch

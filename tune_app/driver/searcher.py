@@ -43,6 +43,7 @@ from tune_app.driver.optuna_database import (
     shown_url,
     sqlite_url,
 )
+from tune_app.study.files import OPTUNA_STUDY, StudyFiles
 
 SamplerName = Literal["tpe", "random", "qmc", "gp"]
 """tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian
@@ -86,7 +87,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     with the column `failure` says that the trial has failed, and why. `rows` holds the rows recorded by earlier
     sessions, by trial number; those of trials left running are read. `identity` names what values depend on beside the
     overrides, such as the cohort and the objective: a study of another identity, space or length is refused.
-    `storage` is the path of a SQLite file or an Optuna storage URL. One process at a time may have a study open.
+    `ended`: trials that have ended by the rows, which are the truth: others that the database calls complete or pruned are
+    reopened (None: the database is believed). `storage` is the path of a SQLite file or an Optuna storage URL, `study_name`
+    the study's name in it. One process at a time may have a study open.
 
     Raises SpaceError if some sample of the space would be no valid config or a named warm start lies outside it, and
     SearchError if the study cannot be opened, is another search's, or an earlier study is not there.
@@ -109,6 +112,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         identity: Mapping[str, Scalar] | None = None,
         failure: str | None = None,
         retry: Collection[int] = (),
+        ended: Collection[int] | None = None,
+        study_name: str = STUDY_NAME,
     ) -> None:
         super().__init__(metric=metric, mode="max")
         if sampler not in get_args(SamplerName):
@@ -146,10 +151,14 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._reasons: dict[int, str] = {}
         self._own = 0
         self._left: deque[int] = deque()
-        self._database = Database(sqlite_url(storage) if isinstance(storage, Path) else storage)
+        self._database = Database(
+            sqlite_url(storage) if isinstance(storage, Path) else storage, study_name
+        )
+        self.reopened: list[int] = []
+        """Trials that only the database calls ended."""
         try:
             self._claim()
-            self._load(rows or {}, retry)
+            self._load(rows or {}, retry, ended)
             self.taken_over = self._take_over(warm_start_from)
         except BaseException:
             self.close()
@@ -396,7 +405,12 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         )
         self._database.finish(number, state, told.value, reason)
 
-    def _load(self, rows: Mapping[int, Sequence[Row]], retry: Collection[int]) -> None:
+    def _load(
+        self,
+        rows: Mapping[int, Sequence[Row]],
+        retry: Collection[int],
+        ended: Collection[int] | None,
+    ) -> None:
         """Fill memory from the database, and take up what a killed search left, and what is to be tried again."""
         for trial in self._database.found:
             if trial.number in retry and trial.state == TrialState.FAIL:
@@ -405,6 +419,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                 trial.user_attrs = {
                     key: value for key, value in trial.user_attrs.items() if key != REASON
                 }
+            if ended is not None and trial.number not in ended and self._reopen(trial, rows):
+                self.reopened.append(trial.number)
             if trial.state == TrialState.WAITING:
                 raise SearchError(
                     f"{self._database.name}: trial {trial.number} was queued by another program; this search queues its "
@@ -420,6 +436,19 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         for number in list(self._left):
             for row in rows.get(number, ()):
                 self._keep(number, row)
+
+    def _reopen(self, trial: FrozenTrial, rows: Mapping[int, Sequence[Row]]) -> bool:
+        """Whether the trial, which has not ended by its rows, had to be reopened in the database, and is."""
+        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or _FROM in trial.user_attrs:
+            return False
+        last = max((int(row["epoch"]) for row in rows.get(trial.number, ())), default=0)
+        self._database.reopen(trial.number, last)
+        trial.state, trial.datetime_complete, trial.value = TrialState.RUNNING, None, None
+        trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key != REASON}
+        trial.intermediate_values = {
+            epoch: value for epoch, value in trial.intermediate_values.items() if epoch <= last
+        }
+        return True
 
     def _claim(self) -> None:
         """Mark a new study as this search's; refuse another search's."""
@@ -455,14 +484,16 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         added = 0
         left_out: dict[str, int] = {}
         for study in studies:
-            url = str(study) if "://" in str(study) else sqlite_url(Path(study) / "study.db")
-            source = shown_url(url)
-            if source == self._database.name:
+            url, name = _storage_of(study)
+            if name == STUDY_NAME and shown_url(url) in done:
+                continue  # it may be gone by now
+            earlier = Database(url, name, own=False)
+            earlier.close()
+            source = earlier.source
+            if source == self._database.source:
                 raise SearchError(f"{study}: a study cannot be warm-started from itself")
             if source in done:
-                continue  # it may be gone by now
-            earlier = Database(url, own=False)
-            earlier.close()
+                continue
             for trial, reason in self._earlier_trials(earlier):
                 if reason is not None:
                     left_out[reason] = left_out.get(reason, 0) + 1
@@ -508,7 +539,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                     params=sample,
                     distributions={key: self._space.parameters[key].distribution for key in sample},
                     user_attrs={
-                        _FROM: f"{earlier.name}#{trial.number}",
+                        _FROM: f"{earlier.source}#{trial.number}",
                         _OVERRIDES: self._space.sample_to_overrides(sample, self._epochs),
                     },
                     intermediate_values=last,
@@ -534,6 +565,17 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
 
     def _memory_id(self, number: int) -> int:
         return int(self._memory.get_trial_id_from_study_id_trial_number(self._memory_study, number))
+
+
+def _storage_of(study: str | Path) -> tuple[str, str | None]:
+    """The storage URL of an earlier study, named by folder or by URL, and its name there; None: the only one there."""
+    if "://" in str(study):
+        return str(study), None
+    files = StudyFiles(Path(study))
+    written = files.read() if files.spec.is_file() else {}
+    if storage := written.get("spec", {}).get("storage"):
+        return str(storage), str(written.get(OPTUNA_STUDY) or STUDY_NAME)
+    return sqlite_url(files.database), STUDY_NAME
 
 
 def trial_name(number: int) -> str:

@@ -22,11 +22,14 @@ from trainables.ray_trainable import FATAL
 from tune_app.driver.disk import Budget, make_room
 from tune_app.driver.display import Display
 from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.optuna_database import STUDY_NAME
+from tune_app.driver.place import StudyPlace
 from tune_app.driver.planned import PlannedSearcher
 from tune_app.driver.ray_scheduler import StudyScheduler, trial_name
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan
 from tune_app.driver.searcher import OptunaSearcher
+from tune_app.driver.searcher import trial_name as trial_id
 from tune_app.driver.stopping import (
     INTERRUPTED,
     PREEMPTED,
@@ -37,7 +40,7 @@ from tune_app.driver.stopping import (
 )
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
-from tune_app.study.files import StudyFiles, kept_by
+from tune_app.study.files import OPTUNA_STUDY, StudyFiles, kept_by
 from tune_app.study.policy import Policy, stop_reason
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.requests import TrialRequests, answered_requests
@@ -69,6 +72,7 @@ class StudySession:
         self.interrupt = Interrupt(self.files)
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
+        self.place = StudyPlace(self.files.root)
         self.policy = Policy(
             spec.policy if spec.kind == "search" else watching_only(spec.policy),
             self.epochs,
@@ -133,6 +137,7 @@ class StudySession:
         finally:
             searcher.close()
             self.recorder.close()
+        self.place.check(self._own_database())
         return 0
 
     def saved(self) -> bool:
@@ -171,6 +176,12 @@ class StudySession:
         lost_ranks = self.ranks > 1 and trial in self.fatal
         return lost_ranks or self.files.trial(trial).apart.exists()
 
+    def _own_database(self) -> Path | None:
+        """The database in the study's folder, where it has one."""
+        if self.spec.kind != "search" or self.spec.storage is not None:
+            return None
+        return self.files.database
+
     def keep_to_budget(self) -> None:
         """Remove what does not fit the disk budget any more, where there is one."""
         if self.budget is not None:
@@ -180,7 +191,9 @@ class StudySession:
     def begin(self, *, retry_failed: bool = False) -> None:
         """Take up what earlier sessions left: searcher and policy are then where a search never killed would be."""
         retried = self.recorder.failed() if retry_failed else []
-        self.searcher = self._searcher(retried)
+        self._replay()
+        beyond = self._beyond_rows()
+        self.searcher = self._searcher(retried, beyond)
         with ExitStack() as unless_begun:
             unless_begun.callback(self.searcher.close)
             for trial in (
@@ -188,6 +201,13 @@ class StudySession:
             ):  # after the Optuna study: one that is running only there is settled as failed again
                 self.recorder.reopened(trial)
             notes = [*self.searcher.notes]
+            for trial in beyond:
+                self.recorder.reopened(trial)
+            if reopened := sorted({*beyond, *map(trial_id, self.searcher.reopened)}):
+                notes.append(
+                    f"trials {', '.join(reopened)} are reopened: they are recorded as finished and their rows are not, "
+                    "as in a copy that was made while the study ran"
+                )
             if retried:
                 notes.append(
                     f"failed before, to go on from their checkpoints: {', '.join(retried)}"
@@ -196,7 +216,7 @@ class StudySession:
                 notes.append("no trial has failed: none is tried again")
             for note in notes:
                 self.display.note(note)
-            self._rebuild(self.searcher)
+            self._settle(self.searcher)
             ended = self.recorder.states()
             if sum(ended.get(state, 0) for state in ENDED) >= self.spec.num_trials:
                 self.display.note(
@@ -204,7 +224,20 @@ class StudySession:
                 )
             unless_begun.pop_all()
 
-    def _searcher(self, retried: Sequence[str]) -> Any:
+    def _beyond_rows(self) -> list[str]:
+        """Trials that are recorded as finished after an epoch that their rows, which are the truth, do not have."""
+        decided: dict[str, int] = {}
+        for trial, epoch in self.recorder.logged:
+            decided[trial] = max(epoch, decided.get(trial, 0))
+        found = []
+        for trial, record in self.recorder.records.items():
+            rows = self.recorder.rows.get(trial, ())
+            ends = {"completed": self.epochs, "stopped": decided.get(trial, 0)}
+            if (rows[-1]["epoch"] if rows else 0) < ends.get(record["state"], 0):
+                found.append(trial)
+        return found
+
+    def _searcher(self, retried: Sequence[str], beyond: Sequence[str] = ()) -> Any:
         if self.spec.kind != "search":
             return PlannedSearcher(self.spec)
         return OptunaSearcher(
@@ -222,16 +255,32 @@ class StudySession:
             identity={"cohort": self.cohort, "objective": self.spec.objective},
             failure=FATAL,
             retry=[int(trial) for trial in retried],
+            ended={
+                int(trial)
+                for trial, record in self.recorder.records.items()
+                if trial not in beyond
+                and (record["state"] in ENDED or trial in self.policy.stopped())
+            },
+            study_name=self._study_name(),
         )
 
-    def _rebuild(self, searcher: Any) -> None:
-        """Replay the rows of earlier sessions; settle trials that had ended before their driver could say so."""
+    def _study_name(self) -> str:
+        """The study's name in its storage: of its own where others are, the same one in a file of its own."""
+        if self.spec.storage is None or not self.files.spec.is_file():
+            return STUDY_NAME
+        return str(self.files.read().get(OPTUNA_STUDY) or STUDY_NAME)
+
+    def _replay(self) -> None:
+        """Have the policy decide again on all rows of earlier sessions, in their order."""
         requested = answered_requests(read_rows(self.files.decisions))
         for row in read_rows(self.files.epochs):
             words = requested.get((row["trial"], row["epoch"]))
             self.recorder.decision(
                 self.policy.decide(row["trial"], self.config_of(row["trial"]), row, words)
             )
+
+    def _settle(self, searcher: Any) -> None:
+        """Settle trials that had ended before their driver could say so."""
         decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
@@ -353,6 +402,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.session.place.check()
         self.session.interrupt.take(self.session.saved)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

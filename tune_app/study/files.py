@@ -22,6 +22,9 @@ STUDY_FORMAT = RULES
 READABLE_FORMATS = tuple(range(1, RULES + 1))
 """A study goes on by the rules it began with."""
 
+OPTUNA_STUDY = "optuna_study"
+"""In study.json: the study's name in a storage that it shares with others. Earlier versions called all of them alike."""
+
 
 @dataclass(frozen=True)
 class StudyFiles:
@@ -171,7 +174,6 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     A write that fails (the disk is full) leaves the file as it was.
     """
     line = json.dumps(without_nonfinite(dict(row)), separators=(",", ":")).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:

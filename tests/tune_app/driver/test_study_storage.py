@@ -1,0 +1,203 @@
+"""A study's rows, its database and its folder: whichever is newer, shared, moved or gone."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from rich.console import Console
+from sqlalchemy.pool import NullPool
+
+from search_spaces.written import space_from
+from trainables.objective import objective_value
+from tune_app.driver.display import Display
+from tune_app.driver.optuna_database import (
+    STUDY_NAME,
+    Database,
+    SearchError,
+    shared_study_name,
+    sqlite_url,
+)
+from tune_app.driver.place import StudyMovedError, StudyPlace
+from tune_app.driver.recorder import Recorder
+from tune_app.driver.searcher import OptunaSearcher
+from tune_app.driver.session import StudySession
+from tune_app.study.files import OPTUNA_STUDY, StudyFiles, append_line
+
+SPACE = space_from({"search": {"dropout": {"low": 0.0, "high": 0.8}}})
+
+
+def searcher(storage: Any, **settings: Any) -> OptunaSearcher:
+    usual = {"epochs": 4, "num_trials": 3, "objective": objective_value, "warm_start": ()}
+    return OptunaSearcher(SPACE, storage=storage, **(usual | settings))
+
+
+def run(search: OptunaSearcher, name: str, values: list[float]) -> str:
+    suggestion = search.suggest(name)
+    assert isinstance(suggestion, dict), suggestion
+    rows = [{"epoch": epoch, "val_auc": value} for epoch, value in enumerate(values, 1)]
+    for row in rows[:-1]:
+        search.on_trial_result(name, row)
+    search.on_trial_complete(name, rows[-1])
+    return str(suggestion["trial"])
+
+
+def trials_of(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+# Several studies in one storage ---------------------------------------------------------------------------------------
+
+
+def test_two_studies_in_one_storage_keep_their_trials(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "shared.db")
+    names = [shared_study_name(place) for place in ("/studies/first run", "s3://bucket/second")]
+    assert names[0].startswith("medtune-first-run-")
+    assert names[1].startswith("medtune-second-")
+    assert shared_study_name("/studies/first run") != names[0]
+    one, two = (searcher(url, study_name=name) for name in names)
+    assert [run(one, "a", [0.6] * 4), run(two, "b", [0.7] * 4), run(one, "c", [0.8] * 4)] == [
+        "00000",
+        "00000",
+        "00001",
+    ]
+    one.close()
+    two.close()
+    found = {name: [trial.value for trial in trials_of(url, name)] for name in names}
+    assert found == {names[0]: [0.6, 0.8], names[1]: [0.7]}
+    assert sorted(optuna.get_all_study_names(url)) == sorted(names)  # what optuna-dashboard lists
+    with pytest.raises(SearchError, match=r"holds 2 studies of this program \(medtune-first-run-"):
+        Database(url, None, own=False)
+
+
+def test_an_earlier_study_in_a_shared_storage_is_found_by_its_folder(tmp_path: Path) -> None:
+    url, names = sqlite_url(tmp_path / "shared.db"), ["medtune-a-1", "medtune-b-2"]
+    for name, value in zip(names, (0.6, 0.7), strict=True):
+        earlier = searcher(url, study_name=name, num_trials=1)
+        run(earlier, "a", [value] * 4)
+        earlier.close()
+        folder = tmp_path / name
+        folder.mkdir()
+        written = {"spec": {"storage": url}, OPTUNA_STUDY: name}
+        StudyFiles(folder).write(written)
+    later = searcher(
+        tmp_path / "study.db", warm_start_from=[tmp_path / name for name in names], num_trials=1
+    )
+    assert later.taken_over.added == 2
+    assert [trial.value for trial in later.study.trials] == [0.6, 0.7]
+    later.close()
+    again = searcher(
+        tmp_path / "study.db", warm_start_from=[tmp_path / name for name in names], num_trials=1
+    )
+    assert again.taken_over.added == 0
+    again.close()
+
+
+def test_a_study_that_an_earlier_version_kept_in_a_storage_goes_on(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "shared.db")
+    before = searcher(url)
+    run(before, "a", [0.6] * 4)
+    before.close()
+    files = StudyFiles(tmp_path / "study")
+    files.root.mkdir()
+    spec = {"data": "t.csv", "storage": url, "config": {"epochs": 4}, "warm_start": ()}
+    files.write({"spec": spec})
+    session = StudySession(files.read_spec(), "none", Recorder(files.read_spec(), files), shown())
+    assert session._study_name() == STUDY_NAME
+    files.write({"spec": spec, OPTUNA_STUDY: "medtune-study-1"})
+    assert session._study_name() == "medtune-study-1"
+    only = Database(url, None, own=False)
+    assert [trial.value for trial in only.found] == [0.6]
+    only.close()
+
+
+# The database is newer than the rows ------------------------------------------------------------------------------------
+
+
+def test_trials_that_only_the_database_calls_finished_are_reopened(tmp_path: Path) -> None:
+    """A copy made while the study ran: two trials had ended by the database, and one of them by the rows."""
+    before = searcher(tmp_path / "study.db")
+    run(before, "a", [0.6, 0.6, 0.6, 0.6])
+    run(before, "b", [0.7, 0.7, 0.7, 0.9])
+    before.close()
+    rows = {1: [{"epoch": epoch, "val_auc": 0.7} for epoch in (1, 2)]}
+    after = searcher(tmp_path / "study.db", rows=rows, ended={0})
+    assert after.reopened == [1]
+    kept = trials_of(sqlite_url(tmp_path / "study.db"), STUDY_NAME)
+    assert [trial.state.name for trial in kept] == ["COMPLETE", "RUNNING"]
+    assert kept[1].value is None
+    assert kept[1].intermediate_values == {1: 0.7, 2: 0.7}
+    assert run(after, "c", [0.7, 0.7, 0.5, 0.5]) == "00001"
+    assert run(after, "d", [0.5] * 4) == "00002"
+    after.close()
+    kept = trials_of(sqlite_url(tmp_path / "study.db"), STUDY_NAME)
+    assert [trial.state.name for trial in kept] == ["COMPLETE"] * 3
+    assert kept[1].intermediate_values == {1: 0.7, 2: 0.7, 3: 0.5, 4: 0.5}
+
+
+def shown() -> Display:
+    return Display(Console(file=io.StringIO()), num_trials=3, epochs=4)
+
+
+def test_records_that_are_newer_than_the_rows_are_reopened_and_told(
+    write_study: Callable[..., Path],
+) -> None:
+    root = write_study(variants={"a": {}, "b": {"s": 9}}, epochs=6)
+    files = StudyFiles(root)
+    kept = [
+        line
+        for line in files.epochs.read_text().splitlines()
+        if json.loads(line)["trial"] == "00000" or json.loads(line)["epoch"] <= 2
+    ]
+    files.epochs.write_text("\n".join(kept) + "\n")
+    spec = files.read_spec()
+    recorder = Recorder(spec, files)
+    assert recorder.records["00001"]["state"] == "completed"
+    display = shown()
+    notes: list[str] = []
+    display.note = notes.append  # type: ignore[method-assign]
+    session = StudySession(spec, "none", recorder, display)
+    session.begin()
+    assert recorder.records["00001"]["state"] == "running"
+    assert session.searcher.suggest("x")["trial"] == "00001"
+    assert "trials 00001 are reopened: they are recorded as finished" in notes[0]
+    again = StudySession(spec, "none", Recorder(spec, files), shown())
+    again.begin()
+    assert again.searcher.suggest("x")["trial"] == "00001"
+
+
+# A folder that is moved while its driver runs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_was_moved_or_replaced_stops_the_driver(
+    tmp_path: Path, replaced: bool
+) -> None:
+    root = tmp_path / "study"
+    root.mkdir()
+    place = StudyPlace(root)
+    place.check()
+    root.rename(tmp_path / "moved")
+    if replaced:
+        root.mkdir()
+    with pytest.raises(StudyMovedError, match="was moved or removed while it ran"):
+        place.check()
+    if not replaced:
+        with pytest.raises(FileNotFoundError):  # nor does a late row make a second study
+            append_line(StudyFiles(root).epochs, {"trial": "00000", "epoch": 1})
+        assert not root.exists()
+
+
+def test_a_database_that_was_removed_is_told_at_the_end(tmp_path: Path) -> None:
+    files = StudyFiles(tmp_path)
+    place = StudyPlace(tmp_path)
+    search = searcher(files.database)
+    run(search, "a", [0.6] * 4)
+    files.database.unlink()
+    search.close()
+    with pytest.raises(StudyMovedError, match=r"study\.db: was removed while the study ran"):
+        place.check(files.database)
