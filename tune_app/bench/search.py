@@ -49,6 +49,7 @@ def bench_search(
     gpu: bool = True,
     gpus_per_trial: float | str | None = None,
     mps: str = "auto",
+    cache: Path | None = None,
     sides: Iterable[str] = SIDES,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
@@ -60,19 +61,17 @@ def bench_search(
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
     time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
     medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour.
-    `gpus_per_trial` and `mps` are medtune's; the plain side has a GPU a trial. `record` is given the result so far
+    `gpus_per_trial`, `mps` and `cache` (None: an empty one) are medtune's; the plain side has a GPU a trial. `record` is given the result so far
     whenever a trial of the plain side has ended. Writes below `folder`.
     """
     sides = set(sides)
     if unknown := sorted(sides - set(SIDES)):
         raise SpecError(f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}")
     settings = {**config, "epochs": epochs}
-    search = {
-        "trials": trials,
-        "epochs": epochs,
-        "grace_epochs": grace_epochs,
-        "reduction_factor": reduction_factor,
-    }
+    how: dict[str, Any] = {"gpus_per_trial": gpus_per_trial, "mps": mps}
+    search = dict(
+        trials=trials, epochs=epochs, grace_epochs=grace_epochs, reduction_factor=reduction_factor
+    )
     result: dict[str, Any] = {
         "machine": machine("torch", "ray", "optuna", "monai"),
         **search,
@@ -106,8 +105,8 @@ def bench_search(
             if side == "plain":
                 runs = _plain(table, place, settings, search, gpu=gpu, seed=seed, ended=keep)
             else:
-                shared = {"gpus_per_trial": gpus_per_trial, "mps": mps}
-                runs, more = _medtune(table, place, settings, search, shared=shared, seed=seed)
+                how["cache"] = str(cache or place / "cache")
+                runs, more = _medtune(table, place, settings, search, how=how, seed=seed)
         keep(runs, more={"gpu_busy": statistics.fmean(busy) if busy else None, **more})
         measured = result[side]
         say(
@@ -254,7 +253,7 @@ def _medtune(
     settings: Mapping[str, Any],
     search: Mapping[str, Any],
     *,
-    shared: Mapping[str, Any],
+    how: Mapping[str, Any],
     seed: int,
 ) -> tuple[list[list[float]], dict[str, float | int | None]]:
     """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
@@ -269,8 +268,7 @@ def _medtune(
             "config": dict(settings),
             "seed": seed,
             "warm_start": (),
-            **shared,
-            "cache": str(folder / "cache"),
+            **how,
             "policy": {
                 "grace_epochs": search["grace_epochs"],
                 "reduction_factor": search["reduction_factor"],

@@ -255,6 +255,12 @@ def bench_search_command(
         str | None, typer.Option("--gpus-per-trial", help="Of medtune's side.")
     ] = None,
     mps: MpsOption = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", help="Of medtune's side: cohort and kernels; default: an empty one."
+        ),
+    ] = None,
     settings: SetOption = None,
     device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of both samplers.")] = 0,
@@ -278,6 +284,7 @@ def bench_search_command(
             gpu=choose_device(device).type == "cuda",
             gpus_per_trial=gpus_per_trial,
             mps=mps or "auto",
+            cache=cache and cache.resolve(),
             sides=sides.split(","),
             seed=seed,
             say=to_stderr,
