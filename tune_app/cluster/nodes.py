@@ -4,6 +4,7 @@ A study plans its trials for the nodes that are there when it begins.
 """
 
 import logging
+import socket
 import sys
 import time
 
@@ -17,6 +18,8 @@ def await_nodes(address: str, count: int, deadline_s: float = WAIT_S) -> int:
     import ray
 
     deadline = time.monotonic() + deadline_s
+    while not _listens(address) and time.monotonic() < deadline:
+        time.sleep(1.0)  # Ray would print a warning every five seconds
     while True:
         try:
             join(address, log_to_driver=False, logging_level=logging.ERROR)
@@ -33,6 +36,15 @@ def await_nodes(address: str, count: int, deadline_s: float = WAIT_S) -> int:
             time.sleep(1.0)
     finally:
         ray.shutdown()
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5.0):
+            return True
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
+import requests
 import yaml
 from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
 from tune_app.cli import app as cli
-from tune_app.cluster.jobs import JobServerError, is_loopback, job_server
+from tune_app.cli import cluster as cli_cluster
+from tune_app.cluster.jobs import Jobs, JobServerError, is_loopback, job_server
 from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
 from tune_app.cluster.submit import (
     PACKAGES,
@@ -383,3 +387,35 @@ def test_a_running_job_with_other_settings_is_told_and_the_same_one_is_not() -> 
     assert "job-1 runs this study with other settings" in told
     assert "seed is 0 there, 7 was asked for" in told
     assert "max_concurrent is None there, 2 was asked for" in told
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        aiohttp.ClientConnectionError("reset"),
+        aiohttp.WSServerHandshakeError(None, (), status=500),  # type: ignore[arg-type]
+        requests.ConnectionError("refused"),
+    ],
+)
+def test_a_job_server_that_breaks_off_is_told_in_a_line(error: Exception) -> None:
+    jobs = Jobs.__new__(Jobs)
+    jobs.url = "http://127.0.0.1:8265"
+    with pytest.raises(JobServerError, match="no job server answers at http://127"), jobs._told():
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("code", "told"), [(1, "job-1 failed: exit code 1"), (None, "job-1 failed: never started")]
+)
+def test_the_log_of_a_failed_job_is_shown_once(
+    code: int | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cli_cluster.err, "print", lambda text, **_: said.append(text))
+    message = "Job entrypoint failed, last available logs: a line" if code else "never started"
+    job = SimpleNamespace(
+        status=SimpleNamespace(value="FAILED"), driver_exit_code=code, message=message
+    )
+    jobs = SimpleNamespace(follow=lambda number, write: 1, find=lambda number: job)
+    assert cli_cluster._follow(jobs, "job-1") == 1
+    assert said == [told]
