@@ -18,6 +18,7 @@ from trainables.objective import objective_value
 from tune_app.study.columns import METRICS
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.policy import Policy
+from tune_app.study.policy_spec import FORMER_DEFAULTS
 from tune_app.study.spec import build_spec
 
 POSITIVE, NEGATIVE = 28, 70
@@ -92,6 +93,9 @@ def make_study(
     }
     fields |= {"config": {"epochs": epochs, "depth": 10, "volume_shape": 28}}
     fields |= {"space": SPACE} if kind == "search" else {"planned": planned}
+    fields["policy"] = dict(
+        FORMER_DEFAULTS
+    )  # several rungs, finalists and the guard: all there is to show
     checked = build_spec(fields | dict(spec or {}))
     files.root.mkdir(parents=True)
     files.write(

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from optuna.distributions import CategoricalDistribution
 
-from search_spaces.space import Parameter, Space
+from search_spaces.space import Space
 from search_spaces.spaces import warm_start_points
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, Scalar, build_config
@@ -36,6 +35,7 @@ from trainables.data.folds import Split, split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
+from tune_app.study.surrogate import draw
 
 SCORES = ("val_scores", "hold_scores")
 """Columns of bytes: the scores of the averaged weights, little-endian float16, one per volume; see
@@ -79,20 +79,6 @@ class Run:
     sample: dict[str, Scalar]
     overrides: dict[str, Any]
     """The complete difference to the defaults, fold and seed included."""
-
-
-def draw(parameter: Parameter, rng: np.random.Generator) -> Scalar:
-    """Return a value of the parameter, uniform on the scale it is searched on."""
-    distribution = parameter.distribution
-    if isinstance(distribution, CategoricalDistribution):
-        return parameter.choices[int(rng.integers(len(parameter.choices)))]
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if distribution.log:
-        return float(min(high, max(low, math.exp(rng.uniform(math.log(low), math.log(high))))))
-    if step:
-        value = low + step * int(rng.integers(round((high - low) / step) + 1))
-        return int(value) if isinstance(low, int) else float(round(value, 12))
-    return float(rng.uniform(low, high))
 
 
 def planned_runs(recording: Recording, space: Space) -> list[Run]:

@@ -487,3 +487,63 @@ def bench_record_command(
     )
     runs = table["trial"].nunique() if len(table) else 0
     out.print(f"{out_file}: {runs} runs, {len(table)} epochs", soft_wrap=True)
+
+
+@bench_app.command("strategies")
+def bench_strategies_command(
+    tables: Annotated[
+        list[Path],
+        typer.Argument(help="Parquet tables of whole curves, as `bench record` writes them."),
+    ],
+    replays: Annotated[
+        int, typer.Option("--replays", min=1, help="Of each strategy on each table.")
+    ] = 400,
+    resamples: Annotated[
+        int,
+        typer.Option(
+            "--resamples", min=0, help="Tables drawn with replacement, for the second interval."
+        ),
+    ] = 40,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Trials at a time.")] = 4,
+    start: Annotated[
+        float,
+        typer.Option("--start-seconds", min=0, help="Seconds that each start of a trial costs."),
+    ] = 0.0,
+    unit: Annotated[
+        str, typer.Option("--unit", help="What a budget is counted in: epochs or seconds.")
+    ] = "epochs",
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only", help="Strategies besides random, separated by commas; default: all."
+        ),
+    ] = "",
+    policies: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--policy", help="YAML file of a policy to try in medtune's place; may be repeated."
+        ),
+    ] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV file of all columns.")] = None,
+) -> None:
+    """Replay whole searches over recorded tables: held-out AUC of what each strategy chooses, by budget."""
+    from tune_app.backtest.strategies import Entry, compare, entries_named, medtune, strategies_text
+    from tune_app.backtest.tables import read_table
+    from tune_app.study.policy_spec import read_policy
+
+    if unit not in ("epochs", "seconds"):
+        raise typer.BadParameter(f"--unit {unit!r}: epochs or seconds")
+    named = entries_named([name.strip() for name in only.split(",") if name.strip()])
+    result = compare(
+        [read_table(path) for path in tables],
+        [*named, *(Entry(path.stem, medtune(read_policy(path))) for path in policies or ())],
+        replays=replays,
+        resamples=resamples,
+        workers=workers,
+        start_s=start,
+        unit="epochs" if unit == "epochs" else "seconds",
+        say=to_stderr,
+    )
+    if out_file is not None:
+        result.to_csv(out_file, index=False)
+    print(strategies_text(result))

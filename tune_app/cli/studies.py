@@ -37,7 +37,9 @@ StudyFileOption = Annotated[
 SpaceOption = Annotated[
     str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
 ]
-SamplerOption = Annotated[str | None, typer.Option("--sampler", help="tpe, random, qmc or gp.")]
+SamplerOption = Annotated[
+    str | None, typer.Option("--sampler", help="model, tpe, random, qmc or gp.")
+]
 RanksOption = Annotated[
     int | None, typer.Option("--ranks", help="Processes a trial is spread over.")
 ]
@@ -68,6 +70,13 @@ def run(
     data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
     space: SpaceOption = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", help="Hours the search may take; as many trials as fit."),
+    ] = None,
+    gpu_hours: Annotated[
+        float | None, typer.Option("--gpu-hours", help="The same, divided by the GPUs in use.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
     sampler: SamplerOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
@@ -96,6 +105,8 @@ def run(
         "data": data and absolute(data),
         "space": space,
         "trials": trials,
+        "hours": hours,
+        "gpu_hours": gpu_hours,
         "sampler": sampler,
         "seed": seed,
         "gpus_per_trial": gpus_option(gpus_per_trial),
@@ -134,6 +145,10 @@ def run(
 @app.command()
 def resume(
     study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", help="Hours it may take from now on; default: as before."),
+    ] = None,
     address: AddressOption = None,
     retry_failed: RetryOption = False,
 ) -> None:
@@ -143,7 +158,10 @@ def resume(
 
     files = StudyFiles(opened(study)[0])
     files.require()
-    _run_and_tell(files.read_spec(), study, address=address, resume=True, retry_failed=retry_failed)
+    spec = files.read_spec()
+    if hours is not None:
+        spec = spec.model_copy(update={"hours": hours, "gpu_hours": None})
+    _run_and_tell(spec, study, address=address, resume=True, retry_failed=retry_failed)
 
 
 def _run_and_tell(

@@ -47,6 +47,7 @@ OF_SEARCHES = (
     "trials",
     "seed",
     "sampler",
+    "prior",
     "warm_start",
     "warm_start_from",
     "storage",

@@ -41,7 +41,7 @@ from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import await_resources
 from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
-from tune_app.driver.stopping import stopping_on_request
+from tune_app.driver.stopping import INTERRUPTED, stopping_on_request
 from tune_app.driver.warm_up import WarmUp
 from tune_app.study.errors import SpecError
 from tune_app.study.files import (
@@ -53,7 +53,7 @@ from tune_app.study.files import (
     resumed_spec,
 )
 from tune_app.study.mirror import drop_unrecorded, mirrored
-from tune_app.study.rows import driver_lock
+from tune_app.study.rows import ENDED, driver_lock
 from tune_app.study.spec import StudySpec
 
 DONE, FAILED_TRIALS = 0, 3
@@ -217,6 +217,13 @@ def _run_locked(
         states = recorder.states()
         if own_ray is not None:
             own_ray.keep = bool(states.get("failed"))
+    if ended_early == INTERRUPTED and not session.interrupt.asked:
+        ended = sum(states.get(state, 0) for state in ENDED)
+        notes.print(
+            f"the time is over: {ended} trials have ended; `medtune resume {url or files.root}` gives the search as much again",
+            soft_wrap=True,
+        )
+        ended_early = 0
     if ended_early:
         return Outcome(ended_early, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)

@@ -18,6 +18,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -44,9 +45,11 @@ from tune_app.driver.optuna_database import (
     sqlite_url,
 )
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles
+from tune_app.study.surrogate import CANDIDATES, RATE, Prior, Surrogate, axes_of, draw
 
-SamplerName = Literal["tpe", "random", "qmc", "gp"]
-"""tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian
+SamplerName = Literal["model", "tpe", "random", "qmc", "gp"]
+"""model: medtune's own, `tune_app.study.surrogate`; it learns from trials that were stopped, too, and starts from a
+prior. The others are Optuna's. tpe: multivariate, with running trials counted as bad (constant liar); qmc: scrambled Sobol sequence; gp: Gaussian
 process, which learns from completed trials only and draws conditional parameters at random."""
 
 EndState = Literal["completed", "stopped", "failed"]
@@ -58,6 +61,9 @@ Row = Mapping[str, Any]
 
 _SEARCH = "search"  # study attribute: what the values of its trials depend on
 _OVERRIDES = "overrides"  # trial attribute: the config overrides its parameters became
+CHANCE = 0.5
+"""AUC of a network that has learned nothing."""
+
 _POINT = "point"  # trial attribute: name of the setting it was asked for by
 _FROM = "from"  # trial attribute: earlier study and number it was taken over from
 _TAKEN_OVER = "taken over"  # study attribute: earlier studies already taken over
@@ -87,6 +93,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     with the column `failure` says that the trial has failed, and why. `rows` holds the rows recorded by earlier
     sessions, by trial number; those of trials left running are read. `identity` names what values depend on beside the
     overrides, such as the cohort and the objective: a study of another identity, space or length is refused.
+    `prior` is what the model knows before anything has run; None: nothing.
     `ended`: trials that have ended by the rows, which are the truth: others that the database calls complete or pruned are
     reopened (None: the database is believed). `storage` is the path of a SQLite file or an Optuna storage URL, `study_name`
     the study's name in it. One process at a time may have a study open.
@@ -104,7 +111,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         objective: Callable[[Sequence[Row]], float],
         storage: str | Path,
         metric: str = "val_auc",
-        sampler: SamplerName = "tpe",
+        sampler: SamplerName = "model",
+        prior: Prior | None = None,
         seed: int = 0,
         warm_start: Sequence[str] | None = None,
         warm_start_from: Sequence[str | Path] = (),
@@ -135,6 +143,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._num_trials = num_trials
         self._objective = objective
         self._sampler_name = sampler
+        self._prior = prior
         self._seed = seed
         self._identity = dict(identity or {})
         self._column = metric
@@ -236,6 +245,11 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                 for name, why in self.warm_start_left_out.items()
                 if not any(reason.startswith("the same point as") for reason in why)
             ]
+            if self._sampler_name == "model" and self._prior is not None:
+                told.append(
+                    f"{RATE} is drawn with what recorded runs of other cohorts say about it; "
+                    "`prior: false` in the study file draws without"
+                )
         if self.taken_over.added or self.taken_over.left_out:
             left_out = ", ".join(
                 f"{count} ({reason})" for reason, count in self.taken_over.left_out.items()
@@ -308,11 +322,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         number = int(self._memory.get_n_trials(self._memory_study))
         if self._points:
             attrs[_POINT], sample = self._points.popleft()
-            distributions = {name: self._space.parameters[name].distribution for name in sample}
-            asked = optuna.trial.create_trial(
-                state=TrialState.RUNNING, params=sample, distributions=distributions
-            )
-            self._memory.create_new_trial(self._memory_study, asked)
+            self._memory.create_new_trial(self._memory_study, self._running(sample))
+        elif self._sampler_name == "model":
+            sample = self._modelled(number)
+            self._memory.create_new_trial(self._memory_study, self._running(sample))
         else:
             with _no_experimental_warnings():
                 self._study.sampler = self._sampler(number)
@@ -338,6 +351,47 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         self._own += 1
         self._rows[number] = {}
         return number
+
+    def _running(self, sample: Sample) -> FrozenTrial:
+        distributions = {name: self._space.parameters[name].distribution for name in sample}
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING, params=sample, distributions=distributions
+        )
+
+    def _modelled(self, number: int) -> Sample:
+        """Return what the model chooses for trial `number`, with a random stream of its own."""
+        known = [trial for trial in self._trials() if trial.state != TrialState.FAIL]
+        ended = [trial for trial in known if trial.state.is_finished()]
+        running = [trial for trial in known if not trial.state.is_finished()]
+        rng = np.random.default_rng([self._seed, number])
+        suggest = partial(draw, rng=rng)
+        candidates = [self._space.sample(suggest, self._epochs) for _ in range(CANDIDATES)]
+        samples = [*(trial.params for trial in (*ended, *running)), *candidates]
+        surrogate = Surrogate(axes_of(self._space), samples, self._prior)
+        places = np.arange(len(samples))
+        begin = len(ended) + len(running)
+        worth = [self._worth(trial) for trial in ended]
+        chosen = surrogate.choose(
+            places[: len(ended)],
+            np.array([value for value, _ in worth]),
+            np.array([share for _, share in worth]),
+            places[len(ended) : begin],
+            places[begin:],
+            rng,
+        )
+        return candidates[chosen - begin]
+
+    def _worth(self, trial: FrozenTrial) -> tuple[float, float]:
+        """Return the objective of a trial that has ended, and the share of its epochs that it trained.
+
+        One without any finite value has learned nothing: it counts as chance.
+        """
+        if trial.state == TrialState.COMPLETE:
+            return float(trial.value), 1.0
+        rows = [{"epoch": e, self._column: v} for e, v in sorted(trial.intermediate_values.items())]
+        value = _finite(self._objective(rows)) if rows else None
+        share = max(trial.intermediate_values, default=0) / self._epochs
+        return CHANCE if value is None else value, min(share, 1.0)
 
     def _sampler(self, number: int) -> BaseSampler:
         """A sampler for one trial, with a random stream of the trial's own: a restarted search draws what it would have

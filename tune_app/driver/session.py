@@ -38,6 +38,7 @@ from tune_app.driver.stopping import (
     Preempted,
     saving_s,
 )
+from tune_app.driver.time_budget import TimeBudget
 from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles, kept_by
@@ -46,6 +47,7 @@ from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.requests import TrialRequests, answered_requests
 from tune_app.study.rows import ENDED, read_rows
 from tune_app.study.spec import StudySpec
+from tune_app.study.surrogate import shipped_prior
 
 log = logging.getLogger("medtune.study")
 
@@ -69,7 +71,8 @@ class StudySession:
         self.epochs = spec.epochs
         self.ranks = 1
         self.fatal: dict[str, str] = {}
-        self.interrupt = Interrupt(self.files)
+        self.time: TimeBudget | None = None
+        self.interrupt = Interrupt(self.files, self._time_is_over)
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.place = StudyPlace(self.files.root)
@@ -93,6 +96,10 @@ class StudySession:
         """
         self.keep_to_budget()
         self.ranks = plan.ranks
+        gpus = plan.gpus_per_rank * plan.ranks * plan.concurrent
+        self.time = TimeBudget(self.spec, self.policy, plan.concurrent, gpus)
+        if (planned := self.time.plan) is not None:
+            self.display.note(planned)
         self.look = watch_tune(
             self.files.trial,
             lambda trial: len(self.recorder.rows.get(trial, ())),
@@ -182,6 +189,9 @@ class StudySession:
             return None
         return self.files.database
 
+    def _time_is_over(self) -> bool:
+        return self.time is not None and self.time.over
+
     def keep_to_budget(self) -> None:
         """Remove what does not fit the disk budget any more, where there is one."""
         if self.budget is not None:
@@ -248,6 +258,7 @@ class StudySession:
             metric=OBJECTIVES[self.spec.objective].column,
             storage=self.spec.storage or self.files.database,
             sampler=self.spec.sampler,
+            prior=shipped_prior() if self.spec.uses_prior else None,
             seed=self.spec.seed,
             warm_start=self.spec.warm_start,
             warm_start_from=self.spec.warm_start_from,
@@ -328,9 +339,10 @@ class Interrupt:
     write them. Use as a context; outside the main thread, where no signal arrives, it does nothing.
     """
 
-    def __init__(self, files: StudyFiles) -> None:
+    def __init__(self, files: StudyFiles, time_is_over: Callable[[], bool] = lambda: False) -> None:
         self.files = files
         self.asked = False
+        self.time_is_over = time_is_over
         self.deadline: float | None = None
         """Until when trials save their work, on the monotonic clock, once the machine is to be taken away."""
         self._before: dict[int, Any] = {}
@@ -352,10 +364,10 @@ class Interrupt:
             signal.signal(number, self._preempt if number in TAKEN_AWAY else self._ask)
 
     def take(self, saved: Callable[[], bool] = lambda: True) -> None:
-        """Raise KeyboardInterrupt if one was asked for; Preempted once `saved` says so, or there is no time left."""
+        """Raise KeyboardInterrupt if one was asked for or the time is over; Preempted once `saved` says so, or there is no time left."""
         if self._before and signal.getsignal(signal.SIGUSR1) != self._preempt:
             self._listen()  # Tune takes SIGUSR1 for itself as it begins
-        if self.asked:
+        if self.asked or self.time_is_over():
             raise KeyboardInterrupt
         if self.deadline is None:
             return
@@ -451,6 +463,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         name = trial_name(trial)
         rows = self.session.recorder.rows.get(name)
         if rows and rows[-1]["epoch"] == result["epoch"]:
+            known = self.session.time.measured(rows[-1]) if self.session.time is not None else None
+            if known is not None:
+                self.session.display.note(known)
             self.session.display.reported(
                 name, rows[-1], objective_value(rows, self.session.spec.objective)
             )

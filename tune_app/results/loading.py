@@ -28,7 +28,7 @@ from tune_app.study.rows import (
     record_problem,
     whole_lines,
 )
-from tune_app.study.spec import StudySpec, build_spec
+from tune_app.study.spec import StudySpec, recorded_spec
 
 
 def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error") -> Study:
@@ -46,7 +46,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     files = StudyFiles(path.absolute())
     files.require()
     info = files.read()
-    spec = build_spec(info["spec"])
+    spec = recorded_spec(info["spec"])
     damage: list[str] = []
     notes: list[str] = []
 

@@ -52,7 +52,7 @@ def _form() -> bytes:
             "hyperparameters": hyperparameters,
             "fields": {name: StudySpec.model_fields[name].description for name in FIELDS},
             "objectives": objectives,
-            "samplers": ["tpe", "random", "qmc", "gp"],
+            "samplers": ["model", "tpe", "random", "qmc", "gp"],
             "not_searched": NOT_SEARCHED,
             "palette": figures.PALETTE,
         }

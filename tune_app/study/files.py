@@ -14,7 +14,7 @@ from trainables.config import RULES
 from trainables.data.storage import is_url
 from trainables.objective import DEFAULT_OBJECTIVE
 from tune_app.study.errors import SpecError
-from tune_app.study.spec import StudySpec, build_spec
+from tune_app.study.spec import StudySpec, recorded_spec
 
 STUDY_FORMAT = RULES
 """Of what is written: the rules that the study's trials keep to (`trainables.config.RULES`)."""
@@ -140,7 +140,7 @@ class StudyFiles:
         return value
 
     def read_spec(self) -> StudySpec:
-        return build_spec(self.read()["spec"])
+        return recorded_spec(self.read()["spec"])
 
     def write(self, value: Mapping[str, Any]) -> None:
         """Write study.json; of the format that `value` names, where it is another study's or an earlier content."""
@@ -229,7 +229,9 @@ HOW_ONLY = (
     "accelerator_type",
     "cache",
     "checkpoint_epochs",
+    "gpu_hours",
     "gpus_per_trial",
+    "hours",
     "log",
     "max_concurrent",
     "max_failures",

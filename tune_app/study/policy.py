@@ -93,7 +93,8 @@ class Policy:
         self.metric = OBJECTIVES[objective].column
         self.max_epochs = min(max_epochs, spec.max_epochs or max_epochs)
         self._sign = 1.0 if mode == "max" else -1.0
-        grace = spec.grace_epochs or max(FIRST_COMPARABLE, round(max_epochs / 10))
+        share = round(max_epochs * spec.first_rung_share)
+        grace = spec.grace_epochs or max(FIRST_COMPARABLE, share)
         self.rungs = rung_epochs(
             min(grace, self.max_epochs), self.max_epochs, spec.reduction_factor
         )

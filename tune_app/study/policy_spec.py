@@ -52,24 +52,10 @@ random orders, find .794 with a first rung at epoch 1, .805 at 2 or 3, .808 at 4
 class PolicySpec(BaseModel):
     """When trials are stopped early; `policy` in the study file.
 
-    The defaults are those of a back-test (`backtest_generated(seeds=range(20, 30))`: 20 generated studies of 500 trials
-    and 60 epochs, ten each with 20 + 80 and 50 + 200 validation volumes, 8 workers):
-
-    | policy | epochs spent | AUC lost, mean (worst) | best within .005 |
-    |---|---|---|---|
-    | Ray's ASHA as shipped (grace 1, factor 4, current) | 6.9 % | .0047 (.0257) | 12 of 20 |
-    | default | 26.7 % | .0005 (.0049) | 20 of 20 |
-    | compared=current | 26.4 % | .0009 (.0060) | 18 of 20 |
-    | compared=smoothed | 26.7 % | .0005 (.0049) | 20 of 20 |
-    | compared=best | 26.5 % | .0002 (.0046) | 20 of 20 |
-    | reduction_factor=3 | 24.3 % | .0008 (.0056) | 19 of 20 |
-    | finalists=0, or drw_guard_epochs=0 | 26.4, 26.7 % | .0005 (.0049) | 20 of 20 |
-
-    What a rung compares matters little once the first rung is late enough; between best and best_median3, equal within
-    what 20 studies can tell, the one that a lucky epoch cannot win was taken. Finalists helped in studies of 50 trials
-    only, and the guard protects from what these curves seldom have: a rung right after the class weights began. A best
-    trial that is still at chance at the first rung is lost: in 2 of 16 other studies (seeds 10 to 17) that cost .008 and
-    .016.
+    The defaults were chosen on recorded curves of real runs (`medtune bench strategies`, docs/results.md): one
+    rung after a third of a run, which the best third passes, and no trial is exempt from it. Earlier
+    rungs lost on the table where AUCs say little before epoch 8; a guard after the start of the class weights, finalists
+    and known settings run first gained nothing on any table.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -77,16 +63,19 @@ class PolicySpec(BaseModel):
     halving: bool = True
     """Asynchronous successive halving (ASHA); without it only the diagnosis stops trials."""
     grace_epochs: int | None = Field(None, ge=1)
-    """Epoch of the first rung. None: a tenth of the epochs, and at least 3: before that no median can be compared."""
-    reduction_factor: float = Field(2.0, gt=1, le=100)
-    """One in so many trials passes a rung, and rungs lie at grace_epochs times its powers."""
+    """Epoch of the first rung. None: `first_rung_share` of the epochs, and at least 3: before that no median can be
+    compared."""
+    first_rung_share: float = Field(1 / 3, gt=0, le=1)
+    """Share of a whole run before the first rung, where `grace_epochs` is not set."""
+    reduction_factor: float = Field(3.0, gt=1, le=100)
+    """The best 1/reduction_factor of the trials pass a rung, and rungs are at the first one times its powers."""
     compared: Literal["current", "best", "smoothed", "best_median3"] = "best_median3"
     """What a rung compares: the epoch's own AUC, the best so far, the median of the last 3, or the best such median."""
-    drw_guard_epochs: int = Field(5, ge=0)
+    drw_guard_epochs: int = Field(0, ge=0)
     """Epochs from a trial's DRW start on in which it meets no rung: re-weighting costs AUC first. The rung is held after
     them."""
-    finalists: int = Field(3, ge=0)
-    """The best so many trials so far, by the compared value, pass every rung and train to the end."""
+    finalists: int = Field(0, ge=0)
+    """This many trials, the best so far by the compared value, pass every rung and train to the end."""
     max_epochs: int | None = Field(None, ge=1)
     """Trials end here even if their own `epochs` is larger. None: no limit but their own."""
     actions: dict[Verdict, VerdictAction] = Field(default_factory=lambda: dict(DEFAULT_ACTIONS))
@@ -133,3 +122,21 @@ RAY_ASHA = PolicySpec(
     actions=dict.fromkeys(VERDICTS, "ignore"),
 )
 """Our additions switched off: Ray's `ASHAScheduler` with the settings it is shipped with."""
+
+
+POLICIES: dict[str, PolicySpec] = {
+    "medtune": PolicySpec(),
+    "ray_asha": RAY_ASHA,
+    "diagnosis": PolicySpec(halving=False),
+    "none": PolicySpec(halving=False, actions=dict.fromkeys(VERDICTS, "ignore")),
+}
+"""Policies that a study file may name: medtune's own, Ray's `ASHAScheduler` as shipped, stops by the diagnosis alone,
+and no stops at all."""
+
+FORMER_DEFAULTS = {
+    "first_rung_share": 0.1,
+    "reduction_factor": 2.0,
+    "drw_guard_epochs": 5,
+    "finalists": 3,
+}
+"""What a study that was written before `first_rung_share` existed decides by where it names nothing else."""

@@ -19,7 +19,7 @@ from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config,
 from trainables.data.storage import absolute, is_url
 from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
-from tune_app.study.policy_spec import PolicySpec
+from tune_app.study.policy_spec import FORMER_DEFAULTS, POLICIES, PolicySpec
 from tune_app.study.yaml_text import YamlError, load_yaml
 
 
@@ -51,23 +51,30 @@ class StudySpec(BaseModel):
     seen_folds: tuple[int, ...] = ()
     """Folds on which that search chose: a confirmation runs them, but does not judge by them where others are left."""
     trials: int = Field(20, ge=1, le=1_000_000)
-    """Trials sampled, those at the documented settings included."""
+    """Trials sampled, known settings included. With a time and no number of trials: as many as fit."""
+    hours: float | None = Field(None, gt=0)
+    """Hours that a session of the search may take; trials are then as many as fit. `medtune resume` gives it as many more."""
+    gpu_hours: float | None = Field(None, gt=0)
+    """The same, divided by the GPUs that trials hold at a time."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Hyperparameters of every trial that differ from the defaults. What is set here is not searched."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the sampler. Trials take theirs from `config`."""
     objective: str = "best_median3"
     """What a trial is worth; all are to be maximised."""
-    sampler: Literal["tpe", "random", "qmc", "gp"] = "tpe"
-    """How the next trial is chosen."""
-    warm_start: tuple[str, ...] | None = None
-    """Points tried first: any of `before`, `after`, `defaults`. None: all that lie in the space."""
+    sampler: Literal["model", "tpe", "random", "qmc", "gp"] = "model"
+    """How the next trial is chosen: model is medtune's own, the others are Optuna's."""
+    prior: bool = True
+    """Whether the model starts from what recorded runs of other cohorts say about `backbone_lr`. It holds for runs from
+    random weights with Adam, and is left out in all others."""
+    warm_start: tuple[str, ...] | None = ()
+    """Points tried first: any of `before`, `after`, `defaults`. None: all that are in the space."""
     warm_start_from: tuple[str, ...] = ()
     """Folders of earlier studies whose finished trials the sampler starts from."""
     storage: str | None = None
     """Optuna storage URL; None keeps study.db in the study's folder."""
     policy: PolicySpec = Field(default_factory=PolicySpec)
-    """When trials are stopped early."""
+    """When trials are stopped early: `medtune` (the default), `ray_asha`, `diagnosis` or `none`, or a mapping of fields."""
     gpus_per_trial: float | Literal["auto"] | None = None
     """GPUs of one trial; a fraction shares one GPU. None: where there are GPUs, as many trials share one as train fastest
     together (`auto`, measured once for each kind of GPU and configuration), else none."""
@@ -106,6 +113,17 @@ class StudySpec(BaseModel):
         return (
             {} if value is None else value
         )  # what YAML reads where every line below `config:` is a comment
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _named_policy(cls, value: object) -> object:
+        if isinstance(value, str):
+            if value not in POLICIES:
+                raise ValueError(
+                    f"unknown policy {value!r}: one of {', '.join(POLICIES)}, or its fields"
+                )
+            return POLICIES[value]
+        return value
 
     @field_validator("cache")
     @classmethod
@@ -179,6 +197,13 @@ class StudySpec(BaseModel):
         """Return the complete configuration of a trial with these overrides. Raises ConfigError."""
         return build_config({**self.config, **overrides})
 
+    @property
+    def uses_prior(self) -> bool:
+        """Whether the model starts from the shipped prior."""
+        config = build_config(self.config)
+        holds = config.pretrained_path is None and config.optimizer == "adam"
+        return self.prior and self.sampler == "model" and holds
+
     def resolved_space(self) -> Space:
         """The space as an object; only searches have one."""
         assert self.kind == "search"
@@ -190,8 +215,14 @@ class StudySpec(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+AS_MANY_AS_FIT = 10_000
+"""Trials of a search whose time ends it."""
+
+
 def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     """Return the checked spec; raises SpecError with every violation at once."""
+    if {"hours", "gpu_hours"} & {name for name, value in fields.items() if value is not None}:
+        fields = {"trials": AS_MANY_AS_FIT, **fields}
     unknown = []
     for name in fields:
         if name not in StudySpec.model_fields:
@@ -211,6 +242,16 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     if unknown:
         raise SpecError(unknown)
     return spec
+
+
+def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:
+    """Return the spec in a study.json. A study of an earlier version keeps what was the default then: it has to decide as
+    it would have. Raises SpecError as `build_spec` does."""
+    policy = fields.get("policy")
+    if isinstance(policy, Mapping) and "first_rung_share" not in policy:
+        former = {"sampler": "tpe", "prior": False, "warm_start": None}
+        fields = {**former, **fields, "policy": {**FORMER_DEFAULTS, **policy}}
+    return build_spec(fields)
 
 
 def read_study_file(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -16,7 +15,6 @@ from trainables.data.manifest import read_manifest
 from tune_app.bench.record import (
     RecordError,
     Recording,
-    draw,
     held_out_split,
     planned_runs,
     read_scores,
@@ -112,24 +110,6 @@ def test_more_trials_leave_the_first_ones_as_they_were() -> None:
     assert [run.origin for run in few] == ["after", "random", "random", "random"]
     for run in more:
         build_config(run.overrides)
-
-
-def test_draws_are_uniform_on_the_scale_that_is_searched() -> None:
-    rng = np.random.default_rng(0)
-    parameters = SPACES["wide"].parameters
-    rates = np.log([draw(parameters["backbone_lr"], rng) for _ in range(4000)])
-    low, high = (np.log(float(end)) for end in parameters["backbone_lr"].ends)  # type: ignore[arg-type]
-    assert low <= rates.min()
-    assert rates.max() <= high
-    assert np.mean(rates) == pytest.approx((low + high) / 2, abs=0.1)
-    assert np.std(rates) == pytest.approx((high - low) / 12**0.5, rel=0.05)
-    assert {draw(parameters["freeze_backbone_share"], rng) for _ in range(200)} == {
-        0.0,
-        0.1,
-        0.2,
-        0.3,
-    }
-    assert {draw(parameters["unfreeze_stage_epochs"], rng) for _ in range(200)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from trainables.config import build_config
 from trainables.objective import objective_value
 from tune_app.driver.optuna_database import STUDY_NAME, SearchError, sqlite_url
 from tune_app.driver.searcher import OptunaSearcher, trial_name
+from tune_app.study.surrogate import shipped_prior
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 4
@@ -265,7 +266,7 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("space", [TINY, MIXED], ids=["plain", "conditional"])
 def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path, space):
-    searcher = make(tmp_path, space, num_trials=40, seed=3)
+    searcher = make(tmp_path, space, sampler="tpe", num_trials=40, seed=3)
     rng = random.Random(0)
     for number in range(30):
         searcher.suggest(str(number))
@@ -286,7 +287,7 @@ def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path, space):
     assert searcher.study.trials[30].params == trial.params
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "gp"])
+@pytest.mark.parametrize("sampler", ["model", "tpe", "random", "qmc", "gp"])
 @pytest.mark.parametrize(
     "space", [TINY, MIXED, SPACES["wide"]], ids=["plain", "conditional", "wide"]
 )
@@ -832,7 +833,9 @@ def test_a_space_that_does_not_fit_the_length_is_refused(tmp_path):
     space = space_from({"search": {"freeze_backbone_epochs": {"low": 0, "high": 20}}})
     with pytest.raises(SpaceError, match="freeze_backbone_epochs=20 must be at most epochs=4"):
         make(tmp_path, space)
-    with pytest.raises(SearchError, match="unknown sampler 'cmaes': one of tpe, random, qmc, gp"):
+    with pytest.raises(
+        SearchError, match="unknown sampler 'cmaes': one of model, tpe, random, qmc, gp"
+    ):
         make(tmp_path, sampler="cmaes")
 
 
@@ -902,3 +905,46 @@ def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_pat
     ]
     assert trials[1].intermediate_values == {1: 0.51, 2: 0.51}
     assert [trial.value for trial in trials[4:]] == [0.54, 0.55]
+
+
+def test_the_model_learns_from_trials_that_were_stopped(tmp_path):
+    """Low rates are stopped early with poor values: what is asked for next leaves them alone."""
+    space = SPACES["documented"]
+    searcher = make(tmp_path, space, sampler="model", num_trials=30, seed=1)
+    rates = []
+    for number in range(30):
+        rate = searcher.suggest(str(number))["overrides"]["backbone_lr"]
+        rates.append(rate)
+        good = rate > 1.5e-4
+        run(searcher, str(number), [0.85] * EPOCHS if good else [0.55] * 2)
+    assert np.mean(np.array(rates[15:]) > 1.5e-4) > 0.8
+    assert np.mean(np.array(rates[:4]) > 1.5e-4) < 0.8
+
+
+def test_the_model_asks_for_the_same_after_a_restart(tmp_path):
+    prior = shipped_prior()
+    asked = {}
+    for name, restarts in (("whole", ()), ("killed", (4, 9))):
+        (tmp_path / name).mkdir()
+        searcher = make(tmp_path / name, MIXED, sampler="model", num_trials=14, prior=prior)
+        asked[name] = []
+        for number in range(14):
+            if number in restarts:
+                searcher.close()
+                searcher = make(tmp_path / name, MIXED, sampler="model", num_trials=14, prior=prior)
+            asked[name].append(searcher.suggest(str(number))["overrides"])
+            run(searcher, str(number), [0.6 + 0.02 * number] * (EPOCHS if number % 3 else 2))
+        searcher.close()
+    assert asked["whole"] == asked["killed"]
+
+
+def test_a_prior_moves_the_first_draws(tmp_path):
+    space = SPACES["documented"]
+    rates = {}
+    for name, prior in (("with", shipped_prior()), ("without", None)):
+        (tmp_path / name).mkdir()
+        searcher = make(tmp_path / name, space, sampler="model", prior=prior, num_trials=12)
+        rates[name] = [searcher.suggest(str(n))["overrides"]["backbone_lr"] for n in range(12)]
+        assert any("prior: false" in note for note in searcher.notes) == (prior is not None)
+    assert np.median(rates["with"]) > np.median(rates["without"])
+    assert min(rates["with"]) > 5e-5

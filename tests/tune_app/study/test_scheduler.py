@@ -8,14 +8,17 @@ import pytest
 from pydantic import ValidationError
 
 from trainables.diagnosis import VERDICTS
+from tune_app.study.errors import SpecError
 from tune_app.study.policy import Policy, rung_cutoff, rung_epochs
 from tune_app.study.policy_spec import (
     DEFAULT_ACTIONS,
+    POLICIES,
     RAY_ASHA,
     PolicyError,
     PolicySpec,
     read_policy,
 )
+from tune_app.study.spec import build_spec, recorded_spec
 
 PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}
 SILENT = dict.fromkeys(VERDICTS, "ignore")
@@ -114,15 +117,12 @@ def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
     assert rung_epochs(6, 60, 2) == [6, 12, 24, 48]
     assert rung_epochs(1, 64, 4) == [1, 4, 16, 64]
     assert rung_epochs(60, 60, 2) == [60]
-    assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [
-        6,
-        12,
-        24,
-        48,
-    ]  # a tenth of the epochs
-    assert Policy(PolicySpec(), 12).rungs == [3, 6, 12]  # not before there is a median of three
+    assert Policy(PolicySpec(reduction_factor=2), 60).rungs == [20, 40]  # a third of the epochs
+    assert Policy(PolicySpec(first_rung_share=0.1, reduction_factor=2), 60).rungs == [6, 12, 24, 48]
+    assert Policy(PolicySpec(), 30).rungs == [10, 30]
+    assert Policy(PolicySpec(), 6).rungs == [3]  # not before there is a median of three
     assert Policy(PolicySpec(), 2).rungs == [2]
-    assert Policy(PolicySpec(grace_epochs=1), 12).rungs == [1, 2, 4, 8]
+    assert Policy(PolicySpec(grace_epochs=1), 12).rungs == [1, 3, 9]
     assert Policy(PolicySpec(grace_epochs=30), 10).rungs == [10]
 
 
@@ -326,7 +326,7 @@ def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_kil
         if running[trial] == 40:
             del running[trial]
 
-    spec = PolicySpec(grace_epochs=3, reduction_factor=2)
+    spec = PolicySpec(grace_epochs=3, reduction_factor=2, drw_guard_epochs=5, finalists=3)
     never = Policy(spec, 40)
     expected = [never.decide(row["trial"], configs[row["trial"]], row) for row in arrivals]
     assert {d.reason for d in expected} >= {
@@ -415,3 +415,37 @@ def test_rungs_compare_what_the_objective_is_of() -> None:
             assert decision.value == (ema if objective == "best_median3" else raw)
         stopped[objective] = {name for name, found in policy.stopped().items() if found.stops}
     assert stopped == {"best_median3": {"b", "c", "d"}, "best_median3_raw": {"a", "b", "c"}}
+
+
+def test_a_study_of_an_earlier_version_decides_as_it_would_have():
+    """Its study.json holds the policy in full, without the field that later replaced a fixed tenth."""
+    fields = {"data": "/data/table.csv", "config": {"epochs": 60}}
+    new = build_spec(fields)
+    assert (new.sampler, new.warm_start, Policy(new.policy, 60).rungs) == ("model", (), [20, 60])
+    assert new.uses_prior
+    policy = {"halving": True, "grace_epochs": None, "compared": "best_median3"}
+    old = recorded_spec({**fields, "policy": policy})
+    assert (old.sampler, old.warm_start, old.policy.finalists) == ("tpe", None, 3)
+    assert (old.policy.drw_guard_epochs, Policy(old.policy, 60).rungs) == (5, [6, 12, 24, 48])
+    assert not old.uses_prior
+    assert recorded_spec(new.model_dump(mode="json")) == new
+
+
+@pytest.mark.parametrize(("name", "policy"), POLICIES.items())
+def test_a_study_file_may_name_its_policy(name, policy):
+    assert build_spec({"data": "/data/table.csv", "policy": name}).policy == policy
+
+
+def test_a_policy_of_an_unknown_name_is_told_with_those_there_are():
+    with pytest.raises(SpecError, match="unknown policy 'asha': one of medtune, ray_asha"):
+        build_spec({"data": "/data/table.csv", "policy": "asha"})
+
+
+@pytest.mark.parametrize(
+    ("config", "uses"),
+    [({}, True), ({"pretrained_path": "/weights.pth"}, False), ({"optimizer": "sgd"}, False)],
+)
+def test_the_prior_is_used_where_it_holds(config, uses):
+    assert build_spec({"data": "/data/table.csv", "config": config}).uses_prior is uses
+    assert not build_spec({"data": "/data/table.csv", "config": config, "prior": False}).uses_prior
+    assert not build_spec({"data": "/t.csv", "config": config, "sampler": "tpe"}).uses_prior

@@ -1,0 +1,150 @@
+"""What the search believes: the process against scikit-learn's, the prior, and what is chosen."""
+
+import numpy as np
+import pytest
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+from search_spaces.spaces import SPACES
+from tune_app.study import surrogate as model
+from tune_app.study.surrogate import (
+    Axis,
+    Prior,
+    Surrogate,
+    axes_of,
+    draw,
+    logit,
+    read_prior,
+    shipped_prior,
+)
+
+
+def points(count, seed=0, space="documented"):
+    rng = np.random.default_rng(seed)
+    chosen = SPACES[space]
+    return [chosen.sample(lambda p: draw(p, rng), 30) for _ in range(count)]
+
+
+def test_the_posterior_is_scikit_learns():
+    samples = points(30)
+    ours = Surrogate(axes_of(SPACES["documented"]), samples, None)
+    columns = [
+        axis.scaled([s[axis.name] for s in samples])
+        for axis in axes_of(SPACES["documented"])
+        if axis.name != "backbone_lr"
+    ]
+    rates = np.log([s["backbone_lr"] for s in samples])[:, None] / np.log(
+        model.HIGH_RATE / model.LOW_RATE
+    )
+    everything = np.concatenate([rates, *columns], axis=1)
+    rate_only = np.full(everything.shape[1], 1e6)
+    rate_only[0] = model.RATE_LENGTH
+    joint = np.full(everything.shape[1], model.JOINT_LENGTH)
+    joint[0] = model.RATE_LENGTH
+    kernel = (
+        ConstantKernel(model.LEVEL_SD**2)
+        + ConstantKernel(model.RATE_SD**2) * RBF(rate_only)
+        + ConstantKernel(model.JOINT_SD**2) * RBF(joint)
+    )  # fmt: skip
+    seen, at = np.arange(20), np.arange(20, 30)
+    values = np.random.default_rng(1).normal(1, 0.3, 20)
+    noise = np.linspace(0.01, 0.1, 20)
+    theirs = GaussianProcessRegressor(kernel, alpha=noise, optimizer=None)
+    theirs.fit(everything[seen], values - model.LEVEL)
+    mean, deviation = theirs.predict(everything[at], return_std=True)
+    found = ours.posterior(seen, values, noise, at)
+    np.testing.assert_allclose(found[0], mean + model.LEVEL, atol=1e-6)
+    np.testing.assert_allclose(found[1], deviation, atol=1e-6)
+
+
+def test_before_anything_has_ended_the_prior_decides():
+    prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-3.0, 3.0, -3.0), {})
+    samples = points(200)
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
+    none = np.array([], dtype=int)
+    chosen = [
+        surrogate.choose(none, np.array([]), np.array([]), none, np.arange(200), np.random.default_rng(i))
+        for i in range(20)
+    ]  # fmt: skip
+    rates = np.array([samples[i]["backbone_lr"] for i in chosen])
+    assert ((rates > 5e-5) & (rates < 2e-4)).all()
+    assert len(set(chosen)) > 5  # a draw, not an argument of the maximum
+
+
+def test_a_prior_that_is_wrong_is_overruled_by_what_ends():
+    prior = Prior((np.log(2e-5), np.log(5e-4)), (0.5, -0.5), {})
+    samples = points(200)
+    rates = np.log([s["backbone_lr"] for s in samples])
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
+    seen, free = np.arange(24), np.arange(24, 200)
+    auc = 0.6 + 0.25 * (rates[seen] - rates.min()) / np.ptp(rates)  # high rates are better in truth
+    none = np.array([], dtype=int)
+    chosen = [
+        surrogate.choose(seen, auc, np.ones(24), none, free, np.random.default_rng(i))
+        for i in range(20)
+    ]
+    assert np.median(rates[chosen]) > np.median(rates[free])
+
+
+def test_running_trials_are_not_asked_for_again():
+    samples = points(1) * 5 + points(40, seed=1)
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, None)
+    _, alone = surrogate.posterior(
+        np.array([], dtype=int), np.array([]), np.array([]), np.array([1])
+    )
+    _, beside = surrogate.posterior(
+        np.array([0]), np.array([1.0]), np.array([0.05**2]), np.array([1])
+    )
+    assert beside[0] < 0.1 < alone[0]
+
+
+def test_a_stopped_trial_says_less_than_one_that_ended():
+    samples = points(1) * 2
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, None)
+    means = []
+    for share in (1.0, 0.3):
+        noise = np.array([model.NOISE_SD**2 + model.STOPPED_SD**2 * (1 - share)])
+        means.append(
+            surrogate.posterior(np.array([0]), logit(np.array([0.6])), noise, np.array([1]))[0][0]
+        )
+    assert means[0] < means[1] < model.LEVEL
+
+
+def test_conditional_and_categorical_parameters_have_a_place():
+    axes = axes_of(SPACES["wide"])
+    samples = points(50, space="wide")
+    surrogate = Surrogate(axes, samples, shipped_prior())
+    assert np.linalg.eigvalsh(surrogate.covariance).min() > -1e-9
+    assert Axis("loss", choices=("a", "b")).scaled(["b", None]).tolist() == [
+        [0.0, model.CHOICE_SD],
+        [0.0, 0.0],
+    ]
+    assert Axis("s", 5, 40, log=True).scaled([5, None, 40]).ravel().tolist() == [0.0, 0.5, 1.0]
+
+
+def test_draws_are_uniform_on_the_scale_that_is_searched():
+    rng = np.random.default_rng(0)
+    parameters = SPACES["wide"].parameters
+    rates = np.log([draw(parameters["backbone_lr"], rng) for _ in range(4000)])
+    low, high = (np.log(float(end)) for end in parameters["backbone_lr"].ends)
+    assert low <= rates.min()
+    assert rates.max() <= high
+    assert np.mean(rates) == pytest.approx((low + high) / 2, abs=0.1)
+    assert np.std(rates) == pytest.approx((high - low) / 12**0.5, rel=0.05)
+    assert {draw(parameters["freeze_backbone_share"], rng) for _ in range(200)} == {
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+    }
+    assert {draw(parameters["unfreeze_stage_epochs"], rng) for _ in range(200)} == {0, 1, 2, 3}
+
+
+def test_the_shipped_prior_names_its_source_and_is_best_where_runs_were():
+    prior = shipped_prior()
+    assert len(prior.provenance["learned_from"]) >= 4
+    lift = prior(np.log([2e-5, 1e-4, 2.5e-4]))
+    assert lift[0] < lift[1] < lift[2]
+    import json
+
+    assert read_prior(json.dumps(prior.to_mapping())) == prior
