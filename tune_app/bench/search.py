@@ -69,9 +69,10 @@ def bench_search(
         raise SpecError(f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}")
     settings = {**config, "epochs": epochs}
     how: dict[str, Any] = {"gpus_per_trial": gpus_per_trial, "mps": mps}
-    search = dict(
-        trials=trials, epochs=epochs, grace_epochs=grace_epochs, reduction_factor=reduction_factor
-    )
+    search = {
+        "trials": trials, "epochs": epochs,
+        "grace_epochs": grace_epochs, "reduction_factor": reduction_factor,
+    }  # fmt: skip
     result: dict[str, Any] = {
         "machine": machine("torch", "ray", "optuna", "monai"),
         **search,
