@@ -3,7 +3,7 @@
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +29,11 @@ from tune_app.cli.common import (
 )
 
 app = typer.Typer()
+
+PresetOption = Annotated[
+    Literal["laptop", "gpu", "cluster"] | None,
+    typer.Option("--preset", help="Size of trials and search; other options go before it."),
+]
 
 
 StudyFileOption = Annotated[
@@ -68,6 +73,7 @@ GoOnOption = Annotated[
 def run(
     study_file: StudyFileOption = None,
     data: Annotated[Path | None, typer.Option("--data", help="Table of volumes.")] = None,
+    preset: PresetOption = None,
     space: SpaceOption = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
     hours: Annotated[
@@ -98,6 +104,7 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
+    from tune_app.study.presets import preset_line, with_preset
     from tune_app.study.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
@@ -129,6 +136,9 @@ def run(
         {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
     )
     fields["config"] = {**(fields.get("config") or {}), **settings}
+    if preset is not None:
+        fields = with_preset(preset, fields)
+        err.print(preset_line(preset), soft_wrap=True, markup=False)
     if "data" not in fields:
         raise typer.BadParameter(
             "name the table of volumes: --data TABLE, or data: in the study file"
@@ -347,6 +357,7 @@ def init(
         str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")
     ] = "table.csv",
     space: Annotated[str, typer.Option("--space", help="Search space.")] = "documented",
+    preset: PresetOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write over a file that is there.")
     ] = False,
@@ -354,5 +365,5 @@ def init(
     """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
     from tune_app.study.template import write_study_file
 
-    write_study_file(path, data=data, space=space, force=force)
+    write_study_file(path, data=data, space=space, preset=preset, force=force)
     out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)

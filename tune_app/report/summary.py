@@ -35,7 +35,8 @@ def print_summary(root: Path, console: Console) -> None:
             f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)"
         )
     console.print()
-    for line in [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]:
+    lines = [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]
+    for line in [*lines, *next_lines(root)]:
         console.print(line, soft_wrap=True, markup=False)
 
 
@@ -98,4 +99,14 @@ def place_lines(root: Path) -> list[str]:
         f"study:   {place}",
         f"results: medtune results {place}",
         f"report:  medtune report {place}",
+    ]
+
+
+def next_lines(root: Path) -> list[str]:
+    """What a search is followed by: is the best one a winner, and where all can be looked at."""
+    place = url_of(root) or root
+    above = str(place).rpartition("/")[0] or "."
+    return [
+        f"confirm: medtune confirm {place}   (the best again, on all folds with new seeds)",
+        f"browse:  medtune serve {above}",
     ]

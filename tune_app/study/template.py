@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
 from tune_app.study.policy_spec import PolicySpec
+from tune_app.study.presets import PRESETS
 from tune_app.study.spec import StudySpec
 
 WIDTH = 80
@@ -46,17 +48,23 @@ CONFIG_HELP = "To set one, remove the # before it."
 
 
 def study_file(
-    name: str = "study.yaml", *, data: str = "table.csv", space: str = "documented"
+    name: str = "study.yaml",
+    *,
+    data: str = "table.csv",
+    space: str = "documented",
+    preset: str | None = None,
 ) -> str:
     """Return the text of a study file: YAML that gives the defaults, each field below its meaning.
 
-    `name` is the file's own name. Hyperparameters stand in it as comments: a value that is set is not searched.
+    `name` is the file's own name. `preset` sets the fields of a preset, which are then no defaults. Hyperparameters stand in it as comments: a value that is set is not searched.
     """
     values = {
         field: info.get_default(call_default_factory=True)
         for field, info in StudySpec.model_fields.items()
     }
     values |= {"data": data, "space": space}
+    given = PRESETS[preset] if preset is not None else {"config": {}}
+    values |= given
     lines = [line for part in HEADER for line in _comment(part.format(name=name))]
     for field in [field for field in values if field not in OF_PLANS]:
         lines += ["", *_comment(_meaning(StudySpec, field))]
@@ -69,7 +77,7 @@ def study_file(
                 for line in _comment(f"  {each.name}: {each.title}")
             ]
         if field == "config":
-            lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters()]
+            lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters(given["config"])]
         elif isinstance(values[field], PolicySpec):
             lines += [f"{field}:", *_nested(values[field])]
         else:
@@ -80,7 +88,9 @@ def study_file(
     return "\n".join(lines) + "\n"
 
 
-def write_study_file(path: Path, *, data: str, space: str, force: bool = False) -> None:
+def write_study_file(
+    path: Path, *, data: str, space: str, preset: str | None = None, force: bool = False
+) -> None:
     """Write `study_file` to `path`. Raises SpecError when there is a file (without `force`), or no such space."""
     if path.exists() and not force:
         raise SpecError(f"{path}: there already; --force writes over it, or name another file")
@@ -89,7 +99,9 @@ def write_study_file(path: Path, *, data: str, space: str, force: bool = False) 
     except SpaceError as error:
         raise SpecError(error.problems) from None
     with replacing(path) as temporary:
-        temporary.write_text(study_file(path.name, data=data, space=space), encoding="utf-8")
+        temporary.write_text(
+            study_file(path.name, data=data, space=space, preset=preset), encoding="utf-8"
+        )
 
 
 def _meaning(model: type[BaseModel], field: str) -> str:
@@ -108,11 +120,14 @@ def _nested(values: BaseModel) -> list[str]:
     return lines
 
 
-def _hyperparameters() -> list[str]:
+def _hyperparameters(given: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for field, info in FineTuneConfig.model_fields.items():
         lines += _comment(_meaning(FineTuneConfig, field), "  ")
-        lines += [f"  #{line}" for line in _entry(field, info.default).splitlines()]
+        if field in given:
+            lines += _indented(_entry(field, given[field]))
+        else:
+            lines += [f"  #{line}" for line in _entry(field, info.default).splitlines()]
     return lines
 
 
