@@ -104,7 +104,6 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
-    from tune_app.study.presets import preset_line, with_preset
     from tune_app.study.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
@@ -136,9 +135,7 @@ def run(
         {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
     )
     fields["config"] = {**(fields.get("config") or {}), **settings}
-    if preset is not None:
-        fields = with_preset(preset, fields)
-        err.print(preset_line(preset), soft_wrap=True, markup=False)
+    fields = _on_preset(preset, fields)
     if "data" not in fields:
         raise typer.BadParameter(
             "name the table of volumes: --data TABLE, or data: in the study file"
@@ -150,6 +147,16 @@ def run(
             "--retry-failed goes with --resume: only a study that is there has failed trials"
         )
     _run_and_tell(spec, root, address=address, resume=False, go_on=go_on, retry_failed=retry_failed)
+
+
+def _on_preset(preset: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields on top of the preset's, and show what it sets."""
+    if preset is None:
+        return fields
+    from tune_app.study.presets import preset_line, with_preset
+
+    err.print(preset_line(preset), soft_wrap=True, markup=False)
+    return with_preset(preset, fields)
 
 
 @app.command()
