@@ -5,7 +5,7 @@ All sides train the very same runs of ours on the same cohort, as many at a time
 
     random     configurations at random, each trained to its end; the best 3-epoch median wins
     plain      Ray's OptunaSearch and ASHAScheduler as they come, on the epoch's AUC; Ray's own best result wins
-    medtune    as it comes: documented settings first, its policy and diagnosis, its objective
+    medtune    as it comes: its model with the prior, its policy and diagnosis, its objective
 
 Each side's clock runs from the start of its process to the budget's end, start-up included. What a search says its winner
 is worth was measured on what it chose by; so all winners, and the documented settings, are run again together with seeds

@@ -268,9 +268,9 @@ def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_coll
 
 
 @pytest.mark.slow
-def test_the_default_policy_spends_a_third_and_finds_what_rays_asha_misses(compared):
+def test_the_default_policy_spends_about_half_and_finds_what_rays_asha_misses(compared):
     ours, rays = compared.loc["medtune default"], compared.loc["Ray ASHA as shipped"]
-    assert (ours.epochs_share <= 0.35).all()
+    assert (ours.epochs_share <= 0.6).all()
     assert ours.auc_lost.mean() <= 0.005
     assert ours.auc_lost.mean() <= rays.auc_lost.mean()
     assert ours.top_stopped.sum() < rays.top_stopped.sum()
@@ -299,7 +299,7 @@ def test_the_command_that_the_document_quotes_gives_its_figures_and_they_hold_wh
     assert only.collapsed > 80
     assert only.caught_share >= 0.98
     assert only.healthy_stopped_share <= 0.01
-    assert ours.epochs_share <= 0.35
+    assert ours.epochs_share <= 0.6
     assert ours.auc_lost <= 0.005 < rays.auc_lost
 
     text = DOCUMENT.read_text(encoding="utf-8")
