@@ -30,6 +30,7 @@ import pandas as pd
 from trainables.data.formats import NO_CONTENT
 from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.data.table_file import COLUMNS, ManifestError, Record, read_records
+from trainables.data.visible import visible
 
 SPLITS = ("train", "val", "test")
 
@@ -294,7 +295,7 @@ def _object(url: str) -> tuple[str | None, str | None]:
 
 def shown_cell(text: str) -> str:
     """Text from a table that is safe in a terminal and in a line: names may hold anything."""
-    text = text if text.isprintable() else ascii(text)[1:-1]
+    text = visible(text)
     return text if len(text) <= 120 else f"{text[:60]}...{text[-57:]}"
 
 

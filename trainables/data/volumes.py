@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import replacing
+from trainables.data.json_files import read_json
 from trainables.data.scans import (
     Recipe,
     VolumeError,
@@ -153,7 +154,7 @@ def open_cohort(folder: Path) -> Cohort:
     Raises CohortError when there is none, or one that is damaged or of another version.
     """
     try:
-        written = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+        written = read_json(folder / "cohort.json")
         if written["format"] != FORMAT_VERSION:
             raise CohortError(
                 f"cohort {folder}: format {written['format']}, this is {FORMAT_VERSION}: prepare it again"
@@ -214,7 +215,7 @@ def _file_digests(
     """SHA-256 of every file's bytes, and the stat each was taken at; a file that looks untouched is not read again."""
     store = cache / "hashes.json"
     try:
-        known = json.loads(store.read_text(encoding="utf-8"))
+        known = read_json(store)
     except (OSError, ValueError):
         known = {}
     if not isinstance(known, dict):

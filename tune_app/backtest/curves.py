@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from trainables.checkpoints import without_nonfinite
+from trainables.data.json_files import read_json
 from trainables.errors import ProblemsError
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import json_lines, whole_lines
@@ -138,8 +139,8 @@ def _from_study(folder: Path) -> list[Curve]:
         source = files.trial(trial).config
         if source.is_file():
             try:
-                config = json.loads(source.read_text(encoding="utf-8"))
-            except ValueError as error:
+                config = read_json(source)
+            except (OSError, ValueError) as error:
                 problems.append(f"{source}: damaged: {error}")
         first_of = {
             int(row["epoch"]): row for row in reversed(rows)

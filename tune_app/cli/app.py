@@ -37,6 +37,7 @@ from tune_app.cli.common import (
     err,
     out,
     parse_settings,
+    write_any_name,
 )
 from tune_app.cli.data import data_app, weights_app
 from tune_app.driver.stopping import INTERRUPTED, PREEMPTED, Preempted
@@ -55,6 +56,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
+    write_any_name()
     try:
         app()
     except KeyboardInterrupt as error:

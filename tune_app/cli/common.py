@@ -1,5 +1,7 @@
 """What several commands share: consoles, options that mean the same everywhere, and how `--set` is read."""
 
+import io
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -8,12 +10,29 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from trainables.config import ConfigError
+from trainables.data.visible import visible
 from tune_app.study.yaml_text import YamlError, load_yaml
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+
+class VisibleConsole(Console):
+    """Writes out what is not seen in the text it is given, such as ESC in the name of a file; colours are its own."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text, keep="\n\t"), **options)
+
+
+def write_any_name() -> None:
+    """Have standard output and error take every character: those that their encoding lacks are written out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+out = VisibleConsole(highlight=False, soft_wrap=False)
+err = VisibleConsole(stderr=True, highlight=False)
 
 elsewhere: ContextVar[Callable[[Any, Path, bool], int] | None] = ContextVar(
     "elsewhere", default=None

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
+from trainables.data.visible import visible
 from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from tune_app.cli.common import (
     err,
@@ -74,7 +75,7 @@ def results(
             limit=limit,
         )
     if output == "csv":
-        print(table.to_csv(index=False), end="")
+        print(visible(table.to_csv(index=False), keep="\n\t"), end="")
     elif output == "json":
         print(table.to_json(orient="records", indent=1))
     elif meanings:
@@ -176,7 +177,7 @@ def backtest(
     else:
         compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
     if output == "csv":
-        print(compared.to_csv(index=False), end="")
+        print(visible(compared.to_csv(index=False), keep="\n\t"), end="")
     elif output == "json":
         print(compared.to_json(orient="records", indent=1))
     else:

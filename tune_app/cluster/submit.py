@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from packaging.requirements import Requirement
 
+from trainables.data.json_files import parse_json
 from trainables.data.storage import url_of
 from tune_app.study.errors import SpecError
 from tune_app.study.files import differing_fields, job_name
@@ -77,7 +78,7 @@ class Submission:
         }
         with zipfile.ZipFile(io.BytesIO(self.package)) as archive:
             if SPEC_FILE in archive.namelist():
-                shown["study"] = json.loads(archive.read(SPEC_FILE))
+                shown["study"] = parse_json(archive.read(SPEC_FILE))
         return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -118,7 +119,7 @@ def refuse_other_settings(asked: StudySpec, job: str, metadata: Mapping[str, str
     """Raise SpecError that names the settings in which `asked` differs from what the running `job` was sent with."""
     if SETTINGS not in metadata:  # sent by an earlier version
         return
-    there = build_spec(json.loads(metadata[SETTINGS]))
+    there = build_spec(parse_json(metadata[SETTINGS]))
     if differ := differing_fields(there, asked, StudySpec.model_fields):
         raise SpecError(
             f"{job} runs this study with other settings: {'; '.join(differ)}. `medtune jobs stop {job}` ends it; "

@@ -1,11 +1,11 @@
 """The record of a test: written once, read by table and report."""
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainables.data.json_files import read_json
 from tune_app.results.study import Study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -21,7 +21,7 @@ def read_test_record(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        scored: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["scored"]
+        scored: list[dict[str, Any]] = read_json(path)["scored"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(
             f"{path}: damaged ({error}): it is the record of the test scores, restore it"

@@ -21,6 +21,7 @@ from trainables import installed_version, mps
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split
+from trainables.data.json_files import read_json
 from trainables.kernel_cache import SAME_STEP, keep_kernels
 from trainables.ray_trainable import wait_for_device_memory
 from tune_app.driver.resources import ACCELERATOR
@@ -169,7 +170,7 @@ def packing_for(
 def _read(file: Path) -> dict[str, Any]:
     """What was remembered; nothing where the file is damaged: it is measured again."""
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

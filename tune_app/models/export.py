@@ -8,7 +8,6 @@ and every number in the model card, so that a card never speaks of other weights
 
 import csv
 import io
-import json
 import math
 import statistics
 import time
@@ -29,6 +28,7 @@ from trainables import installed_version
 from trainables.checkpoints import load_state, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split, split_rows
+from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, read_header
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
@@ -245,7 +245,7 @@ def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
         return None
     setting = build_config({**config.model_dump(mode="json"), "fold": 0, "seed": 0}).hash()
     try:
-        for record in json.loads(files.test.read_text(encoding="utf-8"))["scored"]:
+        for record in read_json(files.test)["scored"]:
             if record["config_hash"] == setting:
                 return HeldOut(
                     when=time.strftime("%Y-%m-%d", time.gmtime(record["time"])),
@@ -477,7 +477,8 @@ def write_model(
         info = info.model_copy(update={"members": tuple(written)})
         write_json(files.info, info.model_dump(mode="json"))
         files.validation.write_text(scores, encoding="utf-8")
-        files.card.write_text(model_card(info, [one.config for one in members]), encoding="utf-8")
+        card = model_card(info, [one.config for one in members])
+        files.card.write_text(card, encoding="utf-8", errors="backslashreplace")
     return info
 
 

@@ -14,7 +14,6 @@ signature: whoever can replace a file can replace its sum.
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
+from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.scans import Recipe
 from trainables.data.volumes import new_folder
 from trainables.diagnosis import HEALTHY
@@ -243,6 +243,11 @@ class ModelInfo(_Part):
         return sigmoid(self.calibration.slope * self.threshold + self.calibration.offsets[1])
 
 
+MAX_SUMS_BYTES = 2**20
+MAX_FILE_BYTES = 2**33
+"""Of SHA256SUMS, and of any file that it lists: a folder from elsewhere is checked before anything in it is believed."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """Names every file of an exported model."""
@@ -295,7 +300,7 @@ class ModelFiles:
         What is returned is what was checked: no file is opened again afterwards. Other files are checked and left out. Raises ModelError for what is missing, damaged, or listed outside the folder.
         """
         try:
-            listed = self.sums.read_bytes()
+            listed = regular_bytes(self.sums, MAX_SUMS_BYTES)
         except OSError as error:
             raise ModelError(
                 f"model {self.root}: no exported model here (SHA256SUMS: {error.strerror}); `medtune export` makes one"
@@ -320,7 +325,7 @@ class ModelFiles:
 
 def _checked(path: Path, expected: str) -> tuple[str | None, bytes | None]:
     try:
-        content = path.read_bytes()
+        content = regular_bytes(path, MAX_FILE_BYTES)
     except OSError as error:
         return f"{path}: {error.strerror or error}: copy the whole folder again", None
     if hashlib.sha256(content).hexdigest() != expected:
@@ -333,7 +338,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
     """Return model.json and the members' configs, checked against each other. Raises ModelError."""
     files = ModelFiles(folder)
     try:
-        fields = json.loads(contents["model.json"])
+        fields = parse_json(contents["model.json"])
         if isinstance(fields, dict) and fields.get("format") != MODEL_FORMAT:
             raise ModelError(
                 f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"
@@ -341,7 +346,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         info = ModelInfo.model_validate(fields)
         recipe = info.recipe
         configs = [
-            build_config(json.loads(contents[_name(member, "config.json")]))
+            build_config(parse_json(contents[_name(member, "config.json")]))
             for member in info.members
         ]
     except KeyError as error:

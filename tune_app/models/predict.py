@@ -31,6 +31,7 @@ from trainables.data.scans import (
 )
 from trainables.data.storage import StorageError, bucket_of, is_url, url_of
 from trainables.data.table_file import ManifestError, read_records
+from trainables.data.visible import visible
 from tune_app.models.calibration import Array
 from tune_app.models.folder import ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
@@ -252,10 +253,13 @@ def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
 def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None) -> dict[str, str]:
     """Return the cells of one prediction, by column; numbers with nine digits, enough to give a float32 back exactly."""
     source, scored = prediction.source, prediction.scored
+    path, notes = visible(source.path), list(prediction.notes)
+    if path != source.path:
+        notes.append("the file's name has bytes that cannot be shown: they are written out in path")
     cells = {
-        "path": source.path,
-        "note": "; ".join(prediction.notes),
-        "problem": prediction.problem or "",
+        "path": path,
+        "note": "; ".join(notes),
+        "problem": visible(prediction.problem or ""),
     }
     cells |= {
         "label": "" if source.label is None else str(source.label),
@@ -326,7 +330,8 @@ def write_predictions(
                 explanation = explain(prediction)
             except (OSError, VolumeError) as error:
                 problem = f"scored, but not explained: {error}"
-        writer.writerow(row(prediction, model.info, explanation) | {"problem": problem or ""})
+        cells = row(prediction, model.info, explanation)
+        writer.writerow(cells | {"problem": visible(problem or "")})
         stream.flush()
         if problem is not None:
             tally.refused += 1
@@ -386,7 +391,7 @@ def _result_file(out: Path | None, say: Callable[[str], None]) -> Iterator[IO[st
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as stream:
+    with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as stream:
         try:
             yield stream
         except BaseException:

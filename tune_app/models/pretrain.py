@@ -5,7 +5,6 @@ recipe on labels that the volumes give themselves (`trainables.network.pretext`)
 beside the weights a table of all the other rows: a search on that table has seen none of its volumes before.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, load_state, replacing, write_json
 from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config
+from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
@@ -223,7 +223,7 @@ def write_others(manifest: Manifest, used: npt.NDArray[np.int64], path: Path) ->
     others = manifest.rows.drop(index=list(used))
     kept = [name for name in others.columns if others[name].notna().any()]
     with replacing(path) as temporary:
-        others[kept].to_csv(temporary, index=False)
+        others[kept].to_csv(temporary, index=False, errors="backslashreplace")
     return len(others)
 
 
@@ -238,7 +238,7 @@ def accuracy_text(accuracy: float, num_classes: int, held_out: int) -> str:
 
 def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
     try:
-        before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        before = read_json(folder / RECORD)
     except (OSError, ValueError):
         before = {}
     names = ("pretext", "cohort", "share")

@@ -5,7 +5,6 @@ the noise of the best one's AUC, taken from its interval. Two trials are scored 
 together: their difference is taken to have the noise of one of them (a correlation of 1/2), as in the diagnosis.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import pandas as pd
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig, as_scalar
+from trainables.data.json_files import read_json
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
@@ -219,7 +219,7 @@ def test_lines(study: Study) -> list[str]:
         path = StudyFiles(root).test
         if path.is_file():
             try:
-                return score_lines(json.loads(path.read_text(encoding="utf-8"))["scored"][-1])
+                return score_lines(read_json(path)["scored"][-1])
             except (OSError, ValueError, KeyError, TypeError, IndexError):
                 return [f"{path}: the record of the test scores is damaged"]
     return []

@@ -914,7 +914,7 @@ def _specifications(pair: Sequence[tuple[str, Study]]) -> Table:
 
 def _write(path: Path, page: _Page) -> Path:
     with replacing(path) as temporary:
-        temporary.write_text(render(page), encoding="utf-8")
+        temporary.write_text(render(page), encoding="utf-8", errors="backslashreplace")
     return path
 
 

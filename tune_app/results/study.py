@@ -236,7 +236,7 @@ def _write(study: Study, folder: Path, kind: Literal["csv", "parquet"]) -> list[
         path = folder / f"{name}.{kind}"
         with replacing(path) as temporary:
             if kind == "csv":
-                table.to_csv(temporary, index=False)
+                table.to_csv(temporary, index=False, errors="backslashreplace")
             else:
                 table.to_parquet(temporary, index=False)
         paths.append(path)

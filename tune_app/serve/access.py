@@ -27,6 +27,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from trainables.checkpoints import write_json
+from trainables.data.json_files import read_json
 
 SESSION_S = 12 * 3600
 """Seconds a browser stays logged in."""
@@ -280,7 +281,7 @@ def _read_ended(file: Path | None) -> dict[str, int]:
     if file is None or not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
         return {str(name): int(until) for name, until in value.items()}
     except (ValueError, AttributeError, TypeError):
         raise ValueError(

@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -23,6 +22,7 @@ from tune_app.results.query import QueryError
 from tune_app.results.text import printable
 from tune_app.serve import change_routes, form_routes, page_routes, read_routes
 from tune_app.serve.access import Access, Guard
+from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import UnknownError, UnreadableError
 from tune_app.serve.live import TooManyViewersError
 from tune_app.serve.queue import QueueError

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import yaml
 from fastapi import APIRouter, Body
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainables.checkpoints import replacing
 from trainables.data.storage import bucket_of, is_url
 from tune_app.results.text import printable
+from tune_app.serve.answers import JSONResponse
 from tune_app.serve.queue import QueueError
 from tune_app.serve.service import Service, StudyId, TheService, TrialId
 from tune_app.serve.views import failed_trials, state_of, trial_page

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainables.data.visible import visible
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.text import printable
@@ -71,7 +72,7 @@ class StudyFolder:
             if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
                 self._begun, found = time.monotonic(), dict[str, Path]()
                 for path in self._walk(self.root, 0):
-                    name = path.relative_to(self.root).as_posix().replace("/", "~")
+                    name = visible(path.relative_to(self.root).as_posix().replace("/", "~"))
                     found.setdefault(self.root.name if name == "." else name, path)
                 self._found, self._walked = found, time.monotonic()
             return self._found

@@ -10,7 +10,6 @@ starts again finds the queue in its file and the driver by the locks it holds. T
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainables.checkpoints import write_json
+from trainables.data.json_files import read_json
 from tune_app.study.files import StudyFiles, default_cache
 from tune_app.study.requests import ask_to_stop_study
 from tune_app.study.rows import is_held
@@ -256,7 +256,7 @@ class StudyQueue:
         if not self._file.is_file():
             return
         try:
-            value = json.loads(self._file.read_text(encoding="utf-8"))
+            value = read_json(self._file)
             self.waiting = [Entry(**row) for row in value["waiting"]]
             self.last = Entry(**value["last"]) if value["last"] else None
         except (ValueError, KeyError, TypeError) as error:

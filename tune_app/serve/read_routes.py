@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi import Path as InPath
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from tune_app.results.text import printable
 from tune_app.serve.access import Refused
+from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import UnknownError, UnreadableError
 from tune_app.serve.service import StudyId, TheService, TrialId
 from tune_app.serve.views import (

@@ -8,7 +8,6 @@ study's tables and records, never weights, and nothing that is not a study's. Th
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, Timeout
 
+from trainables.data.json_files import parse_json
 from trainables.data.storage import Listed, Remote, StorageError
 from tune_app.study.copies import FRESH_S, LEASE, REQUEST, copy_objects, folder_of
 from tune_app.study.files import StudyFiles
@@ -192,7 +192,7 @@ class Replica:
             self._let_go(study)
         for study in alive - set(self._locks):
             with contextlib.suppress(Timeout, ValueError):
-                driver = json.loads(self.remote.read(study + LEASE) or b"{}").get("driver", "")
+                driver = parse_json(self.remote.read(study + LEASE) or b"{}").get("driver", "")
                 # A second: asking whether it is held takes it for microseconds.
                 held = driver_lock(StudyFiles(self.root / study).lock, timeout=1)
                 self._locks[study] = held.lock

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainables.checkpoints import HURRY, TrialFiles, without_nonfinite, write_json
 from trainables.config import RULES
+from trainables.data.json_files import read_json
 from trainables.data.storage import is_url
 from trainables.objective import DEFAULT_OBJECTIVE
 from tune_app.study.errors import SpecError
@@ -124,9 +125,9 @@ class StudyFiles:
     def read(self) -> dict[str, Any]:
         """Return study.json. Raises SpecError when it is damaged or of another version."""
         try:
-            value: dict[str, Any] = json.loads(self.spec.read_text(encoding="utf-8"))
+            value: dict[str, Any] = read_json(self.spec)
             found = value["format"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise SpecError(f"{self.spec}: damaged or not a study: {error}") from None
         if found not in READABLE_FORMATS:
             known = " and ".join(map(str, READABLE_FORMATS))

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trainables.checkpoints import replacing, write_json
+from trainables.data.json_files import parse_json
 from trainables.data.storage import Listed, Remote, StorageError, patient
 from trainables.own_folder import MARKER, fresh_own
 from tune_app.study.copies import LEASE, REQUEST, copy_objects
@@ -89,7 +90,7 @@ class Mirror:
                 if now is None:
                     break
                 if now != there:
-                    who = json.loads(now).get("driver", "another machine")
+                    who = parse_json(now).get("driver", "another machine")
                     raise BusyError(
                         f"{self.remote.url}: {who} is driving this study; wait for it, or stop it first"
                     )
@@ -179,7 +180,7 @@ class Mirror:
 
     def _driver(self) -> str | None:
         there = self.remote.read(LEASE)
-        return None if there is None else str(json.loads(there).get("driver"))
+        return None if there is None else str(parse_json(there).get("driver"))
 
 
 def drop_unrecorded(files: StudyFiles) -> list[str]:
@@ -205,7 +206,7 @@ def drop_unrecorded(files: StudyFiles) -> list[str]:
 def _trial_of(line: bytes) -> str | None:
     """The trial that a row is of; None for a damaged one, which others tell."""
     try:
-        return str(json.loads(line)["trial"])
+        return str(parse_json(line)["trial"])
     except (ValueError, RecursionError, LookupError, TypeError):
         return None
 

@@ -1,6 +1,5 @@
 """Rows of a study directory, read and checked line by line."""
 
-import json
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock
 
+from trainables.data.json_files import parse_json, read_json
 from trainables.errors import ProblemsError
 from tune_app.study.columns import EPOCH_COLUMNS
 
@@ -91,8 +91,8 @@ def record_problem(folder: str, record: Mapping[str, Any]) -> str | None:
 
 def read_object(path: Path, damage: list[str]) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, constant=_constant)
+    except (OSError, ValueError) as error:
         damage.append(f"{path}: not JSON: {one_line(error)}")
         return None
     if not isinstance(value, dict):
@@ -190,8 +190,8 @@ def json_lines(
     """Yield line numbers and objects of the whole lines of `content`; what is none goes to `damage`, with file and line."""
     for line, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(text, parse_constant=_constant)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(text, _constant)
+        except ValueError as error:
             damage.append(f"{path}:{line}: not a JSON row: {one_line(error)}")
             continue
         if isinstance(row, dict):

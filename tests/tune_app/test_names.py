@@ -1,0 +1,113 @@
+"""Names from outside hold any bytes: they are written out where they cannot be shown, and cost no output."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainables.data.visible import visible
+from tune_app.cli.common import VisibleConsole
+from tune_app.models.folder import ModelFiles, ModelInfo
+from tune_app.models.model import Prediction, Source
+from tune_app.models.predict import row
+from tune_app.serve.answers import JSONResponse
+from tune_app.serve.folder import StudyFolder
+
+LATIN = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("scan 01.nii.gz", "scan 01.nii.gz"),
+        ("Müller 患者\u00a0x", "Müller 患者\u00a0x"),
+        ("a\x1b[31mb\x07", r"a\x1b[31mb\x07"),
+        (LATIN, r"caf\udce9"),
+        ("a\u202eb\u200bc\nd", r"a\u202eb\u200bc\nd"),
+    ],
+)
+def test_what_is_not_seen_is_written_out(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert visible(shown) == shown
+    shown.encode()
+
+
+def test_the_console_writes_out_what_a_name_would_do_to_a_terminal() -> None:
+    file = io.StringIO()
+    console = VisibleConsole(file=file, force_terminal=True, width=80, highlight=False)
+    console.print(f"error: scan \x1b]0;title\x07{LATIN}", style="red", markup=False)
+    printed = file.getvalue()
+    assert r"\x1b]0;title\x07caf\udce9" in printed
+    assert printed.count("\x1b") == 2, "the console's own colour, and its end"
+
+
+def test_a_row_of_a_prediction_can_be_written_whatever_the_files_name(
+    exported_model: Path,
+) -> None:
+    info = ModelInfo.model_validate_json(ModelFiles(exported_model).info.read_text())
+    name = f"{LATIN}\x1b[2J.nii.gz"
+    cells = row(Prediction(Source(name), problem=f"scan {name}: no"), info)
+    stream = io.StringIO()
+    csv.DictWriter(stream, list(cells)).writerow(cells)
+    stream.getvalue().encode()
+    assert cells["path"] == r"caf\udce9\x1b[2J.nii.gz"
+    assert "\x1b" not in cells["problem"]
+    assert "cannot be shown" in cells["note"]
+    assert row(Prediction(Source("ä.nii")), info)["note"] == ""
+
+
+def test_a_study_folder_of_such_a_name_is_listed_with_the_others(
+    write_any_study: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in ("plain", LATIN):
+        write_any_study(name)
+    found = StudyFolder(tmp_path).paths()
+    assert sorted(found) == [r"caf\udce9", "plain"]
+    assert found[r"caf\udce9"] == tmp_path / LATIN
+    answer = JSONResponse({"name": LATIN, "ids": sorted(found)})
+    assert json.loads(answer.body)["name"] == LATIN
+
+
+@pytest.fixture
+def write_any_study(tmp_path: Path) -> Callable[[str], Path]:
+    def write(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.json").write_text("{}")
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_commands_end_well_in_a_folder_of_such_a_name_whatever_the_terminal(
+    write_scan: Callable[..., Path], tmp_path: Path, locale: str
+) -> None:
+    lines = ["path,label,subject"]
+    for number in range(4):
+        write_scan(f"{LATIN}/{number}.nii.gz", seed=number)
+        lines.append(f"{number}.nii.gz,{number % 2},s{number}")
+    table = tmp_path / LATIN / "table.csv"
+    table.write_text("\n".join(lines))
+    encoding = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": locale}
+    settings = ["--set", "volume_shape=8", "--set", "num_folds=2"]
+    for words in (
+        ["data", "check", str(table), *settings],
+        ["data", "prepare", str(table), *settings, "--cache", str(tmp_path / LATIN / "cache")],
+        ["data", "check", str(tmp_path / LATIN / "none.csv")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "tune_app.cli", *words],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **encoding},
+        )
+        said = (done.stdout + done.stderr).decode("ascii")
+        assert "Traceback" not in said
+        assert done.returncode == (1 if "none.csv" in words[-1] else 0), said
+    assert r"caf\udce9" in said
