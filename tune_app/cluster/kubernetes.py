@@ -16,7 +16,7 @@ from tune_app.study.yaml_text import readable_yaml
 class Cluster:
     """What a cluster made for one study is made of."""
 
-    image: str = "medtune:0.1.0"
+    image: str = "medtune:0.2.0"
     """Container image with medtune and its requirements installed, on every node."""
     ray_version: str = "2.60.0"
     max_workers: int = 4

@@ -237,7 +237,7 @@ def test_loopback_is_told_from_networks(host: str, loopback: bool) -> None:
 
 GOLDEN = """\
 # medtune: /shared/studies/first
-# kubectl apply -f THIS; kubectl logs -f job/medtune-first-6ad55b09. Needs KubeRay 1.5.1, the image medtune:0.1.0 with medtune
+# kubectl apply -f THIS; kubectl logs -f job/medtune-first-6ad55b09. Needs KubeRay 1.5.1, the image medtune:0.2.0 with medtune
 # in it, and the claim medtune-shared with the data. The operator makes the access token, in a Secret.
 apiVersion: v1
 kind: ConfigMap
@@ -278,7 +278,7 @@ spec:
         spec:
           containers:
           - name: ray-head
-            image: medtune:0.1.0
+            image: medtune:0.2.0
             ports:
             - containerPort: 6379
               name: gcs-server
@@ -322,7 +322,7 @@ spec:
         spec:
           containers:
           - name: ray-worker
-            image: medtune:0.1.0
+            image: medtune:0.2.0
             resources:
               requests:
                 cpu: '8'
