@@ -19,6 +19,7 @@ from trainables.network.model import configured_network
 from trainables.network.weights import save_medicalnet
 from trainables.saved_run import open_inputs
 from tune_app.study.errors import SpecError
+from tune_app.study.policy_spec import FORMER_DEFAULTS
 from tune_app.study.spec import StudySpec, build_spec
 from tune_app.synthetic import write_cohort, write_pretext_cohort
 
@@ -61,6 +62,10 @@ def demo_spec(
             "space": SPACE,
             "trials": trials,
             "config": config,
+            # It has to show collapses and what stops them, which the default search avoids and ends early
+            "sampler": "tpe",
+            "warm_start": None,
+            "policy": dict(FORMER_DEFAULTS),
             "gpus_per_trial": 0,
             "cache": absolute(cache),
         }
