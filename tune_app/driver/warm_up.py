@@ -31,7 +31,7 @@ class WarmUp:
 
     def __enter__(self) -> Self:
         gpus = mps.visible_gpus()
-        if gpus:
+        if gpus and gpus[0].compute_mode == "Default":  # else it would keep the trials out
             mark = warm_mark(self.config, self.cache, gpus[0].name)
             if not mark.exists():
                 work = {
