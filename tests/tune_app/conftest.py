@@ -13,12 +13,12 @@ from optuna.distributions import CategoricalDistribution
 from search_spaces.fixes import all_fixes, baseline
 from trainables.checkpoints import write_json
 from trainables.config import build_config
-from trainables.diagnosis import diagnose, expected_error
-from trainables.objective import objective_value
+from trainables.diagnosis import expected_error
+from tune_app.driver.recorder import Recorder
 from tune_app.study.columns import METRICS
-from tune_app.study.files import StudyFiles, append_line
-from tune_app.study.policy import Policy
-from tune_app.study.policy_spec import FORMER_DEFAULTS
+from tune_app.study.files import StudyFiles
+from tune_app.study.policy import Policy, stop_reason
+from tune_app.study.policy_spec import FORMER_DEFAULTS, watching_only
 from tune_app.study.spec import build_spec
 
 POSITIVE, NEGATIVE = 28, 70
@@ -158,11 +158,12 @@ class _Run:
         self.collapses = c.backbone_lr > 6e-4 and c.drw_start_epoch < c.epochs / 2
         self.dips = rng.random() < 0.2
         self.rng = np.random.default_rng([int(trial), c.seed, c.fold, 7])
-        self.rows: list[dict[str, Any]] = []
+        self.epoch = 0
         self.clock = CREATED + 20.0 * int(trial)
 
     def row(self) -> dict[str, Any]:
-        c, epoch, rng = self.config, len(self.rows) + 1, self.rng
+        self.epoch += 1
+        c, epoch, rng = self.config, self.epoch, self.rng
         raw = 0.5 + (self.level - 0.5) * (1 - math.exp(-epoch / self.speed)) + rng.normal(0, 0.012)
         ema = (
             0.5
@@ -233,7 +234,6 @@ class _Run:
             }
         row |= {f"val_auc{end}": row[f"val_auc_ema{end}"] for end in ("", "_low", "_high")}
         self.clock += row["epoch_s"]
-        self.rows.append(row)
         return {"trial": self.trial, "time": self.clock, **row}
 
 
@@ -245,74 +245,44 @@ def _drive(
     failed: tuple[int, ...],
     policy: bool,
 ) -> None:
-    """Four trials at a time, rows in turn, as a driver would see and write them."""
-    judge = Policy(spec.policy, spec.epochs) if policy and spec.kind == "search" else None
+    """Four trials at a time, rows in turn, written as a driver writes them."""
+    policy_spec = spec.policy if spec.kind == "search" else watching_only(spec.policy)
+    judge = Policy(policy_spec, spec.epochs) if policy else None
     waiting, left = list(runs.values()), set(list(runs)[len(runs) - unfinished :])
-    lines: list[dict[str, Any]] = []
     active: list[_Run] = []
+    now = CREATED
+    recorder = Recorder(spec, files, clock=lambda: now)
     while waiting or active:
         while waiting and len(active) < 4:
             run = waiting.pop(0)
-            run.clock = max([run.clock, *(other.clock for other in active)])
+            now = run.clock = max([run.clock, *(other.clock for other in active)])
             write_json(files.trial(run.trial).config, run.config.model_dump(mode="json"))
             files.trial(run.trial).checkpoint.write_bytes(b"")
-            _record(files, spec, run, "running", None)
+            node = f"gpu-0{int(run.trial) % 3}"
+            recorder.began(run.trial, run.overrides, run.variant, node=node, gpus=1.0)
             active.append(run)
         for run in list(active):
             row = run.row()
-            lines.append(row)
-            if run.trial in left and len(run.rows) >= 0.4 * spec.epochs:
+            now = run.clock
+            recorder.row(row)
+            if run.trial in left and run.epoch >= 0.4 * spec.epochs:
                 active.remove(run)
                 continue
-            decision = (
-                judge.decide(run.trial, run.config.model_dump(mode="json"), row) if judge else None
-            )
-            if decision is not None and decision.notable:
-                append_line(files.decisions, decision.as_row())
-            if int(run.trial) in failed and len(run.rows) == 2:
-                _record(
-                    files,
-                    spec,
-                    run,
-                    "failed",
-                    None,
-                    error="CUDA error: \x1b[31mdevice-side assert\x1b[0m <script>",
-                )
-                active.remove(run)
+            decision = None
+            if judge is not None:
+                decision = judge.decide(run.trial, run.config.model_dump(mode="json"), row)
+                recorder.decision(decision)
+            if int(run.trial) in failed and run.epoch == 2:
+                error = "CUDA error: \x1b[31mdevice-side assert\x1b[0m <script>"
+                recorder.ended(run.trial, "failed", error, error=error)
             elif decision is not None and decision.stops:
-                _record(files, spec, run, "stopped", decision.summary)
-                active.remove(run)
-            elif len(run.rows) >= run.config.epochs:
-                _record(files, spec, run, "completed", None)
-                active.remove(run)
-    for line in lines:
-        append_line(files.epochs, line)
-
-
-def _record(
-    files: StudyFiles,
-    spec: Any,
-    run: _Run,
-    state: str,
-    reason: str | None,
-    error: str | None = None,
-) -> None:
-    record: dict[str, Any] = {"trial": run.trial, "number": int(run.trial), "variant": run.variant}
-    record |= {
-        "overrides": run.overrides,
-        "state": state,
-        "reason": reason,
-        "error": error,
-        "failures": 0,
-    }
-    record |= {"started": run.clock if state == "running" else run.clock - 12.0 * len(run.rows)}
-    record |= {"ended": None, "node": f"gpu-0{int(run.trial) % 3}", "gpus": 1.0, "objective": None}
-    if state != "running":
-        finding = diagnose(run.rows, run.config)
-        record |= {"ended": run.clock, "objective": objective_value(run.rows, spec.objective)}
-        record |= {"verdict": finding.verdict, "verdict_epoch": finding.epoch}
-        record |= {"verdict_summary": finding.summary, "advice": finding.advice}
-    write_json(files.trial(run.trial).record, record)
+                recorder.ended(run.trial, "stopped", stop_reason(decision))
+            elif run.epoch >= run.config.epochs:
+                recorder.ended(run.trial, "completed", "")
+            else:
+                continue
+            active.remove(run)
+    recorder.close()
 
 
 SPACE: dict[str, Any] = {
@@ -395,6 +365,7 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.write(
         {"spec": spec.model_dump(mode="json"), "cohort": cohort_folder.name, "created": CREATED}
     )
+    recorder = Recorder(spec, files, clock=lambda: CREATED)
     for number, overrides in enumerate(
         [{"s": 12.0}, {"head": "linear", "seed": 1, "fold": 1, "dropout": 0.0}]
     ):
@@ -405,32 +376,11 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def epochs(resume: Any, run: Any = (config, cohort, split)) -> Any:
             return finetune(*run, resume=resume)
 
-        rows = [
-            {"trial": trial, "time": CREATED, **row}
-            for row in saved_run(config, TrialFiles(files.trial(trial).folder), epochs)
-        ]
-        for row in rows:
-            append_line(files.epochs, row)
-        finding = diagnose(rows, config)
-        record = {
-            "trial": trial,
-            "number": number,
-            "overrides": overrides,
-            "state": "completed",
-            "started": CREATED,
-        }
-        record |= {
-            "ended": CREATED + 9,
-            "objective": objective_value(rows, spec.objective),
-            "failures": 0,
-            "gpus": 0.0,
-        }
-        record |= {
-            "verdict": finding.verdict,
-            "verdict_epoch": finding.epoch,
-            "verdict_summary": finding.summary,
-        }
-        write_json(files.trial(trial).record, record)
+        recorder.began(trial, overrides, None, gpus=0.0)
+        for row in saved_run(config, TrialFiles(files.trial(trial).folder), epochs):
+            recorder.row({"trial": trial, "time": CREATED, **row})
+        recorder.ended(trial, "completed", "")
+    recorder.close()
     return root
 
 

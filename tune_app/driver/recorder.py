@@ -1,7 +1,7 @@
 """The study directory as its driver writes it; `results` reads it."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,11 +23,13 @@ NOT_ENDED = {"state": "running", "ended": None, "reason": None, "error": None}
 class Recorder:
     """The study directory as the driver writes it: rows, decisions, and one record a trial.
 
-    Raises StudyDamageError when what earlier drivers wrote has been damaged.
+    `clock` says when trials start and end, in seconds since 1970. Raises StudyDamageError when what earlier drivers wrote has been damaged.
     """
 
-    def __init__(self, spec: StudySpec, files: StudyFiles) -> None:
-        self.spec, self.files = spec, files
+    def __init__(
+        self, spec: StudySpec, files: StudyFiles, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.spec, self.files, self._clock = spec, files, clock
         self.rows: dict[str, list[dict[str, Any]]] = {}
         """Of trials that have not ended: a row takes some 6 kB, and a long study has many."""
         for row in read_rows(files.epochs):
@@ -77,7 +79,7 @@ class Recorder:
             "number": int(trial),
             "variant": variant,
             "overrides": dict(overrides),
-            "started": time.time(),
+            "started": self._clock(),
             "failures": 0,
             "objective": None,
         }
@@ -108,7 +110,7 @@ class Recorder:
                 "state": state,
                 "reason": reason or None,
                 "error": error,
-                "ended": time.time(),
+                "ended": self._clock(),
                 "objective": objective_value(rows, self.spec.objective),
                 "verdict": diagnosis.verdict if diagnosis else None,
                 "verdict_epoch": diagnosis.epoch if diagnosis else None,

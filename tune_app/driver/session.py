@@ -43,7 +43,7 @@ from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.driver.watchdog import watch_tune
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles, kept_by
 from tune_app.study.policy import Policy, stop_reason
-from tune_app.study.policy_spec import PolicySpec
+from tune_app.study.policy_spec import watching_only
 from tune_app.study.requests import TrialRequests, answered_requests
 from tune_app.study.rows import ENDED, read_rows
 from tune_app.study.spec import StudySpec
@@ -316,19 +316,6 @@ class StudySession:
         """The complete configuration of a trial, as plain values."""
         overrides = self.recorder.records[trial]["overrides"]
         return self.spec.config_of(overrides).model_dump(mode="json")
-
-
-def watching_only(policy: PolicySpec) -> PolicySpec:
-    """Return the policy that diagnoses and warns but stops nothing: variants are compared on whole runs."""
-    return policy.model_copy(
-        update={
-            "halving": False,
-            "actions": {
-                verdict: "warn" if action == "stop" else action
-                for verdict, action in policy.actions.items()
-            },
-        }
-    )
 
 
 class Interrupt:

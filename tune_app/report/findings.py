@@ -7,12 +7,14 @@ together: their difference is taken to have the noise of one of them (a correlat
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from shlex import quote
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -35,11 +37,26 @@ from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import ENDED
 
+Found = TypeVar("Found")
+
 EDGE = 0.04
 """Share of an axis at either end that counts as its edge."""
 
 DOCUMENTED_AUC = 0.70
 """The document's own line: an AUC that does not get beyond it is a warning sign."""
+
+
+def once_per_study(find: Callable[[Study], Found]) -> Callable[[Study], Found]:
+    """Have `find` computed once for each study: page, report and other findings ask for the same ones."""
+    known: WeakKeyDictionary[Study, Found] = WeakKeyDictionary()
+
+    @wraps(find)
+    def found(study: Study) -> Found:
+        if study not in known:
+            known[study] = find(study)
+        return known[study]
+
+    return found
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,7 @@ def _effects_sentence(table: pd.DataFrame) -> str:
     return sentence + (f"; for {_and(unclear)} the data cannot tell" if unclear and told else "")
 
 
+@once_per_study
 def effects_tables(study: Study) -> list[pd.DataFrame]:
     """Return the effects an ablation or a confirmation is read by, a table for each reference; none before there are two
     variants."""
@@ -193,6 +211,7 @@ def effects_tables(study: Study) -> list[pd.DataFrame]:
     return comparisons(study) if study.spec.kind == "ablation" else []
 
 
+@once_per_study
 def confirmation_within(study: Study) -> Study | None:
     """Return the confirmation of a search that lies in its folder; None where there is none that can be read."""
     root = StudyFiles(study.path).confirmation
@@ -253,6 +272,7 @@ def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
     return math.nan
 
 
+@once_per_study
 def rivals_within_noise(study: Study) -> tuple[int, float]:
     """Return how many other trials' objectives lie within noise of the best one's, and that noise (1.96 errors).
 
@@ -278,6 +298,7 @@ def luck(errors: float, trials: int) -> float:
     return errors * math.sqrt(0.5) * NormalDist().inv_cdf((trials - 0.375) / (trials + 0.25))
 
 
+@once_per_study
 def documented_settings(study: Study) -> dict[str, dict[str, Any]]:
     """Return the document's settings before and after its fixes, epochs scaled to the study's."""
     epochs = study.spec.epochs
@@ -304,6 +325,7 @@ def setting_text(name: str, value: Any) -> str:
     return format_value(name, value) or "none"
 
 
+@once_per_study
 def leading(study: Study) -> pd.Series:
     """Return the trial a study is shown by: the best one of a search, else the best run of the leading variant.
 
@@ -352,6 +374,7 @@ def epochs_saved(study: Study) -> float:
     return float((stopped["epochs"] - stopped["epochs_run"]).sum()) / asked if asked else 0.0
 
 
+@once_per_study
 def stops(study: Study) -> pd.DataFrame:
     """Return why trials ended early: reason, trials, epochs_run, epochs_spared, time_spared_s, gpu_s_spared, example.
 
@@ -398,6 +421,7 @@ def stops(study: Study) -> pd.DataFrame:
 # What to distrust ------------------------------------------------------------------------------------------------------
 
 
+@once_per_study
 def cautions(study: Study) -> list[Caution]:
     """Return what a reader should know before trusting the study, gravest first."""
     if not study.scored:
@@ -433,10 +457,11 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
             f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
             f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` lets them go on.",
         )
-    damaged = [note for note in study.notes if "damaged" in note or "has" in note]
-    if damaged:
+    if study.damage:
         yield Caution(
-            "The study's files are damaged", "; ".join(damaged[:5]), "What is damaged was left out."
+            "The study's files are damaged",
+            "; ".join(study.damage[:5]),
+            "What is damaged was left out.",
         )
 
 
@@ -586,6 +611,7 @@ def _about_the_variants(study: Study) -> Iterator[Caution]:
 # The document's checklist ----------------------------------------------------------------------------------------------
 
 
+@once_per_study
 def checklist(study: Study) -> list[Check]:
     """Return the document's five success indicators and four warning signs, looked for in the leading trial.
 

@@ -44,17 +44,16 @@ def stopped_lines(study: Study) -> list[str]:
     """One line for each trial that was stopped by its diagnosis or failed, and one that counts the halving's."""
     trials = study.trials
     lines = []
-    for trial in trials.fillna({"reason": "", "advice": ""}).to_dict("records"):
+    halving = (trials["stopped_by"] == "halving").fillna(False)
+    for trial in trials[~halving].fillna({"reason": "", "advice": ""}).to_dict("records"):
         reason = str(trial["reason"])
-        if trial["state"] == "stopped" and not reason.startswith("halving"):
-            said = reason.partition(": ")[2] or reason
+        if trial["state"] == "stopped":
+            said = reason.removeprefix(f"{trial['stopped_by']}: ")
             lines.append(f"{trial['trial']} stopped after epoch {trial['epochs_run']}: {said}")
             lines += [f"      {trial['advice']}"] if trial["advice"] else []
         elif trial["state"] == "failed":
             lines.append(f"{trial['trial']} failed: {reason}")
-    halved = trials[
-        (trials["state"] == "stopped") & trials["reason"].str.startswith("halving").fillna(False)
-    ]
+    halved = trials[halving]
     if len(halved):
         lines.append(
             f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "

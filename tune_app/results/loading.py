@@ -57,8 +57,8 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     decisions = _read_decisions(files.decisions, damage, notes)
     if damage and on_damage == "error":
         raise StudyDamageError(damage)
-    notes += [f"skipped as damaged: {problem}" for problem in damage]
-    notes += _gaps(epochs)
+    damage = [*(f"skipped as damaged: {problem}" for problem in damage), *_gaps(epochs)]
+    notes += damage
 
     rungs = _rungs(spec, decisions)
     kept = kept_by(spec.objective, info["format"])
@@ -83,6 +83,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
         searched,
         tuple(notes),
         url,
+        tuple(damage),
     )
 
 

@@ -61,6 +61,8 @@ class Study:
     """What is remarkable about the files: an unfinished last line, what was skipped as damaged."""
     url: str | None = None
     """Where in object storage it is, when `path` is a copy of that."""
+    damage: tuple[str, ...] = ()
+    """Those of the notes that tell of damage: lines and files that were skipped, epochs that are missing."""
 
     @property
     def name(self) -> str:

@@ -93,6 +93,19 @@ class PolicyError(ProblemsError):
     """A policy file that cannot be used; `problems` holds one line a violation."""
 
 
+def watching_only(policy: PolicySpec) -> PolicySpec:
+    """Return the policy that diagnoses and warns but stops nothing: variants are compared on whole runs."""
+    return policy.model_copy(
+        update={
+            "halving": False,
+            "actions": {
+                verdict: "warn" if action == "stop" else action
+                for verdict, action in policy.actions.items()
+            },
+        }
+    )
+
+
 def read_policy(path: Path) -> PolicySpec:
     """Return the policy of a YAML file with the fields of PolicySpec. Raises PolicyError with every violation."""
     try:

@@ -32,11 +32,12 @@ from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, plan_resources
 from tune_app.driver.run import run_study
-from tune_app.driver.session import Interrupt, StudySession, watching_only
+from tune_app.driver.session import Interrupt, StudySession
 from tune_app.driver.stopping import GRACE_S, TAKEN_AWAY, USR1_GRACE_S, Preempted, saving_s
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line, mend_last_line
+from tune_app.study.policy_spec import watching_only
 from tune_app.study.rows import StudyDamageError, read_record, read_rows
 from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort

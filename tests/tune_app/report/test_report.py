@@ -14,8 +14,7 @@ import plotly.graph_objects as go
 import pytest
 
 from search_spaces.fixes import all_fixes, baseline
-from tune_app.report import figures, findings
-from tune_app.report import page as report
+from tune_app.report import figures, findings, sections
 from tune_app.report.page import watch_report, write_comparison, write_report
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
@@ -475,7 +474,7 @@ def test_groups_differ_without_colour() -> None:
         if key not in ("healthy", "halved", "requested", "failed")
     ]
     assert all(group.dash != "solid" for group in verdicts)
-    assert {group.dash for group in figures.GROUPS.values()} <= set(report.DASHES)
+    assert {group.dash for group in figures.GROUPS.values()} <= set(sections.DASHES)
 
 
 def test_curves_hold_every_epoch_rungs_drw_starts_and_stops(search: Study) -> None:
