@@ -6,13 +6,11 @@ raw network is fine all along. So the decay warms up, and BatchNorm statistics a
 `buffers="copied"` keeps the faulty way, for the record and for the ablation.
 """
 
-from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def averaging_weight(updates: Tensor, *, decay: float, warmup: bool) -> Tensor:
@@ -130,42 +128,3 @@ class AveragedWeights:
         """Take over a state made by `state_dict`. Raises RuntimeError, as torch does, if the network's tensors differ."""
         self.network.load_state_dict(state["network"], strict=True)
         self.updates.copy_(torch.as_tensor(state["updates"]))
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the BatchNorm statistics of `network` by those of its own activations on `batches`, in place.
-
-    `batches` are inputs of the network (volumes_BCDHW on its device), training volumes without augmentation; their
-    statistics are averaged in proportion to their sizes. Modes and momenta are as before afterwards, also after an
-    error; all but BatchNorm runs as in evaluation. Brings back an average whose statistics do not fit its weights: if
-    its AUC returns, the weights were sound and the statistics were the fault.
-    Raises ValueError if no batch arrives. As torch's `update_bn`, except for the proportions and the dropout kept off.
-    """
-    layers = [
-        layer
-        for layer in network.modules()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats
-    ]
-    modes = [(module, module.training) for module in network.modules()]
-    momenta = [layer.momentum for layer in layers]
-    seen = 0
-    try:
-        network.eval()
-        for layer in layers:
-            layer.train()
-        for batch in batches:
-            if not seen:
-                for layer in layers:
-                    layer.reset_running_stats()  # a momentum of 1 would keep NaN
-            seen += len(batch)
-            for layer in layers:
-                layer.momentum = len(batch) / seen
-            network(batch)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    if not seen:
-        raise ValueError("no batch to recalibrate on: pass at least one batch of training volumes")

@@ -31,9 +31,6 @@ from tune_app.study.rows import ENDED
 from tune_app.study.spec import PlannedTrial, StudySpec, absolute_paths, build_spec
 from tune_app.study.yaml_text import YamlError, load_yaml
 
-PLANNED = ("fold", "seed", "cross_validate", "num_folds")
-"""Hyperparameters that the plan decides in every trial, so that runs are paired."""
-
 DECIDED = {"fold": "folds", "cross_validate": "folds", "seed": "seeds"}
 """Hyperparameters that a config of all runs must not hold -> what decides them instead."""
 

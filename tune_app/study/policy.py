@@ -63,11 +63,6 @@ class Decision:
     def stops(self) -> bool:
         return self.action == "stop"
 
-    @property
-    def notable(self) -> bool:
-        """Whether it belongs in the log: a rung, a stop, a deferral, a warning. The rest says that nothing was due."""
-        return self.warning or self.reason not in ("between_rungs", "known")
-
     def as_row(self) -> dict[str, Any]:
         """Return a flat JSON-ready row of decisions.jsonl, all fields by name."""
         return {item.name: getattr(self, item.name) for item in fields(self)}

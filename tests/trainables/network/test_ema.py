@@ -4,9 +4,9 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from trainables.network.ema import AveragedWeights, averaging_weight, recalibrate_batchnorm
+from trainables.network.ema import AveragedWeights, averaging_weight
 
 
 def small_network(seed: int = 0) -> nn.Sequential:
@@ -270,84 +270,3 @@ def test_a_captured_update_equals_the_one_on_the_cpu(buffers):
         torch.testing.assert_close(
             value.cpu(), oracle.network.state_dict()[name], rtol=1e-5, atol=1e-6
         )
-
-
-# Recalibration
-
-
-def test_recalibrated_statistics_are_those_of_torch_on_equal_batches():
-    network = small_network()
-    network[4].p = 0.0  # torch runs dropout in this; behind BatchNorm it changes nothing
-    oracle = copy.deepcopy(network)
-    batches = [torch.randn(4, 1, 4, 4, 4) * 3 + 1 for _ in range(5)]
-    update_bn(batches, oracle)
-    recalibrate_batchnorm(network, batches)
-    torch.testing.assert_close(network[1].running_mean, oracle[1].running_mean)
-    torch.testing.assert_close(network[1].running_var, oracle[1].running_var)
-
-
-def test_batches_count_in_proportion_to_their_size():
-    network = nn.Sequential(nn.BatchNorm3d(1))
-    recalibrate_batchnorm(network, [torch.randn(6, 1, 4, 4, 4) + 1, torch.randn(2, 1, 4, 4, 4) + 9])
-    assert network[0].running_mean.item() == pytest.approx(3.0, abs=0.3)  # (6 * 1 + 2 * 9) / 8
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_recalibration_leaves_weights_modes_and_momenta_alone(training):
-    network = small_network().train(training)
-    network[1].eval()
-    network[1].momentum = 0.03
-    weights = {name: value.detach().clone() for name, value in network.named_parameters()}
-    recalibrate_batchnorm(network, [torch.randn(4, 1, 4, 4, 4)])
-    assert all(torch.equal(value, weights[name]) for name, value in network.named_parameters())
-    assert (network.training, network[4].training, network[1].training) == (
-        training,
-        training,
-        False,
-    )
-    assert network[1].momentum == 0.03
-
-
-def test_modes_come_back_after_a_batch_that_does_not_fit():
-    network = small_network().train()
-    with pytest.raises(RuntimeError, match="expected"):
-        recalibrate_batchnorm(network, [torch.randn(4, 3, 4, 4, 4)])
-    assert all(module.training for module in network.modules())
-    assert network[1].momentum == 0.1
-
-
-def test_recalibration_replaces_statistics_that_are_not_finite():
-    network = small_network()
-    network[1].running_mean.fill_(torch.nan)
-    network[1].running_var.fill_(torch.inf)
-    recalibrate_batchnorm(network, [torch.randn(4, 1, 4, 4, 4)])
-    assert torch.isfinite(network[1].running_mean).all()
-    assert torch.isfinite(network[1].running_var).all()
-
-
-def test_recalibration_without_a_batch_is_an_error_and_keeps_the_statistics():
-    network = small_network()
-    train_step(network, 3)
-    before = tensors(network)
-    with pytest.raises(ValueError, match="at least one batch"):
-        recalibrate_batchnorm(network, iter([]))
-    assert_equal_bits(network, before)
-
-
-def test_recalibration_brings_back_an_average_run_with_foreign_statistics():
-    # The collapse in small: weights of one scale, statistics of another, and activations grow from layer to layer
-    torch.manual_seed(0)
-    layers = [
-        layer
-        for _ in range(6)
-        for layer in (nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU())
-    ]
-    network = nn.Sequential(*layers)
-    batches = [torch.randn(4, 4, 4, 4, 4) for _ in range(4)]
-    recalibrate_batchnorm(network, batches)
-    sound = network.eval()(batches[0]).std().item()
-    for layer in layers[1::3]:
-        layer.running_var.mul_(0.01)
-    assert network(batches[0]).std().item() > 1000 * sound
-    recalibrate_batchnorm(network, batches)
-    assert network(batches[0]).std().item() == pytest.approx(sound, rel=1e-4)

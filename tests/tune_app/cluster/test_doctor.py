@@ -46,7 +46,7 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
             {"versions": WELL["versions"] | {"ray": "2.59.1"}},
             "versions",
             "bad",
-            "install ray>=2.60",
+            ">=2.60",
         ),
         ({"versions": WELL["versions"] | {"torch": None}}, "versions", "bad", "install torch>="),
         ({"versions": WELL["versions"] | {"monai": "1.4.0"}}, "versions", "bad", "monai>=1.5"),

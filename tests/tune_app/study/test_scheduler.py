@@ -236,7 +236,7 @@ def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when():
         9,
     )
     assert "0.850" in last.summary
-    assert not [d for d in decisions[:-1] if d.notable]
+    assert {(d.reason, d.warning) for d in decisions[:-1]} == {("between_rungs", False)}
     assert policy.stopped() == {"a": last}
 
 
@@ -251,7 +251,7 @@ def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent():
     silent = feed(
         Policy(PolicySpec(halving=False, actions={"collapsed": "ignore"}), 60), "a", curve
     )
-    assert not [d for d in silent if d.notable]
+    assert {(d.reason, d.warning) for d in silent} == {("between_rungs", False)}
 
 
 def test_what_is_not_settled_is_told_and_not_stopped():

@@ -1,0 +1,46 @@
+"""Private names of Ray and Optuna that the driver needs. The bounds in pyproject.toml end before versions without them."""
+
+import inspect
+import tomllib
+from importlib import import_module, metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+NAMES = [
+    ("ray", "ray._private.parameter", "RayParams", ["dashboard_agent_listen_port"]),
+    ("ray", "ray._private.worker", "_global_node", []),
+    ("ray", "ray._raylet", "AuthenticationTokenLoader", []),
+    ("ray", "ray._raylet", "has_async_methods", []),
+    (
+        "ray",
+        "ray.tune.execution.tune_controller",
+        "TuneController",
+        ["_resetting_trials", "_trial_to_actor", "_started_actors", "_trial_task_failure"],
+    ),
+    ("ray", "ray.actor", "ActorHandle", ["_actor_id"]),
+    ("optuna", "optuna.storages._rdb.models", "TrialModel", ["trial_id"]),
+    ("optuna", "optuna.storages._rdb.models", "TrialParamModel", ["distribution_json"]),
+]
+
+
+@pytest.mark.parametrize(("package", "module", "name", "words"), NAMES)
+def test_private_names_are_there_in_this_version(
+    package: str, module: str, name: str, words: list[str]
+) -> None:
+    version = f"{package} {metadata.version(package)}"
+    holder = import_module(module)
+    assert hasattr(holder, name), f"{module}.{name} is gone in {version}: lower the upper bound"
+    source = inspect.getsource(getattr(holder, name)) if words else ""
+    missing = [word for word in words if word not in source]
+    assert not missing, f"{module}.{name} has no {missing} in {version}: lower the upper bound"
+
+
+@pytest.mark.parametrize("package", ["ray", "optuna"])
+def test_packages_whose_private_names_are_used_have_an_upper_bound(package: str) -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    listed = [Requirement(line) for line in tomllib.loads(text)["project"]["dependencies"]]
+    (found,) = [one for one in listed if one.name == package]
+    assert "<" in {part.operator for part in found.specifier}
+    assert found.specifier.contains(metadata.version(package))
