@@ -83,11 +83,12 @@ def saved_run(
     keep: Callable[[], None] | None = None,
     objective: str = DEFAULT_OBJECTIVE,
     window_end: bool = False,
+    until: int | None = None,
     hurry: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
-    Checkpoints are written every `checkpoint_epochs` epochs and after the last one, before the row is yielded; where
+    Checkpoints are written every `checkpoint_epochs` epochs, after the last one and epoch `until`, before the row is yielded; where
     epochs are shorter than writing takes, as few more are skipped as keep it under a twentieth of the time, the first ones
     included. A run killed at any moment repeats the epochs since the last checkpoint, or all, on a CPU to the same numbers.
     best.pt is written while the next epoch runs, and complete before a checkpoint of the same epoch or a later one, before
@@ -126,7 +127,7 @@ def saved_run(
                     cost_s = CHECKPOINT_TO_BEST * file.wait()
                 worth_it = time.monotonic() - saved >= SAVING_PAUSE * (cost_s or 0.0)
                 due = worth_it and result.epoch % checkpoint_epochs == 0
-                if due or result.epoch == config.epochs or hurry():
+                if due or result.epoch in (config.epochs, until) or hurry():
                     file.wait()
                     state = result.state() | {HELD: weights.held(result.epoch)}
                     cost_s = _save(files.checkpoint, state, waits)

@@ -352,3 +352,12 @@ def test_a_run_of_an_earlier_version_keeps_to_its_rule(
     state["format"] = 1
     checkpoints.save_state(files.checkpoint, state)
     assert kept(files.folder, epochs, 6) == (5, "ema", 5.0)
+
+
+def test_a_run_that_is_ended_early_on_purpose_is_saved_there(tmp_path: Path) -> None:
+    """However short its epochs are: retraining stops after the epoch that was best."""
+    files = TrialFiles(tmp_path)
+    run = saved_run(build_config({"epochs": 6}), files, scored([0.6] * 6), until=2)
+    assert [next(run)["epoch"] for _ in range(2)] == [1, 2]
+    run.close()  # type: ignore[attr-defined]
+    assert load_state(files.checkpoint)["epoch"] == 2

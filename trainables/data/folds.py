@@ -1,17 +1,22 @@
 """Folds and splits of a cohort: stratified by label, grouped by subject."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trainables.config import FineTuneConfig
 from trainables.data.manifest import Manifest
 from trainables.data.table_file import ManifestError
 
 FOLD_SEED = 0
 """Folds depend on the table alone, never on a run's seed: or scores of two seeds would be of different volumes."""
+
+FEWEST = 5
+"""Volumes of a class in a validation part, below which its AUC is told to be of little use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,42 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
         subjects = rows["subject"].to_numpy(dtype=object)[pool]
         validates = _made_folds(labels, subjects, num_folds, manifest.num_classes) == fold
     return Split(train=pool[~validates], val=pool[validates], test=test)
+
+
+def few_of_a_class(counts: Sequence[int]) -> str | None:
+    """Return what to know of a validation part with these volumes of each class; None with FEWEST of each or more."""
+    few = [f"{count} of class {label}" for label, count in enumerate(counts) if count < FEWEST]
+    if not few:
+        return None
+    return (
+        f"only {', '.join(few)} to validate on: with fewer than {FEWEST} of a class the 95 % interval of an AUC is .4 wide or "
+        "wider, and which run is best is mostly luck; use fewer folds (num_folds), or judge over folds (`medtune confirm`)"
+    )
+
+
+def thin_folds(manifest: Manifest, config: FineTuneConfig, *, all_folds: bool = False) -> list[str]:
+    """Return a line for the validation part of the config's fold, or of each fold, that has few volumes of a class.
+
+    Raises ManifestError as `split_rows` does.
+    """
+    own = (manifest.rows["split"] == "val").any() and not config.cross_validate
+    folds = [config.fold]
+    if all_folds and not own:
+        given = manifest.rows.loc[manifest.rows["split"] != "test", "fold"]
+        there = len(given) and given.notna().all()
+        folds = sorted({int(one) for one in given}) if there else list(range(config.num_folds))
+    labels = manifest.rows["label"].to_numpy(dtype=np.int64)
+    lines = []
+    for fold in folds:
+        split = split_rows(
+            manifest, fold=fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+        )
+        told = few_of_a_class(
+            np.bincount(labels[split.val], minlength=manifest.num_classes).tolist()
+        )
+        if told is not None:
+            lines.append(f"{'validation rows' if own else f'fold {fold}'}: {told}")
+    return lines
 
 
 def _made_folds(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.config import FineTuneConfig
-from trainables.data.folds import split_rows
+from trainables.data.folds import split_rows, thin_folds
 from trainables.data.manifest import (
     SPLITS,
     Manifest,
@@ -93,7 +93,9 @@ def check_manifest(
     manifest = manifest_of(table, rows, num_classes)
     problems = _fold_problems(manifest, config)
     notices = [*_notices(found, recipe), *_one_person(rows)]
-    return CheckReport(None if problems else manifest, problems, notices)
+    if problems:
+        return CheckReport(None, problems, notices)
+    return CheckReport(manifest, [], notices + thin_folds(manifest, config, all_folds=True))
 
 
 @dataclass(frozen=True)

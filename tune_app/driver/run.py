@@ -25,6 +25,7 @@ from filelock import Timeout
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.folds import thin_folds
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.storage import absolute, url_of
@@ -172,7 +173,7 @@ def _run_locked(
         address
     ):  # the path is of the nodes: elsewhere it need not lead anywhere from here
         _check_weights(spec)
-    cohort = _prepared(spec, base, files, resume=resume)
+    cohort = _prepared(spec, base, files, notes, resume=resume)
     _mend(files, url)
     with (
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
@@ -244,9 +245,13 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     _sweep_ray(spec, files)
 
 
-def _prepared(spec: StudySpec, base: FineTuneConfig, files: StudyFiles, *, resume: bool) -> Path:
+def _prepared(
+    spec: StudySpec, base: FineTuneConfig, files: StudyFiles, notes: Any, *, resume: bool
+) -> Path:
     """Return the cohort of the study's data. Raises SpecError where it is not the one that the study began with."""
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    for line in thin_folds(manifest, base):
+        notes.print(line, soft_wrap=True, markup=False)
     cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
     if resume and (recorded := files.read().get("cohort")) != cohort.name:
         raise SpecError(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
-from trainables.data.folds import split_rows
+from trainables.data.folds import split_rows, thin_folds
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
@@ -54,6 +54,8 @@ def train_once(
         f"{name} {len(rows)}" for name, rows in (("train", split.train), ("validation", split.val))
     ]
     notes.print(f"volumes: {', '.join(sizes)}; {precision.name}: {precision.reason}")
+    for line in thin_folds(manifest, config):
+        notes.print(line, soft_wrap=True, markup=False)
     if config.drw_start_epoch > config.epochs and config.loss != "cross_entropy":
         notes.print(
             f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}"

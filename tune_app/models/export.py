@@ -384,7 +384,10 @@ def score_member(
             f"trial {trial}: its scores are not finite, it is of no use; choose another"
         )
     auc = score_metrics(logits[split.val], labels, scale=scale)["auc"]
-    recorded, precision = run.row[f"val_auc_{run.weights_of}"], str(run.row["precision"])
+    recorded, precision = (
+        run.row["val_auc_raw" if run.weights_of == "raw" else "val_auc"],
+        str(run.row["precision"]),
+    )
     if not abs(auc - recorded) <= AUC_TOLERANCE[precision]:
         raise ExportError(
             f"trial {trial}: its weights give validation AUC {auc:.4f}, the study recorded {recorded:.4f} ({precision}): "

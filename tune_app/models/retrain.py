@@ -140,7 +140,10 @@ def _trained(
                 f"{work.folder}: holds another run, left by an earlier retrain: remove that folder"
             )
     run = saved_run(
-        config, work, lambda resume: finetune(config, cohort, split, device=device, resume=resume)
+        config,
+        work,
+        lambda resume: finetune(config, cohort, split, device=device, resume=resume),
+        until=epochs,
     )
     with closing(run) as epoch_rows:  # type: ignore[type-var]  # generators close
         for row in islice(epoch_rows, epochs):

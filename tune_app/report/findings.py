@@ -22,6 +22,7 @@ import pandas as pd
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig, as_scalar
+from trainables.data.folds import few_of_a_class
 from trainables.data.json_files import read_json
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
 from trainables.objective import OBJECTIVES
@@ -474,6 +475,10 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
             sentence(str(best["verdict_summary"])),
             sentence(advice),
         )
+    if best["num_classes"] == 2 and not pd.isna(best["best_val_positive"]):
+        counts = [int(best["best_val_negative"]), int(best["best_val_positive"])]
+        if (few := few_of_a_class(counts)) is not None:
+            yield Caution("The validation fold is very small", sentence(few), "")
     raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
     half = 1.96 * standard_error(best)
     if (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
 from trainables.data import table_file
-from trainables.data.folds import split_rows
+from trainables.data.folds import few_of_a_class, split_rows, thin_folds
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.manifest_check import check_manifest
 from trainables.data.table_file import ManifestError
@@ -609,7 +609,9 @@ def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
         "8 volumes of 8 subjects; class 0: 4, class 1: 4",
         "voxels 9 x 10 x 8 to 9 x 10 x 15, spacing 1 x 1 x 2 mm (x, y, z: left-right, back-front, feet-head)",
         "prepared: 8 x 8 x 8 voxels of 2 x 2 x 2 to 3.75 x 3.75 x 3.75 mm; none is cropped",
+        *thin_folds(report.manifest, small(), all_folds=True),
     ]
+    assert len(report.lines()) > 3, "4 of each class are few for any fold"
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
@@ -756,10 +758,8 @@ def test_files_without_an_orientation_are_noticed_and_stop_nothing(real_table: P
     nib.save(image, path)
     report = check_manifest(real_table, 2, small())
     assert report.problems == []
-    assert (
-        report.lines()[-1]
-        == "1 of 8 files state no orientation: LAS is assumed, as the format says"
-    )
+    said = "1 of 8 files state no orientation: LAS is assumed, as the format says"
+    assert said in report.lines()
 
 
 def test_a_deep_check_of_no_table_raises(tmp_path: Path) -> None:
@@ -794,8 +794,8 @@ def test_subjects_that_may_be_one_person_are_noticed_in_pairs(
     (tmp_path / "table.csv").write_text("\n".join(rows), encoding="utf-8")
     report = check_manifest(tmp_path / "table.csv", 2, small())
     assert report.problems == []
-    notice = report.notices[-1]
-    assert notice.startswith("4 subjects may be one person under several names")
+    start = "4 subjects may be one person under several names"
+    (notice,) = [one for one in report.notices if one.startswith(start)]
     for pair in (
         "'001' (row 1) and '1' (row 2)",
         "'sub-A' (row 3) and 'Sub-a' (row 4)",
@@ -805,3 +805,29 @@ def test_subjects_that_may_be_one_person_are_noticed_in_pairs(
     ):
         assert pair in notice, notice
     assert "P1" not in notice
+
+
+def test_a_fold_with_few_volumes_of_a_class_is_told_by_name(
+    write_table: Write,
+) -> None:
+    table = write_table([f"{int(n < 12)},s{n}" for n in range(40)])
+    manifest = read_manifest(table)
+    told = thin_folds(manifest, build_config({"num_folds": 5}), all_folds=True)
+    assert [line.split(":")[0] for line in told] == [f"fold {fold}" for fold in range(5)]
+    assert all(re.search(r"only [23] of class 1 to validate on", line) for line in told)
+    assert len(thin_folds(manifest, build_config({"num_folds": 5, "fold": 3}))) == 1
+    assert thin_folds(manifest, build_config({"num_folds": 2}), all_folds=True) == []
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ([36, 4], "only 4 of class 1"),
+        ([0, 9], "only 0 of class 0"),
+        ([5, 5], None),
+        ([3, 30, 4], "only 3 of class 0, 4 of class 2"),
+    ],
+)
+def test_five_volumes_of_a_class_are_the_fewest(counts: list[int], told: str | None) -> None:
+    found = few_of_a_class(counts)
+    assert found is None if told is None else found is not None and told in found
