@@ -129,7 +129,8 @@ def saved_run(
                 due = worth_it and result.epoch % checkpoint_epochs == 0
                 if due or result.epoch in (config.epochs, until) or hurry():
                     file.wait()
-                    state = result.state() | {HELD: weights.held(result.epoch)}
+                    held = {} if result.epoch == config.epochs else weights.held(result.epoch)
+                    state = result.state() | {HELD: held}
                     cost_s = _save(files.checkpoint, state, waits)
                     if keep is not None:
                         began = time.monotonic()

@@ -81,7 +81,9 @@ def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
     moments = 1 if config.optimizer == "sgd" else 2
     rows = 4096 * config.epochs
     best = 4 * (parameters + buffers) + 512 * tensors + 2**16
-    return 4 * (parameters * (2 + moments) + 2 * buffers) + 4 * 512 * tensors + rows + 2**16, best
+    checkpoint = 4 * (parameters * (2 + moments) + 2 * buffers) + 4 * 512 * tensors + rows + 2**16
+    # While it runs it may hold the weights of the epoch before as well, which may become the best
+    return checkpoint + best, best
 
 
 def make_room(
