@@ -200,7 +200,7 @@ def train(
         "dropout": dropout,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "freeze_backbone_epochs": freeze_backbone_epochs,
-        "amp": None if amp is None else ("fp16" if amp else "off"),
+        "amp": {None: None, True: "fp16", False: "off"}[amp],
     }
     config = build_config(
         {k: v for k, v in given.items() if v is not None} | parse_settings(setting)

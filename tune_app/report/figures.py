@@ -328,13 +328,9 @@ def stopped(table: pd.DataFrame) -> Figure:
 
 
 def _title_of(reason: str) -> str:
-    return (
-        "halving"
-        if reason == "halving"
-        else GROUPS[reason].title
-        if reason in GROUPS
-        else escape(reason)
-    )
+    if reason == "halving":
+        return "halving"
+    return GROUPS[reason].title if reason in GROUPS else escape(reason)
 
 
 def parallel(study: Study) -> Figure:
@@ -551,7 +547,7 @@ def _document_marks(
         places.append(place)
         after = words == "recommended"
         shapes.append(_vertical(place, INK, "solid" if after else "dash"))
-        label = "before, after" if same else "after" if after else "before"
+        label = "before, after" if same else {True: "after", False: "before"}[after]
         leftmost = place == min(other for _, other in marks if math.isfinite(other))
         side = (
             {}

@@ -176,9 +176,9 @@ def _checklist(page: Page, study: Study) -> None:
     for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
         rows = []
         for check in (check for check in checks if check.kind == kind):
-            told = "cannot tell" if check.present is None else "yes" if check.present else "no"
-            sign = "?" if check.good is None else "✓" if check.good else "!"
-            mark = "open" if check.good is None else "good" if check.good else "bad"
+            told = {None: "cannot tell", True: "yes", False: "no"}[check.present]
+            sign = {None: "?", True: "✓", False: "!"}[check.good]
+            mark = {None: "open", True: "good", False: "bad"}[check.good]
             cells = [Cell(check.text), Cell(f"{sign} {told}", mark=mark)]
             rows.append(Row([*cells, Cell(check.evidence, "text"), Cell(check.among, "nowrap")]))
         heads = [Head(text) for text in (title.lower(), "present", "evidence", "among all")]
