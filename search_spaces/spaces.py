@@ -111,6 +111,34 @@ SPACES: dict[str, Space] = {
             notes=("Needs some hundred trials; `documented` is the better use of fifty.",),
         ),
         _space(
+            "preprocessing",
+            "how volumes are prepared: spacing, shape, intensity and window; training as recommended",
+            _one_of(
+                "spacing_mm",
+                None,
+                "1x1x1",
+                "1.5x1.5x1.5",
+                "2x2x2",
+                why="null fits each volume by itself, which hides how large things are",
+            ),
+            _one_of(
+                "volume_shape",
+                "64x64x64",
+                "96x96x96",
+                why="larger costs memory and time in proportion",
+            ),
+            _one_of("intensity", "zscore", "zscore_nonzero", "window"),
+            _one_of("window_low", -1000.0, -160.0, why="lung; soft tissue"),
+            _one_of("window_high", 240.0, 400.0, why="soft tissue; lung"),
+            _log("backbone_lr", 5e-5, 5e-4, "retuned", _RETUNED),
+            fixed=_OURS,
+            notes=(
+                "Each combination is a prepared copy of all volumes on disk, made when a trial first needs it.",
+                "Windows are in Hounsfield units. For MR, or where voxels are 0 outside the body, write out a space without "
+                "`window`, with spacings and shapes that suit the scans: `medtune data check` shows theirs.",
+            ),
+        ),
+        _space(
             "collapse",
             "meant to reproduce the collapse: averaged weights as the document had them, around its original values",
             _even("max_m", 0.2, 0.5),

@@ -27,6 +27,19 @@ Scalar = str | int | float | bool | None
 DEPTHS = (10, 18, 34, 50, 101, 152, 200)
 """Depths of the released MedicalNet checkpoints."""
 
+PREPROCESSING = (
+    "volume_shape",
+    "spacing_mm",
+    "intensity",
+    "window_low",
+    "window_high",
+    "in_channels",
+)
+"""Hyperparameters that decide what a prepared volume looks like: the fields of `trainables.data.scans.Recipe`."""
+
+OF_THE_DATA = ("in_channels", "num_classes")
+"""Hyperparameters that describe the table and its files: the same in all trials of a study."""
+
 FORMER_NAMES = {
     "lr": "backbone_lr",
     "learning_rate": "backbone_lr",
@@ -120,8 +133,9 @@ class FineTuneConfig(BaseModel):
     """Voxels the network sees along (x, y, z), which are left-right, back-front and feet-head whatever the file's order; one
     number is a cube. Larger volumes are cropped, smaller ones padded."""
     spacing_mm: SpacingDHW | None = None
-    """Spacing in mm along (x, y, z) that volumes are resampled to. None: the smallest isotropic spacing at which each whole
-    volume fits."""
+    """Spacing in mm along (x, y, z) that volumes are resampled to. None: each volume at the smallest isotropic spacing at
+    which it fits by itself, which hides how large things are. A new study, or run, that leaves it out takes the smallest one
+    at which every volume fits; `medtune data check` shows it."""
     intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
     """zscore over all voxels; zscore_nonzero with mean and deviation of voxels > 0, all voxels scaled alike (MedicalNet takes
     the same statistics, but fills the background with N(0, 1) noise; on CT in HU they leave out air and fat); window clips

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ray import tune
 
@@ -24,6 +24,9 @@ from trainables.data.storage import TrialStore, patient
 from trainables.kernel_cache import keep_kernels
 from trainables.objective import DEFAULT_OBJECTIVE
 from trainables.training_thread import in_training_thread
+
+if TYPE_CHECKING:
+    from trainables.data.volumes import VolumesRefused
 
 log = logging.getLogger("medtune.trial")
 disk_log = logging.getLogger("medtune.disk")
@@ -48,7 +51,7 @@ class TrialSetting:
     table: str
     """The manifest."""
     cohort: str
-    """Folder of the prepared cohort."""
+    """Folder of the cohort that `base` prepares; a trial that prepares volumes otherwise has one of its own next to it."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of every trial; the trial's own go first."""
     checkpoint_epochs: int = 1
@@ -94,9 +97,13 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         with patient(waits=alive):
             in_training_thread(_run, trial, setting, files, alive)
     except Exception as error:
+        from trainables.data.volumes import VolumesRefused
         from trainables.ranks import RankError, is_out_of_memory
 
         log.exception("trial %s failed", trial["trial"])
+        if isinstance(error, VolumesRefused):
+            tune.report({FATAL: refused_text(error), "epoch": 0})
+            return
         if not is_out_of_memory(error):
             _raise_for_lost_gpu(error, files)
             raise
@@ -111,6 +118,12 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         log.removeHandler(handler)
         disk_log.removeHandler(handler)
         handler.close()
+
+
+def refused_text(error: "VolumesRefused") -> str:
+    """Return in a line why a trial's preprocessing cannot be had; the trial's log has all volumes."""
+    count = len(error.problems)
+    return f"its preprocessing leaves {count} volume{'s' if count > 1 else ''} unusable, the first: {error.problems[0]}"
 
 
 class GpuFaultError(RuntimeError):
@@ -239,7 +252,7 @@ def _run(
 
     from trainables.finetune import finetune
     from trainables.ranks import RankWork, gang
-    from trainables.saved_run import Epochs, open_inputs, saved_run
+    from trainables.saved_run import Epochs, open_inputs, saved_run, trial_cohort
 
     log.info(
         "torch and MONAI loaded in %.1f s", time.monotonic() - began
@@ -247,13 +260,23 @@ def _run(
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     epochs: Epochs
+    # Before the GPU is waited for: preparing takes minutes. Ranks on other nodes find it by this folder's name.
+    cohort_folder = str(
+        trial_cohort(
+            config,
+            setting.table,
+            setting.cohort,
+            build_config(setting.base),
+            progress=lambda done, total: alive(),
+        )
+    )
     if setting.gpus_per_rank:
         wait_for_device_memory(setting.gpus_per_rank)
     if setting.ranks > 1:
         work = RankWork(
             config,
             setting.table,
-            setting.cohort,
+            cohort_folder,
             gpu=setting.gpus_per_rank > 0,
             threads=setting.threads,
             rules=setting.rules,
@@ -267,7 +290,7 @@ def _run(
             heartbeat=alive.step,
         )
     else:
-        cohort, split = open_inputs(config, setting.table, setting.cohort)
+        cohort, split = open_inputs(config, setting.table, cohort_folder)
         log.info("cohort open %.1f s after the start", time.monotonic() - began)
         device = torch.device(device_of(setting))
         epochs = lambda resume: finetune(  # noqa: E731

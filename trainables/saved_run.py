@@ -30,7 +30,15 @@ from trainables.data.folds import Split, split_rows
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.table_file import ManifestError
-from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
+from trainables.data.threads import Progress
+from trainables.data.volumes import (
+    Cohort,
+    CohortError,
+    cohort_like,
+    open_cohort,
+    prepare_cohort,
+    same_volumes,
+)
 from trainables.finetune import EpochResult, check_checkpoint
 from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES, BestEpoch
 
@@ -71,6 +79,25 @@ def open_inputs(
         manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
     )
     return open_cohort(folder), split
+
+
+def trial_cohort(
+    config: FineTuneConfig,
+    table: str | Path,
+    cohort: str | Path,
+    base: FineTuneConfig,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the folder of the cohort that `config` asks for, prepared now if it is the first run here that needs it.
+
+    `cohort` is the folder of the study's own cohort, which `base` prepared: runs that ask for the same volumes use it.
+    Raises CohortError where table or files are not the study's, VolumesRefused where `config` cannot prepare a volume.
+    """
+    own, first = Recipe.from_config(config), Recipe.from_config(base)
+    if same_volumes(own, first):
+        return Path(cohort)  # `open_inputs` prepares it on a node that lacks it
+    manifest = read_manifest(Path(table), num_classes=config.num_classes)
+    return cohort_like(manifest, own, Path(cohort), first, progress)
 
 
 def saved_run(

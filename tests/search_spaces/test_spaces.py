@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -17,7 +18,8 @@ from search_spaces.space import (
 )
 from search_spaces.spaces import SPACES, warm_start_points
 from search_spaces.written import space_from
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import PREPROCESSING, FineTuneConfig, build_config
+from trainables.data.scans import Recipe
 
 
 def values_of(distribution):
@@ -255,7 +257,8 @@ def test_the_description_tells_searched_retuned_and_fixed():
 def test_rates_and_one_minus_decay_are_searched_on_a_log_scale():
     for space in SPACES.values():
         for name in ("backbone_lr", "classifier_lr", "one_minus_ema_decay"):
-            assert space.parameters[name].distribution.log, f"{space.name}: {name}"
+            if name in space.parameters or space.name != "preprocessing":
+                assert space.parameters[name].distribution.log, f"{space.name}: {name}"
 
 
 OWN = """
@@ -339,7 +342,7 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
         ("{search: [s]}", ["search: a mapping of names to ranges, not ['s']", "nothing to search: name parameters under `search`, or a `base`"][:1]),
         ("{serch: {s: [1, 2]}, search: {s: [1, 2]}}",
          ["unknown field 'serch'; did you mean 'search'?: a space has name, title, base, search, retune, fixed, notes"]),
-        ("{base: documentd}", ["unknown space 'documentd': one of documented, narrow, wide, collapse; did you mean 'documented'?"]),
+        ("{base: documentd}", ["unknown space 'documentd': one of documented, narrow, wide, preprocessing, collapse; did you mean 'documented'?"]),
         ("{}", ["nothing to search: name parameters under `search`, or a `base`"]),
         ("{search: {s: [1, 2]}, notes: x}", ["notes='x': a list of sentences"]),
         ("{search: {loss: [focal, cross_entropy], max_m: [0.1, 0.2]}}",
@@ -441,3 +444,7 @@ def test_a_parameter_knows_what_it_can_produce(distribution, inside, outside):
     parameter = Parameter("x", distribution)
     assert [parameter.holds(value) for value in inside] == [True] * len(inside)
     assert [parameter.holds(value) for value in outside] == [False] * len(outside)
+
+
+def test_the_fields_that_preprocessing_has_are_those_of_a_recipe():
+    assert tuple(field.name for field in fields(Recipe)) == PREPROCESSING

@@ -58,6 +58,10 @@ class CohortError(ProblemsError):
     """A cohort that cannot be prepared or opened. `problems` holds one line a problem, in row order."""
 
 
+class VolumesRefused(CohortError):
+    """A cohort some of whose volumes cannot be prepared: preparing them again would fail in the same way."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """A prepared cohort, row by row as in its table. Hand its folder to other processes: pickling would copy the volumes."""
@@ -109,14 +113,12 @@ def prepare_cohort(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         digests, stats = _file_digests(paths, numbers, cache, workers)
-        contents = _key(
-            {"format": FORMAT_VERSION, "recipe": _deciding(recipe), "files": digests}, 24
-        )
-        folder = cache / f"{contents}-{_key(rows, 8)}"
+        contents = _contents_key(digests, recipe)
+        folder = cache / _cohort_name(digests, rows, recipe)
         if _is_whole(folder):
             return folder
         building = cache / f".building-{contents}"
-        with _sole_builder(cache, contents, building):
+        with _sole_builder(cache, contents, building, progress):
             if _is_whole(folder):  # built while we waited
                 return folder
             _sweep(cache, building)
@@ -146,6 +148,55 @@ def prepare_cohort(
         reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
         raise CohortError(f"cache {cache}: {reason}: free some room or choose another") from error
     return folder
+
+
+def cohort_like(
+    manifest: "Manifest",
+    recipe: Recipe,
+    first: Path,
+    first_recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    workers: int | None = None,
+) -> Path:
+    """Return the folder of the cohort that `recipe` makes of the data of the cohort `first`, prepared if it is missing.
+
+    `first_recipe` is the recipe of `first`, whose folder need not exist on this machine: its name is enough to recognise
+    its data. Recipes that give the same volumes share one folder. Raises CohortError where the table or its files are not
+    those of `first`, VolumesRefused where `recipe` leaves nothing to tell apart in some volume.
+    """
+    if same_volumes(recipe, first_recipe) and first.exists():
+        return first
+    if (first / "cohort.json").is_file():
+        there = first.parent / cohort_name_like(first, recipe)
+        if there.exists():
+            return there
+    made = prepare_cohort(manifest, recipe, first.parent, progress, workers=workers)
+    if cohort_name_like(made, first_recipe) != first.name:
+        raise CohortError(
+            [f"{manifest.table}: not the data of the study (cohort {first.name}, here {made.name})"]
+        )
+    return made
+
+
+def cohort_name_like(folder: Path, recipe: Recipe) -> str:
+    """Return the name that the data of the cohort in `folder` have when `recipe` prepares them. Raises CohortError."""
+    try:
+        written = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+        rows = {name: written[name] for name in ("paths", "labels", "subjects")}
+        return _cohort_name(written["sha256"], rows, recipe)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CohortError([f"cohort {folder}: damaged ({error}): prepare it again"]) from None
+
+
+def same_volumes(one: Recipe, other: Recipe) -> bool:
+    """Whether both recipes make the same volumes of every file."""
+    return _deciding(one) == _deciding(other)
+
+
+def prepared_bytes(volumes: int, recipe: Recipe) -> int:
+    """Return how many bytes the prepared array of so many volumes has on disk."""
+    return 2 * volumes * recipe.in_channels * math.prod(recipe.volume_shape)
 
 
 def open_cohort(folder: Path) -> Cohort:
@@ -205,6 +256,14 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
+def _contents_key(digests: list[str], recipe: Recipe) -> str:
+    return _key({"format": FORMAT_VERSION, "recipe": _deciding(recipe), "files": digests}, 24)
+
+
+def _cohort_name(digests: list[str], rows: dict[str, Any], recipe: Recipe) -> str:
+    return f"{_contents_key(digests, recipe)}-{_key(rows, 8)}"
+
+
 def _key(value: object, digits: int) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
@@ -256,7 +315,7 @@ def _build_volumes(
     """Write volumes.npy; returns the files' spacings."""
     file = building / "volumes.npy"
     shape = (len(paths), recipe.in_channels, *recipe.volume_shape)
-    needed, free = 2 * math.prod(shape), shutil.disk_usage(building).free
+    needed, free = prepared_bytes(len(paths), recipe), shutil.disk_usage(building).free
     if needed > free:
         raise CohortError(
             f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room or choose another"
@@ -295,7 +354,7 @@ def _all_or_errors(
     workers: int | None,
     progress: Progress | None = None,
 ) -> list[Any]:
-    """What `function` gives for each row from 0, or a CohortError with the VolumeErrors of all rows, by their numbers."""
+    """What `function` gives for each row from 0, or VolumesRefused with the VolumeErrors of all rows, by their numbers."""
 
     def caught(row: int) -> Any:
         try:
@@ -310,13 +369,18 @@ def _all_or_errors(
         if isinstance(result, VolumeError)
     ]
     if problems:
-        raise CohortError(problems)
+        raise VolumesRefused(problems)
     return results
 
 
 @contextlib.contextmanager
-def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
-    """Hold the lock of these contents. The kernel frees it when its holder dies, so a wait is for a living process."""
+def _sole_builder(
+    cache: Path, contents: str, building: Path, progress: Progress | None
+) -> Iterator[None]:
+    """Hold the lock of these contents. The kernel frees it when its holder dies, so a wait is for a living process.
+
+    While the holder finishes volumes, `progress` is called here too, with (0, 1): a waiting trial is not a stalled one.
+    """
     lock = FileLock(_lock_file(cache, contents), mode=0o600)
     seen, since = _beat(building), time.monotonic()
     wait_s = 0.0
@@ -333,6 +397,8 @@ def _sole_builder(cache: Path, contents: str, building: Path) -> Iterator[None]:
             beat, now = _beat(building), time.monotonic()
             if beat != seen:
                 seen, since = beat, now
+                if progress is not None:
+                    progress(0, 1)
             elif now - since >= STALLED_S:
                 raise CohortError(
                     f"cohort {building}: another process has held {lock.lock_file} for {STALLED_S:.0f} s without "

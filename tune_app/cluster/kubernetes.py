@@ -145,7 +145,7 @@ def _check_seen(spec: StudySpec, study: str, cluster: Cluster) -> None:
     """Raise SpecError for paths that no pod would see."""
     asked = {
         "data": spec.data,
-        "pretrained_path": spec.config.get("pretrained_path"),
+        "pretrained_path": spec.shared.get("pretrained_path"),
         "the study": study,
     }
     hidden = [

@@ -31,6 +31,8 @@ class Budget:
     best: int
     concurrent: int
     keep_best: int
+    cohorts: int = 0
+    """Prepared cohorts besides the study's own: of trials that prepare volumes otherwise."""
 
     @property
     def running(self) -> int:
@@ -39,13 +41,14 @@ class Budget:
 
     @property
     def least(self) -> int:
-        return self.running + self.keep_best * self.best + LOGS
+        return self.running + self.keep_best * self.best + self.cohorts + LOGS
 
 
-def plan_budget(spec: StudySpec, concurrent: int) -> Budget | None:
+def plan_budget(spec: StudySpec, concurrent: int, cohorts: int = 0) -> Budget | None:
     """Return the budget of a study with `concurrent` trials at a time; None without one.
 
-    Raises SpecError when it cannot hold what `concurrent` running trials and the best ones need.
+    `cohorts`: bytes of the prepared cohorts that its trials need besides the study's own. Raises SpecError when it cannot
+    hold these and what `concurrent` running trials and the best ones need.
     """
     if spec.disk_budget_gib is None:
         return None
@@ -56,12 +59,14 @@ def plan_budget(spec: StudySpec, concurrent: int) -> Budget | None:
         best=max(best for _, best in sizes),
         concurrent=concurrent,
         keep_best=spec.keep_best,
+        cohorts=cohorts,
     )
     if budget.least > budget.total:
+        prepared = f", cohorts of other preprocessing {_gib(cohorts)}" if cohorts else ""
         raise SpecError(
             f"disk_budget_gib={spec.disk_budget_gib:g}: {concurrent} trials at a time need "
             f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}) and the {spec.keep_best} best "
-            f"{_gib(spec.keep_best * budget.best)}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
+            f"{_gib(spec.keep_best * budget.best)}{prepared}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
             "max_concurrent or keep_best"
         )
     return budget
@@ -100,7 +105,7 @@ def make_room(
         for record in records
         if record["state"] == "running"
     )
-    over = _size(files.root) - running + budget.running + LOGS - budget.total
+    over = _size(files.root) - running + budget.running + budget.cohorts + LOGS - budget.total
     ended.sort(
         key=lambda record: -math.inf if record.get("objective") is None else record["objective"]
     )
@@ -126,15 +131,13 @@ def _largest(spec: StudySpec) -> list[FineTuneConfig]:
 
     if spec.kind != "search":
         return [spec.config_of(trial.overrides) for trial in spec.planned]
-    base = build_config(spec.config).model_dump()
     space = spec.resolved_space()
-    largest: dict[str, Any] = {
-        name: space.fixed[name] for name in ("depth", "width") if name in space.fixed
+    largest = {
+        name: max(float(str(end)) for end in space.parameters[name].ends)
+        for name in ("depth", "width")
+        if name in space.parameters
     }
-    for name in ("depth", "width"):
-        if name in space.parameters:
-            largest[name] = max(float(str(end)) for end in space.parameters[name].ends)
-    return [build_config({**base, **largest})]
+    return [build_config({**spec.shared, **largest})]
 
 
 def _size(folder: Path) -> int:

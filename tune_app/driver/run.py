@@ -24,14 +24,14 @@ from filelock import Timeout
 
 from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
-from trainables.config import FineTuneConfig, build_config
-from trainables.data.folds import thin_folds
-from trainables.data.manifest import read_manifest
-from trainables.data.scans import Recipe
+from trainables.config import FineTuneConfig
 from trainables.data.storage import absolute, url_of
-from trainables.data.volumes import prepare_cohort
 from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
+from tune_app.driver.cohorts import (
+    prepare_study,
+    refuse_preprocessing,
+)
 from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
@@ -168,12 +168,13 @@ def _run_locked(
 ) -> Outcome:
     made = [path for path in (files.spec, files.database) if not path.exists()]
     _tidy_up(spec, files, url, resume=resume)
-    base = build_config(spec.config)
+    refuse_preprocessing(spec, files.read() if resume else None)
     if would_start_ray(
         address
     ):  # the path is of the nodes: elsewhere it need not lead anywhere from here
         _check_weights(spec)
-    cohort = _prepared(spec, base, files, notes, resume=resume)
+    ready = prepare_study(spec, files, resume=resume, notes=notes)
+    spec, base, cohort = ready.spec, ready.base, ready.cohort
     _mend(files, url)
     with (
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
@@ -181,10 +182,12 @@ def _run_locked(
     ):
         spec = _packed(spec, cohort, sharing, notes)
         plan, resources = await_resources(spec, notes)
-        budget = plan_budget(spec, plan.concurrent)
+        budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
             name = spec.storage and shared_study_name(url or absolute(files.root))
-            files.write({**_description(spec, cohort.name, resources), OPTUNA_STUDY: name})
+            files.write(
+                {**_description(spec, cohort.name, resources), **ready.recorded, OPTUNA_STUDY: name}
+            )
         recorder = Recorder(spec, files)
         display = Display(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
@@ -196,7 +199,7 @@ def _run_locked(
                 study=absolute(files.root),
                 table=absolute(spec.data),
                 cohort=str(cohort),
-                base=spec.config,
+                base=spec.shared,
                 checkpoint_epochs=spec.checkpoint_epochs,
                 ranks=plan.ranks,
                 gpus_per_rank=plan.gpus_per_rank,
@@ -243,21 +246,6 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     for record in files.trials.glob("*/"):
         sweep_temporaries(record, TrialFiles(record).record)
     _sweep_ray(spec, files)
-
-
-def _prepared(
-    spec: StudySpec, base: FineTuneConfig, files: StudyFiles, notes: Any, *, resume: bool
-) -> Path:
-    """Return the cohort of the study's data. Raises SpecError where it is not the one that the study began with."""
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
-    for line in thin_folds(manifest, base):
-        notes.print(line, soft_wrap=True, markup=False)
-    cohort = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
-    if resume and (recorded := files.read().get("cohort")) != cohort.name:
-        raise SpecError(
-            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {cohort.name}): start a new one"
-        )
-    return cohort
 
 
 def _mend(files: StudyFiles, url: str | None) -> None:

@@ -26,6 +26,15 @@ READABLE_FORMATS = tuple(range(1, RULES + 1))
 OPTUNA_STUDY = "optuna_study"
 """In study.json: the study's name in a storage that it shares with others. Earlier versions called all of them alike."""
 
+PREPARES = "prepares"
+"""Key of study.json that says how trials get their volumes; studies of earlier versions lack it."""
+
+EACH_RECIPE = "each recipe"
+"""Each way to prepare volumes that trials ask for is a cohort of its own."""
+
+CHOSEN = "chosen"
+"""Key of study.json with what the study itself added to its `config` when it began, such as the common spacing."""
+
 
 @dataclass(frozen=True)
 class StudyFiles:
@@ -260,6 +269,10 @@ def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
     How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
     """
     there = files.read_spec()
+    chosen = files.read().get(CHOSEN) or {}
+    asked = asked.model_copy(
+        update={"config": {name: there.config[name] for name in chosen} | asked.config}
+    )
     differ = differing_fields(there, asked, set(StudySpec.model_fields) - set(HOW_ONLY))
     if differ:
         raise SpecError(

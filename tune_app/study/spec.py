@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -49,7 +50,9 @@ class StudySpec(BaseModel):
     confirms: str | None = None
     """Folder of the search that a confirmation reruns the best of."""
     seen_folds: tuple[int, ...] = ()
-    """Folds on which that search chose: a confirmation runs them, but does not judge by them where others are left."""
+    """Folds with rows that the search chose by: a confirmation runs them, but judges by other folds, or by their other rows."""
+    seen_rows: tuple[int, ...] | None = None
+    """Rows of the table, from 0, that the search chose by; None in confirmations of versions that knew whole folds only."""
     trials: int = Field(20, ge=1, le=1_000_000)
     """Trials sampled, known settings included. With a time and no number of trials: as many as fit."""
     hours: float | None = Field(None, gt=0)
@@ -188,14 +191,21 @@ class StudySpec(BaseModel):
     def num_trials(self) -> int:
         return len(self.planned) if self.kind != "search" else self.trials
 
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """Overrides that every trial has: `config`, and what the space of a search fixes."""
+        if self.kind != "search":
+            return dict(self.config)
+        return dict(self.resolved_space().fixed)
+
     @property
     def epochs(self) -> int:
         """Epochs of a trial that is not stopped."""
-        return build_config(self.config).epochs
+        return build_config(self.shared).epochs
 
     def config_of(self, overrides: Mapping[str, Any]) -> FineTuneConfig:
         """Return the complete configuration of a trial with these overrides. Raises ConfigError."""
-        return build_config({**self.config, **overrides})
+        return build_config({**self.shared, **overrides})
 
     @property
     def uses_prior(self) -> bool:

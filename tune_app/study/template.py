@@ -21,7 +21,7 @@ from tune_app.study.spec import StudySpec
 
 WIDTH = 80
 
-OF_PLANS = ("kind", "planned", "confirms", "seen_folds")
+OF_PLANS = ("kind", "planned", "confirms", "seen_folds", "seen_rows")
 """Fields that `medtune ablate` and `medtune confirm` fill in."""
 
 HEADER = (

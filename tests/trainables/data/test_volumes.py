@@ -29,7 +29,14 @@ from trainables.data import threads, volumes
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.medmnist import import_medmnist
 from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, read_scan
-from trainables.data.volumes import CohortError, new_folder, open_cohort, prepare_cohort
+from trainables.data.volumes import (
+    CohortError,
+    VolumesRefused,
+    cohort_like,
+    new_folder,
+    open_cohort,
+    prepare_cohort,
+)
 
 Write = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[3]
@@ -101,6 +108,48 @@ def test_a_cohort_holds_every_row_of_the_table_in_order(table: Path, cache: Path
     assert cohort.recipe == recipe()
     for path, volume in zip(cohort.paths, cohort.volumes, strict=True):
         np.testing.assert_array_equal(volume, load_volume(path, recipe()).astype(np.float16))
+    assert temporaries(cache) == []
+
+
+def test_another_recipe_makes_another_cohort_of_the_same_data_once(
+    table: Path, cache: Path, decoded: list[str]
+) -> None:
+    manifest = read_manifest(table)
+    first = prepare_cohort(manifest, recipe(), cache)
+    other = recipe(intensity="window", window_low=50.0, window_high=150.0)
+    made = cohort_like(manifest, other, first, recipe())
+    assert made == prepare_cohort(manifest, other, cache) != first
+    assert len(decoded) == 12
+    for path, volume in zip(open_cohort(made).paths, open_cohort(made).volumes, strict=True):
+        np.testing.assert_array_equal(volume, load_volume(path, other).astype(np.float16))
+    unread = recipe(window_low=0.0)  # no window is applied: the same volumes
+    assert cohort_like(manifest, unread, first, recipe()) == first
+    assert cohort_like(manifest, other, first, recipe()) == made
+    assert len(decoded) == 12, "a cohort that is there is not prepared again"
+
+
+def test_another_recipe_knows_the_data_of_the_study_without_its_cohort(
+    table: Path, cache: Path, tmp_path: Path, write_scan: Write
+) -> None:
+    """As on a node that has prepared nothing: the name of the study's cohort is enough."""
+    manifest, other = read_manifest(table), recipe(spacing_mm=(1.5, 1.5, 1.5))
+    first = prepare_cohort(manifest, recipe(), cache)
+    elsewhere = tmp_path / "another node" / first.name
+    assert cohort_like(manifest, other, elsewhere, recipe()).parent == elsewhere.parent
+    write_scan("data/3.nii.gz", (8, 9, 10), seed=99)
+    with pytest.raises(CohortError, match="not the data of the study"):
+        cohort_like(manifest, recipe(spacing_mm=(2.0,) * 3), elsewhere, recipe())
+
+
+def test_a_recipe_that_leaves_nothing_of_a_volume_is_refused_for_good(
+    table: Path, cache: Path
+) -> None:
+    manifest = read_manifest(table)
+    first = prepare_cohort(manifest, recipe(), cache)
+    above_all = recipe(intensity="window", window_low=5000.0, window_high=6000.0)
+    with pytest.raises(VolumesRefused, match="all one value in the window") as caught:
+        cohort_like(manifest, above_all, first, recipe())
+    assert len(caught.value.problems) == 6
     assert temporaries(cache) == []
 
 

@@ -1,0 +1,311 @@
+"""The prepared cohorts that a study needs: one for each way in which its trials prepare volumes.
+
+A study has a cohort of its own, which the configuration that all trials share prepares. A trial that prepares volumes
+otherwise (another spacing, shape, intensity or window) trains on another cohort of the same data, made when it is first
+needed and shared by all trials that ask for it. What is known before the study begins is checked here: what belongs to
+the data cannot differ between trials, planned variants are prepared, and the disk has to hold every cohort.
+"""
+
+import itertools
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+
+from search_spaces.space import Parameter
+from trainables.config import OF_THE_DATA, PREPROCESSING, FineTuneConfig, build_config
+from trainables.data.folds import thin_folds
+from trainables.data.manifest import Manifest, read_manifest
+from trainables.data.scans import Recipe, bytes_text
+from trainables.data.spacing import with_common_spacing
+from trainables.data.volumes import (
+    VolumesRefused,
+    cohort_like,
+    cohort_name_like,
+    prepare_cohort,
+    prepared_bytes,
+    same_volumes,
+)
+from tune_app.study.errors import SpecError
+from tune_app.study.files import CHOSEN, EACH_RECIPE, PREPARES, StudyFiles, default_cache
+from tune_app.study.spec import StudySpec, build_spec
+
+MOST_LISTED = 1000
+"""Combinations of preprocessing values that are looked at one by one."""
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The cohorts of a study besides its own."""
+
+    recipes: tuple[Recipe, ...]
+    """Those that can be listed: of planned variants, or of all combinations that a search chooses from."""
+    most: int
+    """How many of them the study can need at most."""
+
+    def bytes(self, volumes: int) -> int:
+        """Return how many bytes they take at most, for a table of `volumes` rows."""
+        sizes = sorted((prepared_bytes(volumes, one) for one in self.recipes), reverse=True)
+        if not sizes:
+            return 0
+        return sum(sizes[: self.most]) + max(0, self.most - len(sizes)) * sizes[0]
+
+
+def plan_cohorts(spec: StudySpec) -> Cohorts:
+    """Return the cohorts that trials of `spec` need besides the study's own.
+
+    Raises SpecError where trials differ in what belongs to the data: all use the same table.
+    """
+    base = build_config(spec.shared)
+    own = Recipe.from_config(base)
+    if spec.kind != "search":
+        _refuse_other_data(spec, base)
+        configs = [spec.config_of(trial.overrides) for trial in spec.planned]
+        others = _distinct([Recipe.from_config(config) for config in configs], own)
+        return Cohorts(tuple(others), len(others))
+    parameters = [
+        one
+        for one in spec.resolved_space().parameters.values()
+        if one.hyperparameter in PREPROCESSING
+    ]
+    counts = [_count(one) for one in parameters]
+    if any(math.isinf(count) for count in counts) or math.prod(counts) > MOST_LISTED:
+        # The sizes are those of the ends: nothing but the shape decides them, and a shape has choices.
+        options: list[list[Any]] = [list(one.ends) for one in parameters]
+        return Cohorts(tuple(_distinct(_combined(spec, parameters, options), own)), spec.trials)
+    listed = _distinct(_combined(spec, parameters, [_values(one) for one in parameters]), own)
+    return Cohorts(tuple(listed), min(len(listed), spec.trials))
+
+
+def _refuse_other_data(spec: StudySpec, base: FineTuneConfig) -> None:
+    problems: dict[str, None] = {}
+    for trial in spec.planned:
+        config = spec.config_of(trial.overrides)
+        for name in OF_THE_DATA:
+            if getattr(config, name) != getattr(base, name):
+                problems[
+                    f"variant {trial.variant}: {name}={getattr(config, name)}, the study has {getattr(base, name)}: it "
+                    f"belongs to the data and is the same in all variants; set it for all with --set {name}=..., or "
+                    "make a study of its own"
+                ] = None
+    if problems:
+        raise SpecError(list(problems))
+
+
+def _distinct(recipes: list[Recipe], own: Recipe) -> list[Recipe]:
+    """The recipes whose volumes differ from those of `own` and of each other."""
+    found: list[Recipe] = []
+    for recipe in recipes:
+        if not any(same_volumes(recipe, other) for other in (own, *found)):
+            found.append(recipe)
+    return found
+
+
+def _combined(
+    spec: StudySpec, parameters: list[Parameter], options: list[list[Any]]
+) -> list[Recipe]:
+    return [
+        Recipe.from_config(
+            build_config(
+                {
+                    **spec.shared,
+                    **{one.hyperparameter: v for one, v in zip(parameters, values, strict=True)},
+                }
+            )
+        )
+        for values in itertools.product(*options)
+    ]
+
+
+def _count(parameter: Parameter) -> float:
+    """How many values a parameter can take; infinite for a range without steps."""
+    distribution = parameter.distribution
+    if isinstance(distribution, CategoricalDistribution):
+        return len(parameter.choices)
+    if distribution.step is None:
+        return math.inf
+    return float(round((distribution.high - distribution.low) / distribution.step) + 1)
+
+
+def _values(parameter: Parameter) -> list[Any]:
+    distribution = parameter.distribution
+    if isinstance(distribution, CategoricalDistribution):
+        return list(parameter.choices)
+    assert distribution.step is not None
+    return [
+        distribution.low + number * distribution.step for number in range(int(_count(parameter)))
+    ]
+
+
+def choose_spacing(spec: StudySpec, manifest: Manifest, notes: Any) -> dict[str, Any]:
+    """Return what a new study adds to its `config`: the spacing at which every volume fits, where nothing else decides it.
+
+    Nothing for a study whose config, space or every variant names a spacing, None included, and for a confirmation, which
+    has the spacing of its search. The choice and its consequence are printed.
+    """
+    if spec.kind == "confirmation" or "spacing_mm" in spec.shared:
+        return {}
+    if spec.kind == "search" and "spacing_mm" in spec.resolved_space().parameters:
+        return {}
+    if spec.planned and all("spacing_mm" in trial.overrides for trial in spec.planned):
+        return {}
+    _, found = with_common_spacing(build_config(spec.shared), manifest)
+    assert found is not None
+    for line in found.lines():
+        notes.print(line, soft_wrap=True, markup=False)
+    return {"spacing_mm": found.every_mm}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose data are there."""
+
+    spec: StudySpec
+    """With what the study itself has chosen in its `config`."""
+    base: FineTuneConfig
+    """What all trials share."""
+    cohort: Path
+    """Folder of the study's own cohort."""
+    further_bytes: int
+    """Of the other cohorts, at most."""
+    recorded: dict[str, Any]
+    """For study.json."""
+
+
+def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: Any) -> Prepared:
+    """Return the study with its data prepared, as far as they are known before it begins.
+
+    Raises SpecError where the data are not those that the study began with, the disk cannot hold its cohorts, or a planned
+    variant cannot be prepared; ManifestError and CohortError for the data.
+    """
+    base = build_config(spec.shared)
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    for line in thin_folds(manifest, base):
+        notes.print(line, soft_wrap=True, markup=False)
+    chosen = {} if resume else choose_spacing(spec, manifest, notes)
+    if chosen:
+        spec = build_spec({**spec.model_dump(mode="json"), "config": {**spec.config, **chosen}})
+        base = build_config(spec.shared)
+    first = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
+    if resume and (recorded := files.read().get("cohort")) != first.name:
+        raise SpecError(
+            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {first.name}): start a new one"
+        )
+    cohorts, volumes = plan_cohorts(spec), len(manifest.rows)
+    check_room(cohorts, first, volumes)
+    if spec.kind != "search":
+        prepare_planned(spec, cohorts, manifest, first, notes)
+    elif cohorts.most:
+        notes.print(
+            f"preprocessing: up to {cohorts.most} further ways to prepare the volumes, each when it is first needed, "
+            f"{bytes_text(cohorts.bytes(volumes))} in {first.parent} at most",
+            soft_wrap=True,
+        )
+    written = {PREPARES: EACH_RECIPE, CHOSEN: chosen}
+    return Prepared(spec, base, first, cohorts.bytes(volumes), written)
+
+
+# Before the study begins -----------------------------------------------------------------------------------------------
+
+
+def check_room(cohorts: Cohorts, first: Path, volumes: int) -> None:
+    """Raise SpecError where the disk of the cache cannot hold the cohorts that are not there yet.
+
+    `first` is the folder of the study's own cohort, of `volumes` rows.
+    """
+    missing = [
+        recipe
+        for recipe in cohorts.recipes
+        if not (first.parent / cohort_name_like(first, recipe)).exists()
+    ]
+    there = len(cohorts.recipes) - len(missing)
+    needed = Cohorts(tuple(missing), max(0, cohorts.most - there)).bytes(volumes)
+    free = shutil.disk_usage(first.parent).free
+    if needed > free:
+        raise SpecError(
+            [
+                f"preprocessing: up to {cohorts.most} ways to prepare {volumes} volumes need {bytes_text(needed)} in the "
+                f"cache {first.parent}, {bytes_text(free)} are free: give choices instead of a range, or fewer of them, "
+                "a smaller volume_shape, or another cache"
+            ]
+        )
+
+
+def prepare_planned(
+    spec: StudySpec, cohorts: Cohorts, manifest: Manifest, first: Path, notes: Any
+) -> None:
+    """Prepare the cohorts of planned variants, so that one that cannot be had is known before anything runs.
+
+    Raises SpecError that names the variants and every volume that their preprocessing leaves unusable.
+    """
+    own = Recipe.from_config(build_config(spec.shared))
+    problems: list[str] = []
+    for recipe in cohorts.recipes:
+        names = ", ".join(dict.fromkeys(_variants_of(spec, recipe)))
+        if not (first.parent / cohort_name_like(first, recipe)).exists():
+            notes.print(
+                f"preparing volumes for {names}: {differences(recipe, own)}", soft_wrap=True
+            )
+        try:
+            cohort_like(manifest, recipe, first, own)
+        except VolumesRefused as error:
+            told = f"variant {names} ({differences(recipe, own)})"
+            problems += [f"{told}: {problem}" for problem in error.problems]
+    if problems:
+        raise SpecError(problems)
+
+
+def _variants_of(spec: StudySpec, recipe: Recipe) -> Iterator[str]:
+    for trial in spec.planned:
+        config = spec.config_of(trial.overrides)
+        if same_volumes(Recipe.from_config(config), recipe):
+            yield trial.variant
+
+
+def differences(recipe: Recipe, own: Recipe) -> str:
+    """Return in words in what a recipe differs from the study's own: `spacing_mm=1x1x1, intensity=window`."""
+
+    def shown(value: object) -> str:
+        return "x".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)
+
+    return ", ".join(
+        f"{name}={shown(getattr(recipe, name))}"
+        for name in PREPROCESSING
+        if getattr(recipe, name) != getattr(own, name)
+    )
+
+
+# Studies of earlier versions -------------------------------------------------------------------------------------------
+
+
+def refuse_preprocessing(spec: StudySpec, written: Mapping[str, Any] | None) -> None:
+    """Raise SpecError for trials that differ in what belongs to the data, and see `refuse_ignored`.
+
+    `written`: study.json of a study that is resumed; None for a new one.
+    """
+    if written is not None:
+        refuse_ignored(spec, written)
+    plan_cohorts(spec)
+
+
+def refuse_ignored(spec: StudySpec, written: Mapping[str, Any]) -> None:
+    """Raise SpecError for a study of an earlier version whose trials were to differ in preprocessing.
+
+    That version prepared all of them by `config` alone: trials that follow would not be comparable.
+    """
+    if written.get(PREPARES) == EACH_RECIPE:
+        return
+    as_prepared = Recipe.from_config(build_config(spec.config))
+    own = Recipe.from_config(build_config(spec.shared))
+    if not same_volumes(own, as_prepared) or plan_cohorts(spec).recipes:
+        raise SpecError(
+            [
+                "this study was begun by a version that ignored the preprocessing of single trials, of variants and of "
+                "the space: all its trials had the volumes of `config`. Its results are not about preprocessing; start "
+                "a new study"
+            ]
+        )
