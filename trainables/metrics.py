@@ -227,6 +227,19 @@ def compare_auc(scores_a: "Array", scores_b: "Array", labels_N: "Array") -> AucD
     )
 
 
+def placements(scores: "Array", labels_N: "Array") -> np.ndarray:
+    """Return what each sample adds to the AUC of `auc_interval`, (N,): the sum over any one class is that AUC for two classes.
+
+    DeLong's structural components over the class size: for a positive its share of negatives below it, for a negative its
+    share of positives above it; averaged over classes where there are more than two. Scores must be finite, and every class
+    needs a sample.
+    """
+    values = _float64(scores)
+    num_classes = 2 if values.ndim == 1 else values.shape[1]
+    labels = _checked_labels(_float64(labels_N), num_classes)
+    return _placements([_Curve(s, labels == c) for c, s in _one_against_rest(values)])
+
+
 def hanley_mcneil_error(auc: float, positives: int, negatives: int) -> float:
     """Return the standard error to expect of an AUC from its value and the class counts alone.
 

@@ -209,6 +209,8 @@ def _run_and_tell(
         go_on=go_on,
         retry_failed=retry_failed,
     )
+    if spec.kind == "confirmation" and outcome.exit_code != INTERRUPTED and url_of(root) is None:
+        _score_validation(root)
     print_summary(root, out)
     if outcome.exit_code in (INTERRUPTED, PREEMPTED):
         err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
@@ -219,6 +221,12 @@ def _run_and_tell(
             markup=False,
         )
     raise typer.Exit(outcome.exit_code)
+
+
+def _score_validation(root: Path) -> None:
+    from tune_app.compare.validation_scores import score_validation
+
+    score_validation(root, notes=lambda text: err.print(f"note: {text}", markup=False))
 
 
 SeedsOption = Annotated[
@@ -352,9 +360,28 @@ def confirm(
     if begun:
         same_plan(files, spec)
         if not unfinished(load_study(files.root)):
+            _score_validation(files.root)
             print_confirmation(load_study(files.root), out)
             return
     _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
+
+
+def _print_spacing(table: Path) -> None:
+    """Print the spacing that a study on `table` will choose, and the alternatives; or why there is none yet."""
+    from trainables.config import build_config
+    from trainables.data.manifest import read_manifest
+    from trainables.data.scans import VolumeError
+    from trainables.data.spacing import with_common_spacing
+    from trainables.data.table_file import ManifestError
+
+    try:
+        _, found = with_common_spacing(build_config({}), read_manifest(table))
+    except (ManifestError, VolumeError) as error:
+        reason = str(error).splitlines()[0]
+        err.print(f"note: no spacing yet: {reason}", soft_wrap=True, markup=False)
+        return
+    for line in found.lines() if found else []:
+        err.print(line, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -373,4 +400,7 @@ def init(
     from tune_app.study.template import write_study_file
 
     write_study_file(path, data=data, space=space, preset=preset, force=force)
+    table = path.parent / data
+    if table.is_file():
+        _print_spacing(table)
     out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)

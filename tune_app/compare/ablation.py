@@ -339,6 +339,9 @@ def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) ->
     measured = [
         row for row in unclear if not pd.isna(row["low"]) and str(row["variant"]) not in same
     ]
+    apart = [row for row in measured if row["low"] > 0 or row["high"] < 0]
+    measured = [row for row in measured if row not in apart]
+    lines += _no_call_lines(apart, reference_name)
     if measured:
         names = ", ".join(str(row["variant"]) for row in measured)
         widest = max((row["high"] - row["low"]) / 2 for row in measured)
@@ -361,6 +364,25 @@ def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) ->
     none = [str(row["variant"]) for row in unclear if not row["pairs"]]
     if none:
         lines.append(f"No completed pair yet with {reference_name}: {', '.join(none)}")
+    return lines
+
+
+def _no_call_lines(apart: Sequence[Mapping[Any, Any]], reference_name: str) -> list[str]:
+    """Why differences whose interval excludes zero are not called: one split, or runs that ended without a score."""
+    lines = []
+    if untested := [row for row in apart if pd.isna(row["p"])]:
+        told = ", ".join(f"{row['variant']} {difference_text(row)}" for row in untested)
+        lines.append(
+            f"On this one fold, the seeds differ less than: {told} (from {reference_name}). That is no test: all runs share "
+            "its volumes. Give more folds."
+        )
+    for row in apart:
+        if not pd.isna(row["p"]):
+            whose = row["variant"] if row["unscored"] else reference_name
+            lines.append(
+                f"{row['variant']} and {reference_name} differ by {difference_text(row)}, but runs of {whose} ended without "
+                "a score: the comparison holds only those that came through, and calls neither better."
+            )
     return lines
 
 
@@ -411,7 +433,7 @@ def run_lines(study: Study) -> list[str]:
     if len(empty):
         names = ", ".join(f"{row.trial} ({row.variant})" for row in empty.itertuples())
         lines.append(
-            f"without a finite score, and in no pair: {names}; their variant looks better for it"
+            f"without a finite score, and in no pair: {names}; their variant is not called better"
         )
     return lines
 

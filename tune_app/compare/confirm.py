@@ -2,23 +2,25 @@
 
 A search picks the best of many noisy values, so its winner's own value is too good: partly luck of the seed, partly
 luck of the fold it was chosen on. Here the candidates start from seeds that the search never used, and are judged on
-folds that it did not choose by, against the documented settings on the same folds and seeds. A winner is one whose
-difference holds after correction for having been picked as the best of several (Holm 1979, over all that are compared
+rows that it did not choose by, against the documented settings on the same folds and seeds. That takes two unseen folds:
+with fewer there is an interval over subjects, and no winner. A winner is one whose difference holds after correction for having been picked as the best of several (Holm 1979, over all that are compared
 with the documented settings). Without one the documented settings stay, and that is said.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from search_spaces.fixes import all_fixes, documented_after
-from trainables.config import Scalar, build_config
+from trainables.config import OF_THE_DATA, PREPROCESSING, Scalar, build_config
 from trainables.data.manifest import read_manifest
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import (
@@ -28,6 +30,15 @@ from tune_app.compare.ablation import (
     only,
     plan,
     run_lines,
+)
+from tune_app.compare.paired_auc import PairedSplit, paired_difference
+from tune_app.compare.seen_rows import (
+    ValidationScores,
+    folds_with,
+    read_scores,
+    rows_that_chose,
+    unseen_rows,
+    whole_unseen_folds,
 )
 from tune_app.compare.test_record import read_test_record, score_lines, test_file
 from tune_app.results.effects import COLLAPSES, interval_over_folds
@@ -117,7 +128,21 @@ def choose_candidates(search: Study, top: int) -> Candidates:
 
 def setting_key(spec: StudySpec, overrides: Mapping[str, Any]) -> str:
     """A text that is equal for runs which differ in fold and seed only."""
-    return spec.config_of({**overrides, "fold": 0, "seed": 0}).hash()
+    return build_config({**shared_config(spec), **overrides, "fold": 0, "seed": 0}).hash()
+
+
+def shared_config(spec: StudySpec) -> dict[str, Any]:
+    """Return what all runs of a confirmation of `spec` hold: its `config`, and what its space fixes of data and volumes.
+
+    Were the documented settings to run on volumes that the space prepares otherwise, the difference would not be theirs.
+    """
+    of_space = {
+        name: value
+        for name, value in spec.shared.items()
+        if name in (*PREPROCESSING, *OF_THE_DATA, "epochs")
+    }
+    # A search without a spacing, of a version that did not choose one, scaled each volume by itself.
+    return {"spacing_mm": None, **of_space, **spec.config}
 
 
 def confirmation_spec(
@@ -143,7 +168,8 @@ def confirmation_spec(
     ]:
         raise SpecError(problems)
     chosen = choose_candidates(search, top)
-    shared = build_config(spec.config)
+    config = shared_config(spec)
+    shared = build_config(config)
     manifest = read_manifest(Path(spec.data), num_classes=shared.num_classes)
     where = choose_folds(manifest, folds, shared.num_folds)
     variants = {
@@ -152,25 +178,34 @@ def confirmation_spec(
         **chosen.overrides,
     }
     first_seed = int(search.trials["seed"].max()) + 1
-    split_decided = bool((manifest.rows["split"] == "val").any()) and not shared.cross_validate
-    searched = {0} if split_decided else {int(fold) for fold in search.trials["fold"].dropna()}
-    seen = tuple(sorted(searched)) if split_decided == where.own_split else ()
+    seen = rows_that_chose(search, manifest)
+    seen_folds = folds_with(seen, where, manifest)
     given = spec.model_dump(mode="json", exclude=set(OF_SEARCHES))
     planned = plan(variants, where, range(first_seed, first_seed + seeds))
     confirmation = build_spec(
         {
             **given,
+            "config": config,
             **fields,
             "kind": "confirmation",
             "planned": planned,
             "confirms": str(search.path),
-            "seen_folds": seen,
+            "seen_folds": seen_folds,
+            "seen_rows": sorted(seen),
         }
     )
     notes = list(chosen.notes)
-    if split_decided and not where.own_split:
-        notes.append("the search chose by the table's own val rows: " + _SPLIT_SEEN)
+    if len(where.numbers) - len(seen_folds) < 2:
+        notes.append(_few_unseen(len(seen), seen_folds))
     return confirmation, notes
+
+
+def _few_unseen(seen: int, folds: tuple[int, ...]) -> str:
+    listed = ", ".join(map(str, folds)) or "none"
+    return (
+        f"the search chose by {seen} rows, and folds {listed} hold some of them: these folds count by their other rows, and "
+        "without two folds that have such rows of every class no winner is named"
+    )
 
 
 def same_plan(files: StudyFiles, spec: StudySpec) -> None:
@@ -195,10 +230,15 @@ def unfinished(study: Study) -> int:
     return len(study.spec.planned) - int(study.trials["state"].isin(ENDED).sum())
 
 
-_SPLIT_SEEN = "every fold holds some of them, so the candidates look a little better than they are"
-
-
 # What came of it -------------------------------------------------------------------------------------------------------
+
+
+Basis = Literal["folds", "rows", "subjects"]
+"""What a confirmation is judged by.
+
+folds: two or more folds without any row that the search chose by; rows: two or more folds by their other rows; subjects:
+fewer than that, so that only an interval over the subjects is given, and neither a winner nor a p.
+"""
 
 
 @dataclass(frozen=True)
@@ -210,14 +250,17 @@ class Confirmation:
     own_low and own_high: each variant's mean and its 95 % interval."""
     folds: tuple[int, ...]
     """Folds judged by."""
+    basis: Basis
+    rows: int | None
+    """Validation rows judged by; None where whole folds are, or nothing was scored row by row."""
     unseen: bool
-    """Whether the search chose by none of them."""
+    """Whether the search chose by none of the rows judged by."""
     finished: bool
     winner: str | None
-    """The best variant that is better than the documented settings at p < .05 after correction; None where there is none,
-    and where a fold judged by is one that the search chose by."""
+    """The best variant that is better than the documented settings at p < .05 after correction, every run of which has a
+    score; None where there is none, and with fewer than two folds that the search did not choose by."""
     ahead: str | None
-    """The variant that would be the winner, had the search not chosen it by one of these folds."""
+    """Without two unseen folds: the variant with the best mean whose interval over subjects lies above zero."""
     not_told_apart: tuple[str, ...]
     """Other variants that may be as good as the winner."""
 
@@ -239,28 +282,111 @@ def judge(study: Study) -> Confirmation:
             f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"
         )
     run = sorted({int(fold) for fold in study.trials["fold"].dropna()})
-    unseen = [fold for fold in run if fold not in study.spec.seen_folds]
-    folds = unseen if len(unseen) > 1 else run  # one fold would not tell how much folds differ
-    judged = only(study, folds=folds)
+    unseen = whole_unseen_folds(study.spec, run)
+    if len(unseen) > 1:
+        return _judged_by_folds(study, only(study, folds=unseen), unseen, "folds", None)
+    scores = read_scores(study.path)
+    if scores is None:
+        return _judged_by_subjects(study, unseen or run, None, {}, bool(unseen))
+    rows = {fold: scores.rows_of(_trials_of(study, fold)) for fold in run}
+    others = {fold: unseen_rows(study.spec, fold, rows[fold]) for fold in run}
+    enough = [fold for fold in run if scores.suffice(others[fold])]
+    if len(enough) > 1:
+        judged = only(study, folds=enough)
+        trials = judged.trials.assign(
+            objective=[
+                scores.auc(str(trial), others[int(fold)])
+                for trial, fold in zip(judged.trials["trial"], judged.trials["fold"], strict=True)
+            ]
+        )
+        count = sum(len(others[fold]) for fold in enough)
+        return _judged_by_folds(study, replace(judged, trials=trials), enough, "rows", count)
+    if enough:
+        return _judged_by_subjects(study, enough, scores, others, True)
+    whole = [fold for fold in run if scores.suffice(rows[fold])] or run
+    return _judged_by_subjects(study, whole, scores, rows, False)
+
+
+def _trials_of(study: Study, fold: int) -> list[str]:
+    return [str(trial) for trial in study.trials.loc[study.trials["fold"] == fold, "trial"]]
+
+
+def _judged_by_folds(
+    study: Study, judged: Study, folds: list[int], basis: Basis, rows: int | None
+) -> Confirmation:
+    """Student's t over two or more folds that the search did not choose by, with correction for the best of several."""
     compared = judged.effects(baseline=REFERENCE)
     effects = compared.join(_means(judged), on="variant")
     effects.attrs = compared.attrs  # a join loses them
     finished = unfinished(study) == 0
     sure = effects[(effects["call"] == "better") & (effects["p_holm"] < ADJUSTED_LEVEL)]
-    best = (
+    winner = (
         str(sure.sort_values("mean", ascending=False)["variant"].iloc[0])
         if finished and len(sure)
         else None
     )
-    chosen_by = bool(set(folds) & set(study.spec.seen_folds))
-    winner, ahead = (None, best) if chosen_by else (best, None)
     ties: tuple[str, ...] = ()
     if winner is not None:
         against = judged.effects(baseline=winner)
         apart = (against["call"] == "worse") & (against["p_holm"] < ADJUSTED_LEVEL)
         ties = tuple(against.loc[~apart & ~against["variant"].isin([winner, REFERENCE]), "variant"])
-    is_unseen = bool(study.spec.seen_folds) and not chosen_by
-    return Confirmation(effects, tuple(folds), is_unseen, finished, winner, ahead, ties)
+    return Confirmation(effects, tuple(folds), basis, rows, True, finished, winner, None, ties)
+
+
+def _judged_by_subjects(
+    study: Study,
+    folds: list[int],
+    scores: ValidationScores | None,
+    rows: Mapping[int, np.ndarray],
+    unseen: bool,
+) -> Confirmation:
+    """Intervals over the subjects of too few unseen folds: no winner, and no p."""
+    judged = only(study, folds=folds)
+    compared = judged.effects(baseline=REFERENCE)
+    effects = compared.join(_means(judged), on="variant")
+    effects.attrs = compared.attrs
+    effects[["low", "high", "p", "p_holm", "own_low", "own_high"]] = math.nan
+    effects["call"] = effects["call"].where(effects["call"].isna(), "cannot tell")
+    effects.attrs["how"] = (
+        "differences of validation AUC from documented; fewer than two unseen folds, hence no test"
+    )
+    if scores is not None:
+        for place, variant in effects["variant"].items():
+            if variant == REFERENCE:
+                continue
+            found = paired_difference(_paired_splits(judged, scores, rows, folds, str(variant)))
+            effects.loc[place, ["mean", "low", "high"]] = list(found)
+        effects.attrs["how"] += (
+            "; 95 % intervals over the subjects (DeLong's variance, Student's t) and the seeds, of these training rows only"
+        )
+    finished = unfinished(study) == 0
+    above = effects[finished & (effects["low"] > 0) & (effects["unscored"] == 0)]
+    ahead = (
+        str(above.sort_values("mean", ascending=False)["variant"].iloc[0]) if len(above) else None
+    )
+    count = None if scores is None else sum(len(rows[fold]) for fold in folds)
+    return Confirmation(effects, tuple(folds), "subjects", count, unseen, finished, None, ahead, ())
+
+
+def _paired_splits(
+    study: Study,
+    scores: ValidationScores,
+    rows: Mapping[int, np.ndarray],
+    folds: list[int],
+    variant: str,
+) -> list[PairedSplit]:
+    def by_seed(name: str, fold: int) -> dict[int, str]:
+        trials = study.trials
+        own = trials[(trials["variant"] == name) & (trials["fold"] == fold)]
+        return {
+            int(seed): str(trial) for seed, trial in zip(own["seed"], own["trial"], strict=True)
+        }
+
+    found = [
+        scores.paired(by_seed(variant, fold), by_seed(REFERENCE, fold), rows[fold])
+        for fold in folds
+    ]
+    return [split for split in found if split is not None]
 
 
 def _means(study: Study) -> pd.DataFrame:
@@ -338,13 +464,8 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
             f"Not finished: {unfinished(study)} of {len(study.spec.planned)} runs have not ended, and no winner is "
             f"named before. Go on with: medtune resume {study.path}"
         )
-    elif found.ahead is not None:
-        row = effects.set_index("variant").loc[found.ahead]
-        lines.append(
-            f"No winner: {found.ahead} is ahead of the documented settings by {row['mean']:+.3f} ({row['low']:+.3f} to "
-            f"{row['high']:+.3f}), but the search chose it by some of these volumes. The documented settings stay, until it "
-            f"is confirmed on two other folds: medtune confirm {study.spec.confirms or 'SEARCH'} --folds all --out NEW"
-        )
+    elif found.basis == "subjects":
+        lines += _no_test_lines(study, found)
     else:
         lines.append(
             "No winner: the data cannot tell any of them from the documented settings, which therefore stay."
@@ -355,36 +476,61 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
             f"it may be luck (Holm p {row['p_holm']:.3f})."
             for row in alone.to_dict("records")
         ]
+        lost = effects[(effects["low"] > 0) & (effects["unscored"] > 0)]
+        lines += [
+            f"{row['variant']} cannot win: {row['unscored']} of its runs ended without a score, and the others are its "
+            "survivors."
+            for row in lost.to_dict("records")
+        ]
         worse = effects.loc[
             (effects["call"] == "worse") & (effects["p_holm"] < ADJUSTED_LEVEL), "variant"
         ]
         if len(worse):
             lines.append(f"Worse than the documented settings: {', '.join(worse)}.")
+    return [*lines, _basis_line(study, found), f"({effects.attrs['how']})"]
+
+
+def _no_test_lines(study: Study, found: Confirmation) -> list[str]:
+    """Why no winner is named with fewer than two unseen folds, and what would name one."""
+    lines = [
+        "No winner: fewer than two folds are unseen, and one split cannot tell luck from merit."
+    ]
+    if found.ahead is not None:
+        row = found.effects.set_index("variant").loc[found.ahead]
+        lines.append(
+            f"{found.ahead} is ahead of the documented settings by {row['mean']:+.3f} ({row['low']:+.3f} to "
+            f"{row['high']:+.3f})"
+            + ("." if found.unseen else ", but the search chose it by these volumes.")
+        )
+    elif found.rows is None and found.finished:
+        lines.append(
+            f"No interval yet: `medtune confirm {study.spec.confirms or 'SEARCH'}` scores the validation rows one by one."
+        )
+    elif study.trials["seed"].nunique() < 2:
+        lines.append("No interval: one seed does not show how much another one would change.")
+    lines.append(
+        "The documented settings stay until two unseen folds are run: "
+        f"medtune confirm {study.spec.confirms or 'SEARCH'} --folds all --out NEW"
+    )
+    return lines
+
+
+def _basis_line(study: Study, found: Confirmation) -> str:
+    """What a confirmation is judged by, in a sentence."""
     shown = ", ".join(map(str, found.folds))
-    if len(found.folds) < 2:
-        chose = (
-            ", which chose the candidates too"
-            if set(found.folds) & set(study.spec.seen_folds)
-            else ""
+    seen = ", ".join(map(str, study.spec.seen_folds))
+    if found.basis == "folds":
+        return f"Judged on folds {shown}" + (
+            f"; fold {seen} chose the candidates and is not counted." if seen else "."
         )
-        lines.append(f"On one split{chose}; intervals speak of seeds only.")
-    elif found.unseen:
-        seen = ", ".join(map(str, study.spec.seen_folds))
-        lines.append(
-            f"Judged on folds {shown}; fold {seen} chose the candidates and is not counted."
+    if found.basis == "rows":
+        return (
+            f"Judged on the {found.rows} validation rows of folds {shown} that the search did not choose by, by the AUC of "
+            "each run's kept weights."
         )
-    elif study.spec.seen_folds:
-        lines.append(
-            f"Judged on folds {shown}, also those that chose the candidates: too few others were run."
-        )
-    if _chosen_by_own_split(study.spec):
-        lines.append(f"The search chose by the table's own val rows: {_SPLIT_SEEN}.")
-    return [*lines, f"({effects.attrs['how']})"]
-
-
-def _chosen_by_own_split(spec: StudySpec) -> bool:
-    return (
-        any(trial.overrides.get("cross_validate") for trial in spec.planned) and not spec.seen_folds
+    rows = "" if found.rows is None else f"{found.rows} validation rows of "
+    return f"On {rows}fold {shown}" + (
+        ", by which the search did not choose." if found.unseen else ", by which the search chose."
     )
 
 

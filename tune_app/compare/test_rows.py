@@ -14,7 +14,7 @@ from trainables.config import build_config
 from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
-from trainables.data.volumes import open_cohort, prepare_cohort
+from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort
 from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
 from tune_app.compare.confirm import (
     REFERENCE,
@@ -110,10 +110,18 @@ def score_test(
             f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
         )
     names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
-    scored = {name: _score_variant(study, name, folder, manifest, rows, notes) for name in names}
+    cohorts = {name: _cohort_of(study, name, manifest, folder) for name in names}
+    scored = {name: _score_variant(study, name, cohorts[name], rows, notes) for name in names}
     record = _as_record(study, found, scored, labels, times=len(earlier) + 1)
     write_json(target, {"scored": [*earlier, record]})
     return record
+
+
+def _cohort_of(study: Study, variant: str, manifest: Manifest, first: Path) -> Path:
+    """The variant's own cohort: the runs of a variant that prepares volumes otherwise were trained on another."""
+    config = build_config({**study.spec.config, **planned_overrides(study.spec, variant)})
+    own = Recipe.from_config(build_config(study.spec.config))
+    return cohort_like(manifest, Recipe.from_config(config), first, own)
 
 
 def _split_of(study: Study, variant: str) -> dict[str, Any]:
@@ -139,7 +147,6 @@ def _score_variant(
     study: Study,
     variant: str,
     cohort_folder: Path,
-    manifest: Manifest,
     rows: np.ndarray,
     notes: Callable[[str], None],
 ) -> _Scored:
@@ -161,7 +168,7 @@ def _score_variant(
             raise SpecError(
                 f"trial {trial['trial']} was trained on test rows: the table's split changed since"
             )
-        logits, scale = _kept_logits(state, cohort.volumes, rows)
+        logits, scale = kept_logits(state, cohort.volumes, rows)
         scores = ranking_scores(logits, scale=scale)
         auc = auc_interval(scores, labels).auc
         runs.append(
@@ -187,10 +194,10 @@ def _score_variant(
     )
 
 
-def _kept_logits(
+def kept_logits(
     state: Mapping[str, Any], volumes: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Logits (N, C) float32 of the weights that best.pt holds on `rows` in float32, and their scale."""
+    """Return logits (N, C) float32 of the weights that best.pt holds on `rows` in float32, and their scale."""
     import torch
 
     from trainables.losses import logit_scale

@@ -157,12 +157,13 @@ class Study:
 
         Columns: variant, pairs, mean (of the differences), low and high (95 %), p, p_holm (adjusted for the number of
         variants), value and baseline_value (means over the pairs), runs, collapsed, healed (collapsed for a time, and
-        came back) and failed (of them), verdicts, call (better, worse, cannot tell). Over several folds the interval is
+        came back), failed and unscored (ended and in no pair) of them, verdicts, call (better, worse, cannot tell). Over several folds the interval is
         Student's t on the differences of the folds, each the mean of its seeds, their variance raised by
         1 / (num_folds - 1) because the training parts of folds overlap (Nadeau and Bengio 2003, eq. 9; Bouckaert and
-        Frank 2004). With one fold it is Student's t on the seeds, and speaks of that fold only. `call` goes by the
-        interval, and is "cannot tell" when it holds zero, or where there is none: of one pair, or of differences that are
-        all the same. Raises ValueError without variants.
+        Frank 2004). With one fold it is Student's t on the seeds, of that fold only, and there is neither p nor call: seeds
+        share the fold's volumes. `call` goes by the interval, and is "cannot tell" when it holds zero, or where there is none:
+        of one pair, or of differences that are all the same. A variant of which a run ended without a finite score is not
+        called better: the others are its survivors. Raises ValueError without variants.
         """
         return effects(self.trials, metric, baseline)
 

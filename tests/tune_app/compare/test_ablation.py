@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -272,11 +273,11 @@ def test_an_effect_that_may_be_the_luck_of_several_comparisons_says_so(
     write_study: WriteStudy,
 ) -> None:
     names = ["base", *"abcdef"]
-    study = load_study(write_study(variants={name: {} for name in names}, seeds=4, epochs=3))
-    wiggle = {"a": (1.0, 2.0, 1.5, 3.0), **dict.fromkeys("bcdef", (1.0, -1.0, 0.5, -0.5))}
+    study = load_study(write_study(variants={name: {} for name in names}, folds=4, epochs=3))
+    wiggle = {"a": (1.5, 2.0, 1.6, 2.6), **dict.fromkeys("bcdef", (1.0, -1.0, 0.5, -0.5))}
 
     def value(trial: Any) -> float:
-        return 0.7 + 0.01 * wiggle.get(trial.variant, (0.0,) * 4)[trial.seed]
+        return 0.7 + 0.01 * wiggle.get(trial.variant, (0.0,) * 4)[trial.fold]
 
     [effects] = comparisons(with_objective(study, value))
     row = effects.set_index("variant").loc["a"]
@@ -344,15 +345,61 @@ def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(
     )
     assert "failed, and in no pair: 00000 (base)" in lines
     assert (
-        "without a finite score, and in no pair: 00002 (base); their variant looks better for it"
+        "without a finite score, and in no pair: 00002 (base); their variant is not called better"
         in lines
     )
 
 
+def test_one_fold_calls_nothing_however_close_its_seeds_are(write_study: WriteStudy) -> None:
+    """All runs share the fold's volumes, and a test over seeds takes their luck for a property of the variant."""
+    study = load_study(write_study(variants={"base": {}, "other": {}}, seeds=5, epochs=3))
+    study = with_objective(
+        study, lambda trial: 0.7 + 0.05 * (trial.variant == "other") + 0.001 * trial.seed**2
+    )
+    trials = study.trials.assign(
+        objective=study.trials["objective"]
+        + np.where(study.trials["variant"] == "other", 0.0004 * study.trials["seed"], 0.0)
+    )
+    study = replace(study, trials=trials)
+    row = study.effects(baseline="base").set_index("variant").loc["other"]
+    assert row["low"] > 0
+    assert math.isnan(row["p"])
+    assert math.isnan(row["p_holm"])
+    assert row["call"] == "cannot tell"
+    assert "That is no test: all runs share its volumes. Give more folds." in " ".join(
+        printed(study).split()
+    )
+
+
+@pytest.mark.parametrize("loser", ["base", "other"])
+def test_the_survivors_of_a_variant_do_not_win(write_study: WriteStudy, loser: str) -> None:
+    """5 of 12 runs without a finite score: the other 7 are better, and nobody is called so."""
+    study = load_study(write_study(variants={"base": {}, "other": {}}, seeds=3, folds=4, epochs=3))
+    sign = 1 if loser == "other" else -1
+
+    def score(trial: Any) -> float:
+        gain = sign * 0.05 + 0.003 * trial.fold
+        return 0.7 + gain * (trial.variant == "other") + 0.002 * trial.fold * trial.seed
+
+    whole = with_objective(study, score)
+    effects = whole.effects(baseline="base").set_index("variant")
+    assert effects.loc["other", "call"] == ("better" if loser == "other" else "worse")
+    assert effects["unscored"].tolist() == [0, 0]
+    trials = whole.trials.copy()
+    lost = trials.index[trials["variant"] == loser][:5]
+    trials.loc[lost, "objective"] = np.nan
+    effects = replace(whole, trials=trials).effects(baseline="base").set_index("variant")
+    assert effects.loc["other", "call"] == "cannot tell"
+    assert effects.loc["other", "pairs"] == 7
+    assert effects.loc[loser, "unscored"] == 5
+    text = " ".join(printed(replace(whole, trials=trials)).split())
+    assert f"but runs of {loser} ended without a score" in text
+
+
 def test_a_late_collapse_that_the_best_epochs_hide_is_told(write_study: WriteStudy) -> None:
-    study = load_study(write_study(variants={"base": {}, "late": {}}, seeds=4, epochs=3))
+    study = load_study(write_study(variants={"base": {}, "late": {}}, seeds=2, folds=3, epochs=3))
     trials = study.trials.copy()
-    late, wiggle = trials["variant"] == "late", 0.003 * (trials["seed"] % 3)
+    late, wiggle = trials["variant"] == "late", 0.003 * trials["fold"].astype(int)
     trials["objective"] = np.where(late, 0.8 - wiggle, 0.8 + wiggle)
     trials["last_val_auc"] = np.where(late, 0.5 - wiggle, 0.79 + wiggle)
     text = " ".join(printed(replace(study, trials=trials)).split())
