@@ -53,6 +53,11 @@ class TrialFiles:
         return self.folder / "config.json"
 
     @property
+    def run(self) -> Path:
+        """run.json: table and cache of a run of `medtune train`, which belongs to no study."""
+        return self.folder / "run.json"
+
+    @property
     def checkpoint(self) -> Path:
         """checkpoint.pt: everything needed to go on after the last saved epoch, and its rows."""
         return self.folder / "checkpoint.pt"

@@ -28,7 +28,9 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace a model that
 
 @app.command()
 def export(
-    study: Annotated[Path, typer.Argument(help="Folder of the study.")],
+    study: Annotated[
+        Path, typer.Argument(help="Folder of the study, or of a run of medtune train.")
+    ],
     out_folder: ModelOption,
     trial: TrialOption = None,
     best: BestOption = False,
@@ -107,7 +109,9 @@ def retrain(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of an exported model, or of a run of medtune train.")
+    ],
     paths: Annotated[
         list[Path],
         typer.Argument(help="NIfTI files, folders of them, or tables with a column path."),
@@ -131,6 +135,14 @@ def predict(
             help="layer4 to layer1: lower ones locate better, mean less.",
         ),
     ] = "layer4",
+    by_subject: Annotated[
+        Path | None,
+        typer.Option("--by-subject", metavar="FILE", help="Second CSV: one row per subject."),
+    ] = None,
+    pool: Annotated[
+        Literal["mean", "max"],
+        typer.Option("--pool", help="Score of a subject: mean or max over its volumes."),
+    ] = "mean",
 ) -> None:
     """Score volumes with an exported model: CSV with decision, calibrated probabilities and scores."""
     from tune_app.models.predict import run_predict
@@ -145,5 +157,7 @@ def predict(
             explain=explain,
             explain_layer=explain_layer,
             say=to_stderr,
+            by_subject=by_subject,
+            pool=pool,
         )
     )

@@ -1,17 +1,21 @@
 """One run without a search: what `medtune train` does, and the line an epoch that it prints."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from trainables.checkpoints import TrialFiles
-from trainables.config import FineTuneConfig
+from trainables.checkpoints import TrialFiles, write_json
+from trainables.config import FineTuneConfig, build_config
+from trainables.course import HEALTHY
 from trainables.data.folds import split_rows, thin_folds
-from trainables.data.manifest import read_manifest
+from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
+from trainables.data.spacing import with_common_spacing
+from trainables.data.storage import absolute
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.diagnosis import diagnose
 from trainables.finetune import finetune
@@ -37,7 +41,9 @@ def train_once(
 
     A line an epoch goes to `console`, everything else to `notes`.
     """
+    files = TrialFiles(folder)
     manifest = read_manifest(table, num_classes=config.num_classes)
+    config = _with_spacing(config, manifest, files, notes)
     split = split_rows(
         manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
     )
@@ -61,9 +67,9 @@ def train_once(
             f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}"
         )
 
-    files = TrialFiles(folder)
     if files.checkpoint.exists():
         notes.print(f"going on from the checkpoint in {folder}", soft_wrap=True)
+    write_json(files.run, {"data": absolute(table), "cache": absolute(cache)})
     rows: list[Mapping[str, Any]] = []
     if multi_gpu and gpus > 1:
         keep_strangers_out()
@@ -82,8 +88,34 @@ def train_once(
         rows.append(row)
         console.print(epoch_line(row, config.epochs))
     verdict = diagnose(rows, config)
-    console.print(f"\n{verdict.summary}", soft_wrap=True, markup=False)
+    summary = _good_end(rows) if verdict == HEALTHY else verdict.summary
+    console.print(f"\n{summary}", soft_wrap=True, markup=False)
     if verdict.advice:
         console.print(verdict.advice, soft_wrap=True, markup=False)
     notes.print(f"checkpoint, averaged weights and config: {folder}", soft_wrap=True)
+    notes.print(f"next: medtune export {folder} --out MODEL", soft_wrap=True)
     return 0
+
+
+def _good_end(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a run without a fault has come to."""
+    scored = [
+        row for row in rows if row["val_auc"] is not None and row["val_auc"] == row["val_auc"]
+    ]
+    if not scored:
+        return "no fault found, and no validation AUC"
+    best = max(scored, key=lambda row: float(row["val_auc"]))
+    return f"no fault found; best validation AUC {best['val_auc']:.3f}, in epoch {best['epoch']} of {len(rows)}"
+
+
+def _with_spacing(
+    config: FineTuneConfig, manifest: Manifest, files: TrialFiles, notes: Console
+) -> FineTuneConfig:
+    """The config with the spacing that a run in this folder began with, or for a new run the common one of the table."""
+    if "spacing_mm" not in config.model_fields_set and files.config.is_file():
+        began = build_config(json.loads(files.config.read_text(encoding="utf-8")))
+        return config.model_copy(update={"spacing_mm": began.spacing_mm})
+    config, found = with_common_spacing(config, manifest)
+    for line in found.lines() if found else []:
+        notes.print(line, soft_wrap=True, markup=False)
+    return config

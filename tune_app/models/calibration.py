@@ -42,6 +42,11 @@ class Calibration(BaseModel):
         return np.asarray(softmax(self.logits(z_NC), axis=1))
 
 
+def no_calibration(classes: int) -> Calibration:
+    """Return the calibration that leaves scaled logits as they are."""
+    return Calibration(slope=1.0, offsets=(0.0,) * classes)
+
+
 def fit_calibration(z_NC: Array, labels_N: Array) -> Calibration:
     """Return the calibration with the least cross-entropy on scaled logits (N, C), finite, with labels 0 .. C - 1.
 

@@ -2,7 +2,14 @@
 
 from trainables.config import FineTuneConfig
 from trainables.data.folds import few_of_a_class
-from tune_app.models.folder import SPACING_FACTOR, Evaluation, Measured, ModelInfo, times
+from tune_app.models.folder import (
+    SPACING_FACTOR,
+    Decides,
+    Evaluation,
+    Measured,
+    ModelInfo,
+    times,
+)
 
 NAMES = {
     "auc": "AUC",
@@ -16,6 +23,14 @@ NAMES = {
     "brier_uncalibrated": "Brier score, before calibration",
     "ece": "calibration error, calibrated",
     "ece_uncalibrated": "calibration error, before calibration",
+}
+
+
+DECISIONS: dict[Decides, str] = {
+    "threshold": "class 1 where score_1 reaches the threshold below",
+    "likeliest": "the class with the largest calibrated probability",
+    "largest score": "the class with the largest score",
+    "nothing": "empty, and so is `probability_c`: no threshold and no calibration belong to these weights",
 }
 
 
@@ -57,7 +72,7 @@ def _use(info: ModelInfo) -> list[str]:
         "```",
         "",
         f"`score_c` is the log-odds of class c by the network itself; `probability_c` is calibrated; `decision` is "
-        f"{'class 1 where score_1 reaches the threshold below' if info.threshold is not None else 'the class with the largest score'}.",
+        f"{DECISIONS[info.decides]}.",
     ]
     if len(info.members) > 1:
         lines.append(
@@ -178,17 +193,22 @@ def _cells(one: Measured) -> str:
 
 
 def _decides(info: ModelInfo) -> list[str]:
+    if info.decides == "nothing":
+        return [
+            "## Operating point and calibration",
+            "",
+            "**None.** This network was never validated. The threshold and the calibration of the run that it repeats are "
+            "left out: another network of the same configuration puts its scores on another scale. The scores rank; to "
+            "decide, score labelled volumes that the network has not seen and choose a threshold on them, or use "
+            "`medtune export --confirmed`, with `--ensemble N` for several networks.",
+        ]
     fitted = f"{info.validation.volumes} validation volumes"
-    if info.kind == "retrained":
-        fitted = (
-            f"{fitted} of trial {info.members[0].trial}, carried over to this network unmeasured"
-        )
     offsets = ", ".join(f"{offset:.4g}" for offset in info.calibration.offsets)
     lines = ["## Operating point and calibration", ""]
     if info.threshold is None:
-        lines += [
-            "The class with the largest score is decided; there is no threshold with more than two classes."
-        ]
+        lines.append(
+            f"The decision is {DECISIONS[info.decides]}; there is no threshold with more than two classes."
+        )
     else:
         assert info.threshold_probability is not None
         assert info.threshold_calibrated is not None

@@ -60,7 +60,9 @@ def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judg
             else None
         )
         unseen_decisions[held_out] = decide(
-            log_odds[held_out], 0.0 if best is not None and math.isnan(best) else best
+            log_odds[held_out],
+            0.0 if best is not None and math.isnan(best) else best,
+            unseen_z[held_out],
         )
     evaluation = evaluate(
         z_NC,
@@ -91,8 +93,9 @@ def evaluate(
     decisions that were made for each volume without its subject.
     """
     classes = z_NC.shape[1]
-    decisions = {"": decide(class_scores(z_NC, scale=scale), threshold)}
-    calibrated = {"_uncalibrated": scale * z_NC, "": calibration.logits(scale * z_NC)}
+    fitted = calibration.logits(scale * z_NC)
+    decisions = {"": decide(class_scores(z_NC, scale=scale), threshold, fitted)}
+    calibrated = {"_uncalibrated": scale * z_NC, "": fitted}
     if unseen is not None:
         calibrated["_unseen"], decisions["_unseen"] = unseen
 

@@ -84,6 +84,15 @@ def cells(network: Classifier, shape: Sequence[int], layer: str) -> tuple[int, .
     return tuple(-(-side // stride) for side in shape)
 
 
+def finer_layer(model: Model, layer: str) -> str:
+    """Return `layer`, or the next lower one whose maps have more than one cell: one of a single cell shows no place."""
+    shape = model.recipe.volume_shape
+    for one in LAYERS[LAYERS.index(layer) :]:
+        if all(max(cells(network, shape, one)) > 1 for network in model.networks):
+            return one
+    return LAYERS[-1]
+
+
 def explain(model: Model, volume_CDHW: Array, target: int, *, layer: str = "layer4") -> Array:
     """Return the model's map (D, H, W) for class `target` of a prepared volume: 0 to 1, or all 0 without evidence.
 
@@ -111,20 +120,27 @@ class Explainer:
     """Writes `<name>_cam.nii.gz` and `<name>_cam.png` for predictions, into one folder."""
 
     def __init__(self, model: Model, folder: Path, *, layer: str = "layer4") -> None:
-        self.model, self.folder, self.layer = model, folder, layer
+        self.model, self.folder = model, folder
+        self.asked, self.layer = layer, finer_layer(model, layer)
         self.taken: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def notes(self) -> list[str]:
         """Return what is to be said of all the maps: when the layer is too coarse to locate anything."""
+        notes = []
+        if self.layer != self.asked:
+            notes.append(
+                f"{self.asked} has a single cell, and its map would be the same everywhere: {self.layer} is used"
+            )
         shape = self.model.recipe.volume_shape
         counts = [cells(network, shape, self.layer) for network in self.model.networks]
         coarse = min(counts, key=min)
         if min(coarse) >= 3:
-            return []
+            return notes
         advice = "" if self.layer == LAYERS[-1] else "; --explain-layer layer3 or lower has more"
         return [
-            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly say where{advice}"
+            *notes,
+            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly say where{advice}",
         ]
 
     def __call__(self, prediction: Prediction) -> str:

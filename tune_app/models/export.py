@@ -25,13 +25,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trainables import installed_version
-from trainables.checkpoints import load_state, write_json
+from trainables.checkpoints import TrialFiles, load_state, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split, split_rows
 from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, read_header
-from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
+from trainables.data.volumes import Cohort, open_cohort, prepare_cohort, same_volumes
+from trainables.diagnosis import diagnose
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
@@ -40,6 +41,7 @@ from tune_app.compare import confirm
 from tune_app.models.calibration import Array, fit_calibration
 from tune_app.models.card import model_card
 from tune_app.models.evaluation import ExportError, class_counts, judge
+from tune_app.models.fingerprint import fingerprint, kinds_of
 from tune_app.models.folder import (
     Choice,
     HeldOut,
@@ -54,7 +56,7 @@ from tune_app.models.model import class_scores, network_logits, network_of, pool
 from tune_app.models.onnx import require_onnx, write_onnx
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
-from tune_app.study.files import StudyFiles, default_cache
+from tune_app.study.files import EACH_RECIPE, PREPARES, StudyFiles, default_cache
 
 AUC_TOLERANCE = {"float32": 0.005, "fp16": 0.02, "bf16": 0.02}
 """By how much the AUC at export, in float32, may differ from the study's, by the precision the study ran in."""
@@ -183,17 +185,106 @@ def export_model(
 ) -> ModelInfo:
     """Write the chosen trials of the study in `root` as a model to the folder `out`; returns its model.json.
 
+    `root` may be the folder of a run of `medtune train`, which is its only trial.
+
     `data`: the table, where it has moved since the study. `cache`: folder of prepared cohorts, else the study's. `force` replaces a model in `out`. Raises ExportError, ModelError, and the errors of study, table and volumes.
     """
     check_target(out, force=force)
     if onnx:
         require_onnx()
+    if is_single_run(root):
+        if trial is not None or confirmed or ensemble is not None:
+            raise ExportError(
+                f"{root}: one run of `medtune train`: there is nothing to choose from"
+            )
+        return _export_single(
+            root, out, data, cache, device=device, onnx=onnx, force=force, say=say
+        )
     study = load_study(confirmation_of(root) if confirmed else root)
     chosen = choose(study, trial=trial, confirmed=confirmed, ensemble=ensemble)
     if study.running:
         say(f"note: {study.name} is still running; a better trial may follow")
     runs = [read_run(row) for _, row in chosen.trials.iterrows()]
     manifest, cohort = open_data(runs[0].config, study, data, cache)
+    return _write_runs(
+        out,
+        runs,
+        manifest,
+        cohort,
+        common_fields(chosen.choice, runs[0].config, held_out_of(study, runs[0].config)),
+        device=device,
+        onnx=onnx,
+        force=force,
+        say=say,
+    )
+
+
+def is_single_run(root: Path) -> bool:
+    """Whether `root` is the folder of a run of `medtune train`."""
+    files = TrialFiles(root)
+    return not StudyFiles(root).spec.is_file() and files.config.is_file() and files.best.is_file()
+
+
+def _export_single(
+    root: Path,
+    out: Path,
+    data: Path | None,
+    cache: Path | None,
+    *,
+    device: torch.device,
+    onnx: bool,
+    force: bool,
+    say: Say,
+) -> ModelInfo:
+    """Write the run in `root` as a model: its table and cache are those of the run, unless they are named."""
+    files = TrialFiles(root)
+    try:
+        known = json.loads(files.run.read_text(encoding="utf-8")) if files.run.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{files.run}: damaged ({error}): name the table with --data") from None
+    table = data or known.get("data")
+    if table is None:
+        raise ExportError(f"{root}: does not record its table: name it with --data")
+    ended = diagnose(load_state(files.checkpoint)["rows"]) if files.checkpoint.is_file() else None
+    run = read_run(
+        pd.Series(
+            {
+                "trial": root.resolve().name,
+                "best_checkpoint": str(files.best),
+                "verdict": None if ended is None else ended.verdict,
+                "verdict_summary": None if ended is None else ended.summary,
+            }
+        )
+    )
+    manifest = read_manifest(Path(table), num_classes=run.config.num_classes)
+    folder = cache or Path(known.get("cache") or default_cache())
+    cohort = open_cohort(prepare_cohort(manifest, Recipe.from_config(run.config), folder))
+    choice = Choice(
+        study=root.resolve().name,
+        kind="train",
+        objective="best_median3",
+        trials=1,
+        how="the only run: `medtune train` trained one configuration",
+        luck="nothing else was chosen on them",
+    )
+    common = common_fields(choice, run.config, None)
+    return _write_runs(
+        out, [run], manifest, cohort, common, device=device, onnx=onnx, force=force, say=say
+    )
+
+
+def _write_runs(
+    out: Path,
+    runs: Sequence["_Run"],
+    manifest: Manifest,
+    cohort: Cohort,
+    common: dict[str, Any],
+    *,
+    device: torch.device,
+    onnx: bool,
+    force: bool,
+    say: Say,
+) -> ModelInfo:
     members = [
         score_member(run, manifest, cohort, device, folder=_folder(run, runs)) for run in runs
     ]
@@ -214,7 +305,7 @@ def export_model(
             runs[0].config,
         ),
         **judged_fields(z_NC, scale, cohort, rows),
-        **common_fields(study, cohort, runs[0].config, chosen),
+        **common,
     )
     scores = scores_csv(rows, cohort.labels[rows], class_scores(z_NC, scale=scale))
     return write_model(out, info, members, scores, cohort, onnx=onnx, force=force)
@@ -225,19 +316,20 @@ def _folder(run: "_Run", runs: Sequence["_Run"]) -> str:
 
 
 def common_fields(
-    study: Study, cohort: Cohort, config: FineTuneConfig, chosen: Chosen
+    choice: Choice, config: FineTuneConfig, held_out: HeldOut | None
 ) -> dict[str, Any]:
+    """Return the fields of model.json that every kind of model has."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "num_classes": config.num_classes,
-        "preprocessing": asdict(cohort.recipe),
-        "choice": chosen.choice,
-        "test": _held_out(study, config),
+        "preprocessing": asdict(Recipe.from_config(config)),
+        "choice": choice,
+        "test": held_out,
         "versions": {name: installed_version(name) for name in VERSIONS},
     }
 
 
-def _held_out(study: Study, config: FineTuneConfig) -> HeldOut | None:
+def held_out_of(study: Study, config: FineTuneConfig) -> HeldOut | None:
     """The first record of the test rows that is of this configuration, fold and seed apart; test rows are not scored here."""
     search = Path(study.spec.confirms) if study.spec.confirms else study.path
     files = StudyFiles(search if search.is_dir() else study.path)
@@ -273,6 +365,7 @@ def judged_fields(z_NC: Array, scale: float, cohort: Cohort, rows: Array) -> dic
     return {
         "threshold": found.threshold,
         "calibration": found.calibration,
+        "decides": "likeliest" if found.threshold is None else "threshold",
         "validation": found.evaluation,
     }
 
@@ -341,9 +434,25 @@ class ScoredMember:
 def open_data(
     config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None
 ) -> tuple[Manifest, Cohort]:
+    _refuse_ignored(config, study)
     manifest = read_manifest(data or Path(study.spec.data), num_classes=config.num_classes)
     folder = cache or Path(study.spec.cache or default_cache())
     return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), folder))
+
+
+def _refuse_ignored(config: FineTuneConfig, study: Study) -> None:
+    """Raise ExportError for a trial whose recorded preprocessing is not that of the volumes that it was trained on."""
+    own = Recipe.from_config(config)
+    if study.info.get(PREPARES) == EACH_RECIPE or same_volumes(
+        own, Recipe.from_config(build_config(study.spec.config))
+    ):
+        return
+    raise ExportError(
+        [
+            f"{study.path}: the version that ran this study recorded the preprocessing of the chosen trial, but trained it "
+            "on the volumes of the study's `config`: run the configuration again in a new study and export that"
+        ]
+    )
 
 
 def _logits(
@@ -371,7 +480,7 @@ def score_member(
         raise ExportError(
             f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"
         )
-    if Recipe.from_config(config) != cohort.recipe:
+    if not same_volumes(Recipe.from_config(config), cohort.recipe):
         raise ExportError(
             f"trial {trial}: prepares volumes otherwise than the first member; they cannot be one model"
         )
@@ -416,9 +525,10 @@ def score_member(
 def training_of(
     manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneConfig
 ) -> Training:
-    """What the volumes that were trained on look like; reads the headers of their files."""
+    """What the volumes that were trained on look like; reads the headers of their files, and the voxels of some."""
+    paths = [manifest.rows["path"].iloc[row] for row in rows]
     with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(read_header, [manifest.rows["path"].iloc[row] for row in rows]))
+        headers = list(pool.map(read_header, paths))
     spacings = np.array([header.spacing_mm for header in headers])
     extents = spacings * np.array([header.shape for header in headers])
     return Training(
@@ -432,6 +542,9 @@ def training_of(
         extent_low_mm=tuple(extents.min(axis=0)),
         extent_high_mm=tuple(extents.max(axis=0)),
         unoriented=sum(not header.oriented for header in headers),
+        intensity=fingerprint(
+            (cohort.volumes[row] for row in rows), kinds_of(paths, Recipe.from_config(config))
+        ),
         pretrained=Path(config.pretrained_path).name if config.pretrained_path else None,
     )
 
@@ -499,6 +612,10 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
         lines.append(
             f"validated: AUC {value} on {info.validation.volumes} volumes that also chose it: optimistic"
         )
+    if info.decides == "nothing":
+        lines.append("decides:   nothing: no threshold and no calibration belong to these weights")
+    if info.decides == "likeliest":
+        lines.append("decides:   the class with the largest calibrated probability")
     if info.threshold is not None:
         lines.append(
             f"decides 1: score_1 >= {info.threshold:.4g}, which is probability_1 >= {info.threshold_calibrated:.4g}"

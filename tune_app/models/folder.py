@@ -23,15 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
 from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.scans import Recipe
-from trainables.data.volumes import new_folder
+from trainables.data.volumes import new_folder, same_volumes
 from trainables.diagnosis import HEALTHY
 from trainables.errors import ProblemsError
 from tune_app.models.calibration import Calibration
+from tune_app.models.fingerprint import Fingerprint
 
 MODEL_FORMAT = 1
 
@@ -42,6 +43,11 @@ NOTED_FACTOR = 1.1
 """Voxels or extents this many times beyond training's are noted, and scored."""
 
 Triple = tuple[float, float, float]
+
+Decides = Literal["threshold", "likeliest", "largest score", "nothing"]
+"""threshold: class 1 from the threshold on; likeliest: the class with the largest calibrated probability; largest score: that
+with the largest score before calibration, in models of earlier versions with more than two classes; nothing: the threshold
+and the calibration of other networks do not belong to this one."""
 
 
 class ModelError(ProblemsError):
@@ -134,6 +140,8 @@ class Training(_Part):
     """Training files that state no orientation. If there is none, such files are refused."""
     pretrained: str | None
     """Name of the checkpoint the backbone started from."""
+    intensity: Fingerprint | None = None
+    """What their intensities looked like; None in models of versions that did not look."""
 
     def problems_of(self, spacing_mm: Triple, oriented: bool) -> list[str]:
         """Return why the model was not made for a file with this header; nothing when it was."""
@@ -218,13 +226,26 @@ class ModelInfo(_Part):
     threshold: float | None
     """Two classes: log-odds at or above which class 1 is decided, best balanced accuracy on validation. Else None."""
     calibration: Calibration
-    """Scores to calibrated probabilities."""
+    """Scores to calibrated probabilities; where the model decides nothing, it changes nothing."""
+    decides: Decides = "largest score"
+    """How a decision comes about."""
     validation: Evaluation
     """Chosen, calibrated and measured on the same volumes, where the metric's name does not say otherwise."""
     test: HeldOut | None = None
     """What `medtune confirm --test` recorded of this configuration; None where it did not."""
     choice: Choice
     versions: dict[str, str | None]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, fields: Any) -> Any:
+        if (
+            isinstance(fields, dict)
+            and "decides" not in fields
+            and fields.get("threshold") is not None
+        ):
+            return {**fields, "decides": "threshold"}
+        return fields
 
     @property
     def recipe(self) -> Recipe:
@@ -367,7 +388,10 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
             f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"
         ) from None
     for config in configs:
-        if Recipe.from_config(config) != recipe or config.num_classes != info.num_classes:
+        if (
+            not same_volumes(Recipe.from_config(config), recipe)
+            or config.num_classes != info.num_classes
+        ):
             raise ModelError(
                 f"model {folder}: config.json and model.json disagree on input or classes: export it anew"
             )

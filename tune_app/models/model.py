@@ -58,7 +58,8 @@ class Model:
         z_BC, scale = pooled(self.info.members, logits_MBC)
         scores = class_scores(z_BC, scale=scale)
         probabilities = self.info.calibration.probabilities(scale * z_BC)
-        decisions = decide(scores, self.info.threshold)
+        calibrated = probabilities if self.info.decides == "likeliest" else None
+        decisions = decide(scores, self.info.threshold, calibrated)
         members = np.stack(
             [
                 member.calibration.probabilities(member.scale * z)
@@ -88,6 +89,8 @@ class Source:
     path: str
     label: int | None = None
     problem: str | None = None
+    subject: str | None = None
+    """Whose volume it is, where a table names it."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +193,17 @@ def class_scores(z_NC: Array, *, scale: float) -> Array:
     return np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
 
 
-def decide(log_odds_NC: Array, threshold: float | None) -> Array:
-    """Return the classes (N,) decided for: class 1 from `threshold` on, or the likeliest of more than two classes."""
-    if threshold is None:
-        return np.asarray(log_odds_NC.argmax(axis=1))
-    return (log_odds_NC[:, 1] >= threshold).astype(np.int64)
+def decide(
+    log_odds_NC: Array, threshold: float | None, calibrated_NC: Array | None = None
+) -> Array:
+    """Return the classes (N,) decided for: class 1 from `threshold` on, or else the likeliest class by calibration.
+
+    `calibrated_NC`: calibrated logits or probabilities; None: the largest score decides, as in models of earlier versions,
+    whose decision need not be the class with the largest calibrated probability.
+    """
+    if threshold is not None:
+        return (log_odds_NC[:, 1] >= threshold).astype(np.int64)
+    return np.asarray((log_odds_NC if calibrated_NC is None else calibrated_NC).argmax(axis=1))
 
 
 def network_of(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from trainables.data.intensity import intensity_of
 
 from trainables.data.formats import foreign_format, has_scan_name, head_of, is_nifti, scans_below
 from trainables.data.manifest import cell_text, place_of, shown_cell, whole_number
@@ -32,9 +33,27 @@ from trainables.data.scans import (
 from trainables.data.storage import StorageError, bucket_of, is_url, url_of
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
+from tune_app.compare.paired_auc import subject_interval
 from tune_app.models.calibration import Array
-from tune_app.models.folder import ModelInfo
+from tune_app.models.folder import Decides, ModelError, ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
+from tune_app.models.subjects import (
+    Pool,
+    SubjectScore,
+    pool_subjects,
+    subject_lines,
+    write_subjects,
+)
+
+RULES: dict[Decides, str] = {
+    "threshold": "class 1 where score_1 reaches the model's threshold, the one with the best balanced accuracy on validation",
+    "likeliest": "the class with the largest calibrated probability",
+    "largest score": "the class with the largest score before calibration, which need not be the likeliest one: export again "
+    "for a decision by calibrated probability",
+    "nothing": "none: no threshold and no calibration belong to these weights; the scores rank",
+}
+"""How a model decides -> the line for its users."""
+
 
 # The files -------------------------------------------------------------------------------------------------------------
 
@@ -45,7 +64,7 @@ def find_scans(
     """Return the files that `paths` name, each once, in order: files themselves, all scans below a folder, or a table.
 
     A scan has a scan's name (.nii, .nii.gz) or content; any other file is read as a table, by the reader of all tables:
-    a column `path`, relative to the table's own folder, and perhaps `label`. What cannot be found or read becomes a
+    a column `path`, relative to the table's own folder, and perhaps `label` and `subject`. What cannot be found or read becomes a
     source with its problem, so that it has its row. What a folder holds besides scans is told to `say`.
     """
     sources: dict[str, Source] = {}
@@ -118,7 +137,7 @@ def _of_table(table: Path, num_classes: int, say: Callable[[str], None]) -> list
         cell = cells.get("path", "")
         named_by_row = cell if is_url(cell) else os.path.join(folder, cell)  # noqa: PTH118
         shown = f"{named} row {record.number}" if not cell else str(place or named_by_row)
-        sources.append(Source(shown, label, problem))
+        sources.append(Source(shown, label, problem, cells.get("subject") or None))
     if unknown:
         say(
             f"note: {named}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
@@ -142,12 +161,18 @@ def _read(source: Source, info: ModelInfo, recipe: Recipe) -> _Read:
         problems = _refusals(header, info, recipe)
         if problems:
             return _Read(None, "; ".join(problems))
-        volume = prepare_scan(read_scan(source.path, recipe.in_channels), recipe, source.path)
+        scan = read_scan(source.path, recipe.in_channels)
+        volume = prepare_scan(scan, recipe, source.path)
     except VolumeError as error:
         return _Read(None, error.reason)
     extent_mm = tuple(side * mm for side, mm in zip(header.shape, header.spacing_mm, strict=True))
-    notes = tuple(info.training.notes_on(header.spacing_mm, extent_mm))  # type: ignore[arg-type]
-    return _Read(volume.astype(np.float16), None, notes)  # as the prepared cohort holds them
+    notes = info.training.notes_on(header.spacing_mm, extent_mm)  # type: ignore[arg-type]
+    if (known := info.training.intensity) is not None:
+        kind = intensity_of(scan.voxels, recipe).kind
+        if problems := known.problems_of(kind):
+            return _Read(None, "; ".join(problems))
+        notes += known.kind_notes(kind) or known.notes_on(volume)
+    return _Read(volume.astype(np.float16), None, tuple(notes))  # as the prepared cohort holds them
 
 
 def _refusals(header: ScanHeader, info: ModelInfo, recipe: Recipe) -> list[str]:
@@ -231,12 +256,15 @@ def _scored(model: Model, batch: list[tuple[Source, _Read]]) -> Iterator[Predict
 # The result ------------------------------------------------------------------------------------------------------------
 
 
-def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
+def columns(
+    info: ModelInfo, *, labelled: bool, explained: bool, subjects: bool = False
+) -> list[str]:
     """Return the columns of the result.
 
     path; decision; probability_c, calibrated; score_c, log-odds before calibration (the threshold is one of score_1);
+    decision and probability are empty for a model that decides nothing, such as a retrained one;
     for an ensemble members_sd, members_low, members_high: spread of its members' calibrated probabilities of class 1
-    (of the class decided for, where there are more than two); label where a table gave one; explanation; note; problem.
+    (of the class decided for, where there are more than two); subject and label where a table gave one; explanation; note; problem.
     """
     classes = range(info.num_classes)
     names = [
@@ -246,6 +274,7 @@ def columns(info: ModelInfo, *, labelled: bool, explained: bool) -> list[str]:
         *[f"score_{c}" for c in classes],
     ]
     names += ["members_sd", "members_low", "members_high"] if len(info.members) > 1 else []
+    names += ["subject"] if subjects else []
     names += ["label"] if labelled else []
     return [*names, *(["explanation"] if explained else []), "note", "problem"]
 
@@ -262,13 +291,17 @@ def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None)
         "problem": visible(prediction.problem or ""),
     }
     cells |= {
+        "subject": source.subject or "",
         "label": "" if source.label is None else str(source.label),
         "explanation": explanation or "",
     }
     if scored is None:
         return cells
-    cells["decision"] = str(scored.decision)
-    for name, values in (("probability", scored.probabilities_C), ("score", scored.log_odds_C)):
+    told = {"score": scored.log_odds_C}
+    if info.decides != "nothing":
+        cells["decision"] = str(scored.decision)
+        told["probability"] = scored.probabilities_C
+    for name, values in told.items():
         cells |= {f"{name}_{c}": f"{value:.9g}" for c, value in enumerate(values)}
     shown = scored.members_MC[:, 1 if info.num_classes == 2 else scored.decision]
     if len(shown) > 1:
@@ -283,23 +316,48 @@ class Tally:
 
     scored: int = 0
     refused: int = 0
-    labels: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
     log_odds: list[Array] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
+    subjects: list[str] = field(default_factory=list)
+    """Of scored volumes; a volume without one is a subject of its own."""
 
-    def lines(self, info: ModelInfo) -> list[str]:
-        """Return the counts in a sentence, and how well labelled volumes were told apart."""
+    def add(self, source: Source, scored: Scored) -> None:
+        """Take in a scored volume."""
+        self.labels.append(source.label)
+        self.log_odds.append(scored.log_odds_C)
+        self.decisions.append(scored.decision)
+        self.subjects.append(source.subject or f"volume {len(self.subjects)}: {source.path}")
+
+    def by_subject(self, pool: Pool) -> list[SubjectScore]:
+        """Return the scored subjects."""
+        return (
+            pool_subjects(self.subjects, np.stack(self.log_odds), self.labels, pool)
+            if self.log_odds
+            else []
+        )
+
+    def lines(self, info: ModelInfo, pool: Pool = "mean") -> list[str]:
+        """Return the counts in a sentence, and how well labelled volumes, and subjects, were told apart."""
         lines = [f"{self.scored} scored, {self.refused} not"]
-        if len(set(self.labels)) == info.num_classes:
-            from trainables.metrics import auc_interval
-
-            labels, scores = np.asarray(self.labels), np.stack(self.log_odds)
-            auc = auc_interval(scores[:, 1] if info.num_classes == 2 else scores, labels)
-            right = np.asarray(self.decisions) == labels
-            recalls = [f"{right[labels == c].mean():.3f}" for c in range(info.num_classes)]
+        known = [place for place, label in enumerate(self.labels) if label is not None]
+        if len({self.labels[place] for place in known}) == info.num_classes:
+            labels = np.array([self.labels[place] for place in known])
+            scores = np.stack([self.log_odds[place] for place in known])
+            subjects = np.array([self.subjects[place] for place in known])
+            if len(np.unique(subjects)) < len(subjects):
+                lines += subject_lines(self.by_subject(pool), info.num_classes, pool)
+            auc = subject_interval(
+                scores[:, 1] if info.num_classes == 2 else scores, labels, subjects
+            )
+            decided = ""
+            if info.decides != "nothing":
+                right = np.array([self.decisions[place] for place in known]) == labels
+                recalls = [f"{right[labels == c].mean():.3f}" for c in range(info.num_classes)]
+                decided = f", recall by class: {', '.join(recalls)}"
             lines.append(
-                f"{len(labels)} with a label: AUC {auc.auc:.3f} [{auc.low:.3f}, {auc.high:.3f}], "
-                f"decided rightly by class: {', '.join(recalls)} (volumes the model was made with count too, if any are there)"
+                f"{len(labels)} volumes with a label: AUC {auc.auc:.3f} [{auc.low:.3f}, {auc.high:.3f}]{decided} (volumes that the "
+                "model was made with count too, if there are any)"
             )
         return lines
 
@@ -311,6 +369,7 @@ def write_predictions(
     *,
     labelled: bool,
     explain: Callable[[Prediction], str] | None,
+    subjects: bool = False,
     say: Callable[[str], None],
 ) -> Tally:
     """Write predictions as CSV, a row as soon as it is there; tell each problem to `say`. Returns the counts.
@@ -318,13 +377,13 @@ def write_predictions(
     `explain` writes the explanation of a prediction and returns its place; a file it cannot be written for is told
     like any other problem, and its scores stay.
     """
-    names = columns(model.info, labelled=labelled, explained=explain is not None)
+    names = columns(model.info, labelled=labelled, explained=explain is not None, subjects=subjects)
     writer = csv.DictWriter(stream, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     tally = Tally()
     for prediction in predictions:
         explanation, problem = None, prediction.problem
-        scored, label = prediction.scored, prediction.source.label
+        scored = prediction.scored
         if scored is not None and explain is not None:
             try:
                 explanation = explain(prediction)
@@ -340,10 +399,8 @@ def write_predictions(
             tally.scored += 1
         for note in prediction.notes:
             say(f"note: scan {prediction.source.path}: {note}")
-        if scored is not None and label is not None:
-            tally.labels.append(label)
-            tally.log_odds.append(scored.log_odds_C)
-            tally.decisions.append(scored.decision)
+        if scored is not None:
+            tally.add(prediction.source, scored)
     return tally
 
 
@@ -357,14 +414,24 @@ def run_predict(
     explain: Path | None,
     explain_layer: str,
     say: Callable[[str], None],
+    by_subject: Path | None = None,
+    pool: Pool = "mean",
 ) -> int:
     """Score `paths` with the model in `folder`; CSV to `out` or standard output, everything else to `say`.
+
+    `by_subject`: a second CSV with one row per subject, whose volumes' scores are put together by `pool`.
 
     Returns 1 when any path could not be scored or explained, else 0. When it is interrupted, what was scored by then
     stays: in `<out>.partial`, or on standard output.
     """
+    if pool == "max" and by_subject is None:
+        say("note: --pool max is the score of subjects; --by-subject FILE writes them")
+    folder = _model_of(folder, device, say)
     model = load_model(folder, choose_device(device))
+    if pool == "max" and model.info.num_classes > 2:
+        raise ModelError("--pool max: the largest score is that of class 1 of two; use mean")
     say(f"model: {folder}, id {model.id}, {model.info.kind}, on {model.device.type}")
+    say(f"decision: {RULES[model.info.decides]}")
     sources = find_scans(paths, model.info.num_classes, say)
     explainer = None
     if explain is not None:
@@ -375,13 +442,35 @@ def run_predict(
             say(f"note: {note}")
     predictions = predict(model, sources, batch_size=batch_size)
     with closing(predictions), _result_file(out, say) as stream:  # type: ignore[type-var]
-        labelled = any(source.label is not None for source in sources)
         tally = write_predictions(
-            model, predictions, stream, labelled=labelled, explain=explainer, say=say
+            model,
+            predictions,
+            stream,
+            labelled=any(source.label is not None for source in sources),
+            explain=explainer,
+            subjects=any(source.subject is not None for source in sources),
+            say=say,
         )
-    for line in tally.lines(model.info):
+    if by_subject is not None:
+        write_subjects(by_subject, tally.by_subject(pool), model.info.num_classes)
+    for line in tally.lines(model.info, pool):
         say(line)
     return 1 if tally.refused else 0
+
+
+def _model_of(folder: Path, device: str, say: Callable[[str], None]) -> Path:
+    """The folder of the model: that of a run of `medtune train` has it inside, exported when it is first asked for."""
+    if ModelFiles(folder).info.is_file():
+        return folder
+    from tune_app.models.export import export_model, is_single_run
+
+    if not is_single_run(folder):
+        return folder
+    inside = folder / "model"
+    if not ModelFiles(inside).info.is_file():
+        say(f"{folder} is a run of `medtune train`: exported to {inside} first")
+        export_model(folder, inside, device=choose_device(device), say=say)
+    return inside
 
 
 @contextmanager

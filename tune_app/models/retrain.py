@@ -1,5 +1,6 @@
 """A model trained again on all rows."""
 
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,10 @@ from trainables.checkpoints import TrialFiles, load_state
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
-from trainables.finetune import finetune
+from trainables.finetune import EpochResult, finetune
 from trainables.own_folder import is_own, mark_own, remove_own
-from trainables.saved_run import saved_run
-from tune_app.models.calibration import Array
+from trainables.saved_run import in_memory, saved_run
+from tune_app.models.calibration import Array, no_calibration
 from tune_app.models.evaluation import ExportError
 from tune_app.models.export import (
     Say,
@@ -23,6 +24,7 @@ from tune_app.models.export import (
     choose,
     common_fields,
     confirmation_of,
+    held_out_of,
     judged_fields,
     open_data,
     read_run,
@@ -61,8 +63,10 @@ def retrain_model(
     """Train the chosen configuration on train and validation rows together, and write it as a model to `out`.
 
     The schedule is the study's, stopped after the epoch that was best there: with no volume left to validate on,
-    nothing else can say when to stop. Threshold, calibration and metrics are those of the chosen trial, and the model
-    card says that they were not measured on this network. Called again after a kill it goes on from `<out>.training`,
+    nothing else can say when to stop. Metrics are those of the chosen trial, and the model card says that they were not
+    measured on this network. Its threshold and calibration are left out, and the model decides nothing: two networks of one
+    configuration put their scores on different scales (recalls of .75 and .68 became .33 and .86), and no volume is left to
+    find this one's. Called again after a kill it goes on from `<out>.training`,
     which is removed at the end. Raises as `export_model` does.
     """
     check_target(out, force=force)
@@ -91,6 +95,7 @@ def retrain_model(
             "epoch": chosen.epochs,
             "validates": "nothing: it was trained on every volume",
             "auc": None,
+            "calibration": no_calibration(run.config.num_classes),
         }
     )
     member = member.model_copy(update={"verdict": None, "verdict_summary": None})
@@ -101,8 +106,13 @@ def retrain_model(
         kind="retrained",
         members=(member,),
         training=training_of(manifest, cohort, everything, run.config),
-        **judged_fields(source.logits[rows], member.scale, cohort, rows),
-        **common_fields(study, cohort, run.config, chosen),
+        **judged_fields(source.logits[rows], member.scale, cohort, rows)
+        | {
+            "threshold": None,
+            "calibration": no_calibration(run.config.num_classes),
+            "decides": "nothing",
+        },
+        **common_fields(chosen.choice, run.config, held_out_of(study, run.config)),
     )
     scores = scores_csv(
         rows, cohort.labels[rows], class_scores(source.logits[rows], scale=member.scale)

@@ -204,7 +204,7 @@ def test_weights_that_do_not_give_the_studys_auc_are_not_exported(
 ) -> None:
     best = StudyFiles(a_copy).trial("00000").best
     state = load_state(best)
-    state["row"]["val_auc"] = state["row"]["val_auc"] - 0.1
+    state["row"]["val_auc_ema"] = state["row"]["val_auc_ema"] - 0.1
     save_state(best, state)
     with pytest.raises(
         ExportError, match=r"trial 00000: its weights give validation AUC .*the study recorded"
@@ -576,10 +576,13 @@ def test_three_classes_have_recalls_and_no_threshold(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(evaluation, "BOOTSTRAPS", 20)
     rng = np.random.default_rng(6)
     labels = np.arange(60) % 3
-    found = judge(
-        rng.normal(0, 1, (60, 3)) + 2 * np.eye(3)[labels], 1.0, labels, np.arange(60).astype(str)
-    )
+    z = rng.normal(0, 1, (60, 3)) + 2 * np.eye(3)[labels] + np.array([0.0, 2.0, -1.0])
+    found = judge(z, 1.0, labels, np.arange(60).astype(str))
     assert found.threshold is None
+    likeliest = found.calibration.logits(z).argmax(axis=1)
+    for label in range(3):
+        recall = found.evaluation.metrics[f"recall_{label}"].value
+        assert recall == pytest.approx((likeliest == label)[labels == label].mean())
     assert {"recall_0", "recall_1", "recall_2", "balanced_accuracy", "brier"} <= set(
         found.evaluation.metrics
     )
@@ -645,15 +648,15 @@ def test_retraining_uses_every_volume_and_claims_no_validation(
     assert info.members[0].auc is None
     card = ModelFiles(out).card.read_text()
     assert "This network itself was never validated" in card
-    assert "carried over to this network unmeasured" in card
+    assert (info.decides, info.threshold) == ("nothing", None)
+    assert (info.calibration.slope, info.calibration.offsets) == (1.0, (0.0, 0.0))
+    assert "## Operating point and calibration\n\n**None.**" in card
     assert "Validated on" not in card
     assert {path.name for path in tmp_path.iterdir()} == {"study", "retrained"}, (
         "the working folder is gone"
     )
     source = tmp_path / "source"
-    assert (
-        export_model(a_copy, source, trial="0", device=CPU, say=quiet).threshold == info.threshold
-    )
+    assert export_model(a_copy, source, trial="0", device=CPU, say=quiet).decides == "threshold"
     volumes = np.random.default_rng(0).normal(size=(1, 1, 16, 16, 16))
     assert not np.allclose(load_model(out).logits(volumes), load_model(source).logits(volumes))
 

@@ -2,10 +2,12 @@
 
 import csv
 import io
+import json
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import nibabel as nib
@@ -13,17 +15,35 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from trainables.metrics import auc_interval
 from tune_app.cli.app import app
+from tune_app.compare.paired_auc import subject_interval
 from tune_app.models import predict as module
+from tune_app.models.calibration import Calibration
 from tune_app.models.explain import explain
+from tune_app.models.fingerprint import fingerprint
 from tune_app.models.folder import ModelFiles, ModelInfo
 from tune_app.models.model import Model, Source, decide, load_model
 from tune_app.models.predict import find_scans, predict, run_predict
+from tune_app.models.subjects import pool_subjects
 
 CPU = torch.device("cpu")
+
+TINY: dict[str, Any] = {
+    "depth": 10,
+    "width": 0.125,
+    "volume_shape": 16,
+    "epochs": 2,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "num_folds": 2,
+    "backbone_lr": 1e-3,
+    "train_auc_volumes": 0,
+}
 
 
 @pytest.fixture
@@ -50,9 +70,12 @@ def said_of(model: Model, path: Path) -> tuple[str | None, tuple[str, ...]]:
 
 
 def test_a_file_like_the_training_files_is_scored(
-    model: Model, write_scan: Callable[..., Path]
+    model: Model, cohort: Path, write_scan: Callable[..., Path]
 ) -> None:
-    assert said_of(model, write_scan(voxels=(16, 17, 18), axes="LPS")) == (None, ())
+    assert said_of(model, sorted((cohort / "volumes").iterdir())[0]) == (None, ())
+    problem, notes = said_of(model, write_scan(voxels=(16, 17, 18), axes="LPS"))
+    assert problem is None
+    assert all(note.startswith("intensity: ") for note in notes), "noise, and not a ball in noise"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +195,65 @@ def test_the_decision_is_the_threshold_on_the_log_odds() -> None:
     odds = np.array([[1.0, -1.0], [0.4, -0.4], [-2.0, 2.0]])
     assert decide(odds, -0.4).tolist() == [0, 1, 1]
     assert decide(np.array([[0.1, 0.3, -1.0], [2.0, 0.0, 0.0]]), None).tolist() == [1, 0]
+
+
+def test_with_three_classes_decision_and_probability_come_from_one_vector(
+    exported_model: Path, tmp_path: Path
+) -> None:
+    """The largest score before calibration was decided for: in 112 of 260 rows it was not the likeliest class."""
+    info = info_of(exported_model)
+    offsets = (0.0, 1.5, -2.0)
+    three = info.model_copy(
+        update={
+            "num_classes": 3,
+            "threshold": None,
+            "decides": "likeliest",
+            "calibration": Calibration(slope=0.4, offsets=offsets),
+            "members": (
+                info.members[0].model_copy(
+                    update={"scale": 1.0, "calibration": Calibration(slope=1.0, offsets=(0.0,) * 3)}
+                ),
+            ),
+        }
+    )
+    logits = np.random.default_rng(0).normal(0, 2, (1, 200, 3))
+    found = Model(tmp_path, "", three, (), CPU).predict(logits)
+    expected = softmax(0.4 * logits[0] + np.array(offsets), axis=1)
+    np.testing.assert_allclose(found.probabilities_BC, expected, atol=1e-12)
+    np.testing.assert_array_equal(found.decisions_B, expected.argmax(axis=1))
+    before = Model(
+        tmp_path, "", three.model_copy(update={"decides": "largest score"}), (), CPU
+    ).predict(logits)
+    assert (before.decisions_B != found.decisions_B).any(), "as models of before decide"
+
+
+def test_a_model_json_of_an_earlier_version_decides_as_it_did(exported_model: Path) -> None:
+    fields = json.loads(ModelFiles(exported_model).info.read_text())
+    del fields["decides"]
+    assert ModelInfo.model_validate(fields).decides == "threshold"
+    assert ModelInfo.model_validate(fields | {"threshold": None}).decides == "largest score"
+
+
+def test_a_model_that_decides_nothing_leaves_decision_and_probability_empty(
+    exported_model: Path, cohort: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(exported_model, tmp_path / "model"))
+    files = ModelFiles(model)
+    fields = json.loads(files.info.read_text())
+    files.info.write_text(json.dumps(fields | {"decides": "nothing", "threshold": None}))
+    files.write_sums()
+    said: list[str] = []
+    asked: dict[str, Any] = {"device": "cpu", "batch_size": 8, "explain": None}
+    out = tmp_path / "scores.csv"
+    run_predict(
+        model, [cohort / "table.csv"], out, explain_layer="layer4", say=said.append, **asked
+    )
+    rows = pd.read_csv(out)
+    assert rows[["decision", "probability_0", "probability_1"]].isna().all(axis=None)
+    assert rows["score_1"].notna().all()
+    assert any(line.startswith("decision: none: no threshold") for line in said)
+    assert "AUC" in said[-1]
+    assert "recall" not in said[-1]
 
 
 def test_a_model_says_what_it_is_in_a_line(model: Model, exported_ensemble: Path) -> None:
@@ -327,7 +409,9 @@ def test_a_labelled_table_is_evaluated(exported_model: Path, cohort: Path, tmp_p
     )
     assert code == 0
     rows = pd.read_csv(out)
-    auc = auc_interval(rows["score_1"].to_numpy(), rows["label"].to_numpy())
+    auc = subject_interval(
+        rows["score_1"].to_numpy(), rows["label"].to_numpy(), rows["subject"].to_numpy()
+    )
     assert f"AUC {auc.auc:.3f} [{auc.low:.3f}, {auc.high:.3f}]" in said[-1]
     right = (rows["decision"] == rows["label"]).groupby(rows["label"]).mean()
     assert f"{right[0]:.3f}, {right[1]:.3f}" in said[-1]
@@ -395,3 +479,150 @@ def test_a_damaged_model_is_one_line_on_stderr(exported_model: Path, tmp_path: P
     assert done.exit_code == 1
     assert type(done.exception).__name__ == "ModelError"
     assert not done.stdout
+
+
+# Subjects and intensities ----------------------------------------------------------------------------------------------
+
+
+def test_subjects_have_a_score_each_and_the_evaluation_an_interval_over_them(
+    exported_model: Path, cohort: Path, tmp_path: Path
+) -> None:
+    table = pd.read_csv(cohort / "table.csv")
+    table["path"] = [str(cohort / path) for path in table["path"]]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    asked: dict[str, Any] = {"device": "cpu", "batch_size": 8, "explain": None}
+    said: list[str] = []
+    by_subject = tmp_path / "subjects.csv"
+    run_predict(
+        exported_model,
+        [tmp_path / "table.csv"],
+        tmp_path / "scores.csv",
+        explain_layer="layer4",
+        say=said.append,
+        by_subject=by_subject,
+        **asked,
+    )
+    rows = pd.read_csv(tmp_path / "scores.csv")
+    assert rows["subject"].tolist() == table["subject"].tolist()
+    found = pd.read_csv(by_subject).set_index("subject")
+    assert rows["subject"].duplicated().any()
+    expected = rows.groupby("subject")["score_1"].agg(["mean", "min", "max", "size"])
+    expected = expected.loc[found.index]
+    np.testing.assert_allclose(found["score_1"], expected["mean"], rtol=1e-6)
+    np.testing.assert_allclose(found["score_1_low"], expected["min"], rtol=1e-6)
+    assert found["volumes"].tolist() == expected["size"].tolist()
+    labels = rows.groupby("subject")["label"].first().loc[found.index]
+    assert found["label"].tolist() == labels.tolist()
+    auc = roc_auc_score(labels, expected["mean"])
+    assert any(f"{len(found)} subjects, each by the mean" in line for line in said)
+    assert any(f"AUC {auc:.3f} [" in line and "subjects" in line for line in said)
+
+
+def test_the_largest_score_speaks_for_a_subject_where_it_is_asked_to() -> None:
+    odds = np.array([[-1.0, 1.0], [2.0, -2.0], [-3.0, 3.0]])
+    mean = pool_subjects(["a", "b", "a"], odds, [1, 0, 1], "mean")
+    largest = pool_subjects(["a", "b", "a"], odds, [1, 0, None], "max")
+    assert [(one.subject, one.volumes, one.label) for one in mean] == [("a", 2, 1), ("b", 1, 0)]
+    assert [one.log_odds_C[1] for one in mean] == [2.0, -2.0]
+    assert [one.log_odds_C[1] for one in largest] == [3.0, -2.0]
+    assert (largest[0].low, largest[0].high, largest[0].label) == (1.0, 3.0, 1)
+    assert pool_subjects(["a", "a"], odds[:2], [1, 0], "mean")[0].label is None
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+def test_an_interval_over_subjects_covers_where_their_volumes_are_alike(alike: float) -> None:
+    """True AUC .76; 40 subjects of one to five volumes. Taken as independent, volumes that are alike cover too little."""
+    rng = np.random.default_rng(0)
+    truth = NormalDist().cdf(1 / np.sqrt(2))
+    covered, plain = [], []
+    for _ in range(400):
+        sizes = rng.integers(1, 6, 40)
+        subjects = np.repeat(np.arange(40), sizes)
+        labels = (np.arange(40) % 3 == 0).astype(int)[subjects]
+        shared = rng.normal(size=40)[subjects]
+        scores = labels + np.sqrt(alike) * shared
+        scores = scores + np.sqrt(1 - alike) * rng.normal(size=len(subjects))
+        found = subject_interval(scores, labels, subjects)
+        covered.append(found.low <= truth <= found.high)
+        naive = auc_interval(scores, labels)
+        plain.append(naive.low <= truth <= naive.high)
+    assert np.mean(covered) >= 0.92
+    if alike:
+        assert np.mean(plain) < 0.88
+
+
+def test_a_model_of_noisy_scans_notices_other_intensities(
+    exported_model: Path, write_scan: Callable[..., Path], model: Model
+) -> None:
+    """Files of the right spacing and size were scored whatever they held."""
+    known = model.info.training.intensity
+    assert known is not None
+    rng = np.random.default_rng(0)
+    mask = (rng.random((16, 16, 16)) < 0.2).astype(float)
+    problem, _ = said_of(model, write_scan("mask.nii.gz", mask))
+    assert problem == (
+        "it holds few whole numbers, as a mask does, and no training file does: give the scan itself"
+    )
+    ct = np.where(rng.random((16, 16, 16)) < 0.5, -1000.0, 40.0) + rng.normal(0, 1, (16, 16, 16))
+    problem, notes = said_of(model, write_scan("ct.nii.gz", ct))
+    assert problem is None
+    assert any("by its values CT in HU" in note or "quantile" in note for note in notes)
+
+
+def test_training_volumes_are_like_training_and_others_are_not() -> None:
+    rng = np.random.default_rng(1)
+
+    def brain() -> Any:
+        voxels = np.where(rng.random((1, 16, 16, 16)) < 0.4, 0, rng.gamma(6, 60, (1, 16, 16, 16)))
+        return (voxels - voxels.mean()) / voxels.std()
+
+    def lung() -> Any:
+        voxels = np.where(rng.random((1, 16, 16, 16)) < 0.6, -900, 40)
+        voxels = voxels + rng.normal(0, 30, (1, 16, 16, 16))
+        return (voxels - voxels.mean()) / voxels.std()
+
+    known = fingerprint([lung() for _ in range(30)], ["CT in HU"])
+    assert all(known.notes_on(lung()) == [] for _ in range(20))
+    assert all(known.notes_on(brain()) for _ in range(20))
+    assert known.kind_notes("MR or other positive values")
+    assert known.kind_notes("CT in HU") == known.kind_notes("unknown") == []
+
+
+# A run without a study -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    settings = [
+        part
+        for name, value in (TINY | {"fold": 1}).items()
+        for part in ("--set", f"{name}={value}")
+    ]
+    trained = CliRunner().invoke(
+        app,
+        [
+            *("train", "--data", str(cohort / "table.csv"), "--out", str(folder), "--no-gpu"),
+            *("--cache", str(cache), *settings),
+        ],
+    )
+    assert trained.exit_code == 0, trained.output
+    assert "no fault found; best validation AUC" in trained.output or "epoch" in trained.output
+    began = json.loads((folder / "config.json").read_text())
+    assert began["spacing_mm"] is not None, "a new run has the common spacing"
+    scan = sorted((cohort / "volumes").iterdir())[0]
+    found = CliRunner().invoke(app, ["predict", str(folder), str(scan), "--device", "cpu"])
+    assert found.exit_code == 0, found.output
+    assert "exported to" in found.stderr
+    (row,) = csv.DictReader(io.StringIO(found.stdout))
+    assert row["decision"] in ("0", "1")
+    info = info_of(folder / "model")
+    assert info.choice.kind == "train"
+    assert info.preprocessing["spacing_mm"] == began["spacing_mm"]
+    again = CliRunner().invoke(app, ["export", str(folder), "--out", str(tmp_path / "model")])
+    assert again.exit_code == 0, again.output
+    assert info_of(tmp_path / "model").threshold == info.threshold
+    refused = CliRunner().invoke(
+        app, ["export", str(folder), "--out", str(tmp_path / "x"), "--ensemble", "2"]
+    )
+    assert "nothing to choose from" in str(refused.exception)
