@@ -509,9 +509,8 @@ class NeverLearned(Rule):
                 if math.isfinite(best.auc)
                 else "is no number"
             ),
-            "set "
-            + ", ".join(changes)
-            + "; check labels and `volume_shape` with `medtune data check` first",
+            "look at labels, `spacing_mm`, `intensity` and `volume_shape` with `medtune data check` first, which costs no "
+            "training; then set " + ", ".join(changes),
             settled=trained >= 2 * self._time_to_learn,
         )
 

@@ -366,7 +366,7 @@ def test_advice_names_hyperparameters_that_exist_with_values_they_may_have():
             seen.add(found.verdict)
             changes = dict(
                 part.split("=", 1)
-                for part in found.advice.split("; ")[0].removeprefix("set ").split(", ")
+                for part in found.advice.rpartition("set ")[2].split("; ")[0].split(", ")
                 if "=" in part
             )
             assert changes

@@ -19,7 +19,7 @@ import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ SPLITS = ("train", "val", "test")
 
 TOLD_APART = 3
 """Rows with the very same problem that are told one by one."""
+
+MOST_RANGES = 8
+"""Ranges of row numbers that a line names: the reason has to come soon."""
+
+MOST_CLASSES = 20
+"""Different labels up to which they are taken for names of classes."""
 
 MAX_FOLDS = 50
 
@@ -81,6 +87,8 @@ class Row:
     label: int | None = None
     stated_label: int | None = None
     """The label as written, where it is a whole number, allowed or not."""
+    label_text: str = ""
+    """The label's cell."""
     subject: str | None = None
     split: str | None = None
     fold: int | None = None
@@ -122,18 +130,8 @@ def _link_of(table: Path) -> str | None:
 
 def _row_problems(rows: list[Row]) -> list[str]:
     """Each row's problems, in a line for each; what is the same in many rows, such as a coding from 1, in one line."""
-    alike: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        for problem in row.problems.values():
-            alike[problem].append(row)
-    many = {problem: those for problem, those in alike.items() if len(those) > TOLD_APART}
-    told = [
-        f"rows {_ranges([row.number for row in those])} ({len(those)}{_first_scan(those)}): {problem}"
-        for problem, those in many.items()
-    ]
-    told += [
-        f"{row.name}: {one}" for row in rows for one in row.problems.values() if one not in many
-    ]
+    told = told_together((row, problem) for row in rows for problem in row.problems.values())
+    told = _what_labels_are(rows) + told
     labels = {row.stated_label for row in rows if row.stated_label is not None}
     if (
         labels
@@ -148,20 +146,65 @@ def _row_problems(rows: list[Row]) -> list[str]:
     return told
 
 
+def told_together(found: Iterable[tuple[Row, str]]) -> list[str]:
+    """Return one line for each row and its problem; what is the same in more than TOLD_APART rows is one line for all."""
+    pairs = list(found)
+    alike: dict[str, list[Row]] = defaultdict(list)
+    for row, problem in pairs:
+        alike[problem].append(row)
+    many = {problem: those for problem, those in alike.items() if len(those) > TOLD_APART}
+    told = [
+        f"rows {_ranges([row.number for row in those])} ({len(those)}{_first_scan(those)}): {problem}"
+        for problem, those in many.items()
+    ]
+    return told + [f"{row.name}: {one}" for row, one in pairs if one not in many]
+
+
+def _what_labels_are(rows: list[Row]) -> list[str]:
+    """A line on labels that are words, or measurements, in so many rows that the table means them so."""
+    wrong = [row for row in rows if "label" in row.problems and row.label_text]
+    if len(wrong) <= TOLD_APART or 2 * len(wrong) < len(rows):
+        return []
+    counts = Counter(row.label_text for row in wrong)
+    if all(_as_number(text) is None for text in counts) and len(counts) <= MOST_CLASSES:
+        listed = ", ".join(f"{_quoted(text)} {count}" for text, count in counts.most_common())
+        return [
+            f"labels are words ({listed} rows): give each class a whole number from 0, the positive one of two classes 1"
+        ]
+    numbers = [number for text in counts if (number := _as_number(text)) is not None]
+    if len(counts) > MOST_CLASSES and len(numbers) == len(counts):
+        return [
+            f"labels are measurements ({len(counts)} different values from {min(numbers):g} to {max(numbers):g}): classes "
+            "are whole numbers from 0; cut the values into classes first"
+        ]
+    return []
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _first_scan(rows: list[Row]) -> str:
     shown = next((row.shown for row in rows if row.shown), None)
     return f", first scan {shown}" if shown else ""
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """`1-3, 7` for 1, 2, 3 and 7: each of the numbers, which ascend."""
+    """`1-3, 7` for 1, 2, 3 and 7, which ascend; of more than MOST_RANGES parts the first ones and the last."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][-1] == number - 1:
             parts[-1] = [parts[-1][0], number]
         else:
             parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+    shown = ["-".join(map(str, part)) for part in parts]
+    if len(shown) > MOST_RANGES + 1:
+        shown[MOST_RANGES:-1] = ["..."]
+    return ", ".join(shown)
 
 
 def _column_problems(columns: list[str]) -> list[str]:
@@ -206,7 +249,7 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
         if problem:
             row.problems["path"] = problem
     if "label" in values:
-        row.label = whole_number(values["label"])
+        row.label, row.label_text = whole_number(values["label"]), values["label"]
         row.stated_label = row.label
         if row.label is None or row.label >= num_classes:
             row.problems["label"] = (

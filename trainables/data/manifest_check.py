@@ -4,8 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from trainables.config import FineTuneConfig
 from trainables.data.folds import split_rows, thin_folds
+from trainables.data.intensity import Intensity, intensity_lines, intensity_of
 from trainables.data.manifest import (
     SPLITS,
     Manifest,
@@ -22,6 +22,7 @@ from trainables.data.manifest import (
     manifest_of,
     real_path,
     shown_cell,
+    told_together,
 )
 from trainables.data.scans import (
     Recipe,
@@ -31,7 +32,8 @@ from trainables.data.scans import (
     read_scan,
     target_spacing,
 )
-from trainables.data.table_file import ManifestError
+from trainables.data.spacing import common_spacing
+from trainables.data.table_file import ManifestError, read_records
 from trainables.data.threads import Progress, in_threads
 
 
@@ -82,17 +84,17 @@ def check_manifest(
     found: list[_Finding] = in_threads(
         lambda row: _read_volume(str(row.file), recipe), readable, progress=progress
     )
-    unreadable = [
-        f"{row.name}: {finding.problem}"
+    unreadable = told_together(
+        (row, finding.problem)
         for row, finding in zip(readable, found, strict=True)
         if finding.problem
-    ]
+    )
     problems = problems + unreadable + _same_voxels(readable, found)
     if problems:
-        return CheckReport(None, problems, _notices(found, recipe))
+        return CheckReport(None, problems, _notices(readable, found, config))
     manifest = manifest_of(table, rows, num_classes)
     problems = _fold_problems(manifest, config)
-    notices = [*_notices(found, recipe), *_one_person(rows)]
+    notices = [*_notices(readable, found, config), *_unread_columns(table), *_one_person(rows)]
     if problems:
         return CheckReport(None, problems, notices)
     return CheckReport(manifest, [], notices + thin_folds(manifest, config, all_folds=True))
@@ -107,6 +109,7 @@ class _Finding:
     shape: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
     oriented: bool = True
+    intensity: Intensity | None = None
 
 
 def _read_volume(path: str, recipe: Recipe) -> _Finding:
@@ -118,7 +121,14 @@ def _read_volume(path: str, recipe: Recipe) -> _Finding:
         return _Finding(error.reason)
     digest = hashlib.sha256(repr(scan.voxels.shape).encode())
     digest.update(scan.voxels.data)
-    return _Finding(None, digest.hexdigest(), header.shape, header.spacing_mm, header.oriented)
+    return _Finding(
+        None,
+        digest.hexdigest(),
+        header.shape,
+        header.spacing_mm,
+        header.oriented,
+        intensity_of(scan.voxels, recipe),
+    )
 
 
 def _same_voxels(rows: list[Row], found: list[_Finding]) -> list[str]:
@@ -195,14 +205,21 @@ def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:
     return []
 
 
-def _notices(found: Iterable[_Finding], recipe: Recipe) -> list[str]:
+def _notices(rows: list[Row], found: list[_Finding], config: FineTuneConfig) -> list[str]:
     good = [finding for finding in found if finding.problem is None]
     if not good:
         return []
     shapes, spacings = np.array([f.shape for f in good]), np.array([f.spacing_mm for f in good])
+    recipe, chosen = Recipe.from_config(config), None
+    if "spacing_mm" not in config.model_fields_set:  # as a new study chooses it
+        chosen = common_spacing(shapes, spacings, config.volume_shape)
+        recipe = replace(recipe, spacing_mm=(chosen.every_mm,) * 3)
+    names = [row.name for row, finding in zip(rows, found, strict=True) if finding.problem is None]
     notices = [
         f"voxels {_span(shapes, 'd')}, spacing {_span(spacings, '.3g')} mm (x, y, z: left-right, back-front, feet-head)",
         _prepared(shapes, spacings, recipe),
+        *(chosen.lines() if chosen else []),
+        *intensity_lines([f.intensity for f in good if f.intensity], names, recipe),
     ]
     blind = sum(not finding.oriented for finding in good)
     if blind:
@@ -210,6 +227,19 @@ def _notices(found: Iterable[_Finding], recipe: Recipe) -> list[str]:
             f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says"
         )
     return notices
+
+
+MASK_COLUMNS = ("mask", "seg", "segmentation", "roi", "label_map", "labelmap")
+
+
+def _unread_columns(table: Path) -> list[str]:
+    """Columns that name a mask, which nothing here reads."""
+    columns, _ = read_records(table)
+    named = [column for column in columns if column.strip().lower() in MASK_COLUMNS]
+    return [
+        f"column {shown_cell(column)!r} is not read: scans are prepared whole; crop or mask them before, if that is wanted"
+        for column in named
+    ]
 
 
 def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Recipe) -> str:

@@ -54,6 +54,10 @@ app = typer.Typer(
 )
 
 
+MOST_PROBLEMS = 40
+"""Problems that are printed one by one."""
+
+
 def main() -> None:
     """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
     write_any_name()
@@ -64,8 +68,11 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv or not _is_ours(error):
             raise
-        for line in getattr(error, "problems", None) or _told(error).splitlines():
+        lines = getattr(error, "problems", None) or _told(error).splitlines()
+        for line in lines[:MOST_PROBLEMS]:
             err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
+        if len(lines) > MOST_PROBLEMS:
+            err.print(f"error: ... and {len(lines) - MOST_PROBLEMS} more problems", style="red")
         sys.exit(1)
 
 

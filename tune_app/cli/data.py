@@ -122,10 +122,14 @@ def data_prepare(
     """Read every volume once into one array on disk; every trial maps it. Again is instant."""
     from trainables.data.manifest import read_manifest
     from trainables.data.scans import Recipe
+    from trainables.data.spacing import with_common_spacing
     from trainables.data.volumes import open_cohort, prepare_cohort
 
     checked = build_config(parse_settings(setting))
     manifest = read_manifest(table, num_classes=checked.num_classes)
+    checked, spacing = with_common_spacing(checked, manifest)
+    for line in spacing.lines() if spacing else []:
+        to_stderr(line)
     with progress_bar("preparing") as progress:
         folder = prepare_cohort(
             manifest, Recipe.from_config(checked), cache_folder(cache), progress=progress

@@ -8,6 +8,7 @@ and every number in the model card, so that a card never speaks of other weights
 
 import csv
 import io
+import json
 import math
 import statistics
 import time

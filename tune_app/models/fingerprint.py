@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from trainables.data.intensity import Kind, intensity_of
 
+from trainables.data.intensity import Kind, intensity_of
 from trainables.data.scans import Recipe, read_scan
 from tune_app.models.calibration import Array
 

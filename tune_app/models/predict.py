@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from trainables.data.intensity import intensity_of
 
 from trainables.data.formats import foreign_format, has_scan_name, head_of, is_nifti, scans_below
+from trainables.data.intensity import intensity_of
 from trainables.data.manifest import cell_text, place_of, shown_cell, whole_number
 from trainables.data.scans import (
     Recipe,

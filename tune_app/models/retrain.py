@@ -1,6 +1,5 @@
 """A model trained again on all rows."""
 
-from collections.abc import Iterator, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -13,9 +12,9 @@ from trainables.checkpoints import TrialFiles, load_state
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
-from trainables.finetune import EpochResult, finetune
+from trainables.finetune import finetune
 from trainables.own_folder import is_own, mark_own, remove_own
-from trainables.saved_run import in_memory, saved_run
+from trainables.saved_run import saved_run
 from tune_app.models.calibration import Array, no_calibration
 from tune_app.models.evaluation import ExportError
 from tune_app.models.export import (

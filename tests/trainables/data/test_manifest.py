@@ -605,13 +605,23 @@ def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
     assert report.problems == []
     assert report.manifest is not None
     assert len(report.manifest.rows) == 8
-    assert report.lines() == [
+    told, (intensity, *rest) = report.lines()[:5], report.lines()[5:]
+    assert told == [
         "8 volumes of 8 subjects; class 0: 4, class 1: 4",
         "voxels 9 x 10 x 8 to 9 x 10 x 15, spacing 1 x 1 x 2 mm (x, y, z: left-right, back-front, feet-head)",
-        "prepared: 8 x 8 x 8 voxels of 2 x 2 x 2 to 3.75 x 3.75 x 3.75 mm; none is cropped",
-        *thin_folds(report.manifest, small(), all_folds=True),
+        "prepared: 8 x 8 x 8 voxels of 3.75 x 3.75 x 3.75 mm; none is cropped",
+        "spacing_mm: 3.75 is the smallest at which every volume fits; it is the default of a new study",
+        "spacing_mm: null scales each volume by itself, which hides how large things are",
     ]
-    assert len(report.lines()) > 3, "4 of each class are few for any fold"
+    few = thin_folds(report.manifest, small(), all_folds=True)
+    assert few, "4 of each class are few for any fold"
+    assert rest == few
+    assert intensity.startswith("intensity: values ")
+    assert "prepared to mean 0 and deviation 1 over all voxels of each scan" in intensity
+    each = check_manifest(real_table, 2, small(spacing_mm=None)).lines()[2]
+    assert each == (
+        "prepared: 8 x 8 x 8 voxels of 2 x 2 x 2 to 3.75 x 3.75 x 3.75 mm; none is cropped"
+    )
     assert seen == [(done, 8) for done in range(1, 9)]
 
 
@@ -831,3 +841,57 @@ def test_a_fold_with_few_volumes_of_a_class_is_told_by_name(
 def test_five_volumes_of_a_class_are_the_fewest(counts: list[int], told: str | None) -> None:
     found = few_of_a_class(counts)
     assert found is None if told is None else found is not None and told in found
+
+
+def labelled(folder: Path, labels: list[str]) -> list[str]:
+    lines = ["path,label,subject"]
+    for row, label in enumerate(labels):
+        (folder / f"{row}.nii").touch()
+        lines.append(f"{row}.nii,{label},s{row}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(folder / "table.csv")
+    return caught.value.problems
+
+
+def test_words_as_labels_are_said_to_be_words_before_any_row(tmp_path: Path) -> None:
+    """A kilobyte and a half of row numbers came before the reason."""
+    problems = labelled(tmp_path, ["benign", "malignant", "benign"] * 100)
+    assert problems[0] == (
+        "labels are words ('benign' 200, 'malignant' 100 rows): give each class a whole number from 0, the positive one of "
+        "two classes 1"
+    )
+    assert max(map(len, problems)) < 300
+    assert any(
+        line.startswith("rows 1, 3-4, 6-7, ") and ", ..., 300 (" in line for line in problems
+    )
+
+
+def test_measurements_as_labels_are_said_to_be_measurements(tmp_path: Path) -> None:
+    problems = labelled(tmp_path, [f"{row * 0.37 + 0.05:.2f}" for row in range(50)])
+    assert problems[0] == (
+        "labels are measurements (50 different values from 0.05 to 18.18): classes are whole numbers from 0; cut the values "
+        "into classes first"
+    )
+
+
+def test_the_same_problem_of_many_scans_is_one_line(write_scan: Write, tmp_path: Path) -> None:
+    lines = ["path,label,subject"]
+    for row in range(8):
+        voxels = np.random.default_rng(row).normal(size=(9, 9, 9, 2))
+        write_scan(f"{row}.nii.gz", voxels)
+        lines.append(f"{row}.nii.gz,{row % 2},s{row}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    (problem,) = check_manifest(tmp_path / "table.csv", 2, small()).problems
+    assert problem.startswith("rows 1-8 (8, first scan 0.nii.gz): shape 9x9x9x2, 2 channel(s)")
+
+
+def test_a_column_of_masks_is_said_not_to_be_read(real_table: Path) -> None:
+    header, *rows = real_table.read_text().splitlines()
+    real_table.write_text(
+        "\n".join([header + ",Mask", *(f"{row},m.nii.gz" for row in rows)]) + "\n"
+    )
+    assert any(
+        line.startswith("column 'Mask' is not read")
+        for line in check_manifest(real_table, 2, small()).lines()
+    )
