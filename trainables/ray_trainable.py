@@ -19,7 +19,7 @@ from ray import tune
 
 from trainables import mps
 from trainables.checkpoints import HURRY, LogFile, TrialFiles
-from trainables.config import RULES, build_config
+from trainables.config import RULES, FineTuneConfig, build_config
 from trainables.data.storage import TrialStore, patient
 from trainables.kernel_cache import keep_kernels
 from trainables.objective import DEFAULT_OBJECTIVE
@@ -237,6 +237,20 @@ def _device_memory() -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(), total
 
 
+def _cohort_of(config: FineTuneConfig, setting: TrialSetting, alive: SignOfLife) -> str:
+    """The folder of the trial's own cohort. Before the GPU is waited for: preparing takes minutes.
+
+    Ranks on other nodes find it by its name.
+    """
+    from trainables.saved_run import trial_cohort
+
+    base = build_config(setting.base)
+    folder = trial_cohort(
+        config, setting.table, setting.cohort, base, progress=lambda done, total: alive()
+    )
+    return str(folder)
+
+
 def _run(
     trial: Mapping[str, Any], setting: TrialSetting, files: TrialFiles, alive: SignOfLife
 ) -> None:
@@ -244,15 +258,14 @@ def _run(
 
     began = time.monotonic()
     _share_gpu(setting, files)
-    processes = (
-        rank_processes(setting.ranks) if setting.ranks > 1 else None
-    )  # they load what follows meanwhile
+    # Ranks load what follows meanwhile
+    processes = rank_processes(setting.ranks) if setting.ranks > 1 else None
 
     import torch
 
     from trainables.finetune import finetune
     from trainables.ranks import RankWork, gang
-    from trainables.saved_run import Epochs, open_inputs, saved_run, trial_cohort
+    from trainables.saved_run import Epochs, open_inputs, saved_run
 
     log.info(
         "torch and MONAI loaded in %.1f s", time.monotonic() - began
@@ -260,16 +273,7 @@ def _run(
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     epochs: Epochs
-    # Before the GPU is waited for: preparing takes minutes. Ranks on other nodes find it by this folder's name.
-    cohort_folder = str(
-        trial_cohort(
-            config,
-            setting.table,
-            setting.cohort,
-            build_config(setting.base),
-            progress=lambda done, total: alive(),
-        )
-    )
+    cohort_folder = _cohort_of(config, setting, alive)
     if setting.gpus_per_rank:
         wait_for_device_memory(setting.gpus_per_rank)
     if setting.ranks > 1:
