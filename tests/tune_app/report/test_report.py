@@ -233,6 +233,7 @@ def test_whatever_comes_from_a_study_is_escaped(write_study: WriteStudy, tmp_pat
         record["overrides"] |= {NASTY[3]: NASTY[0]}
         path.write_text(json.dumps(record))
     unlike = files.trial(NASTY[2].replace("/", ""))  # a folder that no driver made
+    unlike.folder.mkdir(parents=True)
     append_line(
         unlike.record,
         {
