@@ -67,7 +67,7 @@ class Group(NamedTuple):
 GROUPS: dict[str, Group] = {
     group.key: group
     for group in (
-        Group("healthy", "healthy", "#00609c", "solid", "circle", "●"),
+        Group("healthy", "no fault found", "#00609c", "solid", "circle", "●"),
         Group("halved", "stopped at a rung", "#6f7884", "solid", "circle-open", "○"),
         Group("requested", "stopped on request", "#536273", "solid", "square-open", "□"),
         Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),

@@ -149,7 +149,7 @@ def _found(study: Study) -> str:
             if rivals
             else f"no other trial comes within the noise of {half:.3f}"
         )
-    stopped = int((study.trials["state"] == "stopped").sum())
+    stopped = int(_stopped_early(study.trials).sum())
     if stopped:
         saved = epochs_saved(study)
         parts.append(
@@ -369,10 +369,19 @@ def sentence(text: str) -> str:
 
 
 def epochs_saved(study: Study) -> float:
-    """Return the share of the asked-for epochs that stopped trials did not run, of all trials that have begun."""
-    asked = float(study.trials["epochs"].sum())
-    stopped = study.trials[study.trials["state"] == "stopped"]
+    """Return the share of the asked-for epochs that stopping early spared, of all trials that have started.
+
+    Trials that a user stopped count neither as spared nor as asked for.
+    """
+    started = study.trials[study.trials["stopped_by"].fillna("") != "requested"]
+    asked = float(started["epochs"].sum())
+    stopped = started[_stopped_early(started)]
     return float((stopped["epochs"] - stopped["epochs_run"]).sum()) / asked if asked else 0.0
+
+
+def _stopped_early(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Which trials the policy stopped: not those that a user stopped."""
+    return (trials["state"] == "stopped") & (trials["stopped_by"].fillna("") != "requested")
 
 
 @once_per_study
@@ -569,12 +578,25 @@ def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution
     ):  # one of several that are equally good, and the others lie elsewhere
         return
     end = "lower" if share <= EDGE else "upper"
+    if _is_natural_bound(name, best[name], end):
+        return
     yield Caution(
         f"The best {name} lies at the edge of its range",
         f"{format_value(name, best[name])} in {axis.text(axis.low)} to {axis.text(axis.high)}, at the {end} end, as do "
         f"{together} of the 5 best trials: the optimum may lie outside.",
         f"Search again with a wider range of {name}.",
     )
+
+
+def _is_natural_bound(name: str, value: Any, end: str) -> bool:
+    """Whether no configuration may go beyond the value: a wider range of the hyperparameter does not exist."""
+    bounds = [
+        getattr(rule, kind)
+        for rule in FineTuneConfig.model_fields[name].metadata
+        for kind in (("ge", "gt") if end == "lower" else ("le", "lt"))
+        if hasattr(rule, kind)
+    ]
+    return any(math.isclose(float(value), float(bound), abs_tol=1e-12) for bound in bounds)
 
 
 def _about_the_variants(study: Study) -> Iterator[Caution]:
@@ -720,17 +742,17 @@ def _auc_rises(curves: _Curves) -> tuple[bool | None, str]:
     median = curves.median[np.isfinite(curves.median)]
     if len(median) < 4:
         return None, "fewer than 6 epochs with an AUC"
-    third = max(1, len(median) // 3)
-    start, end, best = (
-        float(np.mean(median[:third])),
-        float(np.mean(median[-third:])),
-        float(median.max()),
-    )
-    held = bool(median[-1] >= best - curves.slack)
-    told = (
-        f"3-epoch median {median[0]:.3f} at first, {best:.3f} at best, {median[-1]:.3f} at the end"
-    )
-    return held and (end > start or start >= best - curves.slack), told
+    first, best, last = float(median[0]), float(median.max()), float(median[-1])
+    told = f"3-epoch median {first:.3f} at first, {best:.3f} at best, {last:.3f} at the end"
+    if best - last > curves.slack:
+        return False, told
+    if last - first > curves.slack:
+        return True, told
+    return None, f"{told}: {_no_change(curves)}"
+
+
+def _no_change(curves: _Curves) -> str:
+    return f"no change beyond noise (± {curves.slack:.3f})"
 
 
 def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
@@ -811,15 +833,20 @@ def _falls_after_drw(curves: _Curves) -> tuple[bool | None, str]:
     after = (curves.epoch >= curves.drw_epoch + 2) & (curves.epoch < curves.drw_epoch + 10)
     if before.sum() < 2 or after.sum() < 3:
         return None, f"too few epochs around their start in epoch {curves.drw_epoch}"
-    told, fell = [], False
+    told, fell, declined = [], False, False
     for name, words in (("val_auc", "AUC"), ("val_balanced_accuracy_ema", "balanced accuracy")):
         values = curves.columns[name]
         with np.errstate(invalid="ignore"):
             first, then = float(np.median(values[before])), float(np.median(values[after]))
         if math.isfinite(first) and math.isfinite(then):
             fell |= first - then > curves.slack
+            declined |= first > then
             told.append(f"{words} {first:.3f} before, {then:.3f} after")
-    return (fell, "; ".join(told)) if told else (None, "no scores around their start")
+    if not told:
+        return None, "no scores around their start"
+    if declined and not fell:
+        return None, f"{'; '.join(told)}: {_no_change(curves)}"
+    return fell, "; ".join(told)
 
 
 def _stays_low(curves: _Curves) -> tuple[bool | None, str]:

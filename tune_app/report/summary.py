@@ -8,6 +8,7 @@ from trainables.config import build_config
 from trainables.data.storage import url_of
 from tune_app.compare.ablation import print_ablation
 from tune_app.compare.confirm import print_confirmation
+from tune_app.report.findings import rivals_within_noise
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back, render_table, results_table
@@ -85,10 +86,16 @@ def best_lines(study: Study) -> list[str]:
         for name, value in config
         if value != getattr(defaults, name)
     ]
-    return [
+    lines = [
         f"best: trial {best['trial']}, {study.spec.objective} {best['objective']:.3f}",
         f"      {', '.join(changed) if changed else 'the default settings'}",
     ]
+    rivals, half = rivals_within_noise(study)
+    if rivals:
+        lines.append(
+            f"      {rivals} other {'trial is' if rivals == 1 else 'trials are'} within its noise of {half:.3f}"
+        )
+    return lines
 
 
 def place_lines(root: Path) -> list[str]:

@@ -29,6 +29,7 @@ from tune_app.results.importance import Axis, axis_of, importance
 from tune_app.results.query import column_of, require_column, select, smaller_is_better
 from tune_app.results.tables import results_table
 from tune_app.results.text import formatted
+from tune_app.results.ties import lead_of_ties
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import (
     STATES,
@@ -91,7 +92,7 @@ class Study:
         """Return the row of the best trial by `metric` among those `where` lets through (failed ones never).
 
         `metric` is a column of `.trials`, or a metric, which means its `best_` column. Losses, errors and times are
-        best when small. Raises ValueError when no trial has a value.
+        best when small. `lead_of_ties` decides between equal ones. Raises ValueError when no trial has a value.
         """
         rows = select(self.trials, where)
         column = column_of(rows, metric)
@@ -100,8 +101,8 @@ class Study:
             raise ValueError(
                 f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}"
             )
-        values = rows[column].to_numpy("float64")
-        return rows.iloc[int(values.argmin() if smaller_is_better(column) else values.argmax())]
+        axes = [self.axis(name) for name in self.searched]
+        return rows.iloc[lead_of_ties(rows, column, axes, smaller=smaller_is_better(column))]
 
     def leaderboard(self, n: int | None = 10, where: str | Sequence[str] = ()) -> pd.DataFrame:
         """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched."""

@@ -11,6 +11,7 @@ import pytest
 from tune_app.report import findings
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
+from tune_app.results.ties import lead_of_ties
 from tune_app.study.files import StudyFiles
 
 WriteStudy = Callable[..., Path]
@@ -387,3 +388,102 @@ def test_what_cannot_be_told_is_not_claimed(write_study: WriteStudy) -> None:
     assert checks["Validation AUC increases steadily"].present is None
     assert checks["Validation metrics decreasing after DRW activation"].present is None
     assert checks["Validation AUC increases steadily"].good is None
+
+
+# Words follow the numbers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("curve", "present"),
+    [
+        ([0.819] * 4 + [0.80, 0.79, 0.77, 0.764, 0.764, 0.764], None),  # a study's own numbers
+        ([0.55, 0.60, 0.66, 0.72, 0.78, 0.82, 0.85, 0.86, 0.87, 0.88], True),
+        ([0.60, 0.70, 0.85, 0.86, 0.86, 0.80, 0.70, 0.62, 0.60, 0.60], False),
+    ],
+)
+def test_a_change_within_noise_is_neither_an_increase_nor_a_decrease(
+    write_study: WriteStudy, curve: list[float], present: bool | None
+) -> None:
+    root = write_study(trials=1, epochs=10, policy=False)
+
+    def change(row: dict[str, Any]) -> None:
+        value = curve[row["epoch"] - 1]
+        row |= {"val_auc": value, "val_auc_low": value - 0.07, "val_auc_high": value + 0.07}
+
+    found = check(rewrite(root, change), "increases steadily")
+    assert found.present is present
+    assert ("no change beyond noise (± 0.07" in found.evidence) == (present is None)
+
+
+def test_a_decline_within_noise_after_the_class_weights_is_told_as_noise(
+    write_study: WriteStudy,
+) -> None:
+    root = write_study(trials=1, epochs=12, policy=False)
+
+    def change(row: dict[str, Any]) -> None:
+        value = 0.812 if row["epoch"] < 6 else 0.771
+        row |= {"val_auc": value, "val_auc_low": value - 0.07, "val_auc_high": value + 0.07}
+        row |= {"drw_active": row["epoch"] >= 6, "val_balanced_accuracy_ema": 0.7}
+
+    found = check(rewrite(root, change), "decreasing after DRW")
+    assert found.present is None
+    assert "AUC 0.812 before, 0.771 after" in found.evidence
+    assert "no change beyond noise (± 0.07" in found.evidence
+
+
+def test_a_natural_bound_is_no_edge_of_a_range(write_study: WriteStudy) -> None:
+    space = {"search": {"dropout": {"low": 0.0, "high": 0.5}, "max_m": {"low": 0.05, "high": 0.5}}}
+    root = write_study(trials=8, epochs=10, policy=False, spec={"space": space})
+    for number, path in enumerate(sorted(StudyFiles(root).trials.glob("*/trial.json"))):
+        config = json.loads(path.with_name("config.json").read_text())
+        best = number == 3
+        config |= {"dropout": 0.0 if best else 0.3, "max_m": 0.05 if best else 0.3}
+        path.with_name("config.json").write_text(json.dumps(config))
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"objective": 0.99 if best else 0.8}))
+    titles = [caution.title for caution in findings.cautions(load_study(root))]
+    assert "The best max_m lies at the edge of its range" in titles
+    assert not [title for title in titles if "dropout" in title], "no dropout is below 0"
+
+
+def test_trials_that_a_user_stopped_spare_nothing(write_study: WriteStudy) -> None:
+    root = write_study(trials=6, epochs=10, policy=False)
+    files = StudyFiles(root)
+    path = files.trial("00002").record
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "stopped"}))
+    rows = [json.loads(line) for line in files.epochs.read_text().splitlines()]
+    kept = [row for row in rows if row["trial"] != "00002" or row["epoch"] <= 2]
+    files.epochs.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    decision = {"trial": "00002", "epoch": 2, "action": "stop", "reason": "requested"}
+    with files.decisions.open("a") as file:
+        file.write(json.dumps(decision | {"summary": "stopped on request", "time": 0.0}) + "\n")
+    study = load_study(root)
+    assert study.trials.loc[2, "stopped_by"] == "requested"
+    assert findings.epochs_saved(study) == 0
+    assert "stopped early" not in findings.summary(study)[1]
+
+
+def test_a_tie_goes_to_a_sound_trial_among_good_neighbours(write_study: WriteStudy) -> None:
+    root = write_study(trials=9, epochs=4, policy=False)
+    places = [0.05, 0.06, 0.07, 0.08, 0.40, 0.41, 0.42, 0.43, 0.44]
+    values = [1.0, 0.6, 0.6, 0.6, 0.9, 0.9, 1.0, 1.0, 0.9]
+    verdicts = ["healthy"] * 7 + ["loss_spike", "healthy"]
+    for number, path in enumerate(sorted(StudyFiles(root).trials.glob("*/trial.json"))):
+        config = json.loads(path.with_name("config.json").read_text())
+        path.with_name("config.json").write_text(json.dumps({**config, "max_m": places[number]}))
+        record = json.loads(path.read_text())
+        record["overrides"] = {"max_m": places[number]}
+        path.write_text(
+            json.dumps(record | {"objective": values[number], "verdict": verdicts[number]})
+        )
+    study = load_study(root)
+    assert study.best()["objective"] == 1.0
+    assert study.best()["verdict"] == "healthy", "not 00007, whose loss jumped"
+    only = [study.axis("max_m")]
+    at = lead_of_ties(study.trials, "objective", only, smaller=False)
+    assert study.trials["trial"].iloc[at] == "00006", "00000 is good among poor ones"
+    rows = study.trials.assign(verdict="saturated")
+    assert rows["trial"].iloc[lead_of_ties(rows, "objective", only, smaller=False)] in (
+        "00006",
+        "00007",
+    )
