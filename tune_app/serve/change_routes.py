@@ -12,8 +12,10 @@ from trainables.checkpoints import replacing
 from trainables.data.storage import bucket_of, is_url
 from tune_app.results.text import printable
 from tune_app.serve.answers import JSONResponse
+from tune_app.serve.folder import UnknownError
+from tune_app.serve.keeping import Note, Notes, archive, delete, rename, write_note
 from tune_app.serve.queue import QueueError
-from tune_app.serve.service import Service, StudyId, TheService, TrialId
+from tune_app.serve.service import ID_LENGTH, Service, StudyId, TheService, TrialId
 from tune_app.serve.views import failed_trials, state_of, trial_page
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -21,6 +23,10 @@ from tune_app.study.requests import ask_to_stop_trial
 from tune_app.study.spec import absolute_paths, build_spec, paths_in
 
 router = APIRouter(prefix="/api")
+
+
+STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$"
+"""What a folder of a study may be called from the page."""
 
 
 class Asked(BaseModel):
@@ -35,7 +41,7 @@ class NewStudy(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$")
+    name: str = Field(pattern=STUDY_NAME)
     spec: dict[str, Any]
     """As in the study file that `medtune init` writes; relative paths start at the service's working directory."""
 
@@ -112,6 +118,74 @@ def stop_trial(study: StudyId, trial: TrialId, service: TheService) -> Asked:
     ask_to_stop_trial(StudyFiles(path), trial)
     service.send_requests()
     return Asked(study=study, became="asked")
+
+
+class NewName(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=STUDY_NAME)
+
+
+class Confirmed(BaseModel):
+    """The name of what is deleted, written out by who deletes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(max_length=ID_LENGTH)
+
+
+@router.put("/studies/{study}/notes")
+def set_note(study: StudyId, note: Note, service: TheService) -> Notes:
+    """Set the note and tags of a study."""
+    return write_note(_changeable(study, service, running=True), None, note)
+
+
+@router.put("/studies/{study}/trials/{trial}/notes")
+def set_trial_note(study: StudyId, trial: TrialId, note: Note, service: TheService) -> Notes:
+    """Set the note and tags of a trial."""
+    path = _changeable(study, service, running=True)
+    if not StudyFiles(path).trial(trial).record.is_file():
+        raise UnknownError(f"{path.name} has no trial {trial!r}")
+    return write_note(path, trial, note)
+
+
+@router.post("/studies/{study}/rename")
+def rename_study(study: StudyId, asked: NewName, service: TheService) -> Asked:
+    """Give the folder of a study that does not run another name."""
+    moved = rename(_changeable(study, service), asked.name)
+    return Asked(study=service.folder.name(moved), became="renamed")
+
+
+@router.post("/studies/{study}/archive")
+def archive_study(study: StudyId, service: TheService) -> Asked:
+    """Move the folder of a study that does not run to `.medtune/archive`, where the page does not look."""
+    moved = archive(_changeable(study, service), service.folder.root / ".medtune" / "archive")
+    return Asked(study=study, became=f"moved to {moved}")
+
+
+@router.delete("/studies/{study}")
+def delete_study(study: StudyId, asked: Confirmed, service: TheService) -> Asked:
+    """Remove the folder of a study that does not run; `name` repeats its name."""
+    path = _changeable(study, service)
+    if asked.name != path.name:
+        raise QueueError(f"{path.name} is deleted only when its name is given, not {asked.name!r}")
+    delete(path)
+    return Asked(study=study, became="deleted")
+
+
+def _changeable(study: str, service: Service, *, running: bool = False) -> Path:
+    """Return the study's folder if it may be changed by hand. Raises QueueError."""
+    path = service.folder.path(study)
+    if service.replica is not None:
+        raise QueueError("the studies are in object storage, of which this service has a copy only")
+    if running:
+        return path
+    if path == service.folder.root:
+        raise QueueError(f"{path.name} is the folder that is served")
+    inside = [path, *(each for each in service.folder.paths().values() if path in each.parents)]
+    if active := [each for each in inside if service.queue.is_active(each)]:
+        raise QueueError(f"{active[0].name} waits or runs: stop it first")
+    return path
 
 
 def _with_paths(fields: dict[str, Any], service: Service) -> dict[str, Any]:

@@ -72,10 +72,14 @@ class StudyFolder:
             if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
                 self._begun, found = time.monotonic(), dict[str, Path]()
                 for path in self._walk(self.root, 0):
-                    name = visible(path.relative_to(self.root).as_posix().replace("/", "~"))
-                    found.setdefault(self.root.name if name == "." else name, path)
+                    found.setdefault(self.name(path), path)
                 self._found, self._walked = found, time.monotonic()
             return self._found
+
+    def name(self, path: Path) -> str:
+        """Return the id of the study in the folder `path`."""
+        name = visible(path.relative_to(self.root).as_posix().replace("/", "~"))
+        return self.root.name if name == "." else name
 
     def place(self, path: Path) -> str:
         """Return what a command takes to name the study in the folder `path`."""

@@ -18,6 +18,9 @@ ASSETS = {
     "parts.js": "text/javascript",
     "study.js": "text/javascript",
     "charts.js": "text/javascript",
+    "across.js": "text/javascript",
+    "curves.js": "text/javascript",
+    "table.js": "text/javascript",
     "serve.css": "text/css",
     "report.css": "text/css",
 }

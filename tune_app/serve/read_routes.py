@@ -13,10 +13,14 @@ from starlette.background import BackgroundTask
 
 from tune_app.results.text import printable
 from tune_app.serve.access import Refused
+from tune_app.serve.across import across
 from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import UnknownError, UnreadableError
-from tune_app.serve.service import StudyId, TheService, TrialId
+from tune_app.serve.keeping import Notes, contents, read_notes
+from tune_app.serve.service import ID_LENGTH, StudyId, TheService, TrialId
 from tune_app.serve.views import (
+    SHOWN_FIRST,
+    CurveAxis,
     comparison,
     curves,
     figure,
@@ -30,6 +34,8 @@ from tune_app.study.files import StudyFiles
 
 router = APIRouter(prefix="/api/studies")
 
+Metric = Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_]+$")]
+OtherStudy = Annotated[str, Query(max_length=ID_LENGTH)]
 TrialQuery = Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")]
 
 
@@ -48,6 +54,30 @@ def studies(service: TheService) -> JSONResponse:
             "viewers": service.feeds.viewers,
         }
     )
+
+
+@router.get("/{study}/notes")
+def notes(study: StudyId, service: TheService) -> Notes:
+    """Return the notes and tags of a study and of its trials."""
+    return read_notes(service.folder.path(study))
+
+
+@router.get("/{study}/contents")
+def study_contents(study: StudyId, service: TheService) -> JSONResponse:
+    """Return what the study's folder holds, and so what deleting it would lose."""
+    return JSONResponse(contents(service.folder.path(study)))
+
+
+@router.get("/{study}/across")
+def several(
+    study: StudyId,
+    service: TheService,
+    other: Annotated[list[OtherStudy], Query(min_length=1, max_length=5)],
+) -> Response:
+    """Return a study and one to five others in one view."""
+    names = list(dict.fromkeys([study, *other]))
+    found = [(name, service.read(name).study) for name in names]
+    return Response(to_json(across(found)), media_type="application/json")
 
 
 @router.get("/{study}")
@@ -73,10 +103,22 @@ def trials(
 
 
 @router.get("/{study}/curves")
-def study_curves(study: StudyId, service: TheService) -> Response:
-    """Return the AUC of every trial by epoch; the live events continue from `seen`."""
-    size = service.read(study).size
-    return service.computed(study, ("curves", size), lambda found: {**curves(found), "seen": size})
+def study_curves(
+    study: StudyId,
+    service: TheService,
+    metrics: Annotated[list[Metric] | None, Query(max_length=4)] = None,
+    axis: CurveAxis = "epoch",
+) -> Response:
+    """Return metrics of every trial by epoch, updates or time; the live events continue from `seen`.
+
+    Without `metrics`, the AUC of the averaged and of the raw weights.
+    """
+    size, names = service.read(study).size, tuple(metrics or SHOWN_FIRST)
+    return service.computed(
+        study,
+        ("curves", size, names, axis),
+        lambda found: {**curves(found, names, axis), "seen": size},
+    )
 
 
 @router.get("/{study}/trials/{trial}")

@@ -14,6 +14,7 @@ from tune_app.results.study import Study
 from tune_app.results.text import printable
 from tune_app.serve.access import Access
 from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
+from tune_app.serve.keeping import read_notes
 from tune_app.serve.live import Feeds
 from tune_app.serve.queue import StudyQueue
 from tune_app.serve.replica import Replica
@@ -114,6 +115,7 @@ class Service:
         root = self.folder.root
         below = "." if path == root else str(path.parent.relative_to(root))
         row: dict[str, Any] = {"id": study, "name": path.name, "folder": below}
+        row["tags"] = read_notes(path).study.tags
         if not StudyFiles(path).spec.is_file():
             return row | self.standing(path, None)
         try:

@@ -5,11 +5,12 @@ Ids are made from what lies on disk and looked up, never joined to a path: nothi
 """
 
 import json
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -22,6 +23,7 @@ from tune_app.results.tables import results_table
 from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
+from tune_app.study.columns import METRICS
 from tune_app.study.files import StudyFiles
 from tune_app.study.requests import asked_to_stop
 from tune_app.study.rows import ENDED, is_held
@@ -31,6 +33,12 @@ LOG_BYTES = 64 * 1024
 
 RECENT_S = 600.0
 """Seconds over which the occupancy is taken."""
+
+LEAST_FOR_IMPORTANCE = 20
+"""Ended trials below which importance is not shown: a tree over fewer finds an order in noise."""
+
+CurveAxis = Literal["epoch", "updates", "time"]
+"""What curves are drawn over."""
 
 LATE_COLUMNS = ("error", "reason")
 """What says why a trial ended, the more telling first."""
@@ -67,6 +75,7 @@ def glance(study: Study) -> dict[str, Any]:
         str(state): int(count) for state, count in study.trials["state"].value_counts().items()
     }
     best = study.best() if study.scored else None
+    rivals, noise = findings.rivals_within_noise(study) if study.scored else (0, math.nan)
     last = study.epochs["time"].max()
     return {
         "kind": study.spec.kind,
@@ -79,6 +88,12 @@ def glance(study: Study) -> dict[str, Any]:
         "best": plain(best["objective"]) if best is not None else None,
         "best_trial": str(best["trial"]) if best is not None else None,
         "best_auc": plain(best["best_val_auc"]) if best is not None else None,
+        "best_interval": None
+        if best is None
+        else [plain(best["best_val_auc_low"]), plain(best["best_val_auc_high"])],
+        "rivals": rivals,
+        "noise": plain(noise),
+        "ended": int(study.trials["state"].isin(ENDED).sum()),
         "created": study.info.get("created"),
         "last": plain(last),
     }
@@ -108,6 +123,7 @@ def overview(study: Study) -> dict[str, Any]:
             for key, count in figures.groups_of(study).items()
         ],
         "figures": figure_names(study),
+        "metrics": curve_metrics(study),
         "progress": progress(study),
         "stop_requests": asked_to_stop(StudyFiles(study.path)),
         "spec": study.spec.model_dump(mode="json", exclude_defaults=True, exclude={"planned"}),
@@ -145,7 +161,9 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
         told["volumes_per_s"] = plain(
             recent.groupby("trial", observed=True)["volumes_per_s"].last().sum()
         )
-    ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna()]
+    # What a user stopped says nothing about how long the trials to come will run.
+    by_user = trials["stopped_by"].fillna("") == "requested"
+    ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna() & ~by_user]
     epoch_s = float(epochs["epoch_s"].mean())
     pace = epoch_s
     if len(ended) and ended["epochs_run"].sum():
@@ -223,30 +241,59 @@ def _text(name: str, row: Mapping[Any, Any]) -> str:
     return "" if text == "-" else text
 
 
-def curves(study: Study) -> dict[str, Any]:
-    """Return every trial's AUC by epoch: lists of epoch, raw and averaged, and the first epoch with class weights."""
+SHOWN_FIRST = ("val_auc_ema", "val_auc_raw")
+"""Metrics of the two panels of curves before another one is chosen."""
+
+
+def curve_metrics(study: Study) -> list[dict[str, str]]:
+    """Return the numeric metrics that the study's epochs hold, with their meanings; those shown first come first."""
+    ordered = [*SHOWN_FIRST, *(name for name in METRICS if name not in SHOWN_FIRST)]
+    names = [
+        name
+        for name in ordered
+        if METRICS[name][0] in ("float64", "Int64") and study.epochs[name].notna().any()
+    ]
+    return [{"name": name, "meaning": METRICS[name][1]} for name in names]
+
+
+def curves(
+    study: Study, metrics: Sequence[str] = SHOWN_FIRST, axis: CurveAxis = "epoch"
+) -> dict[str, Any]:
+    """Return `metrics` of every trial, a list each, over `x`: epochs, updates, or minutes in the trial's epochs.
+
+    Each trial has its `epoch` and the first epoch with class weights (`drw`) as well. Raises UnknownError.
+    """
+    if unknown := set(metrics) - {each["name"] for each in curve_metrics(study)} - set(SHOWN_FIRST):
+        raise UnknownError(f"no metric {printable(min(unknown))[:100]!r}; the overview lists them")
     epochs = study.epochs
     active = epochs["drw_active"].fillna(False).astype(bool)
     starts = epochs.loc[active].groupby("trial", observed=True)["epoch"].min().to_dict()
     number = epochs["epoch"].to_numpy("int64")
-    raw, ema = (_rounded(epochs[name]) for name in ("val_auc_raw", "val_auc_ema"))
+    by_trial = epochs.groupby("trial", observed=True, sort=False)
+    if axis == "time":
+        x: list[Any] = _rounded(by_trial["epoch_s"].cumsum() / 60)
+    elif axis == "updates":
+        x = _rounded(epochs["updates"].astype("Float64"))
+    else:
+        x = number.tolist()
+    columns = {name: _rounded(epochs[name].astype("Float64")) for name in metrics}
     trials = {}
-    for trial, places in epochs.groupby("trial", observed=True, sort=False).indices.items():
-        first, last = int(places[0]), int(places[-1]) + 1  # rows lie by trial and epoch
+    for trial, places in by_trial.indices.items():
+        first, last = int(places[0]), int(places[-1]) + 1  # rows are in order of trial and epoch
         trials[str(trial)] = {
             "epoch": number[first:last].tolist(),
-            "raw": raw[first:last],
-            "ema": ema[first:last],
+            "x": x[first:last],
+            **{name: values[first:last] for name, values in columns.items()},
             "drw": int(starts[trial]) if trial in starts else None,
         }
-    return {"trials": trials}
+    return {"axis": axis, "trials": trials}
 
 
 def _rounded(values: pd.Series) -> list[float | None]:
     scale = 4 if values.abs().max() > 0.01 else 8  # a learning rate is small all along
     return [
         None if value != value else round(value, scale)
-        for value in values.to_numpy("float64").tolist()
+        for value in values.to_numpy("float64", na_value=math.nan).tolist()
     ]
 
 
@@ -421,10 +468,9 @@ def figure_names(study: Study) -> list[dict[str, str]]:
     if study.scored and study.spec.kind == "search" and len(study.trials) > 1:
         names += [("progress", "How the search went")]
         if study.searched:
-            names += [
-                ("importance", "Which hyperparameters mattered"),
-                ("parallel", "All settings at a glance"),
-            ]
+            if study.trials["state"].isin(["completed", "stopped"]).sum() >= LEAST_FOR_IMPORTANCE:
+                names += [("importance", "Which hyperparameters mattered")]
+            names += [("parallel", "All settings at a glance")]
             names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]
     if (study.trials["state"] == "stopped").any():
         names += [("stopped", "What was stopped, and what it saved")]
@@ -453,7 +499,10 @@ def figure(study: Study, name: str) -> dict[str, Any]:
         drawn, caption = figures.progress(study), "A mark is a trial; the line is the best so far."
     elif name == "importance":
         table = study.importance()
-        drawn, caption = figures.importance(table), f"By {table.attrs['how']}."
+        drawn, caption = (
+            figures.importance(table),
+            f"By {table.attrs['how']}. Whiskers: lowest and highest of the repeats.",
+        )
     elif name == "parallel":
         drawn = figures.parallel(study)
         caption = "A line is a trial. Thick: best tenth. Thin: upper half. Dotted: the rest."

@@ -101,12 +101,25 @@ def test_trials_and_curves_are_those_of_the_dataframes(client: TestClient, tmp_p
     assert curves["seen"] == StudyFiles(study.path).epochs.stat().st_size
     for trial, rows in study.epochs.groupby("trial"):
         assert curves["trials"][trial]["epoch"] == rows["epoch"].tolist()
-        assert curves["trials"][trial]["raw"] == pytest.approx(
+        assert curves["trials"][trial]["val_auc_raw"] == pytest.approx(
             rows["val_auc_raw"].tolist(), abs=1e-4
         )
-        assert curves["trials"][trial]["ema"] == pytest.approx(
+        assert curves["trials"][trial]["val_auc_ema"] == pytest.approx(
             rows["val_auc_ema"].tolist(), abs=1e-4
         )
+        assert curves["trials"][trial]["x"] == rows["epoch"].tolist()
+    asked = {"metrics": ["train_loss"], "axis": "time"}
+    others = client.get("/api/studies/first/curves", params=asked).json()["trials"]
+    listed = [each["name"] for each in client.get("/api/studies/first").json()["metrics"]]
+    assert {"val_auc_ema", "train_loss", "lr_backbone", "grad_norm"} <= set(listed)
+    for trial, rows in study.epochs.groupby("trial"):
+        assert others[trial]["train_loss"] == pytest.approx(rows["train_loss"].tolist(), abs=1e-4)
+        assert others[trial]["x"] == pytest.approx(
+            (rows["epoch_s"].cumsum() / 60).tolist(), abs=1e-4
+        )
+        assert "val_auc_ema" not in others[trial]
+    unknown = client.get("/api/studies/first/curves", params={"metrics": "precision"})
+    assert unknown.status_code == 404, "text has no curve"
     some = client.get("/api/studies/first/trials", params={"where": "state == failed"}).json()[
         "rows"
     ]
@@ -136,9 +149,21 @@ def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(
     assert client.get("/api/studies/first/trials/99999").status_code == 404
 
 
-def test_every_figure_of_the_overview_can_be_had(client: TestClient) -> None:
-    names = [each["name"] for each in client.get("/api/studies/first").json()["figures"]]
-    assert {"progress", "parallel", "importance", "stopped", "slice-head"} <= set(names)
+def test_every_figure_of_the_overview_can_be_had(
+    client: TestClient, write_study: WriteStudy
+) -> None:
+    write_study("long", trials=24, epochs=6)
+
+    def listed(study: str) -> list[str]:
+        return [each["name"] for each in client.get(f"/api/studies/{study}").json()["figures"]]
+
+    names = listed("first")
+    assert {"progress", "parallel", "stopped", "slice-head"} <= set(names)
+    ended = load_study(client.app.state.service.folder.path("first")).trials["state"]  # type: ignore[attr-defined]
+    assert ("importance" in names) == (ended.isin(["completed", "stopped"]).sum() >= 20)
+    assert "importance" in listed("long")
+    figure = client.get("/api/studies/long/figures/importance").json()
+    assert figure["figure"]["data"][0]["error_x"]["array"], "importance has its uncertainty"
     for name in names:
         answer = client.get(f"/api/studies/first/figures/{name}")
         assert answer.status_code == 200, name
@@ -216,6 +241,95 @@ def test_the_report_can_be_downloaded(client: TestClient) -> None:
     answer = client.get("/api/studies/first/report")
     assert "attachment" in answer.headers["content-disposition"]
     assert "<h1>first</h1>" in answer.text
+
+
+def test_several_studies_are_set_side_by_side(
+    client: TestClient, tmp_path: Path, write_study: WriteStudy
+) -> None:
+    other = write_study("other", trials=4, epochs=8, seed=5, policy=False)
+    studies = [load_study(tmp_path / "first"), load_study(other)]
+    told = client.get("/api/studies/first/across", params={"other": ["other"]}).json()
+    assert [each["id"] for each in told["studies"]] == ["first", "other"]
+    for study, about, budget, best in zip(
+        studies, told["studies"], told["budget"], told["best"], strict=True
+    ):
+        assert about["best"] == pytest.approx(study.best()["objective"])
+        assert budget["spent"][-1] == len(study.epochs)
+        assert budget["best"][-1] == pytest.approx(study.trials["objective"].max(), abs=1e-4)
+        rows = study.epochs[study.epochs["trial"] == study.best()["trial"]]
+        assert best["val_auc"] == pytest.approx(rows["val_auc"].tolist())
+    asked = {row["name"]: row["values"] for row in told["asked"]}
+    assert asked["trials"] == [str(study.spec.trials) for study in studies]
+    assert "data" not in asked, "both have the same table"
+    settings = {row["name"]: row["values"] for row in told["settings"]}
+    assert settings["epochs"] == [str(study.spec.epochs) for study in studies]
+    assert client.get("/api/studies/first/across").status_code == 422
+    assert client.get("/api/studies/first/across", params={"other": "no"}).status_code == 404
+    many = {"other": ["other"] * 6}
+    assert client.get("/api/studies/first/across", params=many).status_code == 422
+
+
+# Notes, and the folders of studies ---------------------------------------------------------------------------------------
+
+
+def test_notes_and_tags_are_kept_in_the_studys_folder(client: TestClient, tmp_path: Path) -> None:
+    note = {"note": "first try\x1b[31m\nof <b>two</b>", "tags": ["baseline", " baseline ", ""]}
+    path = "/api/studies/first/notes"
+    assert client.put(path, json=note).status_code == 401
+    client.put(path, json=note, headers=BEARER).raise_for_status()
+    kept = {"note": "first try\nof <b>two</b>", "tags": ["baseline"]}
+    assert client.get(path).json() == {"study": kept, "trials": {}}
+    assert (tmp_path / "first" / "notes.json").is_file()
+    trial = "/api/studies/first/trials/00001/notes"
+    client.put(trial, json={"note": "odd", "tags": []}, headers=BEARER).raise_for_status()
+    assert client.get(path).json()["trials"] == {"00001": {"note": "odd", "tags": []}}
+    client.put(trial, json={}, headers=BEARER).raise_for_status()
+    assert client.get(path).json()["trials"] == {}
+    rows = client.get("/api/studies").json()["studies"]
+    assert {row["id"]: row["tags"] for row in rows}["first"] == ["baseline"]
+    missing = client.put("/api/studies/first/trials/99999/notes", json={}, headers=BEARER)
+    assert missing.status_code == 404
+    assert client.put(path, json={"note": "x" * 4001}, headers=BEARER).status_code == 422
+    (tmp_path / "first" / "notes.json").write_text("[" * 100_000)
+    assert client.get(path).json() == {"study": {"note": "", "tags": []}, "trials": {}}
+
+
+def test_a_study_is_renamed_archived_and_deleted_when_it_does_not_run(
+    client: TestClient, tmp_path: Path, write_study: WriteStudy
+) -> None:
+    root = write_study("old name", trials=2, epochs=3)
+    for weights in root.rglob("*.pt"):
+        weights.unlink()
+    (StudyFiles(root).trial("00000").record.parent / "best.pt").write_bytes(b"x" * 1000)
+    lost = client.get("/api/studies/old%20name/contents").json()
+    assert (lost["trials"], lost["with_weights"], lost["confirmation"]) == (2, 1, False)
+    assert lost["bytes"] == sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    with FileLock(StudyFiles(root).lock):
+        for method, path, body in (
+            ("POST", "rename", {"name": "new"}),
+            ("POST", "archive", {}),
+            ("DELETE", "", {"name": "old name"}),
+        ):
+            url = f"/api/studies/old%20name/{path}".rstrip("/")
+            refused = client.request(method, url, json=body, headers=BEARER)
+            assert (refused.status_code, "stop it first" in refused.text) == (409, True)
+    taken = client.post("/api/studies/old%20name/rename", json={"name": "first"}, headers=BEARER)
+    assert taken.status_code == 409
+    out = client.post("/api/studies/old%20name/rename", json={"name": "../out"}, headers=BEARER)
+    assert out.status_code == 422
+    renamed = client.post("/api/studies/old%20name/rename", json={"name": "new"}, headers=BEARER)
+    assert renamed.json()["study"] == "new"
+    assert client.get("/api/studies/new/trials").status_code == 200
+    wrong = client.request("DELETE", "/api/studies/new", json={"name": "nwe"}, headers=BEARER)
+    assert wrong.status_code == 409
+    assert client.request("DELETE", "/api/studies/new", json={"name": "new"}).status_code == 401
+    deleted = client.request("DELETE", "/api/studies/new", json={"name": "new"}, headers=BEARER)
+    assert deleted.json()["became"] == "deleted"
+    assert not (tmp_path / "new").exists()
+    client.post("/api/studies/first/archive", headers=BEARER).raise_for_status()
+    wait_for(lambda: "first" not in [r["id"] for r in client.get("/api/studies").json()["studies"]])
+    (kept,) = (tmp_path / ".medtune" / "archive").iterdir()
+    assert load_study(kept).trials["trial"].tolist()
 
 
 # Who may do what -------------------------------------------------------------------------------------------------------

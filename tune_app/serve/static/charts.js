@@ -1,7 +1,7 @@
-// Drawing without a library: thousands of live curves on a canvas, and the figures of figures.py (Plotly's form) as SVG.
+// The figures of figures.py (Plotly's form) as SVG, without a library.
 // Text is set as text; colours of the light page are replaced one by one on the dark one.
 
-const DASHES = { solid: [], dot: [2, 4], dash: [8, 5], longdash: [13, 6], dashdot: [8, 4, 2, 4], longdashdot: [13, 4, 2, 4] };
+export const DASHES = { solid: [], dot: [2, 4], dash: [8, 5], longdash: [13, 6], dashdot: [8, 4, 2, 4], longdashdot: [13, 4, 2, 4] };
 const SVG = "http://www.w3.org/2000/svg";
 let palette = {};
 
@@ -11,270 +11,7 @@ export const isDark = () => {
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 };
 export const paint = (colour) => (isDark() && palette[colour]) || colour;
-const INK = "#1b2430", FAINT = "#5b6675", GRID = "#dfe3e8", PICKED = "#c75300";
-
-// Curves on a canvas ------------------------------------------------------------------------------------------------------
-
-// One panel: a metric by epoch, a line a trial. Lines lie on one canvas that is drawn again only when something about all
-// of them changed; what is new is added to it, and what is picked or pointed at lies on a second one above.
-export class Curves {
-  constructor(host, { key, label, onPick }) {
-    this.key = key;
-    this.onPick = onPick;
-    this.trials = new Map(); // id -> {values: [by epoch], group, drw, ended}
-    this.groups = new Map(); // key -> {colour, dash}
-    this.hidden = new Set();
-    this.picked = [];
-    this.best = null;
-    this.rungs = [];
-    this.epochs = 1;
-    this.low = 0.42;
-    this.under = document.createElement("canvas");
-    this.over = document.createElement("canvas");
-    this.tip = document.createElement("div");
-    this.tip.className = "tip";
-    this.tip.hidden = true;
-    host.classList.add("curves");
-    host.setAttribute("role", "img");
-    host.setAttribute("aria-label", label);
-    host.append(this.under, this.over, this.tip);
-    this.host = host;
-    this.waiting = null;
-    this.news = [];
-    new ResizeObserver(() => this.redraw()).observe(host);
-    this.over.addEventListener("pointermove", (event) => this.point(event));
-    this.over.addEventListener("pointerleave", () => this.point(null));
-    this.over.addEventListener("click", (event) => { const id = this.nearest(event); if (id) this.onPick(id); });
-  }
-
-  set(id, values, about) {
-    this.trials.set(id, { values, ...about });
-    this.grow(values);
-  }
-
-  about(id, about) { // true when the line has to be drawn another way
-    const trial = this.trials.get(id);
-    if (!trial) return false;
-    const other = trial.group !== about.group || trial.ended !== about.ended;
-    Object.assign(trial, about);
-    return other;
-  }
-
-  grow(values) {
-    let grown = false;
-    for (const value of values) {
-      if (value !== null && value !== undefined && value < this.low) { this.low = Math.max(0, value - 0.03); grown = true; }
-    }
-    if (values.length > this.epochs) { this.epochs = values.length; grown = true; }
-    return grown;
-  }
-
-  add(id, epoch, value) { // a new epoch: its segment is drawn onto what is there
-    let trial = this.trials.get(id);
-    if (!trial) { trial = { values: [], group: "healthy", drw: null, ended: false }; this.trials.set(id, trial); }
-    while (trial.values.length < epoch) trial.values.push(null);
-    if (trial.values[epoch - 1] === value) return;
-    trial.values[epoch - 1] = value;
-    if (this.grow(trial.values)) this.redraw(); else { this.news.push([id, epoch]); this.later(false); }
-  }
-
-  redraw() { this.whole = true; this.later(); }
-  later() {
-    if (this.waiting) return;
-    this.waiting = requestAnimationFrame(() => { this.waiting = null; this.draw(); });
-  }
-
-  size() {
-    const width = this.host.clientWidth, height = this.host.clientHeight, ratio = window.devicePixelRatio || 1;
-    for (const canvas of [this.under, this.over]) {
-      if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
-        canvas.width = Math.round(width * ratio);
-        canvas.height = Math.round(height * ratio);
-        this.whole = true;
-      }
-    }
-    this.box = { left: 38, top: 16, right: width - 8, bottom: height - 26, width, height, ratio };
-  }
-
-  x(epoch) { return this.box.left + ((epoch - 1) / Math.max(1, this.epochs - 1)) * (this.box.right - this.box.left); }
-  y(value) { return this.box.bottom - ((value - this.low) / (1.01 - this.low)) * (this.box.bottom - this.box.top); }
-
-  draw() {
-    this.size();
-    if (this.box.width < 40) return;
-    const started = performance.now();
-    const below = this.under.getContext("2d");
-    below.setTransform(this.box.ratio, 0, 0, this.box.ratio, 0, 0);
-    if (this.whole) this.drawAll(below); else this.drawNews(below);
-    this.whole = false;
-    this.news = [];
-    this.drawOver();
-    this.host.dataset.ms = (performance.now() - started).toFixed(1);
-    this.host.dataset.drawn = String(this.trials.size);
-  }
-
-  drawAll(pen) {
-    const { left, top, right, bottom, width, height } = this.box;
-    pen.clearRect(0, 0, width, height);
-    pen.font = "11px system-ui, sans-serif";
-    pen.lineWidth = 1;
-    pen.fillStyle = paint(FAINT);
-    pen.strokeStyle = paint(GRID);
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    for (let step = Math.ceil(this.low * 10); step <= 10; step += 1) {
-      const y = this.y(step / 10);
-      pen.beginPath(); pen.moveTo(left, y); pen.lineTo(right, y); pen.stroke();
-      pen.fillText((step / 10).toFixed(1), left - 6, y);
-    }
-    pen.textAlign = "center";
-    pen.textBaseline = "top";
-    const every = niceStep(this.epochs, (right - left) / 44);
-    for (let epoch = every; epoch <= this.epochs; epoch += every) if (this.x(epoch) > left + 44) pen.fillText(String(epoch), this.x(epoch), bottom + 6);
-    pen.textAlign = "left";
-    pen.fillText("epoch", left, bottom + 6);
-    pen.setLineDash([2, 3]);
-    pen.textBaseline = "bottom";
-    pen.strokeStyle = paint(FAINT);
-    this.rungs.forEach((rung, i) => {
-      if (rung > this.epochs) return;
-      pen.globalAlpha = 0.6;
-      pen.beginPath(); pen.moveTo(this.x(rung), top); pen.lineTo(this.x(rung), bottom); pen.stroke();
-      pen.globalAlpha = 1;
-      pen.textAlign = "center";
-      pen.fillText(i ? String(rung) : `rung ${rung}`, Math.max(this.x(rung), left + 16), top - 1);
-    });
-    pen.setLineDash([6, 4]);
-    if (this.low < 0.5) { pen.beginPath(); pen.moveTo(left, this.y(0.5)); pen.lineTo(right, this.y(0.5)); pen.stroke(); }
-    const by = new Map();
-    for (const [id, trial] of this.trials) {
-      if (this.hidden.has(trial.group)) continue;
-      if (!by.has(trial.group)) by.set(trial.group, []);
-      by.get(trial.group).push([id, trial]);
-    }
-    const order = [...by.keys()].sort((a, b) => (a === "healthy") - (b === "healthy"));
-    for (const key of order) {
-      const group = this.groups.get(key) || { colour: "#00609c", dash: "solid" };
-      const lines = by.get(key);
-      pen.strokeStyle = paint(group.colour);
-      pen.lineWidth = key === "healthy" ? 1.5 : 1.2;
-      pen.setLineDash(lines.length > 150 ? [] : DASHES[group.dash] || []); // dashes of hundreds of lines are noise, and slow
-      pen.globalAlpha = lines.length < 15 ? 0.9 : lines.length < 150 ? 0.55 : 0.22;
-      pen.beginPath();
-      for (const [, trial] of lines) this.trace(pen, trial.values);
-      pen.stroke();
-      pen.setLineDash([]);
-      pen.globalAlpha = lines.length < 150 ? 0.9 : 0.5;
-      pen.fillStyle = pen.strokeStyle;
-      for (const [, trial] of lines) this.marks(pen, trial, this.trials.size < 150); // of more, DRW starts are a cloud
-      pen.globalAlpha = 1;
-    }
-  }
-
-  trace(pen, values, from = 0) {
-    let open = false;
-    for (let i = from; i < values.length; i += 1) {
-      const value = values[i];
-      if (value === null || value === undefined) { open = false; continue; }
-      if (open) pen.lineTo(this.x(i + 1), this.y(value)); else { pen.moveTo(this.x(i + 1), this.y(value)); open = true; }
-    }
-    if (values.length - from === 1 && open) pen.lineTo(this.x(from + 1) + 1, this.y(values[from]));
-  }
-
-  marks(pen, trial, drw) {
-    if (trial.ended) {
-      const last = trial.values.length;
-      const value = trial.values[last - 1];
-      if (value !== null && value !== undefined) pen.fillRect(this.x(last) - 2, this.y(value) - 4, 2.5, 8);
-    }
-    const at = trial.drw;
-    if (drw && at && trial.values[at - 1] !== null && trial.values[at - 1] !== undefined) {
-      const x = this.x(at), y = this.y(trial.values[at - 1]);
-      pen.beginPath(); pen.moveTo(x - 2.5, y - 3.5); pen.lineTo(x + 3.5, y); pen.lineTo(x - 2.5, y + 3.5); pen.closePath();
-      pen.lineWidth = 1; pen.stroke();
-    }
-  }
-
-  drawNews(pen) {
-    for (const [id, epoch] of this.news) {
-      const trial = this.trials.get(id);
-      if (!trial || this.hidden.has(trial.group)) continue;
-      const group = this.groups.get(trial.group) || { colour: "#00609c", dash: "solid" };
-      pen.strokeStyle = paint(group.colour);
-      pen.lineWidth = 1.5;
-      pen.globalAlpha = 0.9;
-      pen.beginPath();
-      this.trace(pen, trial.values.slice(0, epoch), Math.max(0, epoch - 2));
-      pen.stroke();
-      pen.globalAlpha = 1;
-    }
-  }
-
-  drawOver() {
-    const pen = this.over.getContext("2d");
-    pen.setTransform(this.box.ratio, 0, 0, this.box.ratio, 0, 0);
-    pen.clearRect(0, 0, this.box.width, this.box.height);
-    const thick = (id, colour, width) => {
-      const trial = this.trials.get(id);
-      if (!trial) return;
-      pen.strokeStyle = paint(colour);
-      pen.lineWidth = width;
-      pen.beginPath(); this.trace(pen, trial.values); pen.stroke();
-    };
-    if (this.best) {
-      thick(this.best, INK, 2.6);
-      const drw = this.trials.get(this.best)?.drw;
-      if (drw) {
-        pen.setLineDash([6, 4]); pen.lineWidth = 1.2;
-        pen.beginPath(); pen.moveTo(this.x(drw), this.box.top); pen.lineTo(this.x(drw), this.box.bottom); pen.stroke();
-        pen.setLineDash([]);
-        pen.font = "11px system-ui, sans-serif"; pen.fillStyle = paint(FAINT);
-        const right = this.x(drw) > this.box.right - 90;
-        pen.textAlign = right ? "right" : "left";
-        pen.fillText("DRW begins (best)", this.x(drw) + (right ? -4 : 4), this.box.bottom - 4);
-      }
-    }
-    this.picked.forEach((id, i) => { pen.setLineDash(i ? [7, 4] : []); thick(id, PICKED, 3); });
-    pen.setLineDash([]);
-    if (this.pointed) thick(this.pointed, PICKED, 2);
-  }
-
-  nearest(event) {
-    const rect = this.over.getBoundingClientRect();
-    const x = event.clientX - rect.left, y = event.clientY - rect.top;
-    const share = (x - this.box.left) / (this.box.right - this.box.left);
-    const epoch = Math.round(share * (this.epochs - 1)) + 1;
-    let found = null, least = 24;
-    for (const [id, trial] of this.trials) {
-      if (this.hidden.has(trial.group)) continue;
-      const value = trial.values[epoch - 1];
-      if (value === null || value === undefined) continue;
-      const away = Math.abs(this.y(value) - y);
-      if (away < least) { least = away; found = id; }
-    }
-    this.pointedAt = found ? { x, y, epoch, value: this.trials.get(found).values[epoch - 1] } : null;
-    return found;
-  }
-
-  point(event) {
-    const id = event ? this.nearest(event) : null;
-    if (id === this.pointed && !id) return;
-    this.pointed = id;
-    this.tip.hidden = !id;
-    if (id) {
-      const at = this.pointedAt;
-      this.tip.textContent = `${id}, epoch ${at.epoch}: ${at.value.toFixed(3)}`;
-      this.tip.style.left = `${Math.min(at.x + 12, this.box.width - 150)}px`;
-      this.tip.style.top = `${Math.max(0, at.y - 30)}px`;
-    }
-    this.later();
-  }
-}
-
-function niceStep(span, most) {
-  for (const step of [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]) if (span / step <= most) return step;
-  return 5000;
-}
+const INK = "#1b2430", FAINT = "#5b6675", GRID = "#dfe3e8";
 
 // Figures as SVG -----------------------------------------------------------------------------------------------------------
 
@@ -329,8 +66,12 @@ class Axis {
       this.high = finite.length ? Math.max(...finite) : 1;
       if (this.given.rangemode === "tozero") this.low = Math.min(0, this.low);
       const room = (this.high - this.low || Math.abs(this.high) || 1) * 0.06;
-      if (this.given.rangemode !== "tozero") this.low -= room;
+      const whole = finite.every(Number.isInteger);
+      const least = finite.every((value) => value >= 0) ? 0 : -Infinity; // no AUC and no count is negative
+      if (this.given.rangemode !== "tozero") this.low = Math.max(whole ? this.low - 0.5 : least, this.low - room);
       this.high += room;
+      this.whole = whole;
+      this.most = finite.length && finite.every((value) => value >= 0 && value <= 1) && !whole ? 1 : Infinity;
     }
     this.reversed = this.given.autorange === "reversed";
   }
@@ -342,10 +83,11 @@ class Axis {
   ticks(most) {
     if (this.categories) return this.categories.map((name) => [name, linesOf(name).join(" ")]);
     if (this.given.tickvals) return this.given.tickvals.map((value, i) => [value, linesOf(this.given.ticktext?.[i] ?? value).join(" ")]);
+    const high = Math.min(this.high, this.most ?? Infinity);
     const span = this.high - this.low, size = 10 ** Math.floor(Math.log10(span || 1));
-    const step = [0.1, 0.2, 0.5, 1, 2, 5].map((part) => part * size).find((each) => span / each <= most) || size * 10;
+    const step = [0.1, 0.2, 0.5, 1, 2, 5].map((part) => part * size).find((each) => span / each <= most && (!this.whole || each >= 1)) || size * 10;
     const found = [], digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
-    for (let i = Math.ceil(this.low / step - 1e-9); i * step <= this.high + 1e-9 * span; i += 1) found.push([i * step, (i * step).toFixed(digits)]);
+    for (let i = Math.ceil(this.low / step - 1e-9); i * step <= high + 1e-9 * span; i += 1) found.push([i * step, (i * step).toFixed(digits)]);
     return found;
   }
 }
@@ -359,8 +101,9 @@ function filled(template, point) {
     });
 }
 
-// Draw a figure into `host`; `onPick` gets the trial of a mark or line that is clicked.
-export function drawFigure(host, figure, { onPick = () => {}, picked = [] } = {}) {
+// Draw a figure into `host`. `onPick` gets the trial of a mark or line that is clicked, `colourOf` gives a picked trial's
+// colour, `shows` says which trials the table's filter lets through, `onBrush` gets a range of a parallel axis or null.
+export function drawFigure(host, figure, { onPick = () => {}, picked = [], colourOf = () => INK, shows = () => true, onBrush, brushes } = {}) {
   const { data, layout } = figure;
   const width = Math.max(host.clientWidth, 240), height = layout.height || 300;
   host.replaceChildren();
@@ -417,8 +160,9 @@ export function drawFigure(host, figure, { onPick = () => {}, picked = [] } = {}
   const offsets = new Map();
   for (const trace of traces) {
     if (trace.type === "bar") drawBars(svg, trace, { px, py, x, y, box, offsets, stack: layout.barmode === "stack" });
-    else drawScatter(svg, trace, { px, py, onPick, picked });
+    else drawScatter(svg, trace, { px, py, onPick, picked, colourOf, shows });
   }
+  if (onBrush && layout.meta?.axes) drawBrushes(svg, layout.meta.axes, { px, py, box, onBrush, brushes });
   for (const note of layout.annotations || []) {
     const left = (note.xref === "paper" ? box.left + note.x * (box.right - box.left) : px(note.x)) + (note.xshift || 0);
     const top = note.yref === "paper" ? box.bottom - note.y * (box.bottom - box.top) - 3 : py(note.y);
@@ -467,7 +211,7 @@ function errorBar(svg, trace, i, px, top) {
 
 const isTrial = (value) => typeof value === "string" && /^[0-9A-Za-z_-]+$/.test(value);
 
-function drawScatter(svg, trace, { px, py, onPick, picked }) {
+function drawScatter(svg, trace, { px, py, onPick, picked, colourOf, shows }) {
   const mode = trace.mode || "lines", opacity = trace.opacity ?? 1;
   const pick = (node, id) => {
     if (!isTrial(id) || !/^\d/.test(id)) return;
@@ -478,8 +222,8 @@ function drawScatter(svg, trace, { px, py, onPick, picked }) {
     let line = [], id = null;
     const close = () => {
       if (line.length) {
-        const chosen = picked.includes(id);
-        const node = make("path", { d: `M${line.join("L")}`, fill: "none", stroke: paint(chosen ? PICKED : trace.line?.color || INK), "stroke-width": chosen ? 3 : trace.line?.width || 1.5, "stroke-dasharray": (DASHES[trace.line?.dash] || []).join(" ") || undefined, opacity: chosen ? 1 : opacity }, svg);
+        const chosen = picked.includes(id), dim = isTrial(id) && !shows(id);
+        const node = make("path", { d: `M${line.join("L")}`, fill: "none", stroke: chosen ? colourOf(id) : paint(trace.line?.color || INK), "stroke-width": chosen ? 3 : trace.line?.width || 1.5, "stroke-dasharray": (DASHES[trace.line?.dash] || []).join(" ") || undefined, opacity: chosen ? 1 : dim ? 0.06 : opacity }, svg);
         if (id) make("title", {}, node, linesOf(id).join(" "));
         if (trace.meta?.tier) pick(node, id);
       }
@@ -501,13 +245,49 @@ function drawScatter(svg, trace, { px, py, onPick, picked }) {
     const hollow = /open|^x|cross|line/.test(symbol);
     trace.x.forEach((value, i) => {
       if (value === null || trace.y[i] === null) return;
-      const top = py(trace.y[i]), id = trace.customdata?.[i], chosen = picked.includes(id);
+      const top = py(trace.y[i]), id = trace.customdata?.[i], chosen = picked.includes(id), dim = isTrial(id) && !shows(id);
       errorBar(svg, trace, i, px, top);
-      const mark = make("path", { d: shape(symbol, (trace.marker?.size || 8) / 2 + (chosen ? 2 : 0)), transform: `translate(${px(value).toFixed(1)} ${top.toFixed(1)})`, fill: hollow ? "none" : paint(chosen ? PICKED : colour), stroke: paint(chosen ? PICKED : colour), "stroke-width": chosen ? 2.5 : 1.5, opacity: trace.marker?.opacity ?? 1 }, svg);
+      const mark = make("path", { d: shape(symbol, (trace.marker?.size || 8) / 2 + (chosen ? 2 : 0)), transform: `translate(${px(value).toFixed(1)} ${top.toFixed(1)})`, fill: hollow ? "none" : chosen ? colourOf(id) : paint(colour), stroke: chosen ? colourOf(id) : paint(colour), "stroke-width": chosen ? 2.5 : 1.5, opacity: dim ? 0.08 : trace.marker?.opacity ?? 1 }, svg);
       make("title", {}, mark, linesOf(filled(trace.hovertemplate || "%{x}, %{y}", { x: value, y: trace.y[i], customdata: id, text: trace.text?.[i] })).join(" "));
       pick(mark, id);
     });
   }
+}
+
+// A range of an axis of the parallel coordinates: drag along it; a click takes the range away.
+function drawBrushes(svg, axes, { px, py, box, onBrush, brushes }) {
+  axes.forEach((name, i) => {
+    const held = brushes?.get(i), wide = 11;
+    const mark = make("rect", { x: px(i) - wide / 2, width: wide, y: 0, height: 0, fill: paint(FAINT), opacity: 0.35 }, svg);
+    const show = (low, high) => { mark.setAttribute("y", py(high)); mark.setAttribute("height", Math.max(0, py(low) - py(high))); };
+    if (held) show(...held);
+    const strip = make("rect", { x: px(i) - 13, width: 26, y: py(1.03), height: py(-0.03) - py(1.03), fill: "transparent", class: "brush", "data-axis": name }, svg);
+    make("title", {}, strip, `${name}: drag to filter trials by a range`);
+    let from = null;
+    const at = (event) => { const share = (event.clientY - svg.getBoundingClientRect().top); return (py(0) - share) / (py(0) - py(1)); };
+    strip.addEventListener("pointerdown", (event) => { from = at(event); strip.setPointerCapture(event.pointerId); event.preventDefault(); });
+    strip.addEventListener("pointermove", (event) => { if (from !== null) show(Math.min(from, at(event)), Math.max(from, at(event))); });
+    strip.addEventListener("pointerup", (event) => {
+      const to = at(event), far = Math.abs(to - from) * (box.bottom - box.top) > 5;
+      const range = [Math.min(from, to), Math.max(from, to)];
+      from = null;
+      onBrush(i, far ? range : null);
+    });
+  });
+}
+
+// The trials whose lines pass all brushed axes; null where none is brushed.
+export function brushed(figure, brushes) {
+  if (!brushes.size || !figure) return null;
+  const passed = new Map();
+  for (const trace of figure.data) {
+    if (!trace.meta?.tier) continue;
+    trace.x.forEach((axis, i) => {
+      const range = brushes.get(axis), value = trace.y[i];
+      if (range && value !== null && value >= range[0] && value <= range[1]) passed.set(trace.customdata[i], (passed.get(trace.customdata[i]) || 0) + 1);
+    });
+  }
+  return new Set([...passed].filter(([, count]) => count === brushes.size).map(([id]) => id));
 }
 
 // One trial's columns by epoch as a small figure in Plotly's form.

@@ -2,7 +2,7 @@
 
 export const page = document.getElementById("page");
 export const dialog = document.getElementById("dialog");
-export const state = { session: { logged_in: false, csrf: null, reading: "open" }, form: null };
+export const state = { session: { logged_in: false, csrf: null, reading: "open" }, form: null, places: new Map() }; // places: study -> its last address
 const notice = document.getElementById("notice");
 
 // Small parts -------------------------------------------------------------------------------------------------------------
@@ -20,7 +20,14 @@ export function h(tag, attributes = {}, ...children) {
   return node;
 }
 export const prose = (text) => String(text ?? "").split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
-export const number = (value, digits = 3) => (value === null || value === undefined ? "-" : Number(value).toFixed(digits));
+// As Python writes it, which rounds a half to the even digit: a number is the same in a sentence and on a tile.
+export function number(value, digits = 3) {
+  if (value === null || value === undefined) return "-";
+  const text = Number(value).toFixed(digits), exact = Math.abs(Number(value)).toFixed(Math.min(100, digits + 50));
+  const rest = exact.slice(exact.indexOf(".") + 1 + digits);
+  if (!/^50*$/.test(rest) || Number(text.at(-1)) % 2 === 0) return text;
+  return (Number(value) - Math.sign(value) * 10 ** -(digits + 1)).toFixed(digits);
+}
 export const clock = (seconds) => (seconds ? new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" }) : "-");
 export const enc = encodeURIComponent;
 export const studyHash = (id, rest = "") => `#/study/${enc(id)}${rest}`;
@@ -111,11 +118,40 @@ export function askToken() {
   });
 }
 
+// Notes and tags of a study or a trial: shown to all, changed by who is logged in.
+export function notesPart(path, name, read) {
+  const box = h("div", { class: "notes" });
+  const show = (found) => {
+    const tags = found.tags.map((tag) => h("span", { class: "tag" }, tag));
+    box.replaceChildren(...tags, found.note ? h("p", { class: "note" }, found.note) : "", h("button", { type: "button", class: "tool", id: `note-${name}`, onclick: () => change(found) }, found.note || tags.length ? "edit notes" : "add notes"));
+  };
+  const change = async (found) => {
+    if (!state.session.logged_in && !(await askToken())) return;
+    const note = h("textarea", { rows: 4, maxlength: 4000, id: "note-text" }, found.note), tags = h("input", { id: "note-tags", value: found.tags.join(", ") });
+    const save = async (event) => {
+      event.preventDefault();
+      try {
+        await api(`${path}/notes`, { method: "PUT", body: { note: note.value, tags: tags.value.split(",").map((tag) => tag.trim()).filter(Boolean) } });
+        dialog.close();
+        load();
+      } catch (error) { say(error.message, true); }
+    };
+    dialog.replaceChildren(h("form", { onsubmit: save }, h("h2", {}, "Notes"), h("label", { class: "field" }, h("span", {}, "note"), note), h("label", { class: "field" }, h("span", {}, "tags, separated by commas"), tags),
+      h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "save-note" }, "save"), h("button", { class: "tool", type: "button", onclick: () => dialog.close() }, "cancel"))));
+    dialog.oncancel = null;
+    dialog.showModal();
+    note.focus();
+  };
+  const load = () => read().then((found) => show(found || { note: "", tags: [] })).catch(() => {});
+  load();
+  return box;
+}
+
 export function confirmThat(text, verb) {
   return new Promise((resolve) => {
     const close = (result) => { dialog.close(); resolve(result); };
     dialog.replaceChildren(h("p", {}, text), h("div", { class: "tools" },
-      h("button", { class: "tool main", id: "yes", onclick: () => close(true) }, verb), h("button", { class: "tool", onclick: () => close(false) }, "cancel")));
+      h("button", { class: "tool danger", id: "yes", onclick: () => close(true) }, verb), h("button", { class: "tool", onclick: () => close(false) }, "cancel")));
     dialog.oncancel = () => resolve(false);
     dialog.showModal();
   });

@@ -1,5 +1,6 @@
 // The page of `medtune serve`: the list of studies, the form for a new one, and getting about. Addresses after # are the
 // page's own, so that any view can be sent to a colleague.
+import { acrossView } from "./across.js";
 import { setPalette } from "./charts.js";
 import { api, askToken, badge, clock, dialog, h, logIn, number, page, prose, say, showSession, state, studyHash } from "./parts.js";
 import { compareView, studyView, trialView } from "./study.js";
@@ -12,10 +13,17 @@ function listView() {
   const body = h("tbody");
   const empty = h("p", { class: "faint", hidden: true }, "No study here yet. Start one with ", h("a", { href: "#/new" }, "new study"), ", or with ", h("code", {}, "medtune run"), " into this folder.");
   const where = h("p", { class: "faint" }), trouble = h("p", { class: "bad", id: "trouble" });
-  const heads = ["study", "state", "best", "trials", "epochs", "last news"];
+  const heads = ["study", "state", "best", "trials ended", "epochs", "last news"];
   page.replaceChildren(h("h1", {}, "Studies"), where, trouble, h("div", { class: "scroll" }, h("table", { class: "list stack", id: "studies" },
     h("thead", {}, h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)))), body)), empty);
   let timer = 0, before = "", closed = false;
+  const chosen = new Set();
+  const compare = h("button", { type: "button", class: "tool", id: "side-by-side", disabled: true, onclick: () => { location.hash = `#/across/${[...chosen].map(encodeURIComponent).join("/")}`; } }, "side by side");
+  page.querySelector("#studies").closest(".scroll").after(h("div", { class: "tools" }, compare, h("span", { class: "faint" }, "for two to six studies that are ticked")));
+  const tick = (study) => h("input", { type: "checkbox", class: "tick", "aria-label": `choose ${study.name}`, checked: chosen.has(study.id), data: { row: `tick ${study.id}` }, onchange: (event) => {
+    if (event.target.checked) chosen.add(study.id); else chosen.delete(study.id);
+    compare.disabled = chosen.size < 2 || chosen.size > 6;
+  } });
   async function load() {
     try {
       const told = await api("studies");
@@ -40,11 +48,11 @@ function listView() {
   function line(study) {
     const states = Object.entries(study.states || {}).map(([state, count]) => `${count} ${state}`).join(", ");
     const cells = [
-      h("td", { class: "name" }, h("a", { href: studyHash(study.id), data: { row: study.id } }, study.name), study.folder && study.folder !== "." ? h("span", { class: "faint" }, ` in ${study.folder}`) : "",
-        h("span", { class: "faint under" }, [study.kind, study.space].filter(Boolean).join(" · "))),
+      h("td", { class: "name" }, study.epochs ? tick(study) : "", " ", h("a", { href: studyHash(study.id), data: { row: study.id } }, study.name), study.folder && study.folder !== "." ? h("span", { class: "faint" }, ` in ${study.folder}`) : "",
+        h("span", { class: "faint under" }, [study.kind, study.space].filter(Boolean).join(" · "), (study.tags || []).map((tag) => h("span", { class: "tag" }, tag)))),
       h("td", { "data-label": "state" }, badge(study.state, study.place ? ` (${study.place})` : ""), study.stopping ? h("span", { class: "faint" }, " stopping") : ""),
       h("td", { "data-label": "best" }, study.best === null || study.best === undefined ? "-" : h("b", {}, number(study.best)), study.best_trial ? h("span", { class: "faint" }, ` trial ${study.best_trial}`) : ""),
-      h("td", { "data-label": "trials" }, study.trials ? `${Object.values(study.states).reduce((a, b) => a + b, 0)} of ${study.trials}` : "-", h("span", { class: "faint under" }, study.error || states)),
+      h("td", { "data-label": "trials ended" }, study.trials ? `${study.ended} of ${study.trials}` : "-", h("span", { class: "faint under" }, study.error || states)),
       h("td", { "data-label": "epochs" }, study.epochs ?? "-"),
       h("td", { "data-label": "last news" }, clock(study.last || study.created)),
     ];
@@ -125,8 +133,24 @@ function newView() {
     if (inputs.epochs.value !== "") spec.config.epochs = Number(inputs.epochs.value);
     return spec;
   }
+  // Each problem at the field it names, and all of them above the buttons.
+  function showProblems(lines) {
+    problems.replaceChildren(...lines.map((line) => h("li", {}, line)));
+    for (const line of lines) {
+      const named = line.match(/^(?:config\.)?([a-z_]+)\s*[:=]/)?.[1] ?? line.match(/'([a-z_]+)'/)?.[1];
+      const input = inputs[named] ?? (form.hyperparameters.some((each) => each.name === named) ? inputs.config : parameters.find((each) => each.parameter.name === named)?.low);
+      if (!input) continue;
+      input.setAttribute("aria-invalid", "true");
+      const told = h("small", { class: "bad at-field" }, line);
+      (input.closest(".field") || input.closest("td")).append(told);
+    }
+    (written().querySelector("[aria-invalid]") || problems).scrollIntoView({ block: "center" });
+  }
+  const written = () => page.querySelector("form.new");
   async function send(check) {
     problems.replaceChildren();
+    for (const told of written().querySelectorAll(".at-field")) told.remove();
+    for (const input of written().querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
     told.textContent = "";
     if (!state.session.logged_in && !(await askToken())) return;
     try {
@@ -137,7 +161,7 @@ function newView() {
         const found = await api("studies", { method: "POST", body: { name: inputs.name.value.trim(), spec: given() } });
         location.hash = studyHash(found.study);
       }
-    } catch (error) { problems.replaceChildren(...(error.detail || [error.message]).map((line) => h("li", {}, line))); problems.scrollIntoView({ block: "nearest" }); }
+    } catch (error) { showProblems(error.detail || [error.message]); }
   }
   inputs.space.addEventListener("change", showSpace);
   const known = h("details", {}, h("summary", {}, "Hyperparameters and what they do"), h("table", { class: "settings" }, h("tbody", {}, form.hyperparameters.map((each) => h("tr", {}, h("td", {}, each.name), h("td", {}, each.default), h("td", { class: "faint" }, prose(each.meaning)))))));
@@ -171,6 +195,7 @@ async function route() {
   if (parts[0] === "study" && parts[2] === "trial" && parts[3]) view = trialView(parts[1], parts[3]);
   else if (parts[0] === "study" && parts[2] === "compare" && parts[4]) view = compareView(parts[1], parts[3], parts[4]);
   else if (parts[0] === "study" && parts[1]) view = studyView(parts[1], new URLSearchParams(search || ""));
+  else if (parts[0] === "across" && parts.length > 2) view = acrossView(parts.slice(1, 7));
   else if (parts[0] === "new") view = newView();
   else { view = listView(); document.documentElement.dataset.ready = "yes"; }
   document.getElementById("crumbs").replaceChildren(...view.crumbs.flatMap(([text, href]) => [" / ", h("a", { href }, text)]));

@@ -1,99 +1,12 @@
 // A study, one of its trials, and two of them side by side. Whatever comes from a study is set as text.
-import { Curves, drawFigure, lineFigure, paint } from "./charts.js";
-import { act, api, askToken, badge, confirmThat, enc, h, number, page, prose, say, span, studyHash } from "./parts.js";
+import { brushed, drawFigure, isDark, lineFigure, paint } from "./charts.js";
+import { Link, MOST_PICKS, Panel, pickColour } from "./curves.js";
+import { act, api, askToken, badge, confirmThat, dialog, enc, h, notesPart, number, page, prose, say, showSession, span, state, studyHash } from "./parts.js";
+import { TrialTable } from "./table.js";
 
 const live = document.getElementById("live");
 
 // One study ---------------------------------------------------------------------------------------------------------------
-
-// Only the rows in view are in the document: a thousand trials scroll as easily as ten.
-class TrialTable {
-  constructor(host, { onPick, onOpen, onOrder }) {
-    Object.assign(this, { onPick, onOpen, onOrder });
-    this.columns = []; this.rows = []; this.shown = []; this.picked = []; this.at = null; this.sort = null; this.filter = ""; this.only = null;
-    this.head = h("tr");
-    this.body = h("tbody");
-    this.table = h("table", { class: "trials" }, h("thead", {}, this.head), this.body);
-    this.scroll = h("div", { class: "scroll rows", tabindex: 0, role: "region", "aria-label": "trials" }, this.table);
-    this.scroll.addEventListener("scroll", () => this.draw());
-    host.append(this.scroll);
-    this.height = 33;
-  }
-  set(table) { this.columns = table.columns; this.rows = table.rows; this.heads(); this.arrange(); }
-  update(rows) {
-    const places = new Map(this.rows.map((row, i) => [row.trial, i]));
-    for (const row of rows) {
-      if (row.columns) { this.columns = row.columns; this.rows = []; places.clear(); this.heads(); continue; }
-      if (places.has(row.trial)) this.rows[places.get(row.trial)] = row;
-      else { places.set(row.trial, this.rows.length); this.rows.push(row); }
-    }
-    this.arrange();
-  }
-  heads() {
-    const shown = this.columns.map((column) => {
-      const head = h("th", { scope: "col", class: column.numeric ? "number" : "" }, h("button", { type: "button", onclick: () => this.order(column) }, column.title));
-      head.dataset.column = column.name;
-      return head;
-    });
-    this.head.replaceChildren(...shown, h("th", { scope: "col" }, "why it ended"));
-  }
-  order(column) {
-    const other = { ascending: "descending", descending: "ascending" };
-    this.sort = this.sort?.name === column.name ? { name: column.name, way: other[this.sort.way] } : { name: column.name, way: column.first };
-    this.arrange();
-    this.onOrder();
-  }
-  arrange() {
-    const wanted = this.filter.toLowerCase();
-    let rows = this.rows;
-    if (this.only) rows = rows.filter((row) => this.only.has(row.trial));
-    else if (wanted) rows = rows.filter((row) => `${row.texts.join(" ")} ${row.why}`.toLowerCase().includes(wanted));
-    const place = this.columns.findIndex((column) => column.name === this.sort?.name);
-    if (place >= 0) {
-      const sign = this.sort.way === "ascending" ? 1 : -1;
-      rows = [...rows].sort((a, b) => {
-        const left = a.values[place], right = b.values[place];
-        if (left === null || right === null) return (left === null) - (right === null);
-        return sign * (typeof left === "number" ? left - right : String(left).localeCompare(String(right)));
-      });
-    }
-    for (const head of this.head.children) {
-      if (head.dataset.column === this.sort?.name) head.setAttribute("aria-sort", this.sort.way); else head.removeAttribute("aria-sort");
-    }
-    this.shown = rows;
-    this.drawn = null;
-    this.draw();
-    this.onArranged?.(rows.length, this.rows.length);
-  }
-  draw() {
-    const first = Math.max(0, Math.floor(this.scroll.scrollTop / this.height) - 8);
-    const last = Math.min(this.shown.length, first + Math.ceil((this.scroll.clientHeight || 600) / this.height) + 16);
-    if (this.drawn === `${first}-${last}`) return;
-    this.drawn = `${first}-${last}`;
-    const gap = (rows) => { const row = h("tr", { class: "gap", "aria-hidden": "true" }); row.style.height = `${rows * this.height}px`; return row; };
-    this.body.replaceChildren(gap(first), ...this.shown.slice(first, last).map((row) => this.line(row)), gap(this.shown.length - last));
-    this.table.setAttribute("aria-rowcount", this.shown.length);
-  }
-  line(row) {
-    const cells = row.texts.map((text, i) => {
-      const column = this.columns[i];
-      if (column.name === "trial") return h("td", {}, h("button", { type: "button", class: "id", "aria-pressed": String(this.picked.includes(row.trial)), onclick: () => this.onPick(row.trial) }, text), " ", h("a", { href: this.onOpen(row.trial), "aria-label": `open trial ${row.trial}` }, "open"));
-      if (column.name === "state") return h("td", {}, badge(text));
-      return h("td", { class: column.numeric ? "number" : "" }, text);
-    });
-    const classes = [this.picked.includes(row.trial) ? "picked" : "", this.at === row.trial ? "at" : ""].join(" ").trim();
-    return h("tr", { class: classes, data: { trial: row.trial } }, cells, h("td", { class: "why", title: row.why }, row.why));
-  }
-  move(by) {
-    const now = this.shown.findIndex((row) => row.trial === this.at);
-    const next = Math.min(this.shown.length - 1, Math.max(0, now < 0 ? 0 : now + by));
-    this.at = this.shown[next]?.trial ?? null;
-    const top = next * this.height;
-    if (top < this.scroll.scrollTop || top > this.scroll.scrollTop + this.scroll.clientHeight - 3 * this.height) this.scroll.scrollTop = top - this.scroll.clientHeight / 2;
-    this.drawn = null;
-    this.draw();
-  }
-}
 
 function swatch(group) {
   const node = h("span", { class: "swatch" });
@@ -106,16 +19,25 @@ export function studyView(id, query) {
   const base = `studies/${enc(id)}`;
   const parts = Object.fromEntries(["top", "tiles", "cautions", "curves", "table", "figures", "log"].map((name) => [name, h("div")]));
   page.replaceChildren(h("p", { class: "faint" }, "Reading the study."));
-  let overview = null, table = null, panels = [], source = null, timer = 0, closed = false, ready = false, changed = 0, stateText = "";
-  const hidden = new Set();
-  let picked = (query.get("pick") || "").split(",").filter(Boolean).slice(0, 2);
-  const figures = new Map();
+  let overview = null, table = null, link = null, panels = [], source = null, timer = 0, closed = false, ready = false, changed = 0, stateText = "";
+  let picked = (query.get("pick") || "").split(",").filter(Boolean).slice(0, MOST_PICKS);
+  const figures = new Map(), brushes = new Map();
+  const colourOf = (trial) => pickColour(Math.max(0, picked.indexOf(trial)), isDark());
+  let axis = ["epoch", "updates", "time"].includes(query.get("x")) ? query.get("x") : "epoch", refetched = 0;
 
+  let connected = false;
+  let open = true; // whether the cautions are
   async function load() {
     let told, trials, curves;
     try {
       told = await api(base);
-      if (told.found && !closed) [trials, curves] = await Promise.all([api(`${base}/trials`), api(`${base}/curves`)]);
+      if (told.found && !closed) {
+        const known = new Set(told.metrics.map((each) => each.name));
+        const wanted = (query.get("y") || "").split(",").filter((name) => known.has(name)).slice(0, 2);
+        const metrics = wanted.length === 2 ? wanted : ["val_auc_ema", "val_auc_raw"];
+        [trials, curves] = await Promise.all([api(`${base}/trials`), api(curvesPath(metrics))]);
+        curves.metrics = metrics;
+      }
     } catch (error) {
       if (closed) return;
       if (error.status === 401 && (await askToken())) return load();
@@ -126,23 +48,27 @@ export function studyView(id, query) {
     }
     if (closed) return;
     if (!told.found) { waiting(told); return; }
-    build();
+    build(told, curves.metrics);
     show(told);
     table.set(trials);
     groupsOf(trials.rows);
-    for (const [trial, curve] of Object.entries(curves.trials)) {
-      for (const panel of panels) {
-        const values = [];
-        curve.epoch.forEach((epoch, i) => { values[epoch - 1] = curve[panel.key][i]; });
-        panel.set(trial, Array.from(values, (value) => value ?? null), aboutOf(trial, curve.drw));
-      }
-    }
-    for (const panel of panels) panel.redraw();
+    fill(curves);
     pick(picked);
     follow(curves.seen);
     ready = true;
     document.documentElement.dataset.ready = "yes";
   }
+
+  const curvesPath = (metrics) => `${base}/curves?axis=${axis}&${[...new Set(metrics)].map((name) => `metrics=${name}`).join("&")}`;
+  function fill(curves) {
+    for (const [trial, curve] of Object.entries(curves.trials)) link.about(trial, { ...(about.get(trial) || { group: "healthy", ended: false }), drw: curve.drw });
+    for (const panel of panels) panel.set(panel.metric, axis, Object.fromEntries(Object.entries(curves.trials).map(([trial, curve]) => [trial, { x: curve.x, y: curve[panel.metric] }])));
+  }
+  async function refill() { // other metrics or another axis, and what the live events do not hold
+    refetched = Date.now();
+    try { fill(await api(curvesPath(panels.map((panel) => panel.metric)))); } catch (error) { say(error.message, true); }
+  }
+  const isLive = () => axis === "epoch" && panels.every((panel) => /^val_auc_(ema|raw)$/.test(panel.metric));
 
   function waiting(told) { // no study.json yet: it waits, starts, or could not start
     page.replaceChildren(h("h1", {}, told.name), h("p", {}, badge(told.state, told.place ? ` (place ${told.place})` : "")),
@@ -156,34 +82,71 @@ export function studyView(id, query) {
     const start = told.state === "interrupted" ? "resume" : "start";
     return h("div", { class: "tools" },
       told.can_start ? h("button", { class: "tool main", id: "start", onclick: async () => { if (await act(`${base}/start`, "waiting for the machine")) refresh(); } }, start) : "",
-      told.can_retry ? h("button", { class: "tool", id: "retry", onclick: async () => { if (await act(`${base}/start?retry_failed=true`, "waiting for the machine")) refresh(); } }, "let failed trials go on") : "",
+      told.can_retry ? h("button", { class: "tool", id: "retry", onclick: async () => { if (await act(`${base}/start?retry_failed=true`, "waiting for the machine")) refresh(); } }, "retry failed trials") : "",
       told.can_stop ? h("button", { class: "tool", id: "stop", onclick: async () => {
         if (told.state === "queued" || (await confirmThat("Stop the study? Its trials keep their checkpoints, and it can be resumed.", "stop the study"))) {
           if (await act(`${base}/stop`, told.state === "queued" ? "taken from the queue" : "asked to stop")) refresh();
         }
-      } }, told.stopping ? "stopping" : told.state === "queued" ? "take from the queue" : "stop") : "",
-      told.found ? h("a", { class: "tool", href: `api/${base}/report`, download: "" }, "download report") : "");
+      } }, told.stopping ? "stopping" : told.state === "queued" ? "remove from queue" : "stop") : "",
+      told.found ? h("a", { class: "tool", href: `api/${base}/report`, download: "" }, "download report") : "",
+      told.found && !told.can_stop ? h("button", { class: "tool", id: "manage", onclick: () => manage(told) }, "rename, archive, delete") : "");
   }
+
+  async function manage(told) {
+    if (!state.session.logged_in && !(await askToken())) return;
+    const found = await api(`${base}/contents`);
+    const name = h("input", { id: "new-name", value: told.name }), typed = h("input", { id: "typed-name", autocomplete: "off" });
+    const send = async (path, method, body, next) => {
+      try { const asked = await api(`${base}${path}`, { method, body }); dialog.close(); say(asked.became); location.hash = next(asked); } catch (error) { say(error.message, true); }
+    };
+    const size = found.bytes > 1e9 ? `${(found.bytes / 1e9).toFixed(1)} GB` : `${(found.bytes / 1e6).toFixed(1)} MB`;
+    dialog.replaceChildren(h("h2", {}, told.name),
+      h("label", { class: "field" }, h("span", {}, "new name"), name), h("button", { class: "tool", id: "rename", onclick: () => send("/rename", "POST", { name: name.value.trim() }, (asked) => studyHash(asked.study)) }, "rename"),
+      h("p", {}, "Archive: moves the folder to .medtune/archive, where this page does not look. Nothing is lost."), h("button", { class: "tool", id: "archive", onclick: () => send("/archive", "POST", {}, () => "#/") }, "archive"),
+      h("p", {}, `Delete: ${found.trials} trials with their rows, the weights of ${found.with_weights} of them${found.confirmation ? ", the confirmation" : ""}, ${size} in all. There is no way back.`),
+      h("label", { class: "field" }, h("span", {}, "its name, to delete it"), typed), h("div", { class: "tools" }, h("button", { class: "tool danger", id: "delete", onclick: () => send("", "DELETE", { name: typed.value }, () => "#/") }, "delete"), h("button", { class: "tool main", onclick: () => dialog.close() }, "cancel")));
+    dialog.oncancel = null;
+    dialog.showModal();
+  }
+
 
   const refresh = () => { clearTimeout(timer); if (!ready) timer = setTimeout(load, 600); else api(base).then(show).catch(() => {}); };
 
-  function build() {
+  function build(told, metrics) {
     page.replaceChildren(...Object.values(parts));
-    const host = () => h("div", { class: "canvas" });
-    const ema = host(), raw = host();
-    parts.chips = h("div", { class: "chips", role: "group", "aria-label": "what the curves show" });
-    parts.picks = h("p", { class: "faint picks", role: "status" }, "Click a curve or a trial to pick it; two can be compared.");
-    parts.curves.replaceChildren(h("h2", { id: "curves" }, "Validation AUC by epoch"), parts.chips,
-      h("div", { class: "pair" }, h("figure", {}, h("figcaption", {}, "Averaged weights (EMA): what would be deployed"), ema), h("figure", {}, h("figcaption", {}, "Raw weights, as trained"), raw)), parts.picks);
+    parts.notes = notesPart(base, "study", () => api(`${base}/notes`).then((found) => found.study));
+    link = new Link({ onPick: toggle, isDark });
+    parts.chips = h("div", { class: "chips", role: "group", "aria-label": "groups of trials that the curves show" });
+    parts.picks = h("p", { class: "faint picks", role: "status" });
+    const hosts = [h("div", { class: "canvas" }), h("div", { class: "canvas" })];
+    const select = (label, names, value, onchange) => { const node = h("select", { "aria-label": label, onchange: () => onchange(node.value) }, names.map(([name, title]) => h("option", { value: name, title }, name))); node.value = value; return node; };
+    const choices = hosts.map((_, i) => select(`metric of the ${i ? "right" : "left"} panel`, told.metrics.map((each) => [each.name, each.meaning]), metrics[i], (name) => { panels[i].metric = name; meaning(i); refill(); address(); }));
+    const words = hosts.map(() => h("span", { class: "faint" }));
+    const meaning = (i) => { words[i].textContent = told.metrics.find((each) => each.name === choices[i].value)?.meaning ?? ""; };
+    const over = select("horizontal axis", [["epoch", ""], ["updates", "optimiser updates"], ["time", "minutes in the trial's epochs"]], axis, (name) => { axis = name; link.zoom = null; refill(); address(); });
+    const smooth = h("input", { type: "range", id: "smoothing", min: 0, max: 0.95, step: 0.05, value: 0, "aria-label": "smoothing", oninput: () => { link.smoothing = Number(smooth.value); amount.textContent = link.smoothing ? smooth.value : "off"; link.redraw(); } });
+    const amount = h("output", {}, "off");
+    const reset = h("button", { type: "button", class: "tool", id: "unzoom", disabled: true, onclick: () => link.resetZoom() }, "reset zoom");
+    link.onZoom = (zoomed) => { reset.disabled = !zoomed; };
+    parts.curves.replaceChildren(h("h2", { id: "curves" }, "Curves"), parts.chips,
+      h("div", { class: "tools" }, h("label", {}, "over ", over), h("label", { class: "range" }, "smoothing ", smooth, " ", amount), reset, h("span", { class: "faint mouse" }, "drag to zoom, shift-drag to move, double-click to reset")),
+      h("div", { class: "pair" }, hosts.map((host, i) => h("figure", {}, h("div", { class: "tools of" }, choices[i], words[i]), host))), parts.picks);
+    panels = hosts.map((host, i) => new Panel(host, link, metrics[i]));
+    hosts.forEach((_, i) => meaning(i));
     const onPick = (trial) => toggle(trial);
-    panels = [new Curves(ema, { key: "ema", label: "validation AUC of the averaged weights by epoch, a line a trial", onPick }), new Curves(raw, { key: "raw", label: "validation AUC of the raw weights by epoch, a line a trial", onPick })];
-    const filter = h("input", { type: "search", id: "filter", placeholder: "part of any cell, or best_val_auc > 0.8", value: query.get("where") || "" });
+    const filter = h("input", { type: "search", id: "filter", placeholder: "part of any cell, or AUC > 0.8 and epochs >= 10", value: query.get("where") || "" });
     const count = h("span", { class: "faint", role: "status" });
     let wait = 0;
     filter.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => { applyFilter(filter.value); address(); }, 200); });
-    parts.table.replaceChildren(h("h2", { id: "trials" }, "Trials"), h("div", { class: "tools" }, h("label", {}, "Filter ", filter), count));
-    table = new TrialTable(parts.table, { onPick, onOpen: (trial) => studyHash(id, `/trial/${enc(trial)}`), onOrder: () => address() });
-    table.onArranged = (shown, all) => { count.textContent = shown === all ? `${all} trials` : `${shown} of ${all} trials`; };
+    parts.table.replaceChildren(h("h2", { id: "trials" }, "Trials"), h("div", { class: "tools", id: "table-tools" }, h("label", {}, "Filter ", filter), count));
+    table = new TrialTable(parts.table, { onPick, onOpen: (trial) => studyHash(id, `/trial/${enc(trial)}`), onOrder: () => address(), colourOf });
+    parts.table.querySelector("#table-tools").append(...table.tools(id));
+    table.onArranged = (shown, all) => {
+      count.textContent = shown === all ? `${all} trials` : `${shown} of ${all} trials`;
+      link.only = table.passing(); // the filter acts on curves and figures alike
+      link.redraw();
+      for (const [name, each] of figures) if (each.figure) draw(name);
+    };
     const sort = query.get("sort") || "-objective";
     table.sort = { name: sort.replace(/^-/, ""), way: sort.startsWith("-") ? "descending" : "ascending" };
     if (filter.value) applyFilter(filter.value);
@@ -195,9 +158,8 @@ export function studyView(id, query) {
     table.only = null;
     if (/[<>=~]/.test(text)) {
       try {
-        const found = await api(`${base}/trials?where=${enc(text)}`);
+        const found = await api(`${base}/trials?where=${enc(table.named(text))}`);
         table.only = new Set(found.rows.map((row) => row.trial));
-        
       } catch (error) { say(error.message, true); table.only = new Set(); }
     }
     table.arrange();
@@ -208,6 +170,10 @@ export function studyView(id, query) {
     if (table.sort && !(table.sort.name === "objective" && table.sort.way === "descending")) kept.set("sort", (table.sort.way === "descending" ? "-" : "") + table.sort.name);
     if (table.filter) kept.set("where", table.filter);
     if (picked.length) kept.set("pick", picked.join(","));
+    if (axis !== "epoch") kept.set("x", axis);
+    const metrics = panels.map((panel) => panel.metric).join(",");
+    if (metrics !== "val_auc_ema,val_auc_raw") kept.set("y", metrics);
+    state.places.set(id, studyHash(id, kept.size ? `?${kept}` : "")); // where Escape goes back to
     history.replaceState(null, "", studyHash(id, kept.size ? `?${kept}` : ""));
   }
 
@@ -217,38 +183,43 @@ export function studyView(id, query) {
       if (!row.trial) continue;
       const state = row.texts[table.columns.findIndex((column) => column.name === "state")];
       about.set(row.trial, { group: row.group, ended: state === "stopped" || state === "failed" });
-      for (const panel of panels) if (panel.about(row.trial, about.get(row.trial))) panel.redraw();
+      if (link.about(row.trial, about.get(row.trial))) link.redraw();
     }
   }
-  const aboutOf = (trial, drw) => ({ drw, ...(about.get(trial) || { group: "healthy", ended: false }) });
 
   function show(told) {
     if (closed || !told.found) return;
     overview = told;
     document.title = `${told.name} · medtune`;
-    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, told.name), badge(told.state, told.place ? ` (place ${told.place})` : "")), h("p", { class: "faint" }, told.path), told.trouble ? h("p", { class: "bad", id: "trouble" }, told.trouble) : "",
-      h("p", { class: "asked" }, told.asked), h("p", { class: "found" }, told.found), buttons(told));
+    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, told.name), badge(told.state, told.place ? ` (place ${told.place})` : "")), h("p", { class: "faint path" }, told.path), told.trouble ? h("p", { class: "bad", id: "trouble" }, told.trouble) : "",
+      h("p", { class: "asked" }, told.asked), h("p", { class: "found" }, told.found), buttons(told), parts.notes);
     tiles(told);
-    parts.cautions.replaceChildren(told.cautions.length ? h("details", { class: "doubts" }, h("summary", {}, `Before you trust this (${told.cautions.length})`),
+    parts.cautions.replaceChildren(told.cautions.length ? h("details", { class: "doubts", open }, h("summary", {}, `Before you trust this (${told.cautions.length})`),
       h("ul", { class: "cautions" }, told.cautions.map((each) => h("li", {}, h("b", {}, each.title), h("p", {}, prose(each.text)), h("p", { class: "faint" }, prose(each.remedy)))))) : "");
-    if (open) parts.cautions.querySelector("details")?.setAttribute("open", "");
     parts.cautions.querySelector("details")?.addEventListener("toggle", (event) => { open = event.target.open; });
     chips(told.groups);
-    for (const panel of panels) {
-      if (panel.best !== told.best_trial || String(panel.rungs) !== String(told.rungs)) { panel.best = told.best_trial; panel.rungs = told.rungs; panel.redraw(); }
-      if (panel.epochs < told.full_epochs) { panel.epochs = told.full_epochs; panel.redraw(); }
+    if (link.best !== told.best_trial || String(link.rungs) !== String(told.rungs) || link.epochs < told.full_epochs) {
+      Object.assign(link, { best: told.best_trial, rungs: told.rungs, epochs: Math.max(link.epochs, told.full_epochs) });
+      link.redraw();
     }
+    live.textContent = connected && ["running", "starting"].includes(told.state) ? "live" : "";
+    live.className = live.textContent ? "live on" : "live";
     figurePart(told.figures);
     const news = JSON.stringify([told.states, told.epochs]);
-    if (news !== stateText) { stateText = news; changed += 1; }
+    if (news !== stateText) {
+      stateText = news;
+      changed += 1;
+      if (ready && !isLive() && Date.now() - refetched > 5000) refill();
+    }
   }
-  let open = false;
 
   function tiles(told) {
-    const progress = told.progress, done = Object.values(told.states).reduce((a, b) => a + b, 0);
+    const progress = told.progress;
     const tile = (value, text) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, text));
-    const list = [tile(number(told.best), told.best_trial ? `${told.objective}, trial ${told.best_trial}` : told.objective),
-      tile(`${done} of ${told.trials}`, `trials: ${Object.entries(told.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(told.epochs), "epochs run")];
+    const interval = told.best_interval?.[0] === null || !told.best_interval ? "" : ` [${number(told.best_interval[0], 2)}, ${number(told.best_interval[1], 2)}]`;
+    const ties = told.noise === null || told.best === null ? "" : `; ${told.rivals || "no"} other${told.rivals === 1 ? "" : "s"} within its noise`;
+    const list = [tile(`${number(told.best)}${interval}`, told.best_trial ? `${told.objective}, trial ${told.best_trial}${interval ? ", with the interval of its AUC" : ""}${ties}` : told.objective),
+      tile(`${told.ended} of ${told.trials}`, `trials ended: ${Object.entries(told.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(told.epochs), "epochs run")];
     if (told.state === "running") {
       const now = Date.now() / 1000;
       list.push(tile(progress.likely ? `~${span(progress.likely - now)}` : "-", progress.latest ? `left, ${span(progress.latest - now)} if nothing more is stopped` : "left: not known yet"));
@@ -261,29 +232,30 @@ export function studyView(id, query) {
   }
 
   function chips(groups) {
-    for (const panel of panels) for (const group of groups) panel.groups.set(group.key, group);
+    const { hidden } = link;
+    for (const group of groups) link.groups.set(group.key, group);
     const text = JSON.stringify([groups, [...hidden]]);
     if (parts.chips.dataset.text === text) return;
     parts.chips.dataset.text = text;
     parts.chips.replaceChildren(...groups.map((group) => h("button", { type: "button", class: "chip", data: { group: group.key }, "aria-pressed": String(!hidden.has(group.key)), onclick: () => {
       if (hidden.has(group.key)) hidden.delete(group.key); else hidden.add(group.key);
-      for (const panel of panels) { panel.hidden = hidden; panel.redraw(); }
+      link.redraw();
       chips(overview.groups);
     } }, swatch(group), `${group.glyph} ${group.title} (${group.count})`)));
   }
 
-  // Picking: at most two, the older one goes
-  function toggle(trial) { pick(picked.includes(trial) ? picked.filter((each) => each !== trial) : [...picked.slice(-1), trial]); }
+  // Picking: each has a colour of its own; the oldest goes when there are too many
+  function toggle(trial) { pick(picked.includes(trial) ? picked.filter((each) => each !== trial) : [...picked.slice(1 - MOST_PICKS), trial]); }
   function pick(trials) {
     picked = trials;
     table.picked = picked;
-    table.drawn = null;
-    table.draw();
-    for (const panel of panels) { panel.picked = picked; panel.later(); }
+    table.redraw();
+    link.picked = picked;
+    link.later();
     for (const [name, each] of figures) if (each.figure) draw(name);
-    parts.picks.replaceChildren(...(picked.length ? [`picked: `, ...picked.flatMap((trial) => [h("a", { href: studyHash(id, `/trial/${enc(trial)}`) }, trial), " "]),
+    parts.picks.replaceChildren(...(picked.length ? [`picked: `, ...picked.flatMap((trial) => { const mark = h("span", { class: "swatch" }); mark.style.borderTopColor = colourOf(trial); return [h("a", { class: "chip", href: studyHash(id, `/trial/${enc(trial)}`) }, mark, trial), " "]; }),
       picked.length === 2 ? h("a", { class: "tool", id: "compare", href: studyHash(id, `/compare/${picked.map(enc).join("/")}`) }, "compare the two") : "", " ",
-      h("button", { type: "button", class: "tool", onclick: () => pick([]) }, "clear")] : ["Click a curve or a trial to pick it; two can be compared."]));
+      h("button", { type: "button", class: "tool", onclick: () => pick([]) }, "clear")] : [`Click a curve or a trial to pick it, up to ${MOST_PICKS}; two can be compared.`]));
     address();
   }
 
@@ -305,7 +277,7 @@ export function studyView(id, query) {
       let each = figures.get(name);
       if (!each) {
         each = { host: h("div", { class: "plot" }), caption: h("figcaption"), at: 0, seen: -1 };
-        each.box = h("figure", { data: { figure: name }, class: name === "parallel" ? "wide" : "" }, h("h3", {}, title), name === "parallel" ? h("div", { class: "scroll" }, each.host) : each.host, each.caption);
+        each.box = h("figure", { data: { figure: name }, class: name === "parallel" ? "wide" : "" }, h("h3", {}, title), name === "parallel" ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title }, each.host) : each.host, each.caption);
         figures.set(name, each);
         seen.observe(each.box);
       }
@@ -328,7 +300,12 @@ export function studyView(id, query) {
     each.seen = changed;
     each.at = Date.now();
   }
-  function draw(name) { const each = figures.get(name); drawFigure(each.host, each.figure, { onPick: toggle, picked }); }
+  function draw(name) {
+    const each = figures.get(name), axes = each.figure.layout.meta?.axes;
+    if (axes) each.host.style.minWidth = `${96 * axes.length}px`; // room for every heading
+    const onBrush = (place, range) => { if (range) brushes.set(place, range); else brushes.delete(place); table.brushed = brushed(each.figure, brushes); table.arrange(); };
+    drawFigure(each.host, each.figure, { onPick: toggle, picked, colourOf, shows: (trial) => !link.only || link.only.has(trial), onBrush, brushes });
+  }
 
   function logPart(which) {
     const text = h("pre", { class: "log", tabindex: 0 });
@@ -344,7 +321,9 @@ export function studyView(id, query) {
         const low = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
         text.textContent = told.lines.join("\n") || "nothing yet";
         if (low) text.scrollTop = text.scrollHeight;
-      } catch { /* the next look may tell */ }
+      } catch (error) {
+        if (error.status === 401) { text.textContent = "Logs take the token: log in to read them."; state.session.logged_in = false; showSession(); }
+      }
       wait = setTimeout(read, 3000);
     };
     details.addEventListener("toggle", read);
@@ -357,18 +336,15 @@ export function studyView(id, query) {
     source = new EventSource(`api/${base}/events?seen=${from}`);
     // A browser keeps six connections to a host: one that a page left behind is kept from the next
     addEventListener("pagehide", () => source.close(), { once: true });
-    const told = (text, good) => { live.textContent = text; live.className = good ? "live on" : "live"; };
-    source.onopen = () => told("live", true);
-    source.onerror = () => told("connection lost, trying again", false);
+    source.onopen = () => { connected = true; if (overview) show(overview); };
+    source.onerror = () => { connected = false; live.textContent = "connection lost, trying again"; live.className = "live"; };
     source.addEventListener("rows", (event) => {
       const news = JSON.parse(event.data);
       document.documentElement.dataset.lag = String(Math.round(Date.now() - news.sent * 1000));
       for (const [trial, epoch, raw, ema, drw] of news.rows) {
-        for (const panel of panels) {
-          panel.add(trial, epoch, panel.key === "raw" ? raw : ema);
-          const line = panel.trials.get(trial);
-          if (drw && line && !line.drw) { line.drw = epoch; panel.redraw(); }
-        }
+        if (!link.trials.has(trial)) link.about(trial, { group: "healthy", ended: false });
+        if (drw && !link.trials.get(trial).drw) { link.about(trial, { ...link.trials.get(trial), drw: epoch }); link.redraw(); }
+        if (axis === "epoch") for (const panel of panels) if (/^val_auc_(ema|raw)$/.test(panel.metric)) panel.add(trial, epoch, panel.metric === "val_auc_raw" ? raw : ema);
       }
       document.documentElement.dataset.rows = String(Number(document.documentElement.dataset.rows || 0) + news.rows.length);
     });
@@ -380,7 +356,7 @@ export function studyView(id, query) {
   return {
     crumbs: [[id, studyHash(id)]],
     close: () => { closed = true; clearTimeout(timer); source?.close(); seen.disconnect(); live.textContent = ""; live.className = "live"; },
-    repaint: () => { if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } for (const panel of panels) panel.redraw(); for (const [name, each] of figures) if (each.figure) draw(name); },
+    repaint: () => { if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } link?.redraw(); pick(picked); for (const [name, each] of figures) if (each.figure) draw(name); },
     keys: {
       j: () => table?.move(1), k: () => table?.move(-1), x: () => table?.at && toggle(table.at),
       Enter: () => { if (table?.at) location.hash = studyHash(id, `/trial/${enc(table.at)}`); },
@@ -420,6 +396,7 @@ function trialFigures(told, host) {
 export function trialView(study, trial) {
   const base = `studies/${enc(study)}`;
   let closed = false, timer = 0, drawn = [], before = "";
+  const notes = notesPart(`${base}/trials/${enc(trial)}`, "trial", () => api(`${base}/notes`).then((found) => found.trials[trial]));
   async function load() {
     let told;
     try { told = await api(`${base}/trials/${enc(trial)}`); } catch (error) {
@@ -433,7 +410,8 @@ export function trialView(study, trial) {
   }
   function show(told) {
     const healthy = !told.verdict || told.verdict === "healthy";
-    const title = healthy ? (told.verdict ? "healthy" : "not diagnosed yet") : `${told.group_title === "stopped at a rung" ? told.verdict : told.group_title}${told.since_epoch ? ` since epoch ${told.since_epoch}` : ""}`;
+    const sound = told.state === "completed" && told.best_val_auc_low !== null && told.best_val_auc_low > 0.5;
+    const title = healthy ? (told.verdict ? (sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${told.group_title === "stopped at a rung" ? told.verdict : told.group_title}${told.since_epoch ? ` since epoch ${told.since_epoch}` : ""}`;
     const interval = told.best_val_auc_low === null ? "" : ` [${number(told.best_val_auc_low)}, ${number(told.best_val_auc_high)}]`;
     const tile = (value, words) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, words));
     const plots = h("div", { class: "plots" });
@@ -443,11 +421,11 @@ export function trialView(study, trial) {
       h("div", { class: "title" }, h("h1", {}, `Trial ${told.trial}`), badge(told.state), told.variant ? h("span", { class: "faint" }, told.variant) : ""),
       h("section", { class: `diagnosis ${healthy ? "good" : "bad"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(told.verdict_summary || (healthy ? "Nothing is wrong by now." : ""))), told.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(told.advice)) : ""),
       told.reason && told.state !== "running" && !told.reason.includes(told.verdict_summary) ? h("p", {}, `Ended: ${told.reason}`) : "", told.error ? h("pre", { class: "log" }, told.error) : "",
-      h("div", { class: "tools" }, told.stoppable ? h("button", { class: "tool main", id: "stop-trial", disabled: told.stop_asked, onclick: async () => {
+      h("div", { class: "tools" }, told.stoppable ? h("button", { class: "tool", id: "stop-trial", disabled: told.stop_asked, onclick: async () => {
         if ((await confirmThat(`Stop trial ${trial} after the epoch it is in? It will not be run again.`, "stop the trial")) && (await act(`${base}/trials/${enc(trial)}/stop`, "asked: it ends with its epoch"))) load();
       } }, told.stop_asked ? "asked to stop" : "stop this trial") : "", h("a", { class: "tool", href: studyHash(study, `?pick=${enc(trial)}`) }, "show among the others")),
-      h("div", { class: "tiles" }, tile(number(told.objective), "objective"), tile(number(told.best_val_auc), `AUC${interval} in epoch ${told.best_epoch ?? "-"}`), tile(`${told.epochs_run} of ${told.epochs}`, "epochs"), tile(told.work || "-", "in its epochs")),
-      plots,
+      notes, h("div", { class: "tiles" }, tile(number(told.objective), "objective"), tile(number(told.best_val_auc), `AUC${interval} in epoch ${told.best_epoch ?? "-"}`), tile(`${told.epochs_run} of ${told.epochs}`, "epochs"), tile(told.work || "-", "in its epochs")),
+      h("h2", {}, "Curves"), plots,
       h("h2", {}, "Decisions"), told.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),
         h("tbody", {}, told.decisions.map((each) => h("tr", {}, h("td", { "data-label": "epoch" }, each.epoch), h("td", { "data-label": "decision" }, `${each.action}: ${each.reason}`), h("td", { class: "text" }, each.summary))))) : h("p", { class: "faint" }, "None worth a line yet."),
       h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from what the document ends with, or from the default where it says nothing."), settingsTable(told), details,
@@ -458,7 +436,7 @@ export function trialView(study, trial) {
   }
   load();
   return { crumbs: [[study, studyHash(study)], [trial, studyHash(study, `/trial/${enc(trial)}`)]], close: () => { closed = true; clearTimeout(timer); }, repaint: () => drawn.forEach((draw) => draw()),
-    keys: { Escape: () => { location.hash = studyHash(study); } } };
+    keys: { Escape: () => { location.hash = state.places.get(study) || studyHash(study); } } };
 }
 
 function settingsTable(told) {
@@ -477,7 +455,7 @@ export function compareView(study, first, second) {
     const table = (name, rows, more) => h("table", { class: "settings" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, name), heads.map((head) => head.cloneNode(true)), more ? h("th", { class: "roomy", scope: "col" }, more) : "")), h("tbody", {}, rows));
     const words = told.pages.map((each) => h("div", { class: "diagnosis" }, h("b", {}, `${each.trial}: ${each.verdict ? each.group_title : "not diagnosed yet"}`), h("p", {}, prose(each.verdict_summary || ""))));
     const plots = h("div", { class: "plots" });
-    page.replaceChildren(h("h1", {}, `${first} against ${second}`), table("outcome", told.outcome.map((row) => h("tr", {}, row.map((text) => h("td", {}, text))))), plots,
+    page.replaceChildren(h("h1", {}, `${first} against ${second}`), table("outcome", told.outcome.map((row) => h("tr", {}, row.map((text) => h("td", {}, text))))), h("h2", {}, "Curves"), plots,
       h("div", { class: "pair" }, words), h("h2", {}, "Settings that differ"), told.settings.length ? table("hyperparameter", told.settings.map((each) => h("tr", { data: { name: each.name } }, h("td", {}, each.name), each.values.map((text) => h("td", {}, text)), h("td", { class: "faint roomy" }, prose(each.meaning)))), "meaning") : h("p", {}, "None."),
       h("p", { class: "faint" }, `${told.same} others are equal.`));
     for (const [title, column, range] of [["Averaged weights: validation AUC", "val_auc_ema", true], ["Raw weights: validation AUC", "val_auc_raw", true], ["Training loss", "train_loss", false]]) {
@@ -493,6 +471,6 @@ export function compareView(study, first, second) {
     document.title = `${first} against ${second} · medtune`;
     document.documentElement.dataset.ready = "yes";
   }).catch((error) => page.replaceChildren(h("p", { class: "bad" }, error.message)));
-  return { crumbs: [[study, studyHash(study)], [`${first} against ${second}`, location.hash]], close: () => {}, repaint: () => drawn.forEach((draw) => draw()), keys: { Escape: () => { location.hash = studyHash(study); } } };
+  return { crumbs: [[study, studyHash(study)], [`${first} against ${second}`, location.hash]], close: () => {}, repaint: () => drawn.forEach((draw) => draw()), keys: { Escape: () => { location.hash = state.places.get(study) || studyHash(study); } } };
 }
 
