@@ -147,8 +147,10 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         # cuBLAS's own condition for a deterministic run, which reads it once: a process may have run others before.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Set either way: the process may have run another trial before. Trilinear resampling has no deterministic kernel.
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        # Unset too: the process may have run another trial before. Trilinear resampling has no deterministic kernel. Only
+        # where it changes something, as torch loads its compiler here, which keeps in a circle the frames of this run.
+        if config.deterministic or torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
 
         self.split = split
