@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from trainables import installed_version
-from trainables.checkpoints import TrialFiles, load_state, write_json
+from trainables.checkpoints import CheckpointError, TrialFiles, load_state, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split, split_rows
 from trainables.data.json_files import read_json
@@ -407,6 +407,7 @@ def read_run(trial: pd.Series) -> _Run:
             row=state["row"],
         )
     except (
+        CheckpointError,
         OSError,
         EOFError,
         RuntimeError,

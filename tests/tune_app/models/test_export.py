@@ -204,7 +204,7 @@ def test_weights_that_do_not_give_the_studys_auc_are_not_exported(
 ) -> None:
     best = StudyFiles(a_copy).trial("00000").best
     state = load_state(best)
-    state["row"]["val_auc_ema"] = state["row"]["val_auc_ema"] - 0.1
+    state["row"]["val_auc"] = state["row"]["val_auc"] - 0.1
     save_state(best, state)
     with pytest.raises(
         ExportError, match=r"trial 00000: its weights give validation AUC .*the study recorded"
