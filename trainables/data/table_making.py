@@ -7,7 +7,6 @@ loads torch.
 
 import csv
 import io
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from trainables.checkpoints import replacing
-from trainables.data.table_file import ManifestError
+from trainables.data.json_files import parse_json, regular_bytes
+from trainables.data.table_file import MAX_TABLE_BYTES, ManifestError
 
 ID_NAMES = ("id", "scan", "image", "file", "filename", "path", "case", "name", "participant_id")
 LABEL_NAMES = ("label", "class", "diagnosis", "target", "group", "outcome", "malignancy", "y")
@@ -225,7 +225,7 @@ def read_sheet(path: Path) -> Sheet:
     Raises ManifestError when it cannot be read, or has no rows.
     """
     try:
-        content = path.read_bytes()
+        content = regular_bytes(path, MAX_TABLE_BYTES)
     except OSError as error:
         raise ManifestError([f"label sheet {path}: {error.strerror}"]) from None
     if content.startswith(b"PK\x03\x04"):
@@ -290,8 +290,8 @@ def _from_first_filled(rows: list[list[str]]) -> list[list[str]]:
 
 def _json(path: Path, content: bytes) -> list[list[str]]:
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(content)
+    except ValueError as error:
         raise ManifestError([f"label sheet {path}: not JSON: {error}"]) from None
     items = value if isinstance(value, list) else _datalist(value)
     if not items or not all(isinstance(item, dict) for item in items):

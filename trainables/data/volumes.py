@@ -182,7 +182,7 @@ def cohort_like(
 def cohort_name_like(folder: Path, recipe: Recipe) -> str:
     """Return the name that the data of the cohort in `folder` have when `recipe` prepares them. Raises CohortError."""
     try:
-        written = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+        written = read_json(folder / "cohort.json")
         rows = {name: written[name] for name in ("paths", "labels", "subjects")}
         return _cohort_name(written["sha256"], rows, recipe)
     except (OSError, ValueError, KeyError, TypeError) as error:

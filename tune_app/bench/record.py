@@ -32,6 +32,7 @@ from search_spaces.spaces import warm_start_points
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, Scalar, build_config
 from trainables.data.folds import Split, split_rows
+from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
@@ -207,7 +208,7 @@ def _claimed(out: Path, recording: Recording) -> Path:
     asked = json.loads(json.dumps(asdict(recording)))
     record = parts / "recording.json"
     if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json(record)
         differ = [
             name
             for name in ("space", "config", "hold_fold", "seed", "cohort", "settings")

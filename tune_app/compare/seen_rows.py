@@ -4,7 +4,6 @@ Rows are known one by one, not by the number of their fold: a search with `cross
 own split cut the same rows differently.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainables.data.folds import split_rows
+from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest
 from trainables.metrics import auc_interval
 from tune_app.compare.ablation import Folds
@@ -141,7 +141,7 @@ def read_scores(root: Path) -> ValidationScores | None:
     if not path.is_file():
         return None
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path)
         if written["format"] != SCORES_FORMAT:
             raise ValueError(f"format {written['format']}")
         runs = {

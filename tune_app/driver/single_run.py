@@ -1,6 +1,5 @@
 """One run without a search: what `medtune train` does, and the line an epoch that it prints."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from trainables.checkpoints import TrialFiles, write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.course import HEALTHY
 from trainables.data.folds import split_rows, thin_folds
+from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.spacing import with_common_spacing
@@ -113,7 +113,7 @@ def _with_spacing(
 ) -> FineTuneConfig:
     """The config with the spacing that a run in this folder began with, or for a new run the common one of the table."""
     if "spacing_mm" not in config.model_fields_set and files.config.is_file():
-        began = build_config(json.loads(files.config.read_text(encoding="utf-8")))
+        began = build_config(read_json(files.config))
         return config.model_copy(update={"spacing_mm": began.spacing_mm})
     config, found = with_common_spacing(config, manifest)
     for line in found.lines() if found else []:

@@ -8,7 +8,6 @@ and every number in the model card, so that a card never speaks of other weights
 
 import csv
 import io
-import json
 import math
 import statistics
 import time
@@ -240,7 +239,7 @@ def _export_single(
     """Write the run in `root` as a model: its table and cache are those of the run, unless they are named."""
     files = TrialFiles(root)
     try:
-        known = json.loads(files.run.read_text(encoding="utf-8")) if files.run.is_file() else {}
+        known = read_json(files.run) if files.run.is_file() else {}
     except (OSError, ValueError) as error:
         raise ExportError(f"{files.run}: damaged ({error}): name the table with --data") from None
     table = data or known.get("data")

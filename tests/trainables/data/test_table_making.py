@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -206,3 +207,12 @@ def test_an_existing_table_is_kept(scan_at, tmp_path):
     with pytest.raises(ManifestError, match="--force"):
         write_table(joined, tmp_path / "table.csv")
     assert (tmp_path / "table.csv").read_text() == "precious"
+
+
+def test_a_pipe_or_a_thousand_brackets_are_no_label_sheet(tmp_path):
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(ManifestError, match="a regular file is needed"):
+        read_sheet(tmp_path / "labels.csv")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ManifestError, match="nested too deeply"):
+        read_sheet(tmp_path / "deep.json")
