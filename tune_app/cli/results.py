@@ -67,10 +67,10 @@ def results(
         table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
     else:
         table = results_table(
-            subject.trials,
+            loaded[0].ranked if len(loaded) == 1 and not sort else subject.trials,
             subject.searched,
             columns=columns,
-            sort=sort or ("-objective", "number"),
+            sort=sort or (() if len(loaded) == 1 else ("-objective", "number")),
             where=where or (),
             limit=limit,
         )

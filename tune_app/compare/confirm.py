@@ -91,11 +91,11 @@ def choose_candidates(search: Study, top: int) -> Candidates:
         setting_key(search.spec, documented_after(epochs)): "the documented settings",
         setting_key(search.spec, all_fixes(epochs)): "the default settings",
     }
-    trials = search.trials
+    trials = search.ranked
     whole = trials[(trials["state"] == "completed") & trials["objective"].notna()]
     sound = whole[~whole["verdict"].isin(COLLAPSES)]
     found = Candidates({}, [])
-    for trial in sound.sort_values(["objective", "number"], ascending=[False, True])["trial"]:
+    for trial in sound["trial"]:
         if len(found.overrides) == top:
             break
         overrides = {

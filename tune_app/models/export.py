@@ -91,8 +91,8 @@ def choose(
     middle: the best of equal runs is merely lucky. Raises ExportError when there is no such trial, SpecError when
     `study` is no confirmation.
     """
-    usable = study.trials[
-        study.trials["best_checkpoint"].notna() & study.trials["objective"].notna()
+    usable = study.ranked[
+        study.ranked["best_checkpoint"].notna() & study.ranked["objective"].notna()
     ]
     scored = len(usable)
     told = f"by the study's objective, {study.spec.objective}"
@@ -109,9 +109,7 @@ def choose(
         luck = "whoever asked for this trial may have known its score"
         return chosen(rows, f"trial {name} was asked for by name", luck, rows["best_epoch"].iloc[0])
 
-    usable = usable[usable["state"] != "failed"].sort_values(
-        "objective", ascending=False, kind="stable"
-    )
+    usable = usable[usable["state"] != "failed"]
     how = f"of {scored} trials, the best {told}"
     luck = f"the trial was chosen on them as the best of {scored}"
     if confirmed:

@@ -467,7 +467,7 @@ def _test_rows(page: Page, study: Study) -> None:
 
 def _trials(page: Page, study: Study) -> None:
     section = page.section("trials", "Every trial")
-    table = results_table(study.trials, study.searched, limit=MOST_ROWS)
+    table = results_table(study.ranked, study.searched, sort=(), limit=MOST_ROWS)
     if len(table) < len(study.trials):
         section.text(
             f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.",

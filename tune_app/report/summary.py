@@ -29,7 +29,9 @@ def print_summary(root: Path, console: Console) -> None:
     width = min(console.width, 100)
     console.print()
     console.print(
-        render_table(results_table(study.trials, study.searched, limit=SHOWN_TRIALS), width)
+        render_table(
+            results_table(study.ranked, study.searched, sort=(), limit=SHOWN_TRIALS), width
+        )
     )
     if len(study.trials) > SHOWN_TRIALS:
         console.print(

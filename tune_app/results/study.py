@@ -29,7 +29,7 @@ from tune_app.results.importance import Axis, axis_of, importance
 from tune_app.results.query import column_of, require_column, select, smaller_is_better
 from tune_app.results.tables import results_table
 from tune_app.results.text import formatted
-from tune_app.results.ties import lead_of_ties
+from tune_app.results.ties import ranking
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import (
     STATES,
@@ -92,7 +92,7 @@ class Study:
         """Return the row of the best trial by `metric` among those `where` lets through (failed ones never).
 
         `metric` is a column of `.trials`, or a metric, which means its `best_` column. Losses, errors and times are
-        best when small. `lead_of_ties` decides between equal ones. Raises ValueError when no trial has a value.
+        best when small. `ranking` decides between equal ones. Raises ValueError when no trial has a value.
         """
         rows = select(self.trials, where)
         column = column_of(rows, metric)
@@ -102,11 +102,22 @@ class Study:
                 f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}"
             )
         axes = [self.axis(name) for name in self.searched]
-        return rows.iloc[lead_of_ties(rows, column, axes, smaller=smaller_is_better(column))]
+        return rows.iloc[ranking(rows, column, axes, smaller=smaller_is_better(column))[0]]
+
+    @cached_property
+    def ranked(self) -> pd.DataFrame:
+        """`.trials` from best to worst objective, as tables list them: the first that has not failed is `best()`."""
+        failed = self.trials["state"] == "failed"
+        axes = [self.axis(name) for name in self.searched]
+        parts = [
+            part.iloc[ranking(part, "objective", axes, smaller=False)]
+            for part in (self.trials[~failed], self.trials[failed])
+        ]
+        return pd.concat([part for part in parts if len(part)]) if len(self.trials) else self.trials
 
     def leaderboard(self, n: int | None = 10, where: str | Sequence[str] = ()) -> pd.DataFrame:
         """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched."""
-        table = results_table(self.trials, self.searched, where=where, limit=n)
+        table = results_table(self.ranked, self.searched, sort=(), where=where, limit=n)
         table.insert(0, "rank", np.arange(1, len(table) + 1))
         return table
 

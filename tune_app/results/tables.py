@@ -25,11 +25,11 @@ def results_table(
     where: str | Sequence[str] = (),
     limit: int | None = None,
 ) -> pd.DataFrame:
-    """Return the trials as `medtune results` shows them: best first, the columns that tell the trials apart.
+    """Return the trials as `medtune results` shows them: the columns that tell the trials apart.
 
     `searched` are the hyperparameters that tell them apart.
     `columns` are names, bare metrics, or patterns (`best_val_auc*`); "all" is all. `sort` holds names, with a leading
-    minus for the largest first; missing values come last. `where` as in `select`. Raises QueryError.
+    minus for the largest first; missing values come last. An empty `sort` keeps the order of `trials`. `where` as in `select`. Raises QueryError.
     """
     table = select(trials, where)
     keys = [sort] if isinstance(sort, str) else list(sort)

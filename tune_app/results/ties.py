@@ -1,4 +1,4 @@
-"""Which of several trials with the same value leads."""
+"""Trials from best to worst, and which of several with the same value leads."""
 
 import math
 from collections.abc import Sequence
@@ -12,24 +12,26 @@ NEIGHBOURS = 5
 """Trials nearest in their settings, whose median decides between equal ones."""
 
 
-def lead_of_ties(trials: pd.DataFrame, column: str, axes: Sequence[Axis], *, smaller: bool) -> int:
-    """Return the position of the row with the best value of `column`, which no row may miss.
+def ranking(trials: pd.DataFrame, column: str, axes: Sequence[Axis], *, smaller: bool) -> list[int]:
+    """Return the positions of the rows from best to worst value of `column`; rows without a value come last.
 
-    Rows with exactly the same value are a tie, frequent where AUC is 1 or few volumes validate. A tie goes to a trial
-    without a fault in its diagnosis; among these to the one whose NEIGHBOURS nearest trials in the searched settings have
-    the best median, because a good value among poor neighbours is more likely luck; then to the first.
+    Rows with exactly the same value are a tie, frequent where AUC is 1 or few volumes validate. In a tie a trial without
+    a fault in its diagnosis is ahead; among these the one whose NEIGHBOURS nearest trials in the searched settings have
+    the better median, because a good value among poor neighbours is more likely luck; then the earlier row.
     """
-    values = trials[column].to_numpy("float64")
-    best = values.min() if smaller else values.max()
-    tied = np.flatnonzero(values == best)
-    sound = (trials["verdict"].iloc[tied] == "healthy").fillna(False).to_numpy(dtype=bool)
-    if sound.any():
-        tied = tied[sound]
-    if len(tied) == 1 or not axes or len(trials) < 3:
-        return int(tied[0])
-    medians = _medians_around(trials, values, axes, tied)
-    known = [-math.inf if math.isnan(each) else (-each if smaller else each) for each in medians]
-    return int(tied[int(np.argmax(known))])
+    values = trials[column].to_numpy("float64", na_value=np.nan)
+    worth = np.nan_to_num(-values if smaller else values, nan=-math.inf)
+    sound = (trials["verdict"] == "healthy").fillna(False).to_numpy(dtype=bool)
+    medians = np.zeros(len(trials))
+    finite = np.flatnonzero(np.isfinite(values))
+    equal, counts = np.unique(values[finite], return_counts=True)
+    tied = finite[np.isin(values[finite], equal[counts > 1])]
+    if len(tied) and axes and len(finite) >= 3:
+        around = _medians_around(
+            trials.iloc[finite], values[finite], axes, np.searchsorted(finite, tied)
+        )
+        medians[tied] = [-median if smaller else median for median in around]
+    return sorted(range(len(trials)), key=lambda at: (-worth[at], not sound[at], -medians[at], at))
 
 
 def _medians_around(

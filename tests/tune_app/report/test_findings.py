@@ -11,7 +11,7 @@ import pytest
 from tune_app.report import findings
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
-from tune_app.results.ties import lead_of_ties
+from tune_app.results.ties import ranking
 from tune_app.study.files import StudyFiles
 
 WriteStudy = Callable[..., Path]
@@ -479,11 +479,13 @@ def test_a_tie_goes_to_a_sound_trial_among_good_neighbours(write_study: WriteStu
     study = load_study(root)
     assert study.best()["objective"] == 1.0
     assert study.best()["verdict"] == "healthy", "not 00007, whose loss jumped"
+    assert study.leaderboard(1)["trial"].tolist() == [study.best()["trial"]]
+    assert study.ranked["objective"].tolist() == sorted(values, reverse=True)
     only = [study.axis("max_m")]
-    at = lead_of_ties(study.trials, "objective", only, smaller=False)
+    at = ranking(study.trials, "objective", only, smaller=False)[0]
     assert study.trials["trial"].iloc[at] == "00006", "00000 is good among poor ones"
     rows = study.trials.assign(verdict="saturated")
-    assert rows["trial"].iloc[lead_of_ties(rows, "objective", only, smaller=False)] in (
+    assert rows["trial"].iloc[ranking(rows, "objective", only, smaller=False)[0]] in (
         "00006",
         "00007",
     )
