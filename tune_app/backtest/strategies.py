@@ -342,8 +342,8 @@ ENTRIES: tuple[Entry, ...] = (
     _top(6),
     Entry("Ray ASHA as shipped", _plain(RayAshaSearch)),
     Entry("medtune before", _before),
-    Entry("medtune, no model", medtune(model=False)),
-    Entry("medtune, no stops", medtune(NO_STOPS)),
+    Entry("medtune without model", medtune(model=False)),
+    Entry("medtune without stops", medtune(NO_STOPS)),
     Entry("medtune", medtune()),
 )
 """What is compared: baselines, what medtune was, each of its parts left out, and what it is."""

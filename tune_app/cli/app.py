@@ -16,6 +16,7 @@ import typer
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
@@ -44,8 +45,40 @@ from tune_app.driver.stopping import INTERRUPTED, PREEMPTED, Preempted
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
+PANELS = {
+    "Start": ("demo", "init"),
+    "Data": ("data",),
+    "Train": ("train", "config", "weights"),
+    "Search": ("run", "resume", "spaces", "fixes"),
+    "Look": ("results", "report", "serve", "fetch"),
+    "Compare": ("ablate", "confirm", "backtest"),
+    "Models": ("export", "retrain", "predict"),
+    "Clusters": ("submit", "jobs", "doctor"),
+    "Tools": ("bench",),
+}
+"""The commands by task, in the order in which the help lists them."""
+
+
+class ByTask(TyperGroup):
+    """Lists the commands by `PANELS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of the panels."""
+        return [name for names in PANELS.values() for name in names]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command with the panel it is listed in, None for an unknown name."""
+        command: Any = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.rich_help_panel = next(
+                panel for panel, names in PANELS.items() if cmd_name in names
+            )
+        return command
+
+
 app = typer.Typer(
     name="medtune",
+    cls=ByTask,
     help="Search the hyperparameters of fine-tuning a MedicalNet 3D ResNet on imbalanced medical volumes.",
     no_args_is_help=True,
     add_completion=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from search_spaces.spaces import SPACES
@@ -285,3 +286,12 @@ def test_every_command_explains_itself() -> None:
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+def test_the_help_lists_every_command_by_its_task() -> None:
+    listed = [name for names in cli.PANELS.values() for name in names]
+    assert sorted(listed) == sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    shown = run_main("--help").stdout
+    places = [shown.index(f"─ {panel} ─") for panel in cli.PANELS]
+    assert places == sorted(places)
+    assert shown.index("│ demo ") < shown.index("│ run ") < shown.index("│ bench ")
