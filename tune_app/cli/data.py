@@ -18,7 +18,9 @@ from tune_app.cli.common import (
     to_stderr,
 )
 
-data_app = typer.Typer(help="Tables of volumes: make, check, prepare, import.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Tables of volumes: make, check, prepare, import.", no_args_is_help=True
+)
 weights_app = typer.Typer(
     help="MedicalNet checkpoints: check, fetch, make one.", no_args_is_help=True
 )
