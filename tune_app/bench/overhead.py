@@ -230,6 +230,7 @@ class _Ours:
         """Take up the study; returns what runs `count` more trials and says when they ended."""
         self.trials += count
         spec = self._spec()
+        self.files.write({"spec": spec.model_dump(mode="json")})
         console = Console(file=(self.files.root / "console.log").open("a"), width=80)
         recorder = Recorder(spec, self.files)
         session = StudySession(

@@ -28,7 +28,10 @@ from tune_app.study.spec import StudySpec, build_spec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 KINDS = (".py", ".html", ".css", ".js")
-"""Kinds of files that are sent; nothing else is, whatever lies in a package's folder."""
+"""Kinds of files that are sent; of others only `DATA_FILES`, whatever lies in a package's folder."""
+
+DATA_FILES = frozenset({"tune_app/study/prior.json"})
+"""Files that the code reads, of kinds that also hold people's data."""
 
 SPEC_FILE = "study.json"
 """Name of the resolved spec in what is sent."""
@@ -185,11 +188,14 @@ def next_id(study: str, earlier: Collection[str]) -> str:
 
 def package_files(source: Path) -> dict[str, Path]:
     """Return the code below `source`, name in the package -> file, in order."""
-    found = {
+    listed = {
         path.relative_to(source).as_posix(): path
         for package in PACKAGES
         for path in sorted((source / package).rglob("*"))
-        if path.is_file() and path.suffix in KINDS and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    found = {
+        name: path for name, path in listed.items() if path.suffix in KINDS or name in DATA_FILES
     }
     if "tune_app/cli/app.py" not in found:
         raise SpecError(f"{source}: medtune's packages are not there: nothing to send")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainables import finetune
+from trainables import step as step_module
 from trainables.augment import augment_batch
 from trainables.config import build_config
 from tune_app.bench import efficiency as bench_efficiency_module
@@ -51,7 +51,7 @@ def test_plain_and_ours_are_measured_side_by_side(monkeypatch: pytest.MonkeyPatc
         augments[result["rows"][-1]["variant"]] = any(changed)
         changed.clear()
 
-    monkeypatch.setattr(finetune, "augment_batch", watched)
+    monkeypatch.setattr(step_module, "augment_batch", watched)
     result = bench_train(
         sizes=[16], geometries=["strided"], batches=[(2, 2)], device="cpu", depth=10, width=0.125, steps=2,
         variants=("plain", "plain_augmented", "unaugmented", "ours"), record=look,

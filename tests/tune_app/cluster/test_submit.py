@@ -2,6 +2,7 @@
 
 import io
 import json
+import tomllib
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,7 @@ def test_only_code_and_the_spec_are_packed(tmp_path: Path) -> None:
         ".env",
         "table.csv",
         "tune_app/.secret",
+        "tune_app/study/settings.json",
     ]
     for name in unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +91,21 @@ def test_what_is_sent_runs_without_the_checkout_and_is_the_same_each_time() -> N
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
     }
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files_read = {
+        path.relative_to(ROOT).as_posix()
+        for package, patterns in installed["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
     assert {
         "tune_app/report/report.html",
         "tune_app/report/report.css",
         "tune_app/report/report.js",
         "tune_app/serve/static/serve.html",
-    } <= {name for name, _ in sent.contents()}
+        "tune_app/study/prior.json",
+    } <= files_read
+    assert files_read <= {name for name, _ in sent.contents()}
     assert build_spec(fields) == spec
     assert len(sent.package) < 2**20
     assert RuntimeEnv(**sent.runtime_env)["pip"]["packages"] == pinned_requirements()
