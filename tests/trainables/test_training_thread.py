@@ -89,7 +89,7 @@ def test_trials_of_a_process_train_in_one_thread(
     """Or torch, which keeps cuDNN's algorithms for each thread, would look for them again in each trial."""
     threads: list[int] = []
 
-    def run(trial: object, setting: object, files: object) -> None:
+    def run(trial: object, setting: object, files: object, alive: object) -> None:
         threads.append(threading.get_ident())
         logging.getLogger("medtune.trial").info("trained")
 
