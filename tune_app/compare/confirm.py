@@ -520,8 +520,11 @@ def _basis_line(study: Study, found: Confirmation) -> str:
     shown = ", ".join(map(str, found.folds))
     seen = ", ".join(map(str, study.spec.seen_folds))
     if found.basis == "folds":
+        if seen:
+            return f"Judged on folds {shown}; fold {seen} chose the candidates and is not counted."
+        known = study.spec.seen_rows is not None  # older versions knew nothing of other cuts
         return f"Judged on folds {shown}" + (
-            f"; fold {seen} chose the candidates and is not counted." if seen else "."
+            "; none of their rows chose the candidates." if known else "."
         )
     if found.basis == "rows":
         return (

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from trainables.checkpoints import TrialFiles
@@ -290,11 +291,9 @@ def curves(
 
 
 def _rounded(values: pd.Series) -> list[float | None]:
-    scale = 4 if values.abs().max() > 0.01 else 8  # a learning rate is small all along
-    return [
-        None if value != value else round(value, scale)
-        for value in values.to_numpy("float64", na_value=math.nan).tolist()
-    ]
+    numbers = values.to_numpy("float64", na_value=math.nan)
+    scale = 4 if (np.abs(numbers) > 0.01).any() else 8  # a learning rate is small all along
+    return [None if value != value else round(value, scale) for value in numbers.tolist()]
 
 
 CURVES_OF_A_TRIAL: tuple[str, ...] = (

@@ -708,7 +708,7 @@ def test_a_search_is_confirmed_and_tested_from_the_command_line(
     study = load_study(files.confirmation)
     assert study.trials["state"].tolist() == ["completed"] * 6
     assert list(dict.fromkeys(study.trials["variant"])) == ["documented", "defaults", "trial-00000"]
-    assert "Judged on folds 1, 2; fold 0 chose the candidates" in ran.stdout
+    assert "Judged on folds 1, 2; none of their rows chose the candidates." in ran.stdout
     once_more = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
     assert once_more.exit_code == 0, "a finished confirmation is shown, and nothing runs"
     assert "Judged on folds 1, 2" in once_more.stdout

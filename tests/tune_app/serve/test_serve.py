@@ -227,6 +227,14 @@ def test_a_study_is_there_from_its_first_moment_on(client: TestClient, tmp_path:
         assert client.get(f"/api/studies/new%20{number}/trials").status_code == 200
 
 
+def test_a_study_without_an_epoch_has_no_curves(client: TestClient, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "first", tmp_path / "begun")
+    StudyFiles(tmp_path / "begun").epochs.write_bytes(b"")
+    for axis in ("epoch", "updates", "time"):
+        told = client.get("/api/studies/begun/curves", params={"axis": axis})
+        assert told.json() == {"axis": axis, "trials": {}, "seen": 0}
+
+
 def test_the_folder_may_be_a_study_itself(
     tmp_path: Path, write_study: WriteStudy, own_cache: None
 ) -> None:
