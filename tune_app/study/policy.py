@@ -257,7 +257,11 @@ class Policy:
         arrivals[trial_id] = value
         finite = math.isfinite(value)
         # Minus infinity lies below no cutoff of minus infinity: where any trial has a value, one without ranks last.
-        fails = cutoff is not None and (value < cutoff if finite else better > 0)
+        fails = (
+            cutoff is not None
+            and len(arrivals) >= self.spec.judge_from
+            and (value < cutoff if finite else better > 0)
+        )
         reason: Reason = "halving" if fails else "rung"
         if fails and self._is_finalist(trial_id, value):
             reason = "finalist"

@@ -69,6 +69,8 @@ class PolicySpec(BaseModel):
     """Share of a whole run before the first rung, where `grace_epochs` is not set."""
     reduction_factor: float = Field(3.0, gt=1, le=100)
     """The best 1/reduction_factor of the trials pass a rung, and rungs are at the first one times its powers."""
+    judge_from: int = Field(0, ge=0)
+    """A rung stops no trial before this many have arrived at it, the trial itself included."""
     compared: Literal["current", "best", "smoothed", "best_median3"] = "best_median3"
     """What a rung compares: the epoch's own AUC, the best so far, the median of the last 3, or the best such median."""
     drw_guard_epochs: int = Field(0, ge=0)

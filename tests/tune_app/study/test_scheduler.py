@@ -142,6 +142,15 @@ def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes():
     assert "rank 2 of 2 at rung 2" in bad[-1].summary
 
 
+def test_a_rung_stops_none_before_enough_have_arrived_and_counts_them_all():
+    policy = Policy(halving(judge_from=3), 60)
+    assert feed(policy, "a", [0.9, 0.9])[-1].reason == "rung"
+    worse = feed(policy, "b", [0.9, 0.8])[-1]
+    assert (worse.action, worse.reason, worse.rank, worse.arrived) == ("continue", "rung", 2, 2)
+    third = feed(policy, "c", [0.9, 0.7])[-1]
+    assert (third.action, third.reason, third.rank, third.arrived) == ("stop", "halving", 3, 3)
+
+
 @pytest.mark.parametrize(
     ("compared", "value"),
     [("current", 0.6), ("best", 0.95), ("smoothed", 0.6), ("best_median3", 0.7)],
