@@ -101,7 +101,7 @@ TABLES = [
         lambda folder: ["data", "check", folder],
         "a CSV or Parquet file is needed",
     ),
-    Case("an empty table", table_of(""), "empty: a header with path, label, subject"),
+    Case("an empty table", table_of(""), "empty: a header and rows are needed"),
     Case("a header alone", table_of("path,label,subject\n"), "no rows"),
     Case(
         "a spreadsheet", table_of(b"PK\x03\x04rest"), "looks like a spreadsheet: export it as CSV"
@@ -207,6 +207,18 @@ def patched(offset: int, kind: str, *values: Any) -> Callable[[Path], Any]:
     return write
 
 
+def without_forms(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """The file without qform and sform: a sound sform would make up for a spacing that is none."""
+
+    def write(path: Path) -> None:
+        make(path)
+        content = bytearray(path.read_bytes())
+        struct.pack_into("<2h", content, 252, 0, 0)
+        path.write_bytes(content)
+
+    return write
+
+
 def changed(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
     """A good compressed file with other bytes."""
 
@@ -264,7 +276,7 @@ VOLUMES = [
     ),
     Case("a wrong checksum", volume(changed(lambda c: c[:-8] + bytes(4) + c[-4:])), "damaged gzip"),
     Case("a loop of links", volume(loop), "Too many levels of symbolic links"),
-    Case("a link to nothing", volume(lambda path: path.symlink_to("nowhere")), "no such file"),
+    Case("a link to nothing", volume(lambda path: path.symlink_to("nowhere")), "a link to a file that is not here"),
     Case(
         "a folder", volume(lambda path: path.mkdir()), "a folder, a .nii or .nii.gz file is needed"
     ),
@@ -293,15 +305,15 @@ VOLUMES = [
     ),
     Case("colours", volume(patched(70, "<h", 128)), "datatype code 128"),
     Case("half of a pair", volume(patched(344, "4s", b"ni1\0")), "half of a .hdr and .img pair"),
-    Case("voxels within the header", volume(patched(108, "<f", 100.0)), "vox_offset 100"),
+    Case("voxels before the file", volume(patched(108, "<f", -5.0)), "vox_offset -5"),
     Case(
         "a spacing of zero",
-        volume(patched(76, "<4f", 1.0, 0.0, 1.0, 1.0)),
+        volume(without_forms(patched(76, "<4f", 1.0, 0.0, 1.0, 1.0))),
         "every value must be finite and > 0",
     ),
     Case(
         "a spacing of NaN",
-        volume(patched(76, "<4f", 1.0, 1.0, float("nan"), 1.0)),
+        volume(without_forms(patched(76, "<4f", 1.0, 1.0, float("nan"), 1.0))),
         "spacing (1, nan, 1) mm",
     ),
     Case("a NaN", volume(nan_voxels), "1 of 512 voxels are not finite in float32"),

@@ -732,7 +732,7 @@ def test_an_earlier_study_must_be_there_and_another_one(tmp_path):
         make(tmp_path, warm_start_from=[tmp_path])
     (tmp_path / "other").mkdir()
     optuna.create_study(storage=sqlite_url(tmp_path / "other" / "study.db"), study_name="someone's")
-    with pytest.raises(SearchError, match="holds no study of this program"):
+    with pytest.raises(SearchError, match="holds no study 'medtune'"):
         make(tmp_path, warm_start_from=[tmp_path / "other"])
 
 
