@@ -703,6 +703,7 @@ def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
 def test_what_no_driver_wrote_is_named_before_a_study_goes_on(
     tmp_path: Path, name: str, content: dict[str, Any], says: str
 ) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     append_line(tmp_path / name, content)
     with pytest.raises(StudyDamageError, match=says):
         Recorder(build_spec({"data": "t.csv"}), StudyFiles(tmp_path))
