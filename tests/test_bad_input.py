@@ -276,7 +276,11 @@ VOLUMES = [
     ),
     Case("a wrong checksum", volume(changed(lambda c: c[:-8] + bytes(4) + c[-4:])), "damaged gzip"),
     Case("a loop of links", volume(loop), "Too many levels of symbolic links"),
-    Case("a link to nothing", volume(lambda path: path.symlink_to("nowhere")), "a link to a file that is not here"),
+    Case(
+        "a link to nothing",
+        volume(lambda path: path.symlink_to("nowhere")),
+        "a link to a file that is not here",
+    ),
     Case(
         "a folder", volume(lambda path: path.mkdir()), "a folder, a .nii or .nii.gz file is needed"
     ),

@@ -137,6 +137,7 @@ def test_rows_that_were_mirrored_before_their_trials_record_are_left_to_the_tria
     for trial, epoch in (("00000", 1), ("00001", 1), ("00000", 2), ("00001", 2)):
         append_line(files.epochs, {"trial": trial, "epoch": epoch, "val_auc": 0.5})
     append_line(files.decisions, {"trial": "00001", "epoch": 1})
+    files.trial("00000").folder.mkdir(parents=True)
     append_line(files.trial("00000").record, {"trial": "00000"})
     assert drop_unrecorded(files) == ["00001"]
     assert [(row["trial"], row["epoch"]) for row in read_rows(files.epochs)] == [
