@@ -92,6 +92,8 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
     sweep_temporaries(root)
     for path in (files.epochs, files.decisions):
         mend_last_line(path)
+    if not files.spec.exists():
+        files.write({"spec": spec.model_dump(mode="json")})
     recorder = Recorder(spec, files)
     display = Display(Console(file=io.StringIO()), num_trials=spec.num_trials, epochs=EPOCHS)
     session = StudySession(spec, "none", recorder, display)
