@@ -49,7 +49,13 @@ FIELDS: dict[str, Any] = {
     },
     "trials": 21,
     "config": {"epochs": EPOCHS, "drw_start_epoch": 6},
-    "policy": {"grace_epochs": 3, "finalists": 1, "drw_guard_epochs": 2},
+    "policy": {
+        "first_rung_share": 0.1,  # rungs at 3 and 6 epochs, the second within the guard
+        "reduction_factor": 2,
+        "grace_epochs": 3,
+        "finalists": 1,
+        "drw_guard_epochs": 2,
+    },
 }
 
 
