@@ -161,7 +161,10 @@ def test_every_figure_of_the_overview_can_be_had(
     assert {"progress", "parallel", "stopped", "slice-head"} <= set(names)
     ended = load_study(client.app.state.service.folder.path("first")).trials["state"]  # type: ignore[attr-defined]
     assert ("importance" in names) == (ended.isin(["completed", "stopped"]).sum() >= 20)
-    assert "importance" in listed("long")
+    deadline = time.monotonic() + 30  # the service may have read the folder while it was written
+    while "importance" not in listed("long"):
+        assert time.monotonic() < deadline, listed("long")
+        time.sleep(0.2)
     figure = client.get("/api/studies/long/figures/importance").json()
     assert figure["figure"]["data"][0]["error_x"]["array"], "importance has its uncertainty"
     for name in names:
