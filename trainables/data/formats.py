@@ -29,6 +29,17 @@ _COMPRESSED = {
 }
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A format of volumes that is not read, and how to convert it; as text, both."""
+
+    name: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.advice}"
+
+
 def has_scan_name(name: str) -> bool:
     """Return whether a file of this name is a scan: .nii or .nii.gz, in capitals or not."""
     return name.lower().endswith(SCAN_SUFFIXES)
@@ -43,30 +54,40 @@ def is_nifti(head: bytes) -> bool:
     return magic in (b"n+1", b"n+2")
 
 
-def foreign_format(head: bytes) -> str | None:
+def foreign_format(head: bytes) -> Foreign | None:
     """Return what a file that begins with `head` is and how to convert it; None for NIfTI and for what is not known.
 
     Told apart: DICOM, MetaImage, NRRD, MINC, MGH, Analyze, and archives other than gzip.
     """
     if head[128:132] == b"DICM":
-        return "DICOM: convert the whole series to one .nii.gz, for example with `dcm2niix FOLDER`"
+        return Foreign(
+            "DICOM",
+            "convert the whole series to one .nii.gz, for example with `dcm2niix FOLDER`",
+        )
     if head.startswith(b"NRRD"):
-        return f"NRRD: {_WITH_SIMPLEITK}"
+        return Foreign("NRRD", _WITH_SIMPLEITK)
     first_line = head[:64].lstrip().split(b"=", 1)[0].strip()
     if first_line in (b"ObjectType", b"NDims", b"Comment", b"ObjectSubType") and b"=" in head:
-        return f"MetaImage (.mha, .mhd): {_WITH_SIMPLEITK}"
+        return Foreign("MetaImage (.mha, .mhd)", _WITH_SIMPLEITK)
     if head.startswith((b"\x89HDF\r\n", b"CDF\x01", b"CDF\x02")):
-        return "MINC, HDF5 or NetCDF: convert a MINC volume with `mnc2nii OLD NEW`"
+        return Foreign("MINC, HDF5 or NetCDF", "convert a MINC volume with `mnc2nii OLD NEW`")
     if (
         head[:4] == b"\0\0\0\1"
         and len(head) >= 28
         and max(struct.unpack(">4i", head[4:20])) < 2**15
     ):
-        return "MGH (.mgh, .mgz): convert it with FreeSurfer, `mri_convert OLD NEW.nii.gz`"
+        return Foreign(
+            "MGH (.mgh, .mgz)", "convert it with FreeSurfer, `mri_convert OLD NEW.nii.gz`"
+        )
     if head[:4] in (struct.pack("<i", 348), struct.pack(">i", 348)) and head[344:348] == b"\0" * 4:
-        return "Analyze 7.5, which does not say which side is left: convert it with a program that knows where it is from"
+        return Foreign(
+            "Analyze 7.5, which does not say which side is left",
+            "convert it with a program that knows where it is from",
+        )
     packed = next((name for start, name in _COMPRESSED.items() if head.startswith(start)), None)
-    return f"compressed with {packed}: unpack it, or compress it with gzip" if packed else None
+    if packed is None:
+        return None
+    return Foreign(f"compressed with {packed}", "unpack it, or compress it with gzip")
 
 
 def head_of(path: Path) -> bytes:
@@ -88,6 +109,8 @@ class FoundScan:
 
     path: Path
     problem: str | None = None
+    format: str | None = None
+    """Name of the foreign format that it is in."""
 
 
 def scans_below(folder: Path) -> tuple[list[FoundScan], list[str]]:
@@ -130,9 +153,9 @@ def scans_below(folder: Path) -> tuple[list[FoundScan], list[str]]:
         elif foreign is not None and head[128:132] == b"DICM":
             if path.parent not in series:
                 series.add(path.parent)
-                found.append(FoundScan(path.parent, f"{path.name} is {foreign}"))
+                found.append(FoundScan(path.parent, f"{path.name} is {foreign}", foreign.name))
         elif foreign is not None and _may_be_a_volume(path, head):
-            found.append(FoundScan(path, foreign))
+            found.append(FoundScan(path, str(foreign), foreign.name))
         else:
             left_out[path.suffix.lower() or "no suffix"] += 1
     notes = [f"{name} {count}" for name, count in sorted(left_out.items())]

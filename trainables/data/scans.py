@@ -404,13 +404,13 @@ def _fields(block: bytes) -> tuple[Any, int]:
         if found.startswith(magic):
             return fields, length
         if foreign := foreign_format(block):
-            raise _Refused(foreign)
+            raise _Refused(str(foreign))
         pair = ", which is half of a .hdr and .img pair" if found[:2] == b"ni" else ""
         raise _Refused(
             f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz"
         )
     if foreign := foreign_format(block):
-        raise _Refused(foreign)
+        raise _Refused(str(foreign))
     raise _Refused(
         "not a NIfTI file, or cut within its header: convert it to .nii.gz, or copy it again"
     )

@@ -12,12 +12,13 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainables.checkpoints import replacing
+from trainables.data.formats import FoundScan, has_scan_name, scans_below
 from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.table_file import MAX_TABLE_BYTES, ManifestError
 
@@ -32,15 +33,6 @@ MOST_CLASSES = 20
 
 SHOWN = 5
 """Names listed in a message; the rest are counted."""
-
-OTHER_FORMATS = {
-    ".mha": "MetaImage",
-    ".mhd": "MetaImage",
-    ".nrrd": "NRRD",
-    ".mgz": "FreeSurfer",
-    ".img": "Analyze",
-    ".hdr": "Analyze",
-}
 
 
 @dataclass(frozen=True)
@@ -88,9 +80,9 @@ def join_table(scans: Path, labels: Path, options: JoinOptions) -> JoinedTable:
     """
     if options.subject is not None and options.one_subject_per_scan:
         raise ManifestError(["--subject and --one-subject-per-scan contradict each other"])
-    found = find_scans(scans, options.pattern)
+    found, unread = find_scans(scans, options.pattern)
     if not found:
-        raise ManifestError(_nothing_found(scans, options.pattern))
+        raise ManifestError(_nothing_found(scans, options.pattern, unread))
     sheet = read_sheet(labels)
     lines = [f"{len(found)} scans in {scans}, {len(sheet.rows)} rows in {labels}"]
     id_column, key = _matching(found, sheet, options.id_column, scans, labels)
@@ -101,6 +93,7 @@ def join_table(scans: Path, labels: Path, options: JoinOptions) -> JoinedTable:
     labelled = [(scan, row) for scan, row in matched if row[label_column]]
     classes, class_of = _classes([row[label_column] for _, row in labelled], label_column, options)
     lines += _count_lines(classes, [class_of[row[label_column]] for _, row in labelled])
+    lines += [f"{one.path}: {one.problem}" for one in unread]
     lines += _unmatched_lines(found, matched, labelled, sheet, id_column, scans)
     subject_of, line = _subjects(sheet, options, labelled, id_column, key, scans)
     lines.append(line)
@@ -143,57 +136,28 @@ def _plain(path: Path) -> Path:
 # Scans ---------------------------------------------------------------------------------------------
 
 
-def find_scans(folder: Path, pattern: str = "*") -> list[Path]:
-    """Return the NIfTI files below `folder` whose name matches the glob, by path; linked folders count once.
+def find_scans(folder: Path, pattern: str = "*") -> tuple[list[Path], list[FoundScan]]:
+    """Return the NIfTI files below `folder` whose name matches the glob, by path, and files that cannot be read.
 
     Raises ManifestError when `folder` is no folder.
     """
     if not folder.is_dir():
         raise ManifestError([f"{folder}: no such folder of scans"])
-    found = [
-        path
-        for path in _walk(folder)
-        if path.name.lower().endswith((".nii", ".nii.gz")) and path.match(pattern)
-    ]
-    return sorted(found)
+    found, _ = scans_below(folder)
+    named = [one for one in found if one.problem is None and has_scan_name(one.path.name)]
+    scans = sorted(one.path for one in named if one.path.match(pattern))
+    return scans, [one for one in found if one.problem is not None]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    seen = set()
-    for here, below, names in os.walk(folder, followlinks=True):
-        identity = Path(here).stat()
-        if (identity.st_dev, identity.st_ino) in seen:
-            below.clear()
-            continue
-        seen.add((identity.st_dev, identity.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(here) / name for name in sorted(names) if not name.startswith("."))
-
-
-def _nothing_found(folder: Path, pattern: str) -> list[str]:
-    kinds = Counter(
-        "DICOM" if _is_dicom(path) else OTHER_FORMATS.get(path.suffix.lower())
-        for path in _walk(folder)
-    )
-    named = [f"{count} {kind} files" for kind, count in kinds.items() if kind]
+def _nothing_found(folder: Path, pattern: str, unread: Sequence[FoundScan]) -> list[str]:
     here = f"{folder}: no .nii or .nii.gz file"
     here += f" whose name matches {pattern!r}" if pattern != "*" else ""
-    if not named:
-        return [here]
+    kinds = Counter(one.format for one in unread if one.format is not None)
+    if not kinds:
+        return [here, *(f"{one.path}: {one.problem}" for one in unread)]
+    named = [f"{count} {kind} files" for kind, count in kinds.items()]
     how = "dcm2niix converts DICOM" if kinds["DICOM"] else "convert them with 3D Slicer or ITK"
     return [f"{here}, but {', '.join(named)}: {how} to NIfTI"]
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".ima"):
-        return True
-    if path.suffix:
-        return False
-    try:
-        with path.open("rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def convert_dicom(folder: Path, target: Path) -> list[str]:
@@ -209,7 +173,7 @@ def convert_dicom(folder: Path, target: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     command = [program, "-z", "y", "-f", "%i_%s", "-o", str(target), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    made = len(find_scans(target))
+    made = len(find_scans(target)[0])
     if done.returncode != 0 or not made:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
         raise ManifestError([f"{folder}: dcm2niix ended with {done.returncode}: {reason[0]}"])
