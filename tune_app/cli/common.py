@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -143,6 +143,11 @@ def gpus_option(text: str | None) -> float | str | None:
             f"--gpus-per-trial {text!r}: a whole number, a fraction of one GPU, or auto"
         )
     return number
+
+
+def stated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given: what is None was left out, and has its default elsewhere."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def to_stderr(text: str) -> None:

@@ -26,6 +26,7 @@ from tune_app.cli.common import (
     gpus_option,
     out,
     parse_settings,
+    stated,
 )
 
 app = typer.Typer()
@@ -128,7 +129,7 @@ def run(
         else None,
         "cache": cache and absolute(cache),
     }
-    fields |= {name: value for name, value in given.items() if value is not None}
+    fields |= stated(given)
     settings = parse_settings(setting)
     settings |= {"epochs": epochs} if epochs is not None else {}
     settings |= (
@@ -288,7 +289,7 @@ def ablate(
         "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = stated(given)
     spec = ablation_spec(
         data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields
     )
@@ -352,7 +353,7 @@ def confirm(
         "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = stated(given)
     spec, notes = confirmation_spec(load_study(study), top=top, folds=folds, seeds=seeds, **fields)
     for note in notes:
         err.print(f"note: {note}", markup=False)

@@ -24,7 +24,7 @@ from trainables.data.table_file import ManifestError
 from trainables.objective import OBJECTIVES
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study
-from tune_app.results.tables import came_back
+from tune_app.results.tables import came_back, plain_table
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.rows import ENDED
@@ -280,9 +280,7 @@ def _plan_text(study: Study) -> str:
 
 def effects_table(effects: pd.DataFrame) -> Table:
     """Return the effects as a Rich table of at most 80 columns (names up to 23 characters)."""
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
-    )
+    table = plain_table()
     table.add_column("variant", max_width=23, overflow="ellipsis", no_wrap=True, vertical="bottom")
     for head in ("value", "difference [95 % CI]", "pairs", "col-\nlapsed"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")

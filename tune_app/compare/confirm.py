@@ -43,6 +43,7 @@ from tune_app.compare.seen_rows import (
 from tune_app.compare.test_record import read_test_record, score_lines, test_file
 from tune_app.results.effects import COLLAPSES, interval_over_folds
 from tune_app.results.study import Study
+from tune_app.results.tables import plain_table
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -424,9 +425,7 @@ def print_confirmation(study: Study, console: Console) -> None:
 
 
 def _table(effects: pd.DataFrame) -> Table:
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
-    )
+    table = plain_table()
     table.add_column("variant", max_width=14, overflow="ellipsis", no_wrap=True, vertical="bottom")
     for head in ("mean [95 % CI]", "difference [95 % CI]", "Holm p", "col-\nlapsed"):
         table.add_column(Text(head), justify="right", no_wrap=True, vertical="bottom")

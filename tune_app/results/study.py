@@ -101,16 +101,15 @@ class Study:
             raise ValueError(
                 f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}"
             )
-        axes = [self.axis(name) for name in self.searched]
+        axes = map(self.axis, self.searched)
         return rows.iloc[ranking(rows, column, axes, smaller=smaller_is_better(column))[0]]
 
     @cached_property
     def ranked(self) -> pd.DataFrame:
         """`.trials` from best to worst objective, as tables list them: the first that has not failed is `best()`."""
         failed = self.trials["state"] == "failed"
-        axes = [self.axis(name) for name in self.searched]
         parts = [
-            part.iloc[ranking(part, "objective", axes, smaller=False)]
+            part.iloc[ranking(part, "objective", map(self.axis, self.searched), smaller=False)]
             for part in (self.trials[~failed], self.trials[failed])
         ]
         return pd.concat([part for part in parts if len(part)]) if len(self.trials) else self.trials

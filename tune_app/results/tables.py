@@ -107,11 +107,16 @@ def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.
 # Text ------------------------------------------------------------------------------------------------------------------
 
 
-def meanings_table(meanings: pd.DataFrame) -> Table:
-    """Return the rows of `column_meanings` as a Rich table; names are never cut, meanings wrap."""
-    rendered = Table(
+def plain_table() -> Table:
+    """Return an empty Rich table without lines, two blanks between columns: the look of every table of ours."""
+    return Table(
         box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
     )
+
+
+def meanings_table(meanings: pd.DataFrame) -> Table:
+    """Return the rows of `column_meanings` as a Rich table; names are never cut, meanings wrap."""
+    rendered = plain_table()
     for heading in ("column", "type", "meaning"):
         rendered.add_column(heading, no_wrap=heading != "meaning")
     for table, rows in meanings.groupby("table", sort=False):
@@ -146,9 +151,7 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
             continue
         room -= need
         shown.append((head, cells, right))
-    rendered = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
-    )
+    rendered = plain_table()
     for head, _, right in shown:
         rendered.add_column(
             Text("\n".join(head)),

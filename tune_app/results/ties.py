@@ -1,7 +1,7 @@
 """Trials from best to worst, and which of several with the same value leads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,12 +12,13 @@ NEIGHBOURS = 5
 """Trials nearest in their settings, whose median decides between equal ones."""
 
 
-def ranking(trials: pd.DataFrame, column: str, axes: Sequence[Axis], *, smaller: bool) -> list[int]:
+def ranking(trials: pd.DataFrame, column: str, axes: Iterable[Axis], *, smaller: bool) -> list[int]:
     """Return the positions of the rows from best to worst value of `column`; rows without a value come last.
 
     Rows with exactly the same value are a tie, frequent where AUC is 1 or few volumes validate. In a tie a trial without
     a fault in its diagnosis is ahead; among these the one whose NEIGHBOURS nearest trials in the searched settings have
-    the better median, because a good value among poor neighbours is more likely luck; then the earlier row.
+    the better median, because a good value among poor neighbours is more likely luck; then the earlier row. `axes`, those of the
+    searched settings, are asked for in a tie only.
     """
     values = trials[column].to_numpy("float64", na_value=np.nan)
     worth = np.nan_to_num(-values if smaller else values, nan=-math.inf)
@@ -26,7 +27,7 @@ def ranking(trials: pd.DataFrame, column: str, axes: Sequence[Axis], *, smaller:
     finite = np.flatnonzero(np.isfinite(values))
     equal, counts = np.unique(values[finite], return_counts=True)
     tied = finite[np.isin(values[finite], equal[counts > 1])]
-    if len(tied) and axes and len(finite) >= 3:
+    if len(tied) and len(finite) >= 3 and (axes := list(axes)):
         around = _medians_around(
             trials.iloc[finite], values[finite], axes, np.searchsorted(finite, tied)
         )

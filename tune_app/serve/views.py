@@ -21,7 +21,7 @@ from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
 from tune_app.results.tables import results_table
-from tune_app.results.text import duration, format_value, plain, printable
+from tune_app.results.text import duration, format_value, is_sound, plain, printable
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
 from tune_app.study.columns import METRICS
@@ -352,6 +352,7 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         "study": study.name,
         "group": group,
         "group_title": figures.GROUPS[group].title,
+        "sound": bool(is_sound(found).iloc[0]),
         **told,
         "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
         "drw": int(active.min()) if len(active) else None,

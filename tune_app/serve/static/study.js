@@ -410,8 +410,7 @@ export function trialView(study, trial) {
   }
   function show(told) {
     const healthy = !told.verdict || told.verdict === "healthy";
-    const sound = told.state === "completed" && told.best_val_auc_low !== null && told.best_val_auc_low > 0.5;
-    const title = healthy ? (told.verdict ? (sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${told.group_title === "stopped at a rung" ? told.verdict : told.group_title}${told.since_epoch ? ` since epoch ${told.since_epoch}` : ""}`;
+    const title = healthy ? (told.verdict ? (told.sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${told.group_title === "stopped at a rung" ? told.verdict : told.group_title}${told.since_epoch ? ` since epoch ${told.since_epoch}` : ""}`;
     const interval = told.best_val_auc_low === null ? "" : ` [${number(told.best_val_auc_low)}, ${number(told.best_val_auc_high)}]`;
     const tile = (value, words) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, words));
     const plots = h("div", { class: "plots" });
