@@ -23,7 +23,7 @@ FOREIGN = {
     "a.mha": (b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\n", "SimpleITK"),
     "a.mhd": (b"NDims = 3\nObjectType = Image\n", "SimpleITK"),
     "a.nrrd": (b"NRRD0004\ntype: float\n", "SimpleITK"),
-    "a.mgz": (gzip.compress(MGH.to_bytes()), "mri_convert"),
+    "a.mgz": (gzip.compress(MGH.to_bytes(), mtime=0), "mri_convert"),
     "a.mnc": (b"\x89HDF\r\n\x1a\n" + bytes(20), "mnc2nii"),
     "a.hdr": (ANALYZE.header.binaryblock, "which side is left"),
     "a.nii.bz2": (b"BZh91AY&SY", "unpack it"),
