@@ -245,11 +245,18 @@ def hanley_mcneil_error(auc: float, positives: int, negatives: int) -> float:
 
     Source: Hanley and McNeil 1982, The meaning and use of the area under a ROC curve, eq. 1.
     """
-    q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
-    spread = (
-        auc * (1 - auc) + (positives - 1) * (q1 - auc * auc) + (negatives - 1) * (q2 - auc * auc)
-    )
-    return math.sqrt(max(spread, 0.0) / (positives * negatives))
+    return math.sqrt(_hanley_mcneil(auc, positives, negatives, *_shared_terms(auc)))
+
+
+def _hanley_mcneil(auc: float, first: int, second: int, of_first: float, of_second: float) -> float:
+    """Hanley and McNeil's variance: two classes of these sizes, and what pairs that share one of either add."""
+    spread = auc * (1 - auc) + (first - 1) * of_first + (second - 1) * of_second
+    return max(spread, 0.0) / (first * second)
+
+
+def _shared_terms(auc: float) -> tuple[float, float]:
+    """Covariance of two pairs with the same negative, and with the same positive, for exponential scores."""
+    return auc / (2 - auc) - auc * auc, 2 * auc * auc / (1 + auc) - auc * auc
 
 
 PRIOR_FACTOR, PRIOR_SAMPLES = 1.2, 5
@@ -370,13 +377,9 @@ def _expected_variance(auc: float, counts: list[tuple[int, int]]) -> float:
     Their formula favours few positives above one half and few negatives below: here the rarer class has the larger of the
     two terms, so that classes, and rankings, may change places.
     """
-    return _mean(math.sqrt(_hanley_mcneil(auc, *sorted(pair))) for pair in counts) ** 2
-
-
-def _hanley_mcneil(auc: float, rarer: int, other: int) -> float:
-    q1, q2 = auc / (2 - auc) - auc * auc, 2 * auc * auc / (1 + auc) - auc * auc
-    spread = auc * (1 - auc) + (other - 1) * max(q1, q2) + (rarer - 1) * min(q1, q2)
-    return max(spread, 0.0) / (rarer * other)
+    terms = sorted(_shared_terms(auc))
+    errors = (math.sqrt(_hanley_mcneil(auc, *sorted(pair), *terms)) for pair in counts)
+    return _mean(errors) ** 2
 
 
 def _reconciled(auc: float, end: float, reach: float, counts: list[tuple[int, int]]) -> float:
