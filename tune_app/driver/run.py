@@ -49,7 +49,6 @@ from tune_app.study.files import (
     OPTUNA_STUDY,
     StudyFiles,
     default_cache,
-    kept_by,
     mend_last_line,
     resumed_spec,
 )
@@ -194,7 +193,6 @@ def _run_locked(
         )
         with display:
             session = StudySession(spec, cohort.name, recorder, display, budget)
-            rules = files.read()["format"]
             setting = TrialSetting(
                 study=absolute(files.root),
                 table=absolute(spec.data),
@@ -207,8 +205,8 @@ def _run_locked(
                 deadline_s=spec.rank_deadline_s,
                 mps=spec.mps,
                 storage=url,
-                objective=kept_by(spec.objective, rules).objective,
-                rules=rules,
+                objective=session.objective,
+                rules=session.rules,
             )
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""

@@ -76,10 +76,12 @@ class StudySession:
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.place = StudyPlace(self.files.root)
+        self.rules: int = self.files.read()["format"]
+        self.objective = kept_by(spec.objective, self.rules).objective
         self.policy = Policy(
             spec.policy if spec.kind == "search" else watching_only(spec.policy),
             self.epochs,
-            objective=kept_by(spec.objective, self.files.read()["format"]).objective,
+            objective=self.objective,
         )
         self.variants = {
             f"{number:05d}": trial.variant for number, trial in enumerate(spec.planned)
