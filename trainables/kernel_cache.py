@@ -6,10 +6,14 @@ for each container, where the cache that a study names is there for the next one
 algorithm for a shape cannot be kept: torch holds it in the process (`trainables.training_thread`).
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from trainables import installed_version
+from trainables.config import FineTuneConfig
 
 FOLDERS = {"TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "driver"}
 """Variables that say where Triton and the GPU's driver keep what they compile -> a folder's name."""
@@ -23,6 +27,14 @@ SAME_STEP = {
     *("freeze_backbone_epochs", "unfreeze_stage_epochs"),
 }
 """Hyperparameters that change neither the time of a step nor its memory, or only for some epochs."""
+
+
+def step_digest(config: FineTuneConfig, **parts: Any) -> str:
+    """Return a key of all that decides the kernels, time and memory of a step: of `config` what counts, and `parts`."""
+    settings = config.model_dump(mode="json")
+    counting = {name: value for name, value in settings.items() if name not in SAME_STEP}
+    text = json.dumps({"config": counting, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def kernel_folder(cache: Path) -> Path:

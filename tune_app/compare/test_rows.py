@@ -119,7 +119,7 @@ def score_test(
 
 def _cohort_of(study: Study, variant: str, manifest: Manifest, first: Path) -> Path:
     """The variant's own cohort: the runs of a variant that prepares volumes otherwise were trained on another."""
-    config = build_config({**study.spec.config, **planned_overrides(study.spec, variant)})
+    config = study.spec.config_of(planned_overrides(study.spec, variant))
     own = Recipe.from_config(build_config(study.spec.config))
     return cohort_like(manifest, Recipe.from_config(config), first, own)
 

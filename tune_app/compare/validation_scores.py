@@ -54,7 +54,7 @@ def score_validation(
         if not path.is_file():
             notes(f"trial {name}: its weights are gone, so its validation rows are not scored")
             continue
-        config = build_config({**spec.config, **planned_overrides(spec, str(trial["variant"]))})
+        config = spec.config_of(planned_overrides(spec, str(trial["variant"])))
         folder = cohort_like(manifest, Recipe.from_config(config), first, Recipe.from_config(base))
         state = load_state(path)
         rows = state["val_rows"].numpy()

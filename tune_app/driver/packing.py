@@ -6,8 +6,6 @@ of them train at the same time, under CUDA MPS where trials will. What comes of 
 configuration, size of the cohort and versions; another study of these does not measure again.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.data.folds import Split
 from trainables.data.json_files import read_json
-from trainables.kernel_cache import SAME_STEP, keep_kernels
+from trainables.kernel_cache import keep_kernels, step_digest
 from trainables.ray_trainable import wait_for_device_memory
 from tune_app.driver.resources import ACCELERATOR
 from tune_app.study.spec import StudySpec
@@ -137,7 +135,7 @@ def heaviest(spec: StudySpec) -> FineTuneConfig:
             if name in trial.overrides:
                 given[name].append(trial.overrides[name])
     return build_config(
-        {**spec.config, **{name: max(values) for name, values in given.items() if values}}
+        {**spec.shared, **{name: max(values) for name, values in given.items() if values}}
     )
 
 
@@ -184,18 +182,16 @@ def _key(
     most: int,
 ) -> str:
     kinds = sorted(name for name in resources if name.startswith(ACCELERATOR))
-    settings = config.model_dump(mode="json")
-    parts = {
-        "gpus": [gpu.name for gpu in mps.visible_gpus()[:1]] or kinds,
-        "asked": spec.accelerator_type,
-        "mps": spec.mps,
-        "cpus": spec.cpus_per_rank,
-        "most": most,
-        "config": {name: value for name, value in settings.items() if name not in SAME_STEP},
-        "cohort": cohort.name,
-        "versions": [installed_version(name) for name in ("medtune", "torch")],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return step_digest(
+        config,
+        gpus=[gpu.name for gpu in mps.visible_gpus()[:1]] or kinds,
+        asked=spec.accelerator_type,
+        mps=spec.mps,
+        cpus=spec.cpus_per_rank,
+        most=most,
+        cohort=cohort.name,
+        versions=[installed_version(name) for name in ("medtune", "torch")],
+    )
 
 
 def measure_packing(

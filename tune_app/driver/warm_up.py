@@ -5,7 +5,6 @@ for nothing until its trials start. The process reads the same files and compile
 same cache. It runs once for each kind of GPU, configuration and versions: a mark in the cache says that it has.
 """
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any, Self
 
 from trainables import installed_version, mps
 from trainables.config import FineTuneConfig, build_config
-from trainables.kernel_cache import SAME_STEP, keep_kernels, kernel_folder
+from trainables.kernel_cache import keep_kernels, kernel_folder, step_digest
 
 END_S = 5.0
 """Seconds that the process may take to end when its study does."""
@@ -64,13 +63,8 @@ class WarmUp:
 
 def warm_mark(config: FineTuneConfig, cache: Path, gpu: str) -> Path:
     """Return the file that says that a process has compiled what a trial of `config` needs on this kind of GPU."""
-    settings = config.model_dump(mode="json")
-    parts = {
-        "config": {name: value for name, value in settings.items() if name not in SAME_STEP},
-        "versions": [installed_version(name) for name in ("medtune", "torch", "triton")],
-        "gpu": gpu,
-    }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    versions = [installed_version(name) for name in ("medtune", "torch", "triton")]
+    digest = step_digest(config, versions=versions, gpu=gpu)
     return kernel_folder(cache) / f"warm-{digest}"
 
 

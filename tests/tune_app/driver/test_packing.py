@@ -107,6 +107,8 @@ def test_the_largest_batch_of_a_study_is_what_is_measured() -> None:
     spec = build_spec({"data": "t.csv", "space": searched, "config": {"volume_shape": 64}})
     found = heaviest(spec)
     assert (found.batch_size, found.depth, found.volume_shape) == (24, 50, (64, 64, 64))
+    fixed = {"base": "documented", "fixed": {"depth": 10}}
+    assert heaviest(build_spec({"data": "t.csv", "space": fixed})).depth == 10
     planned = [{"variant": "a", "overrides": {"batch_size": 12}}]
     spec = build_spec({"data": "t.csv", "kind": "ablation", "planned": planned})
     assert heaviest(spec).batch_size == 12
