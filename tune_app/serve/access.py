@@ -199,6 +199,13 @@ class Access:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
         }
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy that goes by the other of the two would take the rest for another client's request.
+            raise Refused(
+                400,
+                "Content-Length and Transfer-Encoding: send one of them",
+                {"connection": "close"},
+            )
         self._check_host(headers.get("host", ""))
         address = (scope.get("client") or ("?",))[0]
         session = self._session(headers.get("cookie", ""))

@@ -6,7 +6,8 @@ send nothing use up the process's file descriptors, and every viewer is locked o
 - A connection that waits for a request, or whose request is incomplete, is closed after REQUEST_S.
 - A client that does not read its answer is disconnected after WRITE_S.
 - Where an address has too many connections that wait for a request, its oldest one is closed. Where an address has too
-  many in all, or there are too many in all, the oldest waiting one makes room; without one, the new one is refused.
+  many in all, or there are too many in all, the oldest waiting one makes room; without one, the one whose answer has
+  lasted longest does. That is a stream, and a page takes its stream up again where it ended.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import ipaddress
 import logging
 import resource
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Any
 
 import h11
@@ -29,8 +30,8 @@ WRITE_S = 60.0
 """Seconds for which a client may leave an answer unread."""
 
 MOST_CONNECTIONS = 1000
-MOST_OF_ADDRESS = 500
-"""Connections of one address; as many viewers as there may be at all, because a proxy is one address."""
+MOST_OF_ADDRESS = 600
+"""Connections of one address; more than there may be viewers at all, because a proxy is one address."""
 MOST_WAITING_OF_ADDRESS = 64
 """Connections of one address without a complete request."""
 
@@ -79,57 +80,64 @@ class Connections:
         self.most, self.most_of_address = most, most_of_address
         self.most_waiting_of_address = most_waiting_of_address
         self._open: dict[Any, str] = {}
-        self._of: Counter[str] = Counter()
         self._waiting: dict[str, OrderedDict[Any, None]] = {}
+        self._working: dict[str, OrderedDict[Any, None]] = {}
+        """Both in the order in which the connections began to wait or to work."""
 
     @property
     def total(self) -> int:
         return len(self._open)
 
     def opened(self, address: str, connection: Any) -> Any | None:
-        """Count a new connection; returns the connection that has to be closed for it, which may be itself.
+        """Count a new connection; returns the connection that has to be closed for it.
 
         That one is no longer counted: asyncio closes it a turn later, and others may be opened before.
         """
-        self._open[connection] = address
-        self._of[address] += 1
-        self.waits(connection)
+        waiting = len(self._waiting.get(address, ()))
+        working = len(self._working.get(address, ()))
         crowded = None
-        if (
-            len(self._waiting[address]) > self.most_waiting_of_address
-            or self._of[address] > self.most_of_address
-        ):
+        if waiting >= self.most_waiting_of_address or waiting + working >= self.most_of_address:
             crowded = address
-        elif self.total > self.most:
-            crowded = max(self._waiting, key=lambda each: len(self._waiting[each]))
-        if crowded is None:
-            return None
-        oldest = next(iter(self._waiting[crowded]))
-        self.closed(oldest)
-        return oldest
+        elif self.total >= self.most:
+            by_address = self._waiting or self._working
+            crowded = max(by_address, key=lambda each: len(by_address[each]))
+        surplus = None
+        if crowded is not None:
+            surplus = next(iter(self._waiting.get(crowded) or self._working[crowded]))
+            self.closed(surplus)
+        self._open[connection] = address
+        self.waits(connection)
+        return surplus
 
     def waits(self, connection: Any) -> None:
         """Note that a connection has no complete request."""
-        if connection in self._open:
-            self._waiting.setdefault(self._open[connection], OrderedDict())[connection] = None
+        self._move(connection, self._working, self._waiting)
 
     def works(self, connection: Any) -> None:
         """Note that the connection's request is complete and its answer is not."""
-        address = self._open.get(connection, "")
-        waiting = self._waiting.get(address)
-        if waiting is not None:
-            waiting.pop(connection, None)
-            if not waiting:
-                del self._waiting[address]
+        self._move(connection, self._waiting, self._working)
 
     def closed(self, connection: Any) -> None:
         """Forget a connection."""
-        self.works(connection)
-        address = self._open.pop(connection, None)
-        if address is not None:
-            self._of[address] -= 1
-            if not self._of[address]:
-                del self._of[address]
+        self._move(connection, self._waiting, None)
+        self._move(connection, self._working, None)
+        self._open.pop(connection, None)
+
+    def _move(
+        self,
+        connection: Any,
+        origin: dict[str, OrderedDict[Any, None]],
+        into: dict[str, OrderedDict[Any, None]] | None,
+    ) -> None:
+        if connection not in self._open:
+            return
+        address = self._open[connection]
+        if address in origin:
+            origin[address].pop(connection, None)
+            if not origin[address]:
+                del origin[address]
+        if into is not None:
+            into.setdefault(address, OrderedDict())[connection] = None
 
 
 def limited_protocol(connections: Connections) -> type[H11Protocol]:  # noqa: C901  # sum over the methods
@@ -147,7 +155,7 @@ def limited_protocol(connections: Connections) -> type[H11Protocol]:  # noqa: C9
             self._waits = True
             self._begin_timer()
             if surplus is not None:
-                log.warning("%s: too many connections, the oldest idle one is closed", address)
+                log.warning("%s: too many connections, the oldest is closed", address)
                 surplus.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:

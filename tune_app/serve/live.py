@@ -32,6 +32,9 @@ MOST_WAITING = 256
 MOST_VIEWERS = 500
 """Of all studies together."""
 
+KEPT_FOR_TOKEN = 100
+"""Viewers of those that only clients with the token may be: others must not be able to keep them out."""
+
 CHUNK = 1 << 20
 """Bytes of rows sent in one event at most."""
 
@@ -50,14 +53,16 @@ class Feeds:
         self._feeds: dict[str, _Feed] = {}
         self.viewers = 0
 
-    async def events(self, study: str, seen: int) -> AsyncIterator[bytes]:
+    async def events(self, study: str, seen: int, *, trusted: bool = True) -> AsyncIterator[bytes]:
         """Yield events of the study to one viewer that has seen `seen` bytes of its epochs.jsonl, without end.
 
-        Raises UnknownError and TooManyViewersError.
+        `trusted`: the viewer has the token. Raises UnknownError and TooManyViewersError.
         """
         path = await run_in_threadpool(self._folder.path, study)
-        if self.viewers >= MOST_VIEWERS:
-            raise TooManyViewersError(f"{MOST_VIEWERS} viewers are connected: close some of them")
+        most = MOST_VIEWERS if trusted else MOST_VIEWERS - KEPT_FOR_TOKEN
+        if self.viewers >= most:
+            further = "" if trusted else ", or log in"
+            raise TooManyViewersError(f"{most} viewers are connected: close some of them{further}")
         feed = self._feeds.get(study)
         if feed is None:
             feed = self._feeds[study] = _Feed(study, path, self._folder, self._describe)

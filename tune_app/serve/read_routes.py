@@ -190,13 +190,14 @@ def report(study: StudyId, service: TheService) -> FileResponse:
 async def events(
     study: StudyId,
     service: TheService,
+    request: Request,
     seen: Annotated[int, Query(ge=0, le=2**53)] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> StreamingResponse:
     """Stream changes (text/event-stream): rows, decisions, changed rows of the table, and the overview."""
     if last_event_id and last_event_id.isascii() and last_event_id.isdigit():
         seen = int(last_event_id[:16])
-    stream = service.feeds.events(study, seen)
+    stream = service.feeds.events(study, seen, trusted=request.scope["trusted"])
     first = await anext(stream)  # a refusal has to come before the answer begins
 
     async def whole() -> AsyncIterator[bytes]:

@@ -43,14 +43,27 @@ def test_the_oldest_waiting_connection_makes_room_and_working_ones_stay() -> Non
         assert held.opened("two", name) is None
     held.works("e")
     assert held.opened("three", "i") == "g", "a seventh, and of this address most are waiting"
-    held.closed("g")
-    for name in "fhi":
-        held.works(name)
-    assert held.opened("four", "j") == "j", "no connection waits: the new one is refused"
-    held.closed("j")
-    for name in "bcefh":
+    for name in "bcefhi":
         held.closed(name)
-    assert held.total == 1
+    assert held.total == 0
+
+
+def test_the_answer_that_lasts_longest_makes_room_where_no_connection_waits() -> None:
+    """Or a client without a token could take an address's connections by streams, for as long as it likes."""
+    held = Connections(most=4, most_of_address=3, most_waiting_of_address=3)
+    for name in "abc":
+        assert held.opened("one", name) is None
+    for name in "bac":
+        held.works(name)
+    assert held.opened("one", "d") == "b"
+    held.works("d")
+    held.waits("a")  # answered, and may send its next request
+    held.works("a")
+    assert held.opened("two", "e") is None
+    held.works("e")
+    assert held.opened("two", "f") == "c", "of the address with the most"
+    assert held.opened("two", "g") == "f", "one that waits goes first"
+    assert held.total == 4
 
 
 class Transport:

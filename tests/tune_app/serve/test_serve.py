@@ -14,6 +14,7 @@ from filelock import FileLock
 from starlette.testclient import TestClient
 
 from tune_app.results.loading import load_study
+from tune_app.serve import live
 from tune_app.serve.access import (
     GLOBAL_TRIES,
     MOST_ADDRESSES,
@@ -25,7 +26,7 @@ from tune_app.serve.access import (
 )
 from tune_app.serve.app import build_app
 from tune_app.serve.folder import StudyFolder
-from tune_app.serve.live import Feeds
+from tune_app.serve.live import Feeds, TooManyViewersError
 from tune_app.serve.queue import QueueError, StudyQueue
 from tune_app.serve.server import serve
 from tune_app.serve.views import progress
@@ -485,6 +486,13 @@ def test_a_body_that_is_too_large_is_refused(client: TestClient) -> None:
     assert client.post("/api/check", content=b"x" * 300_000, headers=BEARER).status_code == 413
 
 
+def test_a_body_with_two_lengths_is_refused_and_the_connection_ends(client: TestClient) -> None:
+    """A proxy that goes by the other length would read what follows as another client's request."""
+    both = BEARER | {"content-length": "2", "transfer-encoding": "chunked"}
+    answer = client.post("/api/check", content=b"{}", headers=both)
+    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+
+
 # Live ------------------------------------------------------------------------------------------------------------------
 
 
@@ -551,6 +559,31 @@ def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(
         ["00002", 90],
     ]
     assert len(events[0]["data"]["rows"]) == 4, "half a row is sent whole"
+
+
+def test_viewers_without_the_token_do_not_keep_others_out(
+    tmp_path: Path, write_study: WriteStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST_VIEWERS", 3)
+    monkeypatch.setattr(live, "KEPT_FOR_TOKEN", 1)
+    write_study("live", trials=2, epochs=6)
+    feeds = Feeds(StudyFolder(tmp_path), lambda study, reading: {"id": study})
+
+    async def watch() -> None:
+        streams = [feeds.events("live", 0, trusted=False) for _ in range(2)]
+        for stream in streams:
+            await anext(stream)
+        with pytest.raises(TooManyViewersError, match=r"2 viewers .* or log in"):
+            await anext(feeds.events("live", 0, trusted=False))
+        streams.append(feeds.events("live", 0, trusted=True))
+        await anext(streams[-1])
+        with pytest.raises(TooManyViewersError, match="3 viewers"):
+            await anext(feeds.events("live", 0, trusted=True))
+        for stream in streams:
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(watch())
+    assert feeds.viewers == 0
 
 
 @pytest.mark.parametrize(
