@@ -60,7 +60,7 @@ TINY: dict[str, Any] = {
     "train_auc_volumes": 0,
 }
 
-BUDGET_GIB = 0.027
+BUDGET_GIB = 0.032
 """Holds two running trials and the best one, and not what all trials leave."""
 DEADLINE_S = 20.0
 """Seconds without a step after which a trial of a round counts as hanging."""

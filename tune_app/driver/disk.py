@@ -65,8 +65,9 @@ def plan_budget(spec: StudySpec, concurrent: int, cohorts: int = 0) -> Budget | 
         prepared = f", cohorts of other preprocessing {_gib(cohorts)}" if cohorts else ""
         raise SpecError(
             f"disk_budget_gib={spec.disk_budget_gib:g}: {concurrent} trials at a time need "
-            f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}) and the {spec.keep_best} best "
-            f"{_gib(spec.keep_best * budget.best)}{prepared}: give {_gib(math.ceil(budget.least * 1.05))}, or lower "
+            f"{_gib(budget.running)} (a checkpoint has {_gib(budget.checkpoint)}), the {spec.keep_best} best "
+            f"{_gib(spec.keep_best * budget.best)}{prepared}, logs and tables {_gib(LOGS)}: give "
+            f"{_gib(math.ceil(budget.least * 1.05))}, or lower "
             "max_concurrent or keep_best"
         )
     return budget

@@ -440,7 +440,7 @@ PLANTED = {
 }
 """An average that stays at the initial weights must matter; the weights of classes that are never re-weighted cannot."""
 
-EPOCHS, FOLDS = 3, 4
+EPOCHS, FOLDS = 6, 4
 SETTINGS = {
     "depth": 10,
     "width": 0.125,

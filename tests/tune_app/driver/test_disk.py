@@ -247,7 +247,8 @@ def test_file_sizes_are_those_of_the_files_and_a_little_more(trained_study: Path
 def test_a_budget_that_cannot_hold_what_runs_is_refused_with_what_it_takes() -> None:
     spec = build_spec({"data": "t.csv", "disk_budget_gib": 1.0})
     with pytest.raises(
-        SpecError, match=r"4 trials at a time need 7\..* GiB \(a checkpoint has 0.86 GiB\) .*give 8"
+        SpecError,
+        match=r"4 trials at a time need 7\..* GiB \(a checkpoint has 0.86 GiB\), .*give 8",
     ):
         plan_budget(spec, 4)
     assert plan_budget(build_spec({"data": "t.csv"}), 4) is None

@@ -78,7 +78,8 @@ def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_tri
 
 def test_the_studys_own_settings_count_behind_the_trials():
     events = []
-    ray = scheduler(PolicySpec(grace_epochs=5), events, base={"drw_start_epoch": 5, "epochs": 8})
+    spec = PolicySpec(grace_epochs=5, drw_guard_epochs=5)
+    ray = scheduler(spec, events, base={"drw_start_epoch": 5, "epochs": 8})
     for name, overrides in (("00000", {}), ("00001", {"drw_start_epoch": 40})):
         for epoch in range(1, 6):
             ray.on_trial_result(
@@ -92,15 +93,16 @@ def test_the_studys_own_settings_count_behind_the_trials():
 
 def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was():
     rows, decisions = [], []
-    killed = scheduler(PolicySpec(grace_epochs=2), [], 20)
+    spec = PolicySpec(grace_epochs=2, finalists=3)
+    killed = scheduler(spec, [], 20)
     killed._record, killed._log = rows.append, decisions.append
     for name, value in (("00000", 0.9), ("00001", 0.8)):
         for epoch in (1, 2):
             killed.on_trial_result(None, RaysTrial(name), {"epoch": epoch, "val_auc": value})
-    replayed = Policy(PolicySpec(grace_epochs=2), 20)
+    replayed = Policy(spec, 20)
     replayed.replay(json.loads(json.dumps(rows)), {"00000": {}, "00001": {}})
     events = []
-    fresh = scheduler(PolicySpec(grace_epochs=2), events, 20)
+    fresh = scheduler(spec, events, 20)
     fresh.policy = replayed
     assert (
         fresh.on_trial_result(None, RaysTrial("00000"), {"epoch": 2, "val_auc": 0.9}) == "CONTINUE"

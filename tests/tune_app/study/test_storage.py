@@ -288,7 +288,7 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
         "--trials",
         2,
         "--epochs",
-        200,
+        600,
         "--out",
         url,
         *TINY,
