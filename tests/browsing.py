@@ -101,6 +101,19 @@ def click(browser: Browser, selector: str) -> None:
     raise AssertionError(f"cannot click {selector}")
 
 
+def violations(browser: Browser) -> list[str]:
+    """What axe finds wrong with the page as it is shown, a line per rule and first place."""
+    axe = pytest.importorskip(
+        "axe_core_python.base", reason="axe-core-python is missing: pip install 'medtune[test]'"
+    )
+    browser.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    found: list[str] = browser.execute_async_script(
+        "const done = arguments[0]; axe.run().then((found) => done(found.violations.map("
+        "(each) => `${each.id}: ${each.nodes[0].target.join(' ')}: ${each.nodes[0].failureSummary}`)))"
+    )
+    return found
+
+
 def complaints(browser: Browser) -> list[str]:
     """Errors and warnings of the page's console: scripts, and what its content security policy refused."""
     return [

@@ -1,5 +1,6 @@
 """The one live table of a running study; a plain line an epoch where the output is no terminal."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from rich.text import Text
 
 SHOWN_ENDED = 8
 """Ended trials kept in view, the latest ones: the table must not outgrow the terminal."""
+
+log = logging.getLogger("medtune.driver")
 
 STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed": "red"}
 
@@ -60,7 +63,9 @@ class Display:
     def began(self, trial: str, variant: str | None) -> None:
         self.trials.setdefault(trial, {"trial": trial, "objective": None})
         self.trials[trial] |= {"state": "running", "variant": variant, "reason": ""}
-        self._line(f"{trial} started" + (f": {variant}" if variant else ""))
+        text = f"{trial} started" + (f": {variant}" if variant else "")
+        log.info("%s", text)
+        self._line(text)
 
     def reported(self, trial: str, row: Mapping[str, Any], objective: float) -> None:
         self.trials[trial] |= {"epoch": row["epoch"], "row": row, "objective": objective}
@@ -76,7 +81,9 @@ class Display:
         shown = self.trials.setdefault(trial, {"trial": trial, "objective": None})
         shown |= {"state": state, "reason": reason}
         shown["order"] = len(self.trials) + time.monotonic()
-        self._line(f"{trial} {state}{': ' + reason if reason else ''}")
+        text = f"{trial} {state}{': ' + reason if reason else ''}"
+        log.info("%s", text)
+        self._line(text)
 
     def _line(self, text: str) -> None:
         if self.live is None:

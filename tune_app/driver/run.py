@@ -74,6 +74,17 @@ class StudyBusyError(RuntimeError):
     """Another driver is at work on the study."""
 
 
+class LoggedNotes:
+    """Notes that are printed and kept in study.log: a study is read later, and by others than those at its terminal."""
+
+    def __init__(self, console: Any) -> None:
+        self._console = console
+
+    def print(self, text: object, **options: Any) -> None:
+        log.info("%s", text)
+        self._console.print(text, **options)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a session of a study ended."""
@@ -121,7 +132,7 @@ def run_study(
                 files,
                 url,
                 console=console,
-                notes=notes,
+                notes=LoggedNotes(notes),
                 address=address,
                 resume=resume,
                 retry_failed=retry_failed,

@@ -286,11 +286,11 @@ def progress(study: Study) -> Figure:
     data.append(
         _line("best so far", trials["trial"].tolist(), trials["number"].tolist(), best, line)
     )
-    axis = _whole_numbers(trials["number"].max())
-    return {
-        "data": data,
-        "layout": _layout(280, "trial, in the order they began", "objective", xaxis=axis),
-    }
+    last = int(trials["number"].max())
+    axis = _whole_numbers(last) | {"range": [-0.5, max(last, 1) + 0.5]}
+    worth = _of_scores(trials["objective"])
+    title = "trial, in the order they began"
+    return {"data": data, "layout": _layout(280, title, "objective", xaxis=axis, yaxis=worth)}
 
 
 def stopped(table: pd.DataFrame) -> Figure:
@@ -395,7 +395,8 @@ def parallel(study: Study) -> Figure:
         for place, text in axis.ticks():
             if -0.01 <= axis.share(place) <= 1.01:
                 notes.append(_text(i, axis.share(place), text, xshift=5, xanchor="left", size=10))
-        notes.append(_text(i, 1.1, _pieces(axis.name), xanchor="center", size=11, bold=True))
+        head = _text(i, 1.1, _pieces(axis.name), xanchor="center", size=11, bold=True)
+        notes.append(head | {"name": f"head-{i}"})
     layout = _layout(380, None, None, margin={"l": 24, "r": 44, "t": 8, "b": 16})
     layout["xaxis"] |= {
         "visible": False,
@@ -478,6 +479,7 @@ def slice_of(study: Study, name: str) -> Figure:
         "range": [min(places) - margin, max(places) + margin],
         "zeroline": False,
     }
+    layout["yaxis"] |= _of_scores(trials["objective"])
     layout |= {"shapes": shapes, "annotations": notes}
     return {"data": _slice_points(trials, name), "layout": layout}
 
@@ -675,6 +677,7 @@ def runs_by_variant(study: Study) -> Figure:
         )
     title = "<br>".join(wrap(OBJECTIVES[study.spec.objective].title, 24))
     layout = _layout(120 + 44 * len(variants), title, None, showlegend=True)
+    layout["xaxis"] |= _of_scores(trials["objective"])
     layout["yaxis"] |= {
         "tickvals": list(range(len(variants))),
         "ticktext": [escape(name) for name in variants],
@@ -698,7 +701,8 @@ def progress_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
             _line(name, [escape(name)] * len(spent), spent, best, line)
             | {"hovertemplate": "%{x} epochs: %{y:.3f}<extra>" + escape(name) + "</extra>"}
         )
-    layout = _layout(320, "epochs spent by all trials", "best so far", showlegend=True)
+    axis = {"rangemode": "tozero"}
+    layout = _layout(320, "epochs spent by all trials", "best so far", showlegend=True, xaxis=axis)
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
@@ -800,6 +804,17 @@ def _layout(height: int, x: str | None, y: str | None, **more: Any) -> dict[str,
     for key in ("xaxis", "yaxis"):
         layout[key] |= more.pop(key, {})
     return layout | more
+
+
+def _of_scores(values: pd.Series) -> dict[str, Any]:
+    """An axis of scores from 0 to 1, with some room, that begins and ends where scores can be."""
+    finite = values.to_numpy("float64", na_value=math.nan)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite) or finite.min() < 0 or finite.max() > 1:
+        return {}
+    low, high = float(finite.min()), float(finite.max())
+    room = 0.08 * (high - low) or 0.02
+    return {"range": [round(max(0.0, low - room), 4), round(min(1.0 + room / 4, high + room), 4)]}
 
 
 def _whole_numbers(largest: float) -> dict[str, Any]:

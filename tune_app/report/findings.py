@@ -289,6 +289,31 @@ def rivals_within_noise(study: Study) -> tuple[int, float]:
     return int((trials["objective"] > best["objective"] - half).sum()), half
 
 
+def first_tile(study: Study) -> tuple[str, str]:
+    """Return the best objective of a search with the interval of its AUC, and in words what it is and how many tie with it."""
+    best = study.best()
+    low, high = best["best_val_auc_low"], best["best_val_auc_high"]
+    known = not (pd.isna(low) or pd.isna(high))
+    interval = f" [{low:.2f}, {high:.2f}]" if known else ""
+    text = f"{OBJECTIVES[study.spec.objective].title}, trial {best['trial']}"
+    if known:
+        text += ", with the interval of its AUC"
+    rivals, noise = rivals_within_noise(study)
+    if math.isfinite(noise):
+        text += f"; {rivals or 'no'} other{'' if rivals == 1 else 's'} within its noise"
+    return f"{best['objective']:.3f}{interval}", text
+
+
+LEAST_FOR_IMPORTANCE = 20
+"""Ended trials below which importance is not shown: a tree over fewer finds an order in noise."""
+
+
+def enough_for_importance(study: Study) -> bool:
+    """Return whether enough trials have ended with a value for their importance to mean something."""
+    ended = study.trials["state"].isin(["completed", "stopped"])
+    return int(ended.sum()) >= LEAST_FOR_IMPORTANCE
+
+
 def luck(errors: float, trials: int) -> float:
     """Return by how much the best of equal `trials` looks better than it is, on one validation fold.
 

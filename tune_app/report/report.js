@@ -101,6 +101,7 @@
     const figure = figures[div.dataset.figure];
     const layout = { ...figure.layout, selections: [] };
     if (printing) Object.assign(layout, { width: div.dataset.slice ? 330 : 690, autosize: false });
+    if (printing && div.dataset.figure === "parallel") Object.assign(layout, staggered(layout));
     else layout.autosize = true;
     layout.dragmode = coarse ? false : div.dataset.figure === "parallel" ? "select" : "zoom";
     Plotly.react(div, painted(traces(figure), dark), painted(layout, dark), {
@@ -109,6 +110,12 @@
       displayModeBar: false, // it covers what it hovers over; dragging zooms, a double click zooms out
     });
     if (!div.dataset.listens) listen(div);
+  }
+
+  // On paper the axes are too close for their names side by side: every other name is a line higher.
+  function staggered({ annotations, height, margin, yaxis }) {
+    const raised = annotations.map((note) => (/^head-\d*[13579]$/.test(note.name || "") ? { ...note, y: 1.27 } : note));
+    return { annotations: raised, height: height + 40, margin, yaxis: { ...yaxis, range: [yaxis.range[0], 1.4] } };
   }
 
   function listen(div) {

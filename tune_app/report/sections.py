@@ -85,12 +85,8 @@ def _tiles(study: Study) -> list[dict[str, str]]:
     trials = study.trials
     tiles = []
     if study.scored and study.spec.kind == "search":
-        tiles.append(
-            {
-                "value": f"{study.best()['objective']:.3f}",
-                "text": OBJECTIVES[study.spec.objective].title,
-            }
-        )
+        value, text = findings.first_tile(study)
+        tiles.append({"value": value, "text": text})
     elif study.scored:
         variant = str(findings.leading(study)["variant"])
         mean = trials.loc[
@@ -338,21 +334,7 @@ def _search(page: Page, study: Study) -> None:
         "Thick: best tenth. Thin: upper half. Dotted: the rest. A line is interrupted where its run does not read the hyperparameter.",
         wide=wide,
     )
-    try:
-        table = study.importance()
-    except ValueError as error:
-        table, reason = None, str(error).split(": ", 1)[-1]
-    section = page.section("importance", "Which hyperparameters mattered")
-    if table is None:
-        section.text(f"Not told: {reason}.", style="faint")
-    else:
-        section.figure(
-            page,
-            "importance",
-            figures.importance(table),
-            "importance of each hyperparameter",
-            f"By {table.attrs['how']}.",
-        )
+    _importance(page, study)
     section = page.section("slices", "One hyperparameter at a time")
     section.text(
         "Dashed: the document's value before its fix; solid: after. Every mark is a trial, drawn by its verdict."
@@ -363,6 +345,28 @@ def _search(page: Page, study: Study) -> None:
         page.plots[f"slice-{name}"] = figures.slice_of(study, name)
         slices.append({"id": f"slice-{name}", "label": f"objective over {name}"})
     section.parts.append({"kind": "slices", "slices": slices})
+
+
+def _importance(page: Page, study: Study) -> None:
+    section = page.section("importance", "Which hyperparameters mattered")
+    least = findings.LEAST_FOR_IMPORTANCE
+    if not findings.enough_for_importance(study):
+        section.text(
+            f"Not shown: fewer than {least} trials have ended, too few for an order.", style="faint"
+        )
+        return
+    try:
+        table = study.importance()
+    except ValueError as error:
+        section.text(f"Not shown: {str(error).split(': ', 1)[-1]}.", style="faint")
+        return
+    section.figure(
+        page,
+        "importance",
+        figures.importance(table),
+        "importance of each hyperparameter",
+        f"By {table.attrs['how']}.",
+    )
 
 
 def _variants(page: Page, study: Study) -> None:

@@ -35,9 +35,6 @@ LOG_BYTES = 64 * 1024
 RECENT_S = 600.0
 """Seconds over which the occupancy is taken."""
 
-LEAST_FOR_IMPORTANCE = 20
-"""Ended trials below which importance is not shown: a tree over fewer finds an order in noise."""
-
 CurveAxis = Literal["epoch", "updates", "time"]
 """What curves are drawn over."""
 
@@ -112,6 +109,7 @@ def overview(study: Study) -> dict[str, Any]:
         **glance(study),
         "name": study.name,
         "path": study.place,
+        "first_tile": findings.first_tile(study) if study.scored else None,
         "asked": asked,
         "found": found,
         "full_epochs": study.spec.epochs,
@@ -468,7 +466,7 @@ def figure_names(study: Study) -> list[dict[str, str]]:
     if study.scored and study.spec.kind == "search" and len(study.trials) > 1:
         names += [("progress", "How the search went")]
         if study.searched:
-            if study.trials["state"].isin(["completed", "stopped"]).sum() >= LEAST_FOR_IMPORTANCE:
+            if findings.enough_for_importance(study):
                 names += [("importance", "Which hyperparameters mattered")]
             names += [("parallel", "All settings at a glance")]
             names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]

@@ -119,6 +119,10 @@ def test_a_search_killed_midway_is_resumed_to_its_end(table: Path, tmp_path: Pat
     check_whole(root, trials=4, epochs=4)
     assert rows_of(root)[: len(before)] == before, "a row was rewritten"
     assert "best: trial" in out
+    told = StudyFiles(root).log.read_text()
+    assert "00000 started" in told, "the page shows this log of a study that a terminal started"
+    assert "00003 completed" in told or "00003 stopped" in told
+    assert "spacing_mm: " in told, "notes are in it as well"
 
 
 @pytest.mark.ray

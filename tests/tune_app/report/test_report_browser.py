@@ -1,14 +1,16 @@
 """The report in a real browser: no script error, no request, and every interaction does what it says."""
 
 import base64
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, wait
+from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, violations, wait
 
 from tune_app.report import figures
+from tune_app.report.findings import LEAST_FOR_IMPORTANCE, rivals_within_noise
 from tune_app.report.page import write_comparison, write_report
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
@@ -135,6 +137,40 @@ def test_names_that_try_to_be_markup_stay_text(
         "return [...document.querySelectorAll('.ytick text')].map((text) => text.textContent)"
     )
     assert names[0] in labels
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_breaks_no_rule_of_accessibility(page: Browser, theme: str) -> None:
+    page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    assert violations(page) == []
+    small = page.execute_script(
+        "return [...document.querySelectorAll('button, select, input')].map((each) => [each.textContent, each.getBoundingClientRect()])"
+        ".filter(([, box]) => box.width && (box.width < 24 || box.height < 24)).map(([text]) => text)"
+    )
+    assert small == []
+
+
+def test_the_first_tile_says_how_sure_it_is(page: Browser, search: Study) -> None:
+    best = search.best()
+    tile = page.find_element("css selector", ".tile")
+    low, high = best["best_val_auc_low"], best["best_val_auc_high"]
+    assert f"{best['objective']:.3f} [{low:.2f}, {high:.2f}]" in tile.text
+    rivals, _ = rivals_within_noise(search)
+    assert f"{rivals} others within its noise" in tile.text
+    ended = search.trials["state"].isin(["completed", "stopped"])
+    assert ended.sum() < LEAST_FOR_IMPORTANCE
+    section = page.find_element("css selector", "#importance")
+    assert "fewer than 20 trials have ended" in section.text
+    assert not section.find_elements("css selector", ".plot")
+
+
+def test_axes_begin_where_values_can_be(page: Browser, search: Study) -> None:
+    layout = figure(page, "progress")["layout"]
+    assert layout["xaxis"]["range"] == [-0.5, len(search.trials) - 0.5]
+    assert 0 <= layout["yaxis"]["range"][0] < layout["yaxis"]["range"][1] <= 1.02
+    low, high = figure(page, "slice-max_m")["layout"]["yaxis"]["range"]
+    assert 0 <= low < search.trials["objective"].min()
+    assert search.trials["objective"].max() < high <= 1.02
 
 
 # What can be clicked ---------------------------------------------------------------------------------------------------
@@ -375,9 +411,12 @@ def test_the_theme_changes_page_and_figures(page: Browser) -> None:
 def test_paper_gets_light_figures_and_nothing_folded_away(page: Browser) -> None:
     page.execute_script("document.documentElement.dataset.theme = 'dark'")
     page.execute_script(
+        "const figureOf = () => document.querySelector(`[data-figure='parallel']`);"
         "addEventListener('beforeprint', () => { window.atPrint = {"
         " open: [...document.querySelectorAll('details')].every((d) => d.open),"
         " ink: document.querySelector(`[data-figure='curves-ema']`).layout.font.color,"
+        " heads: figureOf().layout.annotations.filter((each) => /^head-/.test(each.name || '')).map((each) => each.y),"
+        " why: getComputedStyle(document.querySelector('#all-trials td.text')).display,"
         " widest: Math.max(...[...document.querySelectorAll('.plot .main-svg')].map((s) => s.getBoundingClientRect().width)) } })"
     )
     printed = base64.b64decode(
@@ -388,6 +427,9 @@ def test_paper_gets_light_figures_and_nothing_folded_away(page: Browser) -> None
     assert at_print["open"]
     assert at_print["ink"] == "#1b2430"
     assert at_print["widest"] <= 690
+    assert at_print["why"] == "table-cell", "no column is left out on paper"
+    heads = at_print["heads"]
+    assert all(one != other for one, other in itertools.pairwise(heads)), "names do not overlap"
     assert page.execute_script(
         "return [...document.querySelectorAll('details')].every((d) => !d.open)"
     )

@@ -59,8 +59,10 @@ class Axis {
     this.given = given || {};
     this.categories = categories;
     if (categories) { this.low = -0.5; this.high = categories.length - 0.5; }
-    else if (this.given.range) [this.low, this.high] = this.given.range;
-    else {
+    else if (this.given.range) {
+      [this.low, this.high] = this.given.range;
+      this.whole = values.length > 0 && values.every((value) => !Number.isFinite(value) || Number.isInteger(value));
+    } else {
       const finite = values.filter((value) => Number.isFinite(value));
       this.low = finite.length ? Math.min(...finite) : 0;
       this.high = finite.length ? Math.max(...finite) : 1;

@@ -216,9 +216,7 @@ export function studyView(id, query) {
   function tiles(told) {
     const progress = told.progress;
     const tile = (value, text) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, text));
-    const interval = told.best_interval?.[0] === null || !told.best_interval ? "" : ` [${number(told.best_interval[0], 2)}, ${number(told.best_interval[1], 2)}]`;
-    const ties = told.noise === null || told.best === null ? "" : `; ${told.rivals || "no"} other${told.rivals === 1 ? "" : "s"} within its noise`;
-    const list = [tile(`${number(told.best)}${interval}`, told.best_trial ? `${told.objective}, trial ${told.best_trial}${interval ? ", with the interval of its AUC" : ""}${ties}` : told.objective),
+    const list = [tile(...(told.first_tile || ["-", told.objective])),
       tile(`${told.ended} of ${told.trials}`, `trials ended: ${Object.entries(told.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(told.epochs), "epochs run")];
     if (told.state === "running") {
       const now = Date.now() / 1000;
@@ -283,7 +281,7 @@ export function studyView(id, query) {
       }
       (name.startsWith("slice-") ? slices : whole).push(each.box);
     }
-    parts.figures.replaceChildren(names.length ? h("h2", { id: "figures" }, "What it says") : "", ...whole, slices.length ? h("div", { class: "slices" }, slices) : "");
+    parts.figures.replaceChildren(names.length ? h("h2", { id: "figures" }, "Figures") : "", ...whole, slices.length ? h("div", { class: "slices" }, slices) : "");
   }
 
   async function freshen(name) {
