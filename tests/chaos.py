@@ -310,7 +310,7 @@ def write_study_file(path: Path, table: Path, cache: Path, plan: Round) -> None:
         "cache": str(cache),
         "disk_budget_gib": BUDGET_GIB,
         "keep_best": 1,
-        "policy": {"grace_epochs": 1, "finalists": 1},
+        "policy": {"grace_epochs": 1, "judge_from": 0, "finalists": 1},
     }
     if plan.ranks > 1:
         fields["ranks"] = plan.ranks

@@ -43,7 +43,12 @@ TARGET_BUDGET = 24
 """Whole runs after which plain Ray Tune's value is the one to reach."""
 
 BEFORE = PolicySpec(
-    halving=True, grace_epochs=3, reduction_factor=2, finalists=3, drw_guard_epochs=5
+    halving=True,
+    grace_epochs=3,
+    reduction_factor=2,
+    judge_from=0,
+    finalists=3,
+    drw_guard_epochs=5,
 )
 """medtune's stopping policy up to version 0.1, for runs of 30 epochs."""
 

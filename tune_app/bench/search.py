@@ -273,6 +273,7 @@ def _medtune(
             "policy": {
                 "grace_epochs": search["grace_epochs"],
                 "reduction_factor": search["reduction_factor"],
+                "judge_from": 0,
                 "compared": "current",
                 "drw_guard_epochs": 0,
                 "finalists": 0,

@@ -53,9 +53,10 @@ class PolicySpec(BaseModel):
     """When trials are stopped early; `policy` in the study file.
 
     The defaults were chosen on recorded curves of real runs (`medtune bench strategies`, docs/results.md): one
-    rung after a third of a run, which the best third passes, and no trial is exempt from it. Earlier
-    rungs lost on the table where AUCs say little before epoch 8; a guard after the start of the class weights, finalists
-    and known settings run first gained nothing on any table.
+    rung after a third of a run, which the best third passes, and no trial is exempt from it. The rung waits for four
+    arrivals: a rung that judged the second and third stopped good trials of space `wide`. Earlier rungs lost on the
+    table where AUCs say little before epoch 8; a guard after the start of the class weights, finalists and known
+    settings run first gained nothing on any table.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -69,7 +70,7 @@ class PolicySpec(BaseModel):
     """Share of a whole run before the first rung, where `grace_epochs` is not set."""
     reduction_factor: float = Field(3.0, gt=1, le=100)
     """The best 1/reduction_factor of the trials pass a rung, and rungs are at the first one times its powers."""
-    judge_from: int = Field(0, ge=0)
+    judge_from: int = Field(4, ge=0)
     """A rung stops no trial before this many have arrived at it, the trial itself included."""
     compared: Literal["current", "best", "smoothed", "best_median3"] = "best_median3"
     """What a rung compares: the epoch's own AUC, the best so far, the median of the last 3, or the best such median."""
@@ -132,6 +133,7 @@ RAY_ASHA = PolicySpec(
     grace_epochs=1,
     reduction_factor=4,
     compared="current",
+    judge_from=0,
     drw_guard_epochs=0,
     finalists=0,
     actions=dict.fromkeys(VERDICTS, "ignore"),
@@ -151,6 +153,7 @@ and no stops at all."""
 FORMER_DEFAULTS = {
     "first_rung_share": 0.1,
     "reduction_factor": 2.0,
+    "judge_from": 0,
     "drw_guard_epochs": 5,
     "finalists": 3,
 }

@@ -261,6 +261,8 @@ def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:
     if isinstance(policy, Mapping) and "first_rung_share" not in policy:
         former = {"sampler": "tpe", "prior": False, "warm_start": None}
         fields = {**former, **fields, "policy": {**FORMER_DEFAULTS, **policy}}
+    elif isinstance(policy, Mapping) and "judge_from" not in policy:
+        fields = {**fields, "policy": {"judge_from": 0, **policy}}
     return build_spec(fields)
 
 

@@ -97,7 +97,7 @@ def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
     good = curve("good", [0.8] * 12, epoch_s=[3600.0] * 12)
     poor = curve("poor", [0.6] * 12, epoch_s=[3600.0] * 12)
     policy = PolicySpec(
-        grace_epochs=3, reduction_factor=3, finalists=0, actions={"collapsed": "ignore"}
+        grace_epochs=3, reduction_factor=3, judge_from=0, actions={"collapsed": "ignore"}
     )
     table = backtest([good, best, poor], {"all": None, "halving": policy}, workers=1).set_index(
         "policy"

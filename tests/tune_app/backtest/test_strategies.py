@@ -267,7 +267,7 @@ def test_a_replay_stops_what_the_policy_itself_stops(table):
             row |= {"val_auc": None, "val_auc_raw": None, "val_auc_ema": None}
     auc = np.array([[row["val_auc"] for row in one] for one in rows], dtype=float)
     ill = dataclasses.replace(table, rows=tuple(rows), auc=auc)
-    policy = PolicySpec(grace_epochs=3, reduction_factor=2)
+    policy = PolicySpec(grace_epochs=3, reduction_factor=2, judge_from=2)
     assert diagnosed(ill, policy)
     views, searches = [], []
 

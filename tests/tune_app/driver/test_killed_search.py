@@ -52,6 +52,7 @@ FIELDS: dict[str, Any] = {
     "policy": {
         "first_rung_share": 0.1,  # rungs at 3 and 6 epochs, the second within the guard
         "reduction_factor": 2,
+        "judge_from": 2,
         "grace_epochs": 3,
         "finalists": 1,
         "drw_guard_epochs": 2,

@@ -93,7 +93,7 @@ def test_the_studys_own_settings_count_behind_the_trials():
 
 def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was():
     rows, decisions = [], []
-    spec = PolicySpec(grace_epochs=2, finalists=3)
+    spec = PolicySpec(grace_epochs=2, judge_from=0, finalists=3)
     killed = scheduler(spec, [], 20)
     killed._record, killed._log = rows.append, decisions.append
     for name, value in (("00000", 0.9), ("00001", 0.8)):

@@ -236,6 +236,7 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
             "policy": {
                 "grace_epochs": 1,
                 "reduction_factor": 2.0,
+                "judge_from": 0,
                 "finalists": 0,
                 "drw_guard_epochs": 0,
             },

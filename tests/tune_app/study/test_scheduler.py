@@ -29,6 +29,7 @@ def halving(**fields):
     fields = {
         "grace_epochs": 2,
         "reduction_factor": 2,
+        "judge_from": 0,
         "compared": "current",
         "finalists": 0,
         "actions": SILENT,
@@ -335,7 +336,9 @@ def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_kil
         if running[trial] == 40:
             del running[trial]
 
-    spec = PolicySpec(grace_epochs=3, reduction_factor=2, drw_guard_epochs=5, finalists=3)
+    spec = PolicySpec(
+        grace_epochs=3, reduction_factor=2, judge_from=2, drw_guard_epochs=5, finalists=3
+    )
     never = Policy(spec, 40)
     expected = [never.decide(row["trial"], configs[row["trial"]], row) for row in arrivals]
     assert {d.reason for d in expected} >= {
@@ -437,7 +440,16 @@ def test_a_study_of_an_earlier_version_decides_as_it_would_have():
     assert (old.sampler, old.warm_start, old.policy.finalists) == ("tpe", None, 3)
     assert (old.policy.drw_guard_epochs, Policy(old.policy, 60).rungs) == (5, [6, 12, 24, 48])
     assert not old.uses_prior
+    assert old.policy.judge_from == 0
     assert recorded_spec(new.model_dump(mode="json")) == new
+
+
+def test_a_rung_of_a_study_from_before_judge_from_does_not_begin_to_wait():
+    fields = build_spec({"data": "/data/table.csv"}).model_dump(mode="json")
+    assert fields["policy"].pop("judge_from") == 4
+    old = recorded_spec(fields)
+    assert (old.policy.judge_from, old.sampler) == (0, "model")
+    assert Policy(old.policy, 60).rungs == [20, 60]
 
 
 @pytest.mark.parametrize(("name", "policy"), POLICIES.items())

@@ -53,7 +53,7 @@ def rows_of(trials: int, epochs: int) -> list[dict[str, Any]]:
 def decided(
     rows: list[dict[str, Any]], asked: dict[tuple[str, int], str]
 ) -> tuple[Policy, list[Decision]]:
-    policy = Policy(PolicySpec(grace_epochs=2, reduction_factor=2), 16)
+    policy = Policy(PolicySpec(grace_epochs=2, reduction_factor=2, judge_from=0), 16)
     known = {}
     return policy, [
         policy.decide(row["trial"], {"epochs": 16}, row, asked.get((row["trial"], row["epoch"])))
