@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -90,7 +91,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader sees the old file or the new one, never part of one, whatever is killed or loses its power in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as written:

@@ -28,7 +28,15 @@ import numpy as np
 import pandas as pd
 
 from trainables.data.formats import NO_CONTENT
-from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
+from trainables.data.storage import (
+    StorageError,
+    absolute,
+    bucket_of,
+    data_roots,
+    is_below,
+    is_url,
+    url_of,
+)
 from trainables.data.table_file import COLUMNS, ManifestError, Record, read_records
 from trainables.data.visible import visible
 
@@ -102,6 +110,8 @@ class Row:
 
 def checked_rows(table: Path, num_classes: int) -> tuple[list[Row], list[str]]:
     """All rows, and all problems: of the columns, of each row, and between rows."""
+    if problem := _outside(table):
+        raise ManifestError([f"table {url_of(table) or table}: {problem}"])
     columns, records = read_records(table)
     problems = _column_problems(columns)
     if not records:
@@ -303,6 +313,10 @@ def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     """Return the file or URL that a cell `path` of a table in `folder` names, or what is wrong with it."""
     if not path:
         return None, "no path"
+    if problem := _outside(
+        path if is_url(path) or Path(path).is_absolute() else f"{folder}/{path}"
+    ):
+        return None, problem
     if is_url(path):
         return _object(path)
     if is_url(folder) and not Path(path).is_absolute():
@@ -326,6 +340,14 @@ def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     if not os.access(file, os.R_OK):
         return None, "this user may not read it: change its permissions"
     return file, None
+
+
+def _outside(place: str | Path) -> str | None:
+    """What is wrong with a table or volume outside the folders that this process may read; None where nothing is."""
+    roots = data_roots()
+    if not roots or is_below(place, roots):
+        return None
+    return f"outside the folders that may be read: {', '.join(roots)}"
 
 
 def _object(url: str) -> tuple[str | None, str | None]:

@@ -50,6 +50,28 @@ def url_of(place: str | Path) -> str | None:
     return f"{found[1]}://{found[2].rstrip('/')}" if found else None
 
 
+DATA_ROOTS = "MEDTUNE_DATA_ROOTS"
+"""Environment variable with folders and URLs, one per line. Where it is set, tables and volumes are read below them alone.
+
+`medtune serve --data-root` sets it for the drivers that it starts.
+"""
+
+
+def data_roots() -> list[str]:
+    """Return the folders and URLs of DATA_ROOTS; empty: everything may be read."""
+    return [line for line in os.environ.get(DATA_ROOTS, "").split("\n") if line]
+
+
+def is_below(place: str | Path, roots: Iterable[str]) -> bool:
+    """Whether a file or URL is below one of the `roots`, folders without links and URLs. Links are followed."""
+    if (url := url_of(place)) is not None:
+        return ".." not in url.split("/") and any(
+            url == root or url.startswith(f"{root.rstrip('/')}/") for root in roots if is_url(root)
+        )
+    real = Path(os.path.realpath(place))
+    return any(real.is_relative_to(root) for root in roots if not is_url(root))
+
+
 def absolute(place: str | Path) -> str:
     """Return the place as another process or node can find it: a URL as it is, a path made absolute.
 

@@ -155,6 +155,7 @@ def _only_driver(files: StudyFiles, notes: Any) -> Iterator[None]:
     files.root.mkdir(parents=True, exist_ok=True)
     try:
         # A second, not none: a reader asking whether a driver is at work holds the lock for microseconds.
+        files.require_own()
         held = driver_lock(files.lock, timeout=1)
     except Timeout:
         raise StudyBusyError(

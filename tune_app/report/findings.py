@@ -675,7 +675,9 @@ def checklist(study: Study) -> list[Check]:
         name: study.epochs[name].to_numpy("float64", na_value=math.nan) for name in _CHECKED_COLUMNS
     }
     shown: dict[str, list[bool]] = {text: [] for _, text, _ in _CHECKS}
-    evidence: dict[str, tuple[bool | None, str]] = {}
+    evidence: dict[str, tuple[bool | None, str]] = dict.fromkeys(
+        shown, (None, "its epochs are missing")
+    )
     for trial in study.trials.to_dict("records"):
         if trial["trial"] not in places:
             continue

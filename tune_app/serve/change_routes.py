@@ -1,6 +1,8 @@
 """The routes that change something: check, queue, start and stop studies, and stop trials."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +11,11 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainables.checkpoints import replacing
-from trainables.data.storage import bucket_of, is_url
+from trainables.data.storage import bucket_of, is_below, is_url
 from tune_app.results.text import printable
 from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import UnknownError
-from tune_app.serve.keeping import Note, Notes, archive, delete, rename, write_note
+from tune_app.serve.keeping import Note, Notes, archive, delete, hide, rename, write_note
 from tune_app.serve.queue import QueueError
 from tune_app.serve.service import ID_LENGTH, Service, StudyId, TheService, TrialId
 from tune_app.serve.views import failed_trials, state_of, trial_page
@@ -137,13 +139,13 @@ class Confirmed(BaseModel):
 @router.put("/studies/{study}/notes")
 def set_note(study: StudyId, note: Note, service: TheService) -> Notes:
     """Set the note and tags of a study."""
-    return write_note(_changeable(study, service, running=True), None, note)
+    return write_note(_own_folder(study, service), None, note)
 
 
 @router.put("/studies/{study}/trials/{trial}/notes")
 def set_trial_note(study: StudyId, trial: TrialId, note: Note, service: TheService) -> Notes:
     """Set the note and tags of a trial."""
-    path = _changeable(study, service, running=True)
+    path = _own_folder(study, service)
     if not StudyFiles(path).trial(trial).record.is_file():
         raise UnknownError(f"{path.name} has no trial {trial!r}")
     return write_note(path, trial, note)
@@ -152,40 +154,51 @@ def set_trial_note(study: StudyId, trial: TrialId, note: Note, service: TheServi
 @router.post("/studies/{study}/rename")
 def rename_study(study: StudyId, asked: NewName, service: TheService) -> Asked:
     """Give the folder of a study that does not run another name."""
-    moved = rename(_changeable(study, service), asked.name)
+    with _still(study, service) as path:
+        moved = rename(path, asked.name)
     return Asked(study=service.folder.name(moved), became="renamed")
 
 
 @router.post("/studies/{study}/archive")
 def archive_study(study: StudyId, service: TheService) -> Asked:
     """Move the folder of a study that does not run to `.medtune/archive`, where the page does not look."""
-    moved = archive(_changeable(study, service), service.folder.root / ".medtune" / "archive")
+    with _still(study, service) as path:
+        moved = archive(path, service.folder.root / ".medtune" / "archive")
     return Asked(study=study, became=f"moved to {moved}")
 
 
 @router.delete("/studies/{study}")
 def delete_study(study: StudyId, asked: Confirmed, service: TheService) -> Asked:
     """Remove the folder of a study that does not run; `name` repeats its name."""
-    path = _changeable(study, service)
-    if asked.name != path.name:
-        raise QueueError(f"{path.name} is deleted only when its name is given, not {asked.name!r}")
-    delete(path)
+    with _still(study, service) as path:
+        if asked.name != path.name:
+            raise QueueError(
+                f"{path.name} is deleted only when its name is given, not {asked.name!r}"
+            )
+        hidden = hide(path)
+    delete(hidden)
     return Asked(study=study, became="deleted")
 
 
-def _changeable(study: str, service: Service, *, running: bool = False) -> Path:
-    """Return the study's folder if it may be changed by hand. Raises QueueError."""
+def _own_folder(study: str, service: Service) -> Path:
+    """Return the study's folder if it is not a copy. Raises UnknownError and QueueError."""
     path = service.folder.path(study)
     if service.replica is not None:
         raise QueueError("the studies are in object storage, of which this service has a copy only")
-    if running:
-        return path
+    if not path.is_dir():
+        raise UnknownError(f"{path.name} is no longer there")
+    return path
+
+
+@contextmanager
+def _still(study: str, service: Service) -> Iterator[Path]:
+    """Yield the study's folder, which no driver runs in and none can start in. Raises UnknownError and QueueError."""
+    path = _own_folder(study, service)
     if path == service.folder.root:
         raise QueueError(f"{path.name} is the folder that is served")
-    inside = [path, *(each for each in service.folder.paths().values() if path in each.parents)]
-    if active := [each for each in inside if service.queue.is_active(each)]:
-        raise QueueError(f"{active[0].name} waits or runs: stop it first")
-    return path
+    inside = [each for each in service.folder.paths().values() if path in each.parents]
+    with service.queue.hold_still(path, inside):
+        yield path
 
 
 def _with_paths(fields: dict[str, Any], service: Service) -> dict[str, Any]:
@@ -232,20 +245,9 @@ def _outside(fields: dict[str, Any], service: Service) -> list[str]:
     """What a study would read or write outside the folders that the service was given, one line each."""
     if not service.data_roots:
         return []
-    roots = [*service.data_roots, str(service.folder.root)]
-    given = [(name, path) for name, path in paths_in(fields) if not _within(path, roots)]
+    roots = service.allowed_roots()
+    given = [(name, path) for name, path in paths_in(fields) if not is_below(path, roots)]
     if fields.get("storage") is not None:
         given.append(("storage", "a database of its own"))
     allowed = ", ".join(service.data_roots)
     return [f"{name}: {path} is outside what --data-root allows: {allowed}" for name, path in given]
-
-
-def _within(path: str, roots: list[str]) -> bool:
-    if is_url(path):
-        return ".." not in path.split("/") and any(
-            path == root or path.startswith(f"{root.rstrip('/')}/")
-            for root in roots
-            if is_url(root)
-        )
-    place = Path(path).resolve()
-    return any(place.is_relative_to(root) for root in roots if not is_url(root))

@@ -150,9 +150,10 @@ class StudyFolder:
         if error is not None and error[0] == stamp:
             raise UnreadableError(error[1])
         started = time.monotonic()
-        epochs = StudyFiles(path).epochs
-        size = epochs.stat().st_size if epochs.exists() else 0
+        files = StudyFiles(path)
+        size = files.epochs.stat().st_size if files.epochs.exists() else 0
         try:
+            files.require_own()
             loaded = load_study(path, on_damage="skip")
         except SpecError as problem:
             with self._guard:

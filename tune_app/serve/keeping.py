@@ -1,6 +1,8 @@
 """Notes and tags of studies, and renaming, archiving and deleting their folders."""
 
+import secrets
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,15 +58,21 @@ def read_notes(root: Path) -> Notes:
 
 def write_note(root: Path, trial: str | None, note: Note) -> Notes:
     """Set the note of the study in `root`, or of one of its trials, and return all notes."""
-    notes, note = read_notes(root), note.cleaned()
-    if trial is None:
-        notes.study = note
-    elif note == Note():
-        notes.trials.pop(trial, None)
-    else:
-        notes.trials[trial] = note
-    write_json(root / NOTES, notes.model_dump())
+    note = note.cleaned()
+    with _writing:
+        notes = read_notes(root)
+        if trial is None:
+            notes.study = note
+        elif note == Note():
+            notes.trials.pop(trial, None)
+        else:
+            notes.trials[trial] = note
+        write_json(root / NOTES, notes.model_dump())
     return notes
+
+
+_writing = threading.Lock()
+"""Two notes at the same time are both kept."""
 
 
 def contents(root: Path) -> Mapping[str, Any]:
@@ -96,6 +104,11 @@ def archive(root: Path, into: Path) -> Path:
     return root.rename(into / f"{root.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
+def hide(root: Path) -> Path:
+    """Give the study's folder a name that the page passes over, and return it: removing everything takes a while."""
+    return root.rename(root.with_name(f".deleted-{secrets.token_hex(8)}"))
+
+
 def delete(root: Path) -> None:
-    """Remove the study's folder with everything in it."""
+    """Remove the folder with everything in it."""
     shutil.rmtree(root)

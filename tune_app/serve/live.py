@@ -39,6 +39,9 @@ CHUNK = 1 << 20
 """Bytes of rows sent in one event at most."""
 
 
+LARGEST_SCORE = 1e9
+
+
 class TooManyViewersError(RuntimeError):
     """Another viewer would be one too many."""
 
@@ -208,12 +211,13 @@ class _Feed:
 
 
 def _whole_size(path: Path) -> int:
-    """Bytes of a JSONL file up to its last line end."""
+    """Bytes of a JSONL file up to its last line end; 0 where its last CHUNK bytes have none, as no row is that long."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
         size = file.seek(0, 2)
-        while size:
+        least = size - CHUNK
+        while size > max(0, least):
             start = max(0, size - 65536)
             file.seek(start)
             end = file.read(size - start).rfind(b"\n")
@@ -255,7 +259,9 @@ def _backlog(path: Path, start: int, upto: int) -> tuple[bytes, int]:
 
 
 def _score(value: Any) -> float | None:
-    return round(float(value), 4) if isinstance(value, int | float) and value == value else None
+    if not isinstance(value, int | float) or not abs(value) <= LARGEST_SCORE:
+        return None  # NaN, and what JSON cannot hold or no metric is
+    return round(float(value), 4)
 
 
 def _event(name: str, value: Any, number: int | None = None) -> bytes:

@@ -16,16 +16,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import Timeout
+
 from trainables.checkpoints import write_json
 from trainables.data.json_files import read_json
+from trainables.data.storage import DATA_ROOTS
+from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache
 from tune_app.study.requests import ask_to_stop_study
-from tune_app.study.rows import is_held
+from tune_app.study.rows import driver_lock, is_held
 
 log = logging.getLogger("medtune.serve")
 
@@ -66,7 +71,8 @@ class StudyQueue:
     """Studies that wait for this machine, and the driver that was started last. Safe to use from several threads.
 
     `file` keeps it; `studies` names the folders whose drivers count as holding the machine; `address` is the Ray cluster
-    the drivers use, None for a local Ray each. `place` gives what a driver is told of a study's folder.
+    the drivers use, None for a local Ray each. `place` gives what a driver is told of a study's folder. `data_roots`: where there are
+    any, the drivers read tables and volumes below them alone.
     """
 
     def __init__(
@@ -76,8 +82,10 @@ class StudyQueue:
         *,
         address: str | None = None,
         place: Callable[[Path], str] = str,
+        data_roots: Sequence[str] = (),
     ) -> None:
         self._file, self._studies, self._address, self._place = file, studies, address, place
+        self._environment = {DATA_ROOTS: "\n".join(data_roots)} if data_roots else {}
         name = hashlib.sha256((address or "this machine").encode()).hexdigest()[:12]
         self.machine_lock = default_cache() / f"machine-{name}.lock"
         self._guard = threading.RLock()
@@ -104,6 +112,10 @@ class StudyQueue:
                 action = "retry" if retry_failed else "resume"
             if action == "run" and not files.asked.is_file():
                 raise QueueError(f"{root.name} holds neither a study nor a study file")
+            try:
+                files.require_own()
+            except SpecError as error:
+                raise QueueError(str(error)) from None
             self.waiting.append(Entry(str(root), action, time.time()))
             self._write()
 
@@ -128,6 +140,30 @@ class StudyQueue:
                 ask_to_stop_study(StudyFiles(root))
                 return "asked"
         raise QueueError(f"{root.name} neither waits nor runs")
+
+    @contextmanager
+    def hold_still(self, root: Path, inside: Iterable[Path] = ()) -> Iterator[None]:
+        """Keep the study in `root`, and those in `inside`, from being queued or started in the meantime.
+
+        Drivers that are started by hand find their locks taken. Raises QueueError when one waits, starts or runs.
+        """
+        with self._guard, ExitStack() as locks:
+            for each in (root, *inside):
+                if not each.is_dir():  # the lock's file would make it again
+                    raise QueueError(f"{each.name} is no longer there")
+                busy = self.is_active(each)
+                try:
+                    if not busy:
+                        locks.enter_context(driver_lock(StudyFiles(each).lock))
+                except Timeout:
+                    busy = True
+                except (
+                    OSError
+                ):  # another user's, or no lock at all: whether it is held has been asked
+                    log.info("%s: changed without its lock", each)
+                if busy:
+                    raise QueueError(f"{each.name} waits or runs: stop it first")
+            yield
 
     def place(self, root: Path) -> int | None:
         """Return the study's place in the queue, 1 for the next; None when it does not wait."""
@@ -219,7 +255,7 @@ class StudyQueue:
         else:
             command += ["resume", place, *["--retry-failed"] * (entry.action == "retry")]
         command += ["--address", self._address] if self._address else []
-        with files.console.open("ab") as console:
+        with open(files.console, "ab", opener=_no_link) as console:
             console.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {entry.action}\n".encode())
             console.flush()
             return subprocess.Popen(
@@ -229,7 +265,7 @@ class StudyQueue:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # neither Ctrl-C here nor the end of this terminal reaches it
                 pass_fds=(lock,),
-                env=os.environ | {"COLUMNS": "100"},
+                env=os.environ | {"COLUMNS": "100"} | self._environment,
             )
 
     def _take_machine(self) -> int | None:
@@ -263,3 +299,8 @@ class StudyQueue:
             raise QueueError(
                 f"{self._file}: damaged, remove it and queue the studies again: {error}"
             ) from None
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, but no link and no pipe without a reader: either may be in a folder that others write to."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

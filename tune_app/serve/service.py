@@ -57,9 +57,14 @@ class Service:
             driven,
             address=address,
             place=self.folder.place,
+            data_roots=self.allowed_roots(),
         )
         self.feeds = Feeds(self.folder, self.about)
         self._closed = threading.Event()
+
+    def allowed_roots(self) -> list[str]:
+        """Return the folders and URLs that a study started from the page may read; empty: everything."""
+        return [*self.data_roots, str(self.folder.root)] if self.data_roots else []
 
     def start(self) -> None:
         """Start the threads that run the queue, read the studies and follow the storage."""

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +125,24 @@ class StudyFiles:
     def trial(self, trial_id: str) -> TrialFiles:
         return TrialFiles(self.trials / trial_id)
 
+    def require_own(self) -> None:
+        """Raise SpecError where a file of the study is a link, a pipe or a device.
+
+        A folder may come from anyone: a link would have the driver write to another file of its user, or the page show
+        one, and a pipe would be waited for.
+        """
+        files = (self.spec, self.database, self.epochs, self.decisions, self.log, self.lock)
+        for path in (*files, self.test, self.asked, self.console):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISREG(mode):
+                what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+                raise SpecError(
+                    f"{path}: {what}; a study's files are regular files in its folder: copy it there or remove it"
+                )
+
     def require(self) -> None:
         """Raise SpecError unless this is a study of a version that can be read."""
         if not self.spec.is_file():
@@ -147,6 +167,8 @@ class StudyFiles:
             raise SpecError(
                 f"{self.spec}: damaged: spec is a {type(value.get('spec')).__name__}, must be an object"
             )
+        if (problem := _info_problem(value)) is not None:
+            raise SpecError(f"{self.spec}: damaged: {problem}")
         return value
 
     def read_spec(self) -> StudySpec:
@@ -155,6 +177,27 @@ class StudyFiles:
     def write(self, value: Mapping[str, Any]) -> None:
         """Write study.json; of the format that `value` names, where it is another study's or an earlier content."""
         write_json(self.spec, {"format": STUDY_FORMAT, **value})
+
+
+LATEST_CREATED = 1e11
+"""Unix seconds, the year 5138: a later one is no date that Python's calendar functions take."""
+
+
+def _info_problem(value: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the fields of study.json that a report shows; None where nothing is."""
+    created = value.get("created", 0.0)
+    if not isinstance(created, int | float) or not 0 <= created <= LATEST_CREATED:
+        return f"created is {created!r:.100}, must be Unix seconds"
+    groups = [(name, value.get(name, {})) for name in ("versions", "hardware")]
+    if isinstance(groups[1][1], dict):
+        groups.append(("hardware.resources", groups[1][1].get("resources", {})))
+    for name, group in groups:
+        if not isinstance(group, dict):
+            return f"{name} is a {type(group).__name__}, must be an object"
+    for name, amount in groups[-1][1].items():
+        if not isinstance(amount, int | float) or not math.isfinite(amount):
+            return f"hardware.resources.{name!s:.100} is {amount!r:.100}, must be a number"
+    return None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from filelock import AcquireReturnProxy, FileLock
 from trainables.data.json_files import parse_json, read_json
 from trainables.errors import ProblemsError
 from tune_app.study.columns import EPOCH_COLUMNS
+from tune_app.study.errors import SpecError
 
 
 class StudyDamageError(ProblemsError):
@@ -112,10 +113,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
+MAX_ROWS_BYTES = 2**30
+"""Of one JSONL file: more than a million rows."""
+
+
 def whole_lines(path: Path, notes: list[str]) -> bytes:
-    """Content of `path` up to its last line end; what comes after is a line being written, or one cut by a kill."""
+    """Content of `path` up to its last line end; what comes after is a line being written, or one cut by a kill.
+
+    Raises SpecError for a file larger than MAX_ROWS_BYTES: without disk space a file can have any size.
+    """
     if not path.is_file():
         return b""
+    if (size := path.stat().st_size) > MAX_ROWS_BYTES:
+        raise SpecError(f"{path}: damaged: {size:,} bytes, at most {MAX_ROWS_BYTES:,} are read")
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):

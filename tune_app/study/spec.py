@@ -296,13 +296,16 @@ PATHS = ("data", "cache", "confirms", "pretrained_path")
 
 
 def paths_in(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return every path in the fields of a study, with its field: in its config and its written-out space as well."""
+    """Return every path in the fields of a study, with its field: in its config, its written-out space and its plan as well."""
     found: list[tuple[str, str]] = []
     for name, value in fields.items():
         if name in (*PATHS, "warm_start_from"):
             found += [(name, text) for text in _texts(value)]
         elif isinstance(value, Mapping):
             found += [(f"{name}.{inner}", path) for inner, path in paths_in(value)]
+        elif isinstance(value, list | tuple):
+            items = {str(number): item for number, item in enumerate(value)}
+            found += [(f"{name}.{inner}", path) for inner, path in paths_in(items)]
     return found
 
 

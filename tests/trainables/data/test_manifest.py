@@ -20,6 +20,7 @@ from trainables.data import table_file
 from trainables.data.folds import few_of_a_class, split_rows, thin_folds
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.manifest_check import check_manifest
+from trainables.data.storage import DATA_ROOTS
 from trainables.data.table_file import ManifestError
 
 Write = Callable[..., Path]
@@ -166,6 +167,31 @@ def test_a_bad_path_is_told(write_table: Write, tmp_path: Path, path: str, messa
     table.write_text(table.read_text() + f"{path},1,s9\n")
     (found,) = problems_of(table)
     assert found.startswith(message.format(folder=tmp_path))
+
+
+def test_nothing_outside_the_given_folders_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by an absolute path, nor by `..`, nor by a link; whether such a file exists is not shown either."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "a.nii").write_bytes(b"")
+    (inside / "file.nii").symlink_to(outside / "a.nii")
+    (inside / "folder").symlink_to(outside)
+    paths = ["a.nii", str(outside / "a.nii"), str(outside / "missing.nii"), "../outside/a.nii"]
+    paths += ["file.nii", "folder/a.nii", "s3://other/a.nii", "s3://bucket/../other/a.nii"]
+    lines = [f"{path},{row % 2},s{row}\n" for row, path in enumerate(paths)]
+    for folder in (inside, outside):
+        (folder / "table.csv").write_text("path,label,subject\n" + "".join(lines))
+    monkeypatch.setenv(DATA_ROOTS, f"{inside}\ns3://bucket/cohort")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(inside / "table.csv")
+    (told,) = caught.value.problems
+    assert told.startswith(f"rows 2-8 (7, first scan {outside / 'a.nii'}): outside the folders")
+    with pytest.raises(ManifestError, match="outside the folders") as caught:
+        read_manifest(outside / "table.csv")
+    assert len(caught.value.problems) == 1
 
 
 def test_a_name_with_a_nul_in_a_parquet_table_is_told(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +17,9 @@ from browsing import DEADLINE_S, wait_for
 from filelock import FileLock
 from starlette.testclient import TestClient
 
+from trainables.data.storage import DATA_ROOTS, data_roots
 from tune_app.results.loading import load_study
-from tune_app.serve import live
+from tune_app.serve import change_routes, live
 from tune_app.serve.access import (
     GLOBAL_TRIES,
     MOST_ADDRESSES,
@@ -33,6 +38,7 @@ from tune_app.serve.views import progress
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.requests import asked_to_stop
+from tune_app.study.rows import is_held
 
 WriteStudy = Callable[..., Path]
 TOKEN = "a token of the test"
@@ -345,6 +351,156 @@ def test_a_study_is_renamed_archived_and_deleted_when_it_does_not_run(
 
 
 # Who may do what -------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_does_not_begin_while_it_is_moved_or_deleted(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by hand nor by the queue; and two tabs that delete the same study get an answer each."""
+    root, met = tmp_path / "first", []
+    moving = change_routes.hide
+
+    def hide(path: Path) -> Path:
+        met.append(is_held(StudyFiles(path).lock))
+        return moving(path)
+
+    monkeypatch.setattr(change_routes, "hide", hide)
+    told = {"name": "first"}
+    deleted = client.request("DELETE", "/api/studies/first", json=told, headers=BEARER)
+    assert (deleted.status_code, met, root.exists()) == (200, [True], False)
+    assert not list(tmp_path.glob(".deleted-*"))
+    again = client.request("DELETE", "/api/studies/first", json=told, headers=BEARER)
+    noted = client.put("/api/studies/first/notes", json={"note": "a"}, headers=BEARER)
+    assert (again.status_code, noted.status_code) == (404, 404)
+
+
+def test_of_many_tabs_that_delete_a_study_one_does(client: TestClient, tmp_path: Path) -> None:
+    def delete(_: int) -> int:
+        told = {"name": "first"}
+        answer = client.request("DELETE", "/api/studies/first", json=told, headers=BEARER)
+        return answer.status_code
+
+    with ThreadPoolExecutor(8) as tabs:
+        codes = list(tabs.map(delete, range(8)))
+    assert codes.count(200) == 1
+    assert set(codes) <= {200, 404, 409}
+    assert not (tmp_path / "first").exists()
+
+
+def test_many_tabs_may_stop_one_trial(client: TestClient) -> None:
+    def stop(_: int) -> int:
+        return client.post(f"{SECOND_PATH}/trials/00003/stop", headers=BEARER).status_code
+
+    with ThreadPoolExecutor(8) as tabs:
+        assert set(tabs.map(stop, range(24))) == {200}
+
+
+def test_notes_of_two_tabs_are_both_kept(client: TestClient, tmp_path: Path) -> None:
+    def write(trial: int) -> int:
+        return client.put(
+            f"/api/studies/first/trials/{trial:05d}/notes",
+            json={"note": str(trial)},
+            headers=BEARER,
+        ).status_code
+
+    with ThreadPoolExecutor(8) as tabs:
+        assert set(tabs.map(write, range(20))) == {200}
+    assert len(json.loads((tmp_path / "first" / "notes.json").read_text())["trials"]) == 20
+
+
+@pytest.mark.parametrize("name", ["study.json", "epochs.jsonl", "study.log", ".driver.lock"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_folder_whose_files_lead_elsewhere_is_neither_shown_nor_started(
+    client: TestClient, tmp_path: Path, name: str, kind: str
+) -> None:
+    """A stranger's folder: the driver would write to another file, or wait for a pipe."""
+    file, outside = tmp_path / "first" / name, tmp_path / "outside"
+    if file.exists():
+        file.rename(outside)
+    outside.touch()
+    content = outside.read_bytes()
+    if kind == "link":
+        file.symlink_to(outside)
+    else:
+        os.mkfifo(file)
+    watched = name == "epochs.jsonl" or (name, kind) == ("study.json", "link")
+    if (
+        watched
+    ):  # the others are looked at when the study is read again, and a pipe is no study.json
+        shown = client.get("/api/studies/first/trials")
+        assert (shown.status_code, "regular files" in shown.text) == (409, True)
+    with pytest.raises(SpecError, match="regular files in its folder"):
+        StudyFiles(tmp_path / "first").require_own()
+    assert outside.read_bytes() == content
+
+
+def test_the_console_of_a_driver_goes_to_no_other_file(tmp_path: Path, own_cache: None) -> None:
+    root, outside = tmp_path / "asked", tmp_path / "outside"
+    root.mkdir()
+    outside.touch()
+    StudyFiles(root).asked.write_text("data: /nowhere/table.csv\n")
+    StudyFiles(root).console.symlink_to(outside)
+    queue = StudyQueue(tmp_path / "queue.json", lambda: [root])
+    with pytest.raises(QueueError, match=r"console\.log: a link"):
+        queue.add(root)
+    StudyFiles(root).console.unlink()
+    queue.add(root)
+    StudyFiles(root).console.symlink_to(outside)  # in the meantime
+    with pytest.raises(OSError, match="symbolic links"):
+        queue.advance()
+    assert outside.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"created": math.inf}, "created is inf, must be Unix seconds"),
+        ({"created": -1e18}, "created is -1e+18"),
+        ({"created": "<script>"}, "created is '<script>'"),
+        ({"versions": "x"}, "versions is a str, must be an object"),
+        ({"hardware": [1]}, "hardware is a list, must be an object"),
+        ({"hardware": {"resources": 5}}, "hardware.resources is a int"),
+        ({"hardware": {"resources": {"CPU": math.inf}}}, "hardware.resources.CPU is inf"),
+    ],
+)
+def test_one_odd_study_does_not_take_the_list_down(
+    client: TestClient, tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    spec = StudyFiles(tmp_path / "first").spec
+    spec.write_text(json.dumps(json.loads(spec.read_text()) | fields).replace("Infinity", "1e400"))
+    shown = client.get("/api/studies/first")
+    assert (shown.status_code, told in shown.text) == (409, True)
+    assert client.get(SECOND_PATH).status_code == 200
+    states = {row["id"]: row["state"] for row in client.get("/api/studies").json()["studies"]}
+    assert states == {"first": "unreadable", SECOND: "interrupted"}
+
+
+def test_a_huge_file_of_rows_is_not_read(client: TestClient, tmp_path: Path) -> None:
+    """A file with holes takes no disk, and any size."""
+    epochs = StudyFiles(tmp_path / "first").epochs
+    os.truncate(epochs, 2**34)
+    shown = client.get("/api/studies/first")
+    assert (shown.status_code, "17,179,869,184 bytes" in shown.text) == (409, True)
+    assert live._whole_size(epochs) == 0
+
+
+def test_rows_without_a_finite_score_do_not_end_the_stream(tmp_path: Path) -> None:
+    epochs = tmp_path / "epochs.jsonl"
+    scores = ["1e400", "-1e400", "NaN", "9" * 400, '"a"', "0.5", "1"]
+    lines = [f'{{"trial": "00000", "epoch": 1, "val_auc_raw": {score}}}\n' for score in scores]
+    epochs.write_text("".join(lines))
+    event, _ = live._backlog(epochs, 0, epochs.stat().st_size)
+    rows = json.loads(event.decode().split("data: ")[1])["rows"]
+    assert [row[2] for row in rows][-2:] == [0.5, 1.0]
+    assert {row[2] for row in rows[:-2]} == {None}
+
+
+def test_a_report_of_a_study_that_lost_its_rows_is_written(
+    client: TestClient, tmp_path: Path
+) -> None:
+    StudyFiles(tmp_path / "first").epochs.write_text("")
+    shown = client.get("/api/studies/first/report")
+    assert (shown.status_code, "its epochs are missing" in shown.text) == (200, True)
 
 
 def test_every_answer_forbids_inline_scripts_framing_and_guessing(client: TestClient) -> None:
@@ -717,6 +873,17 @@ def test_a_study_from_the_page_reads_nothing_outside_the_given_folders(
         ("config.pretrained_path", {"config": {"pretrained_path": "/etc/shadow"}}),
         ("space.fixed.pretrained_path", {"space": written | {"fixed": {"pretrained_path": "/x"}}}),
         ("storage", {"storage": "sqlite:////etc/x"}),
+        (
+            "planned.1.overrides.pretrained_path",
+            {
+                "kind": "ablation",
+                "trials": None,
+                "planned": [
+                    {"variant": "a", "overrides": {}},
+                    {"variant": "b", "overrides": {"pretrained_path": "/etc/shadow"}},
+                ],
+            },
+        ),
     ]
     with TestClient(app, base_url="http://127.0.0.1:8321") as client:
         assert client.post("/api/check", json=good, headers=BEARER).status_code == 200
@@ -726,6 +893,29 @@ def test_a_study_from_the_page_reads_nothing_outside_the_given_folders(
             (told,) = answer.json()["detail"]
             assert told.startswith(f"{field}: ")
             assert "--data-root" in told
+
+
+def test_rows_of_a_table_are_held_to_the_given_folders_too(
+    tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver reads the table, so it is the driver that has to know the folders."""
+    begun: list[dict[str, str]] = []
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        begun.append(env)
+        return SimpleNamespace(poll=lambda: 0)
+
+    monkeypatch.setattr("tune_app.serve.queue.subprocess.Popen", start)
+    inside = tmp_path / "data"
+    root = tmp_path / "studies" / "asked"
+    root.mkdir(parents=True)
+    StudyFiles(root).asked.write_text("data: table.csv\n")
+    app = build_app(root.parent, Access(TOKEN), data_roots=[str(inside), "s3://bucket/cohort"])
+    queue = app.state.service.queue
+    queue.add(root)
+    assert queue.advance()
+    monkeypatch.setenv(DATA_ROOTS, begun[0][DATA_ROOTS])
+    assert data_roots() == [str(inside), "s3://bucket/cohort", str(root.parent)]
 
 
 def test_stopping_asks_the_driver_and_says_when_there_is_none(

@@ -6,6 +6,9 @@ const WHY = { name: "why", title: "why it ended", numeric: false, first: "ascend
 const ROW_HEIGHT = 33;
 const KEPT = "hidden-columns";
 
+// A spreadsheet runs text that begins like a formula.
+const harmless = (text) => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+
 export class TrialTable {
   constructor(host, { onPick, onOpen, onOrder, colourOf }) {
     Object.assign(this, { onPick, onOpen, onOrder, colourOf });
@@ -155,13 +158,16 @@ export class TrialTable {
   }
   cells(ofRow) { return [this.visible().map((column) => column.name), ...this.shown.map((row) => this.visible().map((column) => ofRow(row, column)))]; }
   async copy() {
-    const text = this.cells((row, column) => this.text(row, column).replace(/[\t\n]/g, " ")).map((cells) => cells.join("\t")).join("\n");
+    const text = this.cells((row, column) => {
+      const shown = this.text(row, column).replace(/[\t\n]/g, " ");
+      return typeof this.value(row, column) === "string" ? harmless(shown) : shown;
+    }).map((cells) => cells.join("\t")).join("\n");
     try { await navigator.clipboard.writeText(text); say(`copied: ${this.shown.length} trials`); } catch { say("the browser does not let this page copy (it needs HTTPS or this machine): save as CSV instead", true); }
   }
   csv() {
     const cell = (value) => {
-      let text = value === null || value === undefined ? "" : String(value);
-      if (typeof value === "string" && /^[=+\-@\t\r]/.test(text)) text = `'${text}`; // a spreadsheet would run it
+      const plain = value === null || value === undefined ? "" : String(value);
+      const text = typeof value === "string" ? harmless(plain) : plain;
       return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
     return `${this.cells((row, column) => this.value(row, column)).map((cells) => cells.map(cell).join(",")).join("\n")}\n`;
