@@ -63,9 +63,10 @@ def begin(asked: NewStudy, service: TheService) -> Asked:
     fields = _with_paths(asked.spec, service)
     build_spec(fields)
     path = service.folder.root / asked.name
-    if path.exists():
-        raise QueueError(f"{asked.name}: this folder exists already; choose another name")
-    path.mkdir(parents=True)
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise QueueError(f"{asked.name}: this folder exists already; choose another name") from None
     with replacing(StudyFiles(path).asked) as temporary:
         temporary.write_text(
             yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8"

@@ -387,6 +387,20 @@ def test_of_many_tabs_that_delete_a_study_one_does(client: TestClient, tmp_path:
     assert not (tmp_path / "first").exists()
 
 
+def test_of_many_tabs_that_begin_a_study_of_one_name_one_does(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StudyQueue, "advance", lambda self: False)
+    (tmp_path / "table.csv").write_text("path,label,subject\n")
+    asked = {"name": "new", "spec": {"data": str(tmp_path / "table.csv"), "trials": 2}}
+
+    def begin(_: int) -> int:
+        return client.post("/api/studies", json=asked, headers=BEARER).status_code
+
+    with ThreadPoolExecutor(8) as tabs:
+        assert sorted(tabs.map(begin, range(8))) == [201, *[409] * 7]
+
+
 def test_many_tabs_may_stop_one_trial(client: TestClient) -> None:
     def stop(_: int) -> int:
         return client.post(f"{SECOND_PATH}/trials/00003/stop", headers=BEARER).status_code
