@@ -426,17 +426,17 @@ def check(root: Path, result: Round) -> list[str]:
     files = StudyFiles(root)
     study = load_study(root)
     spec = study.spec
-    result.trials = Counter(study.trials["state"])
+    result.trials = Counter(study.trials_full["state"])
     result.epochs = len(study.epochs)
-    if len(study.trials) != spec.trials:
-        problems.append(f"{len(study.trials)} trials of {spec.trials}")
-    if wrong := set(study.trials["state"]) - {"completed", "stopped"}:
+    if len(study.trials_full) != spec.trials:
+        problems.append(f"{len(study.trials_full)} trials of {spec.trials}")
+    if wrong := set(study.trials_full["state"]) - {"completed", "stopped"}:
         problems.append(f"trials ended {', '.join(sorted(wrong))}")
     problems += study.notes
     for trial, rows in study.epochs.groupby("trial"):
         if list(rows["epoch"]) != list(range(1, len(rows) + 1)):
             problems.append(f"trial {trial} has epochs {list(rows['epoch'])}")
-    completed = study.trials[study.trials["state"] == "completed"]
+    completed = study.trials_full[study.trials_full["state"] == "completed"]
     if not (completed["epochs_run"] == spec.epochs).all():
         problems.append("a completed trial lacks epochs")
 
@@ -444,11 +444,13 @@ def check(root: Path, result: Round) -> list[str]:
     record = optuna.load_study(study_name=None, storage=f"sqlite:///{files.database}")
     states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
     names = {"completed": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
-    if states != (told := {row.trial: names.get(row.state) for row in study.trials.itertuples()}):
+    if states != (
+        told := {row.trial: names.get(row.state) for row in study.trials_full.itertuples()}
+    ):
         problems.append(f"Optuna says {states}, the records {told}")
 
     policy = Policy(spec.policy, spec.epochs)
-    overrides = {trial: study.record(trial)["overrides"] for trial in study.trials["trial"]}
+    overrides = {trial: study.record(trial)["overrides"] for trial in study.trials_full["trial"]}
     configs = {
         trial: spec.config_of(given).model_dump(mode="json") for trial, given in overrides.items()
     }
@@ -462,7 +464,7 @@ def check(root: Path, result: Round) -> list[str]:
         if logged.get((row["trial"], row["epoch"])) != row
     ]
     stopped = {trial for trial, decision in policy.stopped().items() if decision.stops}
-    if stopped != set(study.trials.loc[study.trials["state"] == "stopped", "trial"]):
+    if stopped != set(study.trials_full.loc[study.trials_full["state"] == "stopped", "trial"]):
         problems.append(f"the policy stopped {sorted(stopped)}, the records say otherwise")
 
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

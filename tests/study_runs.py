@@ -74,18 +74,18 @@ def wait_for_rows(
 def check_whole(root: Path, *, trials: int, epochs: int) -> None:
     """Every trial ended, with each of its epochs exactly once, and all records agree."""
     study = load_study(root)
-    assert len(study.trials) == trials
-    assert set(study.trials["state"]) <= {"completed", "stopped"}
+    assert len(study.trials_full) == trials
+    assert set(study.trials_full["state"]) <= {"completed", "stopped"}
     for trial, rows in study.epochs.groupby("trial"):
         assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
-    completed = study.trials[study.trials["state"] == "completed"]
+    completed = study.trials_full[study.trials_full["state"] == "completed"]
     assert (completed["epochs_run"] == epochs).all()
     assert Counter((row["trial"], row["epoch"]) for row in rows_of(root)).most_common(1)[0][1] == 1
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     record = optuna.load_study(study_name=None, storage=f"sqlite:///{StudyFiles(root).database}")
     states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
     expected = {"completed": "COMPLETE", "stopped": "PRUNED"}
-    assert states == {row.trial: expected[row.state] for row in study.trials.itertuples()}
+    assert states == {row.trial: expected[row.state] for row in study.trials_full.itertuples()}
 
 
 def processes(text: str, of: psutil.Process | None = None) -> list[psutil.Process]:

@@ -50,7 +50,7 @@ def test_from_a_table_to_predictions(tmp_path):
         quiet=True,
     )
     assert sorted(seen) == sorted(zip(study.epochs["trial"], study.epochs["epoch"], strict=True))
-    assert len(study.trials) == 2
+    assert len(study.trials_full) == 2
     again = tune_app.resume(study, quiet=True)
     assert len(again.epochs) == len(study.epochs), "nothing was left to do"
     assert tune_app.write_report(study).read_text().startswith("<!doctype html>")

@@ -92,7 +92,7 @@ def bench_efficiency(
         raise SpecError(f"sides {', '.join(unknown)}: there are {', '.join(SIDES)}")
     folder.mkdir(parents=True, exist_ok=True)
     shared = build_config({**config, "epochs": epochs})
-    manifest = read_manifest(table, num_classes=shared.num_classes)
+    manifest = read_manifest(table, num_classes=shared.num_classes, classes=shared.classes)
     # Before any clock, for all sides
     prepared = prepare_cohort(manifest, Recipe.from_config(shared), folder / "cache")
     common: dict[str, Any] = {
@@ -252,9 +252,9 @@ def _study(
     _drop_weights(study)
     return {
         "seconds": spent,
-        "trials": len(study.trials),
+        "trials": len(study.trials_full),
         "epochs": len(study.epochs),
-        "claimed": float(study.trials.set_index("trial")["objective"][winner]),
+        "claimed": float(study.trials_full.set_index("trial")["objective"][winner]),
         "overrides": {k: v for k, v in study.record(winner)["overrides"].items() if k != "seed"},
     }
 
@@ -287,7 +287,7 @@ def _until(
 
 def _drop_weights(study: Study) -> None:
     """Remove the weights of a study that has ended: nine searches of ResNet-50 fill a disk."""
-    for trial in study.trials["trial"]:
+    for trial in study.trials_full["trial"]:
         files = StudyFiles(study.path).trial(trial)
         for weights in (files.checkpoint, files.best):
             weights.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def _drop_weights(study: Study) -> None:
 
 def _winner(study: Study) -> str:
     """The trial that a user would take: best of the whole and sound ones, else of all that have a value."""
-    valued = study.trials[study.trials["objective"].notna()]
+    valued = study.trials_full[study.trials_full["objective"].notna()]
     sound = valued[(valued["state"] == "completed") & ~valued["verdict"].isin(COLLAPSES)]
     if valued.empty:
         raise SpecError(f"{study.path}: no trial has a value yet: give the searches more seconds")
@@ -477,8 +477,10 @@ def _confirm(
     _drop_weights(confirmed)
 
     def values(variant: str) -> list[float]:
-        of_variant = confirmed.trials["variant"] == variant
-        return [float(value) for value in confirmed.trials.loc[of_variant, "objective"].dropna()]
+        of_variant = confirmed.trials_full["variant"] == variant
+        return [
+            float(value) for value in confirmed.trials_full.loc[of_variant, "objective"].dropna()
+        ]
 
     result["documented"] = values("documented")
     for search in result["searches"]:

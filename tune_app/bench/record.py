@@ -143,7 +143,7 @@ def record_curves(
         raise RecordError(
             f"--out {out}: the table is a Parquet file; name it {out.with_suffix('.parquet')}"
         )
-    manifest = read_manifest(table, num_classes=base.num_classes)
+    manifest = read_manifest(table, num_classes=base.num_classes, classes=base.classes)
     folder = prepare_cohort(manifest, Recipe.from_config(base), cache)
     shared = {**config, "epochs": base.epochs, "cross_validate": True}
     recording = Recording(
@@ -371,7 +371,7 @@ def held_out_split(
     table: Path, config: FineTuneConfig, hold_fold: int
 ) -> tuple[Split, npt.NDArray[np.int64]]:
     """Return the split of a run that never sees the held-out fold, and the rows of that fold."""
-    manifest = read_manifest(table, num_classes=config.num_classes)
+    manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
     own, hold = _fold(manifest, config, config.fold), _fold(manifest, config, hold_fold).val
     return Split(train=np.setdiff1d(own.train, hold), val=own.val, test=own.test), hold
 

@@ -58,9 +58,9 @@ study = step("load", lambda: load_study(root))
 step("leaderboard", lambda: study.leaderboard(10))
 step("importance", lambda: study.importance())
 step("report", lambda: write_report(study, page))
-held = sum(int(table.memory_usage(deep=True).sum()) for table in (study.trials, study.epochs, study.decisions))
+held = sum(int(table.memory_usage(deep=True).sum()) for table in (study.trials_full, study.epochs, study.decisions))
 assert "torch" not in sys.modules and "ray" not in sys.modules
-print(json.dumps({"trials": len(study.trials), "epochs": len(study.epochs), "held_mib": held / 2**20}))
+print(json.dumps({"trials": len(study.trials_full), "epochs": len(study.epochs), "held_mib": held / 2**20}))
 """
 
 

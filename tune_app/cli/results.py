@@ -67,7 +67,7 @@ def results(
         table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
     else:
         table = results_table(
-            loaded[0].ranked if len(loaded) == 1 and not sort else subject.trials,
+            loaded[0].ranked if len(loaded) == 1 and not sort else subject.trials_full,
             subject.searched,
             columns=columns,
             sort=sort or (() if len(loaded) == 1 else ("-objective", "number")),
@@ -81,7 +81,7 @@ def results(
     elif meanings:
         out.print(meanings_table(table))
     elif table.empty:
-        out.print("no trial has begun" if subject.trials.empty else "no trial fits --where")
+        out.print("no trial has begun" if subject.trials_full.empty else "no trial fits --where")
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
 

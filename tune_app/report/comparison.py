@@ -29,7 +29,7 @@ def comparison_page(first: Study, second: Study) -> Page:
         + [
             {
                 "value": str(len(study.epochs)),
-                "text": f"{name}: epochs of {len(study.trials)} trials",
+                "text": f"{name}: epochs of {len(study.trials_full)} trials",
             }
             for name, study in pair
         ],
@@ -101,7 +101,7 @@ def _doubts(pair: Sequence[tuple[str, Study]]) -> Iterable[findings.Caution]:
             f"{first.spec.data} and {second.spec.data}: a difference may be one of the data.",
             "Run both on the same table and recipe.",
         )
-    folds = [sorted(set(study.trials["fold"].dropna())) for _, study in pair]
+    folds = [sorted(set(study.trials_full["fold"].dropna())) for _, study in pair]
     if folds[0] != folds[1]:
         yield findings.Caution(
             "The folds differ",
@@ -140,7 +140,7 @@ def _two_configurations(pair: Sequence[tuple[str, Study]]) -> Table:
 
 def _numbers(pair: Sequence[tuple[str, Study]]) -> Table:
     def of(study: Study) -> dict[str, str]:
-        trials = study.trials
+        trials = study.trials_full
         states = trials["state"].value_counts()
         verdicts = trials["verdict"].value_counts()
         return {

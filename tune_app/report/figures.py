@@ -104,7 +104,7 @@ def group_of(trial: Mapping[Any, Any]) -> str:
 
 def groups_of(study: Study) -> dict[str, int]:
     """Return the groups of the study's trials with their numbers, in the order of GROUPS."""
-    found = [group_of(trial) for trial in study.trials[list(_GROUPED_BY)].to_dict("records")]
+    found = [group_of(trial) for trial in study.trials_full[list(_GROUPED_BY)].to_dict("records")]
     return {key: found.count(key) for key in GROUPS if key in found}
 
 
@@ -185,7 +185,7 @@ def curves(study: Study, metric: str) -> Figure:
 
 
 def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
-    trials = study.trials
+    trials = study.trials_full
     best = None
     if study.scored:
         best = str(leading(study)["trial"])
@@ -259,7 +259,9 @@ def _points(group: Group, points: Sequence[tuple[str, Any, Any]], what: str) -> 
 
 def progress(study: Study) -> Figure:
     """Return objectives in the order trials began, and the best so far."""
-    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    trials = study.trials_full[
+        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
+    ]
     data = []
     for key, rows in _by_group(trials):
         group = GROUPS[key]
@@ -339,7 +341,9 @@ def parallel(study: Study) -> Figure:
     One trace for each of three tiers of the objective (best tenth, upper half, the rest), with gaps between trials.
     Axis i lies at x = i, scaled to 0..1; `layout.meta.axes` names them.
     """
-    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    trials = study.trials_full[
+        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
+    ]
     trials = trials.sort_values("objective", ascending=False).head(400)
     axes = [study.axis(name) for name in study.searched]
     low, high = float(trials["objective"].min()), float(trials["objective"].max())
@@ -458,7 +462,9 @@ def importance(table: pd.DataFrame) -> Figure:
 def slice_of(study: Study, name: str) -> Figure:
     """Return the objective over one hyperparameter, with the document's values before (dashed) and after (solid)."""
     axis = study.axis(name)
-    trials = study.trials[study.trials["objective"].notna() & (study.trials["state"] != "failed")]
+    trials = study.trials_full[
+        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
+    ]
     trials = trials.assign(place=axis.places(trials))
     trials = trials[trials["place"].notna()]
     if axis.kind == "choice":  # side by side, or trials of one choice hide each other
@@ -618,7 +624,9 @@ def effects(table: pd.DataFrame) -> Figure:
 
 def runs_by_variant(study: Study) -> Figure:
     """Return every run of each variant as a mark (one symbol a fold), and the variant's mean as a line."""
-    trials = study.trials[study.trials["variant"].notna() & study.trials["objective"].notna()]
+    trials = study.trials_full[
+        study.trials_full["variant"].notna() & study.trials_full["objective"].notna()
+    ]
     variants = list(dict.fromkeys(trials["variant"]))[::-1]
     symbols = (
         "circle",

@@ -57,11 +57,11 @@ def study_page(study: Study, refresh_s: float | None) -> Page:
         _checklist(page, study)
     if len(study.epochs):
         _curves(page, study)
-    if (study.trials["state"] == "stopped").any():
+    if (study.trials_full["state"] == "stopped").any():
         _stops(page, study)
     if scored and study.spec.kind == "search":
         _search(page, study)
-    if len(study.trials):
+    if len(study.trials_full):
         _trials(page, study)
     _environment(page, study)
     return page
@@ -78,11 +78,11 @@ def _subtitle(study: Study) -> str:
 
 def _footer(study: Study) -> str:
     rows = len(study.epochs)
-    return f"Written by medtune {medtune_version()} from {rows} epochs of {len(study.trials)} trials, {written_at()} UTC."
+    return f"Written by medtune {medtune_version()} from {rows} epochs of {len(study.trials_full)} trials, {written_at()} UTC."
 
 
 def _tiles(study: Study) -> list[dict[str, str]]:
-    trials = study.trials
+    trials = study.trials_full
     tiles = []
     if study.scored and study.spec.kind == "search":
         value, text = findings.first_tile(study)
@@ -184,11 +184,11 @@ def _checklist(page: Page, study: Study) -> None:
 def _curves(page: Page, study: Study) -> None:
     section = page.section("curves", "Validation AUC by epoch")
     section.parts.append({"kind": "chips", "groups": _chips(study), "drw": True})
-    section.parts.append({"kind": "picker", "trials": study.trials["trial"].tolist()})
-    drawn = min(len(study.trials), figures.MOST_CURVES)
+    section.parts.append({"kind": "picker", "trials": study.trials_full["trial"].tolist()})
+    drawn = min(len(study.trials_full), figures.MOST_CURVES)
     of = (
-        f"{drawn} of {len(study.trials)} trials are drawn: the best half of them, and others evenly. "
-        if drawn < len(study.trials)
+        f"{drawn} of {len(study.trials_full)} trials are drawn: the best half of them, and others evenly. "
+        if drawn < len(study.trials_full)
         else ""
     )
     section.head("Averaged weights (EMA): what would be deployed")
@@ -230,9 +230,7 @@ def _stops(page: Page, study: Study) -> None:
     table = findings.stops(study)
     trials, spared = int(table["trials"].sum()), int(table["epochs_spared"].sum())
     time_spared, gpu = float(table["time_spared_s"].sum()), float(table["gpu_s_spared"].sum())
-    told = (
-        f"{trials} of {len(study.trials)} trials were stopped early: {spared} epochs were not run"
-    )
+    told = f"{trials} of {len(study.trials_full)} trials were stopped early: {spared} epochs were not run"
     if time_spared > 0:
         told += f", about {duration(gpu if gpu > 0 else time_spared)} of {'GPU time' if gpu > 0 else 'work'} at the pace of those trials"
     section.text(f"{told}.")
@@ -264,7 +262,7 @@ def _stops(page: Page, study: Study) -> None:
 
 
 def _each_stop(study: Study) -> Table:
-    stopped = study.trials[study.trials["state"] == "stopped"]
+    stopped = study.trials_full[study.trials_full["state"] == "stopped"]
     rows = []
     for trial in stopped.to_dict("records"):
         by_diagnosis = trial["stopped_by"] == "diagnosis"
@@ -304,7 +302,7 @@ def _shown(column: str, value: Any) -> str:
 
 
 def _search(page: Page, study: Study) -> None:
-    if len(study.trials) > 1:
+    if len(study.trials_full) > 1:
         section = page.section("progress", "How the search went")
         section.figure(
             page,
@@ -313,7 +311,7 @@ def _search(page: Page, study: Study) -> None:
             "objective of each trial in the order they began",
             f"Objective: {OBJECTIVES[study.spec.objective].title}. The line is the best so far.",
         )
-    if not study.searched or len(study.trials) < 2:
+    if not study.searched or len(study.trials_full) < 2:
         return
     section = page.section("parallel", "All settings at a glance")
     section.text(
@@ -324,7 +322,7 @@ def _search(page: Page, study: Study) -> None:
         "to clear.",
         style="mouse",
     )
-    section.parts.append({"kind": "picker", "trials": study.trials["trial"].tolist()})
+    section.parts.append({"kind": "picker", "trials": study.trials_full["trial"].tolist()})
     wide = max(24, 6 * (len(study.searched) + 1))
     section.figure(
         page,
@@ -377,7 +375,7 @@ def _variants(page: Page, study: Study) -> None:
     )
     if confirmation:
         section.text(
-            f"{len(study.trials)} of {len(study.spec.planned)} runs, in {study.place}.",
+            f"{len(study.trials_full)} of {len(study.spec.planned)} runs, in {study.place}.",
             style="faint",
         )
     tables = findings.effects_tables(study)
@@ -399,7 +397,7 @@ def _variants(page: Page, study: Study) -> None:
                 f"{findings.sentence(lines[-1].strip('()'))}. Hollow: the data cannot tell.",
             )
         section.table(_effects_table(table), style="stack")
-    if study.scored and study.trials["variant"].notna().any():
+    if study.scored and study.trials_full["variant"].notna().any():
         section.head("Every run")
         section.figure(
             page,
@@ -472,13 +470,13 @@ def _test_rows(page: Page, study: Study) -> None:
 def _trials(page: Page, study: Study) -> None:
     section = page.section("trials", "Every trial")
     table = results_table(study.ranked, study.searched, sort=(), limit=MOST_ROWS)
-    if len(table) < len(study.trials):
+    if len(table) < len(study.trials_full):
         section.text(
-            f"The best {MOST_ROWS} of {len(study.trials)}; `medtune results` lists all.",
+            f"The best {MOST_ROWS} of {len(study.trials_full)}; `medtune results` lists all.",
             style="faint",
         )
     section.parts.append({"kind": "filter", "table": "all-trials"})
-    about = study.trials.set_index("trial")
+    about = study.trials_full.set_index("trial")
     joined = {"best_val_auc_low", "best_val_auc_high", "since_epoch"}
     names = [name for name in table.columns if name not in joined]
     headings = {
@@ -538,7 +536,7 @@ def _environment(page: Page, study: Study) -> None:
             (f"{group[:-1] if group == 'versions' else group}: {name}", text)
             for name, text in _flat(info.get(group))
         ]
-    nodes = sorted(set(study.trials["node"].dropna()))
+    nodes = sorted(set(study.trials_full["node"].dropna()))
     if nodes:
         rows.append(("nodes", ", ".join(nodes)))
     precision = sorted(set(study.epochs["precision"].dropna()))

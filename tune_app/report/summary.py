@@ -33,9 +33,9 @@ def print_summary(root: Path, console: Console) -> None:
             results_table(study.ranked, study.searched, sort=(), limit=SHOWN_TRIALS), width
         )
     )
-    if len(study.trials) > SHOWN_TRIALS:
+    if len(study.trials_full) > SHOWN_TRIALS:
         console.print(
-            f"(the best {SHOWN_TRIALS} of {len(study.trials)} trials; `medtune results` shows all)"
+            f"(the best {SHOWN_TRIALS} of {len(study.trials_full)} trials; `medtune results` shows all)"
         )
     console.print()
     lines = [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]
@@ -45,7 +45,7 @@ def print_summary(root: Path, console: Console) -> None:
 
 def stopped_lines(study: Study) -> list[str]:
     """One line for each trial that was stopped by its diagnosis or failed, and one that counts the halving's."""
-    trials = study.trials
+    trials = study.trials_full
     lines = []
     halving = (trials["stopped_by"] == "halving").fillna(False)
     for trial in trials[~halving].fillna({"reason": "", "advice": ""}).to_dict("records"):

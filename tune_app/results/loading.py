@@ -110,7 +110,7 @@ def load_studies(
 
     return Studies(
         studies,
-        stacked([study.trials.copy() for study in studies]),
+        stacked([study.trials_full.copy() for study in studies]),
         stacked([study.epochs.copy() for study in studies]),
         stacked([study.decisions.copy() for study in studies]),
     )

@@ -4,9 +4,9 @@ Everything is computed from the files of the study alone, so it works on a lapto
 driver was killed. Names of columns:
 
 * a hyperparameter has its own name (`backbone_lr`), as in FineTuneConfig;
-* a metric has its own name in `.epochs` (`val_auc`), and three places in `.trials`: `last_val_auc` in the trial's last
+* a metric has its own name in `.epochs` (`val_auc`), and three places in `.trials_full`: `last_val_auc` in the trial's last
   epoch, `best_val_auc` in the epoch whose weights are kept (the best 3-epoch median of val_auc: one lucky epoch does
-  not count), and `val_auc_at_4` at the rung in epoch 4. There is no plain `val_auc` in `.trials`: which of the three
+  not count), and `val_auc_at_4` at the rung in epoch 4. There is no plain `val_auc` there: which of the three
   would be a guess. Where a name is typed (filters, sorting), a bare metric means its `best_` column.
 * `column_meanings(study)`, or `medtune results STUDY --meanings`, lists every column with its type and meaning.
 """
@@ -27,7 +27,7 @@ from trainables.config import FineTuneConfig
 from tune_app.results.effects import effects
 from tune_app.results.importance import Axis, axis_of, importance
 from tune_app.results.query import column_of, require_column, select, smaller_is_better
-from tune_app.results.tables import results_table
+from tune_app.results.tables import main_columns, results_table
 from tune_app.results.text import formatted
 from tune_app.results.ties import ranking
 from tune_app.study.files import StudyFiles
@@ -46,8 +46,8 @@ class Study:
     spec: StudySpec
     info: Mapping[str, Any]
     """study.json: spec, versions, hardware, fingerprint of the data."""
-    trials: pd.DataFrame = field(repr=False)
-    """One row a trial, by number. Columns: `column_meanings`."""
+    trials_full: pd.DataFrame = field(repr=False)
+    """One row per trial, by number, with every column: `column_meanings`."""
     epochs: pd.DataFrame = field(repr=False)
     """One row a trial and epoch, by trial and epoch. Columns: EPOCH_COLUMNS, then unknown ones by name."""
     decisions: pd.DataFrame = field(repr=False)
@@ -70,6 +70,15 @@ class Study:
         return self.path.name
 
     @property
+    def trials(self) -> pd.DataFrame:
+        """One row per trial, by number: state, verdict, objective, AUC with interval, epochs, and what was searched.
+
+        `trials_full` has all columns. Studies with planned trials have `fold` and `seed` here, too.
+        """
+        planned = ("fold", "seed") if self.spec.kind != "search" else ()
+        return self.trials_full[main_columns(self.trials_full, self.searched, planned)].copy()
+
+    @property
     def place(self) -> str:
         """What a command takes to name the study: its folder or URL."""
         return self.url or str(self.path)
@@ -77,7 +86,9 @@ class Study:
     @property
     def scored(self) -> bool:
         """Whether any trial that has not failed has an objective, so that there is a best one."""
-        return bool(self.trials.loc[self.trials["state"] != "failed", "objective"].notna().any())
+        return bool(
+            self.trials_full.loc[self.trials_full["state"] != "failed", "objective"].notna().any()
+        )
 
     @cached_property
     def space(self) -> Space | None:
@@ -86,15 +97,15 @@ class Study:
 
     def axis(self, name: str) -> Axis:
         """Return the axis of a hyperparameter: the scale and range of the search space, or what the trials suggest."""
-        return axis_of(self.trials[name], self.space, self.spec.epochs)
+        return axis_of(self.trials_full[name], self.space, self.spec.epochs)
 
     def best(self, metric: str = "objective", where: str | Sequence[str] = ()) -> pd.Series:
         """Return the row of the best trial by `metric` among those `where` lets through (failed ones never).
 
-        `metric` is a column of `.trials`, or a metric, which means its `best_` column. Losses, errors and times are
+        `metric` is a column of `.trials_full`, or a metric, which means its `best_` column. Losses, errors and times are
         best when small. `ranking` decides between equal ones. Raises ValueError when no trial has a value.
         """
-        rows = select(self.trials, where)
+        rows = select(self.trials_full, where)
         column = column_of(rows, metric)
         rows = rows[(rows["state"] != "failed") & rows[column].notna()]
         if rows.empty:
@@ -106,17 +117,31 @@ class Study:
 
     @cached_property
     def ranked(self) -> pd.DataFrame:
-        """`.trials` from best to worst objective, as tables list them: the first that has not failed is `best()`."""
-        failed = self.trials["state"] == "failed"
+        """`.trials_full` from best to worst objective, as tables list them: the first that has not failed is `best()`."""
+        failed = self.trials_full["state"] == "failed"
         parts = [
             part.iloc[ranking(part, "objective", map(self.axis, self.searched), smaller=False)]
-            for part in (self.trials[~failed], self.trials[failed])
+            for part in (self.trials_full[~failed], self.trials_full[failed])
         ]
-        return pd.concat([part for part in parts if len(part)]) if len(self.trials) else self.trials
+        return (
+            pd.concat([part for part in parts if len(part)])
+            if len(self.trials_full)
+            else self.trials_full
+        )
 
-    def leaderboard(self, n: int | None = 10, where: str | Sequence[str] = ()) -> pd.DataFrame:
-        """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched."""
-        table = results_table(self.ranked, self.searched, sort=(), where=where, limit=n)
+    def leaderboard(
+        self,
+        n: int | None = 10,
+        where: str | Sequence[str] = (),
+        columns: str | Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched.
+
+        `columns`: names, bare metrics or patterns (`best_val_*`) to show instead; "all" for all.
+        """
+        table = results_table(
+            self.ranked, self.searched, sort=(), where=where, limit=n, columns=columns
+        )
         table.insert(0, "rank", np.arange(1, len(table) + 1))
         return table
 
@@ -133,7 +158,7 @@ class Study:
         metrics = [metric] if isinstance(metric, str) else list(metric)
         for name in metrics:
             require_column(name, self.epochs.columns)
-        about = select(self.trials, where)[["trial", "variant", "state", "verdict"]]
+        about = select(self.trials_full, where)[["trial", "variant", "state", "verdict"]]
         rows = self.epochs[["trial", "epoch", *metrics]].merge(about, on="trial", how="inner")
         long = rows.melt(
             ["trial", "variant", "state", "verdict", "epoch"], metrics, "metric", "value"
@@ -160,7 +185,7 @@ class Study:
         """
         axes = {name: self.axis(name) for name in self.searched}
         return importance(
-            self.trials, axes, metric, evaluator=evaluator, repeats=repeats, seed=seed
+            self.trials_full, axes, metric, evaluator=evaluator, repeats=repeats, seed=seed
         )
 
     def effects(self, metric: str = "objective", *, baseline: str | None = None) -> pd.DataFrame:
@@ -176,7 +201,7 @@ class Study:
         of one pair, or of differences that are all the same. A variant of which a run ended without a finite score is not
         called better: the others are its survivors. Raises ValueError without variants.
         """
-        return effects(self.trials, metric, baseline)
+        return effects(self.trials_full, metric, baseline)
 
     def to_csv(self, folder: str | Path) -> list[Path]:
         """Write trials.csv, epochs.csv and decisions.csv to `folder`; returns their paths."""
@@ -191,7 +216,7 @@ class Study:
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>{escape(self.name)}</b>: {escape(self.sentence())}</p>"]
-        if len(self.trials):
+        if len(self.trials_full):
             parts.append(
                 formatted(self.leaderboard(10)).to_html(
                     index=False, escape=True, border=0, na_rep=""
@@ -201,12 +226,12 @@ class Study:
 
     def sentence(self) -> str:
         """Return kind, trials by state, epochs and the best objective in a line."""
-        states = self.trials["state"].value_counts()
+        states = self.trials_full["state"].value_counts()
         told = (
             ", ".join(f"{states[state]} {state}" for state in STATES if state in states)
             or "none yet"
         )
-        best = self.trials.loc[self.trials["state"] != "failed", "objective"].max()
+        best = self.trials_full.loc[self.trials_full["state"] != "failed", "objective"].max()
         value = "" if pd.isna(best) else f", best {self.spec.objective} {best:.3f}"
         now = "running" if self.running else self.spec.kind
         return f"{now}, trials {told}, {len(self.epochs)} epochs{value}"
@@ -217,9 +242,14 @@ class Studies:
     """Several studies, one below the other; each dataframe begins with the column `study`."""
 
     studies: tuple[Study, ...]
-    trials: pd.DataFrame = field(repr=False)
+    trials_full: pd.DataFrame = field(repr=False)
     epochs: pd.DataFrame = field(repr=False)
     decisions: pd.DataFrame = field(repr=False)
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """The trials of all studies with the columns that `Study.trials` has; `trials_full` has all columns."""
+        return self.trials_full[main_columns(self.trials_full, self.searched)].copy()
 
     @property
     def searched(self) -> tuple[str, ...]:
@@ -229,10 +259,10 @@ class Studies:
 
     def __repr__(self) -> str:
         told = "; ".join(f"{study.name}: {study.sentence()}" for study in self.studies)
-        return f"<Studies: {len(self.trials)} trials, {len(self.epochs)} epochs; {told}>"
+        return f"<Studies: {len(self.trials_full)} trials, {len(self.epochs)} epochs; {told}>"
 
     def _repr_html_(self) -> str:
-        table = formatted(results_table(self.trials, self.searched, limit=10))
+        table = formatted(results_table(self.trials_full, self.searched, limit=10))
         return f"<p>{escape(repr(self)[1:-1])}</p>\n{table.to_html(index=False, escape=True, border=0, na_rep='')}"
 
 
@@ -243,7 +273,7 @@ def _write(study: Study, folder: Path, kind: Literal["csv", "parquet"]) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, table in (
-        ("trials", study.trials),
+        ("trials", study.trials_full),
         ("epochs", study.epochs),
         ("decisions", study.decisions),
     ):

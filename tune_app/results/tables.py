@@ -15,6 +15,31 @@ from rich.text import Text
 from tune_app.results.query import QueryError, column_of, require_column, select
 from tune_app.results.text import formatted
 
+MAIN_COLUMNS = (
+    "trial",
+    "variant",
+    "state",
+    "verdict",
+    "since_epoch",
+    "healed_epochs",
+    "objective",
+    "best_val_auc",
+    "best_val_auc_low",
+    "best_val_auc_high",
+    "best_epoch",
+    "epochs_run",
+    "work_s",
+)
+"""What is shown of each trial before its hyperparameters, unless other columns are asked for."""
+
+
+def main_columns(
+    trials: pd.DataFrame, searched: Sequence[str], variants: Sequence[str] = ()
+) -> list[str]:
+    """Return the columns of the narrow table of trials: `MAIN_COLUMNS`, `variants` and what was searched."""
+    first = ["study"] if "study" in trials.columns else []
+    return list(dict.fromkeys([*first, *MAIN_COLUMNS, *variants, *searched]))
+
 
 def results_table(
     trials: pd.DataFrame,
@@ -52,23 +77,7 @@ def _chosen_columns(
     table: pd.DataFrame, searched: Sequence[str], columns: str | Sequence[str] | None
 ) -> list[str]:
     if columns is None:
-        names = [
-            "trial",
-            "variant",
-            "state",
-            "verdict",
-            "since_epoch",
-            "healed_epochs",
-            "objective",
-        ]
-        names += [
-            "best_val_auc",
-            "best_val_auc_low",
-            "best_val_auc_high",
-            "best_epoch",
-            "epochs_run",
-            "work_s",
-        ]
+        names = [*MAIN_COLUMNS]
         names = ["study", *names] if "study" in table.columns else names
         names += [] if "variant" in names and table["variant"].notna().any() else searched
         empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]

@@ -91,7 +91,7 @@ def _doubts(studies: Sequence[Study]) -> list[str]:
         told.append(f"The objectives differ ({', '.join(sorted(titles))}): values do not compare.")
     if len({study.info.get("cohort") for study in studies}) > 1:
         told.append("The cohorts differ: a higher value may mean an easier cohort.")
-    folds = {frozenset(study.trials["fold"].dropna()) for study in studies}
+    folds = {frozenset(study.trials_full["fold"].dropna()) for study in studies}
     if len(folds) > 1:
         told.append("The validation folds differ: some folds are easier than others.")
     return told

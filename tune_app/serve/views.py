@@ -58,19 +58,23 @@ def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
         return "unstarted" if files.console.is_file() else "new"
     if study is None:
         return "unread"
-    ended = study.trials["state"].isin(ENDED)
-    return "ended" if len(study.trials) >= study.spec.num_trials and ended.all() else "interrupted"
+    ended = study.trials_full["state"].isin(ENDED)
+    return (
+        "ended"
+        if len(study.trials_full) >= study.spec.num_trials and ended.all()
+        else "interrupted"
+    )
 
 
 def failed_trials(study: Study) -> int:
     """Return how many trials have failed for good."""
-    return int((study.trials["state"] == "failed").sum())
+    return int((study.trials_full["state"] == "failed").sum())
 
 
 def glance(study: Study) -> dict[str, Any]:
     """Return a study's line in the list."""
     states = {
-        str(state): int(count) for state, count in study.trials["state"].value_counts().items()
+        str(state): int(count) for state, count in study.trials_full["state"].value_counts().items()
     }
     best = study.best() if study.scored else None
     rivals, noise = findings.rivals_within_noise(study) if study.scored else (0, math.nan)
@@ -91,7 +95,7 @@ def glance(study: Study) -> dict[str, Any]:
         else [plain(best["best_val_auc_low"]), plain(best["best_val_auc_high"])],
         "rivals": rivals,
         "noise": plain(noise),
-        "ended": int(study.trials["state"].isin(ENDED).sum()),
+        "ended": int(study.trials_full["state"].isin(ENDED).sum()),
         "created": study.info.get("created"),
         "last": plain(last),
     }
@@ -137,7 +141,7 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
     since the first row) that the trials' places spent in epochs: the rest is starting, checkpoints and waiting.
     """
     now = time.time() if now is None else now
-    trials, epochs = study.trials, study.epochs
+    trials, epochs = study.trials_full, study.epochs
     running = trials[trials["state"] == "running"] if study.running else trials.iloc[:0]
     resources = study.info.get("hardware", {}).get("resources", {})
     told: dict[str, Any] = {
@@ -191,8 +195,8 @@ _HEADINGS = {
 
 def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
-    table = results_table(study.trials, study.searched, where=where, sort="number")
-    about = study.trials.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
+    table = results_table(study.trials_full, study.searched, where=where, sort="number")
+    about = study.trials_full.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
     names = [
         str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")
     ]
@@ -213,7 +217,9 @@ def trials_table(study: Study, where: str = "") -> dict[str, Any]:
         )
     groups = {
         trial["trial"]: figures.group_of(trial)
-        for trial in study.trials[["trial", "state", "verdict", "stopped_by"]].to_dict("records")
+        for trial in study.trials_full[["trial", "state", "verdict", "stopped_by"]].to_dict(
+            "records"
+        )
     }
     rows = []
     for row in table.to_dict("records"):
@@ -305,7 +311,7 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
 
     Raises UnknownError.
     """
-    found = study.trials[study.trials["trial"] == trial]
+    found = study.trials_full[study.trials_full["trial"] == trial]
     if found.empty:
         raise UnknownError(f"{study.name} has no trial {printable(trial)[:100]!r}")
     row = found.iloc[0]
@@ -461,16 +467,16 @@ def _outcome(page: Mapping[str, Any], name: str, column: str) -> str:
 def figure_names(study: Study) -> list[dict[str, str]]:
     """Return the figures that make sense by now, with their titles."""
     names = []
-    if study.spec.kind != "search" and study.trials["variant"].nunique() > 1:
+    if study.spec.kind != "search" and study.trials_full["variant"].nunique() > 1:
         names += [("effects", "What each variant changes"), ("runs", "Every run")]
-    if study.scored and study.spec.kind == "search" and len(study.trials) > 1:
+    if study.scored and study.spec.kind == "search" and len(study.trials_full) > 1:
         names += [("progress", "How the search went")]
         if study.searched:
             if findings.enough_for_importance(study):
                 names += [("importance", "Which hyperparameters mattered")]
             names += [("parallel", "All settings at a glance")]
             names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]
-    if (study.trials["state"] == "stopped").any():
+    if (study.trials_full["state"] == "stopped").any():
         names += [("stopped", "What was stopped, and what it saved")]
     return [{"name": name, "title": title} for name, title in names]
 

@@ -212,8 +212,13 @@ def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(
         assert {"max_m", "s", "ema_decay"} <= set(search["overrides"])
     assert len(result["documented"]) == 2, "one run on each fold"
     confirming = load_study(tmp_path / "work" / "confirm")
-    assert set(confirming.trials["seed"]) == {1000}
-    assert set(confirming.trials["variant"]) == {"documented", "random-0", "plain-0", "medtune-0"}
+    assert set(confirming.trials_full["seed"]) == {1000}
+    assert set(confirming.trials_full["variant"]) == {
+        "documented",
+        "random-0",
+        "plain-0",
+        "medtune-0",
+    }
     json.dumps(result, allow_nan=False)
     assert efficiency_table(result).row_count == 4
 

@@ -136,6 +136,6 @@ def test_a_trial_across_two_nodes_goes_on_when_one_is_cut_off(
     out, _ = ended(watching)
     assert f"trial 00000: rank 1 on node {lost} died: " in out
     check_whole(root, trials=1, epochs=60)
-    (trial,) = load_study(root).trials.to_dict("records")
+    (trial,) = load_study(root).trials_full.to_dict("records")
     assert trial["failures"] == 1
     assert f"rank 1 on node {lost} died" in StudyFiles(root).trial("00000").log.read_text()

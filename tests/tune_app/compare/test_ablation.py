@@ -69,10 +69,10 @@ def write_table(tmp_path: Path) -> WriteTable:
 
 def with_objective(study: Study, value: Callable[[Any], float]) -> Study:
     """The study with another objective in every trial: `value` of its row."""
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     trials["objective"] = [value(row) for row in trials.itertuples()]
     trials["last_val_auc"] = trials["objective"]
-    return replace(study, trials=trials)
+    return replace(study, trials_full=trials)
 
 
 def printed(study: Study) -> str:
@@ -331,9 +331,9 @@ def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(
     study = load_study(
         write_study(variants={"base": {}, "lags": lagging}, seeds=3, epochs=15, failed=(0,))
     )
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     trials.loc[trials["trial"] == "00002", "objective"] = np.nan
-    lines = run_lines(replace(study, trials=trials))
+    lines = run_lines(replace(study, trials_full=trials))
     assert any(
         line.startswith("  lags: 3 of 3 runs collapsed for good; 3 ema lag (since epoch ")
         for line in lines
@@ -341,7 +341,7 @@ def test_collapsed_runs_their_diagnoses_and_what_is_in_no_pair_are_told(
     trials.loc[trials["variant"] == "base", "healed_epochs"] = [16, 30, 0]
     assert (
         "  base: 0 of 3 runs collapsed for good; 2 for 16 to 30 epochs, and came back"
-        in run_lines(replace(study, trials=trials))
+        in run_lines(replace(study, trials_full=trials))
     )
     assert "failed, and in no pair: 00000 (base)" in lines
     assert (
@@ -356,11 +356,11 @@ def test_one_fold_calls_nothing_however_close_its_seeds_are(write_study: WriteSt
     study = with_objective(
         study, lambda trial: 0.7 + 0.05 * (trial.variant == "other") + 0.001 * trial.seed**2
     )
-    trials = study.trials.assign(
-        objective=study.trials["objective"]
-        + np.where(study.trials["variant"] == "other", 0.0004 * study.trials["seed"], 0.0)
+    trials = study.trials_full.assign(
+        objective=study.trials_full["objective"]
+        + np.where(study.trials_full["variant"] == "other", 0.0004 * study.trials_full["seed"], 0.0)
     )
-    study = replace(study, trials=trials)
+    study = replace(study, trials_full=trials)
     row = study.effects(baseline="base").set_index("variant").loc["other"]
     assert row["low"] > 0
     assert math.isnan(row["p"])
@@ -385,24 +385,24 @@ def test_the_survivors_of_a_variant_do_not_win(write_study: WriteStudy, loser: s
     effects = whole.effects(baseline="base").set_index("variant")
     assert effects.loc["other", "call"] == ("better" if loser == "other" else "worse")
     assert effects["unscored"].tolist() == [0, 0]
-    trials = whole.trials.copy()
+    trials = whole.trials_full.copy()
     lost = trials.index[trials["variant"] == loser][:5]
     trials.loc[lost, "objective"] = np.nan
-    effects = replace(whole, trials=trials).effects(baseline="base").set_index("variant")
+    effects = replace(whole, trials_full=trials).effects(baseline="base").set_index("variant")
     assert effects.loc["other", "call"] == "cannot tell"
     assert effects.loc["other", "pairs"] == 7
     assert effects.loc[loser, "unscored"] == 5
-    text = " ".join(printed(replace(whole, trials=trials)).split())
+    text = " ".join(printed(replace(whole, trials_full=trials)).split())
     assert f"but runs of {loser} ended without a score" in text
 
 
 def test_a_late_collapse_that_the_best_epochs_hide_is_told(write_study: WriteStudy) -> None:
     study = load_study(write_study(variants={"base": {}, "late": {}}, seeds=2, folds=3, epochs=3))
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     late, wiggle = trials["variant"] == "late", 0.003 * trials["fold"].astype(int)
     trials["objective"] = np.where(late, 0.8 - wiggle, 0.8 + wiggle)
     trials["last_val_auc"] = np.where(late, 0.5 - wiggle, 0.79 + wiggle)
-    text = " ".join(printed(replace(study, trials=trials)).split())
+    text = " ".join(printed(replace(study, trials_full=trials)).split())
     assert "In the last epoch instead of the best, it reads otherwise for: late -0.29" in text
 
 
@@ -498,8 +498,8 @@ def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(
         (f"{number:05d}", epoch): 1 for number in range(planned) for epoch in range(1, EPOCHS + 1)
     }
     study = load_study(root)
-    assert study.trials["state"].tolist() == ["completed"] * planned
-    assert study.trials["variant"].tolist() == list(PLANTED) * FOLDS
+    assert study.trials_full["state"].tolist() == ["completed"] * planned
+    assert study.trials_full["variant"].tolist() == list(PLANTED) * FOLDS
     [effects] = comparisons(study)
     by_name = effects.set_index("variant")
     assert by_name.loc["stale-average", "call"] == "worse", by_name

@@ -96,12 +96,12 @@ def a_confirmation(write_study: WriteStudy) -> Study:
 def with_objective(study: Study, gain: dict[str, float], noise: float = 0.004) -> Study:
     """The study with variants that differ by `gain`, and runs that differ by `noise` beside fold and seed."""
     rng = np.random.default_rng(3)
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     trials["objective"] = [
         0.75 + 0.02 * row.fold + gain.get(str(row.variant), 0.0) + rng.normal(0, noise)
         for row in trials.itertuples()
     ]
-    return replace(study, trials=trials)
+    return replace(study, trials_full=trials)
 
 
 def printed(study: Study) -> str:
@@ -127,11 +127,11 @@ def test_candidates_are_whole_sound_runs_each_setting_once_and_none_that_runs_an
     ]
     planned = [{"variant": "a", "overrides": each} for each in overrides]
     study = load_study(write_study(kind="ablation", planned=planned, epochs=6))
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     trials["objective"] = [0.9, 0.95, 0.99, 0.97, 0.96, 0.98, 0.7]
     trials.loc[3, "state"] = "stopped"
     trials.loc[5, "verdict"] = "collapsed"
-    study = replace(study, trials=trials)
+    study = replace(study, trials_full=trials)
     found = choose_candidates(study, 3)
     assert list(found.overrides) == ["trial-00004", "trial-00001", "trial-00006"]
     assert found.overrides["trial-00001"]["max_m"] == 0.3
@@ -208,7 +208,9 @@ def test_a_confirmation_that_has_hardly_begun_says_so_instead_of_failing(
 ) -> None:
     planned = [{"variant": name, "overrides": {}} for name in CANDIDATES]
     study = load_study(write_study(kind="confirmation", planned=planned, epochs=3))
-    begun = replace(study, trials=study.trials[study.trials["variant"] == "documented"])
+    begun = replace(
+        study, trials_full=study.trials_full[study.trials_full["variant"] == "documented"]
+    )
     assert "the confirmation has not begun" in printed(begun)
 
 
@@ -223,9 +225,9 @@ def test_what_cannot_be_confirmed_is_refused(
     with FileLock(StudyFiles(root).lock), pytest.raises(SpecError, match="still running"):
         confirmation_spec(load_study(root))
     study = load_study(root)
-    trials = study.trials.assign(state="stopped")
+    trials = study.trials_full.assign(state="stopped")
     with pytest.raises(SpecError, match="no trial to confirm: 6 trials, 0 completed with a score"):
-        choose_candidates(replace(study, trials=trials), 3)
+        choose_candidates(replace(study, trials_full=trials), 3)
 
 
 def test_a_folder_that_holds_another_confirmation_is_not_gone_on_with(
@@ -274,9 +276,11 @@ def test_a_difference_on_the_fold_that_chose_the_candidate_does_not_count(
     a_confirmation: Study,
 ) -> None:
     study = with_objective(a_confirmation, {})
-    lucky = (study.trials["variant"] == "trial-00007") & (study.trials["fold"] == 0)
-    trials = study.trials.assign(objective=study.trials["objective"] + 0.3 * lucky.to_numpy(float))
-    effects = judge(replace(study, trials=trials)).effects.set_index("variant")
+    lucky = (study.trials_full["variant"] == "trial-00007") & (study.trials_full["fold"] == 0)
+    trials = study.trials_full.assign(
+        objective=study.trials_full["objective"] + 0.3 * lucky.to_numpy(float)
+    )
+    effects = judge(replace(study, trials_full=trials)).effects.set_index("variant")
     assert abs(effects.loc["trial-00007", "mean"]) < 0.02
     assert effects.loc["trial-00007", "pairs"] == 6
 
@@ -294,7 +298,7 @@ def write_scores(
     habits = {name: rng.normal(0, subjects_sd, rows * 4) for name in CANDIDATES}
     common = rng.normal(0, subjects_sd, rows * 4)
     runs = {}
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         own = np.arange(trial["fold"] * rows, (trial["fold"] + 1) * rows)
         signal = 1 + gain.get(trial["variant"], 0.0) + rng.normal(0, 0.15)
         noise = rng.normal(0, 0.6, rows)
@@ -360,7 +364,7 @@ def test_folds_count_by_their_rows_that_the_search_did_not_choose_by(
     written = json.loads(scores_file(study.path).read_text())
     labels = np.array(written["labels"])
     values: dict[str, list[float]] = {"trial-00007": [], "documented": []}
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         if trial["variant"] in values:
             rows = np.array(written["runs"][trial["trial"]]["rows"])
             kept = rows % 60 >= 20
@@ -389,7 +393,7 @@ def test_under_a_simulated_null_no_winner_comes_from_one_split_and_the_interval_
 
 def test_the_best_of_several_has_to_hold_against_their_number(a_confirmation: Study) -> None:
     study = with_objective(a_confirmation, {})
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     level = {
         "documented": (0.0, 0.0, 0.0),
         "defaults": (0.01, -0.01, 0.004),
@@ -399,7 +403,7 @@ def test_the_best_of_several_has_to_hold_against_their_number(a_confirmation: St
         0.8 + (level[str(row.variant)][int(row.fold) - 1] if row.fold else 0.0)
         for row in trials.itertuples()
     ]
-    study = replace(study, trials=trials)
+    study = replace(study, trials_full=trials)
     found = judge(study)
     row = found.effects.set_index("variant").loc["trial-00007"]
     assert row["call"] == "better"
@@ -412,13 +416,13 @@ def test_the_best_of_several_has_to_hold_against_their_number(a_confirmation: St
 def test_a_variant_that_lost_runs_is_no_winner(a_confirmation: Study) -> None:
     study = with_objective(a_confirmation, {"trial-00007": 0.08})
     assert judge(study).winner == "trial-00007"
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     own = trials.index[(trials["variant"] == "trial-00007") & (trials["fold"] == 2)]
     trials.loc[own[:1], "objective"] = np.nan
-    found = judge(replace(study, trials=trials))
+    found = judge(replace(study, trials_full=trials))
     assert found.winner is None
     assert found.effects.set_index("variant").loc["trial-00007", "unscored"] == 1
-    text = " ".join(printed(replace(study, trials=trials)).split())
+    text = " ".join(printed(replace(study, trials_full=trials)).split())
     assert "trial-00007 cannot win: 1 of its runs ended without a score" in text
 
 
@@ -706,8 +710,12 @@ def test_a_search_is_confirmed_and_tested_from_the_command_line(
     ran = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
     assert ran.exit_code == 0, ran.output
     study = load_study(files.confirmation)
-    assert study.trials["state"].tolist() == ["completed"] * 6
-    assert list(dict.fromkeys(study.trials["variant"])) == ["documented", "defaults", "trial-00000"]
+    assert study.trials_full["state"].tolist() == ["completed"] * 6
+    assert list(dict.fromkeys(study.trials_full["variant"])) == [
+        "documented",
+        "defaults",
+        "trial-00000",
+    ]
     assert "Judged on folds 1, 2; none of their rows chose the candidates." in ran.stdout
     once_more = medtune("--top", "1", "--folds", "1,2", "--seeds", "1")
     assert once_more.exit_code == 0, "a finished confirmation is shown, and nothing runs"

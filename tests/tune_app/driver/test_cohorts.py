@@ -90,7 +90,7 @@ def test_every_variant_is_trained_on_volumes_of_its_own_preprocessing(
     common = spacing_of_table(manifest, (16, 16, 16)).every_mm
     assert study.spec.config == CONFIG | {"spacing_mm": common}, "chosen when the study began"
     losses = set()
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         config = build_config({**study.spec.config, **changes[trial["variant"]]})
         folder = prepare_cohort(manifest, Recipe.from_config(config), tmp_path / "elsewhere")
         expected = [
@@ -125,7 +125,7 @@ def test_a_sampled_preprocessing_that_leaves_no_volume_fails_once_and_the_search
         }
     )
     run_study(spec, tmp_path / "study", console=quiet(), notes=quiet())
-    trials = load_study(tmp_path / "study").trials
+    trials = load_study(tmp_path / "study").trials_full
     impossible = trials["window_low"] == 5000
     assert 0 < impossible.sum() < 6
     assert set(trials["state"][impossible]) == {"failed"}

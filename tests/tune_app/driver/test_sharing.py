@@ -114,9 +114,9 @@ def test_a_fault_of_the_gpu_costs_each_trial_one_attempt(tmp_path: Path, place: 
     assert done.returncode == 0, done.stderr
     assert "side by side under CUDA MPS" in done.stderr
     study, files = load_study(root), StudyFiles(root)
-    assert list(study.trials.sort_values("trial")["failures"]) == [1, 1, 0, 0]
+    assert list(study.trials_full.sort_values("trial")["failures"]) == [1, 1, 0, 0]
     assert not list(faults.iterdir())
-    shared = {name: files.trial(name).log.read_text() for name in study.trials["trial"]}
+    shared = {name: files.trial(name).log.read_text() for name in study.trials_full["trial"]}
     for name in ("00000", "00001"):
         assert "the GPU failed under CUDA MPS" in shared[name]
         first, second = shared[name].split("the GPU failed under CUDA MPS", 1)

@@ -102,7 +102,7 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(
     finally:
         ray.shutdown()
     study = load_study(tmp_path / "study")
-    assert list(study.trials["epochs_run"]) == [1] * STOPPED_TRIALS, (
+    assert list(study.trials_full["epochs_run"]) == [1] * STOPPED_TRIALS, (
         "stopped after the first of 500 epochs"
     )
 
@@ -143,7 +143,7 @@ def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: P
         ray.shutdown()
     assert outcome.states == {"completed": 4}
     check_whole(root, trials=4, epochs=150)
-    assert sorted(load_study(root).trials["failures"]) == [0, 0, 0, 1]
+    assert sorted(load_study(root).trials_full["failures"]) == [0, 0, 0, 1]
 
 
 @pytest.mark.ray
@@ -181,7 +181,7 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
         policy={"halving": False, "actions": dict.fromkeys(VERDICTS, "ignore")},
     )
     assert outcome.states == {"failed": 1, "completed": 2}
-    trials = load_study(tmp_path / "study").trials
+    trials = load_study(tmp_path / "study").trials_full
     assert trials["reason"][0].startswith(
         "out of memory: " + ("rank 0 on node" if ranks > 1 else "none left")
     )
@@ -216,7 +216,7 @@ def test_a_process_lost_between_two_trials_costs_the_next_one_a_single_attempt(
         policy={"max_epochs": 1},
     )
     assert outcome.states == {"stopped": 3}
-    assert list(load_study(tmp_path / "study").trials["failures"]) == [0, 1, 0]
+    assert list(load_study(tmp_path / "study").trials_full["failures"]) == [0, 1, 0]
 
 
 @pytest.mark.gpu
@@ -257,7 +257,7 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
         assert wait_until(lambda: ray.available_resources()["GPU"] >= 2.0, "GPUs free") < 5
     finally:
         ray.shutdown()
-    trials = load_study(tmp_path / "study").trials
+    trials = load_study(tmp_path / "study").trials_full
     assert list(trials["failures"]) == [0] * 5
 
 
@@ -299,7 +299,7 @@ def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
         " ".join(err.split()),
     )
     check_whole(root, trials=1, epochs=15)
-    (trial,) = load_study(root).trials.to_dict("records")
+    (trial,) = load_study(root).trials_full.to_dict("records")
     assert trial["failures"] == 1
     if lost == "ray::_Rank":
         said = StudyFiles(root).trial("00000").log.read_text()

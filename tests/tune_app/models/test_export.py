@@ -291,21 +291,23 @@ def test_the_confirmed_variant_is_exported_by_its_middle_run(
         effect={"trial-00003": 0.08},
     )
     study = load_study(root)
-    for trial in study.trials["trial"]:
+    for trial in study.trials_full["trial"]:
         StudyFiles(root).trial(str(trial)).best.write_bytes(b"")
     study = load_study(root)
     chosen = choose(study, confirmed=True)
-    runs = study.trials[study.trials["variant"] == "trial-00003"]
+    runs = study.trials_full[study.trials_full["variant"] == "trial-00003"]
     assert len(runs) == 15
     assert chosen.trials["variant"].tolist() == ["trial-00003"]
     assert chosen.trials["objective"].iloc[0] == pytest.approx(runs["objective"].median())
     assert chosen.epochs == int(np.ceil(runs["best_epoch"].median()))
     assert "confirmed as better" in chosen.choice.how
     together = choose(study, confirmed=True, ensemble=5)
-    assert sorted(together.trials["fold"]) == [0, 1, 2, 3, 4], (
+    assert sorted(together.trials_full["fold"]) == [0, 1, 2, 3, 4], (
         "one of each fold before a second of any"
     )
-    assert set(choose(study, confirmed=True, ensemble=15).trials["trial"]) == set(runs["trial"])
+    assert set(choose(study, confirmed=True, ensemble=15).trials_full["trial"]) == set(
+        runs["trial"]
+    )
 
 
 # The folder ------------------------------------------------------------------------------------------------------------
@@ -672,7 +674,7 @@ def test_retraining_goes_on_after_a_kill_to_the_same_weights(
             raise Killed
 
     asked: dict[str, Any] = {"trial": "1", "device": CPU}
-    assert int(load_study(trained_study).trials["best_epoch"].iloc[1]) > 1
+    assert int(load_study(trained_study).trials_full["best_epoch"].iloc[1]) > 1
     with pytest.raises(Killed):
         retrain_model(trained_study, tmp_path / "killed", say=kill_after_one, **asked)
     assert not (tmp_path / "killed").exists()

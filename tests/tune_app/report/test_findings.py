@@ -53,13 +53,16 @@ def test_a_search_is_told_in_two_sentences_with_its_numbers(search: Study) -> No
     assert "20 settings" in asked
     assert "28 positive and 70 negative" in asked
     assert f"Trial {best['trial']} is best with {best['objective']:.3f}" in found
-    assert f"{(search.trials['state'] == 'stopped').sum()} of 20 trials were stopped early" in found
+    assert (
+        f"{(search.trials_full['state'] == 'stopped').sum()} of 20 trials were stopped early"
+        in found
+    )
     assert found.endswith(".")
     assert ". " not in found
 
 
 def test_the_documents_settings_are_told_beside_the_best_when_they_were_run(search: Study) -> None:
-    before = search.trials.set_index("trial").loc["00000", "objective"]
+    before = search.trials_full.set_index("trial").loc["00000", "objective"]
     assert f"{before:.3f} for the document's original settings" in findings.summary(search)[1]
 
 
@@ -125,7 +128,7 @@ def test_luck_is_what_the_best_of_equal_trials_gains(trials: int) -> None:
 def test_rivals_are_the_trials_within_noise(search: Study) -> None:
     rivals, half = findings.rivals_within_noise(search)
     best = search.best()
-    ended = search.trials[search.trials["state"] != "failed"]
+    ended = search.trials_full[search.trials_full["state"] != "failed"]
     assert half == pytest.approx(1.96 * findings.standard_error(best))
     assert rivals == (ended["objective"] > best["objective"] - half).sum() - 1
 
@@ -240,12 +243,12 @@ def test_an_ablation_on_one_fold_or_with_lost_runs_is_cautioned_about(
 
 def test_every_stop_is_counted_once_with_what_it_saved(search: Study) -> None:
     table = findings.stops(search)
-    stopped = search.trials[search.trials["state"] == "stopped"]
+    stopped = search.trials_full[search.trials_full["state"] == "stopped"]
     assert table["trials"].sum() == len(stopped)
     assert set(table["reason"]) >= {"halving"}
     assert table["epochs_spared"].sum() == (stopped["epochs"] - stopped["epochs_run"]).sum()
     assert findings.epochs_saved(search) == pytest.approx(
-        table["epochs_spared"].sum() / search.trials["epochs"].sum()
+        table["epochs_spared"].sum() / search.trials_full["epochs"].sum()
     )
     expected = (
         (stopped["epochs"] - stopped["epochs_run"]) / stopped["epochs_run"] * stopped["work_s"]
@@ -458,7 +461,7 @@ def test_trials_that_a_user_stopped_spare_nothing(write_study: WriteStudy) -> No
     with files.decisions.open("a") as file:
         file.write(json.dumps(decision | {"summary": "stopped on request", "time": 0.0}) + "\n")
     study = load_study(root)
-    assert study.trials.loc[2, "stopped_by"] == "requested"
+    assert study.trials_full.loc[2, "stopped_by"] == "requested"
     assert findings.epochs_saved(study) == 0
     assert "stopped early" not in findings.summary(study)[1]
 
@@ -482,9 +485,9 @@ def test_a_tie_goes_to_a_sound_trial_among_good_neighbours(write_study: WriteStu
     assert study.leaderboard(1)["trial"].tolist() == [study.best()["trial"]]
     assert study.ranked["objective"].tolist() == sorted(values, reverse=True)
     only = [study.axis("max_m")]
-    at = ranking(study.trials, "objective", only, smaller=False)[0]
-    assert study.trials["trial"].iloc[at] == "00006", "00000 is good among poor ones"
-    rows = study.trials.assign(verdict="saturated")
+    at = ranking(study.trials_full, "objective", only, smaller=False)[0]
+    assert study.trials_full["trial"].iloc[at] == "00006", "00000 is good among poor ones"
+    rows = study.trials_full.assign(verdict="saturated")
     assert rows["trial"].iloc[ranking(rows, "objective", only, smaller=False)[0]] in (
         "00006",
         "00007",

@@ -425,7 +425,7 @@ def test_two_studies_are_set_side_by_side(
     assert [trace["x"][-1] for trace in budget["data"]] == [len(first.epochs), len(second.epochs)]
     for trace, study in zip(budget["data"], (first, second), strict=True):
         assert trace["y"] == sorted(trace["y"])
-        assert trace["y"][-1] == pytest.approx(study.trials["objective"].max(), abs=1e-4)
+        assert trace["y"][-1] == pytest.approx(study.trials_full["objective"].max(), abs=1e-4)
     _check_figures(page)
 
 
@@ -500,7 +500,7 @@ def test_curves_hold_every_epoch_rungs_drw_starts_and_stops(search: Study) -> No
     dotted = [shape["x0"] for shape in figure["layout"]["shapes"] if shape["line"]["dash"] == "dot"]
     assert dotted == list(search.rungs)
     ended = (
-        search.trials[search.trials["state"].isin(["stopped", "failed"])]
+        search.trials_full[search.trials_full["state"].isin(["stopped", "failed"])]
         .set_index("trial")["epochs_run"]
         .to_dict()
     )
@@ -542,7 +542,7 @@ def test_many_trials_are_thinned_and_the_page_says_so(
     drawn = {
         t for trace in figures.curves(study, "val_auc")["data"] for t in trace["customdata"] if t
     }
-    ranked = study.trials.sort_values("objective", ascending=False)["trial"].tolist()
+    ranked = study.trials_full.sort_values("objective", ascending=False)["trial"].tolist()
     assert len(drawn) == 10
     assert set(ranked[:5]) <= drawn
     assert ranked[-1] in drawn
@@ -555,8 +555,8 @@ def test_slices_mark_the_documents_values_before_and_after(search: Study) -> Non
         assert marks["dash"] == pytest.approx(axis.place(baseline(20)[name]))
         assert marks["solid"] == pytest.approx(axis.place(all_fixes(20)[name]))
         points = [x for trace in figure["data"] if "group" in trace["meta"] for x in trace["x"]]
-        ended = search.trials[
-            search.trials["objective"].notna() & (search.trials["state"] != "failed")
+        ended = search.trials_full[
+            search.trials_full["objective"].notna() & (search.trials_full["state"] != "failed")
         ]
         assert sorted(points) == pytest.approx(sorted(axis.places(ended)), abs=1e-4)
 
@@ -567,7 +567,9 @@ def test_parallel_coordinates_show_each_trial_once_in_the_tier_of_its_objective(
     figure = figures.parallel(search)
     axes = figure["layout"]["meta"]["axes"]
     assert axes == [*search.searched, "objective"]
-    ended = search.trials[search.trials["objective"].notna() & (search.trials["state"] != "failed")]
+    ended = search.trials_full[
+        search.trials_full["objective"].notna() & (search.trials_full["state"] != "failed")
+    ]
     tiers = {
         trace["meta"]["tier"]: [t for t in trace["customdata"] if t]
         for trace in figure["data"]
@@ -584,7 +586,7 @@ def test_parallel_coordinates_show_each_trial_once_in_the_tier_of_its_objective(
 def test_stops_add_up_in_the_figure(search: Study) -> None:
     figure = figures.stopped(findings.stops(search))
     run, spared = (sum(trace["x"]) for trace in figure["data"])
-    stopped = search.trials[search.trials["state"] == "stopped"]
+    stopped = search.trials_full[search.trials_full["state"] == "stopped"]
     assert run == stopped["epochs_run"].sum()
     assert run + spared == stopped["epochs"].sum()
 
@@ -594,4 +596,4 @@ def test_the_budget_curve_is_the_best_objective_by_epochs_spent(search: Study) -
     assert spent == sorted(set(spent))
     assert best == sorted(best)  # type: ignore[type-var]
     assert best[-1] is not None
-    assert math.isclose(best[-1], search.trials["objective"].max(), abs_tol=1e-4)
+    assert math.isclose(best[-1], search.trials_full["objective"].max(), abs_tol=1e-4)

@@ -256,7 +256,9 @@ def test_brushing_axes_of_the_parallel_coordinates_keeps_the_trials_that_pass_al
     page: Browser, search: Study
 ) -> None:
     names = [*search.searched, "objective"]
-    ended = search.trials[search.trials["objective"].notna() & (search.trials["state"] != "failed")]
+    ended = search.trials_full[
+        search.trials_full["objective"].notna() & (search.trials_full["state"] != "failed")
+    ]
     middle = (ended["objective"].min() + ended["objective"].max()) / 2
     brush(page, names.index("objective"), 0.5, 1.06)
     upper = set(ended.loc[ended["objective"] > middle, "trial"])
@@ -340,7 +342,7 @@ def test_the_table_of_trials_is_sorted_by_a_column_either_way_with_missing_value
     click(page, head)
     numbers = [float(value) for value in values() if value]
     assert numbers == sorted(numbers)
-    assert len(numbers) == search.trials["objective"].notna().sum()
+    assert len(numbers) == search.trials_full["objective"].notna().sum()
     assert (
         page.execute_script("return document.querySelectorAll('#all-trials th[aria-sort]').length")
         == 1
@@ -349,7 +351,7 @@ def test_the_table_of_trials_is_sorted_by_a_column_either_way_with_missing_value
     ids = page.execute_script(
         "return [...document.querySelectorAll('#all-trials tbody tr')].map((r) => r.dataset.trial)"
     )
-    assert ids == sorted(search.trials["trial"])
+    assert ids == sorted(search.trials_full["trial"])
 
 
 def test_the_table_of_trials_is_filtered_by_any_text(page: Browser, search: Study) -> None:
@@ -358,9 +360,12 @@ def test_the_table_of_trials_is_filtered_by_any_text(page: Browser, search: Stud
     shown = page.execute_script(
         "return [...document.querySelectorAll('#all-trials tbody tr:not([hidden])')].map((r) => r.dataset.trial)"
     )
-    assert shown == search.trials.loc[search.trials["state"] == "failed", "trial"].tolist()
     assert (
-        page.find_element("css selector", "#all-trials-count").text == f"1 of {len(search.trials)}"
+        shown == search.trials_full.loc[search.trials_full["state"] == "failed", "trial"].tolist()
+    )
+    assert (
+        page.find_element("css selector", "#all-trials-count").text
+        == f"1 of {len(search.trials_full)}"
     )
 
 
@@ -369,7 +374,7 @@ def test_the_stopped_trials_unfold(page: Browser, search: Study) -> None:
     click(page, "#stops summary")
     assert page.find_element("css selector", "#stops details table").is_displayed()
     rows = page.execute_script("return document.querySelectorAll('#stops details tbody tr').length")
-    assert rows == (search.trials["state"] == "stopped").sum()
+    assert rows == (search.trials_full["state"] == "stopped").sum()
 
 
 def test_the_theme_changes_page_and_figures(page: Browser) -> None:

@@ -78,14 +78,19 @@ def test_reports_pages_and_tables_show_shapes(
     assert "volume_shape" in page
     study = load_study(path)
     # The first trials are at the documented settings, outside the space.
-    assert set(study.trials["volume_shape"]) <= {"16x16x16", "20x20x24", "24x24x24", "96x96x96"}
-    for trial in study.trials["trial"]:
+    assert set(study.trials_full["volume_shape"]) <= {
+        "16x16x16",
+        "20x20x24",
+        "24x24x24",
+        "96x96x96",
+    }
+    for trial in study.trials_full["trial"]:
         shown = {one["name"]: one for one in views.trial_page(study, trial)["settings"]}
         assert shown["volume_shape"]["documented"] == "96x96x96"
         assert shown["volume_shape"]["differs"] == (shown["volume_shape"]["value"] != "96x96x96")
     axis = study.axis("volume_shape")
     assert axis.choices == ("16x16x16", "20x20x24", "24x24x24", "96x96x96")
-    assert not any(place != place for place in axis.places(study.trials))
+    assert not any(place != place for place in axis.places(study.trials_full))
     assert axis.place((20, 20, 24)) == 1.0
     rows = configuration(study).set_index("name")
     best = study.best()["volume_shape"]
@@ -93,7 +98,7 @@ def test_reports_pages_and_tables_show_shapes(
     if "volume_shape" in rows.index:
         assert rows.loc["volume_shape", "before"] == "96x96x96"
         assert bool(rows.loc["volume_shape", "differs"]) == (best != "96x96x96")
-    first = study.trials.iloc[0]["volume_shape"]
+    first = study.trials_full.iloc[0]["volume_shape"]
     assert trial_with(study, {"volume_shape": tuple(map(int, first.split("x")))}) is not None
     for command in (
         ["results", str(path)],

@@ -39,11 +39,27 @@ def test_every_column_of_both_tables_is_documented_and_has_the_documented_type(
 ) -> None:
     study = load_study(a_search)
     meanings = column_meanings(study)
-    for name, table in (("trials", study.trials), ("epochs", study.epochs)):
+    for name, table in (("trials", study.trials_full), ("epochs", study.epochs)):
         documented = meanings[meanings["table"] == name]
         assert list(documented["column"]) == list(table.columns)
         assert list(documented["dtype"]) == [str(dtype) for dtype in table.dtypes]
         assert (documented["meaning"].str.len() > 2).all()
+
+
+def test_the_table_of_trials_is_narrow_and_every_column_is_one_word_away(a_search):
+    study = load_study(a_search)
+    assert list(study.trials.columns)[:3] == ["trial", "variant", "state"]
+    assert set(study.searched) <= set(study.trials.columns)
+    assert len(study.trials.columns) < 14 + len(study.searched)
+    assert len(study.trials_full.columns) > 100
+    pd.testing.assert_frame_equal(study.trials, study.trials_full[list(study.trials.columns)])
+    assert list(study.leaderboard(3, columns="trial,last_val_auc").columns) == [
+        "rank",
+        "trial",
+        "last_val_auc",
+    ]
+    study.trials["state"] = "changed"
+    assert (study.trials["state"] != "changed").all(), "a copy, the study stays as it is"
 
 
 def test_columns_are_the_same_for_a_study_without_any_trial(
@@ -55,9 +71,9 @@ def test_columns_are_the_same_for_a_study_without_any_trial(
     StudyFiles(root).epochs.unlink()
     StudyFiles(root).decisions.unlink()
     empty, full = load_study(root), load_study(a_search)
-    assert len(empty.trials) == len(empty.epochs) == len(empty.decisions) == 0
+    assert len(empty.trials_full) == len(empty.epochs) == len(empty.decisions) == 0
     for left, right in (
-        (empty.trials, full.trials),
+        (empty.trials_full, full.trials_full),
         (empty.epochs, full.epochs),
         (empty.decisions, full.decisions),
     ):
@@ -93,7 +109,7 @@ def test_the_best_epoch_is_the_one_that_stands_for_the_objective(a_search: Path)
     seen = 0
     for trial, rows in study.epochs.groupby("trial"):
         expected = best_epoch(rows.to_dict("records"))
-        row = study.trials.set_index("trial").loc[trial]
+        row = study.trials_full.set_index("trial").loc[trial]
         assert row["best_epoch"] == expected
         assert row["best_val_auc"] == row["objective"]
         seen += 1
@@ -103,7 +119,7 @@ def test_the_best_epoch_is_the_one_that_stands_for_the_objective(a_search: Path)
 def test_the_best_epoch_follows_the_objective_of_the_study(write_study: WriteStudy) -> None:
     root = write_study(trials=3, epochs=8, spec={"objective": "last_raw"})
     study = load_study(root)
-    ended = study.trials[study.trials["state"] == "completed"]
+    ended = study.trials_full[study.trials_full["state"] == "completed"]
     assert len(ended)
     assert (ended["best_epoch"] == ended["epochs_run"]).all()
     assert (ended["best_val_auc_raw"] == ended["objective"]).all()
@@ -120,7 +136,7 @@ def test_a_study_of_format_1_keeps_the_epochs_that_its_weights_are_of(
     for epoch, value in enumerate([0.9, 0.5, 0.6, 0.55, 0.5], start=1):
         row = {"trial": "00000", "time": 1.0, "epoch": epoch, "val_auc": value}
         append_line(files.epochs, row | {"val_auc_raw": 1 - value})
-    assert load_study(root).trials.iloc[0]["best_epoch"] == 3
+    assert load_study(root).trials_full.iloc[0]["best_epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -146,7 +162,7 @@ def test_the_best_epoch_of_short_and_broken_runs(
     files.epochs.unlink()
     for epoch, value in enumerate(values, start=1):
         append_line(files.epochs, {"trial": "00000", "time": 1.0, "epoch": epoch, "val_auc": value})
-    trial = load_study(root).trials.iloc[0]
+    trial = load_study(root).trials_full.iloc[0]
     assert (None if pd.isna(trial["best_epoch"]) else trial["best_epoch"]) == expected
     if expected is not None:
         assert trial["best_val_auc"] == values[expected - 1]
@@ -156,7 +172,7 @@ def test_last_best_peak_and_rung_values_are_those_of_their_epochs(a_search: Path
     study = load_study(a_search)
     epochs = study.epochs.set_index(["trial", "epoch"])
     assert study.rungs == tuple(int(rung) for rung in Policy(study.spec.policy, 20).rungs)
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         rows = epochs.loc[trial["trial"]]
         assert trial["last_train_loss"] == rows["train_loss"].iloc[-1]
         assert trial["best_val_auc_raw"] == rows["val_auc_raw"][trial["best_epoch"]]
@@ -172,7 +188,7 @@ def test_last_best_peak_and_rung_values_are_those_of_their_epochs(a_search: Path
 
 
 def test_a_trial_says_what_stopped_it_and_why(a_search: Path) -> None:
-    trials = load_study(a_search).trials
+    trials = load_study(a_search).trials_full
     stopped = trials[trials["state"] == "stopped"]
     assert set(stopped["stopped_by"]) == {"halving", "diagnosis"}
     assert stopped["reason"].str.len().min() > 10
@@ -187,9 +203,9 @@ def test_a_trial_says_what_stopped_it_and_why(a_search: Path) -> None:
 def test_every_hyperparameter_is_a_plain_column_that_builds_the_same_config(a_search: Path) -> None:
     study = load_study(a_search)
     assert list(
-        study.trials.columns[len(TRIAL_COLUMNS) :][: len(FineTuneConfig.model_fields)]
+        study.trials_full.columns[len(TRIAL_COLUMNS) :][: len(FineTuneConfig.model_fields)]
     ) == list(FineTuneConfig.model_fields)
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         given = {
             name: trial[name] for name in FineTuneConfig.model_fields if not pd.isna(trial[name])
         }
@@ -220,11 +236,11 @@ def test_trials_of_a_held_study_run_and_of_a_left_one_are_interrupted(
     root = write_study(trials=6, epochs=10, unfinished=3, policy=False)
     left = load_study(root)
     assert not left.running
-    assert left.trials["state"].tolist() == ["completed"] * 3 + ["interrupted"] * 3
+    assert left.trials_full["state"].tolist() == ["completed"] * 3 + ["interrupted"] * 3
     with FileLock(StudyFiles(root).lock):
         held = load_study(root)
     assert held.running
-    assert held.trials["state"].tolist() == ["completed"] * 3 + ["running"] * 3
+    assert held.trials_full["state"].tolist() == ["completed"] * 3 + ["running"] * 3
     assert "running" in repr(held)
 
 
@@ -256,7 +272,7 @@ def test_a_killed_driver_no_longer_holds_its_study(write_study: WriteStudy) -> N
 
 def test_unfinished_trials_have_objective_and_verdict_so_far(write_study: WriteStudy) -> None:
     study = load_study(write_study(trials=4, epochs=20, unfinished=4, policy=False))
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         rows = study.epochs[study.epochs["trial"] == trial["trial"]].to_dict("records")
         assert trial["objective"] == pytest.approx(objective_value(rows))
         assert trial["verdict"] == diagnose(rows).verdict
@@ -267,7 +283,7 @@ def test_unfinished_trials_have_objective_and_verdict_so_far(write_study: WriteS
 def test_a_trial_without_a_record_is_listed_with_what_its_rows_say(write_study: WriteStudy) -> None:
     root = write_study(trials=2, epochs=6)
     (root / "trials" / "00001" / "trial.json").unlink()
-    trial = load_study(root).trials.iloc[1]
+    trial = load_study(root).trials_full.iloc[1]
     assert (trial["trial"], trial["number"], trial["state"], trial["epochs_run"]) == (
         "00001",
         1,
@@ -390,7 +406,7 @@ def test_all_damage_is_told_together(write_study: WriteStudy) -> None:
     assert "state 'lost': one of running, completed, stopped, failed" in text
     skipped = load_study(root, on_damage="skip")
     assert len(skipped.notes) == 6
-    assert len(skipped.trials) == 3
+    assert len(skipped.trials_full) == 3
 
 
 def test_the_first_of_two_rows_of_an_epoch_counts_when_damage_is_skipped(
@@ -410,7 +426,7 @@ def test_reading_at_once_and_line_by_line_give_the_same_table(
     monkeypatch.setattr(loading, "_read_epochs_fast", lambda content: None)
     by_line = load_study(a_search)
     pd.testing.assert_frame_equal(at_once.epochs, by_line.epochs)
-    pd.testing.assert_frame_equal(at_once.trials, by_line.trials)
+    pd.testing.assert_frame_equal(at_once.trials_full, by_line.trials_full)
 
 
 def test_metrics_of_another_version_are_kept_after_the_known_ones(write_study: WriteStudy) -> None:
@@ -464,15 +480,15 @@ def test_studies_are_stacked_below_a_column_that_tells_them_apart(
     a_search: Path, an_ablation: Path
 ) -> None:
     both = load_studies([a_search, load_study(an_ablation)])
-    assert list(both.trials.columns[:2]) == ["study", "trial"]
-    assert both.trials["study"].value_counts().to_dict() == {"a search": 20, "an ablation": 24}
+    assert list(both.trials_full.columns[:2]) == ["study", "trial"]
+    assert both.trials_full["study"].value_counts().to_dict() == {"a search": 20, "an ablation": 24}
     assert len(both.epochs) == sum(len(study.epochs) for study in both.studies)
     assert set(both.searched) == set(both.studies[0].searched) | set(both.studies[1].searched)
 
 
 def test_studies_of_one_name_are_told_apart_by_their_folders(write_study: WriteStudy) -> None:
     paths = [write_study(f"{place}/study", trials=1, epochs=2) for place in ("a", "b")]
-    assert load_studies(paths).trials["study"].tolist() == ["a/study", "b/study"]
+    assert load_studies(paths).trials_full["study"].tolist() == ["a/study", "b/study"]
     with pytest.raises(ValueError, match="the same study twice"):
         load_studies([paths[0], paths[0]])
     with pytest.raises(ValueError, match="no study"):
@@ -487,20 +503,20 @@ def test_parquet_keeps_every_value_and_type(a_search: Path, tmp_path: Path) -> N
         "epochs.parquet",
         "decisions.parquet",
     ]
-    for path, table in zip(paths, (study.trials, study.epochs, study.decisions), strict=True):
+    for path, table in zip(paths, (study.trials_full, study.epochs, study.decisions), strict=True):
         pd.testing.assert_frame_equal(pd.read_parquet(path), table)
 
 
 def test_csv_holds_every_row_and_column(a_search: Path, tmp_path: Path) -> None:
     study = load_study(a_search)
     paths = study.to_csv(tmp_path)
-    for path, table in zip(paths, (study.trials, study.epochs, study.decisions), strict=True):
+    for path, table in zip(paths, (study.trials_full, study.epochs, study.decisions), strict=True):
         read = pd.read_csv(path, dtype={"trial": "string"})
         assert list(read.columns) == list(table.columns)
         assert read["trial"].tolist() == table["trial"].tolist()
     trials = pd.read_csv(paths[0])
     np.testing.assert_allclose(
-        trials["objective"], study.trials["objective"].to_numpy(), rtol=1e-12
+        trials["objective"], study.trials_full["objective"].to_numpy(), rtol=1e-12
     )
 
 
@@ -528,7 +544,7 @@ def test_a_notebook_shows_several_studies_without_all_their_fields(
 
 def test_the_best_trial_by_any_metric_among_those_asked_for(a_search: Path) -> None:
     study = load_study(a_search)
-    ended = study.trials[study.trials["state"] != "failed"]
+    ended = study.trials_full[study.trials_full["state"] != "failed"]
     assert study.best()["objective"] == ended["objective"].max()
     assert study.best("val_brier_ema")["best_val_brier_ema"] == ended["best_val_brier_ema"].min()
     assert study.best("work_s")["work_s"] == ended["work_s"].min()
@@ -561,7 +577,7 @@ def test_curves_come_in_long_form(a_search: Path) -> None:
         "metric",
         "value",
     ]
-    completed = study.trials[study.trials["state"] == "completed"]
+    completed = study.trials_full[study.trials_full["state"] == "completed"]
     assert len(curves) == 2 * 20 * len(completed)
     first = curves[
         (curves["trial"] == completed["trial"].iloc[0]) & (curves["metric"] == "val_auc_raw")
@@ -574,7 +590,7 @@ def test_curves_come_in_long_form(a_search: Path) -> None:
 
 def test_importance_counts_stopped_trials_and_says_how(write_study: WriteStudy) -> None:
     study = load_study(write_study(trials=40, epochs=10, failed=(7,), seed=3))
-    stopped = int((study.trials["state"] == "stopped").sum())
+    stopped = int((study.trials_full["state"] == "stopped").sum())
     table = study.importance(repeats=2)
     assert set(table["parameter"]) == set(study.searched)
     assert table["importance"].sum() == pytest.approx(1, abs=0.01)
@@ -614,7 +630,7 @@ def test_effects_on_one_fold_are_those_of_the_paired_t_test(write_study: WriteSt
     root = write_study(variants={"baseline": {}, "other": {"max_m": 0.3}}, seeds=5, epochs=4)
     study = load_study(root)
     table = study.effects().set_index("variant")
-    pairs = study.trials.pivot(index="seed", columns="variant", values="objective")
+    pairs = study.trials_full.pivot(index="seed", columns="variant", values="objective")
     oracle = ttest_rel(pairs["other"], pairs["baseline"])
     interval = oracle.confidence_interval(0.95)
     assert table.loc["other", "pairs"] == 5
@@ -648,7 +664,7 @@ def test_over_folds_the_unit_is_the_fold_and_overlapping_training_parts_widen_th
     study = load_study(an_ablation)
     row = study.effects().set_index("variant").loc["combined"]
     pairs = (
-        study.trials.pivot(index=["fold", "seed"], columns="variant", values="objective")
+        study.trials_full.pivot(index=["fold", "seed"], columns="variant", values="objective")
         .groupby("fold")
         .mean()
     )
@@ -684,9 +700,9 @@ def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs
     assert table.loc["lags", "call"] == "cannot tell"
     assert pd.isna(table.loc["lags", "mean"])
     assert list(table["healed"]) == [0, 0]
-    trials = study.trials.copy()
+    trials = study.trials_full.copy()
     trials.loc[trials["variant"] == "baseline", "healed_epochs"] = 25
-    assert list(replace(study, trials=trials).effects()["healed"]) == [1, 0], (
+    assert list(replace(study, trials_full=trials).effects()["healed"]) == [1, 0], (
         "no verdict tells of it"
     )
 
@@ -713,10 +729,10 @@ def test_an_axis_has_the_range_of_the_space_and_reads_its_own_labels(
     study = load_study(a_search)
     axis = study.axis(name)
     assert axis.ranged
-    places = axis.places(study.trials)
+    places = axis.places(study.trials_full)
     assert np.isfinite(places).all()
     assert ((places >= axis.low - 1e-9) & (places <= axis.high + 1e-9)).all()
-    for value, place in zip(study.trials[name], places, strict=True):
+    for value, place in zip(study.trials_full[name], places, strict=True):
         assert axis.place(value) == pytest.approx(place)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 9

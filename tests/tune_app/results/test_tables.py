@@ -158,48 +158,53 @@ def test_losses_errors_and_times_are_best_small(column: str, smaller: bool) -> N
 
 
 def test_the_table_shows_the_best_first_and_only_what_tells_trials_apart(study: Study) -> None:
-    table = results_table(study.trials, study.searched)
+    table = results_table(study.trials_full, study.searched)
     assert table["objective"].dropna().is_monotonic_decreasing
     assert {"trial", "state", "objective", "best_val_auc", *study.searched} <= set(table.columns)
     assert "variant" not in table.columns
     loaded = load_studies([study])
-    assert "study" in results_table(loaded.trials, loaded.searched).columns
+    assert "study" in results_table(loaded.trials_full, loaded.searched).columns
 
 
 def test_collapses_that_healed_have_a_column_where_there_are_any(study: Study) -> None:
-    assert "healed_epochs" not in results_table(study.trials, study.searched).columns
-    trials = study.trials.copy()
+    assert "healed_epochs" not in results_table(study.trials_full, study.searched).columns
+    trials = study.trials_full.copy()
     trials.loc[trials.index[0], "healed_epochs"] = 20
     assert results_table(trials, study.searched)["healed_epochs"].max() == 20
 
 
 def test_columns_are_chosen_by_name_metric_pattern_or_all(study: Study) -> None:
-    assert list(results_table(study.trials, study.searched, columns="trial,val_auc")) == [
+    assert list(results_table(study.trials_full, study.searched, columns="trial,val_auc")) == [
         "trial",
         "best_val_auc",
     ]
     wanted = ["trial", "last_val_auc_raw", "last_val_auc_raw_low", "last_val_auc_raw_high"]
     assert (
-        list(results_table(study.trials, study.searched, columns=["trial", "last_val_auc_raw*"]))
+        list(
+            results_table(study.trials_full, study.searched, columns=["trial", "last_val_auc_raw*"])
+        )
         == wanted
     )
-    assert list(results_table(study.trials, study.searched, columns="all")) == list(
-        study.trials.columns
+    assert list(results_table(study.trials_full, study.searched, columns="all")) == list(
+        study.trials_full.columns
     )
     with pytest.raises(QueryError, match=r"no column matches 'nope\*'"):
-        results_table(study.trials, study.searched, columns="nope*")
+        results_table(study.trials_full, study.searched, columns="nope*")
 
 
 def test_rows_are_sorted_by_several_keys_with_missing_values_last(study: Study) -> None:
     table = results_table(
-        study.trials, study.searched, columns="state,since_epoch,number", sort="state,-since_epoch"
+        study.trials_full,
+        study.searched,
+        columns="state,since_epoch,number",
+        sort="state,-since_epoch",
     )
     for _, rows in table.groupby("state"):
         values = rows["since_epoch"].dropna().tolist()
         assert values == sorted(values, reverse=True)
         assert rows["since_epoch"].isna().tolist() == sorted(rows["since_epoch"].isna())
     assert table["state"].is_monotonic_increasing
-    assert len(results_table(study.trials, study.searched, limit=3)) == 3
+    assert len(results_table(study.trials_full, study.searched, limit=3)) == 3
 
 
 @pytest.mark.parametrize(
@@ -282,7 +287,7 @@ def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are
     console.print(
         render_table(
             results_table(
-                study.trials,
+                study.trials_full,
                 study.searched,
                 columns="trial,state,reason,best_val_auc*,best_epoch,epochs_run",
             ),
@@ -293,10 +298,10 @@ def test_columns_without_room_are_told_by_their_names_and_counted_where_they_are
     assert "best_val_auc, best_val_auc_low, best_val_auc_high" in text
     assert "best_epoch, epochs_run" in text
     console = Console(file=io.StringIO(), width=80)
-    console.print(render_table(results_table(study.trials, study.searched, columns="all"), 80))
+    console.print(render_table(results_table(study.trials_full, study.searched, columns="all"), 80))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "more (`--meanings` names them)" in " ".join(text.split())
-    assert len(text.splitlines()) < len(study.trials) + 15
+    assert len(text.splitlines()) < len(study.trials_full) + 15
 
 
 def test_the_scale_of_the_logits_does_not_read_as_seconds() -> None:
@@ -306,14 +311,14 @@ def test_the_scale_of_the_logits_does_not_read_as_seconds() -> None:
 
 
 def test_an_empty_table_renders(study: Study) -> None:
-    table = results_table(study.trials, study.searched, where="val_auc > 2")
+    table = results_table(study.trials_full, study.searched, where="val_auc > 2")
     assert formatted(table).empty
     Console(file=io.StringIO(), width=80).print(render_table(table))
 
 
 def _rendered(study: Study, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(render_table(results_table(study.trials, study.searched), width))
+    console.print(render_table(results_table(study.trials_full, study.searched), width))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
 

@@ -90,7 +90,7 @@ def test_the_list_tells_every_study_below_the_folder(client: TestClient, tmp_pat
     study = load_study(tmp_path / "first")
     assert rows["first"]["best"] == pytest.approx(study.best()["objective"])
     assert rows["first"]["best_trial"] == study.best()["trial"]
-    assert rows["first"]["states"] == study.trials["state"].value_counts().to_dict()
+    assert rows["first"]["states"] == study.trials_full["state"].value_counts().to_dict()
     assert (rows["first"]["state"], rows[SECOND]["state"]) == ("ended", "interrupted")
     assert (rows["first"]["can_start"], rows[SECOND]["can_start"]) == (False, True)
     assert (rows["first"]["can_retry"], rows[SECOND]["can_retry"]) == (True, True)
@@ -102,7 +102,7 @@ def test_trials_and_curves_are_those_of_the_dataframes(client: TestClient, tmp_p
     names = [column["name"] for column in told["columns"]]
     at = names.index("objective")
     assert {row["trial"]: row["values"][at] for row in told["rows"]} == pytest.approx(
-        dict(zip(study.trials["trial"], study.trials["objective"], strict=True))
+        dict(zip(study.trials_full["trial"], study.trials_full["objective"], strict=True))
     )
     curves = client.get("/api/studies/first/curves").json()
     assert curves["seen"] == StudyFiles(study.path).epochs.stat().st_size
@@ -139,7 +139,7 @@ def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(
     client: TestClient, tmp_path: Path
 ) -> None:
     study = load_study(tmp_path / "first")
-    row = study.trials.iloc[1]
+    row = study.trials_full.iloc[1]
     names = [
         each["name"] for each in client.get("/api/studies/first/trials/00001").json()["settings"]
     ]
@@ -149,7 +149,7 @@ def test_a_trial_is_told_with_its_diagnosis_and_two_with_their_differences(
     both = client.get(
         "/api/studies/first/compare", params={"first": "00000", "second": "00001"}
     ).json()
-    first, second = study.trials.iloc[0], study.trials.iloc[1]
+    first, second = study.trials_full.iloc[0], study.trials_full.iloc[1]
     assert {each["name"] for each in both["settings"]} == {
         name for name in names if str(first[name]) != str(second[name])
     }
@@ -166,7 +166,7 @@ def test_every_figure_of_the_overview_can_be_had(
 
     names = listed("first")
     assert {"progress", "parallel", "stopped", "slice-head"} <= set(names)
-    ended = load_study(client.app.state.service.folder.path("first")).trials["state"]  # type: ignore[attr-defined]
+    ended = load_study(client.app.state.service.folder.path("first")).trials_full["state"]  # type: ignore[attr-defined]
     assert ("importance" in names) == (ended.isin(["completed", "stopped"]).sum() >= 20)
     deadline = time.monotonic() + 30  # the service may have read the folder while it was written
     while "importance" not in listed("long"):
@@ -273,7 +273,7 @@ def test_several_studies_are_set_side_by_side(
     ):
         assert about["best"] == pytest.approx(study.best()["objective"])
         assert budget["spent"][-1] == len(study.epochs)
-        assert budget["best"][-1] == pytest.approx(study.trials["objective"].max(), abs=1e-4)
+        assert budget["best"][-1] == pytest.approx(study.trials_full["objective"].max(), abs=1e-4)
         rows = study.epochs[study.epochs["trial"] == study.best()["trial"]]
         assert best["val_auc"] == pytest.approx(rows["val_auc"].tolist())
     asked = {row["name"]: row["values"] for row in told["asked"]}
@@ -347,7 +347,7 @@ def test_a_study_is_renamed_archived_and_deleted_when_it_does_not_run(
     client.post("/api/studies/first/archive", headers=BEARER).raise_for_status()
     wait_for(lambda: "first" not in [r["id"] for r in client.get("/api/studies").json()["studies"]])
     (kept,) = (tmp_path / ".medtune" / "archive").iterdir()
-    assert load_study(kept).trials["trial"].tolist()
+    assert load_study(kept).trials_full["trial"].tolist()
 
 
 # Who may do what -------------------------------------------------------------------------------------------------------
@@ -1047,7 +1047,8 @@ def test_the_estimated_end_lies_between_what_usually_happens_and_no_more_stops(
         now = float(study.epochs["time"].max())
         told = progress(study, now)
     left = sum(
-        20 - epochs for epochs in study.trials.loc[study.trials["state"] == "running", "epochs_run"]
+        20 - epochs
+        for epochs in study.trials_full.loc[study.trials_full["state"] == "running", "epochs_run"]
     )
     assert told["running"] == 3
     assert told["gpus_held"] == 3

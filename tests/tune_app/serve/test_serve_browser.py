@@ -134,11 +134,13 @@ def test_the_page_tells_what_the_dataframes_tell(browser: Browser, service: Serv
     assert f"Trial {best['trial']} is best" in text(browser, ".found")
     assert int(
         browser.execute_script("return document.querySelector('.canvas').dataset.drawn")
-    ) == len(study.trials)
+    ) == len(study.trials_full)
     rows = browser.execute_script(
         "return [...document.querySelectorAll('table.trials tr[data-trial]')].map((row) => row.dataset.trial)"
     )
-    ranked = study.trials.sort_values("objective", ascending=False, kind="stable")["trial"].tolist()
+    ranked = study.trials_full.sort_values("objective", ascending=False, kind="stable")[
+        "trial"
+    ].tolist()
     assert rows[:10] == ranked[:10]
 
     browser.find_element("css selector", "#filter").send_keys("state == failed")
@@ -173,13 +175,13 @@ def test_two_trials_are_picked_and_compared_and_a_diagnosis_opened_by_keyboard(
     )
     study = load_study(service.folder / "a search")
     pair = browser.current_url.rsplit("/", 2)[1:]
-    first, second = (study.trials.set_index("trial").loc[trial] for trial in pair)
+    first, second = (study.trials_full.set_index("trial").loc[trial] for trial in pair)
     assert all(first[name] != second[name] for name in names)
     browser.find_element("css selector", "body").send_keys(Keys.ESCAPE)
     wait(browser, "return location.hash.startsWith('#/study/a%20search?pick=')")
     ready(browser)
     wait(browser, "return document.querySelectorAll('tr.picked').length === 2")
-    collapsed = study.trials[study.trials["verdict"] != "healthy"].iloc[0]
+    collapsed = study.trials_full[study.trials_full["verdict"] != "healthy"].iloc[0]
     opened(browser, f"{service.url}#/study/a%20search/trial/{collapsed['trial']}")
     assert collapsed["verdict_summary"] in text(browser, "#summary")
     assert "What to change" in text(browser, ".advice")
@@ -295,7 +297,7 @@ def test_pointing_at_a_trial_points_at_it_in_both_panels(
         if left and right:
             break
     assert left == right
-    assert left in set(load_study(service.folder / "a search").trials["trial"])
+    assert left in set(load_study(service.folder / "a search").trials_full["trial"])
 
 
 def test_the_filter_by_shown_headings_acts_on_curves_and_figures(
@@ -304,8 +306,10 @@ def test_the_filter_by_shown_headings_acts_on_curves_and_figures(
     opened(browser, f"{service.url}#/study/a%20search")
     study = load_study(service.folder / "a search")
     run = set(study.epochs["trial"])
-    wanted = study.trials[(study.trials["best_val_auc"] > 0.8) & (study.trials["epochs_run"] >= 10)]
-    assert 0 < len(wanted) < len(study.trials)
+    wanted = study.trials_full[
+        (study.trials_full["best_val_auc"] > 0.8) & (study.trials_full["epochs_run"] >= 10)
+    ]
+    assert 0 < len(wanted) < len(study.trials_full)
     browser.find_element("css selector", "#filter").send_keys("AUC > 0.8 and epochs >= 10")
     wait(
         browser,
@@ -323,18 +327,18 @@ def test_a_range_of_a_parallel_axis_filters_the_table_and_a_click_takes_it_away(
     browser: Browser, service: Service
 ) -> None:
     opened(browser, f"{service.url}#/study/a%20search")
-    total = len(load_study(service.folder / "a search").trials)
+    total = len(load_study(service.folder / "a search").trials_full)
     browser.execute_script("document.querySelector('[data-figure=parallel]').scrollIntoView()")
     wait(browser, "return document.querySelector('.brush[data-axis=objective]')")
     count = "return document.querySelector('#table-tools [role=status]').textContent"
     drag(browser, ".brush[data-axis=objective]", (0.5, 0.02), (0.5, 0.3))
     wait(browser, f"{count}.includes(' of ')")
-    objective = load_study(service.folder / "a search").trials["objective"]
+    objective = load_study(service.folder / "a search").trials_full["objective"]
     kept = browser.execute_script(
         "return [...document.querySelectorAll('table.trials tr[data-trial]')].map((row) => row.dataset.trial)"
     )
     assert 0 < len(kept) < total
-    ranked = load_study(service.folder / "a search").trials.loc[objective.notna()]
+    ranked = load_study(service.folder / "a search").trials_full.loc[objective.notna()]
     best = ranked.sort_values("objective", ascending=False)["trial"].tolist()
     assert set(kept) == set(best[: len(kept)]), "the upper end of the axis holds the best"
     click(browser, ".brush[data-axis=objective]")
@@ -372,7 +376,7 @@ def test_columns_are_chosen_and_what_is_shown_is_saved_as_csv(
     with saved.open(newline="") as file:
         rows = list(csv.DictReader(file))
     study = load_study(service.folder / "a search")
-    completed = study.trials[study.trials["state"] == "completed"].set_index("trial")
+    completed = study.trials_full[study.trials_full["state"] == "completed"].set_index("trial")
     assert list(rows[0]) == names
     assert {row["trial"]: float(row["objective"]) for row in rows} == pytest.approx(
         completed["objective"].to_dict()
@@ -593,7 +597,7 @@ def test_notes_are_written_and_a_study_is_deleted_by_its_name(
     tags = "return [...document.querySelectorAll('.notes .tag')].map((tag) => tag.textContent)"
     assert wait(browser, tags) == ["baseline", "odd"]
     click(browser, "#manage")
-    trials = len(load_study(files.root).trials)
+    trials = len(load_study(files.root).trials_full)
     wait(
         browser,
         f"return document.querySelector('dialog').textContent.includes('Delete: {trials} trials')",
@@ -667,9 +671,14 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(
         click(browser, "#stop-trial")
         click(browser, "#yes")
         wait_for(
-            lambda: load_study(root).trials.set_index("trial").loc["00000", "state"] == "stopped"
+            lambda: (
+                load_study(root).trials_full.set_index("trial").loc["00000", "state"] == "stopped"
+            )
         )
-        assert load_study(root).trials.set_index("trial").loc["00000", "stopped_by"] == "requested"
+        assert (
+            load_study(root).trials_full.set_index("trial").loc["00000", "stopped_by"]
+            == "requested"
+        )
         wait(
             browser,
             "return document.querySelector('.title .badge').textContent.includes('stopped')",
@@ -687,7 +696,7 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(
         wait_for(lambda: is_held(files.lock), deadline_s=300)
         rows = files.epochs.read_bytes().count(b"\n")
         wait_for(lambda: files.epochs.read_bytes().count(b"\n") > rows + 1, deadline_s=600)
-        trials = load_study(root).trials.set_index("trial")
+        trials = load_study(root).trials_full.set_index("trial")
         assert trials.loc["00000", "state"] == "stopped", "what was stopped on request stays so"
         wait(
             browser,

@@ -85,10 +85,10 @@ def test_studies_below_a_url_are_shown_as_those_of_a_folder(
         rows = client.get(f"{base}/trials").json()["rows"]
         assert {row["trial"]: row["values"][names.index("verdict")] for row in rows} == {
             row["trial"]: row["verdict"] if isinstance(row["verdict"], str) else None
-            for row in study.trials.to_dict("records")
+            for row in study.trials_full.to_dict("records")
         }
         page = client.get(f"{base}/trials/00001").json()
-        assert page["verdict_summary"] == study.trials.iloc[1]["verdict_summary"]
+        assert page["verdict_summary"] == study.trials_full.iloc[1]["verdict_summary"]
         assert len(client.get(f"{base}/curves").json()["trials"]) == study.epochs["trial"].nunique()
         report = client.get(f"{base}/report").text
         assert f"{bucket}/group/first" in report

@@ -51,8 +51,8 @@ def test_a_study_of_the_version_before_is_loaded_and_reported(
 ) -> None:
     study = load_study(written)
     assert study.notes == ()
-    assert list(study.trials["state"]) == ["completed"] * 3
-    assert list(study.trials["objective"].round(4)) == [0.6714, 0.6286, 0.6857]
+    assert list(study.trials_full["state"]) == ["completed"] * 3
+    assert list(study.trials_full["objective"].round(4)) == [0.6714, 0.6286, 0.6857]
     assert (len(study.epochs), len(study.decisions)) == (9, 9)
     assert study.best()["trial"] == "00002"
     page = tmp_path / "report.html"
@@ -68,7 +68,7 @@ def test_a_study_of_the_version_before_is_continued(written: Path) -> None:
     spec = StudyFiles(written).read_spec()
     assert run_study(spec, written, console=quiet, notes=quiet, resume=True).exit_code == DONE
     after = load_study(written)
-    assert list(after.trials["state"]) == ["completed"] * 4
+    assert list(after.trials_full["state"]) == ["completed"] * 4
     kept = ["trial", "objective", "verdict", "backbone_lr", "started", "ended"]
-    assert after.trials[kept].head(3).equals(before.trials[kept])
+    assert after.trials_full[kept].head(3).equals(before.trials_full[kept])
     assert len(after.epochs) == 12

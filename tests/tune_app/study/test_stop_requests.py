@@ -194,7 +194,7 @@ def test_a_trial_stopped_on_request_stays_stopped_when_the_killed_study_is_resum
     out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, f"{out}\n{err}"
     study = load_study(root)
-    trials = study.trials.set_index("trial")
+    trials = study.trials_full.set_index("trial")
     assert trials.loc["00000", ["state", "stopped_by"]].tolist() == ["stopped", "requested"]
     assert trials.loc["00001", "state"] in ("completed", "stopped")
     stops = study.decisions[study.decisions["reason"] == "requested"]

@@ -252,7 +252,7 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     assert f"medtune results {bucket}" in out
     study = load_study(bucket)
     assert not study.running
-    assert set(study.trials["state"]) <= {"completed", "stopped"}
+    assert set(study.trials_full["state"]) <= {"completed", "stopped"}
     for trial, rows in study.epochs.groupby("trial"):
         assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
     assert (remote.read("epochs.jsonl") or b"").splitlines()[: len(before)] == before, (
@@ -311,7 +311,7 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     study_runs.finished(study_runs.medtune("resume", url, env=env, cwd=tmp_path))
     study = load_study(url)
     assert study.spec.data == f"{bucket}/cohort/table.csv"
-    trials = study.trials.set_index("trial")
+    trials = study.trials_full.set_index("trial")
     assert trials.loc["00000", ["state", "stopped_by"]].tolist() == ["stopped", "requested"]
     assert trials.loc["00001", "state"] in ("completed", "stopped")
     for trial, rows in study.epochs.groupby("trial"):
