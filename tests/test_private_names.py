@@ -20,6 +20,7 @@ NAMES = [
         ["_resetting_trials", "_trial_to_actor", "_started_actors", "_trial_task_failure"],
     ),
     ("ray", "ray.actor", "ActorHandle", ["_actor_id"]),
+    ("optuna", "optuna.study.study", "_SYSTEM_ATTR_METRIC_NAMES", []),
     ("optuna", "optuna.storages._rdb.models", "TrialModel", ["trial_id"]),
     ("optuna", "optuna.storages._rdb.models", "TrialParamModel", ["distribution_json"]),
 ]

@@ -37,7 +37,7 @@ PREPROCESSING = (
 )
 """Hyperparameters that decide what a prepared volume looks like: the fields of `trainables.data.scans.Recipe`."""
 
-OF_THE_DATA = ("in_channels", "num_classes")
+OF_THE_DATA = ("in_channels", "num_classes", "classes")
 """Hyperparameters that describe the table and its files: the same in all trials of a study."""
 
 FORMER_NAMES = {
@@ -96,6 +96,28 @@ def as_scalar(name: str, value: Any) -> Any:
     return "x".join(f"{part:.12g}" for part in triple)
 
 
+def class_numbers(text: str) -> dict[str, int]:
+    """Return `benign=0,malignant=1` as a mapping. Raises ValueError where it is none."""
+    pairs = [part.rpartition("=") for part in text.split(",") if part.strip()]
+    for name, _, number in pairs:
+        if not name.strip() or not number.strip().isdecimal():
+            raise ValueError(f"{text!r}: LABEL=NUMBER,LABEL=NUMBER is needed")
+    return {name.strip(): int(number) for name, _, number in pairs}
+
+
+def _as_classes(value: object) -> object:
+    """A study file may hold a mapping; overrides are scalars."""
+    if isinstance(value, Mapping):
+        if wrong := [str(label) for label in value if {",", "="} & set(str(label))]:
+            raise ValueError(f"labels cannot contain a comma or an equals sign: {', '.join(wrong)}")
+        value = ",".join(f"{label}={number}" for label, number in value.items())
+    if isinstance(value, str):
+        numbers = sorted(set(class_numbers(value).values()))
+        if numbers != list(range(len(numbers))) or len(numbers) < 2:
+            raise ValueError(f"class numbers {numbers}: two or more, from 0, without gaps")
+    return value
+
+
 def _off(value: object) -> object:
     """YAML reads a bare `off` as false."""
     return "off" if value is False else value
@@ -148,6 +170,9 @@ class FineTuneConfig(BaseModel):
     """Channels of a volume. MedicalNet checkpoints have one."""
     num_classes: int = Field(2, ge=2, le=1000)
     """Classes; labels are 0 .. num_classes - 1. With two, class 1 is the positive one."""
+    classes: Annotated[str | None, BeforeValidator(_as_classes)] = None
+    """Labels of the table with their class numbers, as `benign=0,malignant=1` or a mapping; several labels may share a
+    number. None: labels are numbers. Their names stay with the model and its predictions. Sets `num_classes`."""
     augmentation_strength: float = Field(1.0, ge=0, le=3)
     """Scales all random rotation, scale, shift, intensity and noise of training volumes; 0 switches them off."""
     flip_axes: str = "x"
@@ -237,6 +262,11 @@ class FineTuneConfig(BaseModel):
             )
         if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
             problems.append(f"spacing_mm={self.spacing_mm}: every value must be > 0")
+        if self.classes is not None and len(self.class_names) != self.num_classes:
+            problems.append(
+                f"classes={self.classes!r} has {len(self.class_names)} classes, num_classes={self.num_classes}: leave "
+                "num_classes out"
+            )
         if self.window_low >= self.window_high:
             problems.append(
                 f"window_low={self.window_low} must be below window_high={self.window_high}"
@@ -265,9 +295,21 @@ class FineTuneConfig(BaseModel):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes by number; empty where labels are numbers."""
+        numbers = class_numbers(self.classes) if self.classes else {}
+        return tuple(
+            "/".join(label for label, number in numbers.items() if number == wanted)
+            for wanted in sorted(set(numbers.values()))
+        )
+
     def hash(self) -> str:
         """Sixteen hex digits over all fields: equal hashes mean the same run on the same data."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        fields = self.model_dump(mode="json")
+        if self.classes is None:  # runs of versions without this field continue
+            del fields["classes"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -282,6 +324,8 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     known = {
         name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields
     }
+    if known.get("classes") is not None and "num_classes" not in known:
+        known |= _number_of_classes(known["classes"])
     try:
         config = FineTuneConfig(**known)
     except ValidationError as error:
@@ -289,6 +333,15 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     if unknown:
         raise ConfigError(unknown)
     return config
+
+
+def _number_of_classes(classes: object) -> dict[str, int]:
+    """num_classes as `classes` has it; nothing where `classes` is wrong, which is reported of that field."""
+    try:
+        text = _as_classes(classes)
+    except ValueError:
+        return {}
+    return {"num_classes": len(set(class_numbers(text).values()))} if isinstance(text, str) else {}
 
 
 def problem_lines(errors: Iterable[Mapping[str, Any]], *, below: int = 0) -> list[str]:

@@ -65,7 +65,9 @@ def open_inputs(
     """
     folder = Path(cohort)
     try:
-        manifest = read_manifest(Path(table), num_classes=config.num_classes)
+        manifest = read_manifest(
+            Path(table), num_classes=config.num_classes, classes=config.classes
+        )
         if not folder.exists():
             made = prepare_cohort(manifest, Recipe.from_config(config), folder.parent)
             if made.name != folder.name:
@@ -96,7 +98,7 @@ def trial_cohort(
     own, first = Recipe.from_config(config), Recipe.from_config(base)
     if same_volumes(own, first):
         return Path(cohort)  # `open_inputs` prepares it on a node that lacks it
-    manifest = read_manifest(Path(table), num_classes=config.num_classes)
+    manifest = read_manifest(Path(table), num_classes=config.num_classes, classes=config.classes)
     return cohort_like(manifest, own, Path(cohort), first, progress)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tune_app.models.folder import ModelInfo
     from tune_app.results.study import Study
+    from tune_app.study.spec import StudySpec
 
 OnEpoch = Callable[[str, Mapping[str, Any]], None]
 """Called with a trial's name and the row of the epoch that it has just ended; columns as in `study.epochs`."""
@@ -40,13 +41,15 @@ def search(
     quiet: bool = False,
     resume: bool = False,
     address: str | None = None,
+    notify: str | None = None,
     **fields: Any,
 ) -> "Study":
     """Run a search over the table `data` in the folder `out`, and return it.
 
     space: name of a search space, or one written out as in a study file. config: hyperparameters that are not searched
     (`epochs`, `volume_shape`, ...). fields: any other field of a study file (`gpus_per_trial`, `seed`, `policy`, ...).
-    resume: continue where `out` holds this very study. quiet: print nothing. Ctrl-C leaves a study that `resume`
+    resume: continue where `out` holds this very study. quiet: print nothing. notify: command or http(s) address that is
+    sent a message at the end, the first collapse and the first failure. Ctrl-C leaves a study that `resume`
     continues, and returns it. `on_epoch` is called in this process; what it raises ends the search, which can be
     resumed. Raises SpecError, ManifestError, VolumeError, StudyBusyError.
     """
@@ -54,7 +57,7 @@ def search(
 
     given = {"data": str(Path(data).absolute()), "space": space, "trials": trials}
     spec = build_spec({**fields, **given, "config": dict(config or {})})
-    return _run(spec, Path(out), on_epoch, quiet, address, go_on=resume)
+    return _run(spec, Path(out), on_epoch, quiet, address, go_on=resume, notify=notify)
 
 
 def resume(
@@ -182,13 +185,27 @@ def _run(
 
     from rich.console import Console
 
-    from tune_app.driver.run import run_study
+    from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
 
     console = Console(file=sys.stderr, highlight=False, quiet=quiet)
-    run_study(
+    outcome = run_study(
         spec, folder, console=console, notes=console, address=address, on_epoch=on_epoch, **how
     )
+    if outcome.exit_code in (DONE, FAILED_TRIALS):
+        add_report(spec, folder)
     return load_study(folder)
+
+
+def add_report(spec: "StudySpec", folder: Path) -> None:
+    """Give the report and the tables of a study that has ended to the tools of `spec.log` that keep files."""
+    if not {"mlflow", "wandb"} & set(spec.log):
+        return
+    from tune_app.driver.loggers import Loggers, study_loggers
+    from tune_app.study.files import StudyFiles
+
+    path = write_report(folder)
+    load_study(folder).to_csv(folder)
+    Loggers(study_loggers(spec, StudyFiles(folder))).add_report(path)
 
 
 def _folder(study: "str | Path | Study") -> Path:

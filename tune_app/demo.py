@@ -1,27 +1,35 @@
-"""The demo: a synthetic cohort, a small pretrained checkpoint, and a search that contains runs that collapse.
+"""The demo: a synthetic cohort, a small pretrained checkpoint, and a search whose settings matter.
 
-Everything runs through the code that runs at full size; only depth, width, volumes and epochs are small.
+Everything runs through the code that runs at full size; only depth, width, volumes and epochs are small. The classes
+overlap and most of the learning rates are too low, so most trials are stopped, and the winner is confirmed.
 """
 
+import shlex
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
-from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.finetune import finetune
 from trainables.network.model import configured_network
 from trainables.network.weights import save_medicalnet
 from trainables.saved_run import open_inputs
 from tune_app.study.errors import SpecError
-from tune_app.study.policy_spec import FORMER_DEFAULTS
-from tune_app.study.spec import StudySpec, build_spec
+from tune_app.study.spec import build_spec, read_study_file
 from tune_app.synthetic import write_cohort, write_pretext_cohort
+
+SUBJECTS = 60
+NOISE = 1.5
+"""Standard deviation of the noise over the contrast: single voxels tell nothing, and settings decide what is learned."""
+
+TRIALS, EPOCHS = 10, 12
 
 SMALL: dict[str, Any] = {
     "depth": 10,
@@ -33,48 +41,68 @@ SMALL: dict[str, Any] = {
 }
 """What makes a run small: everything else is the default."""
 
+CONFIRMED_ON = (1, 2, 3, 4)
+"""Folds of the confirmation: all but the one that the search chose by."""
 
 SPACE: dict[str, Any] = {
-    "base": "collapse",
     "search": {
+        "backbone_lr": {"low": 1e-5, "high": 2e-3, "log": True},
         "head": ["linear", "cosine"],
         "ema_buffers": ["copied", "averaged"],
         "ema_warmup": [False, True],
-        "max_m": {"low": 0.05, "high": 0.5},
-        "one_minus_ema_decay": {"low": 5e-4, "high": 2e-2, "log": True},
     },
-    "fixed": {"backbone_lr": 1e-3, "classifier_lr": 2e-3},
+    "fixed": {"classifier_lr": 2e-3, "drw_start_epoch": 9, "ema_decay": 0.999},
 }
-"""The document's knobs, with the averaging and the head it had and those that work: some runs must collapse. A small
-network on small volumes learns in a dozen epochs at ten times the documented rates, which are therefore not searched."""
+"""The rate that decides, the head, and the averaging of the document next to the one that works: a small network on
+small volumes learns in a dozen epochs at ten times the documented rate, and at a tenth of it not at all."""
+
+HEADER = """\
+# The study of `medtune demo`, on synthetic volumes: round balls (class 0) and flattened ones (class 1) in noise.
+# `medtune init` writes a file with every field and its meaning.
+"""
 
 
-def demo_spec(
-    table: Path, weights: Path | None, *, trials: int, epochs: int, cache: Path
-) -> StudySpec:
-    """Return the demo's study: a small space with the document's before-settings and the defaults tried first."""
-    config = SMALL | {"epochs": epochs}
-    if weights is not None:
-        config["pretrained_path"] = absolute(weights)
-    return build_spec(
-        {
-            "data": absolute(table),
-            "space": SPACE,
-            "trials": trials,
-            "config": config,
-            # It has to show collapses and what stops them, which the default search avoids and ends early
-            "sampler": "tpe",
-            "warm_start": None,
-            "policy": dict(FORMER_DEFAULTS),
-            "gpus_per_trial": 0,
-            "cache": absolute(cache),
-        }
-    )
+def write_sample(folder: Path, *, trials: int = TRIALS, epochs: int = EPOCHS) -> Path:
+    """Write a cohort of NIfTI files, a small checkpoint pretrained on other shapes, and a study file; returns the file.
+
+    Raises SpecError when `folder` holds something already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise SpecError(f"{folder}: not empty; name a new folder, or remove it")
+    write_cohort(folder / "cohort", subjects=SUBJECTS, noise=NOISE)
+    weights = pretrain(folder / "pretrained", epochs=5)
+    fields = {
+        "data": "cohort/table.csv",
+        "space": SPACE,
+        "trials": trials,
+        "gpus_per_trial": 0,
+        "cache": "cache",
+        "config": SMALL
+        | {
+            "num_folds": len(CONFIRMED_ON) + 1,
+            "train_auc_volumes": 0,
+            "epochs": epochs,
+            "pretrained_path": str(weights.relative_to(folder)),
+        },
+    }
+    path = folder / "study.yaml"
+    path.write_text(HEADER + yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    return path
 
 
-def pretrain(folder: Path, cache: Path, *, epochs: int, seed: int = 0) -> Path:
+def next_commands(folder: Path) -> list[str]:
+    """Return the commands that search, confirm and report what `write_sample` wrote to `folder`."""
+    place = shlex.quote(str(folder))
+    folds = ",".join(map(str, CONFIRMED_ON))
+    return [
+        f"medtune run {place}/study.yaml --out {place}/study",
+        f"medtune confirm {place}/study --top 1 --seeds 1 --folds {folds}",
+        f"medtune report {place}/study",
+    ]
+
+
+def pretrain(folder: Path, *, epochs: int, seed: int = 0) -> Path:
     """Train a small network to tell the shapes of a second cohort apart; write its backbone in MedicalNet's format."""
-    table = write_pretext_cohort(folder / "pretext", seed=seed)
     config = build_config(
         SMALL
         | {
@@ -88,35 +116,57 @@ def pretrain(folder: Path, cache: Path, *, epochs: int, seed: int = 0) -> Path:
             "train_auc_volumes": 0,
         }
     )
-    manifest = read_manifest(table, num_classes=config.num_classes)
-    cohort, split = open_inputs(
-        config, table, prepare_cohort(manifest, Recipe.from_config(config), cache)
-    )
-    *_, last = finetune(config, cohort, split)
+    with tempfile.TemporaryDirectory() as temporary:
+        table = write_pretext_cohort(Path(temporary) / "pretext", seed=seed)
+        manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
+        prepared = prepare_cohort(manifest, Recipe.from_config(config), Path(temporary) / "cache")
+        cohort, split = open_inputs(config, table, prepared)
+        *_, last = finetune(config, cohort, split)
     network = configured_network(config)
     network.load_state_dict(last.state()["network"])
-    path = folder / "pretrained" / "demo_resnet_10.pth"
+    path = folder / "demo_resnet_10.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_medicalnet(network.backbone, path)
     return path
 
 
 def run_demo(folder: Path, *, trials: int, epochs: int, console: Console, results: Console) -> int:
-    """Run the demo in `folder` and say what came of it; returns the exit code. Progress goes to `console`."""
-    from tune_app.driver.run import run_study
+    """Search, confirm and report in `folder`, and print what came of it; returns the exit code.
+
+    Progress goes to `console`. Raises SpecError when `folder` holds something already.
+    """
+    from tune_app.compare.confirm import confirmation_spec
+    from tune_app.compare.validation_scores import score_validation
+    from tune_app.driver.run import DONE, run_study
+    from tune_app.report import page
     from tune_app.report.summary import print_summary
+    from tune_app.results.loading import load_study
+    from tune_app.study.files import StudyFiles
 
     started = time.monotonic()
-    if folder.exists() and any(folder.iterdir()):
-        raise SpecError(f"{folder}: not empty; remove it, or name another folder with --out")
-    cache = folder / "cache"
-    table = write_cohort(folder / "cohort", subjects=60, noise=0.8)
-    console.print(f"cohort: real NIfTI files and their table {table}", soft_wrap=True)
-    weights = pretrain(folder, cache, epochs=4)
-    console.print(f"pretrained checkpoint in MedicalNet's format: {weights}", soft_wrap=True)
-    study = folder / "study"
-    spec = demo_spec(table, weights, trials=trials, epochs=epochs, cache=cache)
-    outcome = run_study(spec, study, console=console, notes=console)
-    print_summary(study, results)
+    file = write_sample(folder, trials=trials, epochs=epochs)
+    commands = next_commands(folder)
+    root = folder / "study"
+    _step(commands[0], console)
+    spec = build_spec(read_study_file(file))
+    outcome = run_study(spec, root, console=console, notes=console)
+    print_summary(root, results)
+    if outcome.exit_code != DONE:
+        return outcome.exit_code
+    _step(commands[1], console)
+    again, _ = confirmation_spec(
+        load_study(root), top=1, seeds=1, folds=",".join(map(str, CONFIRMED_ON))
+    )
+    confirmation = StudyFiles(root).confirmation
+    outcome = run_study(again, confirmation, console=console, notes=console)
+    score_validation(confirmation, notes=lambda text: console.print(f"note: {text}", markup=False))
+    print_summary(confirmation, results)
+    _step(commands[2], console)
+    report = page.write_report(load_study(root), root / "report.html")
+    results.print(f"report written: {report}", soft_wrap=True, markup=False)
     console.print(f"the demo took {time.monotonic() - started:.0f} s")
     return outcome.exit_code
+
+
+def _step(command: str, console: Console) -> None:
+    console.print(f"\n$ {command}", soft_wrap=True, markup=False)

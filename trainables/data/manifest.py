@@ -7,6 +7,7 @@ The table is CSV or Parquet, told apart by content, with a row a volume and the 
     subject   whom the volume is of; all volumes of a subject stay on one side of every split
     split     optional: train, val or test
     fold      optional: a whole number from 0, the fold in which the row validates
+    class     optional: name of the class, as `medtune data table` writes it
 
 and any others, which are not read. The table may be an object in object storage itself. In messages row 1 is the first
 below the header. Nothing here loads torch.
@@ -19,7 +20,7 @@ import posixpath
 import re
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from trainables.config import class_numbers
 from trainables.data.formats import NO_CONTENT
 from trainables.data.storage import (
     StorageError,
@@ -67,15 +69,19 @@ class Manifest:
     num_classes: int
     numbers: tuple[int, ...] = ()
     """The rows' numbers in the table, as messages give them; none: 1 to N."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes by number, from the column `class`; empty unless it has one name for each class."""
 
 
-def read_manifest(table: Path, num_classes: int = 2) -> Manifest:
+def read_manifest(table: Path, num_classes: int = 2, classes: str | None = None) -> Manifest:
     """Return the rows of a CSV or Parquet table, checked without opening the volumes; URLs are not looked up.
+
+    `classes`: labels with their class numbers, as in `FineTuneConfig.classes`; without it labels are numbers.
 
     Raises ManifestError with every problem of every row: missing columns, cells and files, labels outside the classes,
     a path twice, words that are no split, a subject on both sides of a split or fold, a class absent from one.
     """
-    rows, problems = checked_rows(Path(table), num_classes)
+    rows, problems = checked_rows(Path(table), num_classes, classes)
     if problems:
         raise ManifestError(problems)
     return manifest_of(Path(table), rows, num_classes)
@@ -97,6 +103,8 @@ class Row:
     """The label as written, where it is a whole number, allowed or not."""
     label_text: str = ""
     """The label's cell."""
+    class_name: str = ""
+    """The cell of the column `class`."""
     subject: str | None = None
     split: str | None = None
     fold: int | None = None
@@ -108,7 +116,9 @@ class Row:
         return f"row {self.number} (scan {self.shown})" if self.shown else f"row {self.number}"
 
 
-def checked_rows(table: Path, num_classes: int) -> tuple[list[Row], list[str]]:
+def checked_rows(
+    table: Path, num_classes: int, classes: str | None = None
+) -> tuple[list[Row], list[str]]:
     """All rows, and all problems: of the columns, of each row, and between rows."""
     if problem := _outside(table):
         raise ManifestError([f"table {url_of(table) or table}: {problem}"])
@@ -119,7 +129,8 @@ def checked_rows(table: Path, num_classes: int) -> tuple[list[Row], list[str]]:
             [*problems, f"table {url_of(table) or table}: no rows; a row a volume is needed"]
         )
     folder = absolute(table).rpartition("/")[0]
-    rows = [_row(record, len(columns), folder, num_classes) for record in records]
+    known = class_numbers(classes) if classes else {}
+    rows = [_row(record, len(columns), folder, num_classes, known) for record in records]
     problems += _row_problems(rows)
     if any("path" in row.problems for row in rows) and (link := _link_of(table)):
         problems.append(link)
@@ -179,7 +190,8 @@ def _what_labels_are(rows: list[Row]) -> list[str]:
     if all(_as_number(text) is None for text in counts) and len(counts) <= MOST_CLASSES:
         listed = ", ".join(f"{_quoted(text)} {count}" for text, count in counts.most_common())
         return [
-            f"labels are words ({listed} rows): give each class a whole number from 0, the positive one of two classes 1"
+            f"labels are words ({listed} rows): give each class a whole number from 0, the positive one of two classes 1, "
+            f"in the table or in the study file (`classes: {{{_as_mapping(counts)}}}`)"
         ]
     numbers = [number for text in counts if (number := _as_number(text)) is not None]
     if len(counts) > MOST_CLASSES and len(numbers) == len(counts):
@@ -188,6 +200,12 @@ def _what_labels_are(rows: list[Row]) -> list[str]:
             "are whole numbers from 0; cut the values into classes first"
         ]
     return []
+
+
+def _as_mapping(counts: Mapping[str, int]) -> str:
+    """The words as `classes` of a study file: the most frequent one is class 0."""
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    return ", ".join(f"{shown_cell(word)}: {number}" for number, word in enumerate(words))
 
 
 def _as_number(text: str) -> float | None:
@@ -246,7 +264,9 @@ def _column_problems(columns: list[str]) -> list[str]:
     return problems + [f"column {column!r} is there twice: remove one" for column in twice]
 
 
-def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
+def _row(
+    record: "Record", width: int, folder: str, num_classes: int, known: Mapping[str, int]
+) -> Row:
     values = {name: cell_text(cell) for name, cell in record.cells.items()}
     row = Row(record.number, shown_cell(values.get("path", "")))
     if record.width != width:
@@ -259,14 +279,13 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
         if problem:
             row.problems["path"] = problem
     if "label" in values:
-        row.label, row.label_text = whole_number(values["label"]), values["label"]
+        row.label_text = values["label"]
+        row.label = known.get(row.label_text, whole_number(row.label_text))
         row.stated_label = row.label
         if row.label is None or row.label >= num_classes:
-            row.problems["label"] = (
-                f"label {_quoted(values['label'])}: a whole number from 0 to {num_classes - 1} is needed "
-                f"(num_classes={num_classes})"
-            )
+            row.problems["label"] = _label_problem(row.label_text, num_classes, known)
             row.label = None
+    row.class_name = values.get("class", "")
     if "subject" in values:
         row.subject = values["subject"] or None
         if row.subject is None:
@@ -292,6 +311,14 @@ def _row(record: "Record", width: int, folder: str, num_classes: int) -> Row:
             )
             row.fold = None
     return row
+
+
+def _label_problem(text: str, num_classes: int, known: Mapping[str, int]) -> str:
+    words = f", or one of {', '.join(map(shown_cell, known))}," if known else ""
+    return (
+        f"label {_quoted(text)}: a whole number from 0 to {num_classes - 1}{words} is needed "
+        f"(num_classes={num_classes})"
+    )
 
 
 def cell_text(cell: Any) -> str:
@@ -377,8 +404,23 @@ def manifest_of(table: Path, rows: list[Row], num_classes: int) -> Manifest:
         "fold": pd.Series([row.fold for row in rows], dtype="Int64"),
     }
     return Manifest(
-        absolute(table), pd.DataFrame(columns), num_classes, tuple(row.number for row in rows)
+        absolute(table),
+        pd.DataFrame(columns),
+        num_classes,
+        tuple(row.number for row in rows),
+        _class_names(rows, num_classes),
     )
+
+
+def _class_names(rows: list[Row], num_classes: int) -> tuple[str, ...]:
+    """The name of each class, where the column `class` gives each exactly one of its own that can be written down."""
+    names = {(row.label, row.class_name) for row in rows}
+    found = tuple(name for _, name in sorted(names, key=lambda one: one[0] or 0))
+    whole = [label for label, _ in sorted(names, key=lambda one: one[0] or 0)] == [
+        *range(num_classes)
+    ]
+    plain = all(found) and len(set(found)) == len(found) and not set("".join(found)) & {",", "="}
+    return found if whole and plain else ()
 
 
 # Between rows ----------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def check_manifest(
     constant, and folds that cannot be made. A table that is no table raises ManifestError.
     """
     table = Path(table)
-    rows, problems = checked_rows(table, num_classes)
+    rows, problems = checked_rows(table, num_classes, config.classes)
     readable = [row for row in rows if row.file is not None]
     recipe = Recipe.from_config(config)
     found: list[_Finding] = in_threads(

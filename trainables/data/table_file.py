@@ -147,7 +147,7 @@ def _parquet(table: str, content: bytes) -> tuple[list[str], list[Record]]:
         raise ManifestError(f"table {table}: {count} rows, at most {MAX_ROWS} are read")
     wanted = {
         name: schema.names[columns.index(name)]
-        for name in (*COLUMNS, "split", "fold")
+        for name in (*COLUMNS, "split", "fold", "class")
         if columns.count(name) == 1
     }
     texts = [name for name in wanted.values() if _is_text(schema.field(name).type)]

@@ -245,9 +245,10 @@ def train(
     config = build_config(
         {k: v for k, v in given.items() if v is not None} | parse_settings(setting)
     )
+    folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
+    err.print(f"run: {folder}", soft_wrap=True, markup=False)  # before torch is loaded
     from tune_app.driver.single_run import train_once
 
-    folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
     raise typer.Exit(
         train_once(
             config,
@@ -297,10 +298,13 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path(
         "medtune-demo"
     ),
-    trials: Annotated[int, typer.Option("--trials", min=2)] = 8,
-    epochs: Annotated[int, typer.Option("--epochs", min=3)] = 12,
+    trials: Annotated[int, typer.Option("--trials", min=2, help="Trials of the search.")] = 10,
+    epochs: Annotated[int, typer.Option("--epochs", min=3, help="Epochs of a full trial.")] = 12,
 ) -> None:
-    """A search from volumes to report in minutes on two CPU cores: synthetic scans, runs that collapse among them."""
+    """Search, confirm and report on synthetic scans: minutes on two CPU cores, runs that collapse among them."""
+    err.print(
+        "demo: writing a synthetic cohort and pretraining a small network"
+    )  # before torch is loaded
     from tune_app.demo import run_demo
 
     raise typer.Exit(run_demo(folder, trials=trials, epochs=epochs, console=err, results=out))

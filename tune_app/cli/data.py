@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from trainables.config import build_config
+from trainables.config import build_config, class_numbers
 from tune_app.cli.common import (
     CacheOption,
     DataOption,
@@ -106,13 +106,42 @@ def data_table(
 
 def _classes(text: str | None) -> dict[str, int]:
     """`benign=0,malignant=1` as a mapping."""
-    pairs = [part.rpartition("=") for part in (text or "").split(",") if part.strip()]
-    wrong = [
-        name or number for name, sign, number in pairs if not sign or not number.strip().isdigit()
-    ]
-    if wrong:
-        raise typer.BadParameter(f"--classes {text!r}: write LABEL=NUMBER,LABEL=NUMBER")
-    return {name.strip(): int(number) for name, _, number in pairs}
+    try:
+        return class_numbers(text or "")
+    except ValueError as error:
+        raise typer.BadParameter(f"--classes {error}") from None
+
+
+@data_app.command("view")
+def data_view(
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; default: TABLE's name with .html.")
+    ] = None,
+    per_class: Annotated[
+        int, typer.Option("--per-class", min=1, help="Volumes shown of each class.")
+    ] = 12,
+    setting: SetOption = None,
+) -> None:
+    """Write a page of the prepared volumes, the odd ones first, with recommended preprocessing and reasons."""
+    from trainables.data.manifest import read_manifest
+    from tune_app.report.cohort_view import write_cohort_view
+
+    checked = build_config(parse_settings(setting))
+    manifest = read_manifest(table, num_classes=checked.num_classes, classes=checked.classes)
+    path = out_file or table.with_suffix(".html")
+    with progress_bar("reading") as progress:
+        advice = write_cohort_view(
+            manifest,
+            checked,
+            path,
+            per_class=per_class,
+            class_names=checked.class_names or manifest.class_names,
+            progress=progress,
+        )
+    for one in advice:
+        out.print(f"recommended {one.line}", soft_wrap=True, markup=False)
+    out.print(f"page written: {path}", soft_wrap=True, markup=False)
 
 
 @data_app.command("prepare")
@@ -128,7 +157,7 @@ def data_prepare(
     from trainables.data.volumes import open_cohort, prepare_cohort
 
     checked = build_config(parse_settings(setting))
-    manifest = read_manifest(table, num_classes=checked.num_classes)
+    manifest = read_manifest(table, num_classes=checked.num_classes, classes=checked.classes)
     checked, spacing = with_common_spacing(checked, manifest)
     for line in spacing.lines() if spacing else []:
         to_stderr(line)
@@ -156,6 +185,24 @@ def data_import(
 
     table = import_medmnist(file, folder, limit=limit)
     out.print(str(table), soft_wrap=True)
+
+
+@data_app.command("sample")
+def data_sample(
+    folder: Annotated[Path, typer.Argument(help="New folder for the cohort and a study file.")],
+) -> None:
+    """Write a synthetic cohort to try things on, with a study file; print the commands that come next."""
+    to_stderr("writing a cohort and pretraining a small network on other shapes")
+    from tune_app.demo import SUBJECTS, next_commands, write_sample
+
+    write_sample(folder)
+    out.print(
+        f"{folder}: a cohort of {SUBJECTS} subjects in two classes, and study.yaml; next:",
+        soft_wrap=True,
+        markup=False,
+    )
+    for command in next_commands(folder):
+        out.print(f"  {command}", soft_wrap=True, markup=False)
 
 
 # Weights ---------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tune_app.cli.common import (
     gpus_option,
     out,
     parse_settings,
+    progress_bar,
     stated,
 )
 
@@ -63,7 +64,16 @@ WarmStartFromOption = Annotated[
     typer.Option("--warm-start-from", help="Earlier study to learn from; may be repeated."),
 ]
 LogOption = Annotated[
-    str | None, typer.Option("--log", help="tensorboard, mlflow or both: tensorboard,mlflow.")
+    str | None,
+    typer.Option("--log", help="tensorboard, mlflow or wandb; several with commas between."),
+]
+NotifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="COMMAND|URL",
+        help="Told of the end, the first collapse and the first failure; default: $MEDTUNE_NOTIFY.",
+    ),
 ]
 GoOnOption = Annotated[
     bool, typer.Option("--resume", help="Go on where --out holds this very study.")
@@ -96,6 +106,7 @@ def run(
     disk_budget: DiskBudgetOption = None,
     warm_start_from: WarmStartFromOption = None,
     log: LogOption = None,
+    notify: NotifyOption = None,
     wait_for_resources_s: WaitOption = None,
     setting: SetOption = None,
     out_folder: OutOption = None,
@@ -147,7 +158,15 @@ def run(
         raise typer.BadParameter(
             "--retry-failed goes with --resume: only a study that is there has failed trials"
         )
-    _run_and_tell(spec, root, address=address, resume=False, go_on=go_on, retry_failed=retry_failed)
+    _run_and_tell(
+        spec,
+        root,
+        address=address,
+        resume=False,
+        go_on=go_on,
+        retry_failed=retry_failed,
+        notify=notify,
+    )
 
 
 def _on_preset(preset: str | None, fields: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +188,7 @@ def resume(
     ] = None,
     address: AddressOption = None,
     retry_failed: RetryOption = False,
+    notify: NotifyOption = None,
 ) -> None:
     """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.study.copies import opened
@@ -179,7 +199,9 @@ def resume(
     spec = files.read_spec()
     if hours is not None:
         spec = spec.model_copy(update={"hours": hours, "gpu_hours": None})
-    _run_and_tell(spec, study, address=address, resume=True, retry_failed=retry_failed)
+    _run_and_tell(
+        spec, study, address=address, resume=True, retry_failed=retry_failed, notify=notify
+    )
 
 
 def _run_and_tell(
@@ -190,28 +212,45 @@ def _run_and_tell(
     resume: bool,
     go_on: bool = False,
     retry_failed: bool = False,
+    notify: str | None = None,
 ) -> None:
     if (send := elsewhere.get()) is not None:
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
-    from tune_app.driver.run import FAILED_TRIALS, run_study
-    from tune_app.driver.stopping import INTERRUPTED, PREEMPTED
-    from tune_app.report.summary import print_summary
 
     place = url_of(root) or root
+    # Before Ray is loaded, which takes seconds: a command that prints nothing looks as if it hung.
     err.print(f"study: {place}", soft_wrap=True, markup=False)
-    outcome = run_study(
-        spec,
-        root,
-        console=err,
-        notes=err,
-        address=address,
-        resume=resume,
-        go_on=go_on,
-        retry_failed=retry_failed,
-    )
+    from tune_app.api import add_report
+    from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
+    from tune_app.driver.stopping import INTERRUPTED, PREEMPTED
+    from tune_app.report.summary import print_summary
+    from tune_app.study.files import StudyFiles
+
+    try:
+        outcome = run_study(
+            spec,
+            root,
+            console=err,
+            notes=err,
+            address=address,
+            resume=resume,
+            go_on=go_on,
+            retry_failed=retry_failed,
+            notify=notify,
+        )
+    except KeyboardInterrupt:
+        if not StudyFiles(root).epochs.exists() and url_of(root) is None:
+            err.print(
+                "interrupted before the first trial: nothing has been trained; what was prepared is kept, and the "
+                "same command starts again",
+                soft_wrap=True,
+            )
+        raise
     if spec.kind == "confirmation" and outcome.exit_code != INTERRUPTED and url_of(root) is None:
         _score_validation(root)
+    if outcome.exit_code in (DONE, FAILED_TRIALS) and url_of(root) is None:
+        add_report(spec, root)
     print_summary(root, out)
     if outcome.exit_code in (INTERRUPTED, PREEMPTED):
         err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
@@ -367,22 +406,34 @@ def confirm(
     _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
 
 
-def _print_spacing(table: Path) -> None:
-    """Print the spacing that a study on `table` will choose, and the alternatives; or why there is none yet."""
+def _advice_for(table: Path, preset: str | None, space: str) -> dict[str, tuple[Any, str]]:
+    """Return the preprocessing that suits the volumes of `table`, with reasons; print it, or why there is none.
+
+    What `space` searches is left out: a value that is set is not searched.
+    """
+    from search_spaces.written import space_from
     from trainables.config import build_config
     from trainables.data.manifest import read_manifest
+    from trainables.data.recommend import recommend_for_table
     from trainables.data.scans import VolumeError
-    from trainables.data.spacing import with_common_spacing
     from trainables.data.table_file import ManifestError
+    from tune_app.study.presets import PRESETS
 
+    given = build_config(PRESETS[preset]["config"] if preset is not None else {})
+    shape = given.volume_shape if "volume_shape" in given.model_fields_set else None
     try:
-        _, found = with_common_spacing(build_config({}), read_manifest(table))
+        manifest = read_manifest(table)
+        with progress_bar("reading") as progress:
+            advice = recommend_for_table(manifest, volume_shape=shape, progress=progress)
     except (ManifestError, VolumeError) as error:
         reason = str(error).splitlines()[0]
-        err.print(f"note: no spacing yet: {reason}", soft_wrap=True, markup=False)
-        return
-    for line in found.lines() if found else []:
-        err.print(line, soft_wrap=True, markup=False)
+        err.print(f"note: nothing recommended yet: {reason}", soft_wrap=True, markup=False)
+        return {}
+    searched = {one.hyperparameter for one in space_from(space).parameters.values()}
+    advice = [one for one in advice if one.name not in searched]
+    for one in advice:
+        err.print(f"recommended {one.line}", soft_wrap=True, markup=False)
+    return {one.name: (one.value, one.reason) for one in advice}
 
 
 @app.command()
@@ -397,11 +448,14 @@ def init(
         bool, typer.Option("--force", help="Write over a file that is there.")
     ] = False,
 ) -> None:
-    """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`."""
+    """Write a study file: every field with its meaning and default, to be edited and given to `medtune run`.
+
+    Where the table exists, shape, spacing and intensity that suit its volumes are set, each with the reason.
+    """
     from tune_app.study.template import write_study_file
 
-    write_study_file(path, data=data, space=space, preset=preset, force=force)
     table = path.parent / data
-    if table.is_file():
-        _print_spacing(table)
+    may_write = force or not path.exists()
+    advice = _advice_for(table, preset, space) if may_write and table.is_file() else {}
+    write_study_file(path, data=data, space=space, preset=preset, advice=advice, force=force)
     out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)

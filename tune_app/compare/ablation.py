@@ -188,7 +188,7 @@ def ablation_spec(
     ]:
         raise SpecError(clash)
     shared = build_config(config)
-    manifest = read_manifest(data, num_classes=shared.num_classes)
+    manifest = read_manifest(data, num_classes=shared.num_classes, classes=shared.classes)
     planned = plan(
         chosen,
         choose_folds(manifest, folds, shared.num_folds),
@@ -214,7 +214,7 @@ def comparisons(study: Study) -> list[pd.DataFrame]:
     The reference is the first variant of the plan. Where a plan holds both the baseline and `all-fixes`, what is left
     out of all fixes is read against these.
     """
-    begun = set(study.trials["variant"].dropna())
+    begun = set(study.trials_full["variant"].dropna())
     names = [
         name
         for name in dict.fromkeys(trial.variant for trial in study.spec.planned)
@@ -240,12 +240,12 @@ def only(
     """Return the study with the trials of these variants and folds alone; None lets all through."""
     from dataclasses import replace
 
-    trials = study.trials
+    trials = study.trials_full
     if names is not None:
         trials = trials[trials["variant"].isin(list(names))]
     if folds is not None:
         trials = trials[trials["fold"].isin(list(folds))]
-    return replace(study, trials=trials)
+    return replace(study, trials_full=trials)
 
 
 def print_ablation(study: Study, console: Console) -> None:
@@ -273,7 +273,7 @@ def _plan_text(study: Study) -> str:
     for name in ("seed", "fold"):
         count = len({trial.overrides.get(name) for trial in planned})
         parts.append(f"{count} {name}{'s' if count != 1 else ''}")
-    ended = int(study.trials["state"].isin(ENDED).sum())
+    ended = int(study.trials_full["state"].isin(ENDED).sum())
     runs = f"{len(planned)} runs" if ended == len(planned) else f"{ended} of {len(planned)} runs"
     return f"{runs}: {' x '.join(parts)}, {study.spec.epochs} epochs each"
 
@@ -405,7 +405,7 @@ def last_epoch_lines(study: Study, effects: pd.DataFrame) -> list[str]:
 def run_lines(study: Study) -> list[str]:
     """Return what went wrong in the runs, a line a variant, and which runs are in no pair."""
     lines = []
-    trials = study.trials
+    trials = study.trials_full
     for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
         own = trials[trials["variant"] == variant]
         sick = own[own["verdict"].notna() & (own["verdict"] != "healthy")]

@@ -171,14 +171,16 @@ def confirmation_spec(
     chosen = choose_candidates(search, top)
     config = shared_config(spec)
     shared = build_config(config)
-    manifest = read_manifest(Path(spec.data), num_classes=shared.num_classes)
+    manifest = read_manifest(
+        Path(spec.data), num_classes=shared.num_classes, classes=shared.classes
+    )
     where = choose_folds(manifest, folds, shared.num_folds)
     variants = {
         REFERENCE: documented_after(spec.epochs),
         "defaults": all_fixes(spec.epochs),
         **chosen.overrides,
     }
-    first_seed = int(search.trials["seed"].max()) + 1
+    first_seed = int(search.trials_full["seed"].max()) + 1
     seen = rows_that_chose(search, manifest)
     seen_folds = folds_with(seen, where, manifest)
     given = spec.model_dump(mode="json", exclude=set(OF_SEARCHES))
@@ -228,7 +230,7 @@ def _variants_text(spec: StudySpec) -> str:
 
 def unfinished(study: Study) -> int:
     """Return how many of the planned runs have not ended."""
-    return len(study.spec.planned) - int(study.trials["state"].isin(ENDED).sum())
+    return len(study.spec.planned) - int(study.trials_full["state"].isin(ENDED).sum())
 
 
 # What came of it -------------------------------------------------------------------------------------------------------
@@ -277,12 +279,12 @@ def judge(study: Study) -> Confirmation:
         raise SpecError(
             f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"
         )
-    begun = set(study.trials["variant"].dropna())
+    begun = set(study.trials_full["variant"].dropna())
     if REFERENCE not in begun or len(begun) < 2:
         raise SpecError(
             f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"
         )
-    run = sorted({int(fold) for fold in study.trials["fold"].dropna()})
+    run = sorted({int(fold) for fold in study.trials_full["fold"].dropna()})
     unseen = whole_unseen_folds(study.spec, run)
     if len(unseen) > 1:
         return _judged_by_folds(study, only(study, folds=unseen), unseen, "folds", None)
@@ -294,14 +296,16 @@ def judge(study: Study) -> Confirmation:
     enough = [fold for fold in run if scores.suffice(others[fold])]
     if len(enough) > 1:
         judged = only(study, folds=enough)
-        trials = judged.trials.assign(
+        trials = judged.trials_full.assign(
             objective=[
                 scores.auc(str(trial), others[int(fold)])
-                for trial, fold in zip(judged.trials["trial"], judged.trials["fold"], strict=True)
+                for trial, fold in zip(
+                    judged.trials_full["trial"], judged.trials_full["fold"], strict=True
+                )
             ]
         )
         count = sum(len(others[fold]) for fold in enough)
-        return _judged_by_folds(study, replace(judged, trials=trials), enough, "rows", count)
+        return _judged_by_folds(study, replace(judged, trials_full=trials), enough, "rows", count)
     if enough:
         return _judged_by_subjects(study, enough, scores, others, True)
     whole = [fold for fold in run if scores.suffice(rows[fold])] or run
@@ -309,7 +313,9 @@ def judge(study: Study) -> Confirmation:
 
 
 def _trials_of(study: Study, fold: int) -> list[str]:
-    return [str(trial) for trial in study.trials.loc[study.trials["fold"] == fold, "trial"]]
+    return [
+        str(trial) for trial in study.trials_full.loc[study.trials_full["fold"] == fold, "trial"]
+    ]
 
 
 def _judged_by_folds(
@@ -377,7 +383,7 @@ def _paired_splits(
     variant: str,
 ) -> list[PairedSplit]:
     def by_seed(name: str, fold: int) -> dict[int, str]:
-        trials = study.trials
+        trials = study.trials_full
         own = trials[(trials["variant"] == name) & (trials["fold"] == fold)]
         return {
             int(seed): str(trial) for seed, trial in zip(own["seed"], own["trial"], strict=True)
@@ -392,8 +398,8 @@ def _paired_splits(
 
 def _means(study: Study) -> pd.DataFrame:
     """The 95 % interval of each variant's mean objective, by variant."""
-    trials = study.trials[
-        (study.trials["state"] == "completed") & study.trials["objective"].notna()
+    trials = study.trials_full[
+        (study.trials_full["state"] == "completed") & study.trials_full["objective"].notna()
     ]
     cut_into = int(trials["num_folds"].max()) if len(trials) else 0
     rows = {
@@ -505,7 +511,7 @@ def _no_test_lines(study: Study, found: Confirmation) -> list[str]:
         lines.append(
             f"No interval yet: `medtune confirm {study.spec.confirms or 'SEARCH'}` scores the validation rows one by one."
         )
-    elif study.trials["seed"].nunique() < 2:
+    elif study.trials_full["seed"].nunique() < 2:
         lines.append("No interval: one seed does not show how much another one would change.")
     lines.append(
         "The documented settings stay until two unseen folds are run: "

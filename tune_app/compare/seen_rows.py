@@ -29,7 +29,7 @@ SCORES_FORMAT = 1
 
 def rows_that_chose(search: Study, manifest: Manifest) -> frozenset[int]:
     """Return the rows of the table that any trial of the search was validated on: its winner was chosen by these."""
-    cuts = search.trials[["fold", "num_folds", "cross_validate"]].dropna().drop_duplicates()
+    cuts = search.trials_full[["fold", "num_folds", "cross_validate"]].dropna().drop_duplicates()
     rows: set[int] = set()
     for cut in cuts.to_dict("records"):
         rows |= set(_validated(manifest, cut).tolist())

@@ -93,7 +93,7 @@ def score_test(
         )
     spec = study.spec
     base = build_config(spec.config)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
     rows = split_rows(manifest, **_split_of(study, found.choice)).test
     if not len(rows):
         raise SpecError(
@@ -154,8 +154,8 @@ def _score_variant(
     labels = np.asarray(cohort.labels)[rows]
     total: np.ndarray = np.zeros(())
     runs = []
-    own = study.trials[
-        (study.trials["variant"] == variant) & (study.trials["state"] == "completed")
+    own = study.trials_full[
+        (study.trials_full["variant"] == variant) & (study.trials_full["state"] == "completed")
     ]
     for trial in own.to_dict("records"):
         path = StudyFiles(study.path).trial(str(trial["trial"])).best

@@ -22,7 +22,7 @@ from tune_app.study.files import StudyFiles, default_cache
 
 def scores_are_needed(study: Study) -> bool:
     """Whether a finished confirmation lacks the scores by row that it has to be judged by."""
-    run = {int(fold) for fold in study.trials["fold"].dropna()}
+    run = {int(fold) for fold in study.trials_full["fold"].dropna()}
     return (
         len(whole_unseen_folds(study.spec, run)) < 2
         and not unfinished(study)
@@ -43,12 +43,12 @@ def score_validation(
         return False
     spec = study.spec
     base = build_config(spec.config)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
     first = prepare_cohort(
         manifest, Recipe.from_config(base), cache or Path(spec.cache or default_cache())
     )
     runs: dict[str, Any] = {}
-    for trial in study.trials[study.trials["state"] == "completed"].to_dict("records"):
+    for trial in study.trials_full[study.trials_full["state"] == "completed"].to_dict("records"):
         name = str(trial["trial"])
         path = StudyFiles(study.path).trial(name).best
         if not path.is_file():

@@ -160,6 +160,16 @@ def choose_spacing(spec: StudySpec, manifest: Manifest, notes: Any) -> dict[str,
     return {"spacing_mm": found.every_mm}
 
 
+def choose_classes(spec: StudySpec, manifest: Manifest) -> dict[str, Any]:
+    """Return the names of the classes that a new study takes from the table's column `class`, where nothing else names them.
+
+    Nothing for a confirmation, which has those of its search.
+    """
+    if spec.kind == "confirmation" or "classes" in spec.shared or not manifest.class_names:
+        return {}
+    return {"classes": ",".join(f"{name}={n}" for n, name in enumerate(manifest.class_names))}
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A study whose data are there."""
@@ -183,10 +193,12 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
     variant cannot be prepared; ManifestError and CohortError for the data.
     """
     base = build_config(spec.shared)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes)
+    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
     for line in thin_folds(manifest, base):
         notes.print(line, soft_wrap=True, markup=False)
-    chosen = {} if resume else choose_spacing(spec, manifest, notes)
+    chosen = (
+        {} if resume else choose_spacing(spec, manifest, notes) | choose_classes(spec, manifest)
+    )
     if chosen:
         spec = build_spec({**spec.model_dump(mode="json"), "config": {**spec.config, **chosen}})
         base = build_config(spec.shared)

@@ -16,6 +16,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.study import StudyDirection
+from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 
 from trainables.checkpoints import when_there_is_room
@@ -136,6 +137,13 @@ class Database:
                 f"{self.name} holds {len(names)} studies of this program ({held}): name the folder of one"
             )
         return str(names[0])
+
+    @_with_room
+    def describe(self, study: str | None, objective: str) -> None:
+        """Write what optuna-dashboard shows: the objective's name for the values, and the study's folder."""
+        self._storage.set_study_system_attr(self._study, _SYSTEM_ATTR_METRIC_NAMES, [objective])
+        if study is not None:
+            self._storage.set_study_user_attr(self._study, "study", study)
 
     @_with_room
     def set_attr(self, key: str, value: Any) -> None:

@@ -34,15 +34,18 @@ from tune_app.driver.cohorts import (
 )
 from tune_app.driver.disk import plan_budget
 from tune_app.driver.display import Display
+from tune_app.driver.forecast import forecast_on_cpus, forecast_on_gpus
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
-from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.loggers import Loggers, study_loggers
+from tune_app.driver.notify import Notifier
 from tune_app.driver.optuna_database import shared_study_name
-from tune_app.driver.packing import heaviest, packing_for
+from tune_app.driver.packing import Packing, heaviest, packing_for
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.resources import await_resources
+from tune_app.driver.resources import Plan, await_resources
 from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import INTERRUPTED, stopping_on_request
+from tune_app.driver.time_budget import expected_epochs
 from tune_app.driver.warm_up import WarmUp
 from tune_app.study.errors import SpecError
 from tune_app.study.files import (
@@ -105,12 +108,13 @@ def run_study(
     go_on: bool = False,
     retry_failed: bool = False,
     on_epoch: Callable[[str, Mapping[str, Any]], None] | None = None,
+    notify: str | None = None,
 ) -> Outcome:
     """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
 
     `root` may be object storage (s3://...): the work is then mirrored there. `go_on`: resume where there is a study.
     `retry_failed`: trials that have failed for good go on, too, from their checkpoints. `on_epoch` is called with a trial's
-    name and row after each of its epochs.
+    name and row after each of its epochs. `notify`: command or http(s) address for messages (`driver.notify`).
 
     `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
     Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
@@ -119,15 +123,17 @@ def run_study(
     when another driver runs it, ManifestError and VolumeError for the data.
     """
     url = url_of(root)
+    notifier = Notifier(notify, url or str(root))
     try:
         with (
+            _reported(notifier),
             mirrored(url) if url is not None else nullcontext(StudyFiles(root)) as files,
             _only_driver(files, notes),
             _warming_up(spec, address),
         ):
             if go_on and files.spec.exists():
                 spec, resume = resumed_spec(files, spec), True
-            return _run_locked(
+            outcome = _run_locked(
                 spec,
                 files,
                 url,
@@ -137,9 +143,33 @@ def run_study(
                 resume=resume,
                 retry_failed=retry_failed,
                 on_epoch=on_epoch,
+                notifier=notifier,
             )
+            _report_end(notifier, outcome)
+            return outcome
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
+
+
+@contextmanager
+def _reported(notifier: Notifier) -> Iterator[None]:
+    """Send a message where the block fails, and wait a little for all messages."""
+    try:
+        yield
+    except Exception as error:
+        notifier.send("error", f"the study ended with an error: {type(error).__name__}")
+        raise
+    finally:
+        notifier.close()
+
+
+def _report_end(notifier: Notifier, outcome: Outcome) -> None:
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(outcome.states.items()))
+    ended = outcome.exit_code in (DONE, FAILED_TRIALS)
+    text = f"the study {'has ended' if ended else 'was interrupted'}: trials {counts or 'none'}"
+    notifier.send(
+        "end" if ended else "interrupted", text, states=outcome.states, exit_code=outcome.exit_code
+    )
 
 
 def _warming_up(spec: StudySpec, address: str | None) -> AbstractContextManager[object]:
@@ -176,9 +206,10 @@ def _run_locked(
     resume: bool,
     retry_failed: bool,
     on_epoch: Callable[[str, Mapping[str, Any]], None] | None,
+    notifier: Notifier,
 ) -> Outcome:
     made = [path for path in (files.spec, files.database) if not path.exists()]
-    _tidy_up(spec, files, url, resume=resume)
+    loggers = _tidy_up(spec, files, url, resume=resume)
     refuse_preprocessing(spec, files.read() if resume else None)
     if would_start_ray(
         address
@@ -191,7 +222,7 @@ def _run_locked(
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
         ray_to_work_with(address) as own_ray,
     ):
-        spec = _packed(spec, cohort, sharing, notes)
+        spec, packing = _packed(spec, cohort, sharing, notes)
         plan, resources = await_resources(spec, notes)
         budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
@@ -204,7 +235,7 @@ def _run_locked(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
         )
         with display:
-            session = StudySession(spec, cohort.name, recorder, display, budget)
+            session = StudySession(spec, cohort.name, recorder, display, budget, notifier, loggers)
             setting = TrialSetting(
                 study=absolute(files.root),
                 table=absolute(spec.data),
@@ -223,6 +254,10 @@ def _run_locked(
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""
             notes.print(f"{plan.text}{shared}", soft_wrap=True)
+            if not resume:
+                _print_forecast(
+                    spec, session, plan, packing, local=own_ray is not None, notes=notes
+                )
             with _nothing_left_of(() if resume else made):
                 session.begin(retry_failed=retry_failed)
             ended_early = session.run(
@@ -239,23 +274,33 @@ def _run_locked(
         )
         ended_early = 0
     if ended_early:
+        if not (files.epochs.exists() and files.epochs.stat().st_size):
+            notes.print(
+                "interrupted before the first epoch had ended: no trial has a score yet, and all that was prepared is kept",
+                soft_wrap=True,
+            )
         return Outcome(ended_early, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
 
 
-def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: bool) -> None:
-    """Remove what a killed driver left in the study's folder. Raises SpecError where the folder is not the study's."""
+def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: bool) -> Loggers:
+    """Remove what a killed driver left in the study's folder; return the study's loggers.
+
+    Raises SpecError where the folder is not the study's, or a logger lacks something.
+    """
     if files.spec.exists() and not resume:
         place = url or files.root
         raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
-    log_callbacks(spec, files)  # what is missing must be told before the study has begun
+    # What a logger lacks must be told before the study has begun
+    loggers = Loggers(study_loggers(spec, files))
     if files.spec.exists():  # else the folder is not known to be ours
         sweep_temporaries(files.root)
     for record in files.trials.glob("*/"):
         sweep_temporaries(record, TrialFiles(record).record)
-    _sweep_ray(spec, files)
+    _sweep_ray(files)
+    return loggers
 
 
 def _mend(files: StudyFiles, url: str | None) -> None:
@@ -326,7 +371,9 @@ def _pretrained_problems(configs: Sequence[FineTuneConfig]) -> list[str]:
     return pretrained_problems(configs)
 
 
-def _packed(spec: StudySpec, cohort: Path, sharing: GpuSharing, notes: Any) -> StudySpec:
+def _packed(
+    spec: StudySpec, cohort: Path, sharing: GpuSharing, notes: Any
+) -> tuple[StudySpec, Packing | None]:
     """Return `spec` with the number of trials per GPU settled, where the user left that open and there are GPUs."""
     resources = dict(ray.cluster_resources())
     if not resources.get("GPU"):
@@ -334,9 +381,9 @@ def _packed(spec: StudySpec, cohort: Path, sharing: GpuSharing, notes: Any) -> S
             raise SpecError(
                 "gpus_per_trial=auto: Ray has no GPU to measure; leave it out to use CPUs"
             )
-        return spec
+        return spec, None
     if spec.gpus_per_trial not in (None, "auto") or (spec.ranks or 1) > 1:
-        return spec
+        return spec, None
     sharing.standing(0.5)  # probes join what trials will
     cache = Path(spec.cache or default_cache())
     try:
@@ -346,16 +393,37 @@ def _packed(spec: StudySpec, cohort: Path, sharing: GpuSharing, notes: Any) -> S
             raise
         told = str(error).strip().splitlines()[-1]
         log.warning("one trial per GPU: how many fit could not be measured: %s", told)
-        return spec.model_copy(update={"gpus_per_trial": 1.0})
+        return spec.model_copy(update={"gpus_per_trial": 1.0}), None
     notes.print(packing.text, soft_wrap=True)
-    return spec.model_copy(update={"gpus_per_trial": 1 / packing.number})
+    return spec.model_copy(update={"gpus_per_trial": 1 / packing.number}), packing
+
+
+def _print_forecast(
+    spec: StudySpec,
+    session: StudySession,
+    plan: Plan,
+    packing: Packing | None,
+    *,
+    local: bool,
+    notes: Any,
+) -> None:
+    """Print how long the study will take, where that can be known before its first epoch."""
+    concurrent, epochs = plan.concurrent, expected_epochs(session.policy)
+    told = None
+    if packing is not None and packing.totals:
+        each = packing.totals[packing.number] / packing.number
+        told = forecast_on_gpus(spec, each, concurrent=concurrent, epochs=epochs)
+    elif local and not plan.gpus_per_rank and spec.hours is None:
+        told = forecast_on_cpus(spec, concurrent=concurrent, epochs=epochs)
+    for line in told.lines() if told is not None else []:
+        notes.print(line, soft_wrap=True, markup=False)
 
 
 # A session -------------------------------------------------------------------------------------------------------------
 
 
-def _sweep_ray(spec: StudySpec, files: StudyFiles) -> None:
-    """Remove what Tune wrote in earlier sessions, unless a logger keeps its files there."""
-    if "tensorboard" not in spec.log and files.ray.is_dir():
+def _sweep_ray(files: StudyFiles) -> None:
+    """Remove what Tune wrote in earlier sessions."""
+    if files.ray.is_dir():
         for session in files.ray.iterdir():
             remove_own(session, RAY_FILES)

@@ -167,6 +167,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         """Trials that only the database calls ended."""
         try:
             self._claim()
+            if (shown := self._identity.get("objective")) is not None:
+                folder = storage.absolute().parent.name if isinstance(storage, Path) else None
+                self._database.describe(folder, str(shown))
             self._load(rows or {}, retry, ended)
             self.taken_over = self._take_over(warm_start_from)
         except BaseException:

@@ -21,7 +21,8 @@ from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
 from tune_app.driver.disk import Budget, make_room
 from tune_app.driver.display import Display
-from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.loggers import Loggers
+from tune_app.driver.notify import Notifier
 from tune_app.driver.optuna_database import STUDY_NAME
 from tune_app.driver.place import StudyPlace
 from tune_app.driver.planned import PlannedSearcher
@@ -65,9 +66,13 @@ class StudySession:
         recorder: Recorder,
         display: Display,
         budget: Budget | None = None,
+        notifier: Notifier | None = None,
+        loggers: Loggers | None = None,
     ) -> None:
         self.spec, self.cohort, self.files = spec, cohort, recorder.files
         self.recorder, self.display, self.budget = recorder, display, budget
+        self.loggers = loggers or Loggers(())
+        self.notifier = notifier or Notifier(None, str(self.files.root))
         self.epochs = spec.epochs
         self.ranks = 1
         self.fatal: dict[str, str] = {}
@@ -124,7 +129,7 @@ class StudySession:
                 scheduler=self.scheduler(),
                 num_samples=-1,
                 max_concurrent_trials=plan.concurrent,
-                trial_name_creator=trial_name,  # what TensorBoard and MLflow show
+                trial_name_creator=trial_name,  # what Ray's own pages show
                 trial_dirname_creator=trial_name,
                 reuse_actors=True,
             ),
@@ -132,7 +137,7 @@ class StudySession:
                 name=name,
                 storage_path=absolute(self.files.ray),
                 failure_config=tune.FailureConfig(max_failures=self.spec.max_failures),
-                callbacks=[self.lifecycle, *log_callbacks(self.spec, self.files)],
+                callbacks=[self.lifecycle],
                 verbose=0,
             ),
         )
@@ -146,6 +151,7 @@ class StudySession:
         finally:
             searcher.close()
             self.recorder.close()
+            self.loggers.close()
         self.place.check(self._own_database())
         return 0
 
@@ -444,6 +450,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         self.session.recorder.began(
             name, trial.config["overrides"], self.session.variants.get(name), node=node
         )
+        self.session.loggers.began(name, trial.config["overrides"])
         self.session.keep_to_budget()
 
     def on_trial_result(
@@ -455,6 +462,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
             known = self.session.time.measured(rows[-1]) if self.session.time is not None else None
             if known is not None:
                 self.session.display.note(known)
+            self.session.loggers.reported(name, rows[-1])
             self.session.display.reported(
                 name, rows[-1], objective_value(rows, self.session.spec.objective)
             )
@@ -509,7 +517,9 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         return reason, text
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
-        self.session.recorder.ended(name, state, reason, error=error)
+        record = self.session.recorder.ended(name, state, reason, error=error)
+        self.session.notifier.trial_ended(record)
+        self.session.loggers.ended(record)
         self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
         self.session.keep_to_budget()

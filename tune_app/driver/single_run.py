@@ -42,7 +42,7 @@ def train_once(
     A line an epoch goes to `console`, everything else to `notes`.
     """
     files = TrialFiles(folder)
-    manifest = read_manifest(table, num_classes=config.num_classes)
+    manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
     config = _with_spacing(config, manifest, files, notes)
     split = split_rows(
         manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate

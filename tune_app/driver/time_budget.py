@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tune_app.driver.forecast import span, study_s
 from tune_app.study.policy import Policy
 from tune_app.study.spec import StudySpec
 
@@ -25,7 +26,8 @@ class TimeBudget:
             hours = by_gpu if hours is None else min(hours, by_gpu)
         self.seconds = None if hours is None else hours * HOUR_S
         self._until = None if self.seconds is None else time.monotonic() + self.seconds
-        self._policy, self._concurrent, self._epochs = policy, concurrent, spec.epochs
+        self._concurrent, self._epochs = concurrent, spec.epochs
+        self._trials, self._expected = spec.num_trials, expected_epochs(policy)
         self._seen: list[float] = []
 
     @property
@@ -46,32 +48,38 @@ class TimeBudget:
     def measured(self, row: Mapping[str, Any]) -> str | None:
         """Take an epoch's row; return the plan in words once enough is measured, and None before and after."""
         seconds = row.get("epoch_s")
-        if self.seconds is None or row["epoch"] < 2 or not isinstance(seconds, int | float):
+        if row["epoch"] < 2 or not isinstance(seconds, int | float):
             return None
         self._seen.append(float(seconds))
         if len(self._seen) != MEASURED_EPOCHS:
             return None
         epoch_s = max(statistics.median(self._seen), 1e-3)
+        if self.seconds is None:
+            rest = study_s(self._trials, self._expected, epoch_s, self._concurrent)
+            return (
+                f"an epoch takes {epoch_s:.3g} s: {self._trials} trials take about {span(rest)} in all, of which "
+                f"{self._expected * self._trials:.0f} of {self._epochs * self._trials} epochs are expected to run"
+            )
         epochs = self.seconds * self._concurrent / epoch_s
         ends = time.strftime("%H:%M", time.localtime(time.time() + self._left()))
         return (
             f"an epoch takes {epoch_s:.3g} s: {_hours(self.seconds)} are worth about {epochs / self._epochs:.3g} whole "
-            f"runs, or {epochs / self._epochs_of_a_trial():.3g} trials of which most stop early; the search ends at {ends}"
+            f"runs, or {epochs / self._expected:.3g} trials of which most stop early; the search ends at {ends}"
         )
 
     def _left(self) -> float:
         return 0.0 if self._until is None else max(0.0, self._until - time.monotonic())
 
-    def _epochs_of_a_trial(self) -> float:
-        """Epochs that a trial is expected to train, where the same share passes each rung."""
-        policy = self._policy
-        last = policy.max_epochs
-        rungs = [rung for rung in policy.rungs if rung < last] if policy.spec.halving else []
-        expected, share, before = 0.0, 1.0, 0.0
-        for rung in [*rungs, float(last)]:
-            expected += share * (rung - before)
-            share, before = share / policy.spec.reduction_factor, rung
-        return expected
+
+def expected_epochs(policy: Policy) -> float:
+    """Return the epochs that a trial is expected to train, where the same share passes each rung."""
+    last = policy.max_epochs
+    rungs = [rung for rung in policy.rungs if rung < last] if policy.spec.halving else []
+    expected, share, before = 0.0, 1.0, 0.0
+    for rung in [*rungs, float(last)]:
+        expected += share * (rung - before)
+        share, before = share / policy.spec.reduction_factor, rung
+    return expected
 
 
 def _hours(seconds: float) -> str:

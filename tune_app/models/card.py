@@ -59,7 +59,9 @@ NOT_CLINICAL = (
 def _what(info: ModelInfo, config: FineTuneConfig) -> str:
     one = f"3D ResNet-{config.depth}" + (f" (width {config.width:g})" if config.width != 1 else "")
     many = f"ensemble of {len(info.members)} networks" if len(info.members) > 1 else one
-    return f"{many}, {info.num_classes} classes, from study {_code(info.choice.study)}"
+    named = ", ".join(f"{number} {_plain(name)}" for number, name in enumerate(info.class_names))
+    classes = f"{info.num_classes} classes{f' ({named})' if named else ''}"
+    return f"{many}, {classes}, from study {_code(info.choice.study)}"
 
 
 def _use(info: ModelInfo) -> list[str]:

@@ -153,7 +153,7 @@ def choose(
 
 
 def _no_such(study: Study, trial: str) -> str:
-    known = study.trials[study.trials["best_checkpoint"].notna()]["trial"].tolist()
+    known = study.trials_full[study.trials_full["best_checkpoint"].notna()]["trial"].tolist()
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
     return f"{study.path}: no trial {trial!r} with weights and a score; there are {shown or 'none'}"
 
@@ -254,7 +254,9 @@ def _export_single(
             }
         )
     )
-    manifest = read_manifest(Path(table), num_classes=run.config.num_classes)
+    manifest = read_manifest(
+        Path(table), num_classes=run.config.num_classes, classes=run.config.classes
+    )
     folder = cache or Path(known.get("cache") or default_cache())
     cohort = open_cohort(prepare_cohort(manifest, Recipe.from_config(run.config), folder))
     choice = Choice(
@@ -320,6 +322,7 @@ def common_fields(
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "num_classes": config.num_classes,
+        "class_names": config.class_names,
         "preprocessing": asdict(Recipe.from_config(config)),
         "choice": choice,
         "test": held_out,
@@ -434,7 +437,9 @@ def open_data(
     config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None
 ) -> tuple[Manifest, Cohort]:
     _refuse_ignored(config, study)
-    manifest = read_manifest(data or Path(study.spec.data), num_classes=config.num_classes)
+    manifest = read_manifest(
+        data or Path(study.spec.data), num_classes=config.num_classes, classes=config.classes
+    )
     folder = cache or Path(study.spec.cache or default_cache())
     return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), folder))
 

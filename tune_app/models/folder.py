@@ -219,6 +219,8 @@ class ModelInfo(_Part):
     created: str
     """UTC, to the second."""
     num_classes: int = Field(ge=2)
+    class_names: tuple[str, ...] = ()
+    """Names of the classes by number; empty where the study knew numbers only."""
     members: tuple[Member, ...] = Field(min_length=1)
     preprocessing: dict[str, Any]
     """The recipe: the fields of trainables.data.scans.Recipe."""
@@ -246,6 +248,10 @@ class ModelInfo(_Part):
         ):
             return {**fields, "decides": "threshold"}
         return fields
+
+    def class_name(self, label: int) -> str:
+        """Return what a class is called: its name, or its number."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
 
     @property
     def recipe(self) -> Recipe:

@@ -261,7 +261,7 @@ def columns(
 ) -> list[str]:
     """Return the columns of the result.
 
-    path; decision; probability_c, calibrated; score_c, log-odds before calibration (the threshold is one of score_1);
+    path; decision; class, its name where the model knows names; probability_c, calibrated; score_c, log-odds before calibration (the threshold is one of score_1);
     decision and probability are empty for a model that decides nothing, such as a retrained one;
     for an ensemble members_sd, members_low, members_high: spread of its members' calibrated probabilities of class 1
     (of the class decided for, where there are more than two); subject and label where a table gave one; explanation; note; problem.
@@ -270,6 +270,7 @@ def columns(
     names = [
         "path",
         "decision",
+        *(["class"] if info.class_names else []),
         *[f"probability_{c}" for c in classes],
         *[f"score_{c}" for c in classes],
     ]
@@ -300,6 +301,8 @@ def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None)
     told = {"score": scored.log_odds_C}
     if info.decides != "nothing":
         cells["decision"] = str(scored.decision)
+        if info.class_names:
+            cells["class"] = visible(info.class_name(scored.decision))
         told["probability"] = scored.probabilities_C
     for name, values in told.items():
         cells |= {f"{name}_{c}": f"{value:.9g}" for c, value in enumerate(values)}

@@ -104,9 +104,8 @@ def pretrain(
     """
     tenths = _tenths(share)
     config = pretext_config(pretext, settings)
-    manifest = read_manifest(
-        table, num_classes=build_config({"num_classes": 2, **settings}).num_classes
-    )
+    of_table = build_config(settings)
+    manifest = read_manifest(table, num_classes=of_table.num_classes, classes=of_table.classes)
     used = pretraining_rows(manifest, tenths)
     cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
     cohort = open_cohort(cohort_folder)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
-from trainables.config import FineTuneConfig, as_scalar
+from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.folds import few_of_a_class
 from trainables.data.json_files import read_json
 from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
@@ -96,7 +96,7 @@ def summary(study: Study) -> tuple[str, str]:
 
 
 def _asked(study: Study) -> str:
-    spec, trials = study.spec, study.trials
+    spec, trials = study.spec, study.trials_full
     network = (
         f"a 3D ResNet-{trials['depth'].iloc[0]}"
         if trials["depth"].nunique() == 1
@@ -126,18 +126,20 @@ def _validation(study: Study) -> str:
     if len(counts) != 1:
         return ""
     positive, negative = counts.iloc[0]
-    return f" ({positive} positive and {negative} negative validation volumes)"
+    names = build_config(study.spec.shared).class_names
+    of = [f" ({name})" for name in names[::-1]] if len(names) == 2 else ["", ""]
+    return f" ({positive} positive{of[0]} and {negative} negative{of[1]} validation volumes)"
 
 
 def _found(study: Study) -> str:
     if not study.scored:
-        return f"Nothing yet: {len(study.trials)} trials have begun and none has a score."
+        return f"Nothing yet: {len(study.trials_full)} trials have begun and none has a score."
     if study.spec.kind != "search":
         told = _found_between_variants(study)
         if told:
             return told
     best = study.best()
-    ended = study.trials["state"].isin(ENDED).all()
+    ended = study.trials_full["state"].isin(ENDED).all()
     parts = [
         f"Trial {best['trial']} is best{'' if ended else ' so far'} with {best['objective']:.3f}{_interval(best)}"
         f"{_against_documented(study, best)}"
@@ -149,11 +151,11 @@ def _found(study: Study) -> str:
             if rivals
             else f"no other trial comes within the noise of {half:.3f}"
         )
-    stopped = int(_stopped_early(study.trials).sum())
+    stopped = int(_stopped_early(study.trials_full).sum())
     if stopped:
         saved = epochs_saved(study)
         parts.append(
-            f"{stopped} of {len(study.trials)} trials were stopped early, which spared {100 * saved:.0f} % of the epochs"
+            f"{stopped} of {len(study.trials_full)} trials were stopped early, which spared {100 * saved:.0f} % of the epochs"
         )
     return "; ".join(parts) + "."
 
@@ -283,8 +285,8 @@ def rivals_within_noise(study: Study) -> tuple[int, float]:
         return 0, math.nan
     best = study.best()
     half = 1.96 * standard_error(best)
-    trials = study.trials[
-        (study.trials["state"] != "failed") & (study.trials["trial"] != best["trial"])
+    trials = study.trials_full[
+        (study.trials_full["state"] != "failed") & (study.trials_full["trial"] != best["trial"])
     ]
     return int((trials["objective"] > best["objective"] - half).sum()), half
 
@@ -333,7 +335,7 @@ def documented_settings(study: Study) -> dict[str, dict[str, Any]]:
 
 def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
     """Return the best trial that ran with exactly these settings, of those the fixes touch; None without one."""
-    rows = study.trials
+    rows = study.trials_full
     for name, value in settings.items():
         column = rows[name]
         same = (
@@ -357,9 +359,11 @@ def leading(study: Study) -> pd.Series:
 
     The leading variant is the one with the highest mean: the best single run of many is the one with the best luck.
     """
-    if study.spec.kind == "search" or study.trials["variant"].isna().all():
+    if study.spec.kind == "search" or study.trials_full["variant"].isna().all():
         return study.best()
-    trials = study.trials[(study.trials["state"] != "failed") & study.trials["objective"].notna()]
+    trials = study.trials_full[
+        (study.trials_full["state"] != "failed") & study.trials_full["objective"].notna()
+    ]
     means = trials.groupby("variant", observed=True)["objective"].mean()
     ahead = str(means.index[int(means.to_numpy().argmax())])
     own: pd.DataFrame = trials[trials["variant"] == ahead]
@@ -398,7 +402,7 @@ def epochs_saved(study: Study) -> float:
 
     Trials that a user stopped count neither as spared nor as asked for.
     """
-    started = study.trials[study.trials["stopped_by"].fillna("") != "requested"]
+    started = study.trials_full[study.trials_full["stopped_by"].fillna("") != "requested"]
     asked = float(started["epochs"].sum())
     stopped = started[_stopped_early(started)]
     return float((stopped["epochs"] - stopped["epochs_run"]).sum()) / asked if asked else 0.0
@@ -416,7 +420,7 @@ def stops(study: Study) -> pd.DataFrame:
     One row for halving, one for requests and one for each verdict that stopped a trial, most spared first. Time is what the trial's own
     epochs took, times the epochs it did not run.
     """
-    stopped = study.trials[study.trials["state"] == "stopped"].copy()
+    stopped = study.trials_full[study.trials_full["state"] == "stopped"].copy()
     names = [
         "reason",
         "trials",
@@ -471,7 +475,7 @@ def cautions(study: Study) -> list[Caution]:
 
 
 def _about_the_files(study: Study) -> Iterator[Caution]:
-    states = study.trials["state"].value_counts()
+    states = study.trials_full["state"].value_counts()
     if study.running:
         yield Caution(
             "The study is still running",
@@ -485,10 +489,10 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
             f"`medtune resume {quote(study.place)}` goes on where they stopped.",
         )
     if states.get("failed", 0):
-        failed = study.trials[study.trials["state"] == "failed"]
+        failed = study.trials_full[study.trials_full["state"] == "failed"]
         said = next((str(text) for text in failed["error"].dropna()), "no error recorded")
         yield Caution(
-            f"{len(failed)} of {len(study.trials)} trials failed",
+            f"{len(failed)} of {len(study.trials_full)} trials failed",
             f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
             f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` lets them go on.",
         )
@@ -530,13 +534,13 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
 
 
 def _about_what_healed(study: Study) -> Iterator[Caution]:
-    healed = study.trials[came_back(study.trials)]
+    healed = study.trials_full[came_back(study.trials_full)]
     if healed.empty:
         return
     worst = healed.sort_values("healed_epochs").iloc[-1]
     among = ", the best among them" if leading(study)["trial"] in set(healed["trial"]) else ""
     yield Caution(
-        f"{len(healed)} of {len(study.trials)} trials collapsed for a time and came back{among}",
+        f"{len(healed)} of {len(study.trials_full)} trials collapsed for a time and came back{among}",
         f"Trial {worst['trial']} for {worst['healed_epochs']} epochs: {worst['verdict_summary']}. The best epochs, by which "
         "trials are compared, do not show it.",
         "" if pd.isna(worst["advice"]) else sentence(str(worst["advice"])),
@@ -561,7 +565,9 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
             else f"`medtune confirm {quote(study.place)} --top {min(rivals + 1, 5)}` runs them over all folds and several "
             "seeds.",
         )
-    scored = int((study.trials["objective"].notna() & (study.trials["state"] != "failed")).sum())
+    scored = int(
+        (study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")).sum()
+    )
     optimism = luck(half / 1.96, scored)
     if optimism > 0.01 and scored >= 10:
         yield Caution(
@@ -572,13 +578,13 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
         )
     for name in study.searched:
         yield from _about_an_edge(study, best, name)
-    came_to_nothing = study.trials["verdict"].isin(COLLAPSES)
+    came_to_nothing = study.trials_full["verdict"].isin(COLLAPSES)
     if came_to_nothing.mean() > 0.5:
         yield Caution(
-            f"{came_to_nothing.sum()} of {len(study.trials)} trials came to nothing",
+            f"{came_to_nothing.sum()} of {len(study.trials_full)} trials came to nothing",
             ", ".join(
                 f"{verdict} {n}"
-                for verdict, n in study.trials.loc[came_to_nothing, "verdict"]
+                for verdict, n in study.trials_full.loc[came_to_nothing, "verdict"]
                 .value_counts()
                 .items()
             ),
@@ -594,7 +600,7 @@ def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution
     share = axis.share(float(place))
     if EDGE < share < 1 - EDGE:
         return
-    top = study.trials[study.trials["state"] != "failed"].nlargest(5, "objective")
+    top = study.trials_full[study.trials_full["state"] != "failed"].nlargest(5, "objective")
     near = [axis.share(float(other)) for other in axis.places(top)]
     together = sum(other < 0.2 if share <= EDGE else other > 0.8 for other in near)
     ahead = (top["objective"] == best["objective"]).sum() == 1
@@ -678,7 +684,7 @@ def checklist(study: Study) -> list[Check]:
     evidence: dict[str, tuple[bool | None, str]] = dict.fromkeys(
         shown, (None, "its epochs are missing")
     )
-    for trial in study.trials.to_dict("records"):
+    for trial in study.trials_full.to_dict("records"):
         if trial["trial"] not in places:
             continue
         own = places[trial["trial"]]

@@ -28,33 +28,37 @@ def write(path: Path, page: Page) -> Path:
 
 def render(page: Page) -> str:
     """Return the page as HTML."""
-    script = _asset("report.js")
+    script = asset("report.js")
     hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in (_plotly(), script))
-    text: str = _template().render(
-        **{
-            name: getattr(page, name)
-            for name in ("title", "subtitle", "asked", "found", "tiles", "sections", "footer")
-        },
-        refresh_s=page.refresh_s,
-        script_hashes=Markup(hashes),
-        css=Markup(_asset("report.css")),
-        palette=_json(figures.PALETTE),
-        figures=_json(page.plots),
-        plotly=Markup(_plotly()),
-        script=Markup(script),
+    text: str = (
+        environment()
+        .get_template("report.html")
+        .render(
+            **{
+                name: getattr(page, name)
+                for name in ("title", "subtitle", "asked", "found", "tiles", "sections", "footer")
+            },
+            refresh_s=page.refresh_s,
+            script_hashes=Markup(hashes),
+            css=Markup(asset("report.css")),
+            palette=_json(figures.PALETTE),
+            figures=_json(page.plots),
+            plotly=Markup(_plotly()),
+            script=Markup(script),
+        )
     )
     return text
 
 
 @cache
-def _template() -> Any:
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined
+def environment() -> Environment:
+    """Return the templates of this package; every value in them is escaped."""
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters["prose"] = _prose
-    environment.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    return environment.get_template("report.html")
+    found.filters["prose"] = _prose
+    found.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
+    return found
 
 
 def _prose(text: str) -> Markup:
@@ -69,7 +73,7 @@ def _prose(text: str) -> Markup:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 

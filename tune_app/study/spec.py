@@ -104,9 +104,9 @@ class StudySpec(BaseModel):
     """GiB the study's folder may take; None: no limit. What is not needed to go on goes first, then the worst trials' weights."""
     keep_best: int = Field(5, ge=1)
     """Trials that have ended whose weights (best.pt) a disk budget leaves alone: the best ones."""
-    log: tuple[Literal["tensorboard", "mlflow"], ...] = ()
-    """Where each epoch's row goes besides epochs.jsonl, through Ray's own callbacks: tensorboard writes to `ray/` in the
-    study, mlflow to the tracking server of MLFLOW_TRACKING_URI, or to `mlflow.db` in the study."""
+    log: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Where each epoch's row goes in addition to epochs.jsonl: tensorboard writes to `tensorboard/` in the study, mlflow to
+    the tracking server of MLFLOW_TRACKING_URI or to `mlflow.db` in the study, wandb to the account that is logged in."""
     cache: str | None = None
     """Folder of prepared cohorts; None: `~/.cache/medtune`, or where MEDTUNE_CACHE points."""
 
@@ -233,6 +233,7 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     """Return the checked spec; raises SpecError with every violation at once."""
     if {"hours", "gpu_hours"} & {name for name, value in fields.items() if value is not None}:
         fields = {"trials": AS_MANY_AS_FIT, **fields}
+    fields = _with_classes(fields)
     unknown = []
     for name in fields:
         if name not in StudySpec.model_fields:
@@ -252,6 +253,17 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     if unknown:
         raise SpecError(unknown)
     return spec
+
+
+def _with_classes(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields with `classes`, which is a hyperparameter, moved into `config`, where it need not stand."""
+    if fields.get("classes") is None:
+        return {name: value for name, value in fields.items() if name != "classes"}
+    config = fields.get("config") or {}
+    rest = {name: value for name, value in fields.items() if name != "classes"}
+    if not isinstance(config, Mapping):
+        return {**rest, "config": config}
+    return {**rest, "config": {"classes": fields["classes"], **config}}
 
 
 def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:

@@ -27,7 +27,8 @@ OF_PLANS = ("kind", "planned", "confirms", "seen_folds", "seen_rows")
 HEADER = (
     "A study of medtune: medtune run {name}",
     "Options of `medtune run` go before what stands here. What is left out has its default, and all values below are "
-    "the defaults but for `data`. Relative paths start at this file's folder.",
+    "the defaults but for `data` and the lines of `config` without a # before them. Relative paths start at this file's "
+    "folder.",
 )
 
 SPACE_HELP = """\
@@ -46,6 +47,11 @@ Written out, for example:
 
 CONFIG_HELP = "To set one, remove the # before it."
 
+CLASSES_HELP = """\
+A table whose labels are words needs their class numbers, here or as `config: classes`:
+  classes: {benign: 0, malignant: 1}
+"""
+
 
 def study_file(
     name: str = "study.yaml",
@@ -53,10 +59,12 @@ def study_file(
     data: str = "table.csv",
     space: str = "documented",
     preset: str | None = None,
+    advice: Mapping[str, tuple[Any, str]] | None = None,
 ) -> str:
     """Return the text of a study file: YAML that gives the defaults, each field below its meaning.
 
-    `name` is the file's own name. `preset` sets the fields of a preset, which are then no defaults. Hyperparameters stand in it as comments: a value that is set is not searched.
+    `name` is the file's own name. `preset` sets the fields of a preset, which are then no defaults. `advice`: hyperparameters that
+    are set as well, each with its reason. Other hyperparameters are comments: a value that is set is not searched.
     """
     values = {
         field: info.get_default(call_default_factory=True)
@@ -65,6 +73,7 @@ def study_file(
     values |= {"data": data, "space": space}
     given = PRESETS[preset] if preset is not None else {"config": {}}
     values |= given
+    advised = {name: one for name, one in (advice or {}).items() if name not in given["config"]}
     lines = [line for part in HEADER for line in _comment(part.format(name=name))]
     for field in [field for field in values if field not in OF_PLANS]:
         lines += ["", *_comment(_meaning(StudySpec, field))]
@@ -76,8 +85,12 @@ def study_file(
                 for each in OBJECTIVES.values()
                 for line in _comment(f"  {each.name}: {each.title}")
             ]
+        if field == "data":
+            lines += [f"# {line}".rstrip() for line in CLASSES_HELP.splitlines()]
         if field == "config":
-            lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters(given["config"])]
+            settings = given["config"] | {name: value for name, (value, _) in advised.items()}
+            reasons = {name: reason for name, (_, reason) in advised.items()}
+            lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters(settings, reasons)]
         elif isinstance(values[field], PolicySpec):
             lines += [f"{field}:", *_nested(values[field])]
         else:
@@ -89,7 +102,13 @@ def study_file(
 
 
 def write_study_file(
-    path: Path, *, data: str, space: str, preset: str | None = None, force: bool = False
+    path: Path,
+    *,
+    data: str,
+    space: str,
+    preset: str | None = None,
+    advice: Mapping[str, tuple[Any, str]] | None = None,
+    force: bool = False,
 ) -> None:
     """Write `study_file` to `path`. Raises SpecError when there is a file (without `force`), or no such space."""
     if path.exists() and not force:
@@ -100,7 +119,8 @@ def write_study_file(
         raise SpecError(error.problems) from None
     with replacing(path) as temporary:
         temporary.write_text(
-            study_file(path.name, data=data, space=space, preset=preset), encoding="utf-8"
+            study_file(path.name, data=data, space=space, preset=preset, advice=advice),
+            encoding="utf-8",
         )
 
 
@@ -120,10 +140,12 @@ def _nested(values: BaseModel) -> list[str]:
     return lines
 
 
-def _hyperparameters(given: Mapping[str, Any]) -> list[str]:
+def _hyperparameters(given: Mapping[str, Any], reasons: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
     for field, info in FineTuneConfig.model_fields.items():
         lines += _comment(_meaning(FineTuneConfig, field), "  ")
+        if field in reasons:
+            lines += _comment(f"Recommended: {reasons[field]}.", "  ")
         if field in given:
             lines += _indented(_entry(field, given[field]))
         else:

@@ -27,7 +27,7 @@ from trainables.network.model import configured_network
 from trainables.network.weights import save_medicalnet
 from tune_app.driver import watchdog
 from tune_app.driver.display import Display
-from tune_app.driver.loggers import log_callbacks
+from tune_app.driver.loggers import study_loggers
 from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, plan_resources
@@ -173,7 +173,7 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         f"its process has not ended trial 00000, whose last files may still be on their way to {tmp_path}"
         in told
     )
-    trials = load_study(tmp_path / "study").trials
+    trials = load_study(tmp_path / "study").trials_full
     assert list(trials["failures"]) == [0, 0, 0]
     for name in ("00000", "00001"):
         assert load_state(StudyFiles(tmp_path / "study").trial(name).best)["epoch"] == 3
@@ -340,7 +340,7 @@ def test_real_scans_from_the_archive_to_a_logged_and_tabulated_study(
     shown = json.loads(finished(medtune("results", tmp_path / "study", "--format", "json")))
     assert len(shown) == 2
     assert all(0 <= row["best_val_auc"] <= 1 for row in shown)
-    logged = StudyFiles(tmp_path / "study").ray.rglob("events.out.tfevents.*")
+    logged = (tmp_path / "study" / "tensorboard").rglob("events.out.tfevents.*")
     assert sorted(file.parent.name for file in logged) == ["00000", "00001"]
 
 
@@ -494,27 +494,29 @@ def test_a_logger_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match="log=mlflow: mlflow is not installed"):
-        log_callbacks(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
+        study_loggers(build_spec({"data": "t.csv", "log": ["mlflow"]}), StudyFiles(tmp_path))
 
 
 @pytest.fixture
 def fake_mlflow(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """As much of MLflow as Ray's callback asks at its start: where it was sent, and the error it raises if one is set."""
+    """As much of MLflow as a logger asks at its start: where it was sent, and the error it raises if one is set."""
     seen: dict[str, Any] = {}
-    mlflow, errors = ModuleType("mlflow"), ModuleType("mlflow.exceptions")
+    mlflow, errors, tracking = map(ModuleType, ("mlflow", "mlflow.exceptions", "mlflow.tracking"))
     mlflow.__spec__ = ModuleSpec("mlflow", None)
     errors.MlflowException = type("MlflowException", (Exception,), {})  # type: ignore[attr-defined]
 
-    def get_experiment_by_name(name: str) -> Any:
-        if "error" in seen:
-            raise errors.MlflowException(seen["error"])
-        return SimpleNamespace(name=name, experiment_id="1")
+    class MlflowClient:
+        def __init__(self, tracking_uri: str) -> None:
+            seen.update(uri=tracking_uri)
 
-    mlflow.set_tracking_uri = lambda uri: seen.update(uri=uri)  # type: ignore[attr-defined]
-    mlflow.set_registry_uri = lambda uri: None  # type: ignore[attr-defined]
-    mlflow.get_experiment_by_name = get_experiment_by_name  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    monkeypatch.setitem(sys.modules, "mlflow.exceptions", errors)
+        def get_experiment_by_name(self, name: str) -> Any:
+            if "error" in seen:
+                raise errors.MlflowException(seen["error"])
+            return SimpleNamespace(name=name, experiment_id="1")
+
+    tracking.MlflowClient = MlflowClient  # type: ignore[attr-defined]
+    for module in (mlflow, errors, tracking):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return seen
 
 
@@ -524,14 +526,14 @@ def test_mlflow_writes_to_a_database_in_the_study_or_to_the_server_named(
     """MLflow 3.17 refuses a folder of files, which is where it was sent before."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     spec = build_spec({"data": "t.csv", "log": ["mlflow"]})
-    log_callbacks(spec, StudyFiles(tmp_path))
+    study_loggers(spec, StudyFiles(tmp_path))
     assert fake_mlflow["uri"] == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@server")
-    log_callbacks(spec, StudyFiles(tmp_path))
+    study_loggers(spec, StudyFiles(tmp_path))
     assert fake_mlflow["uri"] == "https://me:secret@server"
     fake_mlflow["error"] = "no answer\nafter 7 tries"
     with pytest.raises(SpecError, match=r"^log=mlflow: MLFLOW_TRACKING_URI: no answer$"):
-        log_callbacks(spec, StudyFiles(tmp_path))
+        study_loggers(spec, StudyFiles(tmp_path))
 
 
 def test_a_study_that_cannot_log_has_not_begun(

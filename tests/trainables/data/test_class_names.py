@@ -1,0 +1,96 @@
+"""Classes by name: words as labels with a mapping, and names that a table brings along."""
+
+import pytest
+
+from trainables.config import ConfigError, FineTuneConfig, build_config
+from trainables.data.manifest import read_manifest
+from trainables.data.table_file import ManifestError
+from tune_app.study.spec import build_spec
+
+
+@pytest.fixture
+def table(tmp_path):
+    (tmp_path / "scan.nii").touch()
+
+    def write(rows, header="path,label,subject"):
+        lines = [header]
+        for number, row in enumerate(rows):
+            (tmp_path / f"{number}.nii").touch()
+            lines.append(f"{number}.nii,{row},s{number}".replace("|", ","))
+        path = tmp_path / "table.csv"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write
+
+
+def test_words_become_the_numbers_of_the_mapping(table):
+    path = table(["benign", "malignant", "likely", "1", "0"])
+    rows = read_manifest(path, classes="benign=0,likely=1,malignant=1").rows
+    assert list(rows["label"]) == [0, 1, 1, 1, 0]
+
+
+def test_a_word_without_a_class_is_named_with_those_that_have_one(table):
+    path = table(["benign", "malignant", "bening"])
+    with pytest.raises(
+        ManifestError, match=r"'bening': .*one of benign, malignant, is needed"
+    ) as caught:
+        read_manifest(path, classes="benign=0,malignant=1")
+    assert len(caught.value.problems) == 1
+
+
+def test_words_without_a_mapping_are_refused_with_the_mapping_to_write(table):
+    path = table(["benign"] * 5 + ["malignant"] * 4)
+    with pytest.raises(ManifestError, match=r"classes: \{benign: 0, malignant: 1\}"):
+        read_manifest(path)
+
+
+def test_the_mapping_sets_the_number_of_classes_and_names_them():
+    config = build_config({"classes": {"a": 0, "b": 2, "c": 1, "d": 2}})
+    assert config.num_classes == 3
+    assert config.class_names == ("a", "c", "b/d")
+    assert build_config({"classes": config.classes}) == config, "as an override it is text"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"classes": {"a": 0, "b": 2}}, "from 0, without gaps"),
+        ({"classes": {"a": 0}}, "two or more"),
+        ({"classes": "a:0,b:1"}, "LABEL=NUMBER"),
+        ({"classes": {"a,b": 0, "c": 1}}, "comma"),
+        ({"classes": {"a": 0, "b": 1}, "num_classes": 3}, "leave num_classes out"),
+    ],
+)
+def test_a_mapping_that_is_none_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        build_config(given)
+
+
+def test_runs_of_versions_without_the_field_have_the_same_hash():
+    """The hash of the default configuration as the version before wrote it into checkpoints."""
+    fields = FineTuneConfig().model_dump(mode="json")
+    assert fields["classes"] is None
+    assert FineTuneConfig().hash() == "ca871ae86cf9b6d9"
+    assert build_config({"classes": "a=0,b=1"}).hash() != FineTuneConfig().hash()
+
+
+def test_a_study_file_may_hold_the_mapping_next_to_its_data():
+    spec = build_spec({"data": "/t.csv", "classes": {"benign": 0, "malignant": 1}})
+    assert build_config(spec.shared).class_names == ("benign", "malignant")
+    again = build_spec(spec.model_dump(mode="json"))
+    assert again == spec
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (["0|round", "1|flat", "0|round"], ("round", "flat")),
+        (["0|round", "1|flat", "0|oval"], ()),
+        (["0|round", "1|", "0|round"], ()),
+        (["0|a=b", "1|flat"], ()),
+    ],
+)
+def test_a_table_names_its_classes_where_each_has_one_name(table, rows, names):
+    path = table(rows, header="path,label,class,subject")
+    assert read_manifest(path).class_names == names
