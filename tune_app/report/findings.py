@@ -312,7 +312,7 @@ LEAST_FOR_IMPORTANCE = 20
 
 def enough_for_importance(study: Study) -> bool:
     """Return whether enough trials have ended with a value for their importance to mean something."""
-    ended = study.trials["state"].isin(["completed", "stopped"])
+    ended = study.trials_full["state"].isin(["completed", "stopped"])
     return int(ended.sum()) >= LEAST_FOR_IMPORTANCE
 
 

@@ -157,7 +157,7 @@ def test_the_first_tile_says_how_sure_it_is(page: Browser, search: Study) -> Non
     assert f"{best['objective']:.3f} [{low:.2f}, {high:.2f}]" in tile.text
     rivals, _ = rivals_within_noise(search)
     assert f"{rivals} others within its noise" in tile.text
-    ended = search.trials["state"].isin(["completed", "stopped"])
+    ended = search.trials_full["state"].isin(["completed", "stopped"])
     assert ended.sum() < LEAST_FOR_IMPORTANCE
     section = page.find_element("css selector", "#importance")
     assert "fewer than 20 trials have ended" in section.text
@@ -166,11 +166,11 @@ def test_the_first_tile_says_how_sure_it_is(page: Browser, search: Study) -> Non
 
 def test_axes_begin_where_values_can_be(page: Browser, search: Study) -> None:
     layout = figure(page, "progress")["layout"]
-    assert layout["xaxis"]["range"] == [-0.5, len(search.trials) - 0.5]
+    assert layout["xaxis"]["range"] == [-0.5, len(search.trials_full) - 0.5]
     assert 0 <= layout["yaxis"]["range"][0] < layout["yaxis"]["range"][1] <= 1.02
     low, high = figure(page, "slice-max_m")["layout"]["yaxis"]["range"]
-    assert 0 <= low < search.trials["objective"].min()
-    assert search.trials["objective"].max() < high <= 1.02
+    assert 0 <= low < search.trials_full["objective"].min()
+    assert search.trials_full["objective"].max() < high <= 1.02
 
 
 # What can be clicked ---------------------------------------------------------------------------------------------------
