@@ -48,7 +48,7 @@ Written out, for example:
 CONFIG_HELP = "To set one, remove the # before it."
 
 CLASSES_HELP = """\
-A table whose labels are words needs their class numbers, here or as `config: classes`:
+Where labels are words, their class numbers (here, or below `config`):
   classes: {benign: 0, malignant: 1}
 """
 
