@@ -215,6 +215,10 @@ def _run_and_tell(
     notify: str | None = None,
 ) -> None:
     if (send := elsewhere.get()) is not None:
+        if notify is not None:
+            raise typer.BadParameter(
+                "--notify is not sent along: set MEDTUNE_NOTIFY where the study runs"
+            )
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
 

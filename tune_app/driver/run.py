@@ -423,7 +423,8 @@ def _print_forecast(
 
 
 def _sweep_ray(files: StudyFiles) -> None:
-    """Remove what Tune wrote in earlier sessions."""
+    """Remove what Tune wrote in earlier sessions; TensorBoard's files of earlier versions, which are there too, stay."""
     if files.ray.is_dir():
         for session in files.ray.iterdir():
-            remove_own(session, RAY_FILES)
+            if not any(session.rglob("events.out.tfevents.*")):
+                remove_own(session, RAY_FILES)
