@@ -158,7 +158,7 @@ def _spacing(found: CommonSpacing) -> Recommendation:
 def _intensity(values: Sequence[Values]) -> list[Recommendation]:
     counts = Counter(one.intensity.kind for one in values)
     (kind, number), *others = counts.most_common()
-    of = f"{number} of {len(values)} scans look like {kind}"
+    of = f"{number} of {len(values)} scans that were read look like {kind}"
     if others:
         also = ", ".join(f"{count} {other}" for other, count in others)
         return [
@@ -180,7 +180,11 @@ def _intensity(values: Sequence[Values]) -> list[Recommendation]:
         if zeros > ZERO_BACKGROUND:
             reason = f"{of}, {zeros:.0%} of the voxels are 0: a background that should not enter the statistics"
             return [Recommendation("intensity", "zscore_nonzero", reason)]
-    return [Recommendation("intensity", "zscore", f"{of}: each scan has its own scale")]
+    why = {
+        "mask": "if they are what is to be classified, their form matters and no value has a unit",
+        "already normalised": "the same again changes little, and what was left out stays so",
+    }.get(kind, "each scan has a scale of its own")
+    return [Recommendation("intensity", "zscore", f"{of}: {why}")]
 
 
 def _tens(value: Any) -> float:

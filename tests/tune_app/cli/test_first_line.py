@@ -21,18 +21,11 @@ main()
     ("arguments", "first"),
     [
         (["run", "--data", "t.csv", "--out", "first"], "study: first"),
-        (["ablate", "--data", "t.csv", "--out", "first"], "study: first"),
         (["train", "--data", "t.csv", "--out", "first"], "run: first"),
         (["demo", "--out", "first"], "demo: writing"),
     ],
 )
 def test_a_line_comes_before_ray_and_torch_are_loaded(tmp_path, arguments, first):
-    if arguments[0] == "ablate":
-        (tmp_path / "t.csv").write_text(
-            "path,label,subject\n" + "".join(f"{n}.nii,{n % 2},s{n}\n" for n in range(20))
-        )
-        for number in range(20):
-            (tmp_path / f"{number}.nii").touch()
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], cwd=tmp_path, capture_output=True, text=True
     )

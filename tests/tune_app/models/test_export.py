@@ -302,7 +302,7 @@ def test_the_confirmed_variant_is_exported_by_its_middle_run(
     assert chosen.epochs == int(np.ceil(runs["best_epoch"].median()))
     assert "confirmed as better" in chosen.choice.how
     together = choose(study, confirmed=True, ensemble=5)
-    assert sorted(together.trials_full["fold"]) == [0, 1, 2, 3, 4], (
+    assert sorted(together.trials["fold"]) == [0, 1, 2, 3, 4], (
         "one of each fold before a second of any"
     )
     assert set(choose(study, confirmed=True, ensemble=15).trials_full["trial"]) == set(
