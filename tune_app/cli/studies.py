@@ -44,6 +44,12 @@ StudyFileOption = Annotated[
 SpaceOption = Annotated[
     str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
 ]
+HoursOption = Annotated[
+    float | None, typer.Option("--hours", help="Hours the search may take; as many trials as fit.")
+]
+GpuHoursOption = Annotated[
+    float | None, typer.Option("--gpu-hours", help="The same, divided by the GPUs in use.")
+]
 SamplerOption = Annotated[
     str | None, typer.Option("--sampler", help="model, tpe, random, qmc or gp.")
 ]
@@ -87,13 +93,8 @@ def run(
     preset: PresetOption = None,
     space: SpaceOption = None,
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
-    hours: Annotated[
-        float | None,
-        typer.Option("--hours", help="Hours the search may take; as many trials as fit."),
-    ] = None,
-    gpu_hours: Annotated[
-        float | None, typer.Option("--gpu-hours", help="The same, divided by the GPUs in use.")
-    ] = None,
+    hours: HoursOption = None,
+    gpu_hours: GpuHoursOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
     sampler: SamplerOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
@@ -135,16 +136,12 @@ def run(
         "disk_budget_gib": disk_budget,
         "log": tuple(log.split(",")) if log else None,
         "wait_for_resources_s": wait_for_resources_s,
-        "warm_start_from": tuple(absolute(path) for path in warm_start_from)
-        if warm_start_from
-        else None,
+        "warm_start_from": tuple(map(absolute, warm_start_from or ())) or None,
         "cache": cache and absolute(cache),
     }
     fields |= stated(given)
-    settings = parse_settings(setting)
-    settings |= {"epochs": epochs} if epochs is not None else {}
-    settings |= (
-        {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
+    settings = parse_settings(setting) | stated(
+        {"epochs": epochs, "pretrained_path": pretrained_path and absolute(pretrained_path)}
     )
     fields["config"] = {**(fields.get("config") or {}), **settings}
     fields = _on_preset(preset, fields)

@@ -267,20 +267,29 @@ def _run_locked(
         if own_ray is not None:
             own_ray.keep = bool(states.get("failed"))
     if ended_early == INTERRUPTED and not session.interrupt.asked:
-        ended = sum(states.get(state, 0) for state in ENDED)
-        notes.print(
-            f"the time is over: {ended} trials have ended; `medtune resume {url or files.root}` gives the search as much again",
-            soft_wrap=True,
-        )
+        _print_time_is_over(states, url or files.root, notes)
         ended_early = 0
     if ended_early:
-        if not (files.epochs.exists() and files.epochs.stat().st_size):
-            notes.print(
-                "interrupted before the first epoch had ended: no trial has a score yet, and all that was prepared is kept",
-                soft_wrap=True,
-            )
+        _print_without_epochs(files, notes)
         return Outcome(ended_early, states)
     return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+
+
+def _print_time_is_over(states: Mapping[str, int], place: str | Path, notes: Any) -> None:
+    ended = sum(states.get(state, 0) for state in ENDED)
+    notes.print(
+        f"the time is over: {ended} trials have ended; `medtune resume {place}` gives the search as much again",
+        soft_wrap=True,
+    )
+
+
+def _print_without_epochs(files: StudyFiles, notes: Any) -> None:
+    """Say so where a session that was interrupted leaves a study without a single epoch."""
+    if not (files.epochs.exists() and files.epochs.stat().st_size):
+        notes.print(
+            "interrupted before the first epoch had ended: no trial has a score yet, and all that was prepared is kept",
+            soft_wrap=True,
+        )
 
 
 def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: bool) -> Loggers:
