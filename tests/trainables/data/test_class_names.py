@@ -5,6 +5,7 @@ import pytest
 from trainables.config import ConfigError, FineTuneConfig, build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.table_file import ManifestError
+from tune_app.driver.cohorts import choose_classes
 from tune_app.study.spec import build_spec
 
 
@@ -94,3 +95,13 @@ def test_a_study_file_may_hold_the_mapping_next_to_its_data():
 def test_a_table_names_its_classes_where_each_has_one_name(table, rows, names):
     path = table(rows, header="path,label,class,subject")
     assert read_manifest(path).class_names == names
+
+
+def test_a_new_study_takes_the_names_of_its_table_and_keeps_those_that_it_has(table):
+    path = table(["0|round", "1|flat", "0|round"], header="path,label,class,subject")
+    manifest = read_manifest(path)
+    assert choose_classes(build_spec({"data": str(path)}), manifest) == {
+        "classes": "round=0,flat=1"
+    }
+    named = build_spec({"data": str(path), "classes": {"a": 0, "b": 1}})
+    assert choose_classes(named, manifest) == {}

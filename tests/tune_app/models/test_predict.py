@@ -27,7 +27,7 @@ from tune_app.models.calibration import Calibration
 from tune_app.models.explain import explain
 from tune_app.models.fingerprint import fingerprint
 from tune_app.models.folder import ModelFiles, ModelInfo
-from tune_app.models.model import Model, Source, decide, load_model
+from tune_app.models.model import Model, Prediction, Scored, Source, decide, load_model
 from tune_app.models.predict import find_scans, predict, run_predict
 from tune_app.models.subjects import pool_subjects
 
@@ -626,3 +626,25 @@ def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path:
         app, ["export", str(folder), "--out", str(tmp_path / "x"), "--ensemble", "2"]
     )
     assert "nothing to choose from" in str(refused.exception)
+
+
+def test_predictions_name_the_class_where_the_model_knows_names(exported_model: Path) -> None:
+    info = info_of(exported_model)
+    named = info.model_copy(update={"class_names": ("round", "flat\x1b")})
+    assert "class" not in module.columns(info, labelled=False, explained=False)
+    assert module.columns(named, labelled=False, explained=False)[:3] == [
+        "path",
+        "decision",
+        "class",
+    ]
+    source = Source("scan.nii")
+    scored = Scored(
+        log_odds_C=np.array([-1.0, 1.0]),
+        probabilities_C=np.array([0.2, 0.8]),
+        members_MC=np.array([[0.2, 0.8]]),
+        decision=1,
+        volume_CDHW=np.zeros((1, 2, 2, 2)),
+    )
+    cells = module.row(Prediction(source, scored), named)
+    assert (cells["decision"], cells["class"]) == ("1", "flat\\x1b")
+    assert "class" not in module.row(Prediction(source, scored), info)
