@@ -305,9 +305,7 @@ def test_the_confirmed_variant_is_exported_by_its_middle_run(
     assert sorted(together.trials["fold"]) == [0, 1, 2, 3, 4], (
         "one of each fold before a second of any"
     )
-    assert set(choose(study, confirmed=True, ensemble=15).trials_full["trial"]) == set(
-        runs["trial"]
-    )
+    assert set(choose(study, confirmed=True, ensemble=15).trials["trial"]) == set(runs["trial"])
 
 
 # The folder ------------------------------------------------------------------------------------------------------------
