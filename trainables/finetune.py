@@ -186,7 +186,7 @@ class Run:
             rules=rules,
         )
         self.average = self.step.average
-        self.validation = Validation(self.step, split)
+        self.validation = Validation(self.step, split, np.asarray(cohort.subjects))
 
     def put_away(self) -> None:
         """Drop what would keep the run on its device: graphs, and hooks, which hold in a circle what they hang on."""

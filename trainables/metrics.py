@@ -26,7 +26,6 @@ Inputs may be numpy arrays, torch tensors on any device, or lists; this module i
 """
 
 import math
-from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,18 +64,6 @@ class AucInterval(NamedTuple):
     auc: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class AucDifference:
-    """Two AUCs on the same samples: difference a - b, its 95 % interval, and the two-sided p of no difference."""
-
-    auc_a: float
-    auc_b: float
-    difference: float
-    low: float
-    high: float
-    p: float
 
 
 def score_metrics(logits_NC: "Array", labels_N: "Array", *, scale: float) -> dict[str, float]:
@@ -191,39 +178,6 @@ def auc_interval(scores: "Array", labels_N: "Array", *, confidence: float = 0.95
         return AucInterval(math.nan, math.nan, math.nan)
     return _interval(
         [_Curve(s, labels == c) for c, s in _one_against_rest(values)], labels, confidence
-    )
-
-
-def compare_auc(scores_a: "Array", scores_b: "Array", labels_N: "Array") -> AucDifference:
-    """Return the difference of two AUCs on the same samples, with DeLong's paired interval and test.
-
-    Scores as in `auc_interval`, row by row of the same samples. All is NaN if a score is not finite or a class has no
-    sample; interval and p are NaN if the data cannot tell: a class of one sample, or different AUCs without variance.
-    Equal scores have p = 1. With a handful of positives the interval is too narrow, as DeLong's is.
-    """
-    a, b = _float64(scores_a), _float64(scores_b)
-    if a.shape != b.shape:
-        raise ValueError(
-            f"scores of shape {a.shape} against {b.shape}: both must be of the same samples and classes"
-        )
-    num_classes = 2 if a.ndim == 1 else a.shape[1]
-    labels = _checked_labels(_float64(labels_N), num_classes)
-    if not (_rankable(a, labels, num_classes) and _rankable(b, labels, num_classes)):
-        return AucDifference(*[math.nan] * 6)
-    curves_a = [_Curve(s, labels == c) for c, s in _one_against_rest(a)]
-    curves_b = [_Curve(s, labels == c) for c, s in _one_against_rest(b)]
-    auc_a, auc_b = (_mean(curve.auc() for curve in curves) for curves in (curves_a, curves_b))
-    difference = auc_a - auc_b
-    error = math.sqrt(_variance(_placements(curves_a) - _placements(curves_b), labels))
-    if error < SMALLEST_ERROR:
-        same = abs(difference) < SMALLEST_ERROR
-        return AucDifference(
-            auc_a, auc_b, difference, *((difference, difference, 1.0) if same else [math.nan] * 3)
-        )
-    z = NormalDist().inv_cdf(0.975)
-    p = math.erfc(abs(difference) / error / math.sqrt(2))
-    return AucDifference(
-        auc_a, auc_b, difference, difference - z * error, difference + z * error, p
     )
 
 

@@ -12,15 +12,18 @@ from trainables.data.folds import Split
 from trainables.metrics import score_metrics
 from trainables.network.batchnorm import set_groups
 from trainables.step import TrainingStep
+from trainables.subject_auc import score_metrics_over_subjects
 
 
 class Validation:
     """The scores of a run's two networks, over all ranks; each batch one CUDA graph where the run's steps are."""
 
-    def __init__(self, step: TrainingStep, split: Split) -> None:
+    def __init__(self, step: TrainingStep, split: Split, subjects: np.ndarray) -> None:
+        """`subjects`: (N,), of the whole cohort's volumes."""
         self.step, self.split = step, split
         self.config, self.device, self.volumes = step.config, step.device, step.volumes
         self.labels = step.labels
+        self.subjects = subjects[split.val]
         self.index = torch.zeros(
             self.config.validation_batch_size, dtype=torch.int64, device=self.device
         )
@@ -35,7 +38,9 @@ class Validation:
         labels, scale = self.labels[self.split.val], self.step.scale
         metrics: dict[str, Any] = {}
         for name, network in (("raw", self.step.network), ("ema", self.step.average.network)):
-            scores = score_metrics(self.logits(network, self.split.val), labels, scale=scale)
+            scores = score_metrics_over_subjects(
+                self.logits(network, self.split.val), labels, self.subjects, scale=scale
+            )
             metrics |= {_column(key, name): value for key, value in scores.items()}
         metrics |= {f"val_auc{end}": metrics[f"val_auc_ema{end}"] for end in ("", "_low", "_high")}
         subset = _fixed_subset(self.split.train, self.labels, self.config.train_auc_volumes)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import binom
+from score_oracles import cohort, delong_by_pairs
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -24,40 +25,15 @@ from trainables.metrics import (
     PRIOR_SAMPLES,
     SCORE_METRICS,
     auc_interval,
-    compare_auc,
     hanley_mcneil_error,
     ranking_scores,
     score_metrics,
 )
 
 
-def cohort(
-    num=120, classes=2, *, seed=0, signal=1.0, decimals=None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 logits and labels; with few decimals there are ties."""
-    random = np.random.default_rng(seed)
-    labels = np.concatenate(
-        [np.arange(classes), random.choice(classes, num - classes, p=_shares(classes))]
-    )
-    logits = random.normal(size=(num, classes)) + signal * np.eye(classes)[labels]
-    return (logits if decimals is None else logits.round(decimals)).astype(np.float32), labels
-
-
-def _shares(classes: int) -> np.ndarray:
-    shares = 0.6 ** np.arange(classes)  # imbalanced
-    return shares / shares.sum()
-
-
 def softmax(z: np.ndarray) -> np.ndarray:
     e = np.exp(z - z.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
-
-
-def delong_by_pairs(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """The structural components of DeLong et al. 1988 over all pairs, and the AUC."""
-    difference = scores[labels == 1][:, None] - scores[labels == 0][None, :]
-    kernel = (difference > 0) + 0.5 * (difference == 0)
-    return kernel.mean(axis=1), kernel.mean(axis=0), kernel.mean()
 
 
 # Against outside oracles
@@ -337,8 +313,6 @@ def test_scores_that_are_not_finite_never_become_a_number(bad, rows, classes):
     assert all(math.isnan(value) for value in ours.values())
     scores = ranking_scores(logits, scale=15.0)
     assert all(math.isnan(value) for value in auc_interval(scores, labels))
-    good = ranking_scores(cohort(50, classes)[0], scale=15.0)
-    assert math.isnan(compare_auc(scores, good, labels).difference)
 
 
 @pytest.mark.parametrize(("classes", "present"), [(2, [0]), (2, [1]), (3, [0, 2])])
@@ -350,9 +324,6 @@ def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(classes
     assert all(math.isfinite(ours[name]) for name in stay)
     assert all(math.isnan(value) for name, value in ours.items() if name not in stay)
     assert math.isnan(auc_interval(ranking_scores(logits, scale=1.0), labels).auc)
-    assert math.isnan(
-        compare_auc(ranking_scores(logits, scale=1.0), ranking_scores(logits, scale=1.0), labels).p
-    )
 
 
 def test_no_samples_have_no_metrics():
@@ -431,76 +402,6 @@ def test_equal_logit_differences_are_ties_at_any_scale(scale):
     logits = np.random.default_rng(0).integers(-40, 40, (200, 2)).astype(np.float32) / 8
     tied = np.unique(logits[:, 1] - logits[:, 0])
     assert len(np.unique(ranking_scores(logits, scale=scale))) == len(tied)
-
-
-# Paired comparison
-
-
-def test_the_paired_comparison_is_delongs_test():
-    labels = np.repeat([0, 1], [60, 25])
-    random = np.random.default_rng(1)
-    a = random.normal(size=85) + labels
-    b = 0.7 * a + random.normal(size=85)
-    (v10a, v01a, auc_a), (v10b, v01b, auc_b) = (delong_by_pairs(s, labels) for s in (a, b))
-    s10, s01 = np.cov(v10a, v10b), np.cov(v01a, v01b)
-    contrast = np.array([1, -1])
-    error = math.sqrt(contrast @ (s10 / 25 + s01 / 60) @ contrast)
-    ours = compare_auc(a, b, labels)
-    assert (ours.auc_a, ours.auc_b) == pytest.approx((auc_a, auc_b))
-    assert ours.difference == pytest.approx(auc_a - auc_b)
-    assert ours.p == pytest.approx(math.erfc(abs(auc_a - auc_b) / error / math.sqrt(2)))
-    assert (ours.low, ours.high) == pytest.approx(
-        (ours.difference - 1.959964 * error, ours.difference + 1.959964 * error), abs=1e-6
-    )
-    reverse = compare_auc(b, a, labels)
-    assert (reverse.difference, reverse.low, reverse.high) == pytest.approx(
-        (-ours.difference, -ours.high, -ours.low)
-    )
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_the_paired_interval_agrees_with_a_bootstrap(classes):
-    logits, labels = cohort(250, classes, seed=8)
-    random = np.random.default_rng(0)
-    a = ranking_scores(logits, scale=1.0)
-    b = ranking_scores(logits + random.normal(size=logits.shape), scale=1.0)
-    groups = [np.flatnonzero(labels == c) for c in range(classes)]
-    draws = []
-    for _ in range(400):
-        rows = np.concatenate([random.choice(group, len(group)) for group in groups])
-        draws.append(compare_auc(a[rows], b[rows], labels[rows]).difference)
-    ours = compare_auc(a, b, labels)
-    assert (ours.high - ours.low) / (2 * 1.96) == pytest.approx(np.std(draws), rel=0.12)
-
-
-def test_the_paired_test_rejects_as_often_as_it_says():
-    labels = np.repeat([0, 1], [80, 30])
-    random = np.random.default_rng(2)
-    rejected = 0
-    for _ in range(600):
-        common = random.normal(size=110) + labels
-        a, b = (common + random.normal(size=110) for _ in range(2))
-        rejected += compare_auc(a, b, labels).p < 0.05
-    assert 0.03 <= rejected / 600 <= 0.075
-
-
-def test_equal_scores_do_not_differ_and_too_few_samples_cannot_tell():
-    logits, labels = cohort(60)
-    scores = ranking_scores(logits, scale=1.0)
-    same = compare_auc(scores, 3 * scores, labels)
-    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-    opposite = compare_auc([0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1])
-    assert opposite.difference == 1
-    assert math.isnan(opposite.p)
-    single = compare_auc([0.0, 2.0, 1.0], [0.0, 1.0, 2.0], [0, 0, 1])
-    assert single.difference == -0.5
-    assert math.isnan(single.low)
-    assert math.isnan(single.p)
-
-
-def test_scores_of_different_samples_are_refused():
-    with pytest.raises(ValueError, match="same samples"):
-        compare_auc([0.0, 1.0], [0.0, 1.0, 2.0], [0, 1])
 
 
 # Input

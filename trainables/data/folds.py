@@ -11,6 +11,7 @@ import numpy.typing as npt
 from trainables.config import FineTuneConfig
 from trainables.data.manifest import Manifest
 from trainables.data.table_file import ManifestError
+from trainables.subject_auc import subjects_of_classes
 
 FOLD_SEED = 0
 """Folds depend on the table alone, never on a run's seed: or scores of two seeds would be of different volumes."""
@@ -64,7 +65,7 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
 
 
 def few_of_a_class(counts: Sequence[int]) -> str | None:
-    """Return what to know of a validation part with these volumes of each class; None with FEWEST of each or more."""
+    """Return what to know of a validation part with so many subjects of each class; None with FEWEST of each or more."""
     few = [f"{count} of class {label}" for label, count in enumerate(counts) if count < FEWEST]
     if not few:
         return None
@@ -75,7 +76,7 @@ def few_of_a_class(counts: Sequence[int]) -> str | None:
 
 
 def thin_folds(manifest: Manifest, config: FineTuneConfig, *, all_folds: bool = False) -> list[str]:
-    """Return a line for the validation part of the config's fold, or of each fold, that has few volumes of a class.
+    """Return a line for the validation part of the config's fold, or of each fold, that has few subjects of a class.
 
     Raises ManifestError as `split_rows` does.
     """
@@ -86,13 +87,14 @@ def thin_folds(manifest: Manifest, config: FineTuneConfig, *, all_folds: bool = 
         there = len(given) and given.notna().all()
         folds = sorted({int(one) for one in given}) if there else list(range(config.num_folds))
     labels = manifest.rows["label"].to_numpy(dtype=np.int64)
+    subjects = manifest.rows["subject"].to_numpy(dtype=str)
     lines = []
     for fold in folds:
         split = split_rows(
             manifest, fold=fold, num_folds=config.num_folds, cross_validate=config.cross_validate
         )
         told = few_of_a_class(
-            np.bincount(labels[split.val], minlength=manifest.num_classes).tolist()
+            subjects_of_classes(labels[split.val], subjects[split.val], manifest.num_classes)
         )
         if told is not None:
             lines.append(f"{'validation rows' if own else f'fold {fold}'}: {told}")

@@ -15,7 +15,8 @@ from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort
-from trainables.metrics import auc_interval, compare_auc, ranking_scores, score_metrics
+from trainables.metrics import auc_interval, ranking_scores
+from trainables.subject_auc import compare_auc, score_metrics_over_subjects
 from tune_app.compare.confirm import (
     REFERENCE,
     Confirmation,
@@ -112,7 +113,7 @@ def score_test(
     names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
     cohorts = {name: _cohort_of(study, name, manifest, folder) for name in names}
     scored = {name: _score_variant(study, name, cohorts[name], rows, notes) for name in names}
-    record = _as_record(study, found, scored, labels, times=len(earlier) + 1)
+    record = _as_record(study, found, scored, times=len(earlier) + 1)
     write_json(target, {"scored": [*earlier, record]})
     return record
 
@@ -141,6 +142,10 @@ class _Scored:
     scores: np.ndarray
     """Log-odds of the ensemble, as `ranking_scores`."""
     metrics: dict[str, float]
+    labels: np.ndarray
+    """(N,) int64."""
+    subjects: np.ndarray
+    """(N,): whose volumes they are."""
 
 
 def _score_variant(
@@ -152,6 +157,7 @@ def _score_variant(
 ) -> _Scored:
     cohort = open_cohort(cohort_folder)
     labels = np.asarray(cohort.labels)[rows]
+    subjects = np.asarray(cohort.subjects)[rows]
     total: np.ndarray = np.zeros(())
     runs = []
     own = study.trials_full[
@@ -190,7 +196,11 @@ def _score_variant(
         )
     logits = total / len(runs)
     return _Scored(
-        runs, ranking_scores(logits, scale=1.0), score_metrics(logits, labels, scale=1.0)
+        runs,
+        ranking_scores(logits, scale=1.0),
+        score_metrics_over_subjects(logits, labels, subjects, scale=1.0),
+        labels,
+        subjects,
     )
 
 
@@ -223,9 +233,10 @@ def kept_logits(
 
 
 def _as_record(
-    study: Study, found: Confirmation, scored: Mapping[str, _Scored], labels: np.ndarray, times: int
+    study: Study, found: Confirmation, scored: Mapping[str, _Scored], times: int
 ) -> dict[str, Any]:
     chosen = scored[found.choice]
+    labels, subjects = chosen.labels, chosen.subjects
     values = [run["auc"] for run in chosen.runs]
     record: dict[str, Any] = {
         "time": time.time(),
@@ -251,7 +262,7 @@ def _as_record(
     }
     if found.choice != REFERENCE:
         reference = scored[REFERENCE]
-        difference = compare_auc(chosen.scores, reference.scores, labels)
+        difference = compare_auc(chosen.scores, reference.scores, labels, subjects)
         record["documented"] = {
             "auc": reference.metrics["auc"],
             "auc_low": reference.metrics["auc_low"],

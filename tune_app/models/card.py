@@ -13,7 +13,6 @@ from tune_app.models.folder import (
 
 NAMES = {
     "auc": "AUC",
-    "auc_by_subject": "AUC, interval over subjects",
     "auprc": "area under precision-recall",
     "sensitivity_at_90_specificity": "sensitivity at 90 % specificity",
     "balanced_accuracy": "balanced accuracy",

@@ -11,6 +11,7 @@ from scipy.special import softmax
 
 from trainables.errors import ProblemsError
 from trainables.metrics import score_metrics
+from trainables.subject_auc import SMALLEST_VARIANCE, over_subjects, score_metrics_over_subjects
 from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.models.folder import (
     Evaluation,
@@ -88,7 +89,8 @@ def evaluate(
 ) -> Evaluation:
     """Return the metrics of scaled logits at a given threshold and calibration, with 95 % intervals.
 
-    AUC: the score interval of `trainables.metrics`. Shares of decisions (sensitivity, specificity, accuracy): Wilson's, taking volumes as independent.
+    AUC: the score interval of `trainables.metrics`, or where subjects have several volumes the one over subjects. Shares of
+    decisions (sensitivity, specificity, accuracy): Wilson's, of as many volumes as the subjects are worth.
     All others: percentiles over resamples of the subjects, whose volumes stay together. `unseen`: calibrated logits and
     decisions that were made for each volume without its subject.
     """
@@ -123,17 +125,16 @@ def evaluate(
         )
         for name, value in values.items()
     }
-    plain = score_metrics(z_NC, labels_N, scale=scale)
+    plain = score_metrics_over_subjects(z_NC, labels_N, subjects_N, scale=scale)
+    several = len(np.unique(subjects_N)) < len(subjects_N)
     metrics = {
         "auc": Measured(
             value=_known(plain["auc"]),
             low=_known(plain["auc_low"]),
             high=_known(plain["auc_high"]),
-            interval="score",
+            interval="over subjects" if several else "score",
         )
     }
-    if len(np.unique(subjects_N)) < len(subjects_N):
-        metrics["auc_by_subject"] = by_subject["auc"]
     metrics |= {name: by_subject[name] for name in ("auprc", "sensitivity_at_90_specificity")}
     for name, made in decisions.items():
         metrics[f"balanced_accuracy{name}"] = by_subject[f"balanced_accuracy{name}"]
@@ -141,7 +142,8 @@ def evaluate(
         if classes == 2:
             shares = {"sensitivity": shares["recall_1"], "specificity": shares["recall_0"]}
         metrics |= {
-            f"{share}{name}": wilson((made == labels_N)[among]) for share, among in shares.items()
+            f"{share}{name}": wilson((made == labels_N)[among], subjects_N[among])
+            for share, among in shares.items()
         }
     metrics |= {f"brier{name}": by_subject[f"brier{name}"] for name in calibrated}
     for name, logits in calibrated.items():
@@ -157,12 +159,18 @@ def evaluate(
     )
 
 
-def wilson(right: Array) -> Measured:
-    """Return the share of `right` with Wilson's score interval (Wilson 1927); no value for no volumes."""
-    count, z = len(right), statistics.NormalDist().inv_cdf(0.975)
-    if not count:
+def wilson(right: Array, subjects: Array) -> Measured:
+    """Return the share of `right` with Wilson's score interval (Wilson 1927); no value for no volumes.
+
+    Volumes of one subject stand for as many independent ones as the variance over subjects says, and for the subjects
+    where that variance is zero (Korn and Graubard 1998, Confidence intervals for proportions with small expected number of
+    positive counts).
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    if not len(right):
         return Measured(value=None)
     share = float(right.mean())
+    count = _independent(right, subjects)
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = (
         z
@@ -172,6 +180,18 @@ def wilson(right: Array) -> Measured:
     return Measured(
         value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), interval="Wilson"
     )
+
+
+def _independent(right: Array, subjects: Array) -> float:
+    """How many independent volumes tell as much about the share of `right` as these of so many subjects."""
+    persons = len(np.unique(subjects))
+    share = float(right.mean())
+    if persons == len(right) or persons < 2 or share in (0, 1):
+        return float(persons)
+    [part] = over_subjects(right / len(right), np.zeros(len(right)), subjects)
+    if part.variance < SMALLEST_VARIANCE:
+        return float(persons)
+    return min(share * (1 - share) / part.variance, float(len(right)))
 
 
 def _bootstrap(

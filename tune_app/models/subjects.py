@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from trainables.checkpoints import replacing
-from tune_app.compare.paired_auc import subject_interval
+from trainables.subject_auc import subject_interval
 from tune_app.models.calibration import Array
 
 Pool = Literal["mean", "max"]

@@ -7,24 +7,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from trainables.metrics import compare_auc, placements
-from tune_app.compare.paired_auc import PairedSplit, _over_subjects, paired_difference
+from trainables.subject_auc import compare_auc
+from tune_app.compare.paired_auc import PairedSplit, paired_difference
 
 
 def classes(positives: int, negatives: int) -> Any:
     return np.r_[np.ones(positives, int), np.zeros(negatives, int)]
-
-
-def test_the_variance_over_single_volumes_is_delongs() -> None:
-    rng = np.random.default_rng(0)
-    labels = classes(12, 40)
-    a = rng.normal(size=52) + labels
-    b = 0.6 * a + rng.normal(size=52)
-    by_delong = compare_auc(a, b, labels)
-    parts = _over_subjects(placements(a, labels) - placements(b, labels), labels, np.arange(52))
-    error = math.sqrt(sum(part.variance for part in parts))
-    assert 2 * 1.959964 * error == pytest.approx(by_delong.high - by_delong.low, rel=1e-6)
-    assert sorted(part.freedom for part in parts) == [11, 39]
 
 
 def test_the_mean_is_that_of_seeds_and_folds() -> None:

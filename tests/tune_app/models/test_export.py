@@ -22,6 +22,7 @@ from trainables.data.volumes import CohortError, open_cohort, prepare_cohort
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import build_network
+from trainables.subject_auc import score_metrics_over_subjects, subject_interval
 from tune_app.models import evaluation, export, onnx
 from tune_app.models.calibration import Calibration
 from tune_app.models.evaluation import ExportError, evaluate, judge, wilson
@@ -99,7 +100,9 @@ def test_prediction_from_files_reproduces_the_studys_validation_scores(
     np.testing.assert_allclose(scores[:, 1], expected, atol=1e-5)
 
     recorded = state["row"]
-    metrics = score_metrics(scores / 2, cohort.labels[rows], scale=1.0)
+    metrics = score_metrics_over_subjects(
+        scores / 2, cohort.labels[rows], cohort.subjects[rows], scale=1.0
+    )
     for name in (
         "auc",
         "auc_low",
@@ -442,7 +445,7 @@ def test_the_card_says_what_the_model_is_worth_and_not_for(exported_ensemble: Pa
     auc = info.validation.metrics["auc"]
     for text in (
         "Not for clinical use",
-        f"| AUC | {auc.value:.3f} | {auc.low:.3f} to {auc.high:.3f} | score |",
+        f"| AUC | {auc.value:.3f} | {auc.low:.3f} to {auc.high:.3f} | over subjects |",
         f"{info.threshold:.6g}",
         f"{info.threshold_calibrated:.6g}",
         "Optimistic",
@@ -551,7 +554,7 @@ def test_intervals_hold_their_values() -> None:
     z[:, 1] += 3 * labels
     measured = judge(z, 1.0, labels, subjects).evaluation.metrics
     with_interval = [one for one in measured.values() if one.interval]
-    assert len(with_interval) == 13
+    assert len(with_interval) == 12
     for one in with_interval:
         assert one.low <= one.value <= one.high
 
@@ -564,7 +567,9 @@ def test_metrics_equal_score_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     found = evaluate(z, 2.0, labels, subjects, threshold=oracle["threshold"], calibration=identity)
     for name in ("auc", "auprc", "sensitivity_at_90_specificity", "brier", "ece"):
         assert found.metrics[name].value == pytest.approx(oracle[name])
-    assert found.metrics["auc"].low == pytest.approx(oracle["auc_low"])
+    of_subjects = subject_interval(z[:, 1] - z[:, 0], labels, subjects)
+    assert found.metrics["auc"].low == pytest.approx(of_subjects.low)
+    assert found.metrics["auc"].high == pytest.approx(of_subjects.high)
     assert found.metrics["balanced_accuracy"].value == pytest.approx(
         oracle["balanced_accuracy_best"]
     )
@@ -591,8 +596,18 @@ def test_three_classes_have_recalls_and_no_threshold(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (7, 9), (50, 200)])
 def test_wilson_equals_scipys(right: int, count: int) -> None:
     oracle = binomtest(right, count).proportion_ci(method="wilson")
-    found = wilson(np.arange(count) < right)
+    found = wilson(np.arange(count) < right, np.arange(count))
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=1e-12)
+
+
+def test_a_share_of_volumes_that_repeat_their_subject_is_one_of_the_subjects() -> None:
+    right, subjects = np.arange(30) < 24, np.arange(30)
+    alone = wilson(right, subjects)
+    repeated = wilson(np.repeat(right, 5), np.repeat(subjects, 5))
+    assert repeated.value == alone.value
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high), abs=0.01)
+    certain = wilson(np.ones(150, dtype=bool), np.repeat(subjects, 5))
+    assert certain.low == pytest.approx(wilson(np.ones(30, dtype=bool), subjects).low)
 
 
 # ONNX ------------------------------------------------------------------------------------------------------------------

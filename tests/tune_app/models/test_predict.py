@@ -20,8 +20,8 @@ from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from trainables.metrics import auc_interval
+from trainables.subject_auc import subject_interval
 from tune_app.cli.app import app
-from tune_app.compare.paired_auc import subject_interval
 from tune_app.models import predict as module
 from tune_app.models.calibration import Calibration
 from tune_app.models.explain import explain
