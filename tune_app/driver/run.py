@@ -417,7 +417,7 @@ def _print_forecast(
     notes: Any,
 ) -> None:
     """Print how long the study will take, where that can be known before its first epoch."""
-    concurrent, epochs = plan.concurrent, expected_epochs(session.policy)
+    concurrent, epochs = plan.concurrent, expected_epochs(session.policy, spec.num_trials)
     told = None
     if packing is not None and packing.totals:
         each = packing.totals[packing.number] / packing.number

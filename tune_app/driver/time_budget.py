@@ -27,7 +27,7 @@ class TimeBudget:
         self.seconds = None if hours is None else hours * HOUR_S
         self._until = None if self.seconds is None else time.monotonic() + self.seconds
         self._concurrent, self._epochs = concurrent, spec.epochs
-        self._trials, self._expected = spec.num_trials, expected_epochs(policy)
+        self._trials, self._expected = spec.num_trials, expected_epochs(policy, spec.num_trials)
         self._seen: list[float] = []
 
     @property
@@ -71,15 +71,19 @@ class TimeBudget:
         return 0.0 if self._until is None else max(0.0, self._until - time.monotonic())
 
 
-def expected_epochs(policy: Policy) -> float:
-    """Return the epochs that a trial is expected to train, where the same share passes each rung."""
+def expected_epochs(policy: Policy, trials: int) -> float:
+    """Return the epochs that one of `trials` is expected to train, where the same share passes each rung.
+
+    A rung stops no trial before `judge_from` have arrived, so the first ones train to the end.
+    """
     last = policy.max_epochs
     rungs = [rung for rung in policy.rungs if rung < last] if policy.spec.halving else []
     expected, share, before = 0.0, 1.0, 0.0
     for rung in [*rungs, float(last)]:
         expected += share * (rung - before)
         share, before = share / policy.spec.reduction_factor, rung
-    return expected
+    free = min(trials, max(0, policy.spec.judge_from - 1))
+    return (free * last + (trials - free) * expected) / trials
 
 
 def _hours(seconds: float) -> str:
