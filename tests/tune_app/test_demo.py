@@ -21,6 +21,7 @@ from tune_app.synthetic import write_pretext_cohort
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "SUBJECTS", 20)
+    monkeypatch.setattr(demo, "CONFIRMED_ON", (1,))
     monkeypatch.setattr(
         demo, "write_pretext_cohort", partial(write_pretext_cohort, subjects=9, side=(10, 12))
     )
