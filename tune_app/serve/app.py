@@ -16,11 +16,12 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from trainables import medtune_version
-from trainables.config import problem_lines
+from trainables.config import ConfigError, problem_lines
 from trainables.data.storage import StorageError
+from trainables.data.table_file import ManifestError
 from tune_app.results.query import QueryError
 from tune_app.results.text import printable
-from tune_app.serve import change_routes, form_routes, page_routes, read_routes
+from tune_app.serve import change_routes, follow_routes, form_routes, page_routes, read_routes
 from tune_app.serve.access import Access, Guard
 from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import UnknownError, UnreadableError
@@ -59,6 +60,8 @@ STATUS: dict[type[Exception], int] = {
     UnreadableError: 409,
     QueueError: 409,
     SpecError: 422,
+    ManifestError: 422,
+    ConfigError: 422,
     QueryError: 400,
     TooManyViewersError: 503,
     StorageError: 503,
@@ -102,7 +105,7 @@ def build_app(
         app.add_exception_handler(kind, _answer(status))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _in_lines)
-    for routes in (page_routes, read_routes, change_routes, form_routes):
+    for routes in (page_routes, follow_routes, read_routes, change_routes, form_routes):
         app.include_router(routes.router)
     return app
 

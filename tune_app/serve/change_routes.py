@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trainables.checkpoints import replacing
 from trainables.data.storage import bucket_of, is_below, is_url
+from trainables.data.table_file import ManifestError, read_records
+from tune_app.results.study import Study
 from tune_app.results.text import printable
 from tune_app.serve.answers import JSONResponse
-from tune_app.serve.folder import UnknownError
+from tune_app.serve.estimate import estimate
+from tune_app.serve.folder import UnknownError, UnreadableError
 from tune_app.serve.keeping import Note, Notes, archive, delete, hide, rename, write_note
 from tune_app.serve.queue import QueueError
 from tune_app.serve.service import ID_LENGTH, Service, StudyId, TheService, TrialId
@@ -22,7 +25,7 @@ from tune_app.serve.views import failed_trials, state_of, trial_page
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.requests import ask_to_stop_trial
-from tune_app.study.spec import absolute_paths, build_spec, paths_in
+from tune_app.study.spec import StudySpec, absolute_paths, build_spec, paths_in
 
 router = APIRouter(prefix="/api")
 
@@ -51,16 +54,45 @@ class NewStudy(BaseModel):
 @router.post("/check")
 def check(fields: Annotated[dict[str, Any], Body()], service: TheService) -> JSONResponse:
     """Check the fields of a study file without starting anything; returns the size of the study."""
-    spec = build_spec(_with_paths(fields, service))
+    spec = build_spec(with_paths(fields, service))
     space = spec.resolved_space() if spec.kind == "search" else None
     rows = [row._asdict() for row in space.describe()] if space else []
-    return JSONResponse({"trials": spec.num_trials, "epochs": spec.epochs, "space": rows})
+    return JSONResponse(
+        {
+            "trials": spec.num_trials,
+            "epochs": spec.epochs,
+            "space": rows,
+            "estimate": expected_time(spec, service),
+        }
+    )
+
+
+def expected_time(spec: StudySpec, service: Service) -> dict[str, Any] | None:
+    """Return how long the study may take by what the studies here have measured; None where none has its network."""
+    found = estimate(spec, _rows(spec.data), _read_studies(service))
+    return None if found is None else found._asdict()
+
+
+def _read_studies(service: Service) -> list[Study]:
+    studies = []
+    for name in service.folder.paths():
+        with suppress(UnknownError, UnreadableError):
+            if (reading := service.folder.reading(name, wait=False)) is not None:
+                studies.append(reading.study)
+    return studies
+
+
+def _rows(data: str) -> int | None:
+    try:
+        return len(read_records(Path(data))[1])
+    except (ManifestError, OSError):  # its own check says so, where it is a fault
+        return None
 
 
 @router.post("/studies", status_code=201)
 def begin(asked: NewStudy, service: TheService) -> Asked:
     """Write the study file into a new folder and queue the study."""
-    fields = _with_paths(asked.spec, service)
+    fields = with_paths(asked.spec, service)
     build_spec(fields)
     path = service.folder.root / asked.name
     try:
@@ -140,13 +172,13 @@ class Confirmed(BaseModel):
 @router.put("/studies/{study}/notes")
 def set_note(study: StudyId, note: Note, service: TheService) -> Notes:
     """Set the note and tags of a study."""
-    return write_note(_own_folder(study, service), None, note)
+    return write_note(own_folder(study, service), None, note)
 
 
 @router.put("/studies/{study}/trials/{trial}/notes")
 def set_trial_note(study: StudyId, trial: TrialId, note: Note, service: TheService) -> Notes:
     """Set the note and tags of a trial."""
-    path = _own_folder(study, service)
+    path = own_folder(study, service)
     if not StudyFiles(path).trial(trial).record.is_file():
         raise UnknownError(f"{path.name} has no trial {trial!r}")
     return write_note(path, trial, note)
@@ -181,7 +213,7 @@ def delete_study(study: StudyId, asked: Confirmed, service: TheService) -> Asked
     return Asked(study=study, became="deleted")
 
 
-def _own_folder(study: str, service: Service) -> Path:
+def own_folder(study: str, service: Service) -> Path:
     """Return the study's folder if it is not a copy. Raises UnknownError and QueueError."""
     path = service.folder.path(study)
     if service.replica is not None:
@@ -194,7 +226,7 @@ def _own_folder(study: str, service: Service) -> Path:
 @contextmanager
 def _still(study: str, service: Service) -> Iterator[Path]:
     """Yield the study's folder, which no driver runs in and none can start in. Raises UnknownError and QueueError."""
-    path = _own_folder(study, service)
+    path = own_folder(study, service)
     if path == service.folder.root:
         raise QueueError(f"{path.name} is the folder that is served")
     inside = [each for each in service.folder.paths().values() if path in each.parents]
@@ -202,14 +234,16 @@ def _still(study: str, service: Service) -> Iterator[Path]:
         yield path
 
 
-def _with_paths(fields: dict[str, Any], service: Service) -> dict[str, Any]:
+def with_paths(fields: dict[str, Any], service: Service) -> dict[str, Any]:
     """Return the fields with absolute paths. Raises SpecError for a missing table and for paths that may not be read."""
     _require_text(fields)
     fields = absolute_paths(fields)
     problems = _outside(fields, service)
-    data = fields.get("data")
+    data, config = fields.get("data"), fields.get("config")
     if not problems and isinstance(data, str):
         problems = _missing_table(data)
+    if not problems and isinstance(config, dict) and not service.on_cluster:
+        problems = _missing_checkpoint(config.get("pretrained_path"))
     if problems:
         raise SpecError(problems)
     return fields
@@ -240,6 +274,12 @@ def _missing_table(data: str) -> list[str]:
     except OSError as error:  # such as a name that is too long
         return [f"data: {printable(data)[:100]}: {error.strerror}"]
     return [] if found else [f"data: no file {data}"]
+
+
+def _missing_checkpoint(path: Any) -> list[str]:
+    if not isinstance(path, str) or is_url(path) or Path(path).is_file():
+        return []
+    return [f"config: pretrained_path: no file {printable(path)[:300]}"]
 
 
 def _outside(fields: dict[str, Any], service: Service) -> list[str]:

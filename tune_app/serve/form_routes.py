@@ -1,17 +1,20 @@
 """The route that describes the form for a new study."""
 
+import json
 from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Response
 
+from search_spaces.ablations import VARIANT_SETS
+from search_spaces.fixes import shown
 from search_spaces.space import NOT_SEARCHED, Space
 from search_spaces.spaces import SPACES
 from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures
-from tune_app.results.text import format_value
 from tune_app.serve.views import to_json
+from tune_app.study.presets import PRESETS
 from tune_app.study.spec import StudySpec
 
 router = APIRouter(prefix="/api")
@@ -41,7 +44,7 @@ def _form() -> bytes:
     hyperparameters = [
         {
             "name": name,
-            "default": format_value(name, info.default),
+            "default": written(info.default),
             "meaning": info.description or "",
         }
         for name, info in FineTuneConfig.model_fields.items()
@@ -54,9 +57,18 @@ def _form() -> bytes:
             "objectives": objectives,
             "samplers": ["model", "tpe", "random", "qmc", "gp"],
             "not_searched": NOT_SEARCHED,
+            "presets": PRESETS,
+            "variant_sets": list(VARIANT_SETS),
             "palette": figures.PALETTE,
         }
     )
+
+
+def written(value: Any) -> str:
+    """Return a value as a study file has it."""
+    if isinstance(value, float):
+        return shown(value)
+    return json.dumps(value)
 
 
 def _space(space: Space) -> dict[str, Any]:
@@ -65,6 +77,7 @@ def _space(space: Space) -> dict[str, Any]:
     parameters = [
         {
             "name": name,
+            "sets": space.parameters[name].hyperparameter,
             "role": role,
             **ranges,
             "before": rows[name].before,

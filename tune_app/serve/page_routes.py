@@ -20,6 +20,7 @@ ASSETS = {
     "charts.js": "text/javascript",
     "across.js": "text/javascript",
     "curves.js": "text/javascript",
+    "follow.js": "text/javascript",
     "table.js": "text/javascript",
     "serve.css": "text/css",
     "report.css": "text/css",

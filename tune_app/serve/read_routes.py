@@ -24,6 +24,7 @@ from tune_app.serve.views import (
     comparison,
     curves,
     figure,
+    importance_among,
     log_tail,
     to_json,
     trial_page,
@@ -137,10 +138,20 @@ def compare(study: StudyId, first: TrialQuery, second: TrialQuery, service: TheS
 
 @router.get("/{study}/figures/{name}")
 def one_figure(
-    study: StudyId, name: Annotated[str, InPath(max_length=100)], service: TheService
+    study: StudyId,
+    name: Annotated[str, InPath(max_length=100)],
+    service: TheService,
+    trials: Annotated[str, Query(max_length=50_000, pattern="^[0-9A-Za-z_,-]*$")] = "",
 ) -> Response:
-    """Return a figure in Plotly's form, with its caption; the overview lists their names."""
+    """Return a figure in Plotly's form, with its caption; the overview lists their names.
+
+    `trials`: ids separated by commas, over which alone importance is computed.
+    """
     try:
+        if trials and name == "importance":
+            with service.alone():  # a second of work that no other reader shares
+                found = importance_among(service.read(study).study, trials.split(","))
+            return Response(to_json(found), media_type="application/json")
         return service.computed(study, ("figure", name), lambda found: figure(found, name))
     except ValueError as error:
         if isinstance(error, UnreadableError | SpecError):

@@ -1,8 +1,10 @@
 """What the routes of `medtune serve` share: the studies, the queue, the live feeds and the access rules."""
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +15,11 @@ from trainables.data.storage import StorageError
 from tune_app.results.study import Study
 from tune_app.results.text import printable
 from tune_app.serve.access import Access
+from tune_app.serve.exporting import Exports
 from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
 from tune_app.serve.keeping import read_notes
 from tune_app.serve.live import Feeds
-from tune_app.serve.queue import StudyQueue
+from tune_app.serve.queue import QueueError, StudyQueue
 from tune_app.serve.replica import Replica
 from tune_app.serve.views import (
     failed_trials,
@@ -31,6 +34,10 @@ log = logging.getLogger("medtune.serve")
 
 ID_LENGTH = 400
 """Characters of a study's id."""
+
+
+ALONE_S = 10.0
+"""Seconds that a reader waits while something is computed for another one."""
 
 
 class Service:
@@ -59,7 +66,11 @@ class Service:
             place=self.folder.place,
             data_roots=self.allowed_roots(),
         )
+        self.on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
+        """Whether drivers run trials on other machines, whose files this one does not see."""
+        self.exports = Exports(self.folder.root / ".medtune" / "models")
         self.feeds = Feeds(self.folder, self.about)
+        self._alone = threading.Lock()
         self._closed = threading.Event()
 
     def allowed_roots(self) -> list[str]:
@@ -91,6 +102,16 @@ class Service:
                         self.folder.reading(study)
                 except (UnknownError, UnreadableError, OSError) as error:
                     log.warning("%s", error)  # damaged, or removed meanwhile
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold back others while something is computed for one reader alone. Raises QueueError after ALONE_S."""
+        if not self._alone.acquire(timeout=ALONE_S):
+            raise QueueError("the service computes this for other readers: try again in a moment")
+        try:
+            yield
+        finally:
+            self._alone.release()
 
     # Reading -----------------------------------------------------------------------------------------------------------
 

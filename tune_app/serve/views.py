@@ -8,7 +8,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -516,6 +517,17 @@ def figure(study: Study, name: str) -> dict[str, Any]:
         drawn = figures.slice_of(study, name.removeprefix("slice-"))
         caption = "Dashed: the document's value before its fix; solid: after."
     return {"figure": plain(drawn), "caption": caption}
+
+
+def importance_among(study: Study, trials: Collection[str]) -> dict[str, Any]:
+    """Return the figure of importance over some of the trials. Raises ValueError where too few of them have ended."""
+    some = replace(
+        study, trials_full=study.trials_full[study.trials_full["trial"].isin(list(trials))]
+    )
+    if not findings.enough_for_importance(some):
+        least = findings.LEAST_FOR_IMPORTANCE
+        raise ValueError(f"importance: fewer than {least} of the trials shown have ended")
+    return figure(some, "importance")
 
 
 # Logs ------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +175,17 @@ def test_every_figure_of_the_overview_can_be_had(
         time.sleep(0.2)
     figure = client.get("/api/studies/long/figures/importance").json()
     assert figure["figure"]["data"][0]["error_x"]["array"], "importance has its uncertainty"
+    study = load_study(client.app.state.service.folder.path("long"))  # type: ignore[attr-defined]
+    some = study.trials_full[study.trials_full["trial"] != "00005"]
+    among = client.get(
+        "/api/studies/long/figures/importance", params={"trials": ",".join(some["trial"])}
+    ).json()["figure"]["data"][0]
+    alone = replace(study, trials_full=some).importance().set_index("parameter")["importance"]
+    assert dict(zip(among["y"], among["x"], strict=True)) == pytest.approx(
+        alone.to_dict(), abs=1e-4
+    )
+    few = client.get("/api/studies/long/figures/importance", params={"trials": "00001,00002"})
+    assert (few.status_code, "fewer than 20" in few.json()["detail"][0]) == (404, True)
     for name in names:
         answer = client.get(f"/api/studies/first/figures/{name}")
         assert answer.status_code == 200, name
@@ -552,6 +564,9 @@ CHANGES = [
     ("/api/studies/first/start", None),
     ("/api/studies/first/stop", None),
     ("/api/studies/first/trials/00001/stop", None),
+    ("/api/studies/first/confirm", {"folds": "7"}),
+    ("/api/studies/first/ablate", {"name": "first"}),
+    ("/api/studies/first/export", {"name": "x", "trial": "00001", "confirmed": True}),
 ]
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import yaml
 from browsing import (
     DEADLINE_S,
     DESKTOP,
@@ -23,6 +24,7 @@ from browsing import (
     complaints,
     opened,
     ready,
+    violations,
     wait,
     wait_for,
 )
@@ -32,7 +34,9 @@ from object_storage import put_folder, s3_server
 from tune_app.report.findings import rivals_within_noise
 from tune_app.results.loading import load_study
 from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.presets import PRESETS
 from tune_app.study.rows import is_held
+from tune_app.study.spec import StudySpec
 from tune_app.synthetic import write_cohort
 
 TOKEN = "token-of-the-test"
@@ -323,6 +327,28 @@ def test_the_filter_by_shown_headings_acts_on_curves_and_figures(
     assert complaints(browser) == []
 
 
+def test_importance_is_computed_again_for_the_trials_that_the_filter_leaves(
+    browser: Browser, service: Service, write_study: Callable[..., Path]
+) -> None:
+    root = shutil.copytree(write_study("long", trials=26, epochs=6), service.folder / "long")
+    objective = load_study(root).trials["objective"].sort_values()
+    opened(browser, f"{service.url}#/study/long")
+    box = "document.querySelector('[data-figure=importance]')"
+    browser.execute_script(f"{box}.scrollIntoView()")
+    bars = f"return [...{box}.querySelectorAll('rect title')].map((bar) => bar.textContent).join()"
+    before = wait(browser, bars)
+    field = browser.find_element("css selector", "#filter")
+    field.send_keys(f"objective > {objective.iloc[3]:.4f}")
+    browser.execute_script(f"{box}.scrollIntoView()")
+    wait(browser, f"const now = (() => {{ {bars} }})(); return now && now !== arguments[0]", before)
+    field.clear()
+    field.send_keys(f"objective > {objective.iloc[-4]:.4f}")
+    browser.execute_script(f"{box}.scrollIntoView()")
+    wait(browser, f"return {box}.querySelector('figcaption').textContent.includes('fewer than 20')")
+    assert not browser.execute_script(bars), "no order of the earlier trials stays"
+    shutil.rmtree(root)
+
+
 def test_a_range_of_a_parallel_axis_filters_the_table_and_a_click_takes_it_away(
     browser: Browser, service: Service
 ) -> None:
@@ -384,6 +410,17 @@ def test_columns_are_chosen_and_what_is_shown_is_saved_as_csv(
     click(browser, "#columns")
     click(browser, "dialog .tool:not(.main)")
     assert "verdict" in browser.execute_script(heads)
+
+
+def test_paper_gets_the_whole_table(browser: Browser, service: Service) -> None:
+    opened(browser, f"{service.url}#/study/a%20search", PHONE)
+    browser.execute_script(
+        "addEventListener('beforeprint', () => { window.printed = document.querySelectorAll('table.trials tr[data-trial]').length })"
+    )
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+    assert printed.startswith("JVBERi0"), "a PDF, in base64"
+    study = load_study(service.folder / "a search")
+    assert browser.execute_script("return window.printed") == len(study.trials)
 
 
 def test_the_first_column_stays_and_escape_keeps_what_was_picked(
@@ -610,6 +647,123 @@ def test_notes_are_written_and_a_study_is_deleted_by_its_name(
     wait_for(lambda: not files.root.exists())
     wait(browser, "return location.hash === '#/'")
     browser.delete_all_cookies()
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("cohort"), subjects=20, side=(8, 9))
+
+
+@pytest.fixture
+def readable(
+    another: Callable[[str], StudyFiles], cohort: Path, service: Service
+) -> Iterator[StudyFiles]:
+    """A search whose table can be read; another study holds the machine, so that nothing that is queued starts."""
+    files = another("readable")
+    info = json.loads(files.spec.read_text())
+    info["spec"]["data"] = str(cohort)
+    files.spec.write_text(json.dumps(info))
+    with FileLock(StudyFiles(service.folder / "an ablation").lock):
+        yield files
+
+
+def test_a_confirmation_is_planned_with_its_time_and_queued_from_the_page(
+    browser: Browser, service: Service, readable: StudyFiles
+) -> None:
+    opened(browser, f"{service.url}#token={TOKEN}")
+    browser.execute_script("location.hash = '#/study/readable'")
+    click(browser, "#confirm")
+    plan = "return document.querySelector('#plan').textContent"
+    wait(browser, f"{plan}.includes('Measured in the study')")
+    assert "runs of 20 epochs" in browser.execute_script(plan)
+    field = browser.find_element("css selector", "#p-folds")
+    field.clear()
+    field.send_keys("x")
+    click(browser, "#go")
+    assert "all, own, or numbers" in text(browser, "label:has(#p-folds) .at-field")
+    assert violations(browser) == []
+    field.clear()
+    field.send_keys("0,1")
+    click(browser, "#go")
+    wait(browser, "return location.hash === '#/study/readable~confirmation'")
+    wait(browser, "return document.querySelector('.badge')?.textContent.includes('queued')")
+    asked = yaml.safe_load(StudyFiles(readable.confirmation).asked.read_text())
+    assert {trial["overrides"]["fold"] for trial in asked["planned"]} == {0, 1}
+    click(browser, "#stop")  # out of the queue
+    wait_for(lambda: not json.loads((service.folder / ".medtune" / "queue.json").read_text())["waiting"])  # fmt: skip
+    browser.delete_all_cookies()
+
+
+def test_an_export_that_fails_says_why_on_the_studys_page(
+    browser: Browser, service: Service, readable: StudyFiles
+) -> None:
+    opened(browser, f"{service.url}#token={TOKEN}")
+    browser.execute_script("location.hash = '#/study/readable/trial/00001'")
+    wait(browser, "return document.querySelector('h1').textContent === 'Trial 00001'")
+    click(browser, "#export")
+    assert text(browser, "#p-trial option") == "trial 00001"
+    click(browser, "#go")
+    browser.execute_script("location.hash = '#/study/readable'")
+    wait(browser, "return document.querySelector('[data-model] .badge.failed')")
+    assert "error" in text(browser, "[data-model] .log"), "its weights are no weights"
+    browser.delete_all_cookies()
+
+
+def test_the_form_has_presets_the_time_and_each_problem_at_its_field(
+    browser: Browser, service: Service, readable: StudyFiles, cohort: Path
+) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    opened(browser, f"{service.url}#token={TOKEN}")
+    browser.execute_script("location.hash = '#/new'")
+    wait(browser, "return document.querySelector('#f-data')")
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('.field > span')].map((each) => each.textContent)"
+    )
+    assert set(names) - {"name", "preset", "epochs", "pretrained_path"} <= set(
+        StudySpec.model_fields
+    ), "fields are named as in a study file"
+    Select(browser.find_element("css selector", "#f-preset")).select_by_visible_text("laptop")
+    value = "return document.querySelector(arguments[0]).value"
+    preset = PRESETS["laptop"]
+    assert browser.execute_script(value, "#f-trials") == str(preset["trials"])
+    assert browser.execute_script(value, "#f-epochs") == str(preset["config"]["epochs"])
+    assert "width = 0.5" in browser.execute_script(value, "#f-config")
+    browser.find_element("css selector", "#f-data").send_keys(str(cohort))
+    lines = "depth = 10\nvolume_shape = 28"
+    browser.execute_script("document.querySelector('#f-config').value = arguments[0]", lines)
+    click(browser, "#check")
+    wait(browser, "return document.querySelector('#told').textContent.includes('Time: about')")
+    assert violations(browser) == []
+
+    browser.find_element("css selector", "#f-weights").send_keys("/nowhere/resnet.pth")
+    click(browser, "#check")
+    assert "no file /nowhere/resnet.pth" in text(browser, "label:has(#f-weights) .at-field")
+    browser.execute_script(
+        "document.querySelector('#f-weights').value = '';"
+        "document.querySelector('#f-config').value = 'depth = 11';"
+        "document.querySelector('input.range[aria-label=s]').value = 90"
+    )
+    click(browser, "#check")
+    invalid = "return [...document.querySelectorAll('[aria-invalid]')].map((each) => each.id || each.ariaLabel)"
+    wait(browser, "return document.querySelector('#problems li')")
+    assert browser.execute_script(invalid) == ["f-config"]
+    browser.delete_all_cookies()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("view", ["", "study/a%20search", "study/a%20search/trial/00003", "across/a%20search/an%20ablation", "new"])  # fmt: skip
+def test_no_view_breaks_a_rule_of_accessibility(
+    browser: Browser, service: Service, view: str, theme: str
+) -> None:
+    opened(browser, f"{service.url}#/{view}")
+    browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+    assert violations(browser) == []
+    small = browser.execute_script(
+        "return [...document.querySelectorAll('button, a.tool, select, input, summary')].map((each) => [each.id || each.textContent, each.getBoundingClientRect()])"
+        ".filter(([, box]) => box.width && (box.width < 24 || box.height < 24)).map(([name]) => name)"
+    )
+    assert small == []
 
 
 # A study from its start on the page to its end -------------------------------------------------------------------------

@@ -39,9 +39,17 @@ export function span(seconds) {
   return `${(seconds / 86400).toFixed(1)} d`;
 }
 
+// How long a study will take, by what an earlier one has measured.
+export function timeText(estimate) {
+  if (!estimate) return "Time: not known before its first epochs, as no study here has trained this network on volumes of this size.";
+  const { likely_s, latest_s, study, host, epoch_s, at_once } = estimate;
+  const stops = likely_s < 0.98 * latest_s ? `about ${span(likely_s)} if trials stop as early as there, at most ${span(latest_s)}` : `about ${span(latest_s)}`;
+  return `Time: ${stops}. Measured in the study "${study}"${host ? ` on ${host}` : ""}: ${number(epoch_s, epoch_s < 10 ? 1 : 0)} s per epoch, ${at_once} trials at a time.`;
+}
+
 const STATES = {
   running: ["●", "running"], starting: ["◐", "starting"], queued: ["◔", "queued"], ended: ["✓", "ended"], interrupted: ["‖", "interrupted"],
-  failed: ["!", "failed"], unstarted: ["!", "did not start"], new: ["○", "not begun"], unreadable: ["!", "unreadable"], unread: ["…", "being read"], completed: ["✓", "completed"], stopped: ["■", "stopped"],
+  failed: ["!", "failed"], unstarted: ["!", "did not start"], new: ["○", "not begun"], unreadable: ["!", "unreadable"], unread: ["…", "being read"], completed: ["✓", "completed"], stopped: ["■", "stopped"], writing: ["◐", "being written"], written: ["✓", "written"],
 };
 export const badge = (state, more = "") => h("span", { class: `badge ${state}` }, `${(STATES[state] || ["", state])[0]} ${(STATES[state] || ["", state])[1]}${more}`);
 
@@ -116,6 +124,35 @@ export function askToken() {
     dialog.showModal();
     field.focus();
   });
+}
+
+// What the service refused, all of it in a list, and each line at the field that it names. `fieldOf` finds the input of a name.
+export class ProblemList {
+  constructor(fieldOf, id = "problems") {
+    this.fieldOf = fieldOf;
+    this.node = h("div", { class: "bad problems", id, role: "alert" });
+    this.marked = [];
+  }
+  clear() {
+    this.node.replaceChildren();
+    for (const node of this.marked) if (node.matches(".at-field")) node.remove(); else node.removeAttribute("aria-invalid");
+    this.marked = [];
+  }
+  show(lines) {
+    this.node.replaceChildren(h("ul", {}, lines.map((line) => h("li", {}, line))));
+    for (const line of lines) {
+      const words = line.match(/[a-z][a-z0-9_]*/g) || []; // the most exact name comes last in `config: depth: ...`
+      const heads = line.split(/[:=]/).slice(0, -1).map((part) => part.trim().split(/[ .]/).pop().replace(/^['"]|['"]$/g, ""));
+      const quoted = [...line.matchAll(/'([a-z_]+)'/g)].map((found) => found[1]);
+      const input = [...heads.reverse(), ...quoted, words[0]].map((name) => this.fieldOf(name)).find(Boolean);
+      if (!input) continue;
+      input.setAttribute("aria-invalid", "true");
+      const told = h("small", { class: "bad at-field" }, line);
+      (input.closest(".field") || input.closest("td")).append(told);
+      this.marked.push(input, told);
+    }
+    (this.marked[0] || this.node).scrollIntoView({ block: "center" });
+  }
 }
 
 // Notes and tags of a study or a trial: shown to all, changed by who is logged in.

@@ -2,7 +2,7 @@
 // page's own, so that any view can be sent to a colleague.
 import { acrossView } from "./across.js";
 import { setPalette } from "./charts.js";
-import { api, askToken, badge, clock, dialog, h, logIn, number, page, prose, say, showSession, state, studyHash } from "./parts.js";
+import { api, askToken, badge, clock, dialog, h, logIn, number, page, ProblemList, prose, say, showSession, state, studyHash, timeText } from "./parts.js";
 import { compareView, studyView, trialView } from "./study.js";
 
 let view = null; // the view on the page: {close, crumbs, repaint, keys}
@@ -62,16 +62,25 @@ function listView() {
   return { close: () => { closed = true; clearTimeout(timer); }, crumbs: [] };
 }
 
+// A value as a study file has it, and back.
+const written = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential() : String(value));
+function scalar(text) {
+  if (text !== "" && !Number.isNaN(Number(text))) return Number(text);
+  return { true: true, false: false, null: null }[text] ?? (text === "null" ? null : text);
+}
+
 // A new study -------------------------------------------------------------------------------------------------------------
 
 function newView() {
   const form = state.form;
   const fields = form.fields;
-  const field = (name, node, hint) => h("label", { class: "field" }, h("span", {}, name), node, hint ? h("small", { class: "faint" }, prose(hint.replace("None:", "Empty:"))) : "");
+  const field = (name, node, hint) => h("label", { class: "field" }, h("span", {}, name), node, hint ? h("small", { class: "faint" }, prose(hint.replace(/\bNone\b/g, "empty"))) : "");
   const stamp = new Date().toISOString().slice(0, 16).replace(/[-:]/g, "").replace("T", "-");
   const inputs = {
     name: h("input", { id: "f-name", required: true, pattern: "[A-Za-z0-9][A-Za-z0-9 _.\\-]{0,63}", value: `search-${stamp}` }),
     data: h("input", { id: "f-data", required: true, placeholder: "/data/table.csv" }),
+    pretrained_path: h("input", { id: "f-weights", placeholder: "/data/resnet_50_23dataset.pth" }),
+    preset: h("select", { id: "f-preset" }, h("option", { value: "" }, "none"), Object.keys(form.presets).map((name) => h("option", {}, name))),
     space: h("select", { id: "f-space" }, form.spaces.map((space) => h("option", { value: space.name }, `${space.name}: ${space.title}`))),
     trials: h("input", { id: "f-trials", type: "number", min: 1, value: 20 }),
     epochs: h("input", { id: "f-epochs", type: "number", min: 1, placeholder: form.hyperparameters.find((each) => each.name === "epochs").default }),
@@ -83,16 +92,36 @@ function newView() {
     config: h("textarea", { id: "f-config", rows: 5, spellcheck: "false", placeholder: "depth = 50\nvolume_shape = 96" }),
   };
   inputs.objective.value = "best_median3";
-  const ranges = h("tbody"), problems = h("ul", { class: "bad", id: "problems", role: "alert" }), told = h("p", { class: "faint", role: "status" });
-  let parameters = [];
+  const ranges = h("tbody"), told = h("p", { class: "faint", role: "status", id: "told" });
+  const known = new Set(form.hyperparameters.map((each) => each.name));
+  const meaning = (name) => form.hyperparameters.find((each) => each.name === name).meaning;
+  let parameters = [], more = {}; // more: fields of a preset that have no input
+  const list = new ProblemList((name) => {
+    const parameter = parameters.find((each) => each.parameter.name === name);
+    if (parameter) return parameter.low || parameter.choices;
+    return (Object.hasOwn(inputs, name) && inputs[name]) || (known.has(name) ? inputs.config : null);
+  });
+  // A preset fills in what is seen, so that nothing is set behind the form.
+  function fillIn() {
+    const { config = {}, trials, gpus_per_trial, ...others } = form.presets[inputs.preset.value] || {};
+    more = others;
+    if (trials === undefined) return;
+    inputs.trials.value = trials;
+    inputs.gpus_per_trial.value = gpus_per_trial;
+    const { epochs, ...rest } = config;
+    inputs.epochs.value = epochs ?? "";
+    const kept = inputs.config.value.split("\n").filter((line) => line.trim() && !Object.keys(rest).includes(line.split("=")[0].trim()));
+    inputs.config.value = [...kept, ...Object.entries(rest).map(([name, value]) => `${name} = ${value}`)].join("\n");
+    expect();
+  }
   function showSpace() {
     const space = form.spaces.find((each) => each.name === inputs.space.value);
     parameters = space.parameters.map((parameter) => {
       const on = h("input", { type: "checkbox", checked: true, "aria-label": `search ${parameter.name}` });
-      const text = (value) => h("input", { class: "range", value: String(value), "aria-label": `${parameter.name}` });
+      const text = (value) => h("input", { class: "range", value: typeof value === "number" ? written(value) : String(value), "aria-label": `${parameter.name}` });
       const low = parameter.choices ? null : text(parameter.low), high = parameter.choices ? null : text(parameter.high);
       const choices = parameter.choices ? text(parameter.choices.map((each) => JSON.stringify(each)).join(", ")) : null;
-      const row = h("tr", {}, h("td", {}, h("label", {}, on, " ", parameter.name), parameter.role === "retune" ? h("span", { class: "faint" }, " retuned") : ""),
+      const row = h("tr", {}, h("td", {}, h("label", {}, on, " ", parameter.name), parameter.role === "retune" ? h("span", { class: "faint" }, " retuned") : "", parameter.sets !== parameter.name ? h("span", { class: "faint under" }, `sets ${parameter.sets}`) : ""),
         h("td", {}, choices || h("span", { class: "ends" }, low, " to ", high)), h("td", { class: "faint roomy" }, parameter.choices ? "choices" : parameter.log ? "log" : ""), h("td", { class: "faint roomy" }, `default ${parameter.default}${parameter.before ? `, before ${parameter.before}` : ""}`));
       return { parameter, on, low, high, choices, row };
     });
@@ -121,56 +150,52 @@ function newView() {
     return changed ? { ...written, name: `${space.name} (changed)` } : space.name;
   }
   function given() {
-    const spec = { data: inputs.data.value.trim(), space: spaceGiven(), config: {} };
+    const spec = { ...more, data: inputs.data.value.trim(), space: spaceGiven(), config: {} };
     for (const name of ["objective", "sampler"]) spec[name] = inputs[name].value;
     for (const name of ["trials", "seed", "max_concurrent"]) if (inputs[name].value !== "") spec[name] = Number(inputs[name].value);
     const gpus = inputs.gpus_per_trial.value.trim();
     if (gpus) spec.gpus_per_trial = gpus === "auto" ? gpus : Number(gpus);
     for (const line of inputs.config.value.split("\n")) {
       const [, name, value] = line.match(/^\s*([^=\s]+)\s*=\s*(.*?)\s*$/) || [];
-      if (name) spec.config[name] = value === "true" ? true : value === "false" ? false : value !== "" && !Number.isNaN(Number(value)) ? Number(value) : value;
+      if (name) spec.config[name] = scalar(value);
     }
+    if (inputs.pretrained_path.value.trim()) spec.config.pretrained_path = inputs.pretrained_path.value.trim();
     if (inputs.epochs.value !== "") spec.config.epochs = Number(inputs.epochs.value);
     return spec;
   }
-  // Each problem at the field it names, and all of them above the buttons.
-  function showProblems(lines) {
-    problems.replaceChildren(...lines.map((line) => h("li", {}, line)));
-    for (const line of lines) {
-      const named = line.match(/^(?:config\.)?([a-z_]+)\s*[:=]/)?.[1] ?? line.match(/'([a-z_]+)'/)?.[1];
-      const input = inputs[named] ?? (form.hyperparameters.some((each) => each.name === named) ? inputs.config : parameters.find((each) => each.parameter.name === named)?.low);
-      if (!input) continue;
-      input.setAttribute("aria-invalid", "true");
-      const told = h("small", { class: "bad at-field" }, line);
-      (input.closest(".field") || input.closest("td")).append(told);
-    }
-    (written().querySelector("[aria-invalid]") || problems).scrollIntoView({ block: "center" });
-  }
-  const written = () => page.querySelector("form.new");
   async function send(check) {
-    problems.replaceChildren();
-    for (const told of written().querySelectorAll(".at-field")) told.remove();
-    for (const input of written().querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
+    list.clear();
     told.textContent = "";
     if (!state.session.logged_in && !(await askToken())) return;
     try {
       if (check) {
         const found = await api("check", { method: "POST", body: given() });
-        told.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters.`;
+        told.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters. ${timeText(found.estimate)}`;
       } else {
         const found = await api("studies", { method: "POST", body: { name: inputs.name.value.trim(), spec: given() } });
         location.hash = studyHash(found.study);
       }
-    } catch (error) { showProblems(error.detail || [error.message]); }
+    } catch (error) { list.show(error.detail || [error.message]); }
   }
+  // The time that it will take, while the form is filled in; problems are shown when asked for.
+  let wait = 0;
+  function expect() {
+    clearTimeout(wait);
+    if (!state.session.logged_in || !inputs.data.value.trim()) return;
+    wait = setTimeout(async () => {
+      try { told.textContent = timeText((await api("check", { method: "POST", body: given() })).estimate); } catch { told.textContent = ""; }
+    }, 600);
+  }
+  for (const input of Object.values(inputs)) input.addEventListener("change", expect);
   inputs.space.addEventListener("change", showSpace);
-  const known = h("details", {}, h("summary", {}, "Hyperparameters and what they do"), h("table", { class: "settings" }, h("tbody", {}, form.hyperparameters.map((each) => h("tr", {}, h("td", {}, each.name), h("td", {}, each.default), h("td", { class: "faint" }, prose(each.meaning)))))));
+  inputs.preset.addEventListener("change", fillIn);
+  const meanings = h("details", {}, h("summary", {}, "Hyperparameters and what they do"), h("table", { class: "settings" }, h("tbody", {}, form.hyperparameters.map((each) => h("tr", {}, h("td", {}, each.name), h("td", {}, each.default), h("td", { class: "faint" }, prose(each.meaning)))))));
   page.replaceChildren(h("h1", {}, "New study"), h("form", { class: "new", onsubmit: (event) => { event.preventDefault(); send(false); } },
-    h("div", { class: "grid" }, field("name of its folder", inputs.name), field("table of volumes", inputs.data, fields.data), field("trials", inputs.trials), field("epochs of a full trial", inputs.epochs),
-      field("objective", inputs.objective, fields.objective), field("sampler", inputs.sampler, fields.sampler), field("seed", inputs.seed, fields.seed), field("GPUs a trial", inputs.gpus_per_trial, fields.gpus_per_trial), field("trials at a time", inputs.max_concurrent)),
-    h("h2", {}, "What is searched"), field("search space", inputs.space), h("div", { class: "scroll" }, h("table", { class: "ranges" }, ranges)),
-    h("h2", {}, "What is set"), field("hyperparameters of every trial, a line each: name = value", inputs.config, "What is set here is not searched."), known,
-    problems, told, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
+    h("div", { class: "grid" }, field("name", inputs.name, "Name of the study's folder."), field("data", inputs.data, fields.data), field("preset", inputs.preset, "Size of trials and search for a machine: laptop, one GPU, several GPUs. It fills in the fields below."), field("pretrained_path", inputs.pretrained_path, meaning("pretrained_path")),
+      field("trials", inputs.trials, fields.trials.split(". ")[0]), field("epochs", inputs.epochs, "Epochs of a trial that is not stopped."), field("objective", inputs.objective, fields.objective), field("sampler", inputs.sampler, fields.sampler), field("seed", inputs.seed, fields.seed), field("gpus_per_trial", inputs.gpus_per_trial, fields.gpus_per_trial), field("max_concurrent", inputs.max_concurrent, fields.max_concurrent)),
+    h("h2", {}, "Search space"), field("space", inputs.space), h("div", { class: "scroll" }, h("table", { class: "ranges" }, ranges)),
+    h("h2", {}, "Fixed hyperparameters"), field("config", inputs.config, "Hyperparameters of every trial, a line each: name = value, as in a study file. What is set here is not searched."), meanings,
+    list.node, told, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
   showSpace();
   document.documentElement.dataset.ready = "yes";
   return { crumbs: [["new study", "#/new"]], close: () => {} };

@@ -1,6 +1,7 @@
 // A study, one of its trials, and two of them side by side. Whatever comes from a study is set as text.
 import { brushed, drawFigure, isDark, lineFigure, paint } from "./charts.js";
 import { Link, MOST_PICKS, Panel, pickColour } from "./curves.js";
+import { followButtons, followUp, modelsPart } from "./follow.js";
 import { act, api, askToken, badge, confirmThat, dialog, enc, h, notesPart, number, page, prose, say, showSession, span, state, studyHash } from "./parts.js";
 import { TrialTable } from "./table.js";
 
@@ -17,7 +18,7 @@ function swatch(group) {
 
 export function studyView(id, query) {
   const base = `studies/${enc(id)}`;
-  const parts = Object.fromEntries(["top", "tiles", "cautions", "curves", "table", "figures", "log"].map((name) => [name, h("div")]));
+  const parts = Object.fromEntries(["top", "tiles", "cautions", "curves", "table", "figures", "models", "log"].map((name) => [name, h("div")]));
   page.replaceChildren(h("p", { class: "faint" }, "Reading the study."));
   let overview = null, table = null, link = null, panels = [], source = null, timer = 0, closed = false, ready = false, changed = 0, stateText = "";
   let picked = (query.get("pick") || "").split(",").filter(Boolean).slice(0, MOST_PICKS);
@@ -25,7 +26,7 @@ export function studyView(id, query) {
   const colourOf = (trial) => pickColour(Math.max(0, picked.indexOf(trial)), isDark());
   let axis = ["epoch", "updates", "time"].includes(query.get("x")) ? query.get("x") : "epoch", refetched = 0;
 
-  let connected = false;
+  let connected = false, models = null;
   let open = true; // whether the cautions are
   async function load() {
     let told, trials, curves;
@@ -89,6 +90,7 @@ export function studyView(id, query) {
         }
       } }, told.stopping ? "stopping" : told.state === "queued" ? "remove from queue" : "stop") : "",
       told.found ? h("a", { class: "tool", href: `api/${base}/report`, download: "" }, "download report") : "",
+      told.found ? followButtons(told, () => table?.rows.map((row) => row.trial) ?? []) : "",
       told.found && !told.can_stop ? h("button", { class: "tool", id: "manage", onclick: () => manage(told) }, "rename, archive, delete") : "");
   }
 
@@ -110,10 +112,18 @@ export function studyView(id, query) {
   }
 
 
+  const toPaper = (printing) => () => { if (table) { table.printing = printing; table.redraw(); } };
+  const [beforePrint, afterPrint] = [toPaper(true), toPaper(false)];
+  addEventListener("beforeprint", beforePrint);
+  addEventListener("afterprint", afterPrint);
+
   const refresh = () => { clearTimeout(timer); if (!ready) timer = setTimeout(load, 600); else api(base).then(show).catch(() => {}); };
 
   function build(told, metrics) {
     page.replaceChildren(...Object.values(parts));
+    models?.close();
+    models = modelsPart(id);
+    parts.models.replaceChildren(models.box);
     parts.notes = notesPart(base, "study", () => api(`${base}/notes`).then((found) => found.study));
     link = new Link({ onPick: toggle, isDark });
     parts.chips = h("div", { class: "chips", role: "group", "aria-label": "groups of trials that the curves show" });
@@ -138,6 +148,7 @@ export function studyView(id, query) {
     const count = h("span", { class: "faint", role: "status" });
     let wait = 0;
     filter.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => { applyFilter(filter.value); address(); }, 200); });
+    parts.table.className = "printed-wide";
     parts.table.replaceChildren(h("h2", { id: "trials" }, "Trials"), h("div", { class: "tools", id: "table-tools" }, h("label", {}, "Filter ", filter), count));
     table = new TrialTable(parts.table, { onPick, onOpen: (trial) => studyHash(id, `/trial/${enc(trial)}`), onOrder: () => address(), colourOf });
     parts.table.querySelector("#table-tools").append(...table.tools(id));
@@ -146,6 +157,7 @@ export function studyView(id, query) {
       link.only = table.passing(); // the filter acts on curves and figures alike
       link.redraw();
       for (const [name, each] of figures) if (each.figure) draw(name);
+      filtered();
     };
     const sort = query.get("sort") || "-objective";
     table.sort = { name: sort.replace(/^-/, ""), way: sort.startsWith("-") ? "descending" : "ascending" };
@@ -284,18 +296,35 @@ export function studyView(id, query) {
     parts.figures.replaceChildren(names.length ? h("h2", { id: "figures" }, "Figures") : "", ...whole, slices.length ? h("div", { class: "slices" }, slices) : "");
   }
 
+  // Importance is computed again over the trials that the filter lets through; all other figures only hide the rest.
+  const amongOf = (name) => (name === "importance" && link.only?.size ? `?trials=${[...link.only].sort().join(",")}` : "");
+  let shownTrials = "", later = 0;
+  function filtered() {
+    const each = figures.get("importance"), now = amongOf("importance");
+    if (now === shownTrials) return;
+    shownTrials = now;
+    if (!each) return;
+    each.seen = -1;
+    clearTimeout(later);
+    later = setTimeout(() => { if (each.visible && !closed) freshen("importance"); }, 400);
+  }
+
   async function freshen(name) {
     const each = figures.get(name);
     if (each.busy || each.seen === changed) return;
     each.busy = true;
+    const among = amongOf(name);
     try {
-      const told = await api(`${base}/figures/${enc(name)}`);
+      const told = await api(`${base}/figures/${enc(name)}${among}`);
       each.figure = told.figure;
       each.caption.textContent = told.caption;
       draw(name);
-    } catch (error) { if (!each.figure) each.caption.textContent = `Not told: ${error.message}`; }
+    } catch (error) {
+      if (among) { each.figure = null; each.host.replaceChildren(); }
+      if (!each.figure) each.caption.textContent = `Not shown: ${error.message}`;
+    }
     each.busy = false;
-    each.seen = changed;
+    each.seen = among === amongOf(name) ? changed : -1;
     each.at = Date.now();
   }
   function draw(name) {
@@ -353,7 +382,7 @@ export function studyView(id, query) {
   load();
   return {
     crumbs: [[id, studyHash(id)]],
-    close: () => { closed = true; clearTimeout(timer); source?.close(); seen.disconnect(); live.textContent = ""; live.className = "live"; },
+    close: () => { closed = true; clearTimeout(timer); source?.close(); seen.disconnect(); models?.close(); removeEventListener("beforeprint", beforePrint); removeEventListener("afterprint", afterPrint); live.textContent = ""; live.className = "live"; },
     repaint: () => { if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } link?.redraw(); pick(picked); for (const [name, each] of figures) if (each.figure) draw(name); },
     keys: {
       j: () => table?.move(1), k: () => table?.move(-1), x: () => table?.at && toggle(table.at),
@@ -420,7 +449,8 @@ export function trialView(study, trial) {
       told.reason && told.state !== "running" && !told.reason.includes(told.verdict_summary) ? h("p", {}, `Ended: ${told.reason}`) : "", told.error ? h("pre", { class: "log" }, told.error) : "",
       h("div", { class: "tools" }, told.stoppable ? h("button", { class: "tool", id: "stop-trial", disabled: told.stop_asked, onclick: async () => {
         if ((await confirmThat(`Stop trial ${trial} after the epoch it is in? It will not be run again.`, "stop the trial")) && (await act(`${base}/trials/${enc(trial)}/stop`, "asked: it ends with its epoch"))) load();
-      } }, told.stop_asked ? "asked to stop" : "stop this trial") : "", h("a", { class: "tool", href: studyHash(study, `?pick=${enc(trial)}`) }, "show among the others")),
+      } }, told.stop_asked ? "asked to stop" : "stop this trial") : "", h("button", { type: "button", class: "tool", id: "export", onclick: () => followUp(study, "export", { trial }) }, "export as a model"),
+        h("a", { class: "tool", href: studyHash(study, `?pick=${enc(trial)}`) }, "show among the others")),
       notes, h("div", { class: "tiles" }, tile(number(told.objective), "objective"), tile(number(told.best_val_auc), `AUC${interval} in epoch ${told.best_epoch ?? "-"}`), tile(`${told.epochs_run} of ${told.epochs}`, "epochs"), tile(told.work || "-", "in its epochs")),
       h("h2", {}, "Curves"), plots,
       h("h2", {}, "Decisions"), told.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),

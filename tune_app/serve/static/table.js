@@ -97,8 +97,9 @@ export class TrialTable {
   }
   redraw() { this.drawn = null; this.draw(); }
   draw() {
-    const first = Math.max(0, Math.floor(this.scroll.scrollTop / ROW_HEIGHT) - 8);
-    const last = Math.min(this.shown.length, first + Math.ceil((this.scroll.clientHeight || 600) / ROW_HEIGHT) + 16);
+    const first = this.printing ? 0 : Math.max(0, Math.floor(this.scroll.scrollTop / ROW_HEIGHT) - 8);
+    const seen = this.printing ? this.shown.length : Math.ceil((this.scroll.clientHeight || 600) / ROW_HEIGHT) + 16;
+    const last = Math.min(this.shown.length, first + seen);
     if (this.drawn === `${first}-${last}`) return;
     this.drawn = `${first}-${last}`;
     const gap = (rows) => { const row = h("tr", { class: "gap", "aria-hidden": "true" }); row.style.height = `${rows * ROW_HEIGHT}px`; return row; };
