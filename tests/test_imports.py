@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MAY_IMPORT_RAY = {"trainables.ranks", "trainables.rank_actors", "trainables.ray_trainable"}
+MAY_IMPORT_RAY = {
+    "trainables.ranks",
+    "trainables.rank_actors",
+    "trainables.ray_trainable",
+    "trainables.ray_workers",
+}
 HEAVY = ("torch", "ray", "monai")
 
 

@@ -11,6 +11,12 @@ from packaging.requirements import Requirement
 NAMES = [
     ("ray", "ray._private.parameter", "RayParams", ["dashboard_agent_listen_port"]),
     ("ray", "ray._private.worker", "_global_node", []),
+    (
+        "ray",
+        "ray._private.worker",
+        "connect",
+        ["_runtime_env_has_working_dir", "_py_driver_sys_path"],
+    ),
     ("ray", "ray._raylet", "AuthenticationTokenLoader", []),
     ("ray", "ray._raylet", "has_async_methods", []),
     (

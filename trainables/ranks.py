@@ -34,6 +34,8 @@ from trainables.config import RULES, FineTuneConfig
 from trainables.data.storage import patient
 from trainables.finetune import EpochResult, finetune
 from trainables.rank_actors import Position, RankProcesses
+from trainables.ray_workers import OwnSearchPath
+from trainables.safe_path import safe_search
 from trainables.saved_run import open_inputs, saved_run
 from trainables.training_thread import KeptThread
 
@@ -161,7 +163,14 @@ def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[d
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # before, and not only after, it has started
     # Without "local" Ray joins a cluster that has a node on this machine.
-    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+    with safe_search():
+        ray.init(
+            "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            job_config=OwnSearchPath(),
+        )
     try:
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if work.gpu else {})}
         group = ray.util.placement_group([bundle] * world, strategy="PACK")

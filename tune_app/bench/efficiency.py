@@ -44,6 +44,7 @@ from trainables.data.scans import Recipe
 from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
+from trainables.safe_path import python
 from tune_app.bench.search import machine
 from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes
@@ -238,9 +239,7 @@ def _study(
         yaml.safe_dump({k: v for k, v in fields.items() if v is not None})
     )
     command = [
-        sys.executable,
-        "-m",
-        "tune_app.cli",
+        *python("-m", "tune_app.cli"),
         "run",
         str(place / "study.yaml"),
         "--out",
@@ -323,9 +322,7 @@ def _plain(
     with (place / "console.log").open("w") as told:
         until = time.monotonic() + seconds  # of the machine, not of the process
         command = [
-            sys.executable,
-            "-m",
-            "tune_app.bench.efficiency",
+            *python("-m", "tune_app.bench.efficiency"),
             str(place / "given.json"),
             str(until),
         ]

@@ -6,7 +6,6 @@ the size of real ones. Each step is measured in an interpreter of its own, as a 
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
 from trainables.objective import DEFAULT_OBJECTIVE, objective_value
+from trainables.safe_path import python
 from tune_app.backtest.curves import Curve
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.bench.search import machine
@@ -78,7 +78,7 @@ def bench_results(
     write_made_study(root, generate_curves(trials, epochs=epochs), epochs)
     say("reading them in a fresh interpreter")
     done = subprocess.run(
-        [sys.executable, "-c", _STEPS, str(root), str(folder / "report.html")],
+        python("-c", _STEPS, str(root), str(folder / "report.html")),
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -12,7 +12,6 @@ import secrets
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -23,6 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from trainables.checkpoints import write_json
+from trainables.safe_path import python
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.spec import build_spec
@@ -160,9 +160,7 @@ def bench_watched_search(
                 name = f"{turn}-{'watched' if watched else 'alone'}"
                 files = StudyFiles(studies / name)
                 command = [
-                    sys.executable,
-                    "-m",
-                    "tune_app.cli",
+                    *python("-m", "tune_app.cli"),
                     "run",
                     "--data",
                     str(table),
@@ -238,7 +236,7 @@ def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tune_app.cli", "serve", str(root), "--port", str(port)]
+    command = python("-m", "tune_app.cli", "serve", str(root), "--port", str(port))
     environment = os.environ | {
         "MEDTUNE_TOKEN": secrets.token_hex(8),
         "MEDTUNE_CACHE": str(root.parent / "cache"),

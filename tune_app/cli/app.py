@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr, so that pipes work. Nothing hea
 import itertools
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.storage import absolute
+from trainables.safe_path import search_variables
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import models as cli_models
 from tune_app.cli import results as cli_results
@@ -94,6 +96,7 @@ MOST_PROBLEMS = 40
 def main() -> None:
     """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
     write_any_name()
+    os.environ.update(search_variables())
     try:
         app()
     except KeyboardInterrupt as error:

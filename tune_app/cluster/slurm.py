@@ -142,6 +142,7 @@ def _head(spec: StudySpec, study: str, given: Allocation) -> str:
 {given.setup or "# No --setup was given: medtune is on the PATH."}
 set -u
 export MEDTUNE_USR1_GRACE_S={lead - lead // CLOSING}
+export PYTHONSAFEPATH=1   # a copy.py in the folder of the submission must not be taken for Python's
 unset RAY_ADDRESS
 umask 077
 work=$(mktemp -d "/tmp/medtune-$SLURM_JOB_ID-XXXX") || exit 1   # a short path: sockets are below it
@@ -188,7 +189,7 @@ token="$HOME/.medtune-$SLURM_JOB_ID.token"   # the nodes' shared home; its owner
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' > "$token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 port=$((10000 + SLURM_JOB_ID % 500 * 20)) nodes=$SLURM_JOB_NUM_NODES
-ip=$("${run[@]}" python3 -c 'import ray.util; print(ray.util.get_node_ip_address())') || exit 1
+ip=$("${run[@]}" python3 -P -c 'import ray.util; print(ray.util.get_node_ip_address())') || exit 1
 export port ip
 """
     if given.exclusive and given.symmetric:
@@ -221,7 +222,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "${{run[@]}}" bash -c '
   rmdir "$work" 2>/dev/null
 ' > "$work/ray.log" 2>&1 &
 ray=$!
-"${{run[@]}}" python3 -m tune_app.cluster.nodes "$ip:$port" "$nodes" || {{ cat "$work/ray.log"; exit 1; }}
+"${{run[@]}}" python3 -P -m tune_app.cluster.nodes "$ip:$port" "$nodes" || {{ cat "$work/ray.log"; exit 1; }}
 "${{run[@]}}" medtune run "$work/{SPEC_FILE}" --out "$study" --resume --address "$ip:$port" &
 driver=$! waited=$!
 """.replace("srun", f"{begin}srun", 1)

@@ -105,7 +105,7 @@ def build_submission(
     study = cluster_place(study)
     return Submission(
         submission_id=next_id(study, earlier),
-        entrypoint=f"python -m tune_app.cli {entry_arguments(SPEC_FILE, study, retry_failed=retry_failed)}",
+        entrypoint=f"python -P -m tune_app.cli {entry_arguments(SPEC_FILE, study, retry_failed=retry_failed)}",
         package=_checked(
             pack_code(source or Path(__file__).parents[2], {SPEC_FILE: spec_text(spec)})
         ),
@@ -134,7 +134,7 @@ def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submi
     """Return the job that runs another command of medtune on the head, in the cluster's own environment."""
     return Submission(
         submission_id=f"medtune-{arguments[0]}-{uuid.uuid4().hex[:8]}",
-        entrypoint=f"python -m tune_app.cli {shlex.join(arguments)}",
+        entrypoint=f"python -P -m tune_app.cli {shlex.join(arguments)}",
         package=_checked(pack_code(source or Path(__file__).parents[2])),
         runtime_env=_runtime_env(pip=False),
         metadata={"medtune_command": arguments[0]},

@@ -22,6 +22,8 @@ import ray.util.debug
 
 from trainables.checkpoints import LogFile
 from trainables.own_folder import mark_own, remove_own
+from trainables.ray_workers import OwnSearchPath
+from trainables.safe_path import safe_search
 from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
@@ -169,9 +171,15 @@ def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     )  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
-            with agent_on_a_free_port():
+            with agent_on_a_free_port(), safe_search():
                 # Without "local" Ray joins a cluster that has a node on this machine.
-                ray.init("local", include_dashboard=False, _temp_dir=str(folder), **options)
+                ray.init(
+                    "local",
+                    include_dashboard=False,
+                    _temp_dir=str(folder),
+                    job_config=OwnSearchPath(),
+                    **options,
+                )
             return
         except Exception as error:  # Ray raises no narrower one
             if "timed out during startup" not in str(error):

@@ -97,9 +97,11 @@ def join(address: str, **options: Any) -> None:
     import ray
     from ray.exceptions import AuthenticationError, RayError, RpcError
 
+    from trainables.ray_workers import OwnSearchPath
+
     token = use_token_if_there()
     try:
-        ray.init(address=address, **options)
+        ray.init(address=address, job_config=OwnSearchPath(), **options)
     except AuthenticationError:
         raise AddressError(
             f"{address} asks for a token: save it in ~/.ray/auth_token (mode 600), or point RAY_AUTH_TOKEN_PATH to its "

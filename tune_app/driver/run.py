@@ -28,6 +28,7 @@ from trainables.config import FineTuneConfig
 from trainables.data.storage import absolute, url_of
 from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
+from trainables.safe_path import safe_search
 from tune_app.driver.cohorts import (
     prepare_study,
     refuse_preprocessing,
@@ -368,7 +369,7 @@ def _check_weights(spec: StudySpec) -> None:
     configs = [spec.config_of(overrides) for overrides in planned]
     if all(config.pretrained_path is None for config in configs):
         return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with safe_search(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         problems = process.submit(_pretrained_problems, configs).result()
     if problems:
         raise SpecError(problems)

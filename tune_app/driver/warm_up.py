@@ -6,6 +6,7 @@ same cache. It runs once for each kind of GPU, configuration and versions: a mar
 """
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any, Self
 from trainables import installed_version, mps
 from trainables.config import FineTuneConfig, build_config
 from trainables.kernel_cache import keep_kernels, kernel_folder, step_digest
+from trainables.safe_path import python, search_variables
 
 END_S = 5.0
 """Seconds that the process may take to end when its study does."""
@@ -40,7 +42,8 @@ class WarmUp:
                     "mark": str(mark),
                 }
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tune_app.driver.warm_up", json.dumps(work)],
+                    python("-m", "tune_app.driver.warm_up", json.dumps(work)),
+                    env=os.environ | search_variables(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from filelock import Timeout
 from trainables.checkpoints import write_json
 from trainables.data.json_files import read_json
 from trainables.data.storage import DATA_ROOTS
+from trainables.safe_path import python, search_variables
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache
 from tune_app.study.requests import ask_to_stop_study
@@ -249,7 +249,7 @@ class StudyQueue:
     def _start(self, entry: Entry, lock: int) -> "subprocess.Popen[bytes]":
         files = StudyFiles(Path(entry.path))
         place = self._place(files.root)
-        command = [sys.executable, "-m", "tune_app.cli"]
+        command = python("-m", "tune_app.cli")
         if entry.action == "run":
             command += ["run", str(files.asked), "--out", place]
         else:
@@ -265,7 +265,7 @@ class StudyQueue:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # neither Ctrl-C here nor the end of this terminal reaches it
                 pass_fds=(lock,),
-                env=os.environ | {"COLUMNS": "100"} | self._environment,
+                env=os.environ | search_variables() | {"COLUMNS": "100"} | self._environment,
             )
 
     def _take_machine(self) -> int | None:

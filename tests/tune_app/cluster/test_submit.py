@@ -194,7 +194,7 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
     assert shown["submission_id"] == next_id("/shared/studies/first", [])
     assert (
         shown["entrypoint"]
-        == "python -m tune_app.cli run study.json --out /shared/studies/first --resume"
+        == "python -P -m tune_app.cli run study.json --out /shared/studies/first --resume"
     )
     assert shown["study"]["trials"] == 8
     assert "tune_app/cli/app.py" in shown["package"]["files"]
