@@ -37,6 +37,7 @@ from trainables.rank_actors import Position, RankProcesses
 from trainables.ray_workers import OwnSearchPath
 from trainables.safe_path import safe_search
 from trainables.saved_run import open_inputs, saved_run
+from trainables.this_machine import place_of_sessions, usable_cpus
 from trainables.training_thread import KeptThread
 
 log = logging.getLogger("medtune.trial")
@@ -169,6 +170,8 @@ def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[d
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
+            num_cpus=max(world, usable_cpus()),
+            _temp_dir=f"{place_of_sessions()}/ray",
             job_config=OwnSearchPath(),
         )
     try:

@@ -23,6 +23,7 @@ from trainables.config import RULES, FineTuneConfig, build_config
 from trainables.data.storage import TrialStore, patient
 from trainables.kernel_cache import keep_kernels
 from trainables.objective import DEFAULT_OBJECTIVE
+from trainables.this_machine import settle_user
 from trainables.training_thread import in_training_thread
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     os.environ.setdefault(
         "TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S)
     )  # read in this process, at its next trial
+    settle_user()
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
     handler = LogFile(files.log)

@@ -185,6 +185,9 @@ def _run(
 
     from rich.console import Console
 
+    from trainables.this_machine import settle_user
+
+    settle_user()  # before Ray is loaded
     from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
 
     console = Console(file=sys.stderr, highlight=False, quiet=quiet)

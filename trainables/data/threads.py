@@ -1,13 +1,10 @@
 """Work over many files in threads, with progress."""
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
+from trainables.this_machine import usable_cpus
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as volumes get done; always from the caller's own thread."""
@@ -24,7 +21,7 @@ def in_threads(
     Threads, because decompression, hashing and matrix products release the interpreter, and nothing has to be copied.
     After an error, or Ctrl-C, what has not begun is dropped.
     """
-    with ThreadPoolExecutor(workers or min(8, _cores())) as pool:
+    with ThreadPoolExecutor(workers or min(8, usable_cpus())) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -35,9 +32,3 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
             raise
     return [future.result() for future in futures]
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # a container's share, not the machine's
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -7,6 +7,7 @@ Nothing here loads torch: a cohort is prepared and read on any machine.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from trainables import installed_version
-from trainables.checkpoints import replacing
+from trainables.checkpoints import is_disk_full, replacing
 from trainables.data.json_files import read_json
 from trainables.data.scans import (
     Recipe,
@@ -40,6 +41,7 @@ from trainables.data.scans import (
 from trainables.data.storage import url_of
 from trainables.data.threads import Progress, in_threads
 from trainables.errors import ProblemsError
+from trainables.file_locks import acquire_lock
 
 if TYPE_CHECKING:
     from trainables.data.manifest import Manifest
@@ -146,8 +148,18 @@ def prepare_cohort(
                 shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        raise CohortError(f"cache {cache}: {reason}: free some room or choose another") from error
+        raise CohortError(f"cache {cache}: {reason}: {_advice(error)}") from error
     return folder
+
+
+def _advice(error: OSError) -> str:
+    """What to do about a cache that cannot be written."""
+    other = "choose another folder with --cache, or MEDTUNE_CACHE for all commands"
+    if is_disk_full(error):
+        return f"free some room, or {other}"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR):
+        return f"this user cannot write there: {other}"
+    return other
 
 
 def cohort_like(
@@ -318,7 +330,7 @@ def _build_volumes(
     needed, free = prepared_bytes(len(paths), recipe), shutil.disk_usage(building).free
     if needed > free:
         raise CohortError(
-            f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room or choose another"
+            f"cache {building.parent}: the cohort needs {bytes_text(needed)}, {bytes_text(free)} are free: free some room, or choose another with --cache"
         )
     mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
     start, stride = mapped.offset, mapped[0].nbytes
@@ -381,12 +393,11 @@ def _sole_builder(
 
     While the holder finishes volumes, `progress` is called here too, with (0, 1): a waiting trial is not a stalled one.
     """
-    lock = FileLock(_lock_file(cache, contents), mode=0o600)
     seen, since = _beat(building), time.monotonic()
     wait_s = 0.0
     while True:
         try:
-            lock.acquire(timeout=wait_s)
+            held = acquire_lock(_lock_file(cache, contents), wait_s)
             break
         except Timeout:
             if not wait_s:
@@ -401,13 +412,11 @@ def _sole_builder(
                     progress(0, 1)
             elif now - since >= STALLED_S:
                 raise CohortError(
-                    f"cohort {building}: another process has held {lock.lock_file} for {STALLED_S:.0f} s without "
+                    f"cohort {building}: another process has held {_lock_file(cache, contents)} for {STALLED_S:.0f} s without "
                     "finishing a volume: end it (`fuser` on the lock file names it) and prepare again"
                 ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 OF_CONTENTS = re.compile(r"[0-9a-f]{24}")
@@ -431,8 +440,8 @@ def _sweep(cache: Path, building: Path) -> None:
     for left in cache.glob(".building-*"):
         if not OF_CONTENTS.fullmatch(left.name.removeprefix(".building-")):
             continue  # nobody says that the cache has a folder of its own
-        lock = FileLock(_lock_file(cache, left.name.removeprefix(".building-")), mode=0o600)
-        with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        lock = _lock_file(cache, left.name.removeprefix(".building-"))
+        with contextlib.suppress(Timeout), acquire_lock(lock):
             shutil.rmtree(left, ignore_errors=True)
 
 

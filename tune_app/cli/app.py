@@ -24,6 +24,7 @@ from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.storage import absolute
 from trainables.safe_path import search_variables
+from trainables.this_machine import settle_user
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import models as cli_models
 from tune_app.cli import results as cli_results
@@ -97,6 +98,8 @@ def main() -> None:
     """Entry point: errors of our own packages become one line each; anything else is a bug and keeps its traceback."""
     write_any_name()
     os.environ.update(search_variables())
+    if (homeless := settle_user()) is not None:
+        err.print(f"note: {homeless}", soft_wrap=True, markup=False)
     try:
         app()
     except KeyboardInterrupt as error:

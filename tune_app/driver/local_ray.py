@@ -24,6 +24,7 @@ from trainables.checkpoints import LogFile
 from trainables.own_folder import mark_own, remove_own
 from trainables.ray_workers import OwnSearchPath
 from trainables.safe_path import safe_search
+from trainables.this_machine import place_of_sessions, usable_cpus
 from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
@@ -117,7 +118,7 @@ def own_ray(**options: Any) -> Iterator[OwnRay]:
     `options` of `ray.init`. Its folder is removed at the end unless the block fails or sets `keep`: Ray itself keeps the
     logs of every session for ever.
     """
-    folder = Path(tempfile.mkdtemp(prefix="medtune-", dir=_place_of_sessions()))
+    folder = Path(tempfile.mkdtemp(prefix="medtune-", dir=place_of_sessions()))
     session = secrets.token_hex(8)
     local = OwnRay(folder, f"Ray of process {os.getpid()}, session {session}")
     mark_own(folder, local.mark)
@@ -140,32 +141,21 @@ def own_ray(**options: Any) -> Iterator[OwnRay]:
             remove_own(folder, local.mark)
 
 
-SOCKET_PATH = 107
-"""Characters that the path of a socket may have (Linux, unix(7))."""
-WITHIN_PLACE = len(
-    "/medtune-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-)
+def _cpus() -> dict[str, int]:
+    """Options for a Ray that has the CPUs which this process may use, of a machine that may have more.
 
-
-def _place_of_sessions() -> str:
-    """The folder that Ray's files go below: the system's temporary one, unless its path is too long for Ray's sockets."""
-    place = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    return place if len(str(Path(place).absolute())) + WITHIN_PLACE <= SOCKET_PATH else "/tmp"
-
-
-def _of_slurm() -> dict[str, int]:
-    """Options for a Ray within a Slurm job: it has the job's CPUs, of a machine that may have more.
-
-    Where Slurm does not bind processes to CPUs, nothing else says so. GPUs are told by CUDA_VISIBLE_DEVICES.
+    Ray itself knows neither affinities nor quotas. Where Slurm does not bind processes to CPUs, only its variables say
+    how many a job has. GPUs are told by CUDA_VISIBLE_DEVICES.
     """
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
-    return {"num_cpus": int(given)} if "SLURM_JOB_ID" in os.environ and given.isdecimal() else {}
+    of_slurm = "SLURM_JOB_ID" in os.environ and given.isdecimal()
+    return {"num_cpus": int(given) if of_slurm else usable_cpus()}
 
 
 def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
     keep_strangers_out()
-    options = _of_slurm() | options
+    options = _cpus() | options
     os.environ.setdefault(
         "RAY_enable_open_telemetry", "0"
     )  # its exporter's thread outlives each `ray.shutdown`

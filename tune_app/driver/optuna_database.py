@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import re
 import secrets
 import sqlite3
@@ -20,6 +21,8 @@ from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 
 from trainables.checkpoints import when_there_is_room
+
+log = logging.getLogger("medtune.study")
 
 STUDY_NAME = "medtune"
 """Name of a study in a file of its own, and of those that earlier versions kept in a shared storage."""
@@ -260,16 +263,49 @@ class Database:
         try:
             if self._own:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.closing(sqlite3.connect(self._path, LOCK_TIMEOUT_S)) as db:
-                    db.execute("PRAGMA journal_mode=WAL")
+                _choose_journal(self._path)
             storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             raise SearchError(
-                f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}"
+                f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}{_advice(error)}"
             ) from error
         storage.engine.dispose()  # the next connection is the first that the listener sees
         sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
         return storage
+
+
+def _choose_journal(path: Path) -> None:
+    """Give the file a write-ahead log, or a rollback journal where the file system cannot share memory between processes."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, LOCK_TIMEOUT_S)) as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("BEGIN IMMEDIATE")  # only now is the memory needed that its readers share
+            db.rollback()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL")):
+            raise
+        with contextlib.closing(sqlite3.connect(path, LOCK_TIMEOUT_S)) as db:
+            db.execute(
+                "PRAGMA locking_mode=EXCLUSIVE"
+            )  # reads a write-ahead log without shared memory
+            db.execute("PRAGMA journal_mode=DELETE")
+            db.execute("BEGIN IMMEDIATE")  # what is wrong may be something else
+            db.rollback()
+        log.warning(
+            "%s: its file system cannot share memory between processes: written with a rollback journal, which is slower",
+            path,
+        )
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a file system that does not do what SQLite needs."""
+    own = getattr(error, "orig", error)  # SQLAlchemy wraps it
+    if str(getattr(own, "sqlite_errorname", "")).startswith("SQLITE_IOERR"):
+        return (
+            ": its file system lacks what SQLite needs (locks, shared memory): put the study's folder on a local disk, or "
+            "name a database server with `storage` in the study file"
+        )
+    return ""
 
 
 def _columns(row: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ named. Ray is imported inside the functions.
 
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,34 @@ def _close_to_others(file: Path) -> None:
         file.chmod(0o600)
 
 
+ANSWER_S = 10.0
+"""Seconds for which a cluster's head is asked whether it is there. Ray itself asks for minutes, and logs each try."""
+
+
+def _refuse_dead(address: str) -> None:
+    """Raise AddressError where nothing at the address answers as the head of a Ray cluster does."""
+    import grpc
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise AddressError(
+            f"{address}: no Ray cluster answers there ({error.strerror or error}): start its head, correct the address "
+            "(--address, RAY_ADDRESS), or use --address local for a Ray of this machine alone"
+        ) from None
+    if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+        return
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise AddressError(
+                f"{address}: something listens there that is not the head of a Ray cluster: name the head's own port (6379 "
+                "unless `ray start --port` set another), not that of its dashboard"
+            ) from None
+
+
 def join(address: str, **options: Any) -> None:
     """Connect this process to the cluster at `address` (`cluster_address`), with the token that is there.
 
@@ -100,6 +129,8 @@ def join(address: str, **options: Any) -> None:
     from trainables.ray_workers import OwnSearchPath
 
     token = use_token_if_there()
+    if address != "auto":
+        _refuse_dead(address)
     try:
         ray.init(address=address, job_config=OwnSearchPath(), **options)
     except AuthenticationError:

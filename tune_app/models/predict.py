@@ -34,6 +34,7 @@ from trainables.data.storage import StorageError, bucket_of, is_url, url_of
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
 from trainables.subject_auc import subject_interval
+from trainables.this_machine import usable_cpus
 from tune_app.models.calibration import Array
 from tune_app.models.folder import Decides, ModelError, ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
@@ -213,9 +214,7 @@ def predict(
     recipe = model.recipe
     batch: list[tuple[Source, _Read]] = []
     with closing(
-        _read_ahead(
-            sources, model.info, recipe, 2 * batch_size, workers or min(8, os.cpu_count() or 1)
-        )  # type: ignore[type-var]
+        _read_ahead(sources, model.info, recipe, 2 * batch_size, workers or min(8, usable_cpus()))  # type: ignore[type-var]
     ) as reads:
         for source, read in reads:
             batch.append((source, read))

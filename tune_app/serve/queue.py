@@ -26,6 +26,7 @@ from filelock import Timeout
 from trainables.checkpoints import write_json
 from trainables.data.json_files import read_json
 from trainables.data.storage import DATA_ROOTS
+from trainables.file_locks import NO_FLOCK
 from trainables.safe_path import python, search_variables
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache
@@ -184,8 +185,11 @@ class StudyQueue:
                 ours
                 and not begun
                 and not is_held(StudyFiles(root).lock)
-                and is_held(self.machine_lock)
+                and (is_held(self.machine_lock) or self._is_alive())
             )
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def is_active(self, root: Path) -> bool:
         """Whether the study waits, starts or runs."""
@@ -277,6 +281,15 @@ class StudyQueue:
         except BlockingIOError:
             os.close(lock)
             return None
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                os.close(lock)
+                raise
+            log.warning(
+                "%s: its file system has no locks: another service on this machine is not noticed; set MEDTUNE_CACHE to a "
+                "folder on a local disk",
+                self.machine_lock,
+            )
         return lock
 
     # Its file ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from trainables.data.storage import SCHEMES, is_url, url_of
+from trainables.file_locks import acquire_lock
 from tune_app.serve.access import LEAST_TOKEN, Access
 from tune_app.serve.app import build_app
 from tune_app.serve.connections import (
@@ -78,7 +79,7 @@ def serve(
         ended=own / "ended_sessions.json",
     )
     try:
-        with FileLock(own / "serve.lock", timeout=0, mode=0o600):
+        with acquire_lock(own / "serve.lock"):
             if replica is not None:
                 replica.begin()
             place = shlex.quote(url or str(root))

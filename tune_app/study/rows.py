@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import AcquireReturnProxy, FileLock
+from filelock import AcquireReturnProxy
 
 from trainables.data.json_files import parse_json, read_json
 from trainables.errors import ProblemsError
+from trainables.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
 from tune_app.study.columns import EPOCH_COLUMNS
 from tune_app.study.errors import SpecError
 
@@ -29,7 +30,7 @@ def is_held(lock: Path) -> bool:
     """Return whether a driver holds `lock` (a filelock); asks without keeping it, writes nothing.
 
     Only the driver's user may open the file, because flock needs no more than read access; other users find the lock in
-    the system's table of locks. On systems without flock the answer is yes when the file is there, which calls no trial interrupted by mistake.
+    the system's table of locks. Where there is no flock, the file holds the process that has the lock.
     """
     if not lock.is_file():
         return False
@@ -44,9 +45,9 @@ def is_held(lock: Path) -> bool:
         return True
     except PermissionError:
         return _is_listed(lock)
-    except OSError:
-        return False
-    return False
+    except OSError as error:
+        return error.errno in NO_FLOCK and soft_lock_is_held(lock)
+    return soft_lock_is_held(lock)  # taken on a machine of the same file system that has no flock
 
 
 def driver_lock(lock: Path, timeout: float = 0.0) -> "AcquireReturnProxy[Any]":
@@ -54,7 +55,7 @@ def driver_lock(lock: Path, timeout: float = 0.0) -> "AcquireReturnProxy[Any]":
 
     Only the driver's user may open the file: who may read it could take the lock and so keep the study from running.
     """
-    held: AcquireReturnProxy[Any] = FileLock(lock, mode=0o600).acquire(timeout=timeout)
+    held = acquire_lock(lock, timeout)
     lock.chmod(0o600)  # versions before left it readable
     return held
 
