@@ -18,7 +18,15 @@ from optuna.distributions import (
 )
 
 from search_spaces.fixes import DOCUMENT_EPOCHS, baseline, drw_start_at, shown
-from trainables.config import ConfigError, FineTuneConfig, Scalar, as_scalar, build_config
+from trainables.config import (
+    TOGETHER,
+    ConfigError,
+    FineTuneConfig,
+    Scalar,
+    as_scalar,
+    build_config,
+    cannot_run,
+)
 from trainables.errors import ProblemsError
 
 Sample = dict[str, Scalar]
@@ -383,6 +391,14 @@ class Space:
                 found.update(dict.fromkeys(error.problems))
         return list(found)
 
+    def cannot_run(self, *, ranks: int | None = None, gpu: bool = True) -> list[str]:
+        """Return why some sample of the space would end in its first step (`trainables.config.cannot_run`)."""
+        found: dict[str, None] = {}
+        for corner in self._corners():
+            config = build_config(self.sample_to_overrides(corner, self._epochs(None)))
+            found.update(dict.fromkeys(cannot_run(config, ranks=ranks, gpu=gpu)))
+        return list(found)
+
     def never_read(self) -> list[str]:
         """Return one line for each parameter that no sample of the space would read."""
         epochs = max(
@@ -458,6 +474,9 @@ class Space:
     def _corners(self) -> Iterator[Sample]:
         first = {name: parameter.ends[0] for name, parameter in self.parameters.items()}
         yield first
+        together = [one for one in self.parameters.values() if one.hyperparameter in TOGETHER]
+        for values in itertools.product(*(one.ends for one in together)):
+            yield {**first, **{one.name: end for one, end in zip(together, values, strict=True)}}
         for one, two in itertools.combinations_with_replacement(self.parameters.values(), 2):
             for a, b in itertools.product(one.ends, two.ends):
                 yield {**first, one.name: a, two.name: b}

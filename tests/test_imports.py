@@ -16,7 +16,7 @@ MAY_IMPORT_RAY = {
     "trainables.ranks",
     "trainables.rank_actors",
     "trainables.ray_trainable",
-    "trainables.ray_workers",
+    "trainables.machine.ray_workers",
 }
 HEAVY = ("torch", "ray", "monai")
 

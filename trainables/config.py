@@ -7,6 +7,7 @@ before-values. Nothing here loads torch or Ray, so that a study can be checked o
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -342,6 +343,45 @@ def _number_of_classes(classes: object) -> dict[str, int]:
     except ValueError:
         return {}
     return {"num_classes": len(set(class_numbers(text).values()))} if isinstance(text, str) else {}
+
+
+LAST_STRIDE = {"strided": 32, "dilated": 8}
+"""Voxels of the input along each axis for one position after the network's last layer, by geometry."""
+
+STEM_CHANNELS = 64
+"""Of the network at width 1."""
+
+TOGETHER = ("batch_size", "volume_shape", "geometry", "freeze_backbone_epochs", "sync_batchnorm")
+"""Hyperparameters that `cannot_run` looks at together."""
+
+
+def cannot_run(config: FineTuneConfig, *, ranks: int | None = None, gpu: bool = True) -> list[str]:
+    """Return why a run of `config` would end in its first step, whatever its data are; empty where it would not.
+
+    `ranks`: how many it has, None where that is not known yet. Apart from `build_config`, since studies and models of
+    earlier versions, which did not ask, have to load.
+    """
+    problems = []
+    if int(STEM_CHANNELS * config.width) < 1:
+        problems.append(
+            f"width={config.width:g} leaves the stem no channel: it must be at least 1/{STEM_CHANNELS}"
+        )
+    shared = config.sync_batchnorm and ranks != 1  # SyncBatchNorm counts the values of all ranks
+    if ranks is not None and ranks > 1 and config.sync_batchnorm and not gpu:
+        problems.append(
+            f"sync_batchnorm=True over {ranks} ranks on the CPU: torch has SyncBatchNorm for GPUs only; leave it out, or "
+            "give each rank a GPU (gpus_per_trial)"
+        )
+    stride = LAST_STRIDE[config.geometry]
+    positions = math.prod(math.ceil(side / stride) for side in config.volume_shape)
+    trains = config.freeze_backbone_epochs < config.epochs
+    if trains and not shared and config.batch_size * positions < 2:
+        shape = as_scalar("volume_shape", config.volume_shape)
+        problems.append(
+            f"batch_size=1 at volume_shape={shape}, geometry={config.geometry}: the last layer has one value per channel in "
+            f"a micro-batch, and BatchNorm needs two: set batch_size to 2 or more, or a side above {stride} voxels"
+        )
+    return problems
 
 
 def problem_lines(errors: Iterable[Mapping[str, Any]], *, below: int = 0) -> list[str]:

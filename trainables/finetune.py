@@ -62,7 +62,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainables.config import RULES, FineTuneConfig
+from trainables.config import RULES, ConfigError, FineTuneConfig, cannot_run
 from trainables.data.folds import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
@@ -143,6 +143,8 @@ class Run:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         self.ranks = Ranks.here()
+        if problems := cannot_run(config, ranks=self.ranks.world, gpu=device.type == "cuda"):
+            raise ConfigError(problems)
         self.epoch = 0
         self.rows: list[dict[str, Any]] = []
         # cuBLAS's own condition for a deterministic run, which reads it once: a process may have run others before.
@@ -167,10 +169,6 @@ class Run:
             self.load_report = load_pretrained(network, config.pretrained_path)
         self.network: Classifier = _place(network, device)
         if config.sync_batchnorm and self.ranks.world > 1:
-            if device.type != "cuda":
-                raise ValueError(
-                    "sync_batchnorm=True needs GPUs: torch has no SyncBatchNorm on the CPU"
-                )
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         self.schedule = Schedule(config, volumes=len(split.train), world=self.ranks.world)
         self.step = TrainingStep(

@@ -33,11 +33,11 @@ from trainables.checkpoints import TrialFiles
 from trainables.config import RULES, FineTuneConfig
 from trainables.data.storage import patient
 from trainables.finetune import EpochResult, finetune
+from trainables.machine.ray_workers import OwnSearchPath
+from trainables.machine.safe_path import safe_search
+from trainables.machine.this_machine import place_of_sessions, usable_cpus
 from trainables.rank_actors import Position, RankProcesses
-from trainables.ray_workers import OwnSearchPath
-from trainables.safe_path import safe_search
 from trainables.saved_run import open_inputs, saved_run
-from trainables.this_machine import place_of_sessions, usable_cpus
 from trainables.training_thread import KeptThread
 
 log = logging.getLogger("medtune.trial")

@@ -19,11 +19,11 @@ from ray import tune
 
 from trainables import mps
 from trainables.checkpoints import HURRY, LogFile, TrialFiles
-from trainables.config import RULES, FineTuneConfig, build_config
+from trainables.config import RULES, ConfigError, FineTuneConfig, build_config
 from trainables.data.storage import TrialStore, patient
 from trainables.kernel_cache import keep_kernels
+from trainables.machine.this_machine import settle_user
 from trainables.objective import DEFAULT_OBJECTIVE
-from trainables.this_machine import settle_user
 from trainables.training_thread import in_training_thread
 
 if TYPE_CHECKING:
@@ -103,6 +103,9 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
         from trainables.ranks import RankError, is_out_of_memory
 
         log.exception("trial %s failed", trial["trial"])
+        if isinstance(error, ConfigError):
+            tune.report({FATAL: "; ".join(error.problems), "epoch": 0})
+            return
         if isinstance(error, VolumesRefused):
             tune.report({FATAL: refused_text(error), "epoch": 0})
             return

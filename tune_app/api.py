@@ -185,7 +185,7 @@ def _run(
 
     from rich.console import Console
 
-    from trainables.this_machine import settle_user
+    from trainables.machine.this_machine import settle_user
 
     settle_user()  # before Ray is loaded
     from tune_app.driver.run import DONE, FAILED_TRIALS, run_study

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from trainables.this_machine import usable_cpus
+from trainables.machine.this_machine import usable_cpus
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) as volumes get done; always from the caller's own thread."""

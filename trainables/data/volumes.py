@@ -41,7 +41,7 @@ from trainables.data.scans import (
 from trainables.data.storage import url_of
 from trainables.data.threads import Progress, in_threads
 from trainables.errors import ProblemsError
-from trainables.file_locks import acquire_lock
+from trainables.machine.file_locks import acquire_lock
 
 if TYPE_CHECKING:
     from trainables.data.manifest import Manifest

@@ -44,7 +44,7 @@ from trainables.data.scans import Recipe
 from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
-from trainables.safe_path import python
+from trainables.machine.safe_path import python
 from tune_app.bench.search import machine
 from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes

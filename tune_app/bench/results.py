@@ -17,8 +17,8 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.checkpoints import write_json
 from trainables.config import FineTuneConfig, build_config
 from trainables.diagnosis import diagnose
+from trainables.machine.safe_path import python
 from trainables.objective import DEFAULT_OBJECTIVE, objective_value
-from trainables.safe_path import python
 from tune_app.backtest.curves import Curve
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.bench.search import machine

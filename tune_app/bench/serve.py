@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from trainables.checkpoints import write_json
-from trainables.safe_path import python
+from trainables.machine.safe_path import python
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.spec import build_spec

@@ -23,8 +23,8 @@ from trainables import medtune_version
 from trainables.checkpoints import is_disk_full
 from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.storage import absolute
-from trainables.safe_path import search_variables
-from trainables.this_machine import settle_user
+from trainables.machine.safe_path import search_variables
+from trainables.machine.this_machine import settle_user
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import models as cli_models
 from tune_app.cli import results as cli_results

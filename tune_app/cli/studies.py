@@ -216,6 +216,9 @@ def _run_and_tell(
             raise typer.BadParameter(
                 "--notify is not sent along: set MEDTUNE_NOTIFY where the study runs"
             )
+        from tune_app.study.spec import refuse_what_cannot_run
+
+        refuse_what_cannot_run(spec)
         raise typer.Exit(send(spec, root, retry_failed))
     from trainables.data.storage import url_of
 

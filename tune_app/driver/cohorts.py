@@ -18,10 +18,11 @@ from optuna.distributions import CategoricalDistribution
 
 from search_spaces.space import Parameter
 from trainables.config import OF_THE_DATA, PREPROCESSING, FineTuneConfig, build_config
-from trainables.data.folds import thin_folds
+from trainables.data.folds import split_rows, thin_folds
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, bytes_text
 from trainables.data.spacing import with_common_spacing
+from trainables.data.table_file import ManifestError
 from trainables.data.volumes import (
     VolumesRefused,
     cohort_like,
@@ -194,6 +195,7 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
     """
     base = build_config(spec.shared)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
+    check_folds(spec, manifest)
     for line in thin_folds(manifest, base):
         notes.print(line, soft_wrap=True, markup=False)
     chosen = (
@@ -222,6 +224,22 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
 
 
 # Before the study begins -----------------------------------------------------------------------------------------------
+
+
+def check_folds(spec: StudySpec, manifest: Manifest) -> None:
+    """Raise SpecError where the table has no such fold as a planned trial asks for, or not with both classes in it."""
+    asked: dict[tuple[int, int, bool], str] = {}
+    for trial in spec.planned:
+        config = spec.config_of(trial.overrides)
+        asked.setdefault((config.fold, config.num_folds, config.cross_validate), trial.variant)
+    problems: list[str] = []
+    for (fold, num_folds, cross_validate), variant in asked.items():
+        try:
+            split_rows(manifest, fold=fold, num_folds=num_folds, cross_validate=cross_validate)
+        except ManifestError as error:
+            problems += [f"variant {variant}: {problem}" for problem in error.problems]
+    if problems:
+        raise SpecError(problems)
 
 
 def check_room(cohorts: Cohorts, first: Path, volumes: int) -> None:

@@ -21,10 +21,10 @@ import ray
 import ray.util.debug
 
 from trainables.checkpoints import LogFile
+from trainables.machine.ray_workers import OwnSearchPath
+from trainables.machine.safe_path import safe_search
+from trainables.machine.this_machine import place_of_sessions, usable_cpus
 from trainables.own_folder import mark_own, remove_own
-from trainables.ray_workers import OwnSearchPath
-from trainables.safe_path import safe_search
-from trainables.this_machine import place_of_sessions, usable_cpus
 from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError

@@ -126,7 +126,7 @@ def join(address: str, **options: Any) -> None:
     import ray
     from ray.exceptions import AuthenticationError, RayError, RpcError
 
-    from trainables.ray_workers import OwnSearchPath
+    from trainables.machine.ray_workers import OwnSearchPath
 
     token = use_token_if_there()
     if address != "auto":

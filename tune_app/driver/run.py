@@ -26,9 +26,9 @@ from trainables import installed_version
 from trainables.checkpoints import TrialFiles, sweep_temporaries
 from trainables.config import FineTuneConfig
 from trainables.data.storage import absolute, url_of
+from trainables.machine.safe_path import safe_search
 from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
-from trainables.safe_path import safe_search
 from tune_app.driver.cohorts import (
     prepare_study,
     refuse_preprocessing,
@@ -58,7 +58,7 @@ from tune_app.study.files import (
 )
 from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.rows import ENDED, driver_lock
-from tune_app.study.spec import StudySpec
+from tune_app.study.spec import StudySpec, refuse_what_cannot_run
 
 DONE, FAILED_TRIALS = 0, 3
 VERSIONS = (
@@ -211,6 +211,8 @@ def _run_locked(
 ) -> Outcome:
     made = [path for path in (files.spec, files.database) if not path.exists()]
     loggers = _tidy_up(spec, files, url, resume=resume)
+    if not resume:  # one of an earlier version may go on: its other trials can run
+        refuse_what_cannot_run(spec)
     refuse_preprocessing(spec, files.read() if resume else None)
     if would_start_ray(
         address
@@ -225,6 +227,8 @@ def _run_locked(
     ):
         spec, packing = _packed(spec, cohort, sharing, notes)
         plan, resources = await_resources(spec, notes)
+        if not resume:
+            refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
         budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
             name = spec.storage and shared_study_name(url or absolute(files.root))

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from trainables.checkpoints import TrialFiles, write_json
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import ConfigError, FineTuneConfig, build_config, cannot_run
 from trainables.course import HEALTHY
 from trainables.data.folds import split_rows, thin_folds
 from trainables.data.json_files import read_json
@@ -41,6 +41,8 @@ def train_once(
 
     A line an epoch goes to `console`, everything else to `notes`.
     """
+    if problems := cannot_run(config, ranks=None if multi_gpu else 1):
+        raise ConfigError(problems)
     files = TrialFiles(folder)
     manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
     config = _with_spacing(config, manifest, files, notes)

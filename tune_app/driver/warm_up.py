@@ -17,7 +17,7 @@ from typing import Any, Self
 from trainables import installed_version, mps
 from trainables.config import FineTuneConfig, build_config
 from trainables.kernel_cache import keep_kernels, kernel_folder, step_digest
-from trainables.safe_path import python, search_variables
+from trainables.machine.safe_path import python, search_variables
 
 END_S = 5.0
 """Seconds that the process may take to end when its study does."""

@@ -33,8 +33,8 @@ from trainables.data.scans import (
 from trainables.data.storage import StorageError, bucket_of, is_url, url_of
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
+from trainables.machine.this_machine import usable_cpus
 from trainables.subject_auc import subject_interval
-from trainables.this_machine import usable_cpus
 from tune_app.models.calibration import Array
 from tune_app.models.folder import Decides, ModelError, ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model

@@ -26,8 +26,8 @@ from filelock import Timeout
 from trainables.checkpoints import write_json
 from trainables.data.json_files import read_json
 from trainables.data.storage import DATA_ROOTS
-from trainables.file_locks import NO_FLOCK
-from trainables.safe_path import python, search_variables
+from trainables.machine.file_locks import NO_FLOCK
+from trainables.machine.safe_path import python, search_variables
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache
 from tune_app.study.requests import ask_to_stop_study

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from filelock import Timeout
 
 from trainables.data.storage import SCHEMES, is_url, url_of
-from trainables.file_locks import acquire_lock
+from trainables.machine.file_locks import acquire_lock
 from tune_app.serve.access import LEAST_TOKEN, Access
 from tune_app.serve.app import build_app
 from tune_app.serve.connections import (

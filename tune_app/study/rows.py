@@ -11,7 +11,7 @@ from filelock import AcquireReturnProxy
 
 from trainables.data.json_files import parse_json, read_json
 from trainables.errors import ProblemsError
-from trainables.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
+from trainables.machine.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
 from tune_app.study.columns import EPOCH_COLUMNS
 from tune_app.study.errors import SpecError
 

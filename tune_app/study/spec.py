@@ -16,7 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search_spaces.space import Space, SpaceError
 from search_spaces.written import space_from
-from trainables.config import ConfigError, FineTuneConfig, Scalar, build_config, problem_lines
+from trainables.config import (
+    ConfigError,
+    FineTuneConfig,
+    Scalar,
+    build_config,
+    cannot_run,
+    problem_lines,
+)
 from trainables.data.storage import absolute, is_url
 from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
@@ -219,6 +226,21 @@ class StudySpec(BaseModel):
         assert self.kind == "search"
         return space_from(self.space, self.config)
 
+    def cannot_run(self, *, ranks: int | None = None, gpu: bool = True) -> list[str]:
+        """Return why some trial of the study would end in its first step (`trainables.config.cannot_run`), one line each.
+
+        Of a search, the corners of its space are looked at.
+        """
+        if self.kind == "search":
+            found = self.resolved_space().cannot_run(ranks=ranks, gpu=gpu)
+            return [f"a trial of this search may have {problem}" for problem in found]
+        lines = [
+            f"variant {trial.variant}: {problem}"
+            for trial in self.planned
+            for problem in cannot_run(self.config_of(trial.overrides), ranks=ranks, gpu=gpu)
+        ]
+        return list(dict.fromkeys(lines))  # a variant has its problem on every fold
+
     def hash(self) -> str:
         """Sixteen hex digits; equal for the same study."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
@@ -264,6 +286,12 @@ def _with_classes(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(config, Mapping):
         return {**rest, "config": config}
     return {**rest, "config": {"classes": fields["classes"], **config}}
+
+
+def refuse_what_cannot_run(spec: StudySpec, *, ranks: int | None = None, gpu: bool = True) -> None:
+    """Raise SpecError where trials of a new study would end in their first step, each as often as it is tried."""
+    if problems := spec.cannot_run(ranks=ranks, gpu=gpu):
+        raise SpecError(problems)
 
 
 def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:

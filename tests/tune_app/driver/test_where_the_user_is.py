@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from study_runs import TINY, check_whole, finished, medtune
 
-from trainables.ray_workers import OwnSearchPath
-from trainables.safe_path import SOURCE, installed, python, safe_search, search_variables
+from trainables.machine.ray_workers import OwnSearchPath
+from trainables.machine.safe_path import SOURCE, installed, python, safe_search, search_variables
 from tune_app.cluster.slurm import Allocation, slurm_script
 from tune_app.cluster.submit import build_submission, build_task
 from tune_app.study.spec import build_spec
@@ -74,7 +74,7 @@ def test_a_command_does_not_look_into_its_folder(
 SPAWNS = """
 from multiprocessing import get_context
 from concurrent.futures import ProcessPoolExecutor
-from trainables.safe_path import safe_search
+from trainables.machine.safe_path import safe_search
 import os
 if __name__ == "__main__":
     with safe_search(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

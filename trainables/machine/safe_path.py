@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
 
-SOURCE = Path(__file__).absolute().parents[1]
+SOURCE = Path(__file__).absolute().parents[2]
 """The folder that holds our packages."""
 
 

@@ -2,7 +2,7 @@
 
 from ray.job_config import JobConfig
 
-from trainables.safe_path import SOURCE, installed
+from trainables.machine.safe_path import SOURCE, installed
 
 
 class OwnSearchPath(JobConfig):  # type: ignore[misc]  # Ray is not typed

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, SoftFileLock, Timeout
 
-from trainables import this_machine
-from trainables.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
-from trainables.safe_path import SOURCE
-from trainables.this_machine import cpu_quota, place_of_sessions, settle_user, usable_cpus
+from trainables.machine import this_machine
+from trainables.machine.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
+from trainables.machine.safe_path import SOURCE
+from trainables.machine.this_machine import cpu_quota, place_of_sessions, settle_user, usable_cpus
 
 UNNAMED = ["unshare", "--user", "--map-user=12345"]
 """Runs a command as a user whom the machine has no name for."""
@@ -80,7 +80,7 @@ def test_an_affinity_counts() -> None:
     """As `taskset -c 0` sets it; a process of its own, as this one keeps its CPUs."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-        "from trainables.this_machine import usable_cpus; print(usable_cpus(), os.cpu_count())"
+        "from trainables.machine.this_machine import usable_cpus; print(usable_cpus(), os.cpu_count())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE
@@ -127,7 +127,7 @@ def test_a_user_without_a_name_can_check_and_load_what_trains(tmp_path: Path) ->
     if not can_be_unnamed():
         pytest.skip("no user namespaces here: unshare --user --map-user")
     code = (
-        "from trainables.this_machine import settle_user; print(settle_user() is not None); "
+        "from trainables.machine.this_machine import settle_user; print(settle_user() is not None); "
         "import ray.tune, monai.data; print('loaded')"
     )
     env = {

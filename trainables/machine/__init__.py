@@ -1,0 +1,1 @@
+"""What a process may use of its machine: modules, CPUs, a home folder, locks."""
