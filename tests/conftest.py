@@ -13,8 +13,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import settings
 from nibabel.orientations import axcodes2ornt
 from object_storage import BUCKET, s3_server
+
+# A busy machine takes any time for an example: no test is about that.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 ADRENAL = Path(__file__).parents[2] / "shared" / "data" / "adrenalmnist3d"
 

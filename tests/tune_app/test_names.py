@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from trainables.data.visible import visible
@@ -16,8 +17,12 @@ from tune_app.cli.common import VisibleConsole
 from tune_app.models.folder import ModelFiles, ModelInfo
 from tune_app.models.model import Prediction, Source
 from tune_app.models.predict import row
+from tune_app.report.page import write_report
+from tune_app.results.loading import load_studies, load_study
 from tune_app.serve.answers import JSONResponse
 from tune_app.serve.folder import StudyFolder
+from tune_app.study.errors import SpecError
+from tune_app.study.files import job_name, refuse_other_bytes
 
 LATIN = os.fsdecode(b"caf\xe9")
 
@@ -111,3 +116,48 @@ def test_commands_end_well_in_a_folder_of_such_a_name_whatever_the_terminal(
         assert "Traceback" not in said
         assert done.returncode == (1 if "none.csv" in words[-1] else 0), said
     assert r"caf\udce9" in said
+
+
+@pytest.fixture
+def texts_of_pandas() -> Iterator[None]:
+    """What pandas holds text in is a setting of the process."""
+    yield
+    pd.reset_option("mode.string_storage")
+
+
+@pytest.mark.usefixtures("texts_of_pandas")
+def test_a_study_in_a_folder_of_such_a_name_is_read_and_written(
+    write_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = write_study("plain", trials=4, epochs=4)
+    folder = tmp_path / f"{LATIN}\x1b[31m\u202e"
+    folder.mkdir()
+    root = plain.rename(folder / LATIN)
+    study = load_study(root)
+    assert study.trials["best_checkpoint"].dropna().str.startswith(str(root)).all()
+    assert len(study.to_csv(folder / "csv")) == 3
+    _, epochs, _ = study.to_parquet(folder / "parquet")
+    with epochs.open("rb") as file:
+        assert len(pd.read_parquet(file)) == len(study.epochs)
+    page = write_report(study, folder / "report.html").read_bytes().decode("utf-8")
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert r"caf\udce9\x1b[31m\u202e" in page
+    with pytest.raises(SpecError, match="the same study twice"):
+        load_studies([root, root])
+    done = subprocess.run(
+        [sys.executable, "-m", "tune_app.cli", "results", str(root)],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout
+    assert done.stdout.decode("ascii")
+
+
+def test_a_new_study_is_refused_where_ray_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="not UTF-8, which Ray cannot take"):
+        refuse_other_bytes(["/plain", str(tmp_path / LATIN)])
+    refuse_other_bytes(["/plain", "/患者 ä"])
+    assert job_name(str(tmp_path / LATIN)).startswith("medtune-caf-")

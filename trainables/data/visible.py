@@ -3,6 +3,15 @@
 import unicodedata
 
 
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: names of files that hold other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def visible(text: str, keep: str = "") -> str:
     r"""Return `text` with every character that is not seen written out: ESC as `\x1b`, a byte that is not UTF-8 as `\udce9`.
 

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from trainables.data.json_files import parse_json
 from trainables.data.storage import url_of
 from tune_app.study.errors import SpecError
-from tune_app.study.files import differing_fields, job_name
+from tune_app.study.files import differing_fields, job_name, refuse_other_bytes
 from tune_app.study.spec import StudySpec, build_spec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
@@ -161,6 +161,7 @@ def cluster_place(study: str) -> str:
     """Return the study's folder as a cluster can find it; raises SpecError for a relative one."""
     if url := url_of(study):
         return url.rstrip("/")
+    refuse_other_bytes([study])
     if not Path(study).is_absolute():
         raise SpecError(
             f"--out {study}: on a cluster a study needs a place that every node sees and that stays the same when it "

@@ -21,6 +21,7 @@ from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 
 from trainables.checkpoints import when_there_is_room
+from trainables.data.storage import absolute
 
 log = logging.getLogger("medtune.study")
 
@@ -47,7 +48,7 @@ class SearchError(ValueError):
 
 def sqlite_url(path: Path) -> str:
     """Return the storage URL of a SQLite file; a path may hold any character, such as `#`, `?`, `%` or braces."""
-    return sqlalchemy.URL.create("sqlite", database=str(path.resolve())).render_as_string(
+    return sqlalchemy.URL.create("sqlite", database=absolute(path)).render_as_string(
         hide_password=False
     )
 

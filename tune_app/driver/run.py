@@ -54,11 +54,12 @@ from tune_app.study.files import (
     StudyFiles,
     default_cache,
     mend_last_line,
+    refuse_other_bytes,
     resumed_spec,
 )
 from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.rows import ENDED, driver_lock
-from tune_app.study.spec import StudySpec, refuse_what_cannot_run
+from tune_app.study.spec import StudySpec, paths_in, refuse_what_cannot_run
 
 DONE, FAILED_TRIALS = 0, 3
 VERSIONS = (
@@ -124,6 +125,7 @@ def run_study(
     when another driver runs it, ManifestError and VolumeError for the data.
     """
     url = url_of(root)
+    refuse_other_bytes([url or absolute(root), *(path for _, path in paths_in(spec.model_dump()))])
     notifier = Notifier(notify, url or str(root))
     try:
         with (

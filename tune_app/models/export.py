@@ -54,7 +54,7 @@ from tune_app.models.folder import (
 )
 from tune_app.models.model import class_scores, network_logits, network_of, pooled
 from tune_app.models.onnx import require_onnx, write_onnx
-from tune_app.results.loading import load_study
+from tune_app.results.loading import hold_any_text, load_study
 from tune_app.results.study import Study
 from tune_app.study.files import EACH_RECIPE, PREPARES, StudyFiles, default_cache
 
@@ -244,6 +244,7 @@ def _export_single(
     if table is None:
         raise ExportError(f"{root}: does not record its table: name it with --data")
     ended = diagnose(load_state(files.checkpoint)["rows"]) if files.checkpoint.is_file() else None
+    hold_any_text(str(root.resolve()))
     run = read_run(
         pd.Series(
             {

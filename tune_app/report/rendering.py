@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainables.checkpoints import replacing
+from trainables.data.visible import visible
 from tune_app.report import figures
 from tune_app.report.parts import Page
 from tune_app.results.text import plain
@@ -52,17 +53,26 @@ def render(page: Page) -> str:
 
 @cache
 def environment() -> Environment:
-    """Return the templates of this package; every value in them is escaped."""
+    """Return the templates of this package; every value in them is escaped, and what is not seen in it written out."""
     found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: _shown(value) if type(value) is str else value,
     )
     found.filters["prose"] = _prose
-    found.filters["breakable"] = lambda name: Markup("_<wbr>").join(name.split("_"))
+    found.filters["breakable"] = lambda name: Markup("_<wbr>").join(_shown(name).split("_"))
     return found
+
+
+def _shown(text: str) -> str:
+    """Text with what is not seen written out: names of files hold escapes, and signs that turn the direction of a line."""
+    return visible(text, keep="\n\t")
 
 
 def _prose(text: str) -> Markup:
     """Text with `commands` set as code; everything in it is escaped."""
+    text = _shown(text)
     parts = text.split("`")
     if len(parts) % 2 == 0:
         return Markup.escape(text)

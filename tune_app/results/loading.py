@@ -10,11 +10,13 @@ import pandas as pd
 
 from trainables.config import FineTuneConfig
 from trainables.data.storage import url_of
+from trainables.data.visible import is_unicode
 from trainables.diagnosis import diagnose
 from tune_app.results.study import Studies, Study
 from tune_app.results.trials import trials_table
 from tune_app.study.columns import DECISION_COLUMNS, EPOCH_COLUMNS
 from tune_app.study.copies import opened
+from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, kept_by
 from tune_app.study.policy import Policy
 from tune_app.study.rows import (
@@ -44,6 +46,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
     url = url_of(path)
     path, driven = opened(path)
     files = StudyFiles(path.absolute())
+    hold_any_text(str(files.root))
     files.require()
     info = files.read()
     spec = recorded_spec(info["spec"])
@@ -85,6 +88,12 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
         url,
         tuple(damage),
     )
+
+
+def hold_any_text(name: str) -> None:
+    """Have pandas hold text as Python does where `name`, of a file, is not UTF-8: Arrow, its usual storage, cannot."""
+    if not is_unicode(name):
+        pd.set_option("mode.string_storage", "python")
 
 
 def load_studies(
@@ -274,4 +283,4 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"the same study twice: {', '.join(map(str, paths))}")
+    raise SpecError(f"the same study twice: {', '.join(map(str, paths))}: name each once")

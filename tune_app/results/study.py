@@ -24,6 +24,7 @@ import pandas as pd
 from search_spaces.space import Space
 from trainables.checkpoints import replacing
 from trainables.config import FineTuneConfig
+from trainables.data.visible import is_unicode, visible
 from tune_app.results.effects import effects
 from tune_app.results.importance import Axis, axis_of, importance
 from tune_app.results.query import column_of, require_column, select, smaller_is_better
@@ -269,6 +270,18 @@ class Studies:
 # Files and words -------------------------------------------------------------------------------------------------------
 
 
+def writable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with bytes that are not UTF-8 written out in its texts, which Arrow cannot hold otherwise."""
+    return table.assign(
+        **{
+            str(name): column.map(lambda text: visible(text, keep="\n\t"), na_action="ignore")
+            for name, column in table.items()
+            if isinstance(column.dtype, pd.StringDtype)
+            and not all(map(is_unicode, column.dropna()))
+        }
+    )
+
+
 def _write(study: Study, folder: Path, kind: Literal["csv", "parquet"]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -282,6 +295,7 @@ def _write(study: Study, folder: Path, kind: Literal["csv", "parquet"]) -> list[
             if kind == "csv":
                 table.to_csv(temporary, index=False, errors="backslashreplace")
             else:
-                table.to_parquet(temporary, index=False)
+                with temporary.open("wb") as file:  # Arrow takes no name that is not UTF-8
+                    writable(table).to_parquet(file, index=False)
         paths.append(path)
     return paths

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from trainables.checkpoints import HURRY, TrialFiles, without_nonfinite, write_j
 from trainables.config import RULES
 from trainables.data.json_files import read_json
 from trainables.data.storage import is_url
+from trainables.data.visible import is_unicode
 from trainables.objective import DEFAULT_OBJECTIVE
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import StudySpec, recorded_spec
@@ -250,13 +251,24 @@ def mend_last_line(path: Path) -> str | None:
         return content[end:].decode(errors="replace")
 
 
+def refuse_other_bytes(paths: Iterable[str]) -> None:
+    """Raise SpecError for names with bytes that are not UTF-8: neither Ray nor Arrow can be given them."""
+    if problems := [
+        f"{path}: the name holds bytes that are not UTF-8, which Ray cannot take: rename it, or make a link with a plain name "
+        "(ln -s) and use that"
+        for path in dict.fromkeys(paths)
+        if not is_unicode(path)
+    ]:
+        raise SpecError(problems)
+
+
 def job_name(study: str) -> str:
     """Return the stem of the ids of all jobs of a study: readable, and equal for equal folders only.
 
     It has 47 characters at most, which is what KubeRay takes as the name of a RayJob.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", study.rsplit("/", 1)[-1].lower()).strip("-")[:30] or "study"
-    return f"medtune-{slug}-{hashlib.sha256(study.encode()).hexdigest()[:8]}"
+    return f"medtune-{slug}-{hashlib.sha256(os.fsencode(study)).hexdigest()[:8]}"
 
 
 def _with_links_followed(spec: StudySpec) -> StudySpec:
