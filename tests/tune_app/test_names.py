@@ -134,7 +134,7 @@ def test_a_study_in_a_folder_of_such_a_name_is_read_and_written(
     folder.mkdir()
     root = plain.rename(folder / LATIN)
     study = load_study(root)
-    assert study.trials["best_checkpoint"].dropna().str.startswith(str(root)).all()
+    assert study.trials_full["best_checkpoint"].dropna().str.startswith(str(root)).all()
     assert len(study.to_csv(folder / "csv")) == 3
     _, epochs, _ = study.to_parquet(folder / "parquet")
     with epochs.open("rb") as file:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split, split_rows
 from trainables.data.manifest import read_manifest
+from trainables.machine.safe_path import safe_search
 from tune_app.driver.packing import heaviest
 from tune_app.study.presets import preset_line
 from tune_app.study.spec import StudySpec
@@ -97,7 +98,7 @@ def forecast_on_cpus(spec: StudySpec, *, concurrent: int, epochs: float) -> Fore
     voxels = volumes * math.prod(config.volume_shape) * config.epochs * spec.num_trials
     if voxels < WORTH_MEASURING:
         return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with safe_search(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         measured = process.submit(measure_pass, config, spec.cpus_per_rank).result()
     scored = VALIDATED * len(split.val) + min(config.train_auc_volumes, len(split.train))
     epoch_s = len(split.train) * measured.train_s + scored * measured.score_s

@@ -216,9 +216,7 @@ def _run_locked(
     if not resume:  # one of an earlier version may go on: its other trials can run
         refuse_what_cannot_run(spec)
     refuse_preprocessing(spec, files.read() if resume else None)
-    if would_start_ray(
-        address
-    ):  # the path is of the nodes: elsewhere it need not lead anywhere from here
+    if would_start_ray(address):  # elsewhere the path is of the nodes
         _check_weights(spec)
     ready = prepare_study(spec, files, resume=resume, notes=notes)
     spec, base, cohort = ready.spec, ready.base, ready.cohort
@@ -229,10 +227,9 @@ def _run_locked(
     ):
         spec, packing = _packed(spec, cohort, sharing, notes)
         plan, resources = await_resources(spec, notes)
-        if not resume:
-            refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
         budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
+            refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
             name = spec.storage and shared_study_name(url or absolute(files.root))
             files.write(
                 {**_description(spec, cohort.name, resources), **ready.recorded, OPTUNA_STUDY: name}
