@@ -316,6 +316,9 @@ def _run(
         store = TrialStore(setting.storage, trial["trial"], files)
         store.fetch()
     keep = store.keep if store else None
+    here = (
+        Path(setting.study) / HURRY
+    )  # on the driver's own node, or in a folder that all nodes see
     for row in saved_run(
         config,
         files,
@@ -325,7 +328,7 @@ def _run(
         keep=keep,
         objective=setting.objective,
         window_end=setting.rules == 1,
-        hurry=(Path(setting.study) / HURRY).exists,
+        hurry=lambda: here.exists() or (store is not None and store.hurries()),
     ):
         alive()
         log.info(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import quote
 
-from trainables.checkpoints import TrialFiles, replacing
+from trainables.checkpoints import HURRY, TrialFiles, replacing
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 OF_URLS = "%:/?[]@!$&'()*+,;="
@@ -379,6 +379,13 @@ class TrialStore:
             path.unlink(missing_ok=True)
             if self.remote.get(self.prefix + path.name, path):
                 self._sent[path] = _stamp(path)
+
+    def hurries(self) -> bool:
+        """Whether the driver's machine is about to be taken away, and with it the study; not while nothing answers."""
+        try:
+            return self.remote.stamp(HURRY) is not None
+        except StorageError:
+            return False
 
     def keep(self) -> None:
         """Send what has changed, the checkpoint last: one that is there has everything that belongs to it."""

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from trainables.checkpoints import replacing, write_json
+from trainables.checkpoints import HURRY, replacing, write_json
 from trainables.data.json_files import parse_json
 from trainables.data.storage import Listed, Remote, StorageError, patient
 from trainables.own_folder import MARKER, fresh_own
@@ -59,8 +59,8 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
         listed = [
             one for one in remote.listing() if not one.name.endswith(".pt") and one.name != LEASE
         ]
-        copy_objects(remote, [one.name for one in listed], folder)
         mirror.has_brought(listed)
+        copy_objects(remote, [one.name for one in listed if one.name != HURRY], folder)
         with mirror:
             yield mirror.files
     finally:
@@ -76,6 +76,8 @@ class Mirror:
         self._sent: dict[str, bytes] = {}
         self._brought: dict[str, datetime] = {}
         """Requests that lie in the folder too, or did until they were answered."""
+        self._hurried = False
+        """Whether HURRY is in the storage."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._beats = 0
@@ -115,6 +117,7 @@ class Mirror:
             with patient():
                 self.send()
                 self.requests()
+                self.hurry()
         except StorageError as error:
             (self.files.root / MARKER).unlink(missing_ok=True)  # the next driver must not remove it
             raise StorageError(f"{error}; everything is in {self.files.root}") from None
@@ -144,6 +147,18 @@ class Mirror:
     def has_brought(self, listed: list[Listed]) -> None:
         """Say which objects were there, and have been copied to the folder, before the driver began."""
         self._brought = {one.name: one.written for one in listed if REQUEST.fullmatch(one.name)}
+        self._hurried = any(one.name == HURRY for one in listed)
+
+    def hurry(self) -> None:
+        """Tell trials of other nodes, which look into the storage, that the driver's machine is about to be taken away."""
+        asked = self.files.hurry.exists()
+        if asked == self._hurried:
+            return
+        if asked:
+            self.remote.write(HURRY, b"{}")
+        else:
+            self.remote.delete(HURRY)
+        self._hurried = asked
 
     def requests(self) -> None:
         """Bring what the driver is asked to do (`tune_app.study.requests`); remove there what has been answered here."""
@@ -162,6 +177,7 @@ class Mirror:
         while not self._ended.wait(1.0):
             began = time.monotonic()
             try:
+                self.hurry()
                 if began - beaten >= BEAT_S:
                     self._beat()
                     beaten = began

@@ -16,7 +16,7 @@ import pytest
 import study_runs
 from object_storage import put_folder
 
-from trainables.checkpoints import TrialFiles
+from trainables.checkpoints import HURRY, TrialFiles
 from trainables.data.storage import Remote, StorageError, TrialStore, bucket_of, url_of
 from trainables.own_folder import MARKER
 from tune_app.cluster.doctor import diagnose_machine
@@ -117,6 +117,30 @@ def test_a_study_has_one_driver_and_a_dead_one_is_followed(
     dead.release()
     assert Remote(bucket).names() == [storage.LEASE], "it is not the dead one's any more"
     living.release()
+
+
+def test_trials_of_other_nodes_find_in_the_storage_that_they_must_hurry(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TrialStore(bucket, "00000", TrialFiles(tmp_path / "node2"))
+    with mirrored(bucket) as files:
+        assert not store.hurries()
+        files.hurry.touch()
+        study_runs.wait_until(store.hurries, "the request in the storage")
+        files.hurry.unlink()  # as the driver does at its end
+    assert not store.hurries()
+    assert Remote(bucket).names() == []
+    Remote(bucket).write(HURRY, b"{}")  # a driver that was killed left it
+    with mirrored(bucket) as files:
+        assert not files.hurry.exists()
+        study_runs.wait_until(lambda: not store.hurries(), "the end of an earlier request")
+    monkeypatch.setattr(store, "remote", Remote(bucket))
+    monkeypatch.setattr(store.remote, "stamp", lambda name: raised(StorageError("no answer")))
+    assert not store.hurries()
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 def test_what_the_storage_has_goes_before_what_lies_in_the_folder(bucket: str) -> None:
