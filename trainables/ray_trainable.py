@@ -242,6 +242,21 @@ def _device_memory() -> tuple[int, int]:
     return free + torch.cuda.memory_reserved(), total
 
 
+def _fetched(setting: TrialSetting, trial: str, files: TrialFiles) -> TrialStore | None:
+    """Return where the trial is kept in object storage, with what an earlier attempt kept brought here."""
+    if setting.storage is None:
+        return None
+    store = TrialStore(setting.storage, trial, files)
+    store.fetch()
+    return store
+
+
+def _hurries(setting: TrialSetting, store: TrialStore | None) -> Callable[[], bool]:
+    """Return what says whether the trial has to save its work, on whichever node it is."""
+    here = Path(setting.study) / HURRY  # of the driver's node, or of a folder that all nodes see
+    return lambda: here.exists() or (store is not None and store.hurries())
+
+
 def _cohort_of(config: FineTuneConfig, setting: TrialSetting, alive: SignOfLife) -> str:
     """The folder of the trial's own cohort. Before the GPU is waited for: preparing takes minutes.
 
@@ -311,24 +326,17 @@ def _run(
             heartbeat=alive.step,
             rules=setting.rules,
         )
-    store = None
-    if setting.storage is not None:
-        store = TrialStore(setting.storage, trial["trial"], files)
-        store.fetch()
-    keep = store.keep if store else None
-    here = (
-        Path(setting.study) / HURRY
-    )  # on the driver's own node, or in a folder that all nodes see
+    store = _fetched(setting, trial["trial"], files)
     for row in saved_run(
         config,
         files,
         epochs,
         checkpoint_epochs=setting.checkpoint_epochs,
         waits=alive.waits_for_room,
-        keep=keep,
+        keep=store.keep if store else None,
         objective=setting.objective,
         window_end=setting.rules == 1,
-        hurry=lambda: here.exists() or (store is not None and store.hurries()),
+        hurry=_hurries(setting, store),
     ):
         alive()
         log.info(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from trainables.config import build_config
-from trainables.data.storage import absolute
+from trainables.data.storage import absolute, is_url
 from tune_app.cli.common import (
     AddressOption,
     CacheOption,
@@ -321,6 +321,7 @@ def ablate(
     """Run variants of the fixes over seeds and folds, nothing stopped early: which fix matters, and is it certain?"""
     from tune_app.compare.ablation import ablation_spec, read_variants
 
+    _require_table_here(data)
     config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
     config |= {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
     chosen = read_variants(variants, build_config(config).epochs)
@@ -343,6 +344,18 @@ def ablate(
     )
     root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
     _run_and_tell(spec, root, address=address, resume=False)
+
+
+def _require_table_here(table: str | Path) -> None:
+    """Raise SpecError where a plan is sent elsewhere and its table is not on this machine."""
+    from tune_app.study.errors import SpecError
+
+    if elsewhere.get() is None or is_url(table) or Path(table).exists():
+        return
+    raise SpecError(
+        f"table {table}: not on this machine. `ablate` and `confirm` read it before they are sent, because its folds and "
+        "rows decide what is run: submit from a machine that sees it, such as a node of the cluster, or use a URL"
+    )
 
 
 @app.command()
@@ -397,7 +410,9 @@ def confirm(
         "cache": cache and absolute(cache),
     }
     fields = stated(given)
-    spec, notes = confirmation_spec(load_study(study), top=top, folds=folds, seeds=seeds, **fields)
+    search = load_study(study)
+    _require_table_here(search.spec.data)
+    spec, notes = confirmation_spec(search, top=top, folds=folds, seeds=seeds, **fields)
     for note in notes:
         err.print(f"note: {note}", markup=False)
     begun = files.spec.exists()

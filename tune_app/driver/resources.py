@@ -56,6 +56,28 @@ class Plan:
         return f"{self.concurrent} trials at a time, each with {' and '.join(what)}{over}"
 
 
+def plan_lines(plan: Plan, shared: str) -> list[str]:
+    """Return what is shown of the plan; `shared` says how GPUs are shared. Where trials have to wait, that too."""
+    busy = busy_text(plan, ray.available_resources())
+    return [f"{plan.text}{shared}", *([busy] if busy is not None else [])]
+
+
+def busy_text(plan: Plan, free: Mapping[str, float]) -> str | None:
+    """Return a line where what is `free` (Ray's names) holds no trial, as others use the rest; None where it does."""
+    wanted = {"CPU": float(plan.cpus_per_rank * plan.ranks), "GPU": plan.gpus_per_rank * plan.ranks}
+    short = [
+        f"{free.get(name, 0.0):g} {name} of {amount:g}"
+        for name, amount in wanted.items()
+        if free.get(name, 0.0) < amount - 1e-6
+    ]
+    if not short:
+        return None
+    return (
+        f"waiting: other studies or jobs use the cluster, free for a trial are {', '.join(short)}; "
+        "trials start as soon as there is room"
+    )
+
+
 def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
     """Return what each rank of a trial takes, one entry a rank; a pure function.
 

@@ -42,7 +42,7 @@ from tune_app.driver.notify import Notifier
 from tune_app.driver.optuna_database import shared_study_name
 from tune_app.driver.packing import Packing, heaviest, packing_for
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.resources import Plan, await_resources
+from tune_app.driver.resources import Plan, await_resources, plan_lines
 from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import INTERRUPTED, stopping_on_request
@@ -257,7 +257,7 @@ def _run_locked(
             )
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""
-            notes.print(f"{plan.text}{shared}", soft_wrap=True)
+            notes.print("\n".join(plan_lines(plan, shared)), soft_wrap=True)
             if not resume:
                 _print_forecast(
                     spec, session, plan, packing, local=own_ray is not None, notes=notes

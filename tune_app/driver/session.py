@@ -506,15 +506,8 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         text = told.rpartition("Failure # ")[2].partition("\n")[2].strip()
         if not text:
             return ("the trial's process ended without a word",) * 2
-        reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
-        if reason.startswith("The actor is dead"):
-            reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
-        if text.startswith("The actor died") and (
-            node := re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
-        ):
-            who = "rank 0" if self.session.ranks > 1 else "its process"
-            reason = f"{who} on node {node[1]} died: {reason}"
-        return reason, text
+        record = self.session.recorder.records.get(trial_name(trial), {})
+        return failure_line(text, ranks=self.session.ranks, node=record.get("node")), text
 
     def _end(self, name: str, state: str, reason: str, *, error: str | None = None) -> None:
         record = self.session.recorder.ended(name, state, reason, error=error)
@@ -523,6 +516,26 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         self.session.requests.answered(name)
         self.session.display.ended(name, state, reason)
         self.session.keep_to_budget()
+
+
+def failure_line(text: str, *, ranks: int, node: str | None) -> str:
+    """Return in a line why a trial failed, from Ray's text; of a lost process, which rank it was and on which node.
+
+    `node`: where the trial's record says that it began.
+    """
+    reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
+    if reason.startswith("The actor is dead"):
+        reason = reason.partition(". ")[0]  # the rest is a page of what may be the cause
+    who = "rank 0" if ranks > 1 else "its process"
+    found = re.search(r"^\s*ip: (\S+)$", text, re.MULTILINE)
+    node = found[1] if found else node
+    if text.startswith("The actor died") and node is not None:
+        return f"{who} on node {node} died: {reason}"
+    if re.match(
+        r"(\S+: )?The actor \S+ is unavailable", reason
+    ):  # a raylet that died takes its actors along
+        return f"{who} on node {node or 'unknown'} does not answer: it or its node was lost"
+    return reason
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,14 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
     assert wrong.exit_code == 2, "options are checked before anything is sent"
 
 
+def test_a_plan_is_made_where_the_table_is(tmp_path: Path) -> None:
+    asked = ["submit", "--dry-run", "--", "ablate", "--data", "/shared/table.csv"]
+    asked += ["--out", "/shared/studies/second"]
+    refused = CliRunner().invoke(cli.app, asked)
+    assert isinstance(refused.exception, SpecError)
+    assert "table /shared/table.csv: not on this machine" in str(refused.exception)
+
+
 # Where the job server is -----------------------------------------------------------------------------------------------
 
 

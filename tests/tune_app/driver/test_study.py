@@ -30,9 +30,9 @@ from tune_app.driver.display import Display
 from tune_app.driver.loggers import study_loggers
 from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
 from tune_app.driver.recorder import Recorder
-from tune_app.driver.resources import Plan, plan_resources
+from tune_app.driver.resources import Plan, busy_text, plan_resources
 from tune_app.driver.run import run_study
-from tune_app.driver.session import Interrupt, StudySession
+from tune_app.driver.session import Interrupt, StudySession, failure_line
 from tune_app.driver.stopping import GRACE_S, TAKEN_AWAY, USR1_GRACE_S, Preempted, saving_s
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
@@ -719,3 +719,36 @@ def test_what_no_driver_wrote_is_named_before_a_study_goes_on(
     append_line(tmp_path / name, content)
     with pytest.raises(StudyDamageError, match=says):
         Recorder(build_spec({"data": "t.csv"}), StudyFiles(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        ({"CPU": 4.0, "GPU": 2.0}, None),
+        ({"CPU": 4.0}, "0 GPU of 2;"),
+        ({"CPU": 1.0, "GPU": 1.5}, "1 CPU of 4, 1.5 GPU of 2;"),
+        ({}, "0 CPU of 4, 0 GPU of 2;"),
+    ],
+)
+def test_a_study_that_waits_for_what_others_use_says_so(
+    free: dict[str, float], told: str | None
+) -> None:
+    plan = Plan(ranks=2, cpus_per_rank=2, gpus_per_rank=1.0, concurrent=1, bundles=[])
+    text = busy_text(plan, free)
+    assert (text is None) == (told is None)
+    if text is not None and told is not None:
+        assert told in text
+
+
+def test_a_lost_process_is_named_by_rank_and_node() -> None:
+    """Ray's own texts: the first when a raylet is gone, the second when an actor's process is."""
+    gone = str(ray.exceptions.ActorUnavailableError("Socket closed rpc_code: 14", b"a" * 16))
+    on_node = "on node 10.0.0.7 does not answer: it or its node was lost"
+    assert failure_line(gone, ranks=2, node="10.0.0.7") == f"rank 0 {on_node}"
+    named = f"ray.exceptions.ActorUnavailableError: {gone}"
+    assert failure_line(named, ranks=1, node="10.0.0.7") == f"its process {on_node}"
+    died = "The actor died unexpectedly.\n\tip: 10.0.0.8\nThe actor is dead because x. Perhaps y."
+    assert failure_line(died, ranks=1, node="10.0.0.7") == (
+        "its process on node 10.0.0.8 died: The actor is dead because x"
+    )
+    assert failure_line("Traceback\nValueError: bad", ranks=1, node=None) == "ValueError: bad"
