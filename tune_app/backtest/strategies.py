@@ -29,6 +29,7 @@ from tune_app.backtest.tables import Table, learn_prior
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.surrogate import Prior, Surrogate, shipped_prior
+from tune_app.study.tied import nearly_tied
 
 Floats = npt.NDArray[np.float64]
 Answer = Literal["continue", "pause", "stop"]
@@ -112,8 +113,11 @@ def simulate(
     workers: int = 4,
     start_s: float = 0.0,
     unit: Literal["epochs", "seconds"] = "epochs",
+    together: bool = False,
 ) -> list[float]:
     """Return the held-out AUC of what the strategy would deploy at each budget, ascending, in whole runs.
+
+    `together`: the runs that nearly tie with its choice (`study.tied`) are deployed with it, for a table with scores.
 
     `unit` "seconds": a whole run is the table's mean duration, the budget is time on `workers` shares of a GPU, and each
     start of a trial costs `start_s` more. Where the table runs out of configurations the search has ended.
@@ -128,7 +132,12 @@ def simulate(
 
     def judged() -> float:
         chosen = strategy.choose()
-        return float(table.truth[chosen, seen.done[chosen] - 1])
+        if not together:
+            return float(table.truth[chosen, seen.done[chosen] - 1])
+        assert table.scored is not None
+        begun = seen.begun()
+        near = begun[nearly_tied(seen.values(begun))]
+        return table.scored.auc((int(i), int(table.deployed[i, seen.done[i] - 1])) for i in near)
 
     def start() -> bool:
         nonlocal order
@@ -286,6 +295,8 @@ class Entry:
     make: Callable[[Table, Prior | None], Factory]
     by_budget: bool = False
     """Whether it has to know the budget before it starts, so that each budget is a search of its own."""
+    together: bool = False
+    """Whether the runs that nearly tie are deployed together; left out on tables without scores."""
 
 
 def _plain(kind: Callable[[Seen, float], Strategy]) -> Callable[[Table, Prior | None], Factory]:
@@ -350,8 +361,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("medtune without model", medtune(model=False)),
     Entry("medtune without stops", medtune(NO_STOPS)),
     Entry("medtune", medtune()),
+    Entry("medtune tied runs together", medtune(), together=True),
 )
-"""What is compared: baselines, what medtune was, each of its parts left out, and what it is."""
+"""What is compared: baselines, what medtune was, each of its parts left out, what it is, and its runs together."""
 
 PLAIN = "Ray ASHA as shipped"
 
@@ -394,8 +406,9 @@ def compare(
     `reaches` (smallest budget of GRID at which the mean is at least plain Ray Tune's at 24 whole runs; NaN: none).
     """
     result = []
-    entries = list(entries)
+    asked = list(entries)
     for table in tables:
+        entries = [entry for entry in asked if table.scored is not None or not entry.together]
         prior = prior_for(table, tables)
         budgets = [budget for budget in GRID if budget <= table.size]
         how = {"workers": workers, "start_s": start_s, "unit": unit}
@@ -431,6 +444,7 @@ def _replayed(
 ) -> Floats:
     """(replays, budgets)."""
     factory = entry.make(table, prior)
+    how = {**how, "together": entry.together}
     found = []
     for seed in seeds:
         if entry.by_budget:

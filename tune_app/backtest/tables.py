@@ -3,7 +3,7 @@
 A table is a Parquet file of whole curves with a column `hold_auc`: `medtune bench record` writes them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.optimize import minimize
+from scipy.special import expit
+from scipy.stats import rankdata
 
 from search_spaces.spaces import SPACES
 from trainables.objective import RunningValue
@@ -44,6 +47,66 @@ CONFIGURATION_SD = 0.25
 """Logits; what configurations of one rate differ by, as a prior is learned."""
 
 
+class Scored:
+    """Scores of single volumes, for judging several runs together: the mean of their calibrated log-odds.
+
+    `val` and `hold` are cells of a table by trial and epoch, `val_labels` of each trial's validation volumes,
+    `hold_labels` of the held-out ones, in the order of the scores.
+    """
+
+    def __init__(
+        self,
+        val: Sequence[Sequence[bytes]],
+        hold: Sequence[Sequence[bytes]],
+        val_labels: Sequence[Floats],
+        hold_labels: Floats,
+    ) -> None:
+        self._val, self._hold = val, hold
+        self._val_labels, self._hold_labels = val_labels, hold_labels
+        self._calibrated: dict[tuple[int, int], Floats] = {}
+
+    def auc(self, runs: Iterable[tuple[int, int]]) -> float:
+        """Return the held-out AUC of runs together, each a trial and the index of the epoch whose weights it deploys."""
+        return roc_auc(np.mean([self._log_odds(*run) for run in runs], axis=0), self._hold_labels)
+
+    def part(self, chosen: npt.NDArray[np.int64]) -> "Scored":
+        """Return the scores of the chosen trials."""
+        return Scored(
+            [self._val[i] for i in chosen],
+            [self._hold[i] for i in chosen],
+            [self._val_labels[i] for i in chosen],
+            self._hold_labels,
+        )
+
+    def _log_odds(self, trial: int, epoch: int) -> Floats:
+        """Held-out scores under a slope and an offset that are fitted to the validation scores, as an export's are."""
+        if (trial, epoch) not in self._calibrated:
+            val, hold = (
+                np.frombuffer(cells[trial][epoch], dtype="<f2").astype(float)
+                for cells in (self._val, self._hold)
+            )
+            scale = max(float(val.std()), 1e-6)
+            sign = 2 * self._val_labels[trial] - 1
+
+            def loss(at: Floats) -> tuple[float, Floats]:
+                margin = sign * (at[0] * val / scale + at[1])
+                pull = -sign * expit(-margin)
+                value = np.logaddexp(0, -margin).sum() + 0.005 * at[0] ** 2
+                return float(value), np.array([pull @ val / scale + 0.01 * at[0], pull.sum()])
+
+            slope, offset = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x
+            self._calibrated[trial, epoch] = slope * hold / scale + offset
+        return self._calibrated[trial, epoch]
+
+
+def roc_auc(scores: Floats, labels: Floats) -> float:
+    """Return the area under the ROC curve of scores (n,) of volumes labelled 0 or 1; ties count half."""
+    positive = labels == 1
+    count = int(positive.sum())
+    ranks = rankdata(scores)[positive].sum()
+    return float((ranks - count * (count + 1) / 2) / (count * (len(labels) - count)))
+
+
 @dataclass(frozen=True)
 class Table:
     """Whole curves of the configurations of one cohort, one run each."""
@@ -66,6 +129,10 @@ class Table:
     """(trials, epochs): held-out AUC of the weights that the objective would deploy by then."""
     seconds: Floats
     """(trials, epochs)."""
+    deployed: npt.NDArray[np.int64]
+    """(trials, epochs): index of the epoch whose weights the objective would deploy by then."""
+    scored: Scored | None = None
+    """Scores by volume; None where the table does not hold them."""
 
     @property
     def size(self) -> int:
@@ -98,6 +165,8 @@ class Table:
             value=self.value[chosen],
             truth=self.truth[chosen],
             seconds=self.seconds[chosen],
+            deployed=self.deployed[chosen],
+            scored=None if self.scored is None else self.scored.part(chosen),
         )
 
 
@@ -111,6 +180,7 @@ def read_table(path: Path, cohort: str | None = None) -> Table:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise CurveError([f"{path}: cannot be read: {error}"]) from None
+    labels = frame.attrs.get("labels")
     needed = ("trial", "epoch", "val_auc", "hold_auc", "epoch_s")
     if missing := [name for name in needed if name not in frame.columns]:
         raise CurveError([f"{path}: column {name!r} is missing" for name in missing])
@@ -125,10 +195,28 @@ def read_table(path: Path, cohort: str | None = None) -> Table:
         raise CurveError(
             [f"{path}: trial {t} has not the epochs 1 to {epochs}" for t in uneven.index[:5]]
         )
-    return _table(path, cohort or path.stem.split("_")[0].rstrip("0123456789"), frame, len(lengths))
+    cohort = cohort or path.stem.split("_")[0].rstrip("0123456789")
+    return _table(path, cohort, frame, len(lengths), _scored(frame, labels, epochs))
 
 
-def _table(path: Path, cohort: str, frame: pd.DataFrame, count: int) -> Table:
+def _scored(frame: pd.DataFrame, labels: Mapping[str, Any] | None, epochs: int) -> Scored | None:
+    if labels is None or not {"val_scores", "hold_scores", "fold", "hold_fold"} <= set(frame):
+        return None
+    cells = {
+        name: [list(part) for part in frame[name].to_numpy().reshape(-1, epochs)]
+        for name in ("val_scores", "hold_scores")
+    }
+    known = {fold: np.asarray(each, dtype=float) for fold, each in labels.items()}
+    folds = frame["fold"].astype(str).to_numpy().reshape(-1, epochs)[:, 0]
+    held = str(frame["hold_fold"].iloc[0])
+    return Scored(
+        cells["val_scores"], cells["hold_scores"], [known[fold] for fold in folds], known[held]
+    )
+
+
+def _table(
+    path: Path, cohort: str, frame: pd.DataFrame, count: int, scored: Scored | None
+) -> Table:
     def grid(name: str) -> Floats:
         return np.asarray(frame[name].to_numpy(dtype=float).reshape(count, -1))
 
@@ -155,6 +243,8 @@ def _table(path: Path, cohort: str, frame: pd.DataFrame, count: int) -> Table:
         value=value,
         truth=np.take_along_axis(hold, deployed, axis=1),
         seconds=grid("epoch_s"),
+        deployed=deployed,
+        scored=scored,
     )
 
 

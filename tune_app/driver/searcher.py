@@ -45,7 +45,15 @@ from tune_app.driver.optuna_database import (
     sqlite_url,
 )
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles
-from tune_app.study.surrogate import CANDIDATES, RATE, Prior, Surrogate, axes_of, draw
+from tune_app.study.surrogate import (
+    CANDIDATES,
+    RATE,
+    Prior,
+    Surrogate,
+    axes_of,
+    draw,
+    observed,
+)
 
 SamplerName = Literal["model", "tpe", "random", "qmc", "gp"]
 """model: medtune's own, `tune_app.study.surrogate`; it learns from trials that were stopped, too, and starts from a
@@ -367,13 +375,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         ended = [trial for trial in known if trial.state.is_finished()]
         running = [trial for trial in known if not trial.state.is_finished()]
         rng = np.random.default_rng([self._seed, number])
+        worth = [self._worth(trial) for trial in ended]
+        fitted = observed(np.array([value for value, _ in worth]))
+        ended, worth = [ended[place] for place in fitted], [worth[place] for place in fitted]
         suggest = partial(draw, rng=rng)
         candidates = [self._space.sample(suggest, self._epochs) for _ in range(CANDIDATES)]
         samples = [*(trial.params for trial in (*ended, *running)), *candidates]
         surrogate = Surrogate(axes_of(self._space), samples, self._prior)
         places = np.arange(len(samples))
         begin = len(ended) + len(running)
-        worth = [self._worth(trial) for trial in ended]
         chosen = surrogate.choose(
             places[: len(ended)],
             np.array([value for value, _ in worth]),

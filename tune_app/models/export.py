@@ -91,9 +91,7 @@ def choose(
     middle: the best of equal runs is merely lucky. Raises ExportError when there is no such trial, SpecError when
     `study` is no confirmation.
     """
-    usable = study.ranked[
-        study.ranked["best_checkpoint"].notna() & study.ranked["objective"].notna()
-    ]
+    usable = study.exportable
     scored = len(usable)
     told = f"by the study's objective, {study.spec.objective}"
 
@@ -617,6 +615,11 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
         lines.append(
             f"validated: AUC {value} on {info.validation.volumes} volumes that also chose it: optimistic"
         )
+    if info.kind == "ensemble":
+        alone = ", ".join(
+            f"{one.trial} {'-' if one.auc is None else f'{one.auc:.3f}'}" for one in info.members
+        )
+        lines.append(f"alone:     AUC of each member on its own validation volumes: {alone}")
     if info.decides == "nothing":
         lines.append("decides:   nothing: no threshold and no calibration belong to these weights")
     if info.decides == "likeliest":

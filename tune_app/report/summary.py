@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from trainables.config import build_config
 from trainables.data.storage import url_of
+from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import print_ablation
 from tune_app.compare.confirm import print_confirmation
 from tune_app.report.findings import rivals_within_noise
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back, render_table, results_table
+from tune_app.study.tied import TIED_AUC, nearly_tied
 
 SHOWN_TRIALS = 20
 
@@ -97,7 +100,28 @@ def best_lines(study: Study) -> list[str]:
         lines.append(
             f"      {rivals} other {'trial is' if rivals == 1 else 'trials are'} within its noise of {half:.3f}"
         )
+    together = tied_runs(study)
+    if len(together) > 1:
+        place = url_of(study.path) or study.path
+        lines += [
+            f"tied: trials {', '.join(together)} within {TIED_AUC:g} of the best; their ensemble is often better than one:",
+            f"      medtune export {place} --ensemble {len(together)} --out model",
+        ]
     return lines
+
+
+def tied_runs(study: Study) -> list[str]:
+    """Return the trials of a search with weights that nearly tie with the best of them, the best first.
+
+    None where the objective is no AUC. They are what `medtune export --ensemble` takes.
+    """
+    if study.spec.kind != "search" or not OBJECTIVES[study.spec.objective].column.startswith(
+        "val_auc"
+    ):
+        return []
+    usable = study.exportable[study.exportable["state"] != "failed"]
+    near = nearly_tied(usable["objective"].to_numpy(dtype=np.float64))
+    return [str(trial) for trial in usable["trial"].iloc[near]]
 
 
 def place_lines(root: Path) -> list[str]:

@@ -130,6 +130,13 @@ class Study:
             else self.trials_full
         )
 
+    @property
+    def exportable(self) -> pd.DataFrame:
+        """The rows of `.ranked` that have kept weights and an objective."""
+        return self.ranked[
+            self.ranked["best_checkpoint"].notna() & self.ranked["objective"].notna()
+        ]
+
     def leaderboard(
         self,
         n: int | None = 10,

@@ -50,8 +50,16 @@ LEVEL = 1.1
 CHOICE_SD = 0.7
 """Distance of two choices of a categorical parameter, divided by the square root of two."""
 
-EXPLORATION = 0.5
-"""Share of the posterior's standard deviation in each Thompson draw."""
+FIRST_EXPLORATION, EXPLORATION = 0.05, 0.5
+"""Share of the posterior's standard deviation in each Thompson draw: before any trial has ended, and later. At first
+the model knows the prior alone, whose whole range is smaller than that deviation."""
+
+UNMODELLED = frozenset({3, 7})
+"""Trials, by how many began before, that are drawn at random: so a prior that misleads is found out in time. On recorded
+tables they cost nothing, and with a prior turned upside down they save a fifth to five sixths of what it loses."""
+
+MOST_OBSERVED = 256
+"""Ended trials that the process is fitted to at most: its cost grows with their third power."""
 
 CANDIDATES = 64
 """Random points among which the next trial is chosen; as many as the recorded tables had left, on which that was tested."""
@@ -185,19 +193,19 @@ class Surrogate:
     def posterior(
         self, seen: Indices, values: Floats, noise: Floats, at: Indices
     ) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation (m,) in logits at the points `at`.
+        """Return mean (m,) and covariance (m, m) in logits at the points `at`.
 
         `values` (n,) are logits seen at the points `seen`, `noise` (n,) their variances.
         """
-        mean, variance = LEVEL + self.prior_mean[at], np.diag(self.covariance)[at]
+        mean, covariance = LEVEL + self.prior_mean[at], self.covariance[np.ix_(at, at)]
         if len(seen):
             between = self.covariance[np.ix_(at, seen)]
             known = self.covariance[np.ix_(seen, seen)] + np.diag(noise)
             residual = values - LEVEL - self.prior_mean[seen]
             solved = np.linalg.solve(known, np.column_stack([residual, between.T]))
             mean = mean + between @ solved[:, 0]
-            variance = variance - np.einsum("ij,ji->i", between, solved[:, 1:])
-        return mean, np.sqrt(np.maximum(variance, 1e-9))
+            covariance = covariance - between @ solved[:, 1:]
+        return mean, covariance
 
     def choose(
         self,
@@ -211,17 +219,44 @@ class Surrogate:
         """Return the point among `free` to run next: the best of a draw from the posterior at each.
 
         `auc` (n,) are the values of the points `seen` that have ended, `share` (n,) the share of
-        their epochs that they trained.
+        their epochs that they trained. What is drawn is how a point differs from the mean of `free`:
+        the level of the cohort is unknown at first, but the same for all.
         """
+        if len(seen) + len(running) in UNMODELLED:
+            return int(free[rng.integers(len(free))])
+        exploration = EXPLORATION if len(seen) else FIRST_EXPLORATION
         values, noise = logit(auc), NOISE_SD**2 + STOPPED_SD**2 * (1 - share)
         if len(running):
             expected, _ = self.posterior(seen, values, noise, running)
             values = np.concatenate([values, expected])
             noise = np.concatenate([noise, np.full(len(running), RUNNING_SD**2)])
             seen = np.concatenate([seen, running])
-        mean, deviation = self.posterior(seen, values, noise, free)
-        drawn = mean + EXPLORATION * deviation * rng.standard_normal(len(free))
+        mean, covariance = self.posterior(seen, values, noise, free)
+        variance = np.diag(covariance) - 2 * covariance.mean(axis=1) + covariance.mean()
+        deviation = np.sqrt(np.maximum(variance, 1e-9))
+        drawn = mean + exploration * deviation * rng.standard_normal(len(free))
         return int(free[int(np.argmax(drawn))])
+
+
+def observed(auc: Floats) -> Indices:
+    """Return which of the ended trials with these values (n,), in order of their numbers, the process is fitted to.
+
+    All up to MOST_OBSERVED. Of more: the best quarter of as many, the latest quarter, and half evenly spaced in the
+    ranking of the others, so that the poor regions stay known. The same values give the same answer.
+    """
+    count = len(auc)
+    if count <= MOST_OBSERVED:
+        return np.arange(count)
+    quarter = MOST_OBSERVED // 4
+    ranking = np.argsort(-auc, kind="stable")
+    kept = np.zeros(count, dtype=bool)
+    kept[ranking[:quarter]] = True
+    latest = np.flatnonzero(~kept)[-quarter:]
+    kept[latest] = True
+    others = ranking[~kept[ranking]]
+    spaced = np.linspace(0, len(others) - 1, MOST_OBSERVED - 2 * quarter).round().astype(np.int64)
+    kept[others[spaced]] = True
+    return np.flatnonzero(kept)
 
 
 def logit(auc: Floats) -> Floats:

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import comb
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from trainables.objective import best_epoch, objective_value
 from tune_app.backtest.curves import CurveError
@@ -33,6 +35,7 @@ from tune_app.backtest.tables import learn_prior, read_table
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.surrogate import shipped_prior
+from tune_app.study.tied import nearly_tied
 
 EPOCHS = 9
 
@@ -290,3 +293,74 @@ def test_a_replay_stops_what_the_policy_itself_stops(table):
         workers=3,
     )
     assert [done for _, done in curves] == expected.epochs
+
+
+def with_scores(path, trials=6):
+    """A table with scores of 40 validation and 60 held-out volumes; the runs' errors are independent."""
+    rng = np.random.default_rng(5)
+    labels = {"0": np.arange(40) % 4 == 0, "1": np.arange(60) % 4 == 0}
+    frame = pd.read_parquet(write(path, trials=trials))
+    scores = {
+        fold: [
+            (rng.normal(0, 1, len(y)) + 1.5 * y) * (1 + n % 3) + n % 5
+            for n, y in enumerate([label] * len(frame))
+        ]
+        for fold, label in labels.items()
+    }
+    for name, fold in (("val", "0"), ("hold", "1")):
+        cells = [each.astype("<f2") for each in scores[fold]]
+        frame[f"{name}_auc"] = [roc_auc_score(labels[fold], cell.astype(float)) for cell in cells]
+        frame[f"{name}_scores"] = [cell.tobytes() for cell in cells]
+    frame = frame.assign(fold=0, hold_fold=1)
+    frame.attrs["labels"] = {fold: y.astype(int).tolist() for fold, y in labels.items()}
+    frame.to_parquet(path)
+    return frame, labels
+
+
+def test_runs_together_are_worth_the_mean_of_their_calibrated_log_odds(tmp_path):
+    frame, labels = with_scores(tmp_path / "one_table.parquet")
+    table = read_table(tmp_path / "one_table.parquet")
+    assert table.scored is not None
+    runs = [(1, 3), (4, 0), (5, 5)]
+    log_odds = []
+    for trial, epoch in runs:
+        row = frame[(frame["trial"] == f"{trial:05d}") & (frame["epoch"] == epoch + 1)].iloc[0]
+        val, hold = (
+            np.frombuffer(row[name], dtype="<f2").astype(float)
+            for name in ("val_scores", "hold_scores")
+        )
+        scale = val.std()
+        fitted = LogisticRegression(C=100, tol=1e-8).fit((val / scale)[:, None], labels["0"])
+        log_odds.append(fitted.decision_function((hold / scale)[:, None]))
+    expected = roc_auc_score(labels["1"], np.mean(log_odds, axis=0))
+    assert table.scored.auc(runs) == pytest.approx(expected, abs=0.003)
+    for trial in range(table.size):
+        for epochs in range(1, EPOCHS + 1):
+            deployed = int(table.deployed[trial, epochs - 1])
+            assert table.scored.auc([(trial, deployed)]) == pytest.approx(
+                table.truth[trial, epochs - 1], abs=1e-9
+            )
+    part = table.part(np.array([4, 1]))
+    assert part.scored.auc([(0, 0), (1, 3)]) == table.scored.auc([(4, 0), (1, 3)])
+
+
+def test_tied_runs_are_deployed_together_where_the_table_has_scores(tmp_path, table):
+    with_scores(tmp_path / "one_table.parquet")
+    scored = read_table(tmp_path / "one_table.parquet")
+    worth = {
+        together: [
+            simulate(scored, RandomSearch, [6], seed, together=together)[0] for seed in range(3)
+        ]
+        for together in (False, True)
+    }
+    values = scored.value[:, -1]
+    near = nearly_tied(values)
+    whole = scored.scored.auc((int(i), int(scored.deployed[i, -1])) for i in near)
+    assert worth[True] == [whole] * 3
+    assert worth[False] == [scored.truth[np.argmax(values), -1]] * 3
+
+    named = entries_named(["medtune", "medtune tied runs together"])
+    listed = [
+        set(compare([one], named, replays=1, resamples=1)["strategy"]) for one in (scored, table)
+    ]
+    assert listed[0] - listed[1] == {"medtune tied runs together"}

@@ -26,6 +26,7 @@ from trainables.config import build_config
 from trainables.objective import objective_value
 from tune_app.driver.optuna_database import STUDY_NAME, SearchError, sqlite_url
 from tune_app.driver.searcher import OptunaSearcher, trial_name
+from tune_app.study import surrogate
 from tune_app.study.surrogate import shipped_prior
 
 ROOT = Path(__file__).parents[3]
@@ -921,7 +922,10 @@ def test_the_model_learns_from_trials_that_were_stopped(tmp_path):
     assert np.mean(np.array(rates[:4]) > 1.5e-4) < 0.8
 
 
-def test_the_model_asks_for_the_same_after_a_restart(tmp_path):
+@pytest.mark.parametrize("most", [256, 8])
+def test_the_model_asks_for_the_same_after_a_restart(tmp_path, monkeypatch, most):
+    """Where it is fitted to all trials that have ended, and where there are more than it is fitted to."""
+    monkeypatch.setattr(surrogate, "MOST_OBSERVED", most)
     prior = shipped_prior()
     asked = {}
     for name, restarts in (("whole", ()), ("killed", (4, 9))):

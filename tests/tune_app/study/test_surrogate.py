@@ -14,6 +14,7 @@ from tune_app.study.surrogate import (
     axes_of,
     draw,
     logit,
+    observed,
     read_prior,
     shipped_prior,
 )
@@ -51,14 +52,14 @@ def test_the_posterior_is_scikit_learns():
     noise = np.linspace(0.01, 0.1, 20)
     theirs = GaussianProcessRegressor(kernel, alpha=noise, optimizer=None)
     theirs.fit(everything[seen], values - model.LEVEL)
-    mean, deviation = theirs.predict(everything[at], return_std=True)
+    mean, covariance = theirs.predict(everything[at], return_cov=True)
     found = ours.posterior(seen, values, noise, at)
     np.testing.assert_allclose(found[0], mean + model.LEVEL, atol=1e-6)
-    np.testing.assert_allclose(found[1], deviation, atol=1e-6)
+    np.testing.assert_allclose(found[1], covariance, atol=1e-6)
 
 
 def test_before_anything_has_ended_the_prior_decides():
-    prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-3.0, 3.0, -3.0), {})
+    prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-0.3, 0.3, -0.3), {})
     samples = points(200)
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
     none = np.array([], dtype=int)
@@ -68,7 +69,67 @@ def test_before_anything_has_ended_the_prior_decides():
     ]  # fmt: skip
     rates = np.array([samples[i]["backbone_lr"] for i in chosen])
     assert ((rates > 5e-5) & (rates < 2e-4)).all()
-    assert len(set(chosen)) > 5  # a draw, not an argument of the maximum
+    assert len(set(chosen)) > 3  # a draw, not an argument of the maximum
+
+
+def test_exploration_begins_with_what_has_ended_and_the_cohorts_level_is_no_part_of_it():
+    prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-0.3, 0.3, -0.3), {})
+    samples = points(200)
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
+    expected = model.LEVEL + surrogate.prior_mean
+    none, free = np.array([], dtype=int), np.arange(12, 200)
+
+    def chosen(ended, process=surrogate):
+        """By 40 streams, where the trials that ended are worth exactly what was expected of them."""
+        seen = np.arange(ended)
+        auc = 1 / (1 + np.exp(-expected[seen]))
+        streams = [np.random.default_rng(seed) for seed in range(40)]
+        return [process.choose(seen, auc, np.ones(ended), none, free, stream) for stream in streams]
+
+    assert len(set(chosen(0))) < len(set(chosen(1)))
+    unknown = Surrogate(axes_of(SPACES["documented"]), samples, prior)
+    unknown.covariance = surrogate.covariance + 100.0  # a level that nothing is known of
+    assert chosen(0, unknown) == chosen(0)
+
+
+def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model():
+    prior = Prior((np.log(2e-5), np.log(5e-4)), (-3.0, 3.0), {})
+    samples = points(400)
+    surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
+    rates = np.log([s["backbone_lr"] for s in samples])
+    free = np.arange(20, 400)
+    middle = np.median(rates[free])
+
+    def above(ended, running):
+        """Share of 60 draws with a rate over the median."""
+        seen, going = np.arange(ended), np.arange(ended, ended + running)
+        auc = np.full(ended, 0.75)
+        drawn = [
+            surrogate.choose(seen, auc, np.ones(ended), going, free, np.random.default_rng(i))
+            for i in range(60)
+        ]
+        return np.mean(rates[drawn] > middle)
+
+    for ended, running in ((0, 0), (0, 2), (1, 3), (4, 2), (8, 4)):
+        assert above(ended, running) == 1
+    for ended, running in ((0, 3), (3, 4), (7, 0)):
+        assert 0.3 < above(ended, running) < 0.7
+
+
+def test_the_process_is_fitted_to_a_bounded_and_reproducible_choice_of_trials():
+    rng = np.random.default_rng(0)
+    for count in (0, 1, model.MOST_OBSERVED):
+        assert observed(rng.uniform(size=count)).tolist() == list(range(count))
+    auc = rng.uniform(0.5, 0.9, size=1000).round(2)  # with ties
+    kept = observed(auc)
+    assert kept.tolist() == observed(auc.copy()).tolist()
+    assert len(set(kept.tolist())) == len(kept) == model.MOST_OBSERVED
+    assert (np.diff(kept) > 0).all()
+    quarter = model.MOST_OBSERVED // 4
+    assert auc[kept].max() == auc.max()
+    assert np.sort(auc[kept])[::-1][:quarter].min() >= np.sort(auc)[::-1][quarter - 1]
+    assert set(range(1000 - quarter, 1000)) <= set(kept.tolist())
+    assert auc[kept].min() == auc.min()
 
 
 def test_a_prior_that_is_wrong_is_overruled_by_what_ends():
@@ -95,7 +156,7 @@ def test_running_trials_are_not_asked_for_again():
     _, beside = surrogate.posterior(
         np.array([0]), np.array([1.0]), np.array([0.05**2]), np.array([1])
     )
-    assert beside[0] < 0.1 < alone[0]
+    assert beside[0, 0] < 0.01 < alone[0, 0]
 
 
 def test_a_stopped_trial_says_less_than_one_that_ended():
