@@ -353,6 +353,7 @@ NO_STOPS = PolicySpec(halving=False, actions=dict.fromkeys(VERDICTS, "ignore"))
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("random", _plain(RandomSearch)),
+    Entry("random tied runs together", _plain(RandomSearch), together=True),
     _top(1),
     _top(3),
     _top(6),

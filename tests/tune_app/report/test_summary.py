@@ -16,7 +16,7 @@ def test_the_tied_runs_with_weights_are_named_and_are_those_that_the_export_take
     for trial in [*leading[:2], *leading[3:]]:  # the third has lost its weights
         files.trial(trial).best.write_bytes(b"")
     study = load_study(root)
-    values = study.trials.set_index("trial")["objective"]
+    values = study.ranked.set_index("trial")["objective"]
     near = [
         trial
         for trial in leading
