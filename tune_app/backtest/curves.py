@@ -152,10 +152,8 @@ def _from_study(folder: Path) -> list[Curve]:
 
 
 def _from_table(path: Path, *, alone: bool) -> list[Curve]:
-    if path.suffix not in READERS:
-        raise CurveError(f"{path}: curve files are {', '.join(READERS)}")
     try:
-        table = READERS[path.suffix](path)
+        table = READERS[_kind(path)](path)
     except (OSError, ValueError) as error:
         raise CurveError(f"{path}: cannot be read: {error}") from None
     missing = [name for name in ("epoch", "val_auc") if name not in table.columns]
@@ -222,6 +220,15 @@ def _read_json_lines(path: Path) -> pd.DataFrame:
     if problems:
         raise ValueError("; ".join(problems))
     return pd.DataFrame(rows)
+
+
+def _kind(path: Path) -> str:
+    """What a curve file holds, by its content whatever its name, as tables of volumes are read. Raises OSError."""
+    with path.open("rb") as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    return ".jsonl" if head.startswith(b"{") else ".csv"
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {

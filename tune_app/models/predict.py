@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -30,7 +30,7 @@ from trainables.data.scans import (
     read_header,
     read_scan,
 )
-from trainables.data.storage import StorageError, bucket_of, is_url, url_of
+from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
 from trainables.machine.this_machine import usable_cpus
@@ -66,12 +66,23 @@ def find_scans(
 
     A scan has a scan's name (.nii, .nii.gz) or content; any other file is read as a table, by the reader of all tables:
     a column `path`, relative to the table's own folder, and perhaps `label` and `subject`. What cannot be found or read becomes a
-    source with its problem, so that it has its row. What a folder holds besides scans is told to `say`.
+    source with its problem, so that it has its row. What a folder holds besides scans is told to `say`. Label and subject
+    of a scan are those of the first table that has them, also where a folder names the scan before.
     """
     sources: dict[str, Source] = {}
     for path in paths:
         for source in _sources_of(path, num_classes, say):
-            sources.setdefault(source.path, source)
+            place = absolute(source.path)
+            known = sources.setdefault(place, source)
+            if None not in (known.label, source.label) and known.label != source.label:
+                say(
+                    f"note: {known.path}: label {known.label} first, then {source.label}: the first counts"
+                )
+            sources[place] = replace(
+                known,
+                label=source.label if known.label is None else known.label,
+                subject=known.subject or source.subject,
+            )
     return list(sources.values())
 
 

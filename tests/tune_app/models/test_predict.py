@@ -314,6 +314,26 @@ def test_nothing_is_unpickled(
 # Finding files ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_table_labels_scans_that_a_folder_has_named_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s").mkdir()
+    for name in ("1.nii", "2.nii"):
+        (tmp_path / "s" / name).write_bytes(b"")
+    (tmp_path / "t.csv").write_text("path,label,subject\ns/1.nii,1,a\ns/2.nii,0,b\n")
+    (tmp_path / "other.csv").write_text("path,label\ns/1.nii,0\n")
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    for folder in (Path("s"), tmp_path / "s"):
+        found = find_scans([folder, Path("t.csv"), tmp_path / "other.csv"], 2, said.append)
+        assert [(Path(one.path).name, one.label, one.subject) for one in found] == [
+            ("1.nii", 1, "a"),
+            ("2.nii", 0, "b"),
+        ]
+    assert len(said) == 2
+    assert "1.nii: label 1 first, then 0: the first counts" in said[0]
+
+
 def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
     for name in (
         "b/2.nii.gz",
@@ -340,6 +360,8 @@ def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
         [tmp_path / "a.nii", tmp_path / "b", tmp_path / "table.csv", tmp_path / "b" / "1.nii"], 2
     )
     assert len(twice) == 5, "each once"
+    both = find_scans([tmp_path / "b", tmp_path / "a.nii", tmp_path / "table.csv"], 2)
+    assert [one.label for one in both if Path(one.path).name == "a.nii"] == [1]
     pd.read_csv(tmp_path / "table.csv").to_parquet(tmp_path / "table.parquet")
     assert [one.label for one in find_scans([tmp_path / "table.parquet"], 2)] == [
         1,
