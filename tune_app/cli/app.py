@@ -44,7 +44,7 @@ from tune_app.cli.common import (
     write_any_name,
 )
 from tune_app.cli.data import data_app, weights_app
-from tune_app.driver.stopping import INTERRUPTED, PREEMPTED, Preempted
+from tune_app.driver.stopping import exit_code_at_start
 
 OURS = {"tune_app", "search_spaces", "trainables"}
 
@@ -103,7 +103,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt as error:
-        sys.exit(PREEMPTED if isinstance(error, Preempted) else INTERRUPTED)
+        sys.exit(exit_code_at_start(error))
     except Exception as error:
         if "--debug" in sys.argv or not _is_ours(error):
             raise

@@ -26,6 +26,7 @@ from trainables.machine.safe_path import safe_search
 from trainables.machine.this_machine import place_of_sessions, usable_cpus
 from trainables.own_folder import mark_own, remove_own
 from tune_app.driver.ray_access import cluster_address, join
+from tune_app.driver.stopping import taken_away_while_ray_starts
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
 
@@ -96,7 +97,8 @@ def ray_to_work_with(address: str | None) -> Iterator[OwnRay | None]:
             _give_back(signal.SIGTERM, ends)
             yield local
         return
-    join(cluster, log_to_driver=False, logging_level=logging.ERROR)
+    with taken_away_while_ray_starts():
+        join(cluster, log_to_driver=False, logging_level=logging.ERROR)
     _give_back(signal.SIGTERM, ends)
     try:
         yield None
@@ -161,7 +163,7 @@ def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     )  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
-            with agent_on_a_free_port(), safe_search():
+            with agent_on_a_free_port(), safe_search(), taken_away_while_ray_starts():
                 # Without "local" Ray joins a cluster that has a node on this machine.
                 ray.init(
                     "local",

@@ -15,6 +15,9 @@ from tune_app.study.requests import EVERY_S, log
 INTERRUPTED, PREEMPTED = 130, 75
 """Exit codes of a driver that left a study which `medtune resume` completes: a user ended it; its machine was to be taken
 away, and the same command elsewhere, or later, continues (EX_TEMPFAIL of sysexits.h)."""
+STARTING = 143
+"""Exit code of a driver that SIGTERM ended before its trials began: that of a process which the signal ends by itself, as it
+does while modules are loaded."""
 TAKEN_AWAY = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of Slurm, Kubernetes and spot instances before they take a machine away."""
 GRACE_S, USR1_GRACE_S = "MEDTUNE_GRACE_S", "MEDTUNE_USR1_GRACE_S"
@@ -51,6 +54,24 @@ def saving_s(number: int) -> float:
 
 
 @contextmanager
+def taken_away_while_ray_starts() -> Iterator[None]:
+    """Within the block, which starts or joins Ray, SIGTERM raises Preempted: Ray has a handler of its own, which exits with 15."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            raise Preempted(signal.SIGTERM) from None
+        raise
+
+
+def exit_code_at_start(error: KeyboardInterrupt) -> int:
+    """Return the exit code of a command that was interrupted before its trials began."""
+    if not isinstance(error, Preempted):
+        return INTERRUPTED
+    return STARTING if error.args == (signal.SIGTERM,) else PREEMPTED
+
+
+@contextmanager
 def stopping_on_request(files: StudyFiles) -> Iterator[None]:
     """Within the block, a request to stop the study interrupts the main thread as Ctrl-C would.
 
@@ -82,7 +103,7 @@ def stopping_on_request(files: StudyFiles) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Preempted if number in TAKEN_AWAY else KeyboardInterrupt
+    raise Preempted(number) if number in TAKEN_AWAY else KeyboardInterrupt
 
 
 def _watch(path: Path, ended: threading.Event) -> None:

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
+import signal
 import socket
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,6 +24,12 @@ from trainables.data.volumes import CohortError, prepare_cohort
 from tune_app.driver.local_ray import _cpus
 from tune_app.driver.optuna_database import Database, SearchError, sqlite_url
 from tune_app.driver.ray_access import AddressError, join
+from tune_app.driver.stopping import (
+    exit_code_at_start,
+    stopping_on_request,
+    taken_away_while_ray_starts,
+)
+from tune_app.study.files import StudyFiles
 from tune_app.study.rows import driver_lock, is_held
 from tune_app.synthetic import write_cohort
 
@@ -57,6 +65,23 @@ def test_an_address_of_something_else_is_refused_soon(
     monkeypatch.setattr(tune_app.driver.ray_access, "ANSWER_S", 2.0)
     with pytest.raises(AddressError, match=r"not the head of a Ray cluster: .*6379"):
         join(web_server)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGUSR2, 130)]
+)
+def test_a_signal_before_the_trials_begin_has_one_exit_code(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Also while Ray starts, whose own handler of SIGTERM exits with the signal's number."""
+    with pytest.raises(KeyboardInterrupt) as error, stopping_on_request(StudyFiles(tmp_path)):
+        signal.raise_signal(number)
+    assert exit_code_at_start(error.value) == code
+    with pytest.raises(KeyboardInterrupt) as error, taken_away_while_ray_starts():
+        sys.exit(signal.SIGTERM)
+    assert exit_code_at_start(error.value) == 143
+    with pytest.raises(SystemExit), taken_away_while_ray_starts():
+        sys.exit(3)
 
 
 def test_a_local_ray_has_the_cpus_that_this_process_may_use(
