@@ -1,4 +1,4 @@
-"""What the commands do, from Python: two calls from a table to a result.
+"""The commands as Python functions: two calls from a table to a result.
 
     from tune_app import search
     study = search("table.csv", "studies/first", trials=20)
@@ -50,7 +50,7 @@ def search(
     (`epochs`, `volume_shape`, ...). fields: any other field of a study file (`gpus_per_trial`, `seed`, `policy`, ...).
     resume: continue where `out` holds this very study. quiet: print nothing. notify: command or http(s) address that is
     sent a message at the end, the first collapse and the first failure. Ctrl-C leaves a study that `resume`
-    continues, and returns it. `on_epoch` is called in this process; what it raises ends the search, which can be
+    continues, and returns it. `on_epoch` is called in this process; an exception that it raises ends the search, which can be
     resumed. Raises SpecError, ManifestError, VolumeError, StudyBusyError.
     """
     from tune_app.study.spec import build_spec
@@ -126,9 +126,9 @@ def export(
     device: str = "auto",
     force: bool = False,
 ) -> "ModelInfo":
-    """Write a trial (default: the best), what was confirmed, or the `ensemble` best as a model folder.
+    """Write a trial (default: the best), the confirmed settings, or the `ensemble` best trials as a model folder.
 
-    Returns what is in its model.json. Raises ExportError and ModelError.
+    Returns the content of its model.json. Raises ExportError and ModelError.
     """
     from tune_app.models.export import export_model
     from tune_app.models.model import choose_device

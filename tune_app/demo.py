@@ -27,7 +27,7 @@ from tune_app.synthetic import write_cohort, write_pretext_cohort
 
 SUBJECTS = 60
 NOISE = 1.4
-"""Standard deviation of the noise over the contrast: single voxels tell nothing, and settings decide what is learned."""
+"""Standard deviation of the noise over the contrast: a single voxel carries no information, and settings matter."""
 
 TRIALS, EPOCHS = 10, 12
 
@@ -102,7 +102,7 @@ def next_commands(folder: Path) -> list[str]:
 
 
 def pretrain(folder: Path, *, epochs: int, seed: int = 0) -> Path:
-    """Train a small network to tell the shapes of a second cohort apart; write its backbone in MedicalNet's format."""
+    """Train a small network to distinguish the shapes of a second cohort; write its backbone in MedicalNet's format."""
     config = build_config(
         SMALL
         | {

@@ -1,7 +1,7 @@
 """Small cohorts of real NIfTI files with a known answer, for the demo and for tests.
 
 The volumes are as untidy as real ones: shapes, spacings and orientations differ from file to file, intensities are
-scaled integers, and a subject has one to three volumes. What tells the classes apart is a shape in millimetres, so a
+scaled integers, and a subject has one to three volumes. The classes differ in a shape in millimetres, so a
 reader that mixes up spacing or orientation loses it.
 """
 

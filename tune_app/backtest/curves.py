@@ -49,7 +49,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 COLLAPSING: frozenset[Kind] = frozenset(
     {"collapsing_average", "collapsing_after_drw", "collapsing", "diverging"}
 )
-"""Kinds that lose what they had learned and should be stopped."""
+"""Kinds that lose the performance they had reached and should be stopped."""
 
 SOUND: frozenset[Kind] = frozenset({"healthy", "dipping"})
 """Kinds with nothing wrong: a rule for collapses that ends one has made a mistake, whatever halving makes of it."""
@@ -64,7 +64,7 @@ class CurveError(ProblemsError):
 
 @dataclass(frozen=True)
 class Truth:
-    """What a generated run is, which its rows only hint at."""
+    """The truth about a generated run, at which its rows only hint."""
 
     kind: Kind
     onset: int | None
@@ -96,7 +96,7 @@ class Curve:
 def read_curves(path: Path) -> list[Curve]:
     """Return the curves of a study's folder, of a folder of curve files, or of one curve file, ordered by trial.
 
-    Raises CurveError with every problem found: what is missing or unreadable, epochs below 1 or twice, two configs for
+    Raises CurveError with every problem found: missing or unreadable files, epochs below 1 or twice, two configs for
     one trial.
     """
     if path.is_file():
@@ -223,7 +223,7 @@ def _read_json_lines(path: Path) -> pd.DataFrame:
 
 
 def _kind(path: Path) -> str:
-    """What a curve file holds, by its content whatever its name, as tables of volumes are read. Raises OSError."""
+    """Return the format of a curve file as a suffix, by its content whatever its name, as for tables. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(b"PAR1"):

@@ -3,7 +3,7 @@
 The replay is asynchronous, as a search is: `workers` trials run at a time, each epoch takes the time it took when it was
 recorded, and a worker whose trial ends takes the next one. So trials meet at rungs in an order like the real one.
 
-What a policy would have let run longer than it was recorded is not known: such a trial ends where its curve ends.
+Nothing is known of a run beyond its recording: a trial that a policy would have let run longer ends where its curve ends.
 """
 
 import heapq
@@ -41,7 +41,7 @@ POLICIES: dict[str, Compared] = {
     "diagnosis only": PolicySpec(halving=False),
     "medtune default": PolicySpec(),
 }
-"""What a back-test compares unless told otherwise."""
+"""The policies that a back-test compares by default."""
 
 IN_TIME_EPOCHS = 5
 """Epochs after its onset in which a collapse should be stopped."""
@@ -117,7 +117,7 @@ def backtest(
     objective: str = DEFAULT_OBJECTIVE,
     max_epochs: int | None = None,
 ) -> pd.DataFrame:
-    """Return one row a policy, in the order given, with what it spent, found and lost on these curves.
+    """Return one row per policy, in the order given: its epochs spent, values found and values lost on these curves.
 
     `max_epochs` is a full trial's number of epochs; None: the longest curve's. Columns:
 
@@ -207,7 +207,7 @@ def backtest_generated(
 
 
 class _Worth:
-    """What the curves are worth trained to the end, worked out once for all policies."""
+    """The values of the curves trained to the end, computed once for all policies."""
 
     def __init__(self, curves: Sequence[Curve], objective: str) -> None:
         self.curves, self.objective = curves, objective

@@ -1,11 +1,11 @@
 """Whole searches replayed over recorded tables: what each strategy would have chosen, by what its choice is worth.
 
 An event simulation: `workers` trials run at a time, each epoch takes the time it took when it was
-recorded, and a worker that has become free takes what the strategy asks for next. A strategy sees the rows
+recorded, and a worker that has become free takes the next run that the strategy asks for. A strategy sees the rows
 of the epochs that it has paid for, and nothing of the held-out AUC, by which its choice is judged.
 
 The table is the space: a strategy draws among the configurations that are left in it, without replacement, so every replay
-is exact. A model chooses among them, too: what it would find between them is not claimed.
+is exact. A model chooses among them, too: nothing is claimed about configurations between them.
 
 A choice is worth the held-out AUC of the weights that would be deployed: those of the epoch that the
 best 3-epoch median stands for, for every strategy alike. A trial that still runs may be chosen.
@@ -55,7 +55,7 @@ BEFORE = PolicySpec(
 
 
 class Seen:
-    """What a strategy may look at: the table's configurations, and the rows of the epochs that were paid for."""
+    """The data that a strategy may look at: the table's configurations, and the rows of the epochs that were paid for."""
 
     def __init__(self, table: Table, rng: np.random.Generator) -> None:
         self._table = table
@@ -101,7 +101,7 @@ class Strategy(Protocol):
 
 
 Factory = Callable[[Seen, float], Strategy]
-"""(what it may see, the budget in epochs) -> a strategy."""
+"""(the visible data, the budget in epochs) -> a strategy."""
 
 
 def simulate(
@@ -115,7 +115,7 @@ def simulate(
     unit: Literal["epochs", "seconds"] = "epochs",
     together: bool = False,
 ) -> list[float]:
-    """Return the held-out AUC of what the strategy would deploy at each budget, ascending, in whole runs.
+    """Return the held-out AUC of the run that the strategy would deploy at each budget, ascending, in whole runs.
 
     `together`: the runs that nearly tie with its choice (`study.tied`) are deployed with it, for a table with scores.
 
@@ -294,7 +294,7 @@ class Entry:
     name: str
     make: Callable[[Table, Prior | None], Factory]
     by_budget: bool = False
-    """Whether it has to know the budget before it starts, so that each budget is a search of its own."""
+    """Whether it has to know the budget before it starts, so that each budget needs a separate search."""
     together: bool = False
     """Whether the runs that nearly tie are deployed together; left out on tables without scores."""
 
@@ -319,7 +319,7 @@ def _before(table: Table, prior: Prior | None) -> Factory:
 def medtune(
     policy: PolicySpec | None = None, *, model: bool = True
 ) -> Callable[[Table, Prior | None], Factory]:
-    """Return the maker of medtune's own search with a policy, the default one unless told, with or without its model."""
+    """Return the maker of medtune's own search with a policy, by default the default one, with or without its model."""
 
     def make(table: Table, prior: Prior | None) -> Factory:
         surrogate = Surrogate(table.axes, table.samples, prior) if model else None
@@ -335,7 +335,7 @@ def medtune(
 def diagnosed(table: Table, policy: PolicySpec) -> dict[int, int]:
     """Return the epoch after which the policy's diagnosis stops a trial, by trial, of those that it stops.
 
-    What it says of a run follows from the run alone: so it is found once for a table, and not in each replay.
+    The diagnosis of a run depends on the run alone: so it is computed once per table, and not in each replay.
     """
     found: dict[int, int] = {}
     if all(action == "ignore" for action in policy.actions.values()):
@@ -364,7 +364,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("medtune", medtune()),
     Entry("medtune tied runs together", medtune(), together=True),
 )
-"""What is compared: baselines, what medtune was, each of its parts left out, what it is, and its runs together."""
+"""The strategies compared: baselines, earlier medtune, medtune without each part, present medtune, its runs together."""
 
 PLAIN = "Ray ASHA as shipped"
 
@@ -430,7 +430,7 @@ def compare(
 
 
 def prior_for(table: Table, tables: Sequence[Table]) -> Prior:
-    """Return what the other cohorts among `tables` teach, or the shipped prior where there is no other cohort."""
+    """Return the prior fitted to the other cohorts among `tables`, or the shipped prior where there is no other cohort."""
     others = [other for other in tables if other.cohort != table.cohort]
     return learn_prior(others) if others else shipped_prior()
 

@@ -42,7 +42,7 @@ def generate_curves(
 ) -> list[Curve]:
     """Return `count` runs of one study of `epochs` epochs, validated on the same volumes, with their truth.
 
-    What a run reaches follows from how far its hyperparameters are from the best ones: the ceiling of the data less a
+    A run's level follows from how far its hyperparameters are from the best ones: the ceiling of the data less a
     quadratic penalty (chi-square with three degrees of freedom), as a response is flat near its optimum.
     """
     if epochs < 24:
@@ -152,7 +152,7 @@ def _steady_course(rng: np.random.Generator, kind: Kind, epochs: int, ceiling: f
     if kind in COLLAPSING:
         reached = max(
             0.65, reached - rng.uniform(0, 0.12)
-        )  # what collapses was rarely the best before
+        )  # a run that collapses was rarely the best before
     if kind == "never_learning":
         reached = rng.uniform(0.5, 0.56)
     t = np.arange(1, epochs + 1, dtype=float)
@@ -262,7 +262,7 @@ def _slope(auc: Floats) -> Floats:
 class _ScoreNoise:
     """What volumes add to scores: one part for all runs, one for a run, one that changes over its epochs.
 
-    A network at chance finds other volumes hard than one that has learned: what is shared fades with the AUC.
+    A network at chance finds other volumes hard than one that has learned: the shared part fades with the AUC.
     """
 
     ALL_RUNS = 0.5

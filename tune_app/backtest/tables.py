@@ -1,4 +1,4 @@
-"""Recorded tables as searches meet them: what a strategy may see, and the truth that only the judge reads.
+"""Recorded tables as searches meet them: the part that a strategy may see, and the truth that only the judge reads.
 
 A table is a Parquet file of whole curves with a column `hold_auc`: `medtune bench record` writes them.
 """
@@ -171,10 +171,10 @@ class Table:
 
 
 def read_table(path: Path, cohort: str | None = None) -> Table:
-    """Return the table in a Parquet file, of the cohort that its name begins with unless told.
+    """Return the table in a Parquet file, by default of the cohort that its name begins with.
 
     Of configurations that were run on several folds or with several seeds, the first run counts.
-    Raises CurveError naming what is missing, and trials of unequal length.
+    Raises CurveError that names missing columns, and trials of unequal length.
     """
     try:
         frame = pd.read_parquet(path)
@@ -256,7 +256,7 @@ def _objective(auc: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
         best, before = 0, -np.inf
         for epoch, one in enumerate(curve):
             now = running.update(float(one))
-            if epoch <= 2 or now > before:  # up to the third epoch the lowest stands in
+            if epoch <= 2 or now > before:  # up to the third epoch: the lowest
                 window = list(curve[max(0, epoch - 2) : epoch + 1])
                 best = max(0, epoch - 2) + window.index(now) if now in window else epoch
             value[trial, epoch], deployed[trial, epoch], before = now, best, now
@@ -280,7 +280,7 @@ def _axis(name: str, values: Sequence[Any]) -> Axis:
 
 
 def learn_prior(tables: Sequence[Table], points: int = 37) -> Prior:
-    """Return what the held-out AUC of these tables says about the backbone's rate.
+    """Return the evidence in the held-out AUC of these tables about the backbone's rate.
 
     On each table a Gaussian process of the rate alone, with the scales of the search's own, is fitted to
     the logits of the held-out AUC of whole runs; its mean, less its average over the document's range,

@@ -1,15 +1,15 @@
-"""`medtune bench efficiency`: what the same time buys of random search, of plain Ray Tune, and of medtune.
+"""`medtune bench efficiency`: the results of random search, plain Ray Tune and medtune in the same time.
 
 All sides train the very same runs of ours on the same cohort, as many at a time, so that a minute buys the same work
-(what the training itself gains is `medtune bench search`); they differ in what they choose to train, and for how long:
+(`medtune bench search` measures the gain of the training itself); they differ in the runs chosen and their length:
 
     random     configurations at random, each trained to its end; the best 3-epoch median wins
     plain      Ray's OptunaSearch and ASHAScheduler as they come, on the epoch's AUC; Ray's own best result wins
     medtune    as it comes: its model with the prior, its policy and diagnosis, its objective
 
-Each side's clock runs from the start of its process to the budget's end, start-up included. What a search says its winner
-is worth was measured on what it chose by; so all winners, and the documented settings, are run again together with seeds
-and on folds of their own, and compared by that.
+Each side's clock runs from the start of its process to the budget's end, start-up included. A search measures
+its winner on the same rows that it chose by; so all winners, and the documented settings, are run again together
+with new seeds and on other folds, and compared by that.
 
 Searches run one after the other on all GPUs, or, of `at_once` repetitions at a time, all together: each repetition on one
 GPU, which its sides share, so that none has it better than the others.
@@ -184,7 +184,7 @@ def _in_waves(
 
 
 def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
-    """Twice what a search needs while it lasts, whose weights nothing here reads; None where nobody says how many run."""
+    """Twice the GiB on disk that a running search needs; its weights are not read. None for an unknown `at_a_time`."""
     if at_a_time is None:
         return None
     checkpoint, best = file_sizes(config)
@@ -314,7 +314,7 @@ def _plain(
     repetition: int,
     environment: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """Run plain Ray Tune in a process of its own; it ends itself when its time is over."""
+    """Run plain Ray Tune in a separate process, which exits when its time is over."""
     place.mkdir(parents=True)
     given = {**common, "trials": MANY, "seed": repetition, "place": absolute(place)}
     (place / "given.json").write_text(json.dumps(given))
@@ -443,7 +443,7 @@ def _confirm(
     folds: str,
     seeds: int,
 ) -> None:
-    """Run all winners and the documented settings with the same new seeds on the same folds; fill in what they reach.
+    """Run all winners and the documented settings with the same new seeds on the same folds; fill in the values they reach.
 
     `max_concurrent` is of the searches: here nothing is timed.
     """

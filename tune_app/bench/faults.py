@@ -1,8 +1,8 @@
-"""`medtune bench faults`: what a fault of one process does to those that share its GPU under CUDA MPS.
+"""`medtune bench faults`: the effect of a fault in one process on those that share its GPU under CUDA MPS.
 
 For each fault, processes start that multiply matrices on the GPU under MPS and report several times a second. Then one
-of them is killed, runs out of memory or faults in a kernel, or the daemon or its server is killed. What becomes of each
-neighbour is recorded, whether a new process can join afterwards, and what is left when all have ended.
+of them is killed, runs out of memory or faults in a kernel, or the daemon or its server is killed. The record
+states how each neighbour fared, whether a new process can join afterwards, and which processes remain at the end.
 """
 
 import os
@@ -40,8 +40,8 @@ def bench_faults(
     say: Callable[[str], None] = lambda text: None,
     record: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Return {"machine", "rows"}: for each fault what became of the victim, of each neighbour (with the seconds until it
-    showed) and of a process that joins afterwards, and what was left behind.
+    """Return {"machine", "rows"}: for each fault the outcome of the victim, of each neighbour (with the seconds until it
+    showed) and of a process that joins afterwards, and everything left behind.
 
     Raises BenchError where MPS is not possible.
     """
@@ -64,7 +64,7 @@ def bench_faults(
 
 
 class _Client:
-    """A process on the GPU, and what it reported last."""
+    """A process on the GPU, and its last report."""
 
     def __init__(self, device: str) -> None:
         context = get_context("spawn")
@@ -88,7 +88,7 @@ class _Client:
             self.look(START_S)
 
     def look(self, wait_s: float = 0.0) -> None:
-        """Take in what it has reported."""
+        """Take in its reports."""
         while self.ended is None and self.end.poll(wait_s):
             kind, told = self._receive()
             if kind == "step":
@@ -183,7 +183,7 @@ def _joins_afterwards(device: str, clients: list[_Client]) -> str:
 
 
 def _left_behind() -> list[str]:
-    """What a daemon of ours has left, some seconds after the last process that used it."""
+    """The processes that our daemon has left, some seconds after the last process that used it."""
     deadline = time.time() + 20.0
     while (left := mps.leftovers()) and time.time() < deadline:
         time.sleep(0.1)
@@ -228,7 +228,7 @@ def _fail(order: Order, a: Any) -> None:
 
 
 def faults_table(result: dict[str, Any]) -> Table:
-    """Return what became of neighbours as a Rich table."""
+    """Return the outcome of the neighbours as a Rich table."""
     table = Table(title=f"under CUDA MPS, torch {result['machine']['torch']}", box=None)
     for name in ("fault", "victim", "neighbours", "a new process", "left behind"):
         table.add_column(name)

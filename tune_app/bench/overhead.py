@@ -1,18 +1,19 @@
-"""`medtune bench overhead`: what a trial costs beside its training, here and in Ray Tune with `OptunaSearch` as it comes.
+"""`medtune bench overhead`: the cost of a trial in addition to its training, here and in Ray Tune with `OptunaSearch`
+as shipped.
 
 Both sides run trials that train nothing and report the same rows, on the same Ray, as many at a time, from the same
-distributions, and take turns: a machine that is busy with something else slows both. A side goes on with its own search
+distributions, and take turns: a machine that is busy with something else slows both. A side continues its own search
 in each of its turns, so that the last turn meets as many earlier trials as a search of that size does.
 
 Bare Ray keeps its study in memory, as `OptunaSearch` does, and stops nothing; only that it reuses actors is not as it
 comes, since a process a trial would hide all else. `stripped` is bare Ray without what medtune switches off in it (its
-loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds): against it, the ratio is of what
-medtune adds alone. Ours is all that a study does but the training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. What a search does once
+loggers for CSV, JSON and TensorBoard, and saving the experiment every few seconds): against it, the ratio is of
+medtune's additions alone. Ours is all that a study does but the training: rows and decisions on disk, a record a trial, the Optuna study in SQLite, the diagnosis. Work that a search does once
 and a turn does again is not counted, of either side: taking up the study, starting Tune and the processes of the trials,
 and ending them. A turn counts from the end of its first trial to the end of its last.
 
-Wall time is what a user waits for, and on a machine with other work mostly waits for that. The driver's own CPU time is
-told beside it: nothing else on the machine adds to it.
+Wall time is a user's waiting time, and on a machine with other work mostly due to that work. The driver's own CPU time
+is reported next to it: nothing else on the machine adds to it.
 """
 
 import logging
@@ -79,7 +80,7 @@ def bench_overhead(
             "bare": _Bare(folder / "bare", epochs, at_a_time),
             "stripped": _Bare(folder / "stripped", epochs, at_a_time, stripped=True),
         }
-        for side in SIDES:  # processes start, modules load, files are there: not what is measured
+        for side in SIDES:  # processes start, modules load, files are there: not measured
             sides[side].begin(at_a_time)()
         say(
             f"{trials} trials of {epochs} epochs on each side, {at_a_time} at a time, {turns} turns of {size}"
@@ -227,7 +228,7 @@ class _Ours:
         root.mkdir(parents=True)
 
     def begin(self, count: int) -> Callable[[], _Ends]:
-        """Take up the study; returns what runs `count` more trials and says when they ended."""
+        """Take up the study; returns a function that runs `count` more trials and returns when they ended."""
         self.trials += count
         spec = self._spec()
         self.files.write({"spec": spec.model_dump(mode="json")})
@@ -282,7 +283,7 @@ class _Bare:
         }
 
     def begin(self, count: int) -> Callable[[], _Ends]:
-        """Open the study; returns what runs `count` more trials and says when they ended."""
+        """Open the study; returns a function that runs `count` more trials and returns when they ended."""
         searcher = OptunaSearch(
             self.distributions,
             metric="val_auc",

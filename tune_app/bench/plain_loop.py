@@ -1,4 +1,4 @@
-"""The plain loop: what the usual fine-tuning script does, to measure ours against.
+"""The plain loop of the usual fine-tuning script, to measure ours against.
 
 Contiguous tensors, fp16 autocast with GradScaler on a GPU, gradient clipping, PyTorch's default Adam, an average updated
 a parameter at a time, a cosine schedule, MONAI's network and transforms. Nothing of it is used for a user's runs.

@@ -1,8 +1,8 @@
-"""`medtune bench ranks`: whole training steps of one run over 1, 2, ... GPUs, each with a share of its own.
+"""`medtune bench ranks`: whole training steps of one run over 1, 2, ... GPUs, each with a separate share.
 
 The batch of a GPU stays the same, so the batch of a step grows with the GPUs, and an epoch here has as many steps each
-time: perfect scaling is N times the volumes a second. The ranks are processes of this machine, without Ray: what is
-measured is `finetune` over `torch.distributed`. Random volumes; scores mean nothing.
+time: perfect scaling is N times the volumes per second. The ranks are processes of this machine, without Ray: the
+measurement is of `finetune` over `torch.distributed`. Random volumes; scores mean nothing.
 """
 
 import math

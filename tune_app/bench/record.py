@@ -45,12 +45,12 @@ by the number of the fold."""
 
 
 class RecordError(ValueError):
-    """A recording that cannot be made as asked; the message says what to change."""
+    """A recording that cannot be made as asked; the message states the change to make."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded: equal recordings give the same runs, whatever was recorded before."""
+    """The settings of a recording: equal recordings give the same runs, whatever was recorded before."""
 
     space: dict[str, Any]
     """The search space, written out."""
@@ -133,7 +133,7 @@ def record_curves(
     """Record the curves that `out` (a Parquet file) lacks, write it, and return the table.
 
     `config` holds what all runs share; `space` is searched for the rest. `seconds`: no run begins
-    later than this, and the table holds what is there by then; the same call continues. Raises
+    later than this, and the table holds the runs recorded by then; the same call continues. Raises
     RecordError for folds that do not exist or hold each other's rows, and when `out` was recorded
     with other settings.
     """

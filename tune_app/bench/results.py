@@ -1,7 +1,7 @@
 """`medtune bench results`: how long a study of many trials takes to load, and how much memory.
 
 The study is made of generated curves (`tune_app.backtest.curves`), every metric of every row filled in, so that its files have
-the size of real ones. Each step is measured in an interpreter of its own, as a user's would be, from the files alone.
+the size of real ones. Each step is measured in a separate interpreter, as a user's would be, from the files alone.
 """
 
 import json
@@ -155,7 +155,7 @@ def results_table_of(result: dict[str, Any]) -> Table:
 
 
 def results_line(result: dict[str, Any]) -> str:
-    """Return in a line what was measured, and where."""
+    """Return the measured values and the machine in a line."""
     on = result["machine"]
     return (
         f"{result['trials']} trials, {result['epochs']} epochs: {result['study_bytes'] / 2**20:.0f} MiB on disk, "

@@ -2,9 +2,9 @@
 
 Both sides sample the same space with the same sampler, train whole runs of the same configurations on the same rows, and
 stop by the same rungs (medtune's policy with its additions switched off, which then decides as Ray's ASHA does). The
-plain side is what a careful script does: `tune_app.bench.plain_loop`, MONAI's CacheDataset decoding the scans once a trial, MONAI's
-random transforms in loader workers, one trial a GPU, Ray Tune otherwise as it comes. All that a user waits for is counted:
-the start of Ray, of processes and of CUDA, reading the scans, checkpoints where a side writes them.
+plain side does the same as a careful script: `tune_app.bench.plain_loop`, MONAI's CacheDataset decoding the scans
+once per trial, MONAI's random transforms in loader workers, one trial per GPU, Ray Tune otherwise as shipped. All waiting time of
+a user is counted: the start of Ray, of processes and of CUDA, reading the scans, checkpoints where a side writes them.
 """
 
 import math
@@ -59,8 +59,8 @@ def bench_search(
 
     A side: seconds, ended (trials), trials_per_hour, epochs (trained in all), s_per_epoch, first_rung_auc (mean over all
     trials of the validation AUC at the first rung, where nothing has been stopped yet), best_auc, gpu_busy (share of the
-    time with a kernel running, mean over the visible GPUs as nvidia-smi tells it each second; None without one); of
-    medtune also start_s (until the first epoch began) and what `slots` tells of its trials. `ratio` is of trials an hour.
+    time with a kernel running, mean over the visible GPUs as nvidia-smi reports it each second; None without one); of
+    medtune also start_s (until the first epoch began) and the values from `slots` about its trials. `ratio` is of trials an hour.
     `gpus_per_trial`, `mps` and `cache` (None: an empty one) are medtune's; the plain side has a GPU a trial. `record` is given the result so far
     whenever a trial of the plain side has ended. Writes below `folder`.
     """
@@ -118,7 +118,7 @@ def bench_search(
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Return what a measurement was made on: the processor's name, and the versions of Python and of `packages`."""
+    """Return the machine of a measurement: the processor's name, and the versions of Python and of `packages`."""
     return {
         "name": platform.processor() or platform.machine(),
         "python": platform.python_version(),
@@ -130,7 +130,7 @@ def machine(*packages: str) -> dict[str, Any]:
 def gpus_watched() -> Iterator[list[float]]:
     """Give a list that holds, when the block has ended, a share of 0 to 1 for each GPU and second; empty without GPUs.
 
-    GPUs that CUDA_VISIBLE_DEVICES hides are somebody else's.
+    GPUs that CUDA_VISIBLE_DEVICES hides belong to others.
     """
     shares: list[float] = []
     program = shutil.which("nvidia-smi")
@@ -157,7 +157,7 @@ def gpus_watched() -> Iterator[list[float]]:
 
 
 def slots(epochs: pd.DataFrame) -> dict[str, float | int | None]:
-    """Return how trials shared what they ran on, by the rows of a study's `epochs`.
+    """Return how trials shared their machine, by the rows of a study's `epochs`.
 
     at_once: the most trials at a time. training_share: share of the slots' time, from the first epoch's begin to the last
     one's end, that was spent in epochs. between_s: median seconds from a trial's last row to the begin of the first
@@ -196,7 +196,7 @@ def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[st
 
 
 def search_table(result: Mapping[str, Any]) -> Table:
-    """Return what the sides came to as a Rich table."""
+    """Return the results of the sides as a Rich table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in (
         "side",
@@ -257,7 +257,7 @@ def _medtune(
     how: Mapping[str, Any],
     seed: int,
 ) -> tuple[list[list[float]], dict[str, float | int | None]]:
-    """Run the study; returns the validation AUC of each epoch of each trial, and what `slots` tells of them."""
+    """Run the study; returns the validation AUC of each epoch of each trial, and the values from `slots` about them."""
     from trainables.diagnosis import VERDICTS
     from tune_app.driver.run import run_study
 

@@ -1,6 +1,6 @@
-"""The service under load, measured: viewers of a study whose rows keep coming, and what that costs whom.
+"""The service under load, measured: viewers of a study whose rows keep coming, and the cost for service and driver.
 
-A real `medtune serve` over a generated study, real connections, and a writer in place of a driver. What is measured: from
+A real `medtune serve` over a generated study, real connections, and a writer in place of a driver. Measured are the time from
 a row's writing to its arrival at a viewer, the service's processor time, and the writer's own pace with and without
 viewers. `bench_watched_search` asks the same of a real search: how long it takes alone, and watched.
 """
@@ -58,7 +58,7 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
         record |= {"started": time.time(), "gpus": 0.0, "failures": 0}
         if (
             state == "completed"
-        ):  # with what a driver writes at a trial's end, or each would be diagnosed at each reading
+        ):  # with the fields a driver writes at a trial's end, or each would be diagnosed at each reading
             record |= {
                 "ended": time.time(),
                 "verdict": "healthy",
@@ -199,12 +199,12 @@ def bench_watched_search(
 async def _watch(
     url: str, study: str, driver: "subprocess.Popen[bytes]", viewers: int
 ) -> list[int]:
-    """Look on with so many open streams until the driver ends; returns how many rows each of them was sent."""
+    """Watch with `viewers` open streams until the driver ends; returns how many rows each of them was sent."""
     host, port = url.removeprefix("http://").split(":")
     seen = [0] * viewers
 
     async def view(number: int) -> None:
-        while True:  # there is no such study before its driver has begun it
+        while True:  # there is no such study before its driver has started it
             reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
             writer.write(
                 f"GET /api/studies/{study}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()

@@ -26,14 +26,14 @@ from tune_app.bench.search import machine
 from tune_app.bench.train import BenchError, bench_config, made_cohort
 
 MODES: dict[str, mps.Mode] = {"turns": "off", "mps": "on"}
-"""How processes share the GPU -> what they ask of `mps.join`."""
+"""How processes share the GPU -> their argument to `mps.join`."""
 
 VALIDATION = 257
 """Validation volumes: a fifth of AdrenalMNIST3D's training and validation volumes."""
 
 
 class _Work(NamedTuple):
-    """What a process trains: the cohort's volumes are in a file."""
+    """The training of a process: the cohort's volumes are in a file."""
 
     config: FineTuneConfig
     cohort: Cohort
@@ -152,7 +152,7 @@ def _answer(end: Connection) -> Any:
 
 
 def _train(mode: mps.Mode, asked: Connection) -> None:
-    """One process: a `_Work` starts a run and answers (seconds, GiB); a number trains so many epochs, (begin, end)."""
+    """One process: a `_Work` starts a run and answers (seconds, GiB); a number trains that many epochs, (begin, end)."""
     asked.send(mps.join(mode).text)
     import torch
 

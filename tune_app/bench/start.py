@@ -1,11 +1,11 @@
-"""`medtune bench start`: what a trial costs before its epochs have their usual length.
+"""`medtune bench start`: the cost of a trial before its epochs have their usual length.
 
 Three runs, one after the other, in a process that has just been started, and in `at_once` such processes at the same
 time, as many trials share a GPU:
 
     new process   loads torch and MONAI, chooses convolution algorithms, compiles kernels, captures its graphs
     same thread   the next trial, where `trainables.training_thread` puts it; a GPU has the cohort already
-    new thread    the same trial in a thread of its own, where Ray Tune would put it
+    new thread    the same trial in a separate thread, where Ray Tune would put it
 
 The cohort is a file, as a study's is: `trainables.data.resident` keeps no other on a GPU. `volumes` whose last step is not full cost more: its micro-batches have sizes that no other step has. Random volumes;
 scores mean nothing.
@@ -64,7 +64,7 @@ def bench_start(
     place = torch.device(device)
     machine = machine_facts(place)
     if place.type == "cuda":
-        torch.cuda.empty_cache()  # what it measured with
+        torch.cuda.empty_cache()  # the memory it measured with
     rows: list[dict[str, Any]] = []
     result = {
         "machine": machine,

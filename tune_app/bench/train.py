@@ -3,8 +3,8 @@
 `train`: whole training steps of a plain loop and of ours, side by side in one process.
 
 The plain loop is that of `tune_app.bench.plain_loop`, on volumes decoded once and kept in memory (as MONAI's CacheDataset keeps
-them) behind a DataLoader. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers: what is left
-out could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune`
+them) behind a DataLoader. `plain` runs *without* augmentation, and with the faster of 0 and 4 loader workers: augmentation
+could only slow it down. `plain_augmented` has MONAI's transforms of the same kinds in 8 workers. Ours is `finetune`
 itself with everything it does; `unaugmented` is it doing what `plain` does, and `deterministic` is it with
 `deterministic=True`. Random volumes; scores mean nothing.
 """

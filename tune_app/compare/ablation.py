@@ -1,8 +1,8 @@
 """Ablation: named variants over seeds and folds, and what each changes against its reference.
 
 All runs of a variant differ in seed and fold only, and so do the runs of two variants that are compared: differences
-are paired. Nothing is stopped early, because a comparison needs whole runs. What the differences say is computed in
-`Study.effects`; here it becomes a table and sentences, which also say what the data cannot tell.
+are paired. Nothing is stopped early, because a comparison needs whole runs. The effects are computed in
+`Study.effects`; here they become a table and sentences, which also name the variants that the data do not distinguish.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,7 @@ class Folds:
     numbers: tuple[int, ...]
     num_folds: int
     cross_validate: bool
-    """Folds over train and val rows of a table that has a split of its own."""
+    """Folds over train and val rows of a table that has a split."""
     own_split: bool = False
     """The table's own val rows validate: there are no folds."""
 
@@ -57,7 +57,7 @@ class Folds:
 
     @property
     def text(self) -> str:
-        """The folds as people say them."""
+        """The number of folds in words."""
         if self.own_split:
             return "the table's own split"
         return f"{len(self.numbers)} fold{'s' if len(self.numbers) != 1 else ''}"
@@ -173,7 +173,7 @@ def ablation_spec(
     """Return the study that runs every variant on every fold with every seed (first_seed .. first_seed + seeds - 1).
 
     `config` holds what all runs share, `fields` are those of StudySpec. Raises SpecError, also where `config` names
-    what the variants or the plan decide and would be without effect, and ManifestError for the table.
+    a hyperparameter that the variants or the plan decide and that would be without effect, and ManifestError for the table.
     """
     if problems := [
         f"{name}={value}: {least} or more"
@@ -209,10 +209,10 @@ def ablation_spec(
 
 
 def comparisons(study: Study) -> list[pd.DataFrame]:
-    """Return the effects of the study's variants, a table for each reference; none before two variants have begun.
+    """Return the effects of the study's variants, a table for each reference; none before two variants have started.
 
-    The reference is the first variant of the plan. Where a plan holds both the baseline and `all-fixes`, what is left
-    out of all fixes is read against these.
+    The reference is the first variant of the plan. Where a plan holds both the baseline and `all-fixes`, variants
+    that leave a fix out are read against all fixes.
     """
     begun = set(study.trials_full["variant"].dropna())
     names = [
@@ -249,7 +249,7 @@ def only(
 
 
 def print_ablation(study: Study, console: Console) -> None:
-    """Print each variant's effect and what it means, 80 columns wide."""
+    """Print each variant's effect and its meaning, 80 columns wide."""
     console.print(_plan_text(study))
     console.print(f"value: {OBJECTIVES[study.spec.objective].title}")
     tables = comparisons(study)
@@ -309,7 +309,7 @@ def difference_text(row: Mapping[Any, Any]) -> str:
 
 
 def effect_lines(effects: pd.DataFrame) -> list[str]:
-    """Return in words what the effects say, and for which variants the data cannot tell."""
+    """Return the effects in words, and the variants whose effect the data do not settle."""
     reference_name = effects.attrs["baseline"]
     others = effects[effects["variant"] != reference_name].to_dict("records")
     lines = []
@@ -385,7 +385,7 @@ def _no_call_lines(apart: Sequence[Mapping[Any, Any]], reference_name: str) -> l
 
 
 def last_epoch_lines(study: Study, effects: pd.DataFrame) -> list[str]:
-    """Return what the last epoch says otherwise than the objective, which forgives a run that collapses late."""
+    """Return where the last epoch disagrees with the objective, which forgives a run that collapses late."""
     reference_name = str(effects.attrs["baseline"])
     if OBJECTIVES[study.spec.objective].reduction == "last":
         return []

@@ -4,7 +4,7 @@ A search picks the best of many noisy values, so its winner's own value is too g
 luck of the fold it was chosen on. Here the candidates start from seeds that the search never used, and are judged on
 rows that it did not choose by, against the documented settings on the same folds and seeds. That takes two unseen folds:
 with fewer there is an interval over subjects, and no winner. A winner is one whose difference holds after correction for having been picked as the best of several (Holm 1979, over all that are compared
-with the documented settings). Without one the documented settings stay, and that is said.
+with the documented settings). Without one the documented settings stay, and the report states it.
 """
 
 import math
@@ -73,12 +73,12 @@ OF_SEARCHES = (
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a confirmation runs beside the documented settings and the defaults."""
+    """The candidates that a confirmation runs in addition to the documented settings and the defaults."""
 
     overrides: dict[str, dict[str, Scalar]]
     """By variant: `trial-` and the id in the search."""
     notes: list[str]
-    """What was passed over, and why."""
+    """Trials that were passed over, and why."""
 
 
 def choose_candidates(search: Study, top: int) -> Candidates:
@@ -142,7 +142,7 @@ def shared_config(spec: StudySpec) -> dict[str, Any]:
         for name, value in spec.shared.items()
         if name in (*PREPROCESSING, *OF_THE_DATA, "epochs")
     }
-    # A search without a spacing, of a version that did not choose one, scaled each volume by itself.
+    # A search without a spacing, of a version that did not choose one, scaled each volume separately.
     return {"spacing_mm": None, **of_space, **spec.config}
 
 
@@ -237,16 +237,16 @@ def unfinished(study: Study) -> int:
 
 
 Basis = Literal["folds", "rows", "subjects"]
-"""What a confirmation is judged by.
+"""The basis on which a confirmation is judged.
 
 folds: two or more folds without any row that the search chose by; rows: two or more folds by their other rows; subjects:
-fewer than that, so that only an interval over the subjects is given, and neither a winner nor a p.
+fewer than that, so that only an interval over the subjects is given, and no winner and no p.
 """
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What a confirmation says."""
+    """The result of a confirmation."""
 
     effects: pd.DataFrame
     """`Study.effects` against the documented settings, on the folds judged by; with the columns own_mean,
@@ -263,7 +263,7 @@ class Confirmation:
     """The best variant that is better than the documented settings at p < .05 after correction, every run of which has a
     score; None where there is none, and with fewer than two folds that the search did not choose by."""
     ahead: str | None
-    """Without two unseen folds: the variant with the best mean whose interval over subjects lies above zero."""
+    """Without two unseen folds: the variant with the best mean whose interval over subjects is above zero."""
     not_told_apart: tuple[str, ...]
     """Other variants that may be as good as the winner."""
 
@@ -274,7 +274,7 @@ class Confirmation:
 
 
 def judge(study: Study) -> Confirmation:
-    """Return what the runs of a confirmation say by now. Raises SpecError when `study` is none, or has hardly begun."""
+    """Return the present result of a confirmation's runs. Raises SpecError when `study` is none, or has hardly started."""
     if study.spec.kind != "confirmation":
         raise SpecError(
             f"{study.path}: this is a study of kind {study.spec.kind}, not a confirmation"
@@ -451,7 +451,7 @@ def _table(effects: pd.DataFrame) -> Table:
 
 
 def judged_lines(study: Study, found: Confirmation) -> list[str]:
-    """Return in words what the confirmation says, and on what."""
+    """Return the confirmation's result in words, and its basis."""
     effects = found.effects
     others = len(effects) - 1
     lines = []
@@ -521,7 +521,7 @@ def _no_test_lines(study: Study, found: Confirmation) -> list[str]:
 
 
 def _basis_line(study: Study, found: Confirmation) -> str:
-    """What a confirmation is judged by, in a sentence."""
+    """The basis on which a confirmation is judged, in a sentence."""
     shown = ", ".join(map(str, found.folds))
     seen = ", ".join(map(str, study.spec.seen_folds))
     if found.basis == "folds":
@@ -543,7 +543,7 @@ def _basis_line(study: Study, found: Confirmation) -> str:
 
 
 def _settings(study: Study, variant: str) -> str:
-    """What a variant changes against the documented settings."""
+    """The settings of a variant that differ from the documented ones."""
     configs = [
         study.spec.config_of(planned_overrides(study.spec, name)).model_dump()
         for name in (variant, REFERENCE)

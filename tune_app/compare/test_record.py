@@ -12,7 +12,7 @@ from tune_app.study.files import StudyFiles
 
 
 def test_file(study: Study) -> Path:
-    """test.json of the search that was confirmed; beside the confirmation where the search is gone."""
+    """test.json of the search that was confirmed; next to the confirmation where the search is gone."""
     search = Path(study.spec.confirms) if study.spec.confirms else study.path
     return StudyFiles(search if search.is_dir() else study.path).test
 

@@ -40,13 +40,13 @@ REPORTED = (
     "auc_probability",
     "logit_gap",
 )
-"""What is recorded of the test rows beside AUC: nothing whose threshold would be chosen on them."""
+"""Scores of the test rows that are recorded in addition to AUC: none whose threshold would be chosen on them."""
 
 
 def confirmed_on_test(
     search: Path, root: Path, *, cache: Path | None, again: bool, notes: Console
 ) -> None:
-    """Score the test rows for the confirmation in `root`, or say that this was done before; see `score_test`."""
+    """Score the test rows for the confirmation in `root`, or report that this was done before; see `score_test`."""
     if not StudyFiles(root).spec.exists():
         raise SpecError(
             f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
@@ -75,10 +75,10 @@ def score_test(
     """Score the confirmed variant of the study in `root` on the table's test rows, once; return the record.
 
     Each of its runs scores the test rows with the weights it kept (best.pt). Recorded are every run's AUC, their mean,
-    and the ensemble (mean of the runs' log-odds) with its interval; the documented settings beside it, with
+    and the ensemble (mean of the runs' log-odds) with its interval; the documented settings next to it, with
     DeLong's paired test, where another variant was confirmed. The record goes to test.json of the search that was
     confirmed, so that a second confirmation does not give a second look. When there is a record it is returned, and
-    nothing is scored; with `again` the rows are scored anew and the record says how often that was.
+    nothing is scored; with `again` the rows are scored again and the record counts how often that was.
 
     Raises SpecError when the confirmation is not finished, the table has no test rows, or it changed since.
     """

@@ -1,4 +1,4 @@
-"""A table of volumes -> one HTML page of what the network will see: slices by class, the odd volumes first."""
+"""A table of volumes -> one HTML page of the network's input: slices by class, the odd volumes first."""
 
 import base64
 import io
@@ -76,7 +76,7 @@ def write_cohort_view(
     class_names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Recommendation]:
-    """Write the page of a table's volumes as `config` prepares them; returns what is recommended.
+    """Write the page of a table's volumes as `config` prepares them; returns the recommendations.
 
     Every volume is read. Without a spacing in `config` it is the one that a new study takes. `per_class`: volumes that are
     shown of each class, the odd ones first. Raises ManifestError with every file that cannot be prepared.

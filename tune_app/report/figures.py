@@ -1,7 +1,7 @@
 """A study's dataframes -> Plotly figures as plain dicts, for the report and any page that has plotly.js.
 
-No trace needs WebGL: it is missing on remote desktops and in many browsers' private modes, and does not print. What a
-colour says, a dash, a marker or a word says too. Colours are those of PALETTE on white; a page in dark mode replaces
+No trace needs WebGL: it is missing on remote desktops and in many browsers' private modes, and does not print. Whatever a
+colour shows, a dash, a marker or a word shows too. Colours are those of PALETTE on white; a page in dark mode replaces
 them one by one. Text of a study is escaped, because Plotly reads markup in labels.
 """
 
@@ -339,7 +339,7 @@ def parallel(study: Study) -> Figure:
     """Return parallel coordinates: a line a trial over all searched hyperparameters to the objective.
 
     One trace for each of three tiers of the objective (best tenth, upper half, the rest), with gaps between trials.
-    Axis i lies at x = i, scaled to 0..1; `layout.meta.axes` names them.
+    Axis i is drawn at x = i, scaled to 0..1; `layout.meta.axes` names them.
     """
     trials = study.trials_full[
         study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
@@ -491,7 +491,7 @@ def slice_of(study: Study, name: str) -> Figure:
 
 
 def _slice_points(trials: pd.DataFrame, name: str) -> list[dict[str, Any]]:
-    """A trace a group of trials, and one for what a viewer picks."""
+    """One trace per group of trials, and one for the trials that a viewer picks."""
     data = []
     for key, rows in _by_group(trials):
         group = GROUPS[key]
@@ -567,7 +567,7 @@ def _document_marks(
 
 
 def effects(table: pd.DataFrame) -> Figure:
-    """Return the forest plot of `Study.effects`: filled where the data tell, hollow where they cannot."""
+    """Return the forest plot of `Study.effects`: filled where the data decide, hollow where they do not."""
     rows = table[table["variant"] != table.attrs["baseline"]]
     rows = rows[rows["mean"].notna()].iloc[::-1]
     marks = {
@@ -700,7 +700,7 @@ def runs_by_variant(study: Study) -> Figure:
 
 
 def progress_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
-    """Return the best objective so far over the epochs spent, a line a study: what the same budget bought."""
+    """Return the best objective so far over the epochs spent, one line per study: the result of the same budget."""
     data = []
     for (name, study), (colour, dash, _) in zip(studies, _OF_TWO, strict=True):
         spent, best = budget_curve(study)
@@ -777,7 +777,7 @@ def _by_group(trials: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 
 def _rounded(values: "pd.Series | np.ndarray") -> list[float | None]:
-    """Four decimals, and null for what is no number: JSON has no NaN, and a page need not weigh more than it shows."""
+    """Four decimals, and null where the value is no number: JSON has no NaN, and a page need not weigh more than it shows."""
     return [
         round(float(value), 4) if math.isfinite(value) else None
         for value in np.asarray(values, dtype="float64")

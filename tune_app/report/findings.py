@@ -1,4 +1,4 @@
-"""A study's dataframes -> words and small tables: what was asked and found, what to distrust, what was stopped and why.
+"""A study's dataframes -> words and small tables: question and finding, reasons for doubt, stopped trials and why.
 
 Pure, and without a page: the report prints these, and so can a terminal. Differences between trials are held against
 the noise of the best one's AUC, taken from its interval. Two trials are scored on the same volumes, so their errors go
@@ -62,7 +62,7 @@ def once_per_study(find: Callable[[Study], Found]) -> Callable[[Study], Found]:
 
 @dataclass(frozen=True)
 class Caution:
-    """Something about a study that its numbers do not say by themselves."""
+    """Something about a study that its numbers alone do not show."""
 
     title: str
     text: str
@@ -77,7 +77,7 @@ class Check:
     text: str
     """As the document words it."""
     present: bool | None
-    """None: it cannot be told from what there is."""
+    """None: the data are not enough to decide."""
     evidence: str
     among: str
     """In how many of all trials it is present."""
@@ -91,7 +91,7 @@ class Check:
 
 
 def summary(study: Study) -> tuple[str, str]:
-    """Return what was asked and what was found, a sentence each."""
+    """Return the question and the finding of the study, one sentence each."""
     return _asked(study), _found(study)
 
 
@@ -216,7 +216,7 @@ def effects_tables(study: Study) -> list[pd.DataFrame]:
 
 @once_per_study
 def confirmation_within(study: Study) -> Study | None:
-    """Return the confirmation of a search that lies in its folder; None where there is none that can be read."""
+    """Return the confirmation of a search that is stored in its folder; None where there is none that can be read."""
     root = StudyFiles(study.path).confirmation
     if study.spec.kind != "search" or not StudyFiles(root).spec.is_file():
         return None
@@ -227,7 +227,7 @@ def confirmation_within(study: Study) -> Study | None:
 
 
 def confirmation_lines(study: Study) -> list[str]:
-    """Return in words what a confirmation says, the winner or that there is none first; none before it has begun."""
+    """Return a confirmation's result in words, first the winner or that there is none; no words before it has started."""
     try:
         return judged_lines(study, judge(study))
     except SpecError:
@@ -235,7 +235,7 @@ def confirmation_lines(study: Study) -> list[str]:
 
 
 def test_lines(study: Study) -> list[str]:
-    """Return what the test rows said, on record in test.json; none where they were not looked at."""
+    """Return the result on the test rows, as test.json records it; nothing where they were not looked at."""
     searches = [Path(study.spec.confirms)] if study.spec.confirms else []
     for root in (*searches, study.path):
         path = StudyFiles(root).test
@@ -259,7 +259,7 @@ def _and(names: list[str]) -> str:
 
 
 def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
-    """Return the standard error of a trial's best AUC; NaN when neither interval nor class counts are there."""
+    """Return the standard error of a trial's best AUC; NaN when no interval and no class counts are there."""
     low, high, auc = trial["best_val_auc_low"], trial["best_val_auc_high"], trial["best_val_auc"]
     if math.isfinite(low) and math.isfinite(high) and high > low:
         return float(high - low) / 3.92
@@ -292,7 +292,7 @@ def rivals_within_noise(study: Study) -> tuple[int, float]:
 
 
 def first_tile(study: Study) -> tuple[str, str]:
-    """Return the best objective of a search with the interval of its AUC, and in words what it is and how many tie with it."""
+    """Return a search's best objective with the interval of its AUC, and in words its meaning and how many trials tie."""
     best = study.best()
     low, high = best["best_val_auc_low"], best["best_val_auc_high"]
     known = not (pd.isna(low) or pd.isna(high))
@@ -319,7 +319,7 @@ def enough_for_importance(study: Study) -> bool:
 def luck(errors: float, trials: int) -> float:
     """Return by how much the best of equal `trials` looks better than it is, on one validation fold.
 
-    The expected largest of so many normal deviates (Blom 1958), times the part of the error that trials do not share.
+    The expected largest of `trials` normal deviates (Blom 1958), times the part of the error that trials do not share.
     """
     if trials < 2 or not math.isfinite(errors):
         return 0.0
@@ -371,7 +371,7 @@ def leading(study: Study) -> pd.Series:
 
 
 def configuration(study: Study) -> pd.DataFrame:
-    """Return the leading trial's settings beside the document's: name, before, after, best, differs (from after).
+    """Return the leading trial's settings next to the document's: name, before, after, best, differs (from after).
 
     One row a hyperparameter that a fix touches or that was searched, or in which that trial leaves the defaults.
     """
@@ -400,7 +400,7 @@ def sentence(text: str) -> str:
 def epochs_saved(study: Study) -> float:
     """Return the share of the asked-for epochs that stopping early spared, of all trials that have started.
 
-    Trials that a user stopped count neither as spared nor as asked for.
+    Trials that a user stopped are left out of both numbers.
     """
     started = study.trials_full[study.trials_full["stopped_by"].fillna("") != "requested"]
     asked = float(started["epochs"].sum())
@@ -462,7 +462,7 @@ def stops(study: Study) -> pd.DataFrame:
 
 @once_per_study
 def cautions(study: Study) -> list[Caution]:
-    """Return what a reader should know before trusting the study, gravest first."""
+    """Return the reasons for caution before trusting the study, gravest first."""
     if not study.scored:
         return list(_about_the_files(study))
     return [
@@ -673,7 +673,7 @@ def _about_the_variants(study: Study) -> Iterator[Caution]:
 def checklist(study: Study) -> list[Check]:
     """Return the document's five success indicators and four warning signs, looked for in the leading trial.
 
-    `among` counts the trials that show it, of those of which it can be told.
+    `among` counts the trials that show it, of those where it can be decided.
     """
     best = leading(study)
     places = study.epochs.groupby("trial", observed=True).indices

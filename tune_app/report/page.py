@@ -1,6 +1,6 @@
 """A study's dataframes -> one self-contained HTML page: figures, tables and the sentences of `tune_app.report.findings`.
 
-`sections` and `comparison` say what a page holds, `parts` is what it consists of, `rendering` makes HTML of it. Figures are
+`sections` and `comparison` choose the content of a page, `parts` are its elements, `rendering` makes HTML of it. Figures are
 redrawn for dark mode and for paper by report.js; tables can be read without it.
 """
 
@@ -22,7 +22,7 @@ REFRESH_S = 30
 def write_report(study: Study, path: str | Path, *, refresh_s: float | None = None) -> Path:
     """Write the page of one study to `path`, whole or not at all; returns the path.
 
-    With `refresh_s` a browser loads the page of a running study again after so many seconds.
+    With `refresh_s` a browser loads the page of a running study again after that many seconds.
     """
     return write(Path(path), study_page(study, refresh_s if study.running else None))
 
@@ -42,7 +42,7 @@ def watch_report(
 ) -> None:
     """Write the page of the study in `root` again whenever its files have changed, until its driver is gone.
 
-    `say` is told of each writing, in a line; `until` decides on the study just written whether that was the last time.
+    `say` is called with a line after each writing; `until` decides on the study just written whether that was the last time.
     """
     files = StudyFiles(Path(root))
     seen: tuple[float, ...] | None = None

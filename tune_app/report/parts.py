@@ -1,4 +1,4 @@
-"""What a page consists of: sections with paragraphs, tables and figures."""
+"""The elements of a page: sections with paragraphs, tables and figures."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Cell:
     kind: str = ""
     """Class of the cell: number, text, nowrap."""
     value: str | None = None
-    """What it sorts by, when that is not its text."""
+    """The value it sorts by, when that is not its text."""
     mark: str = ""
     """good, bad or open: how the text is set off."""
     pick: str = ""

@@ -53,7 +53,7 @@ def render(page: Page) -> str:
 
 @cache
 def environment() -> Environment:
-    """Return the templates of this package; every value in them is escaped, and what is not seen in it written out."""
+    """Return the templates of this package; every value in them is escaped, and its invisible characters written out."""
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -66,7 +66,7 @@ def environment() -> Environment:
 
 
 def _shown(text: str) -> str:
-    """Text with what is not seen written out: names of files hold escapes, and signs that turn the direction of a line."""
+    """Text with invisible characters written out: file names may hold escapes and signs that turn a line's direction."""
     return visible(text, keep="\n\t")
 
 

@@ -62,7 +62,7 @@
     return { x, y, customdata };
   }
 
-  // What is in view is drawn at once, the rest when the browser has nothing to do: with twenty figures of many trials a
+  // Figures in view are drawn at once, the rest when the browser has nothing to do: with twenty figures of many trials a
   // change would otherwise be felt.
   const whenIdle = (then) => (window.requestIdleCallback ? requestIdleCallback(then, { timeout: 500 }) : setTimeout(then, 30));
   let waiting = false;
@@ -107,7 +107,7 @@
     Plotly.react(div, painted(traces(figure), dark), painted(layout, dark), {
       responsive: true,
       displaylogo: false,
-      displayModeBar: false, // it covers what it hovers over; dragging zooms, a double click zooms out
+      displayModeBar: false, // it covers the data under the pointer; dragging zooms, a double click zooms out
     });
     if (!div.dataset.listens) listen(div);
   }

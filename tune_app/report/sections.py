@@ -577,7 +577,7 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _amount(name: str, item: Any) -> str:
-    """An entry of what Ray says a machine has; its memory is in bytes."""
+    """An entry of the resources that Ray reports for a machine; its memory is in bytes."""
     if not isinstance(item, float):
         return str(item)
     return f"{item / 2**30:.1f} GiB" if name.endswith("memory") else f"{item:g}"

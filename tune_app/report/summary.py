@@ -1,4 +1,4 @@
-"""What a study came to, on one screen: the table, what was stopped and why, the best configuration, where things lie."""
+"""The result of a study on one screen: the table, stopped trials and why, the best configuration, the places of files."""
 
 from pathlib import Path
 
@@ -135,7 +135,7 @@ def place_lines(root: Path) -> list[str]:
 
 
 def next_lines(root: Path) -> list[str]:
-    """What a search is followed by: is the best one a winner, and where all can be looked at."""
+    """The next steps after a search: whether the best trial is a winner, and where to look at all trials."""
     place = url_of(root) or root
     above = str(place).rpartition("/")[0] or "."
     return [

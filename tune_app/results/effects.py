@@ -1,4 +1,4 @@
-"""What a study's trials say about hyperparameters: the axes they lie on, importance, and effects of variants."""
+"""The evidence of a study's trials about hyperparameters: their axes, importance, and effects of variants."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NAMES_OF_BASELINE = ("baseline", "all-fixes", "documented-after", "documented", 
 """Variants that others are compared with when none is named: the first of these that is there, or the first variant."""
 
 COLLAPSES = (*FALLS, "never_learned")
-"""Verdicts of runs that came to nothing, or lost what they had; the others warn."""
+"""Verdicts of runs that never learned, or lost their performance; the others warn."""
 
 EFFECT_COLUMNS = {
     "variant": "string",
@@ -115,7 +115,7 @@ def _let_no_survivors_win(rows: list[dict[str, Any]], baseline: str) -> None:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted for being so many: below .05 at most one time in twenty that none of them is real.
+    """Return the p-values adjusted for their number: below .05 at most one time in twenty that none of them is real.
 
     Source: Holm 1979. It holds however the comparisons depend on each other, and these share their baseline. NaN, a
     comparison without a p-value, stays NaN and does not count.

@@ -93,10 +93,10 @@ class Axis:
 
 
 def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
-    """Return the axis of the hyperparameter in column `values`: the search space's scale and range, or what they suggest.
+    """Return the axis of the hyperparameter in column `values`: scale and range of the search space, or of the values.
 
-    `ema_decay` and `drw_beta` are 1 - value on a logarithm; without a space, rates are logarithmic, and what spans a
-    factor of 30.
+    `ema_decay` and `drw_beta` are 1 - value on a logarithm; without a space, rates are logarithmic, and so are
+    values that span a factor of 30.
     """
     name = str(values.name)
     parameter = _parameter(space, name)
@@ -262,7 +262,7 @@ def _temporary_study(rows: pd.DataFrame, axes: Mapping[str, Axis], column: str) 
         if axis.kind == "choice":
             values[name] = ["none" if v is pd.NA else format_value(name, v) for v in rows[name]]
             distributions[name] = CategoricalDistribution(axis.choices)
-        else:  # read or not: Optuna's evaluators leave out what not every trial has
+        else:  # read or not: Optuna's evaluators leave out hyperparameters that some trials lack
             places = _on_scale(axis.kind, rows[name].to_numpy("float64"))
             values[name] = places.tolist()
             distributions[name] = FloatDistribution(min(axis.low, *places), max(axis.high, *places))

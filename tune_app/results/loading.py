@@ -38,7 +38,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
 
     A last line without an end is normal while a driver writes, or after it was killed: it is left out and noted. Any
     other damage (lines that are no rows, a trial's epoch twice, unreadable trial files) raises StudyDamageError with
-    every problem, file and line; with `on_damage="skip"` what is damaged is left out, and `.notes` tells it. Of an
+    every problem, file and line; with `on_damage="skip"` damaged parts are left out, and `.notes` reports them. Of an
     epoch that is there twice the first line counts.
 
     Raises SpecError when there is no study or it is of another version.
@@ -101,7 +101,7 @@ def load_studies(
 ) -> Studies:
     """Return several studies, loaded or to be loaded, with dataframes concatenated below a first column `study`.
 
-    `study` is the folder's name, with as many parent folders as it takes to tell them apart.
+    `study` is the folder's name, with as many parent folders as it takes to distinguish them.
     """
     studies = tuple(
         path if isinstance(path, Study) else load_study(path, on_damage=on_damage) for path in paths
@@ -126,7 +126,7 @@ def load_studies(
 
 
 def _read_records(files: StudyFiles, damage: list[str]) -> dict[str, dict[str, Any]]:
-    """trial.json of every trial, with its config under "config", by id; damaged ones are told and left out."""
+    """trial.json of every trial, with its config under "config", by id; damaged ones are reported and left out."""
     records: dict[str, dict[str, Any]] = {}
     folders = sorted(folder for folder in files.trials.iterdir()) if files.trials.is_dir() else []
     for folder in folders:
@@ -148,7 +148,7 @@ def _read_records(files: StudyFiles, damage: list[str]) -> dict[str, dict[str, A
 def _read_epochs(path: Path, damage: list[str], notes: list[str]) -> pd.DataFrame:
     content = whole_lines(path, notes)
     table = _read_epochs_fast(content)
-    if table is None:  # something is wrong: read again line by line, to say where
+    if table is None:  # something is wrong: read again line by line, to report where
         table = pd.DataFrame(read_epochs_by_line(path, content, damage))
         table["arrival"] = np.arange(len(table))
         table = table.reindex(columns=list(dict.fromkeys([*EPOCH_COLUMNS, *table.columns])))
@@ -242,7 +242,7 @@ def _searched(
 
 
 def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
-    """Fill in what the curves of running and interrupted trials say by now: the driver says it at a trial's end."""
+    """Fill in the diagnosis so far of running and interrupted trials: the driver writes it only at a trial's end."""
     for index, trial in trials[trials["verdict"].isna() & (trials["epochs_run"] > 0)].iterrows():
         config = {
             name: trial[name] for name in FineTuneConfig.model_fields if pd.notna(trial[name])
@@ -265,7 +265,7 @@ def _stopped_by(decisions: pd.DataFrame) -> pd.Series:
 
 
 def _rungs(spec: StudySpec, decisions: pd.DataFrame) -> tuple[int, ...]:
-    """The rungs the policy has by its settings, and any the log holds beside them (an earlier policy's), ascending.
+    """The rungs the policy has by its settings, and any others in the log (an earlier policy's), ascending.
 
     Rungs need not fall on whole epochs; a trial is compared in the first epoch that reaches one.
     """

@@ -67,9 +67,9 @@ def select(table: pd.DataFrame, where: str | Sequence[str] = ()) -> pd.DataFrame
 
     Conditions: `val_auc > 0.8`, `0.7 < val_auc < 0.9`, `state == stopped`, `verdict ~ collapsed` (contains),
     `val_auc_raw > val_auc_ema`, `not (head == linear or s > 20)`, `error != none`. Text needs quotes only when it
-    holds blanks or signs or is a column's name. What is missing passes `== none` and no other comparison.
+    holds blanks or signs or is a column's name. A missing value passes `== none` and no other comparison.
 
-    Raises QueryError saying what was not understood, and where.
+    Raises QueryError that names the part that was not understood, and where it is.
     """
     for condition in [where] if isinstance(where, str) else where:
         if condition.strip():
@@ -88,7 +88,7 @@ class _Condition:
 
     def __init__(self, table: pd.DataFrame, text: str) -> None:
         self.table, self.text = table, text
-        self.tokens: list[tuple[str, str]] = []  # ("sign" | "text" | "word" | "end", what)
+        self.tokens: list[tuple[str, str]] = []  # ("sign" | "text" | "word" | "end", content)
         place = 0
         if len(text) > 2000:
             raise QueryError(f"condition of {len(text)} characters, at most 2000 are read")
@@ -166,7 +166,7 @@ class _Condition:
         if not compared:
             column = left[1]
             if left[0] == "column" and self.table[column].dtype == "boolean":
-                return self.table[column].fillna(False).astype(bool)  # `drw_active` by itself
+                return self.table[column].fillna(False).astype(bool)  # `drw_active` alone
             raise self._unexpected(f"one of {' '.join(_OPERATORS)}")
         return found
 
@@ -225,7 +225,7 @@ class _Condition:
         return found
 
     def _value(self, name: str, column: pd.Series, text: str) -> Any:
-        """`text` as the column's type, so that 00007 is a trial's id beside `trial` and a number beside `number`."""
+        """`text` as the column's type, so that 00007 is an id for the column `trial` and a number for `number`."""
         wanted = "a number"
         try:
             if column.dtype == "boolean":

@@ -41,7 +41,7 @@ from tune_app.study.spec import StudySpec
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A study as dataframes. Build it with `load_study`; load again to see what has come in since."""
+    """A study as dataframes. Build it with `load_study`; load again to see new rows."""
 
     path: Path
     spec: StudySpec
@@ -60,11 +60,11 @@ class Study:
     searched: tuple[str, ...]
     """Hyperparameters in which trials differ by design, in column order; fold and seed are not among them."""
     notes: tuple[str, ...] = ()
-    """What is remarkable about the files: an unfinished last line, what was skipped as damaged."""
+    """Remarks about the files: an unfinished last line, parts that were skipped as damaged."""
     url: str | None = None
     """Where in object storage it is, when `path` is a copy of that."""
     damage: tuple[str, ...] = ()
-    """Those of the notes that tell of damage: lines and files that were skipped, epochs that are missing."""
+    """Those of the notes that report damage: lines and files that were skipped, epochs that are missing."""
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class Study:
 
     @property
     def trials(self) -> pd.DataFrame:
-        """One row per trial, by number: state, verdict, objective, AUC with interval, epochs, and what was searched.
+        """One row per trial, by number: state, verdict, objective, AUC with interval, epochs, searched hyperparameters.
 
         `trials_full` has all columns. Studies with planned trials have `fold` and `seed` here, too.
         """
@@ -81,7 +81,7 @@ class Study:
 
     @property
     def place(self) -> str:
-        """What a command takes to name the study: its folder or URL."""
+        """The argument by which a command names the study: its folder or URL."""
         return self.url or str(self.path)
 
     @property
@@ -93,11 +93,11 @@ class Study:
 
     @cached_property
     def space(self) -> Space | None:
-        """The search space; None for what is no search."""
+        """The search space; None for a study that is no search."""
         return self.spec.resolved_space() if self.spec.kind == "search" else None
 
     def axis(self, name: str) -> Axis:
-        """Return the axis of a hyperparameter: the scale and range of the search space, or what the trials suggest."""
+        """Return the axis of a hyperparameter: scale and range of the search space, or of the trials' values."""
         return axis_of(self.trials_full[name], self.space, self.spec.epochs)
 
     def best(self, metric: str = "objective", where: str | Sequence[str] = ()) -> pd.Series:
@@ -143,7 +143,7 @@ class Study:
         where: str | Sequence[str] = (),
         columns: str | Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict and what was searched.
+        """Return the best `n` trials by objective: rank, AUC with interval, epochs, verdict, searched hyperparameters.
 
         `columns`: names, bare metrics or patterns (`best_val_*`) to show instead; "all" for all.
         """
@@ -154,7 +154,7 @@ class Study:
         return table
 
     def record(self, trial: str) -> dict[str, Any]:
-        """Return what the driver wrote of the trial (trial.json); `overrides` is in it. Raises StudyDamageError."""
+        """Return the driver's record of the trial (trial.json); `overrides` is in it. Raises StudyDamageError."""
         return read_record(StudyFiles(self.path).trial(trial).record)
 
     def curves(
@@ -188,7 +188,7 @@ class Study:
         Optuna's evaluators count completed trials only, and a search stops most of its trials: they are given to a
         temporary study in memory as completed with their value so far, which makes a hyperparameter that gets trials
         stopped count as important. Failed trials are left out. Importances sum to 1; low and high are the extremes
-        over `repeats` random forests, and say nothing of how few trials there are. `.attrs["how"]` tells all this in
+        over `repeats` random forests, and do not reflect how few trials there are. `.attrs["how"]` states all this in
         a sentence with the numbers. Raises ValueError with fewer than four trials or nothing that varies.
         """
         axes = {name: self.axis(name) for name in self.searched}
@@ -204,7 +204,7 @@ class Study:
         came back), failed and unscored (ended and in no pair) of them, verdicts, call (better, worse, cannot tell). Over several folds the interval is
         Student's t on the differences of the folds, each the mean of its seeds, their variance raised by
         1 / (num_folds - 1) because the training parts of folds overlap (Nadeau and Bengio 2003, eq. 9; Bouckaert and
-        Frank 2004). With one fold it is Student's t on the seeds, of that fold only, and there is neither p nor call: seeds
+        Frank 2004). With one fold it is Student's t on the seeds, of that fold only, and there is no p and no call: seeds
         share the fold's volumes. `call` goes by the interval, and is "cannot tell" when it holds zero, or where there is none:
         of one pair, or of differences that are all the same. A variant of which a run ended without a finite score is not
         called better: the others are its survivors. Raises ValueError without variants.

@@ -1,6 +1,6 @@
 """Dataframe of trials -> the rows and columns asked for, and text of them that fits a terminal or a page.
 
-What is asked for comes from command lines and web forms: conditions are parsed, never executed, and what is shown is
+Requests come from command lines and web forms: conditions are parsed, never executed, and output is
 stripped of anything a terminal would obey.
 """
 
@@ -30,13 +30,13 @@ MAIN_COLUMNS = (
     "epochs_run",
     "work_s",
 )
-"""What is shown of each trial before its hyperparameters, unless other columns are asked for."""
+"""Columns shown of each trial before its hyperparameters, unless other columns are asked for."""
 
 
 def main_columns(
     trials: pd.DataFrame, searched: Sequence[str], variants: Sequence[str] = ()
 ) -> list[str]:
-    """Return the columns of the narrow table of trials: `MAIN_COLUMNS`, `variants` and what was searched."""
+    """Return the columns of the narrow table of trials: `MAIN_COLUMNS`, `variants` and the searched hyperparameters."""
     first = ["study"] if "study" in trials.columns else []
     return list(dict.fromkeys([*first, *MAIN_COLUMNS, *variants, *searched]))
 
@@ -50,9 +50,9 @@ def results_table(
     where: str | Sequence[str] = (),
     limit: int | None = None,
 ) -> pd.DataFrame:
-    """Return the trials as `medtune results` shows them: the columns that tell the trials apart.
+    """Return the trials as `medtune results` shows them: the columns that distinguish the trials.
 
-    `searched` are the hyperparameters that tell them apart.
+    `searched` are the hyperparameters that distinguish them.
     `columns` are names, bare metrics, or patterns (`best_val_auc*`); "all" is all. `sort` holds names, with a leading
     minus for the largest first; missing values come last. An empty `sort` keeps the order of `trials`. `where` as in `select`. Raises QueryError.
     """
@@ -69,7 +69,7 @@ def results_table(
 
 
 def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which trials spent epochs in a collapse that healed, of which their verdicts no longer tell."""
+    """Return which trials spent epochs in a collapse that healed, which their verdicts no longer show."""
     return (trials["healed_epochs"] > 0).fillna(False).astype(bool)
 
 

@@ -13,7 +13,7 @@ from trainables.config import as_scalar
 
 
 def plain(value: Any) -> Any:
-    """Return cells as JSON has them, at any depth: Python's own scalars, None for what is missing or not finite."""
+    """Return cells as JSON has them, at any depth: Python's own scalars, None for values that are missing or not finite."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

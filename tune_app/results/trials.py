@@ -110,7 +110,7 @@ def _trial_row(
     values: list[float],
     running: bool,
 ) -> dict[str, Any]:
-    """What is known of one trial without its epochs' table; a record is missing when its driver was killed early."""
+    """The facts known of one trial without its epochs' table; a record is missing when its driver was killed early."""
     given = record or {}
     state = given.get("state") or "running"
     objective = given.get("objective")

@@ -1,4 +1,4 @@
-"""Who may do what at the page of `medtune serve`, decided before any of its code runs.
+"""Access control of the page of `medtune serve`, applied before any of its code runs.
 
 - A request must name a host the service goes by: a page elsewhere that points its own name at this machine (DNS
   rebinding) does not get past it.
@@ -6,7 +6,7 @@
   sends it as `Authorization: Bearer`; a browser exchanges it once for a cookie that scripts cannot read and that no other
   site's request carries.
 - A browser's change must come from the page itself: its Origin has to be ours, and it has to repeat a value that only the
-  page was told (CSRF).
+  page was given (CSRF).
 - Wrong tokens are slowed down, per address and in all; the right one is let in whatever else was tried.
 - Every answer forbids scripts and styles other than the page's own files, framing, and guessing of content types.
 """
@@ -33,10 +33,10 @@ SESSION_S = 12 * 3600
 """Seconds a browser stays logged in."""
 
 TRIES, GLOBAL_TRIES, WINDOW_S = 5, 50, 60.0
-"""Wrong tokens from one address, and from all together, in so many seconds before the next one is not looked at."""
+"""Wrong tokens from one address, and from all, within WINDOW_S seconds before the next one is not looked at."""
 
 LEAST_TOKEN = 16
-"""Characters of a token that somebody chose: the limit slows guesses down and keeps nobody out who guesses right."""
+"""Characters of a token that a user chose: the limit slows guesses down, but a right guess is always let in."""
 
 MOST_ADDRESSES = 1000
 """Addresses whose wrong tokens are remembered."""
@@ -87,7 +87,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Throttle:
-    """Counts wrong tokens and says when the next one may be tried."""
+    """Counts wrong tokens and decides when the next one may be tried."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -145,12 +145,12 @@ class Access:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.throttle = Throttle()
 
-    # The token, and what stands for it ---------------------------------------------------------------------------------
+    # The token and its sessions ----------------------------------------------------------------------------------------
 
     def is_token(self, given: str, address: str) -> bool:
         """Whether `given` is the token; raises Refused for a wrong one when there have been too many."""
         if hmac.compare_digest(given.encode(), self._token.encode()):
-            return True  # before the limit is asked, or anybody's guesses would keep out who has the token
+            return True  # before the limit is asked, or anybody's guesses would keep out the token's owner
         self.throttle.check(address)
         self.throttle.wrong(address)
         return False
@@ -161,7 +161,7 @@ class Access:
         return f"{content}.{self._sign('session', content)}"
 
     def is_session(self, value: str) -> bool:
-        """Whether `value` is a cookie of ours that has neither expired nor been logged out."""
+        """Whether `value` is a cookie of ours that has not expired and has not been logged out."""
         content, _, signature = value.rpartition(".")
         if not content or not hmac.compare_digest(
             signature.encode(), self._sign("session", content).encode()
@@ -179,11 +179,11 @@ class Access:
                 write_json(self._ended_file, self._ended)
 
     def _name(self, session: str) -> str:
-        """What stands for a session in a file: nobody can log in with it."""
+        """The name of a session in a file: it cannot be used to log in."""
         return hashlib.sha256(session.encode()).hexdigest()
 
     def csrf(self, session: str) -> str:
-        """Return what the page of that session has to send with each change."""
+        """Return the value that the page of that session has to send with each change."""
         return self._sign("csrf", session)
 
     def _sign(self, purpose: str, content: str) -> str:
@@ -194,7 +194,7 @@ class Access:
     # One request -------------------------------------------------------------------------------------------------------
 
     def check(self, scope: Scope) -> None:
-        """Raise Refused unless the request may go on; leaves `scope["session"]` (or "") and `scope["trusted"]`."""
+        """Raise Refused unless the request may proceed; leaves `scope["session"]` (or "") and `scope["trusted"]`."""
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
@@ -243,7 +243,7 @@ class Access:
         try:
             ipaddress.ip_address(
                 name
-            )  # rebinding needs a name; an address is what the browser really connected to
+            )  # rebinding needs a name; to an address the browser really connected
         except ValueError:
             if name.rstrip(".") not in self.names:
                 raise Refused(

@@ -14,11 +14,11 @@ from tune_app.serve.views import glance
 from tune_app.study.spec import StudySpec
 
 NOT_COMPARED = {"planned", "cache", "space", "config", "kind"}
-"""Fields of a study file that do not say what a study asked, or that are compared by their parts."""
+"""Fields of a study file that are not part of a study's question, or that are compared by their parts."""
 
 
 def across(studies: Sequence[tuple[str, Study]]) -> dict[str, Any]:
-    """Return what two or more studies, given with their ids, have in common and in what they differ.
+    """Return the common points and the differences of two or more studies, given with their ids.
 
     `budget` holds, for each study, epochs spent and the best objective by then; `best` the validation AUC of the best trial
     by epoch, with its interval; `asked` and `settings` the fields and hyperparameters that are not equal in all.

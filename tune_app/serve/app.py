@@ -78,8 +78,8 @@ def build_app(
 ) -> FastAPI:
     """Return the service over the studies below `root`; `address` is the Ray cluster that its drivers use.
 
-    `replica`: keeps `root` as a copy of what is in object storage, and has begun. `data_roots`: the folders and URLs that
-    a study started from the page may read; empty: all that the service's user may read.
+    `replica`: keeps `root` as a copy of the studies in object storage, and has started. `data_roots`: the folders and URLs
+    that a study started from the page may read; empty: all that the service's user may read.
     """
     service = Service(root, access, address=address, replica=replica, data_roots=data_roots)
 

@@ -31,7 +31,7 @@ router = APIRouter(prefix="/api")
 
 
 STUDY_NAME = r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,63}$"
-"""What a folder of a study may be called from the page."""
+"""Names that the page may give to a study's folder."""
 
 
 class Asked(BaseModel):
@@ -68,7 +68,7 @@ def check(fields: Annotated[dict[str, Any], Body()], service: TheService) -> JSO
 
 
 def expected_time(spec: StudySpec, service: Service) -> dict[str, Any] | None:
-    """Return how long the study may take by what the studies here have measured; None where none has its network."""
+    """Return how long the study may take, by the measurements of the studies here; None where none has its network."""
     found = estimate(spec, _rows(spec.data), _read_studies(service))
     return None if found is None else found._asdict()
 
@@ -85,7 +85,7 @@ def _read_studies(service: Service) -> list[Study]:
 def _rows(data: str) -> int | None:
     try:
         return len(read_records(Path(data))[1])
-    except (ManifestError, OSError):  # its own check says so, where it is a fault
+    except (ManifestError, OSError):  # its own check reports it, where it is a fault
         return None
 
 
@@ -162,7 +162,7 @@ class NewName(BaseModel):
 
 
 class Confirmed(BaseModel):
-    """The name of what is deleted, written out by who deletes it."""
+    """The name of the study to delete, typed by the user."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -283,7 +283,7 @@ def _missing_checkpoint(path: Any) -> list[str]:
 
 
 def _outside(fields: dict[str, Any], service: Service) -> list[str]:
-    """What a study would read or write outside the folders that the service was given, one line each."""
+    """The paths that a study would read or write outside the folders that the service was given, one line each."""
     if not service.data_roots:
         return []
     roots = service.allowed_roots()

@@ -12,17 +12,17 @@ from tune_app.study.rows import ENDED
 from tune_app.study.spec import StudySpec
 
 COSTS = ("depth", "width", "geometry", "volume_shape", "in_channels", "batch_size", "amp")
-"""Hyperparameters that decide what an epoch of the same volumes costs; a study that differs in one measures nothing."""
+"""Hyperparameters that decide the cost of an epoch of the same volumes; a study that differs in one measures nothing."""
 
 LEAST_EPOCHS = 5
-"""Measured epochs below which a study says nothing about the pace of another."""
+"""Measured epochs below which a study predicts nothing about the pace of another."""
 
 LONGEST_GAP = 5
-"""A pause of more than so many epochs between two rows is an interruption, and no work."""
+"""A pause between two rows that is longer than this number of epochs is an interruption, and no work."""
 
 
 class Pace(NamedTuple):
-    """What a study has measured."""
+    """The measurements of a study."""
 
     epoch_s: float
     """Seconds of the clock for each epoch of any trial, with as many trials at a time as there were."""
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 
 
 def pace_of(study: Study) -> Pace | None:
-    """Return what the rows of a study say about its pace; None for too few of them."""
+    """Return the pace of a study by its rows; None for too few of them."""
     rows = study.epochs[study.epochs["epoch_s"].notna()]
     times = np.sort(rows["time"].dropna().to_numpy("float64"))
     if len(times) <= LEAST_EPOCHS:

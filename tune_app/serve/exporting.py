@@ -1,4 +1,4 @@
-"""Models exported from the page: `medtune export` as a process of its own, one at a time, into `.medtune/models`."""
+"""Models exported from the page: `medtune export` as a separate process, one at a time, into `.medtune/models`."""
 
 import fcntl
 import os
@@ -21,7 +21,7 @@ MODEL = "model.json"
 
 
 class Exports:
-    """The models in `folder`: one folder each, its log and what it was made from beside it. Safe to use from threads."""
+    """The models in `folder`: one folder each, its log and its origin next to it. Safe to use from threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

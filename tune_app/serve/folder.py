@@ -18,11 +18,11 @@ from tune_app.study.files import StudyFiles
 from tune_app.study.rows import is_held
 
 DEPTH = 3
-"""Folders deep that studies are looked for: a confirmation lies in its search, a search may lie in a group's folder."""
+"""Folders deep that studies are looked for: a confirmation is stored in its search, a search may be in a group's folder."""
 
 
 REST = 4
-"""A study that took t seconds to read is not read again for so many times t: the page must not slow the search down."""
+"""A study that took t seconds to read is not read again for REST * t seconds: the page must not slow the search down."""
 
 
 class UnknownError(LookupError):
@@ -35,7 +35,7 @@ class UnreadableError(ValueError):
 
 @dataclass
 class Reading:
-    """A study as it was read, and what has been computed of it."""
+    """A study as it was read, and the values computed from it."""
 
     study: Study
     size: int
@@ -49,9 +49,9 @@ class Reading:
 
 
 class StudyFolder:
-    """The studies below `root`, each read once for all who look at it. Safe to use from several threads.
+    """The studies below `root`, each read once for all viewers. Safe to use from several threads.
 
-    With a `replica` that is its folder, a copy of what is in object storage.
+    With a `replica` that is its folder, a copy of the studies in object storage.
     """
 
     def __init__(self, root: Path, replica: Replica | None = None) -> None:
@@ -68,7 +68,7 @@ class StudyFolder:
 
     def paths(self, since: float | None = None) -> dict[str, Path]:
         """Return the folders of the studies by id, looked up again after a second, or if last before `since` (monotonic)."""
-        with self._walking:  # whoever comes meanwhile shares what is found
+        with self._walking:  # callers that come meanwhile share the result
             if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
                 self._begun, found = time.monotonic(), dict[str, Path]()
                 for path in self._walk(self.root, 0):
@@ -82,7 +82,7 @@ class StudyFolder:
         return self.root.name if name == "." else name
 
     def place(self, path: Path) -> str:
-        """Return what a command takes to name the study in the folder `path`."""
+        """Return the argument by which a command names the study in the folder `path`."""
         return str(path) if self.replica is None else self.replica.place(path)
 
     def path(self, study: str) -> Path:
@@ -135,7 +135,7 @@ class StudyFolder:
         if reading is not None and time.monotonic() < reading.at + REST * reading.took_s:
             return reading
         if not lock.acquire(blocking=reading is None):
-            return reading  # somebody is at it
+            return reading  # another thread reads it
         try:
             return self._read_again(path)
         finally:

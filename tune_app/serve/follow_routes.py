@@ -62,7 +62,7 @@ class Ablation(BaseModel):
 
 
 class Export(BaseModel):
-    """What becomes a model: a trial, what the confirmation chose, or the best trial."""
+    """The source of a model: a trial, the confirmation's choice, or the best trial."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,7 +72,7 @@ class Export(BaseModel):
 
 
 class Planned(BaseModel):
-    """A plan, and what became of it."""
+    """A plan, and its outcome."""
 
     study: str
     became: Literal["checked", "queued"]
@@ -95,7 +95,7 @@ def confirm(study: StudyId, asked: Confirmation, service: TheService) -> Planned
 
 @router.post("/ablate")
 def ablate(study: StudyId, asked: Ablation, service: TheService) -> Planned:
-    """Queue an ablation on the table and with the settings of a study, in a folder of its own."""
+    """Queue an ablation on the table and with the settings of a study, in a separate folder."""
     own_folder(study, service)
     found = _readable(service.read(study).study, service)
     spec = found.spec
@@ -115,7 +115,7 @@ def ablate(study: StudyId, asked: Ablation, service: TheService) -> Planned:
 
 @router.post("/export")
 def export(study: StudyId, asked: Export, service: TheService) -> Asked:
-    """Start writing a trial as a model; GET models tells when it is done."""
+    """Start writing a trial as a model; GET models reports when it is done."""
     path = own_folder(study, service)
     found = _readable(service.read(study).study, service)
     options: list[str] = []
@@ -148,7 +148,7 @@ def model(
     service: TheService,
     request: Request,
 ) -> Response:
-    """Download a model as a zip file. It takes the token, as weights may hold what they were trained on."""
+    """Download a model as a zip file. It takes the token, as weights may reveal their training data."""
     if not request.scope["trusted"]:
         raise Refused(401, "models take the token: log in on the page, or send it")
     path = service.exports.archive(study, name)
@@ -161,7 +161,7 @@ def model(
 
 
 def _readable(study: Study, service: Service) -> Study:
-    """Return the study if what it reads may be read here. Raises SpecError."""
+    """Return the study if its inputs may be read here. Raises SpecError."""
     fields = study.spec.model_dump(mode="json", exclude={"planned"})
     with_paths({name: fields[name] for name in ("data", "config", "space")}, service)
     return study

@@ -76,7 +76,7 @@ _writing = threading.Lock()
 
 
 def contents(root: Path) -> Mapping[str, Any]:
-    """Return what a study's folder holds: trials, trials with weights, and bytes."""
+    """Return the content of a study's folder: trials, trials with weights, and bytes."""
     files = StudyFiles(root)
     trials = (
         [each for each in files.trials.iterdir() if each.is_dir()] if files.trials.is_dir() else []

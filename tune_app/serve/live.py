@@ -1,8 +1,8 @@
-"""News of a study as server-sent events: read once, encoded once, sent to everybody who looks at it.
+"""News of a study as server-sent events: read once, encoded once, sent to all its viewers.
 
 While anybody looks at a study one task follows its epochs.jsonl and decisions.jsonl by the bytes that were added. An
 event's id is the number of bytes of epochs.jsonl that its reader has then seen: a browser that lost its connection sends it
-back, and goes on from there. Events: `rows` ([trial, epoch, raw, averaged, class weights on?]), `decisions`, `trials`
+back, and continues from there. Events: `rows` ([trial, epoch, raw, averaged, class weights on?]), `decisions`, `trials`
 (lines of the table that changed) and `study` (its overview).
 """
 
@@ -47,7 +47,7 @@ class TooManyViewersError(RuntimeError):
 
 
 class Feeds:
-    """One feed a study that somebody looks at."""
+    """One feed per study that has viewers."""
 
     def __init__(
         self, folder: StudyFolder, describe: Callable[[str, Reading], dict[str, Any]]
@@ -74,7 +74,7 @@ class Feeds:
         feed.viewers.add(queue)
         upto = (
             feed.start()
-        )  # no await between this and the line above: what comes later is in the queue
+        )  # no await between this and the line above: everything later is in the queue
         try:
             yield b"retry: 2000\n\n"
             while seen < upto:
@@ -130,7 +130,7 @@ class _Feed:
         self._told = b""
 
     def start(self) -> int:
-        """Follow the study if nobody does yet; returns how many bytes of epochs.jsonl have been followed."""
+        """Follow the study unless a task does already; returns how many bytes of epochs.jsonl have been followed."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._follow())
         return self._offset
@@ -147,17 +147,17 @@ class _Feed:
         while True:
             with suppress(
                 OSError
-            ):  # a file removed, or a disk gone for the moment: the next look may tell
+            ):  # a file removed, or a disk gone for the moment: the next look may show which
                 self._send_rows()
             if (
                 self._reading is None or self._reading.done()
-            ):  # reading a large study takes seconds: rows go on meanwhile
+            ):  # reading a large study takes seconds: rows continue meanwhile
                 self._reading = asyncio.create_task(self._send_overview())
             await asyncio.sleep(EVERY_S)
 
     def _send_rows(self) -> None:
         size = _whole_size(self.files.epochs)
-        if size < self._offset:  # somebody put another study here
+        if size < self._offset:  # another study was put here
             self._offset = 0
         while self._offset < size:
             event, self._offset = _backlog(self.files.epochs, self._offset, size)
@@ -176,7 +176,7 @@ class _Feed:
                 return
             lines, told = await run_in_threadpool(self._changes, reading)
         except (UnknownError, UnreadableError, OSError):
-            return  # removed while it was looked at, or damaged: its page says so when asked
+            return  # removed while it was looked at, or damaged: its page reports it when asked
         if lines:
             self._send(_event("trials", lines))
         if told != self._told:
@@ -242,7 +242,7 @@ def _rows(path: Path, start: int, upto: int) -> tuple[list[dict[str, Any]], int]
     end = content.rfind(b"\n") + 1
     if not end:  # one line longer than a chunk is no row of ours
         return [], min(upto, start + CHUNK)
-    # The study's notes tell of damaged lines.
+    # The study's notes report damaged lines.
     return [row for _, row in json_lines(path, content[:end], damage=[])], start + end
 
 
@@ -260,7 +260,7 @@ def _backlog(path: Path, start: int, upto: int) -> tuple[bytes, int]:
 
 def _score(value: Any) -> float | None:
     if not isinstance(value, int | float) or not abs(value) <= LARGEST_SCORE:
-        return None  # NaN, and what JSON cannot hold or no metric is
+        return None  # NaN, and values that JSON cannot hold or that are no metric
     return round(float(value), 4)
 
 

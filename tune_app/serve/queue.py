@@ -1,6 +1,6 @@
 """The queue of `medtune serve`: studies wait for the machine, and at most one of them has it.
 
-Drivers are processes of their own, in sessions of their own, and keep running when the service ends; a service that
+Drivers are separate processes in separate sessions, and keep running when the service ends; a service that
 starts again finds the queue in its file and the driver by the locks it holds. Two locks say whether the machine is free:
 
 - the study's own, which every driver holds, however it was started;
@@ -39,7 +39,7 @@ EVERY_S = 0.5
 """Seconds between two looks at whether the next study can start."""
 
 Action = Literal["run", "resume", "retry"]
-"""retry: resume, and have failed trials go on."""
+"""retry: resume, and let failed trials continue."""
 
 
 class QueueError(ValueError):
@@ -72,7 +72,7 @@ class StudyQueue:
     """Studies that wait for this machine, and the driver that was started last. Safe to use from several threads.
 
     `file` keeps it; `studies` names the folders whose drivers count as holding the machine; `address` is the Ray cluster
-    the drivers use, None for a local Ray each. `place` gives what a driver is told of a study's folder. `data_roots`: where there are
+    the drivers use, None for a local Ray each. `place` gives the name of a study's folder that a driver gets. `data_roots`: where there are
     any, the drivers read tables and volumes below them alone.
     """
 
@@ -97,7 +97,7 @@ class StudyQueue:
         """The driver started last; it may have ended."""
         self._read()
 
-    # What the page asks for --------------------------------------------------------------------------------------------
+    # Requests of the page ----------------------------------------------------------------------------------------------
 
     def add(self, root: Path, *, retry_failed: bool = False) -> None:
         """Let the study wait for its turn, its failed trials too where asked.
@@ -123,7 +123,7 @@ class StudyQueue:
     def stop(self, root: Path) -> str:
         """Take the study from the queue, or ask its driver to stop; returns which: removed or asked.
 
-        Raises QueueError when it neither waits nor runs.
+        Raises QueueError when it does not wait and does not run.
         """
         with self._guard:
             kept = [entry for entry in self.waiting if entry.path != str(root)]
@@ -200,15 +200,15 @@ class StudyQueue:
     # The machine's turns -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Start the next study whenever the machine is free, until `close`; for a thread of its own."""
+        """Start the next study whenever the machine is free, until `close`; runs in a separate thread."""
         while not self._ended.wait(EVERY_S):
             try:
                 self.advance()
-            except OSError:  # a full or vanished disk: say so, and look again
+            except OSError:  # a full or vanished disk: log it, and look again
                 log.exception("the queue cannot go on")
 
     def close(self) -> None:
-        """End `run`. Drivers go on."""
+        """End `run`. Drivers keep running."""
         self._ended.set()
 
     def advance(self) -> bool:
@@ -267,7 +267,7 @@ class StudyQueue:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # neither Ctrl-C here nor the end of this terminal reaches it
+                start_new_session=True,  # Ctrl-C here and the end of this terminal do not reach it
                 pass_fds=(lock,),
                 env=os.environ | search_variables() | {"COLUMNS": "100"} | self._environment,
             )

@@ -42,7 +42,7 @@ TrialQuery = Annotated[str, Query(max_length=64, pattern="^[0-9A-Za-z_-]+$")]
 
 @router.get("")
 def studies(service: TheService) -> JSONResponse:
-    """List the studies: state, trials by state, best AUC; and what the queue holds."""
+    """List the studies: state, trials by state, best AUC; and the queue."""
     if service.replica is not None:
         service.replica.look()
     return JSONResponse(
@@ -65,7 +65,7 @@ def notes(study: StudyId, service: TheService) -> Notes:
 
 @router.get("/{study}/contents")
 def study_contents(study: StudyId, service: TheService) -> JSONResponse:
-    """Return what the study's folder holds, and so what deleting it would lose."""
+    """Return the content of the study's folder, all of which deleting it would lose."""
     return JSONResponse(contents(service.folder.path(study)))
 
 
@@ -170,7 +170,7 @@ def study_log(
 ) -> JSONResponse:
     """Return the end of a log: the study's, the driver's console, or a trial's.
 
-    It takes the token: what a driver prints may come from any file that a study names.
+    It takes the token: a driver's output may come from any file that a study names.
     """
     if not request.scope["trusted"]:
         raise Refused(401, "logs take the token: log in on the page, or send it")

@@ -1,6 +1,6 @@
 """A copy on this machine of the studies below a URL, which `medtune serve` shows as it shows a folder.
 
-One thread lists the objects at a bounded pace, whoever looks at how many studies, and fetches what has changed: a
+One thread lists the objects at a bounded pace, whatever the number of viewers and studies, and fetches changed objects: a
 study's tables and records, never weights, and nothing that is not a study's. The copy is used like a folder:
 
 - `.driver.lock` of a study is held here while its driver shows signs of life there, so that a study is seen to run;
@@ -32,11 +32,11 @@ from tune_app.study.rows import driver_lock
 log = logging.getLogger("medtune.serve")
 
 EVERY_S = 2.0
-"""Seconds between two listings while somebody looks; more where listing and fetching take long."""
+"""Seconds between two listings while the page has viewers; more where listing and fetching take long."""
 IDLE_S = 20.0
-"""The same while nobody does."""
+"""The same while it has none."""
 LOOKED_S = 60.0
-"""Seconds for which a request counts as somebody looking."""
+"""Seconds for which a request counts as a viewer."""
 
 FOLDER = r"((?:[^/.][^/]*/){0,3})"
 OF_A_STUDY = re.compile(
@@ -54,11 +54,11 @@ class Replica:
         self.url, self.remote = url, Remote(url)
         self.root = folder_of(url, "served")
         self.trouble: str | None = f"{url} is being read for the first time"
-        """Why what is shown may be old; None while the storage answers."""
+        """Why the page may be out of date; None while the storage answers."""
         self._have: dict[str, tuple[datetime, int]] = {}
         self._again: set[str] = set()
         self._asked: set[str] = set()
-        """Requests that lie there and here."""
+        """Requests that are in the storage and here."""
         self._leases: dict[str, tuple[datetime, float]] = {}
         """Study -> when its driver last gave a sign of life, by the storage's clock and by ours."""
         self._locks: dict[str, BaseFileLock] = {}
@@ -67,7 +67,7 @@ class Replica:
         self._wake, self._ended = threading.Event(), threading.Event()
 
     def begin(self) -> None:
-        """Remove what an earlier service copied, but for what was begun on its page. Raises StorageError unless the storage can be read."""
+        """Remove an earlier service's copies, but no files of studies started on its page. Raises StorageError if unreadable."""
         self.remote.require()
         kept = {"study.yaml", "console.log", ".medtune"}
         for folder, folders, names in os.walk(self.root, topdown=True):
@@ -77,7 +77,7 @@ class Replica:
         shutil.rmtree(self.root / ".medtune" / "incoming", ignore_errors=True)
 
     def place(self, path: Path) -> str:
-        """Return the URL of what is in a folder of the copy."""
+        """Return the URL of the original of a folder of the copy."""
         below = path.relative_to(self.root).as_posix()
         return self.url if below == "." else f"{self.url}/{below}"
 
@@ -93,14 +93,14 @@ class Replica:
     # The thread --------------------------------------------------------------------------------------------------------
 
     def look(self, *, now: bool = False) -> None:
-        """Say that somebody looks; `now`: something was put into `requests/`."""
+        """Note that the page has a viewer; `now`: something was put into `requests/`."""
         idle = time.monotonic() - self._looked > LOOKED_S
         self._looked = time.monotonic()
         if idle or now:
             self._wake.set()
 
     def run(self) -> None:
-        """Follow the storage until `close`; for a thread of its own."""
+        """Follow the storage until `close`; runs in a separate thread."""
         while not self._ended.is_set():
             began = time.monotonic()
             rest = EVERY_S
@@ -123,7 +123,7 @@ class Replica:
                     self.trouble = f"{what} since {since}, what is shown is as of then: {error}"
             self._wake.wait(rest)
             self._wake.clear()
-            self._ended.wait(0.5)  # however often somebody asks for something
+            self._ended.wait(0.5)  # however often requests come
         for study in list(self._locks):
             self._let_go(study)
 
@@ -159,7 +159,7 @@ class Replica:
         )
 
     def _copy(self, changed: set[str], wanted: dict[str, tuple[datetime, int]]) -> None:
-        # A record may be written twice in one second, by which listings tell: once more, the next time.
+        # A record may be written twice within one second, the resolution of listings: once more, the next time.
         names = sorted(changed | {name for name in self._again if name in wanted})
         self._again = {name for name in changed if name.endswith(".json")}
         # Fetched records before rows and put in place the other way round: never the end of a trial without its rows.

@@ -1,4 +1,4 @@
-"""What the routes of `medtune serve` share: the studies, the queue, the live feeds and the access rules."""
+"""The objects that the routes of `medtune serve` share: the studies, the queue, the live feeds and the access rules."""
 
 import logging
 import os
@@ -43,7 +43,7 @@ ALONE_S = 10.0
 class Service:
     """The studies below `root` and everything that the routes need to show and change them.
 
-    `address` is the Ray cluster that the drivers use. `replica` keeps `root` as a copy of what is in object storage.
+    `address` is the Ray cluster that the drivers use. `replica` keeps `root` as a copy of the studies in object storage.
     `data_roots`: folders and URLs; where there are any, a study started from the page reads nothing outside them.
     """
 

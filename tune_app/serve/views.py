@@ -1,7 +1,7 @@
 """The studies of one folder as the page shows them: found, read when they change, and turned into plain values for JSON.
 
-What is shown is computed by `tune_app.results.study`, `findings` and `figures`; here is when to read, and in which shape to send.
-Ids are made from what lies on disk and looked up, never joined to a path: nothing outside the folder has one.
+The content is computed by `tune_app.results.study`, `findings` and `figures`; here is when to read, and in which shape to send.
+Ids are made from the folders on disk and looked up, never joined to a path: nothing outside the folder has one.
 """
 
 import json
@@ -37,17 +37,17 @@ RECENT_S = 600.0
 """Seconds over which the occupancy is taken."""
 
 CurveAxis = Literal["epoch", "updates", "time"]
-"""What curves are drawn over."""
+"""Horizontal axes of the curves."""
 
 LATE_COLUMNS = ("error", "reason")
-"""What says why a trial ended, the more telling first."""
+"""Columns that state why a trial ended, the more specific first."""
 
 
 # Shapes to send --------------------------------------------------------------------------------------------------------
 
 
 def state_of(path: Path, study: Study | None, queue: StudyQueue) -> str:
-    """Return where a study stands: running, starting, queued, new (never begun), unstarted (it failed to begin), interrupted, ended."""
+    """Return the state of a study: running, starting, queued, new, unstarted (it failed to start), interrupted, ended."""
     files = StudyFiles(path)
     if is_held(files.lock):
         return "running"
@@ -108,7 +108,7 @@ def _space_name(study: Study) -> str | None:
 
 
 def overview(study: Study) -> dict[str, Any]:
-    """Return what the page says of a study in words, and what its figures need to know."""
+    """Return the page's words about a study, and the values that its figures need."""
     asked, found = findings.summary(study)
     return {
         **glance(study),
@@ -165,7 +165,7 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
         told["volumes_per_s"] = plain(
             recent.groupby("trial", observed=True)["volumes_per_s"].last().sum()
         )
-    # What a user stopped says nothing about how long the trials to come will run.
+    # A trial that a user stopped predicts nothing about how long the trials to come will run.
     by_user = trials["stopped_by"].fillna("") == "requested"
     ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna() & ~by_user]
     epoch_s = float(epochs["epoch_s"].mean())
@@ -308,7 +308,7 @@ CURVES_OF_A_TRIAL: tuple[str, ...] = (
 
 
 def trial_page(study: Study, trial: str) -> dict[str, Any]:
-    """Return everything of one trial: its diagnosis in words, its settings beside the documented, curves and decisions.
+    """Return everything of one trial: diagnosis in words, settings next to the documented ones, curves and decisions.
 
     Raises UnknownError.
     """

@@ -24,7 +24,7 @@ function make(tag, attributes, parent, text) {
 }
 
 const ENTITIES = { "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#x27;": "'", "&amp;": "&" };
-// figures.py escapes what comes from a study, for Plotly; here it becomes text again, and stays text.
+// figures.py escapes the texts of a study for Plotly; here they become text again, and stay text.
 const linesOf = (markup) => String(markup ?? "").replace(/<\/?b>/g, "").split("<br>")
   .map((line) => line.replace(/&lt;|&gt;|&quot;|&#x27;|&amp;/g, (found) => ENTITIES[found]));
 
@@ -104,7 +104,7 @@ function filled(template, point) {
 }
 
 // Draw a figure into `host`. `onPick` gets the trial of a mark or line that is clicked, `colourOf` gives a picked trial's
-// colour, `shows` says which trials the table's filter lets through, `onBrush` gets a range of a parallel axis or null.
+// colour, `shows` decides which trials the table's filter lets through, `onBrush` gets a range of a parallel axis or null.
 export function drawFigure(host, figure, { onPick = () => {}, picked = [], colourOf = () => INK, shows = () => true, onBrush, brushes } = {}) {
   const { data, layout } = figure;
   const width = Math.max(host.clientWidth, 240), height = layout.height || 300;

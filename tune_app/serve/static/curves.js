@@ -1,6 +1,7 @@
 // Curves of all trials on a canvas: any metric by epoch, updates or time, a line per trial. Lines are on one canvas that is
-// drawn again only when something about all of them changed; a new epoch is added to it. What is picked or pointed at is
-// on a second canvas above. Panels that share a `Link` share zoom, hover, picks, smoothing and, for scores, the scale.
+// drawn again only when something about all of them changed; a new epoch is added to it. Picked trials and the trial under
+// the pointer are on a second canvas above. Panels that share a `Link` share zoom, hover, picks, smoothing and, for scores,
+// the scale.
 import { DASHES, paint } from "./charts.js";
 
 const INK = "#1b2430", FAINT = "#5b6675", GRID = "#dfe3e8", PAPER = "#ffffff";
@@ -79,7 +80,7 @@ export class Panel {
     this.zoom = null;
     this.redraw();
   }
-  add(id, x, y) { // a new epoch: its segment is drawn onto what is there
+  add(id, x, y) { // a new epoch: its segment is added to the drawing
     if (!this.lines.has(id)) this.lines.set(id, { x: [], y: [], s: null });
     const line = this.lines.get(id);
     const known = line.x.indexOf(x);

@@ -65,7 +65,7 @@ export function modelsPart(id) {
       const { models } = await api(`studies/${enc(id)}/models`);
       box.replaceChildren(...(models.length ? [h("h2", {}, "Models"), h("ul", { class: "plain" }, models.map(line))] : []));
       if (models.some((model) => model.state === "writing")) timer = setTimeout(load, 1500);
-    } catch { /* the rest of the page says what is wrong */ }
+    } catch { /* the rest of the page shows the problem */ }
   };
   addEventListener("exported", load);
   load();

@@ -39,7 +39,7 @@ export function span(seconds) {
   return `${(seconds / 86400).toFixed(1)} d`;
 }
 
-// How long a study will take, by what an earlier one has measured.
+// How long a study will take, by the measurements of an earlier one.
 export function timeText(estimate) {
   if (!estimate) return "Time: not known before its first epochs, as no study here has trained this network on volumes of this size.";
   const { likely_s, latest_s, study, host, epoch_s, at_once } = estimate;
@@ -83,7 +83,7 @@ export async function api(path, { method = "GET", body } = {}) {
   return told;
 }
 
-// Do something that changes things: log in first where that is needed, and say what came of it.
+// Do something that changes things: log in first where that is needed, and show the result.
 export async function act(path, done, body) {
   if (!state.session.logged_in && !(await askToken())) return false;
   try {
@@ -126,7 +126,7 @@ export function askToken() {
   });
 }
 
-// What the service refused, all of it in a list, and each line at the field that it names. `fieldOf` finds the input of a name.
+// The problems of a refused request, all of them in a list, and each line at the field that it names. `fieldOf` finds the input of a name.
 export class ProblemList {
   constructor(fieldOf, id = "problems") {
     this.fieldOf = fieldOf;
@@ -155,7 +155,7 @@ export class ProblemList {
   }
 }
 
-// Notes and tags of a study or a trial: shown to all, changed by who is logged in.
+// Notes and tags of a study or a trial: shown to all, changed by users who are logged in.
 export function notesPart(path, name, read) {
   const box = h("div", { class: "notes" });
   const show = (found) => {

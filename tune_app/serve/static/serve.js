@@ -101,7 +101,7 @@ function newView() {
     if (parameter) return parameter.low || parameter.choices;
     return (Object.hasOwn(inputs, name) && inputs[name]) || (known.has(name) ? inputs.config : null);
   });
-  // A preset fills in what is seen, so that nothing is set behind the form.
+  // A preset fills in visible fields, so that nothing is set behind the form.
   function fillIn() {
     const { config = {}, trials, gpus_per_trial, ...others } = form.presets[inputs.preset.value] || {};
     more = others;

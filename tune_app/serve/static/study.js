@@ -65,7 +65,7 @@ export function studyView(id, query) {
     for (const [trial, curve] of Object.entries(curves.trials)) link.about(trial, { ...(about.get(trial) || { group: "healthy", ended: false }), drw: curve.drw });
     for (const panel of panels) panel.set(panel.metric, axis, Object.fromEntries(Object.entries(curves.trials).map(([trial, curve]) => [trial, { x: curve.x, y: curve[panel.metric] }])));
   }
-  async function refill() { // other metrics or another axis, and what the live events do not hold
+  async function refill() { // other metrics or another axis, and rows that the live events do not hold
     refetched = Date.now();
     try { fill(await api(curvesPath(panels.map((panel) => panel.metric)))); } catch (error) { say(error.message, true); }
   }
@@ -254,7 +254,7 @@ export function studyView(id, query) {
     } }, swatch(group), `${group.glyph} ${group.title} (${group.count})`)));
   }
 
-  // Picking: each has a colour of its own; the oldest goes when there are too many
+  // Picking: each pick has its colour; the oldest goes when there are too many
   function toggle(trial) { pick(picked.includes(trial) ? picked.filter((each) => each !== trial) : [...picked.slice(1 - MOST_PICKS), trial]); }
   function pick(trials) {
     picked = trials;
