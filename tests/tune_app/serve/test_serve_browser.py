@@ -733,7 +733,7 @@ def test_the_form_has_presets_the_time_and_each_problem_at_its_field(
     lines = "depth = 10\nvolume_shape = 28"
     browser.execute_script("document.querySelector('#f-config').value = arguments[0]", lines)
     click(browser, "#check")
-    wait(browser, "return document.querySelector('#told').textContent.includes('Time: about')")
+    wait(browser, "return document.querySelector('#outcome').textContent.includes('Time: about')")
     assert violations(browser) == []
 
     browser.find_element("css selector", "#f-weights").send_keys("/nowhere/resnet.pth")

@@ -1,5 +1,5 @@
 // What follows a study: a confirmation of its best, an ablation on its table, and a trial as a model.
-import { api, askToken, badge, dialog, enc, h, ProblemList, say, state, studyHash, timeText } from "./parts.js";
+import { api, askToken, badge, dialog, enc, h, ProblemList, showMessage, state, studyHash, timeText } from "./parts.js";
 
 const VERBS = { confirm: "confirm the best", ablate: "start an ablation", export: "export a model" };
 const MEANING = {
@@ -9,9 +9,9 @@ const MEANING = {
 };
 const named = (text) => text.replace(/[^A-Za-z0-9 _.-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 64);
 
-export function followButtons(told, trials) {
-  const button = (kind) => h("button", { type: "button", class: "tool", id: kind, onclick: () => followUp(told.id, kind, { trials: trials() }) }, VERBS[kind]);
-  return [told.kind === "search" && told.best_trial && !told.can_stop ? button("confirm") : "", button("ablate"), told.best_trial ? button("export") : ""];
+export function followButtons(studyInfo, trials) {
+  const button = (kind) => h("button", { type: "button", class: "tool", id: kind, onclick: () => followUp(studyInfo.id, kind, { trials: trials() }) }, VERBS[kind]);
+  return [studyInfo.kind === "search" && studyInfo.best_trial && !studyInfo.can_stop ? button("confirm") : "", button("ablate"), studyInfo.best_trial ? button("export") : ""];
 }
 
 export async function followUp(id, kind, { trials = [], trial } = {}) {
@@ -25,7 +25,7 @@ export async function followUp(id, kind, { trials = [], trial } = {}) {
     ablate: () => ({ name: text("name", named(`${id.slice(0, 50)}-ablation`)), variants: select("variants", state.form.variant_sets.map((each) => [each, each])), seeds: number("seeds", 3), folds: text("folds", "all") }),
     export: () => ({ name: text("name", named(`${id.slice(0, 50)}-${trial || "best"}`)), trial: trial ? select("trial", [[trial, `trial ${trial}`]]) : select("trial", [["", "the best trial"], ["confirmed", "the choice of the confirmation"], ...trials.map((each) => [each, `trial ${each}`])]) }),
   }[kind]();
-  const told = h("p", { class: "faint", id: "plan", role: "status" });
+  const planText = h("p", { class: "faint", id: "plan", role: "status" });
   const list = new ProblemList((name) => Object.hasOwn(inputs, name) && inputs[name], "plan-problems");
   const body = () => {
     const given = Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.type === "number" ? Number(input.value) : input.value]));
@@ -36,16 +36,16 @@ export async function followUp(id, kind, { trials = [], trial } = {}) {
     list.clear();
     try {
       const asked = await api(`${base}/${kind}`, { method: "POST", body: kind === "export" ? body() : { ...body(), check } });
-      if (check) { told.textContent = [`${asked.runs} runs of ${asked.epochs} epochs.`, timeText(asked.estimate), ...asked.notes.map((note) => `Note: ${note}.`)].join(" "); return; }
+      if (check) { planText.textContent = [`${asked.runs} runs of ${asked.epochs} epochs.`, timeText(asked.estimate), ...asked.notes.map((note) => `Note: ${note}.`)].join(" "); return; }
       dialog.close();
-      say(asked.became);
+      showMessage(asked.became);
       if (kind !== "export") location.hash = studyHash(asked.study); else dispatchEvent(new Event("exported"));
-    } catch (error) { told.textContent = ""; list.show(error.detail || [error.message]); }
+    } catch (error) { planText.textContent = ""; list.show(error.detail || [error.message]); }
   }
   let wait = 0;
   if (kind !== "export") for (const input of Object.values(inputs)) input.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => send(true), 400); });
   dialog.replaceChildren(h("form", { onsubmit: (event) => { event.preventDefault(); clearTimeout(wait); send(false); } }, h("h2", {}, VERBS[kind]), h("p", { class: "faint" }, MEANING[kind]),
-    Object.entries(inputs).map(([name, input]) => h("label", { class: "field" }, h("span", {}, name), input)), told, list.node,
+    Object.entries(inputs).map(([name, input]) => h("label", { class: "field" }, h("span", {}, name), input)), planText, list.node,
     h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "go" }, kind === "export" ? "export" : "queue it"), h("button", { class: "tool", type: "button", onclick: () => dialog.close() }, "cancel"))));
   dialog.oncancel = null;
   if (!dialog.open) dialog.showModal();

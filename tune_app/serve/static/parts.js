@@ -54,7 +54,7 @@ const STATES = {
 export const badge = (state, more = "") => h("span", { class: `badge ${state}` }, `${(STATES[state] || ["", state])[0]} ${(STATES[state] || ["", state])[1]}${more}`);
 
 let noticeTimer = 0;
-export function say(text, bad = false) {
+export function showMessage(text, bad = false) {
   notice.textContent = text;
   notice.className = bad ? "bad" : "";
   notice.hidden = false;
@@ -78,9 +78,9 @@ export async function api(path, { method = "GET", body } = {}) {
   } catch {
     throw new Refusal(0, ["the service does not answer; studies go on without it"]);
   }
-  const told = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Refusal(answer.status, Array.isArray(told.detail) ? told.detail : [`refused (${answer.status})`]);
-  return told;
+  const content = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Refusal(answer.status, Array.isArray(content.detail) ? content.detail : [`refused (${answer.status})`]);
+  return content;
 }
 
 // Do something that changes things: log in first where that is needed, and show the result.
@@ -90,10 +90,10 @@ export async function act(path, done, body) {
     await api(path, { method: "POST", body });
   } catch (error) {
     if (error.status === 401) { state.session.logged_in = false; showSession(); }
-    say(error.message, true);
+    showMessage(error.message, true);
     return false;
   }
-  say(done);
+  showMessage(done);
   return true;
 }
 
@@ -147,9 +147,9 @@ export class ProblemList {
       const input = [...heads.reverse(), ...quoted, words[0]].map((name) => this.fieldOf(name)).find(Boolean);
       if (!input) continue;
       input.setAttribute("aria-invalid", "true");
-      const told = h("small", { class: "bad at-field" }, line);
-      (input.closest(".field") || input.closest("td")).append(told);
-      this.marked.push(input, told);
+      const message = h("small", { class: "bad at-field" }, line);
+      (input.closest(".field") || input.closest("td")).append(message);
+      this.marked.push(input, message);
     }
     (this.marked[0] || this.node).scrollIntoView({ block: "center" });
   }
@@ -171,7 +171,7 @@ export function notesPart(path, name, read) {
         await api(`${path}/notes`, { method: "PUT", body: { note: note.value, tags: tags.value.split(",").map((tag) => tag.trim()).filter(Boolean) } });
         dialog.close();
         load();
-      } catch (error) { say(error.message, true); }
+      } catch (error) { showMessage(error.message, true); }
     };
     dialog.replaceChildren(h("form", { onsubmit: save }, h("h2", {}, "Notes"), h("label", { class: "field" }, h("span", {}, "note"), note), h("label", { class: "field" }, h("span", {}, "tags, separated by commas"), tags),
       h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "save-note" }, "save"), h("button", { class: "tool", type: "button", onclick: () => dialog.close() }, "cancel"))));

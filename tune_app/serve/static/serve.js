@@ -2,7 +2,7 @@
 // page's own, so that any view can be sent to a colleague.
 import { acrossView } from "./across.js";
 import { setPalette } from "./charts.js";
-import { api, askToken, badge, clock, dialog, h, logIn, number, page, ProblemList, prose, say, showSession, state, studyHash, timeText } from "./parts.js";
+import { api, askToken, badge, clock, dialog, h, logIn, number, page, ProblemList, prose, showMessage, showSession, state, studyHash, timeText } from "./parts.js";
 import { compareView, studyView, trialView } from "./study.js";
 
 let view = null; // the view on the page: {close, crumbs, repaint, keys}
@@ -26,22 +26,22 @@ function listView() {
   } });
   async function load() {
     try {
-      const told = await api("studies");
-      const text = JSON.stringify(told.studies);
-      where.textContent = told.folder;
-      trouble.textContent = told.trouble || "";
-      empty.hidden = told.studies.length > 0;
+      const answer = await api("studies");
+      const text = JSON.stringify(answer.studies);
+      where.textContent = answer.folder;
+      trouble.textContent = answer.trouble || "";
+      empty.hidden = answer.studies.length > 0;
       if (text !== before) {
         before = text;
         const order = { running: 0, starting: 1, queued: 2 };
-        told.studies.sort((a, b) => (order[a.state] ?? 3) - (order[b.state] ?? 3) || (b.last ?? b.created ?? 0) - (a.last ?? a.created ?? 0));
+        answer.studies.sort((a, b) => (order[a.state] ?? 3) - (order[b.state] ?? 3) || (b.last ?? b.created ?? 0) - (a.last ?? a.created ?? 0));
         const at = document.activeElement?.dataset.row;
-        body.replaceChildren(...told.studies.map(line));
+        body.replaceChildren(...answer.studies.map(line));
         if (at) body.querySelector(`[data-row="${CSS.escape(at)}"]`)?.focus();
       }
     } catch (error) {
       if (error.status === 401) { if (await askToken()) load(); return; }
-      say(error.message, true);
+      showMessage(error.message, true);
     }
     if (!closed) timer = setTimeout(load, document.hidden ? 15000 : 2000);
   }
@@ -92,7 +92,7 @@ function newView() {
     config: h("textarea", { id: "f-config", rows: 5, spellcheck: "false", placeholder: "depth = 50\nvolume_shape = 96" }),
   };
   inputs.objective.value = "best_median3";
-  const ranges = h("tbody"), told = h("p", { class: "faint", role: "status", id: "told" });
+  const ranges = h("tbody"), outcome = h("p", { class: "faint", role: "status", id: "outcome" });
   const known = new Set(form.hyperparameters.map((each) => each.name));
   const meaning = (name) => form.hyperparameters.find((each) => each.name === name).meaning;
   let parameters = [], more = {}; // more: fields of a preset that have no input
@@ -165,12 +165,12 @@ function newView() {
   }
   async function send(check) {
     list.clear();
-    told.textContent = "";
+    outcome.textContent = "";
     if (!state.session.logged_in && !(await askToken())) return;
     try {
       if (check) {
         const found = await api("check", { method: "POST", body: given() });
-        told.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters. ${timeText(found.estimate)}`;
+        outcome.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters. ${timeText(found.estimate)}`;
       } else {
         const found = await api("studies", { method: "POST", body: { name: inputs.name.value.trim(), spec: given() } });
         location.hash = studyHash(found.study);
@@ -183,7 +183,7 @@ function newView() {
     clearTimeout(wait);
     if (!state.session.logged_in || !inputs.data.value.trim()) return;
     wait = setTimeout(async () => {
-      try { told.textContent = timeText((await api("check", { method: "POST", body: given() })).estimate); } catch { told.textContent = ""; }
+      try { outcome.textContent = timeText((await api("check", { method: "POST", body: given() })).estimate); } catch { outcome.textContent = ""; }
     }, 600);
   }
   for (const input of Object.values(inputs)) input.addEventListener("change", expect);
@@ -195,7 +195,7 @@ function newView() {
       field("trials", inputs.trials, fields.trials.split(". ")[0]), field("epochs", inputs.epochs, "Epochs of a trial that is not stopped."), field("objective", inputs.objective, fields.objective), field("sampler", inputs.sampler, fields.sampler), field("seed", inputs.seed, fields.seed), field("gpus_per_trial", inputs.gpus_per_trial, fields.gpus_per_trial), field("max_concurrent", inputs.max_concurrent, fields.max_concurrent)),
     h("h2", {}, "Search space"), field("space", inputs.space), h("div", { class: "scroll" }, h("table", { class: "ranges" }, ranges)),
     h("h2", {}, "Fixed hyperparameters"), field("config", inputs.config, "Hyperparameters of every trial, a line each: name = value, as in a study file. What is set here is not searched."), meanings,
-    list.node, told, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
+    list.node, outcome, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
   showSpace();
   document.documentElement.dataset.ready = "yes";
   return { crumbs: [["new study", "#/new"]], close: () => {} };
@@ -256,7 +256,7 @@ let resized = 0;
 addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(() => view?.repaint?.(), 150); });
 document.getElementById("keys").addEventListener("click", showKeys);
 document.getElementById("login").addEventListener("click", async () => {
-  if (state.session.logged_in) { state.session = await api("session", { method: "DELETE" }); showSession(); say("logged out"); } else await askToken();
+  if (state.session.logged_in) { state.session = await api("session", { method: "DELETE" }); showSession(); showMessage("logged out"); } else await askToken();
 });
 
 async function begin() {
@@ -264,7 +264,7 @@ async function begin() {
   const token = location.hash.match(/^#token=(.+)$/);
   if (token) {
     history.replaceState(null, "", "#/"); // the token is in no history, and never leaves in a request's address
-    await logIn(decodeURIComponent(token[1])).catch((error) => say(error.message, true));
+    await logIn(decodeURIComponent(token[1])).catch((error) => showMessage(error.message, true));
   } else {
     state.session = await api("session").catch(() => state.session);
   }

@@ -2,7 +2,7 @@
 import { brushed, drawFigure, isDark, lineFigure, paint } from "./charts.js";
 import { Link, MOST_PICKS, Panel, pickColour } from "./curves.js";
 import { followButtons, followUp, modelsPart } from "./follow.js";
-import { act, api, askToken, badge, confirmThat, dialog, enc, h, notesPart, number, page, prose, say, showSession, span, state, studyHash } from "./parts.js";
+import { act, api, askToken, badge, confirmThat, dialog, enc, h, notesPart, number, page, prose, showMessage, showSession, span, state, studyHash } from "./parts.js";
 import { TrialTable } from "./table.js";
 
 const live = document.getElementById("live");
@@ -29,11 +29,11 @@ export function studyView(id, query) {
   let connected = false, models = null;
   let open = true; // whether the cautions are
   async function load() {
-    let told, trials, curves;
+    let studyInfo, trials, curves;
     try {
-      told = await api(base);
-      if (told.found && !closed) {
-        const known = new Set(told.metrics.map((each) => each.name));
+      studyInfo = await api(base);
+      if (studyInfo.found && !closed) {
+        const known = new Set(studyInfo.metrics.map((each) => each.name));
         const wanted = (query.get("y") || "").split(",").filter((name) => known.has(name)).slice(0, 2);
         const metrics = wanted.length === 2 ? wanted : ["val_auc_ema", "val_auc_raw"];
         [trials, curves] = await Promise.all([api(`${base}/trials`), api(curvesPath(metrics))]);
@@ -48,9 +48,9 @@ export function studyView(id, query) {
       return;
     }
     if (closed) return;
-    if (!told.found) { waiting(told); return; }
-    build(told, curves.metrics);
-    show(told);
+    if (!studyInfo.found) { waiting(studyInfo); return; }
+    build(studyInfo, curves.metrics);
+    show(studyInfo);
     table.set(trials);
     groupsOf(trials.rows);
     fill(curves);
@@ -67,42 +67,42 @@ export function studyView(id, query) {
   }
   async function refill() { // other metrics or another axis, and rows that the live events do not hold
     refetched = Date.now();
-    try { fill(await api(curvesPath(panels.map((panel) => panel.metric)))); } catch (error) { say(error.message, true); }
+    try { fill(await api(curvesPath(panels.map((panel) => panel.metric)))); } catch (error) { showMessage(error.message, true); }
   }
   const isLive = () => axis === "epoch" && panels.every((panel) => /^val_auc_(ema|raw)$/.test(panel.metric));
 
-  function waiting(told) { // no study.json yet: it waits, starts, or could not start
-    page.replaceChildren(h("h1", {}, told.name), h("p", {}, badge(told.state, told.place ? ` (place ${told.place})` : "")),
-      buttons(told), h("h2", {}, "What its driver says"), parts.log);
+  function waiting(studyInfo) { // no study.json yet: it waits, starts, or could not start
+    page.replaceChildren(h("h1", {}, studyInfo.name), h("p", {}, badge(studyInfo.state, studyInfo.place ? ` (place ${studyInfo.place})` : "")),
+      buttons(studyInfo), h("h2", {}, "What its driver says"), parts.log);
     logPart(["console"]);
     document.documentElement.dataset.ready = "yes";
     timer = setTimeout(load, 1500);
   }
 
-  function buttons(told) {
-    const start = told.state === "interrupted" ? "resume" : "start";
+  function buttons(studyInfo) {
+    const start = studyInfo.state === "interrupted" ? "resume" : "start";
     return h("div", { class: "tools" },
-      told.can_start ? h("button", { class: "tool main", id: "start", onclick: async () => { if (await act(`${base}/start`, "waiting for the machine")) refresh(); } }, start) : "",
-      told.can_retry ? h("button", { class: "tool", id: "retry", onclick: async () => { if (await act(`${base}/start?retry_failed=true`, "waiting for the machine")) refresh(); } }, "retry failed trials") : "",
-      told.can_stop ? h("button", { class: "tool", id: "stop", onclick: async () => {
-        if (told.state === "queued" || (await confirmThat("Stop the study? Its trials keep their checkpoints, and it can be resumed.", "stop the study"))) {
-          if (await act(`${base}/stop`, told.state === "queued" ? "taken from the queue" : "asked to stop")) refresh();
+      studyInfo.can_start ? h("button", { class: "tool main", id: "start", onclick: async () => { if (await act(`${base}/start`, "waiting for the machine")) refresh(); } }, start) : "",
+      studyInfo.can_retry ? h("button", { class: "tool", id: "retry", onclick: async () => { if (await act(`${base}/start?retry_failed=true`, "waiting for the machine")) refresh(); } }, "retry failed trials") : "",
+      studyInfo.can_stop ? h("button", { class: "tool", id: "stop", onclick: async () => {
+        if (studyInfo.state === "queued" || (await confirmThat("Stop the study? Its trials keep their checkpoints, and it can be resumed.", "stop the study"))) {
+          if (await act(`${base}/stop`, studyInfo.state === "queued" ? "taken from the queue" : "asked to stop")) refresh();
         }
-      } }, told.stopping ? "stopping" : told.state === "queued" ? "remove from queue" : "stop") : "",
-      told.found ? h("a", { class: "tool", href: `api/${base}/report`, download: "" }, "download report") : "",
-      told.found ? followButtons(told, () => table?.rows.map((row) => row.trial) ?? []) : "",
-      told.found && !told.can_stop ? h("button", { class: "tool", id: "manage", onclick: () => manage(told) }, "rename, archive, delete") : "");
+      } }, studyInfo.stopping ? "stopping" : studyInfo.state === "queued" ? "remove from queue" : "stop") : "",
+      studyInfo.found ? h("a", { class: "tool", href: `api/${base}/report`, download: "" }, "download report") : "",
+      studyInfo.found ? followButtons(studyInfo, () => table?.rows.map((row) => row.trial) ?? []) : "",
+      studyInfo.found && !studyInfo.can_stop ? h("button", { class: "tool", id: "manage", onclick: () => manage(studyInfo) }, "rename, archive, delete") : "");
   }
 
-  async function manage(told) {
+  async function manage(studyInfo) {
     if (!state.session.logged_in && !(await askToken())) return;
     const found = await api(`${base}/contents`);
-    const name = h("input", { id: "new-name", value: told.name }), typed = h("input", { id: "typed-name", autocomplete: "off" });
+    const name = h("input", { id: "new-name", value: studyInfo.name }), typed = h("input", { id: "typed-name", autocomplete: "off" });
     const send = async (path, method, body, next) => {
-      try { const asked = await api(`${base}${path}`, { method, body }); dialog.close(); say(asked.became); location.hash = next(asked); } catch (error) { say(error.message, true); }
+      try { const asked = await api(`${base}${path}`, { method, body }); dialog.close(); showMessage(asked.became); location.hash = next(asked); } catch (error) { showMessage(error.message, true); }
     };
     const size = found.bytes > 1e9 ? `${(found.bytes / 1e9).toFixed(1)} GB` : `${(found.bytes / 1e6).toFixed(1)} MB`;
-    dialog.replaceChildren(h("h2", {}, told.name),
+    dialog.replaceChildren(h("h2", {}, studyInfo.name),
       h("label", { class: "field" }, h("span", {}, "new name"), name), h("button", { class: "tool", id: "rename", onclick: () => send("/rename", "POST", { name: name.value.trim() }, (asked) => studyHash(asked.study)) }, "rename"),
       h("p", {}, "Archive: moves the folder to .medtune/archive, where this page does not look. Nothing is lost."), h("button", { class: "tool", id: "archive", onclick: () => send("/archive", "POST", {}, () => "#/") }, "archive"),
       h("p", {}, `Delete: ${found.trials} trials with their rows, the weights of ${found.with_weights} of them${found.confirmation ? ", the confirmation" : ""}, ${size} in all. There is no way back.`),
@@ -119,7 +119,7 @@ export function studyView(id, query) {
 
   const refresh = () => { clearTimeout(timer); if (!ready) timer = setTimeout(load, 600); else api(base).then(show).catch(() => {}); };
 
-  function build(told, metrics) {
+  function build(studyInfo, metrics) {
     page.replaceChildren(...Object.values(parts));
     models?.close();
     models = modelsPart(id);
@@ -130,9 +130,9 @@ export function studyView(id, query) {
     parts.picks = h("p", { class: "faint picks", role: "status" });
     const hosts = [h("div", { class: "canvas" }), h("div", { class: "canvas" })];
     const select = (label, names, value, onchange) => { const node = h("select", { "aria-label": label, onchange: () => onchange(node.value) }, names.map(([name, title]) => h("option", { value: name, title }, name))); node.value = value; return node; };
-    const choices = hosts.map((_, i) => select(`metric of the ${i ? "right" : "left"} panel`, told.metrics.map((each) => [each.name, each.meaning]), metrics[i], (name) => { panels[i].metric = name; meaning(i); refill(); address(); }));
+    const choices = hosts.map((_, i) => select(`metric of the ${i ? "right" : "left"} panel`, studyInfo.metrics.map((each) => [each.name, each.meaning]), metrics[i], (name) => { panels[i].metric = name; meaning(i); refill(); address(); }));
     const words = hosts.map(() => h("span", { class: "faint" }));
-    const meaning = (i) => { words[i].textContent = told.metrics.find((each) => each.name === choices[i].value)?.meaning ?? ""; };
+    const meaning = (i) => { words[i].textContent = studyInfo.metrics.find((each) => each.name === choices[i].value)?.meaning ?? ""; };
     const over = select("horizontal axis", [["epoch", ""], ["updates", "optimiser updates"], ["time", "minutes in the trial's epochs"]], axis, (name) => { axis = name; link.zoom = null; refill(); address(); });
     const smooth = h("input", { type: "range", id: "smoothing", min: 0, max: 0.95, step: 0.05, value: 0, "aria-label": "smoothing", oninput: () => { link.smoothing = Number(smooth.value); amount.textContent = link.smoothing ? smooth.value : "off"; link.redraw(); } });
     const amount = h("output", {}, "off");
@@ -172,7 +172,7 @@ export function studyView(id, query) {
       try {
         const found = await api(`${base}/trials?where=${enc(table.named(text))}`);
         table.only = new Set(found.rows.map((row) => row.trial));
-      } catch (error) { say(error.message, true); table.only = new Set(); }
+      } catch (error) { showMessage(error.message, true); table.only = new Set(); }
     }
     table.arrange();
   }
@@ -199,25 +199,25 @@ export function studyView(id, query) {
     }
   }
 
-  function show(told) {
-    if (closed || !told.found) return;
-    overview = told;
-    document.title = `${told.name} · medtune`;
-    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, told.name), badge(told.state, told.place ? ` (place ${told.place})` : "")), h("p", { class: "faint path" }, told.path), told.trouble ? h("p", { class: "bad", id: "trouble" }, told.trouble) : "",
-      h("p", { class: "asked" }, told.asked), h("p", { class: "found" }, told.found), buttons(told), parts.notes);
-    tiles(told);
-    parts.cautions.replaceChildren(told.cautions.length ? h("details", { class: "doubts", open }, h("summary", {}, `Before you trust this (${told.cautions.length})`),
-      h("ul", { class: "cautions" }, told.cautions.map((each) => h("li", {}, h("b", {}, each.title), h("p", {}, prose(each.text)), h("p", { class: "faint" }, prose(each.remedy)))))) : "");
+  function show(studyInfo) {
+    if (closed || !studyInfo.found) return;
+    overview = studyInfo;
+    document.title = `${studyInfo.name} · medtune`;
+    parts.top.replaceChildren(h("div", { class: "title" }, h("h1", {}, studyInfo.name), badge(studyInfo.state, studyInfo.place ? ` (place ${studyInfo.place})` : "")), h("p", { class: "faint path" }, studyInfo.path), studyInfo.trouble ? h("p", { class: "bad", id: "trouble" }, studyInfo.trouble) : "",
+      h("p", { class: "asked" }, studyInfo.asked), h("p", { class: "found" }, studyInfo.found), buttons(studyInfo), parts.notes);
+    tiles(studyInfo);
+    parts.cautions.replaceChildren(studyInfo.cautions.length ? h("details", { class: "doubts", open }, h("summary", {}, `Before you trust this (${studyInfo.cautions.length})`),
+      h("ul", { class: "cautions" }, studyInfo.cautions.map((each) => h("li", {}, h("b", {}, each.title), h("p", {}, prose(each.text)), h("p", { class: "faint" }, prose(each.remedy)))))) : "");
     parts.cautions.querySelector("details")?.addEventListener("toggle", (event) => { open = event.target.open; });
-    chips(told.groups);
-    if (link.best !== told.best_trial || String(link.rungs) !== String(told.rungs) || link.epochs < told.full_epochs) {
-      Object.assign(link, { best: told.best_trial, rungs: told.rungs, epochs: Math.max(link.epochs, told.full_epochs) });
+    chips(studyInfo.groups);
+    if (link.best !== studyInfo.best_trial || String(link.rungs) !== String(studyInfo.rungs) || link.epochs < studyInfo.full_epochs) {
+      Object.assign(link, { best: studyInfo.best_trial, rungs: studyInfo.rungs, epochs: Math.max(link.epochs, studyInfo.full_epochs) });
       link.redraw();
     }
-    live.textContent = connected && ["running", "starting"].includes(told.state) ? "live" : "";
+    live.textContent = connected && ["running", "starting"].includes(studyInfo.state) ? "live" : "";
     live.className = live.textContent ? "live on" : "live";
-    figurePart(told.figures);
-    const news = JSON.stringify([told.states, told.epochs]);
+    figurePart(studyInfo.figures);
+    const news = JSON.stringify([studyInfo.states, studyInfo.epochs]);
     if (news !== stateText) {
       stateText = news;
       changed += 1;
@@ -225,12 +225,12 @@ export function studyView(id, query) {
     }
   }
 
-  function tiles(told) {
-    const progress = told.progress;
+  function tiles(studyInfo) {
+    const progress = studyInfo.progress;
     const tile = (value, text) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, text));
-    const list = [tile(...(told.first_tile || ["-", told.objective])),
-      tile(`${told.ended} of ${told.trials}`, `trials ended: ${Object.entries(told.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(told.epochs), "epochs run")];
-    if (told.state === "running") {
+    const list = [tile(...(studyInfo.first_tile || ["-", studyInfo.objective])),
+      tile(`${studyInfo.ended} of ${studyInfo.trials}`, `trials ended: ${Object.entries(studyInfo.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(studyInfo.epochs), "epochs run")];
+    if (studyInfo.state === "running") {
       const now = Date.now() / 1000;
       list.push(tile(progress.likely ? `~${span(progress.likely - now)}` : "-", progress.latest ? `left, ${span(progress.latest - now)} if nothing more is stopped` : "left: not known yet"));
       const gpus = progress.gpus ? `${progress.gpus_held} of ${progress.gpus} GPUs held` : `${progress.running} at a time, no GPU`;
@@ -315,9 +315,9 @@ export function studyView(id, query) {
     each.busy = true;
     const among = amongOf(name);
     try {
-      const told = await api(`${base}/figures/${enc(name)}${among}`);
-      each.figure = told.figure;
-      each.caption.textContent = told.caption;
+      const answer = await api(`${base}/figures/${enc(name)}${among}`);
+      each.figure = answer.figure;
+      each.caption.textContent = answer.caption;
       draw(name);
     } catch (error) {
       if (among) { each.figure = null; each.host.replaceChildren(); }
@@ -344,9 +344,9 @@ export function studyView(id, query) {
       clearTimeout(wait);
       if (closed || !details.open || !details.isConnected) return;
       try {
-        const told = await api(`${base}/log?which=${choice.value}`);
+        const answer = await api(`${base}/log?which=${choice.value}`);
         const low = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
-        text.textContent = told.lines.join("\n") || "nothing yet";
+        text.textContent = answer.lines.join("\n") || "nothing yet";
         if (low) text.scrollTop = text.scrollHeight;
       } catch (error) {
         if (error.status === 401) { text.textContent = "Logs take the token: log in to read them."; state.session.logged_in = false; showSession(); }
@@ -403,15 +403,15 @@ const LINES = [
   ["Gradient norm before clipping", [["median", "grad_norm", "#5a3db4", "solid"]], {}],
 ];
 
-function trialFigures(told, host) {
+function trialFigures(trialInfo, host) {
   const drawn = [];
   for (const [title, lines, options] of LINES) {
-    const found = lines.filter(([, name]) => told.curves[name]);
-    if (!told.curves[lines[0][1]] || !told.curves.epoch.length) continue;
-    const band = options.band?.every((name) => told.curves[name]) ? options.band.map((name) => told.curves[name]) : undefined;
-    const low = Math.min(0.4, ...[...found.map(([, name]) => told.curves[name]), ...(band || [])].flat().filter((value) => value !== null)) - 0.02;
-    const figure = lineFigure(title, told.curves.epoch, found.map(([name, column, colour, dash]) => ({ name, values: told.curves[column], colour, dash })),
-      { ...options, band, range: options.range ? [Math.max(0, low), 1.02] : undefined, rungs: told.rungs, drw: told.drw });
+    const found = lines.filter(([, name]) => trialInfo.curves[name]);
+    if (!trialInfo.curves[lines[0][1]] || !trialInfo.curves.epoch.length) continue;
+    const band = options.band?.every((name) => trialInfo.curves[name]) ? options.band.map((name) => trialInfo.curves[name]) : undefined;
+    const low = Math.min(0.4, ...[...found.map(([, name]) => trialInfo.curves[name]), ...(band || [])].flat().filter((value) => value !== null)) - 0.02;
+    const figure = lineFigure(title, trialInfo.curves.epoch, found.map(([name, column, colour, dash]) => ({ name, values: trialInfo.curves[column], colour, dash })),
+      { ...options, band, range: options.range ? [Math.max(0, low), 1.02] : undefined, rungs: trialInfo.rungs, drw: trialInfo.drw });
     const plot = h("div", { class: "plot", role: "img", "aria-label": `${title} by epoch` });
     host.append(h("figure", {}, h("h3", {}, title), plot));
     drawn.push(() => drawFigure(plot, figure));
@@ -425,40 +425,40 @@ export function trialView(study, trial) {
   let closed = false, timer = 0, drawn = [], before = "";
   const notes = notesPart(`${base}/trials/${enc(trial)}`, "trial", () => api(`${base}/notes`).then((found) => found.trials[trial]));
   async function load() {
-    let told;
-    try { told = await api(`${base}/trials/${enc(trial)}`); } catch (error) {
+    let trialInfo;
+    try { trialInfo = await api(`${base}/trials/${enc(trial)}`); } catch (error) {
       if (error.status === 401 && (await askToken())) return load();
       page.replaceChildren(h("h1", {}, `Trial ${trial}`), h("p", { class: "bad" }, error.message));
       return;
     }
-    const text = JSON.stringify(told);
-    if (!closed && text !== before) { before = text; show(told); }
-    if (!closed && told.state === "running") timer = setTimeout(load, 3000);
+    const text = JSON.stringify(trialInfo);
+    if (!closed && text !== before) { before = text; show(trialInfo); }
+    if (!closed && trialInfo.state === "running") timer = setTimeout(load, 3000);
   }
-  function show(told) {
-    const healthy = !told.verdict || told.verdict === "healthy";
-    const title = healthy ? (told.verdict ? (told.sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${told.group_title === "stopped at a rung" ? told.verdict : told.group_title}${told.since_epoch ? ` since epoch ${told.since_epoch}` : ""}`;
-    const interval = told.best_val_auc_low === null ? "" : ` [${number(told.best_val_auc_low)}, ${number(told.best_val_auc_high)}]`;
+  function show(trialInfo) {
+    const healthy = !trialInfo.verdict || trialInfo.verdict === "healthy";
+    const title = healthy ? (trialInfo.verdict ? (trialInfo.sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${trialInfo.group_title === "stopped at a rung" ? trialInfo.verdict : trialInfo.group_title}${trialInfo.since_epoch ? ` since epoch ${trialInfo.since_epoch}` : ""}`;
+    const interval = trialInfo.best_val_auc_low === null ? "" : ` [${number(trialInfo.best_val_auc_low)}, ${number(trialInfo.best_val_auc_high)}]`;
     const tile = (value, words) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, words));
     const plots = h("div", { class: "plots" });
     const log = h("pre", { class: "log", tabindex: 0 });
     const details = h("details", { ontoggle: async (event) => { if (event.target.open) log.textContent = (await api(`${base}/log?which=trial&trial=${enc(trial)}`)).lines.join("\n") || "nothing"; } }, h("summary", {}, "Log of the trial"), log);
     page.replaceChildren(
-      h("div", { class: "title" }, h("h1", {}, `Trial ${told.trial}`), badge(told.state), told.variant ? h("span", { class: "faint" }, told.variant) : ""),
-      h("section", { class: `diagnosis ${healthy ? "good" : "bad"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(told.verdict_summary || (healthy ? "Nothing is wrong by now." : ""))), told.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(told.advice)) : ""),
-      told.reason && told.state !== "running" && !told.reason.includes(told.verdict_summary) ? h("p", {}, `Ended: ${told.reason}`) : "", told.error ? h("pre", { class: "log" }, told.error) : "",
-      h("div", { class: "tools" }, told.stoppable ? h("button", { class: "tool", id: "stop-trial", disabled: told.stop_asked, onclick: async () => {
+      h("div", { class: "title" }, h("h1", {}, `Trial ${trialInfo.trial}`), badge(trialInfo.state), trialInfo.variant ? h("span", { class: "faint" }, trialInfo.variant) : ""),
+      h("section", { class: `diagnosis ${healthy ? "good" : "bad"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(trialInfo.verdict_summary || (healthy ? "Nothing is wrong by now." : ""))), trialInfo.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(trialInfo.advice)) : ""),
+      trialInfo.reason && trialInfo.state !== "running" && !trialInfo.reason.includes(trialInfo.verdict_summary) ? h("p", {}, `Ended: ${trialInfo.reason}`) : "", trialInfo.error ? h("pre", { class: "log" }, trialInfo.error) : "",
+      h("div", { class: "tools" }, trialInfo.stoppable ? h("button", { class: "tool", id: "stop-trial", disabled: trialInfo.stop_asked, onclick: async () => {
         if ((await confirmThat(`Stop trial ${trial} after the epoch it is in? It will not be run again.`, "stop the trial")) && (await act(`${base}/trials/${enc(trial)}/stop`, "asked: it ends with its epoch"))) load();
-      } }, told.stop_asked ? "asked to stop" : "stop this trial") : "", h("button", { type: "button", class: "tool", id: "export", onclick: () => followUp(study, "export", { trial }) }, "export as a model"),
+      } }, trialInfo.stop_asked ? "asked to stop" : "stop this trial") : "", h("button", { type: "button", class: "tool", id: "export", onclick: () => followUp(study, "export", { trial }) }, "export as a model"),
         h("a", { class: "tool", href: studyHash(study, `?pick=${enc(trial)}`) }, "show among the others")),
-      notes, h("div", { class: "tiles" }, tile(number(told.objective), "objective"), tile(number(told.best_val_auc), `AUC${interval} in epoch ${told.best_epoch ?? "-"}`), tile(`${told.epochs_run} of ${told.epochs}`, "epochs"), tile(told.work || "-", "in its epochs")),
+      notes, h("div", { class: "tiles" }, tile(number(trialInfo.objective), "objective"), tile(number(trialInfo.best_val_auc), `AUC${interval} in epoch ${trialInfo.best_epoch ?? "-"}`), tile(`${trialInfo.epochs_run} of ${trialInfo.epochs}`, "epochs"), tile(trialInfo.work || "-", "in its epochs")),
       h("h2", {}, "Curves"), plots,
-      h("h2", {}, "Decisions"), told.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),
-        h("tbody", {}, told.decisions.map((each) => h("tr", {}, h("td", { "data-label": "epoch" }, each.epoch), h("td", { "data-label": "decision" }, `${each.action}: ${each.reason}`), h("td", { class: "text" }, each.summary))))) : h("p", { class: "faint" }, "None worth a line yet."),
-      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from what the document ends with, or from the default where it says nothing."), settingsTable(told), details,
+      h("h2", {}, "Decisions"), trialInfo.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),
+        h("tbody", {}, trialInfo.decisions.map((each) => h("tr", {}, h("td", { "data-label": "epoch" }, each.epoch), h("td", { "data-label": "decision" }, `${each.action}: ${each.reason}`), h("td", { class: "text" }, each.summary))))) : h("p", { class: "faint" }, "None worth a line yet."),
+      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from what the document ends with, or from the default where it says nothing."), settingsTable(trialInfo), details,
     );
-    drawn = trialFigures(told, plots);
-    document.title = `${told.trial} · ${told.study} · medtune`;
+    drawn = trialFigures(trialInfo, plots);
+    document.title = `${trialInfo.trial} · ${trialInfo.study} · medtune`;
     document.documentElement.dataset.ready = "yes";
   }
   load();
@@ -466,27 +466,27 @@ export function trialView(study, trial) {
     keys: { Escape: () => { location.hash = state.places.get(study) || studyHash(study); } } };
 }
 
-function settingsTable(told) {
+function settingsTable(trialInfo) {
   const row = (each) => h("tr", { class: each.differs ? "differs" : "" }, h("td", {}, each.name, each.searched ? h("span", { class: "faint" }, " searched") : ""), h("td", {}, `${each.value}${each.differs ? " ≠" : ""}`), h("td", {}, each.documented), h("td", { class: "faint roomy" }, prose(each.meaning)));
   const head = h("thead", {}, h("tr", {}, ["hyperparameter", "this trial", "document's"].map((each) => h("th", { scope: "col" }, each)), h("th", { scope: "col", class: "roomy" }, "meaning")));
-  const telling = told.settings.filter((each) => each.differs || each.searched), rest = told.settings.filter((each) => !telling.includes(each));
-  return h("div", {}, h("table", { class: "settings" }, head, h("tbody", {}, telling.map(row))), h("details", {}, h("summary", {}, `${rest.length} others`), h("table", { class: "settings" }, h("tbody", {}, rest.map(row)))));
+  const notable = trialInfo.settings.filter((each) => each.differs || each.searched), rest = trialInfo.settings.filter((each) => !notable.includes(each));
+  return h("div", {}, h("table", { class: "settings" }, head, h("tbody", {}, notable.map(row))), h("details", {}, h("summary", {}, `${rest.length} others`), h("table", { class: "settings" }, h("tbody", {}, rest.map(row)))));
 }
 
 // Two trials --------------------------------------------------------------------------------------------------------------
 
 export function compareView(study, first, second) {
   let drawn = [];
-  api(`studies/${enc(study)}/compare?first=${enc(first)}&second=${enc(second)}`).then((told) => {
-    const heads = told.trials.map((trial) => h("th", { scope: "col" }, h("a", { href: studyHash(study, `/trial/${enc(trial)}`) }, trial)));
+  api(`studies/${enc(study)}/compare?first=${enc(first)}&second=${enc(second)}`).then((comparison) => {
+    const heads = comparison.trials.map((trial) => h("th", { scope: "col" }, h("a", { href: studyHash(study, `/trial/${enc(trial)}`) }, trial)));
     const table = (name, rows, more) => h("table", { class: "settings" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, name), heads.map((head) => head.cloneNode(true)), more ? h("th", { class: "roomy", scope: "col" }, more) : "")), h("tbody", {}, rows));
-    const words = told.pages.map((each) => h("div", { class: "diagnosis" }, h("b", {}, `${each.trial}: ${each.verdict ? each.group_title : "not diagnosed yet"}`), h("p", {}, prose(each.verdict_summary || ""))));
+    const words = comparison.pages.map((each) => h("div", { class: "diagnosis" }, h("b", {}, `${each.trial}: ${each.verdict ? each.group_title : "not diagnosed yet"}`), h("p", {}, prose(each.verdict_summary || ""))));
     const plots = h("div", { class: "plots" });
-    page.replaceChildren(h("h1", {}, `${first} against ${second}`), table("outcome", told.outcome.map((row) => h("tr", {}, row.map((text) => h("td", {}, text))))), h("h2", {}, "Curves"), plots,
-      h("div", { class: "pair" }, words), h("h2", {}, "Settings that differ"), told.settings.length ? table("hyperparameter", told.settings.map((each) => h("tr", { data: { name: each.name } }, h("td", {}, each.name), each.values.map((text) => h("td", {}, text)), h("td", { class: "faint roomy" }, prose(each.meaning)))), "meaning") : h("p", {}, "None."),
-      h("p", { class: "faint" }, `${told.same} others are equal.`));
+    page.replaceChildren(h("h1", {}, `${first} against ${second}`), table("outcome", comparison.outcome.map((row) => h("tr", {}, row.map((text) => h("td", {}, text))))), h("h2", {}, "Curves"), plots,
+      h("div", { class: "pair" }, words), h("h2", {}, "Settings that differ"), comparison.settings.length ? table("hyperparameter", comparison.settings.map((each) => h("tr", { data: { name: each.name } }, h("td", {}, each.name), each.values.map((text) => h("td", {}, text)), h("td", { class: "faint roomy" }, prose(each.meaning)))), "meaning") : h("p", {}, "None."),
+      h("p", { class: "faint" }, `${comparison.same} others are equal.`));
     for (const [title, column, range] of [["Averaged weights: validation AUC", "val_auc_ema", true], ["Raw weights: validation AUC", "val_auc_raw", true], ["Training loss", "train_loss", false]]) {
-      const pages = told.pages.filter((each) => each.curves[column]);
+      const pages = comparison.pages.filter((each) => each.curves[column]);
       if (!pages.length) continue;
       const epochs = pages.reduce((longest, each) => (each.curves.epoch.length > longest.length ? each.curves.epoch : longest), []);
       const figure = lineFigure(title, epochs, pages.map((each, i) => ({ name: each.trial, values: epochs.map((_, at) => each.curves[column][at] ?? null), colour: i ? "#c75300" : "#00609c", dash: i ? "dash" : "solid" })), { range: range ? [0.35, 1.02] : undefined });

@@ -1,6 +1,6 @@
 // The table of trials: sorted, filtered, its columns chosen, copied and saved as it is shown. Only the rows in view are in
 // the document: a thousand trials scroll as easily as ten.
-import { badge, dialog, h, say } from "./parts.js";
+import { badge, dialog, h, showMessage } from "./parts.js";
 
 const WHY = { name: "why", title: "why it ended", numeric: false, first: "ascending" };
 const ROW_HEIGHT = 33;
@@ -163,7 +163,7 @@ export class TrialTable {
       const shown = this.text(row, column).replace(/[\t\n]/g, " ");
       return typeof this.value(row, column) === "string" ? harmless(shown) : shown;
     }).map((cells) => cells.join("\t")).join("\n");
-    try { await navigator.clipboard.writeText(text); say(`copied: ${this.shown.length} trials`); } catch { say("the browser does not let this page copy (it needs HTTPS or this machine): save as CSV instead", true); }
+    try { await navigator.clipboard.writeText(text); showMessage(`copied: ${this.shown.length} trials`); } catch { showMessage("the browser does not let this page copy (it needs HTTPS or this machine): save as CSV instead", true); }
   }
   csv() {
     const cell = (value) => {
