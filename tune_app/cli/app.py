@@ -1,6 +1,6 @@
 """The `medtune` command: parses, calls one function, returns an exit code.
 
-Exit codes: 0 done; 1 something the user can fix, told in a line; 2 usage; 3 the study ended with failed trials.
+Exit codes: 0 done; 1 something the user can fix, reported in a line; 2 usage; 3 the study ended with failed trials.
 Results go to stdout, everything else to stderr, so that pipes work. Nothing heavy is imported before a command needs it.
 """
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether the user can do something about it: our own errors, and files that are not what they should be."""
+    """Whether the user can do something about it: our own errors, and files of wrong content."""
     of_a_file = isinstance(error, OSError) and (error.filename is not None or is_disk_full(error))
     return of_a_file or type(error).__module__.split(".")[0] in OURS
 
@@ -227,7 +227,7 @@ def train(
     out_folder: OutOption = None,
     cache: CacheOption = None,
 ) -> None:
-    """Fine-tune once, a line an epoch. The same command again goes on from the last checkpoint in --out."""
+    """Fine-tune once, a line an epoch. The same command again continues from the last checkpoint in --out."""
     given: dict[str, Any] = {
         "fold": fold,
         "pretrained_path": pretrained_path and absolute(pretrained_path),
@@ -341,7 +341,7 @@ def fixes(
 
 @app.command()
 def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")] = None) -> None:
-    """List the search spaces, or show one: what is searched, what is only retuned to be fair, what is fixed."""
+    """List the search spaces, or show one: its searched, its retuned (to be fair) and its fixed parameters."""
     from search_spaces.spaces import SPACES
     from search_spaces.written import space_from
 

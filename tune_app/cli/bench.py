@@ -1,4 +1,4 @@
-"""`medtune bench`: speed, measured on this machine (`serve` stands in `tune_app.cli.serve`)."""
+"""`medtune bench`: speed, measured on this machine (`serve` is in `tune_app.cli.serve`)."""
 
 import json
 from collections.abc import Callable
@@ -218,7 +218,7 @@ def bench_faults_command(
     ] = 2,
     out_file: ResultOption = None,
 ) -> None:
-    """Show what a fault of one process does to others that share its GPU under CUDA MPS."""
+    """Show the effect of a fault in one process on others that share its GPU under CUDA MPS."""
     from tune_app.bench.faults import FAULTS, bench_faults, faults_table
 
     result = bench_faults(
@@ -329,7 +329,7 @@ def bench_efficiency_command(
     ] = None,
     out_file: ResultOption = None,
 ) -> None:
-    """Tell what the same time buys of random search, plain Ray Tune and medtune: winners run again and compared."""
+    """Compare random search, plain Ray Tune and medtune in the same time: their winners are run again."""
     import tempfile
 
     from tune_app.bench.efficiency import bench_efficiency, efficiency_table
@@ -384,7 +384,7 @@ def bench_results_command(
     epochs: Annotated[int, typer.Option("--epochs", min=24, help="Epochs of each.")] = 60,
     out_file: ResultOption = None,
 ) -> None:
-    """Time loading a study, its leaderboard, importance and report, and tell the memory they take."""
+    """Time loading a study, its leaderboard, importance and report, and show the memory they take."""
     import tempfile
 
     from tune_app.bench.results import bench_results, results_line, results_table_of

@@ -130,7 +130,7 @@ def submit(
 ) -> None:
     """Run a study on a Ray cluster: send code and spec, follow the log, return its exit code. Ctrl-C detaches.
 
-    Submitting the same study again goes on with it, or follows it while it runs. Paths are those that the cluster's
+    Submitting the same study again resumes it, or follows it while it runs. Paths are those that the cluster's
     nodes see; no data is sent.
     """
     from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
@@ -279,7 +279,7 @@ def fetch(
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to copy it to.")],
 ) -> None:
-    """Copy a study from object storage, checkpoints and all: to export a model from it, or to go on here."""
+    """Copy a study from object storage, checkpoints and all: to export a model from it, or to resume it here."""
     from tune_app.study.copies import fetch_study
 
     number = fetch_study(study, folder)
@@ -411,7 +411,7 @@ def jobs_logs(
     address: ServerOption = None,
     allow_open: OpenOption = False,
 ) -> None:
-    """Show what a job has said."""
+    """Show the output of a job."""
     from tune_app.cluster.jobs import Jobs
 
     jobs = Jobs(address, allow_open=allow_open)
@@ -425,7 +425,7 @@ def jobs_logs(
 def jobs_stop(
     job: JobArgument, address: ServerOption = None, allow_open: OpenOption = False
 ) -> None:
-    """End a job as Ctrl-C would: its study is closed, and submitting it again goes on with it."""
+    """End a job as Ctrl-C would: its study is closed, and submitting it again resumes it."""
     from tune_app.cluster.jobs import Jobs
 
     jobs = Jobs(address, allow_open=allow_open)

@@ -18,7 +18,7 @@ from tune_app.study.yaml_text import YamlError, load_yaml
 
 
 class VisibleConsole(Console):
-    """Writes out what is not seen in the text it is given, such as ESC in the name of a file; colours are its own."""
+    """Writes out invisible characters of the text it is given, such as ESC in the name of a file; colours are its own."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text, keep="\n\t"), **options)
@@ -146,7 +146,7 @@ def gpus_option(text: str | None) -> float | str | None:
 
 
 def stated(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that were given: what is None was left out, and has its default elsewhere."""
+    """Return the options that were given: those of None were left out, and have their defaults elsewhere."""
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -33,7 +33,7 @@ def data_check(
     table: Annotated[Path, typer.Argument(help="CSV or Parquet table.")],
     setting: SetOption = None,
 ) -> None:
-    """Tell every problem of every row at once; reads each volume."""
+    """Report every problem of every row at once; reads each volume."""
     from trainables.data.manifest_check import check_manifest
     from trainables.data.table_file import ManifestError
 
@@ -83,7 +83,7 @@ def data_table(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing table.")] = False,
 ) -> None:
-    """Join a folder of scans with a label sheet; what is guessed and what does not match is shown.
+    """Join a folder of scans with a label sheet; guesses and mismatches are shown.
 
     Example: medtune data table scans/ labels.xlsx table.csv --positive malignant --subject patient
     """
@@ -213,7 +213,7 @@ def weights_check(
     file: Annotated[Path, typer.Argument(help="Checkpoint file.")],
     setting: SetOption = None,
 ) -> None:
-    """Say what a checkpoint holds, and whether it fills a network: its own, or with --set the one that is set."""
+    """Show the content of a checkpoint, and whether it fills a network: its own, or with --set the one that is set."""
     from trainables.network.weights import inspect_weights, load_pretrained
 
     if setting:
@@ -258,7 +258,7 @@ def weights_pretrain(
     setting: SetOption = None,
     cache: CacheOption = None,
 ) -> None:
-    """Pretrain on a share of one's own training subjects, without labels; write a MedicalNet file and the other rows."""
+    """Pretrain on a share of your own training subjects, without labels; write a MedicalNet file and the other rows."""
     settings = parse_settings(setting) | ({} if epochs is None else {"epochs": epochs})
     from tune_app.models.pretrain import pretrain
 

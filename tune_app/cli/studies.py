@@ -167,7 +167,7 @@ def run(
 
 
 def _on_preset(preset: str | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields on top of the preset's, and show what it sets."""
+    """Return the fields on top of the preset's, and show its settings."""
     if preset is None:
         return fields
     from tune_app.study.presets import preset_line, with_preset
@@ -187,7 +187,7 @@ def resume(
     retry_failed: RetryOption = False,
     notify: NotifyOption = None,
 ) -> None:
-    """Go on with a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
+    """Resume a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.study.copies import opened
     from tune_app.study.files import StudyFiles
 
@@ -384,7 +384,7 @@ def confirm(
     cache: CacheOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Run a search's best again, beside the documented settings, on all folds with new seeds: is there a winner?"""
+    """Run a search's best again, and the documented settings, on all folds with new seeds: is there a winner?"""
     from tune_app.compare.confirm import (
         confirmation_spec,
         print_confirmation,

@@ -1,6 +1,6 @@
-"""What could keep studies from running, on this machine or on every node of a cluster; each finding with its remedy.
+"""Obstacles to running studies, on this machine or on every node of a cluster; each finding with its remedy.
 
-A check says what it saw even when it is well: the list is read when something does not work and nobody knows why.
+A check reports its observation even when all is well: the list is read when something fails for an unknown reason.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def diagnose_machine(
 def diagnose_cluster(
     address: str, data: str | None = None, study: str | None = None, cache: Path | None = None
 ) -> list[Finding]:
-    """Look at every node of the Ray cluster at `address`, and at what lies between them. Raises AddressError."""
+    """Look at every node of the Ray cluster at `address`, and at the connections between them. Raises AddressError."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -135,7 +135,7 @@ def diagnose_cluster(
 
 
 def _slurm_job(number: str) -> dict[str, str] | None:
-    """What Slurm says of a job, by its own names; None where it does not answer."""
+    """Slurm's record of a job, by its own names; None where it does not answer."""
     asked = ["scontrol", "show", "job", "-o", number]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
@@ -145,7 +145,7 @@ def _slurm_job(number: str) -> dict[str, str] | None:
 
 
 def judge_allocation(env: Mapping[str, str], job: Mapping[str, str] | None) -> list[Finding]:
-    """What the Slurm job means in which this runs; pure. `job`: what `scontrol show job` says, None for nothing."""
+    """Findings on the Slurm job in which this runs; pure. `job`: output of `scontrol show job`, None without one."""
     number = env["SLURM_JOB_ID"]
     cpus = env.get("SLURM_CPUS_PER_TASK") or env.get("SLURM_CPUS_ON_NODE") or "all"
     gpus = [one for one in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
@@ -248,7 +248,7 @@ def _open_files() -> int:
 
 
 def _data_seen(table: str) -> dict[str, str]:
-    """Digest of the table, or what is wrong: the table, or the first volume that it names."""
+    """Digest of the table, or the error: of the table, or of the first volume that it names."""
     from trainables.data.manifest import read_manifest
     from trainables.data.table_file import ManifestError, table_bytes
     from trainables.data.threads import in_threads
@@ -278,7 +278,7 @@ def _is_there(path: str) -> bool:
 
 
 def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
-    """Whether this node can write below the study's folder or URL, and sees what the driver wrote there."""
+    """Whether this node can write below the study's folder or URL, and sees the files that the driver wrote there."""
     if (url := url_of(study)) is not None:
         return _bucket_seen(url, nonce)
     folder = _mark_folder(study)
@@ -327,7 +327,7 @@ def _marked(study: str | None, nonce: str) -> Iterator[None]:
         return
     if (url := url_of(study)) is not None:
         name = f".medtune-doctor-{nonce}"
-        with suppress(StorageError):  # the nodes say so, the head among them
+        with suppress(StorageError):  # the nodes report it, the head among them
             Remote(url).write(name, b"")
         try:
             yield
@@ -340,7 +340,7 @@ def _marked(study: str | None, nonce: str) -> Iterator[None]:
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError:
-        pass  # the nodes say so, the head among them
+        pass  # the nodes report it, the head among them
     try:
         yield
     finally:
@@ -371,7 +371,7 @@ def _meets(host: str, port: int) -> str | None:
 
 
 def judge_node(facts: Mapping[str, Any], *, node: str, gpus: float | None = None) -> list[Finding]:
-    """What the facts of one node mean; pure. `gpus`: what Ray thinks it has, None where there is no Ray."""
+    """Findings on the facts of one node; pure. `gpus`: its GPUs as Ray counts them, None where there is no Ray."""
     say = partial(_judged, node)
     return [*_software(facts, gpus, say), *_room(facts, say), *_reach(facts, say)]
 
@@ -479,7 +479,7 @@ def _reach(facts: Mapping[str, Any], say: Callable[..., Finding]) -> Iterator[Fi
 
 
 def judge_clock(node: str, skew_s: float, took_s: float) -> Finding:
-    """What the difference of a node's clock means; pure."""
+    """Finding on the difference of a node's clock; pure."""
     if abs(skew_s) - took_s / 2 > SKEW_S:
         return Finding(
             node,

@@ -1,6 +1,6 @@
 """Ray's job server, as medtune uses it: send a study, follow its log, stop it, list what runs.
 
-Errors of the network and of the token become one line each that says what to do. Ray is imported only here below.
+Errors of the network and of the token become one line each that names the remedy. Ray is imported only here below.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class JobServerError(RuntimeError):
 
 
 def job_server(address: str | None) -> str:
-    """Return the URL of the job server; raises JobServerError for what is none, such as a Ray client address."""
+    """Return the URL of the job server; raises JobServerError for other addresses, such as a Ray client address."""
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     url = given if "://" in given else f"http://{given}"
     parts = urlsplit(url)
@@ -61,7 +61,7 @@ def is_loopback(host: str) -> bool:
 
 
 def open_to_anyone(url: str) -> bool:
-    """Whether the job server lists its jobs to who has no token. Raises JobServerError when none answers."""
+    """Whether the job server lists its jobs to clients without a token. Raises JobServerError when none answers."""
     import requests
 
     try:
@@ -81,7 +81,7 @@ class Jobs:
     """The jobs of one cluster."""
 
     def __init__(self, address: str | None, *, allow_open: bool = False) -> None:
-        """Connect to `address`. Raises JobServerError when nobody answers, for a wrong or missing token, and for a job
+        """Connect to `address`. Raises JobServerError when there is no answer, for a wrong or missing token, and for a job
         server that is on a network without a token, unless `allow_open`."""
         self.url = job_server(address)
         self.token = use_token_if_there()
@@ -175,7 +175,7 @@ class Jobs:
         return state
 
     def log(self, submission_id: str) -> str:
-        """What the job has said so far."""
+        """The job's output so far."""
         with self._told():
             return str(self.client.get_job_logs(submission_id))
 
@@ -204,7 +204,7 @@ class Jobs:
             time.sleep(1.0)
 
     async def _tail(self, submission_id: str, shown: int, write: Callable[[str], object]) -> int:
-        """Write what is new of the log from character `shown` on; returns the number of characters seen."""
+        """Write the log from character `shown` on; returns the number of characters seen."""
         seen = 0
         with self._told():
             async for text in self.client.tail_job_logs(submission_id):

@@ -14,7 +14,7 @@ from tune_app.study.yaml_text import readable_yaml
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a cluster made for one study is made of."""
+    """The parts of a cluster made for one study."""
 
     image: str = "medtune:0.2.0"
     """Container image with medtune and its requirements installed, on every node."""
@@ -39,8 +39,8 @@ def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
     """Return a KubeRay RayJob (KubeRay 1.5.1 or later) and the ConfigMap with the study, as YAML.
 
     The head has CPUs only and takes no trials, GPU workers come and go with the trials that wait. The operator makes the
-    token and its Secret. It cannot tell a head that was lost from a study with failed trials (exit code 3) or an error of
-    the user (1), and would start a new cluster for each: so it retries only when asked to; applying the manifest again
+    token and its Secret. It cannot distinguish a lost head from a study with failed trials (exit code 3) or an error of the
+    user (1), and would start a new cluster for each: so it retries only when asked to; applying the manifest again
     continues the study.
     """
     study = cluster_place(study)

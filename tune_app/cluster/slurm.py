@@ -1,6 +1,6 @@
 """A study as a Slurm batch job: the script's text.
 
-One node is the common case and needs no Ray head: the study starts a Ray of its own there. With several nodes each of
+One node is the common case and needs no Ray head: the study starts its own Ray there. With several nodes each of
 them runs one Ray node, with a token, ports and a temporary folder that belong to this job alone, because Slurm may place
 two jobs of one user on the same node.
 
@@ -28,7 +28,7 @@ NAME = re.compile(r"[A-Za-z0-9_.,+-]+")
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a batch job asks for."""
+    """The resources that a batch job asks for."""
 
     nodes: int = 1
     gpus: int = 1
@@ -54,7 +54,7 @@ class Allocation:
 
 
 def slurm_script(spec: StudySpec, study: str, given: Allocation) -> str:
-    """Return the batch script that runs `spec` in the folder or URL `study`, and continues what is there already.
+    """Return the batch script that runs `spec` in the folder or URL `study`, and continues a study that is there already.
 
     Before the time limit Slurm sends a signal: trials finish their epochs, the driver writes everything, and the job is
     put back into the queue. The same happens when the job is preempted or loses a node. Raises SpecError for a place
@@ -98,7 +98,7 @@ def seconds_of(time: str) -> int:
 
 
 def lead_of(given: Allocation) -> int:
-    """Return how many seconds before its time limit the job is told."""
+    """Return how many seconds before its time limit the job gets a signal."""
     return min(LEAD_S, seconds_of(given.time) // 4)
 
 

@@ -1,6 +1,6 @@
-"""A study -> what is sent to a Ray cluster: the packed code, the job, a KubeRay manifest, a cluster-launcher file.
+"""A study -> the files for a Ray cluster: the packed code, the job, a KubeRay manifest, a cluster-launcher file.
 
-Pure functions, so that `--dry-run` shows exactly what is sent and a test compares it with a golden text. Only code goes
+Pure functions, so that `--dry-run` shows exactly the files sent and a test compares it with a golden text. Only code goes
 out: the packages' own files of known kinds, `pyproject.toml` and the study's resolved spec. Data, checkpoints and
 weights stay where they are, and are named by paths that every node sees. `jobs.py` does the sending.
 """
@@ -28,13 +28,13 @@ from tune_app.study.spec import StudySpec, build_spec
 
 PACKAGES = ("search_spaces", "trainables", "tune_app")
 KINDS = (".py", ".html", ".css", ".js")
-"""Kinds of files that are sent; of others only `DATA_FILES`, whatever lies in a package's folder."""
+"""Kinds of files that are sent; of others only `DATA_FILES`, whatever is in a package's folder."""
 
 DATA_FILES = frozenset({"tune_app/study/prior.json"})
 """Files that the code reads, of kinds that also hold people's data."""
 
 SPEC_FILE = "study.json"
-"""Name of the resolved spec in what is sent."""
+"""Name of the resolved spec among the files sent."""
 
 SETTINGS = "medtune_settings"
 """Name of a job's metadata that holds the resolved spec."""
@@ -67,7 +67,7 @@ class Submission:
             return [(item.filename, item.file_size) for item in archive.infolist()]
 
     def size_line(self) -> str:
-        """What is sent, in a line."""
+        """Number and size of the files sent, in a line."""
         return f"{len(self.contents())} files, {len(self.package) / 1024:.0f} KiB packed"
 
     def dry_run(self) -> str:
@@ -94,11 +94,11 @@ def build_submission(
     source: Path | None = None,
     retry_failed: bool = False,
 ) -> Submission:
-    """Return the job that runs `spec` in the folder or URL `study`, and goes on with what is there already.
+    """Return the job that runs `spec` in the folder or URL `study`, and resumes a study that is there already.
 
     `earlier`: ids of the jobs that the cluster knows, since Ray takes no id twice. `pip`: pin the packages that are
     installed here. `source`: folder that holds the packages; None: where they were imported from. `retry_failed`: trials
-    of the study that have failed go on, too.
+    of the study that have failed resume, too.
 
     Raises SpecError for a study folder that a cluster cannot see, and for a package over Ray's limit.
     """
@@ -119,7 +119,7 @@ def build_submission(
 
 
 def refuse_other_settings(asked: StudySpec, job: str, metadata: Mapping[str, str]) -> None:
-    """Raise SpecError that names the settings in which `asked` differs from what the running `job` was sent with."""
+    """Raise SpecError that names the settings in which `asked` differs from the ones that the running `job` was sent with."""
     if SETTINGS not in metadata:  # sent by an earlier version
         return
     there = build_spec(parse_json(metadata[SETTINGS]))
@@ -143,7 +143,7 @@ def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submi
 
 def _runtime_env(pip: bool) -> dict[str, Any]:
     variables = {
-        # Ctrl-C, as on a terminal: the driver closes the study, and says how to go on with it.
+        # Ctrl-C, as on a terminal: the driver closes the study, and prints how to resume it.
         "RAY_JOB_STOP_SIGNAL": "SIGINT",
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S),
     }
@@ -151,7 +151,7 @@ def _runtime_env(pip: bool) -> dict[str, Any]:
 
 
 def entry_arguments(spec_file: str, study: str, *, retry_failed: bool = False) -> str:
-    """Return the arguments of `medtune` that a job runs: start the study, or go on with it if it is there."""
+    """Return the arguments of `medtune` that a job runs: start the study, or resume it if it is there."""
     return shlex.join(
         ["run", spec_file, "--out", study, "--resume", *["--retry-failed"] * retry_failed]
     )
@@ -184,7 +184,7 @@ def next_id(study: str, earlier: Collection[str]) -> str:
     return f"{stem}{max(numbers, default=0) + 1}"
 
 
-# What is packed --------------------------------------------------------------------------------------------------------
+# Packed files ----------------------------------------------------------------------------------------------------------
 
 
 def package_files(source: Path) -> dict[str, Path]:
@@ -262,7 +262,7 @@ def pinned_requirements(requires: Collection[str] | None = None) -> list[str]:
         if requirement.name in NOT_PINNED:
             continue
         extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-        # A local part (+cu130) says who built it; no index has it, and without it any build of the version will do.
+        # A local part (+cu130) names the builder; no index has it, and without it any build of the version will do.
         version = metadata.version(requirement.name).partition("+")[0]
         pins.append(f"{requirement.name}{extras}=={version}")
     return sorted(pins, key=str.lower)

@@ -1,9 +1,9 @@
 """The prepared cohorts that a study needs: one for each way in which its trials prepare volumes.
 
-A study has a cohort of its own, which the configuration that all trials share prepares. A trial that prepares volumes
+A study has its own cohort, which the configuration that all trials share prepares. A trial that prepares volumes
 otherwise (another spacing, shape, intensity or window) trains on another cohort of the same data, made when it is first
-needed and shared by all trials that ask for it. What is known before the study begins is checked here: what belongs to
-the data cannot differ between trials, planned variants are prepared, and the disk has to hold every cohort.
+needed and shared by all trials that ask for it. Checked here before the study begins: settings of the
+data cannot differ between trials, planned variants are prepared, and the disk has to hold every cohort.
 """
 
 import itertools
@@ -143,7 +143,7 @@ def _values(parameter: Parameter) -> list[Any]:
 
 
 def choose_spacing(spec: StudySpec, manifest: Manifest, notes: Any) -> dict[str, Any]:
-    """Return what a new study adds to its `config`: the spacing at which every volume fits, where nothing else decides it.
+    """Return the entries that a new study adds to its `config`: the spacing at which all volumes fit, where nothing else sets it.
 
     Nothing for a study whose config, space or every variant names a spacing, None included, and for a confirmation, which
     has the spacing of its search. The choice and its consequence are printed.
@@ -176,7 +176,7 @@ class Prepared:
     """A study whose data are there."""
 
     spec: StudySpec
-    """With what the study itself has chosen in its `config`."""
+    """With the values that the study itself has chosen in its `config`."""
     base: FineTuneConfig
     """What all trials share."""
     cohort: Path
@@ -297,7 +297,7 @@ def _variants_of(spec: StudySpec, recipe: Recipe) -> Iterator[str]:
 
 
 def differences(recipe: Recipe, own: Recipe) -> str:
-    """Return in words in what a recipe differs from the study's own: `spacing_mm=1x1x1, intensity=window`."""
+    """Return in words how a recipe differs from the study's own: `spacing_mm=1x1x1, intensity=window`."""
 
     def shown(value: object) -> str:
         return "x".join(f"{part:g}" for part in value) if isinstance(value, tuple) else str(value)

@@ -1,8 +1,8 @@
-"""What a study may take of its disk: what is kept, what goes first, and whether it can be kept to at all.
+"""The disk budget of a study: which files are kept, which go first, and whether the budget can be kept at all.
 
 Without a budget everything stays. With one, files go when they would no longer fit, in this order: checkpoints of
-trials that have ended, which nothing goes on from; then best.pt of ended trials, the worst first, until `keep_best` are
-left. What a running trial needs is never touched, and room for it is kept free: the budget holds at every moment.
+trials that have ended, from which no trial resumes; then best.pt of ended trials, the worst first, until `keep_best` are
+left. Files that a running trial needs are never touched, and room for it is kept free: the budget holds at every moment.
 """
 
 import math
@@ -36,7 +36,7 @@ class Budget:
 
     @property
     def running(self) -> int:
-        """What running trials may take: each its two files, and the one that is being written beside them."""
+        """Space that running trials may take: each its two files, and the one that is being written next to them."""
         return self.concurrent * (2 * self.checkpoint + self.best)
 
     @property
@@ -95,7 +95,7 @@ def file_sizes(config: FineTuneConfig) -> tuple[int, int]:
 def make_room(
     files: StudyFiles, budget: Budget, records: Iterable[Mapping[str, Any]]
 ) -> list[Path]:
-    """Remove what has to go for the study to fit its budget with the running trials at their largest; returns what went.
+    """Remove the files that must go for the study to fit its budget with the running trials at their largest; return them.
 
     `records` are all trials' trial.json. Of the ended trials the `keep_best` best by objective keep their best.pt.
     """

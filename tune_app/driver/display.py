@@ -57,7 +57,7 @@ class Display:
         self._refresh()
 
     def note(self, text: str) -> None:
-        """Say what is worth knowing, above the table."""
+        """Print a note above the table."""
         self.console.print(f"note: {text}", markup=False, soft_wrap=True)
 
     def began(self, trial: str, variant: str | None) -> None:
@@ -96,7 +96,7 @@ class Display:
             self.live.update(self.render())
 
     def render(self) -> Group:
-        """Return what the terminal shows now."""
+        """Return the present content of the terminal."""
         by_state: dict[str, int] = {}
         for trial in self.trials.values():
             by_state[trial["state"]] = by_state.get(trial["state"], 0) + 1

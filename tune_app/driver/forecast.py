@@ -1,7 +1,7 @@
 """How long a study on CPUs will take, and how much memory a trial: measured on a few volumes before it starts.
 
 On GPUs the packing measures it on the real cohort, and everywhere the first epochs do (`time_budget`). A CPU may need
-hours for the first epoch of the default settings, so here a single pass says it in seconds.
+hours for the first epoch of the default settings, so here a single pass gives an estimate in seconds.
 """
 
 import math
@@ -47,12 +47,12 @@ class Pass(NamedTuple):
     fixed_gib: float
     """Memory of the process with the network and its optimiser."""
     volume_gib: float
-    """What a volume takes between forward and backward."""
+    """Memory of a volume between forward and backward."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study on CPUs will take, about."""
+    """Approximate time and memory of a study on CPUs."""
 
     epoch_s: float
     trial_gib: float | None
@@ -88,9 +88,9 @@ def span(seconds: float) -> str:
 
 
 def forecast_on_cpus(spec: StudySpec, *, concurrent: int, epochs: float) -> Forecast | None:
-    """Return what the study will take on this machine's CPUs, measured now; None where that is minutes in any case.
+    """Return the forecast for this machine's CPUs, measured now; None where the study takes only minutes in any case.
 
-    `epochs`: that a trial is expected to run, with what the policy stops. Raises ManifestError.
+    `epochs`: epochs that a trial is expected to run, early stops included. Raises ManifestError.
     """
     config = heaviest(spec)
     split = split_of(spec, config)
@@ -115,7 +115,7 @@ def forecast_on_cpus(spec: StudySpec, *, concurrent: int, epochs: float) -> Fore
 def forecast_on_gpus(
     spec: StudySpec, volumes_per_s: float, *, concurrent: int, epochs: float
 ) -> Forecast:
-    """Return what the study will take where one trial trains so many volumes per second next to the others."""
+    """Return the forecast where each of the concurrent trials trains `volumes_per_s` volumes per second."""
     epoch_s = len(split_of(spec, heaviest(spec)).train) / volumes_per_s
     return Forecast(
         epoch_s, None, study_s(spec.num_trials, epochs, epoch_s, concurrent), spec.num_trials, False
@@ -138,7 +138,7 @@ def split_of(spec: StudySpec, config: FineTuneConfig) -> Split:
 
 
 def measure_pass(config: FineTuneConfig, threads: int) -> Pass:
-    """Return what a volume takes in training and in scoring on CPUs, seconds and GiB. In a process of its own."""
+    """Return seconds and GiB that a volume takes in training and in scoring on CPUs. Runs in a separate process."""
     import torch
 
     from trainables.network.model import configured_network

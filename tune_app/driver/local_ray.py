@@ -43,10 +43,10 @@ SESSION = "MEDTUNE_RAY_SESSION"
 
 
 def keep_strangers_out() -> None:
-    """Give the local Ray that this process starts next a token of its own, which is written nowhere.
+    """Give the local Ray that this process starts next a separate token, which is written nowhere.
 
-    A local Ray listens on all interfaces, and whoever may talk to it can run code. Ray asks for a token by itself (2.60 and
-    later), but saves the one it makes where others on the machine can read it. Nothing is changed where the user has said
+    A local Ray listens on all interfaces, and every client that reaches it can run code. Ray asks for a token by default
+    (2.60 and later), but saves the one it makes where others on the machine can read it. Nothing is changed where the user has set
     how Ray authenticates (RAY_AUTH_MODE and its neighbours).
     """
     if not _of_authentication():
@@ -58,14 +58,14 @@ def _of_authentication() -> dict[str, str]:
 
 
 def _forget_token(before: Mapping[str, str]) -> None:
-    """Have the environment say again how Ray authenticates what it said `before` a local Ray was started."""
+    """Remove the variables of Ray's authentication that were not set `before` a local Ray was started."""
     for name in set(_of_authentication()) - set(before):
         del os.environ[name]
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def would_start_ray(address: str | None) -> bool:
-    """Whether a study here works with a Ray of its own on this machine: none is connected, named, or in RAY_ADDRESS."""
+    """Whether a study here starts its own Ray on this machine: none is connected, named, or in RAY_ADDRESS."""
     return not ray.is_initialized() and cluster_address(address) is None
 
 
@@ -76,7 +76,7 @@ class OwnRay:
     folder: Path
     """All its files. Another Ray of this machine has other ones."""
     mark: str
-    """What the folder's marker says: of this process and this Ray alone."""
+    """Content of the folder's marker: unique to this process and this Ray."""
     keep: bool = False
     """Whether its logs are left when it has ended."""
 
@@ -146,8 +146,8 @@ def own_ray(**options: Any) -> Iterator[OwnRay]:
 def _cpus() -> dict[str, int]:
     """Options for a Ray that has the CPUs which this process may use, of a machine that may have more.
 
-    Ray itself knows neither affinities nor quotas. Where Slurm does not bind processes to CPUs, only its variables say
-    how many a job has. GPUs are told by CUDA_VISIBLE_DEVICES.
+    Ray itself does not know affinities and quotas. Where Slurm does not bind processes to CPUs, only its variables show
+    how many a job has. CUDA_VISIBLE_DEVICES lists the GPUs.
     """
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or ""
     of_slurm = "SLURM_JOB_ID" in os.environ and given.isdecimal()
@@ -155,7 +155,7 @@ def _cpus() -> dict[str, int]:
 
 
 def _start_ray(folder: Path, options: dict[str, Any]) -> None:
-    """Start a local Ray. It gives up after 30 s by itself, which a busy machine may take."""
+    """Start a local Ray. By default Ray gives up after 30 s, and a start on a busy machine may take that long."""
     keep_strangers_out()
     options = _cpus() | options
     os.environ.setdefault(
@@ -208,9 +208,9 @@ def _forget_what_ray_keeps() -> None:
 
 
 def end_workers(session: str, *, patience_s: float = LEAVING_S) -> None:
-    """Kill the workers that a local Ray has left behind and that have not ended by themselves in `patience_s`.
+    """Kill the workers that a local Ray has left behind and that have not ended on their own in `patience_s`.
 
-    A worker ends by itself when its raylet has, but not while it is frozen, or stuck in a driver of its GPU, whose memory
+    A worker normally ends when its raylet has, but not while it is frozen, or stuck in a driver of its GPU, whose memory
     it would keep.
     """
     deadline = time.monotonic() + patience_s
@@ -247,9 +247,9 @@ class _Told(logging.Handler):
 
 
 class _WithoutRaylets:
-    """Standard output without what Ray prints there of its raylets, whatever `log_to_driver` says: that goes to its log.
+    """Standard output without the lines that Ray prints about raylets, whatever `log_to_driver` is: these go to the log.
 
-    A worker that died is a page of guesses at why; who it was and what becomes of the trial is told by the study.
+    Ray prints a page of guesses at why a worker died; the study itself reports the trial, and whether that continues.
     """
 
     notice = re.compile(
@@ -266,7 +266,7 @@ class _WithoutRaylets:
             logging.getLogger("ray.raylet").error(
                 "%s", found[1]
             )  # the level that Ray leaves its loggers
-            self._thread.inside = True  # `print` writes the line's end by itself
+            self._thread.inside = True  # `print` writes the line's end separately
         elif not ended:
             self._stream.write(text)
         return len(text)

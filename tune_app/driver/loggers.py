@@ -19,7 +19,7 @@ from tune_app.study.requests import log
 from tune_app.study.spec import StudySpec
 
 NOT_METRICS = ("trial", "time", "epoch")
-"""Entries of a row that say which row it is."""
+"""Entries of a row that identify the row."""
 
 TAGS = ("state", "verdict", "verdict_summary", "reason", "variant")
 """Entries of a trial's record that other tools get as tags."""
@@ -45,7 +45,7 @@ class TrialLogger(Protocol):
 
 
 def study_loggers(spec: StudySpec, files: StudyFiles) -> list[TrialLogger]:
-    """Return the loggers of `spec.log`. Raises SpecError when what they need is not installed or does not answer."""
+    """Return the loggers of `spec.log`. Raises SpecError where a package or a server is missing."""
     makers: dict[str, Callable[[Path], TrialLogger]] = {
         "tensorboard": TensorBoard,
         "mlflow": MLflow,
@@ -79,7 +79,7 @@ class Loggers:
         for logger in list(self._working):
             try:
                 send(logger)
-            except Exception as error:  # noqa: BLE001  what a server or another program raises is not known here
+            except Exception as error:  # noqa: BLE001  exceptions of a server or another program are not known here
                 self._working.remove(logger)
                 log.warning(
                     "%s gets no more rows of this session: %s",
@@ -98,7 +98,7 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a trial's record says in words."""
+    """Return the entries TAGS of a trial's record, as text."""
     return {name: str(record[name]) for name in TAGS if record.get(name) is not None}
 
 
@@ -160,7 +160,7 @@ class MLflow:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table it makes
         self.name = root.absolute().name
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         # MLflow takes no folder any more

@@ -104,5 +104,5 @@ class Notifier:
                 start_new_session=True,
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            # An address may hold a token: neither it nor the command is written to the log.
+            # An address may hold a token: the address and the command are never written to the log.
             log.warning("notify: %s was not delivered: %s", message["event"], type(error).__name__)

@@ -26,7 +26,7 @@ from trainables.data.storage import absolute
 log = logging.getLogger("medtune.study")
 
 STUDY_NAME = "medtune"
-"""Name of a study in a file of its own, and of those that earlier versions kept in a shared storage."""
+"""Name of a study in its own file, and of those that earlier versions kept in a shared storage."""
 
 
 def shared_study_name(place: str) -> str:
@@ -43,7 +43,7 @@ REASON = "reason"  # trial attribute: why it was stopped or failed
 
 
 class SearchError(ValueError):
-    """A study that cannot be opened or continued as asked; the message says what to do."""
+    """A study that cannot be opened or continued as asked; the message names the remedy."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -118,7 +118,7 @@ class Database:
         self.source = (
             self.name if self.study_name == STUDY_NAME else f"{self.name}#{self.study_name}"
         )
-        """The study among all that are known, as recorded with what is taken over from it."""
+        """The study's unique name, as recorded with the trials that are taken over from it."""
         self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
         """The study's user attributes."""
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
@@ -290,7 +290,7 @@ def _choose_journal(path: Path) -> None:
                 "PRAGMA locking_mode=EXCLUSIVE"
             )  # reads a write-ahead log without shared memory
             db.execute("PRAGMA journal_mode=DELETE")
-            db.execute("BEGIN IMMEDIATE")  # what is wrong may be something else
+            db.execute("BEGIN IMMEDIATE")  # the cause may be another one
             db.rollback()
         log.warning(
             "%s: its file system cannot share memory between processes: written with a rollback journal, which is slower",

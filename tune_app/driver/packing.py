@@ -1,9 +1,9 @@
 """How many trials share a GPU: measured on the study's own cohort and configuration, and remembered in the cache.
 
 Processes as trials are start at the same time and load what trials load. The first one trains alone, which gives the
-memory that a trial takes, and with it the most trials that a GPU can hold. Then so many warm up together, and 1, 2, 4 ...
-of them train at the same time, under CUDA MPS where trials will. What comes of it is kept for the same kind of GPU,
-configuration, size of the cohort and versions; another study of these does not measure again.
+memory that a trial takes, and with it the most trials that a GPU can hold. Then that number of processes warm up
+together, and 1, 2, 4 ... of them train at the same time, under CUDA MPS where trials will. The result is kept for the
+same kind of GPU, configuration, size of the cohort and versions; another study of these does not measure again.
 """
 
 import time
@@ -60,7 +60,7 @@ class Window(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a probe found when it was alone, in GiB."""
+    """Memory that a probe measured when it was alone, in GiB."""
 
     taken: float
     """By a trial: network, activations, the cohort on the device, CUDA itself."""
@@ -110,12 +110,12 @@ def pick_packing(volumes_per_s: Mapping[int, float]) -> int:
 
 
 def most_that_fit(memory: Memory, most: int) -> int:
-    """Return how many trials, `most` at most, a GPU's memory holds: the one that was measured, and others beside it."""
+    """Return how many trials, `most` at most, a GPU's memory holds: the one that was measured, and others next to it."""
     return max(1, min(most, 1 + int(MEMORY_SHARE * memory.free / memory.taken)))
 
 
 def most_of_use(spec: StudySpec, resources: Mapping[str, float]) -> int:
-    """Return how many trials a GPU can get at all: by CPUs, and by what the study allows and needs."""
+    """Return the most trials that a GPU can get: by CPUs, and by the number that the study allows and needs."""
     gpus = max(1, int(resources.get("GPU", 0)))
     limits = [resources.get("CPU", 1.0) // spec.cpus_per_rank, spec.num_trials]
     limits += [spec.max_concurrent] if spec.max_concurrent else []
@@ -166,7 +166,7 @@ def packing_for(
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What was remembered; nothing where the file is damaged: it is measured again."""
+    """The remembered results; empty where the file is damaged: they are measured again."""
     try:
         known = read_json(file)
     except (OSError, ValueError):
@@ -206,8 +206,8 @@ def measure_packing(
 ) -> dict[int, float]:
     """Return the total throughput, volumes/s, of 1, 2, 4 ... up to `most` short runs at once on one GPU of this Ray.
 
-    No more are tried than the GPU's memory holds, nor once a number brought less than the one before. On `device="cpu"` the
-    runs share CPUs instead, for tests.
+    No more are tried than the GPU's memory holds, and no more once a number was slower than the one before. On
+    `device="cpu"` the runs share CPUs instead, for tests.
     """
     share = {"num_gpus": 1 / most, "num_cpus": cpus} if device == "cuda" else {"num_cpus": 1}
     probes = [
@@ -246,7 +246,7 @@ class _Probe:
         self.volumes = 0
 
     def load(self) -> None:
-        """Settle how the GPU is shared, and load what a trial loads."""
+        """Settle how the GPU is shared, and load the same modules as a trial."""
         if self.device == "cuda":
             mps.join(self.mode)
             keep_kernels(Path(self.cohort).parent)

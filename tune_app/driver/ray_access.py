@@ -1,7 +1,7 @@
 """Which Ray a command works with, and the token it shows there: decided here for every command.
 
-Ray takes a token by itself only where it starts a cluster or finds one on its own machine, not at an address that is
-named. Ray is imported inside the functions.
+Ray uses a token automatically only where it starts a cluster or finds one on its own machine, not at an address that
+is named. Ray is imported inside the functions.
 """
 
 import os
@@ -15,15 +15,15 @@ HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 class AddressError(ValueError):
-    """An address that is no Ray cluster's, or a cluster that cannot be joined. The message says what to do."""
+    """An address that is no Ray cluster's, or a cluster that cannot be joined. The message names the remedy."""
 
 
 def cluster_address(given: str | None) -> str | None:
     """Return the address of the cluster to work on; None stands for a Ray of this process's own.
 
     `given`: the option --address. Without it, or with `auto`, RAY_ADDRESS decides where it is set, as it is in a job on
-    a cluster; `local` is a Ray of its own whatever RAY_ADDRESS says. `auto` alone is the cluster of this machine.
-    Raises AddressError for anything that is neither of these nor HOST:PORT.
+    a cluster; `local` is a separate Ray whatever RAY_ADDRESS is. `auto` alone is the cluster of this machine.
+    Raises AddressError for anything but these and HOST:PORT.
     """
     address, source = given, f"--address {given}"
     if given in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):
@@ -66,7 +66,7 @@ def use_token_if_there() -> str | None:
 
 
 def _place_of_token() -> str | None:
-    """Where the token is; its file is made readable by its owner alone, as whoever has it can run code."""
+    """Where the token is; its file is made readable by its owner alone, as every client that has it can run code."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     if given := os.environ.get("RAY_AUTH_TOKEN_PATH"):

@@ -32,18 +32,18 @@ RAYS_OWN = {
     DONE,
     SHOULD_CHECKPOINT,
 }
-"""Keys that Ray adds to what a trial reports; they belong to its attempt, not to the run."""
+"""Keys that Ray adds to a trial's report; they belong to its attempt, not to the run."""
 
 
 class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
-    """Starts trials in order, and stops them when `policy` says so, or when a trial reports that its failure is final.
+    """Starts trials in order, and stops them when `policy` decides so, or when a trial reports that its failure is final.
 
     A trial's Ray config holds `trial` (its id) and `overrides` (a dict of hyperparameters); `base` are the study's own,
     which the overrides go before. Each report with a new `epoch` is given to `record` first, as the row
-    `{"trial", "time", **metrics}` with None for what is not finite: a decision never rests on a row that a killed driver
-    would lose. `requested` says whether a trial is to be stopped, in words. Then `log` gets the decision, and `stopped`
-    the reason of one that stops. `fatal` holds failures for good by trial; `begun` and `failed` get Tune's trials.
-    `spent` says whether no other trial must use a trial's process.
+    `{"trial", "time", **metrics}` with None for values that are not finite: a decision never rests on a row that a
+    killed driver would lose. `requested` returns the request to stop a trial, in words, or None. Then `log` gets the
+    decision, and `stopped` the reason of one that stops. `fatal` holds failures for good by trial; `begun` and `failed`
+    get Tune's trials. `spent` returns whether no other trial must use a trial's process.
     """
 
     # Buffered results would be decided on in bursts, epochs after the first of them.
@@ -78,7 +78,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         return {}  # Tune pickles its arguments, for a restore that is never asked for
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Accept whatever Tune was told: the policy has its own metric and mode."""
+        """Accept every metric and mode of Tune: the policy has its own ones."""
         self._metric = metric
         return True
 
@@ -124,7 +124,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
             tune_controller._started_actors.discard(tune_controller._trial_to_actor.get(trial))
 
     def on_trial_error(self, tune_controller: "TuneController", trial: Trial) -> None:
-        """Record a failure for good while nobody else knows it: a killed driver would find it settled, and not why."""
+        """Record a failure for good before the searcher does: a driver killed in between would find it settled without a reason."""
         # ERROR is set before this, not after, where the trial is going to be tried again.
         if trial.status != Trial.ERROR:
             self._failed(trial)

@@ -15,15 +15,16 @@ from tune_app.study.spec import StudySpec
 
 RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
 DECIDED = {"trial", "epoch", "action", "reason", "summary"}
-"""What a trial's record and a decision must have for a study to go on."""
+"""Keys that a trial's record and a decision must have for a study to resume."""
 NOT_ENDED = {"state": "running", "ended": None, "reason": None, "error": None}
-"""In the record of a trial that runs, or is to go on."""
+"""In the record of a trial that runs, or is to resume."""
 
 
 class Recorder:
     """The study directory as the driver writes it: rows, decisions, and one record a trial.
 
-    `clock` says when trials start and end, in seconds since 1970. Raises StudyDamageError when what earlier drivers wrote has been damaged.
+    `clock` gives the times at which trials start and end, in seconds since 1970. Raises StudyDamageError when files of
+    earlier drivers have been damaged.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Recorder:
         self._writing: dict[str, Future[None]] = {}
 
     def _damage(self, decisions: list[dict[str, Any]]) -> Iterator[str]:
-        """What no driver has written and none can go on from, though it may be read."""
+        """Problems of files that no driver has written so and none can resume from, though they may be read."""
         for trial, record in self.records.items():
             path = self.files.trial(trial).record
             if missing := sorted(RECORDED - record.keys()):
@@ -90,7 +91,7 @@ class Recorder:
         return [trial for trial, record in self.records.items() if record["state"] == "failed"]
 
     def reopened(self, trial: str) -> None:
-        """A trial that has failed is to go on: its record is that of one left by a killed driver."""
+        """A trial that has failed is to resume: its record is that of one left by a killed driver."""
         self._write(self.records[trial] | NOT_ENDED | {"objective": None})
         self.written(trial)
 
@@ -120,7 +121,7 @@ class Recorder:
             }
         )
         if state == "failed":
-            self.written(trial)  # nothing else says why; the other ends follow from the rows
+            self.written(trial)  # its reason is nowhere else; other ends follow from rows
         self.rows.pop(trial, None)
         return self.records[trial]
 

@@ -1,4 +1,4 @@
-"""What a trial asks for and how many trials run at a time."""
+"""The resources that a trial asks for, and how many trials run at a time."""
 
 import time
 from collections.abc import Mapping
@@ -57,13 +57,13 @@ class Plan:
 
 
 def plan_lines(plan: Plan, shared: str) -> list[str]:
-    """Return what is shown of the plan; `shared` says how GPUs are shared. Where trials have to wait, that too."""
+    """Return the lines that show the plan; `shared` states how GPUs are shared. Where trials have to wait, that too."""
     busy = busy_text(plan, ray.available_resources())
     return [f"{plan.text}{shared}", *([busy] if busy is not None else [])]
 
 
 def busy_text(plan: Plan, free: Mapping[str, float]) -> str | None:
-    """Return a line where what is `free` (Ray's names) holds no trial, as others use the rest; None where it does."""
+    """Return a line where the `free` resources (Ray's names) hold no trial, as others use the rest; None where they do."""
     wanted = {"CPU": float(plan.cpus_per_rank * plan.ranks), "GPU": plan.gpus_per_rank * plan.ranks}
     short = [
         f"{free.get(name, 0.0):g} {name} of {amount:g}"

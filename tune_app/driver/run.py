@@ -2,7 +2,7 @@
 
 Every row a trial reports is written to epochs.jsonl before anything is decided on it, and everything decided is a pure
 function of those rows in their order. A killed study is therefore rebuilt by reading the rows again: the policy
-remakes its rungs, trials that had ended are settled, the others go on from their own checkpoints. Nothing is read back
+remakes its rungs, trials that had ended are settled, the others resume from their own checkpoints. Nothing is read back
 from Ray's experiment state, which is saved seconds too late and forgets the scheduler's rungs.
 """
 
@@ -112,13 +112,13 @@ def run_study(
     on_epoch: Callable[[str, Mapping[str, Any]], None] | None = None,
     notify: str | None = None,
 ) -> Outcome:
-    """Run `spec` in the directory `root` until every trial has ended; go on where an earlier session left off.
+    """Run `spec` in the directory `root` until every trial has ended; continue where an earlier session left off.
 
     `root` may be object storage (s3://...): the work is then mirrored there. `go_on`: resume where there is a study.
-    `retry_failed`: trials that have failed for good go on, too, from their checkpoints. `on_epoch` is called with a trial's
+    `retry_failed`: trials that have failed for good resume, too, from their checkpoints. `on_epoch` is called with a trial's
     name and row after each of its epochs. `notify`: command or http(s) address for messages (`driver.notify`).
 
-    `console` shows progress, `notes` says what is worth knowing. `address`: a running Ray cluster; None starts a local
+    `console` shows progress, `notes` prints all other messages. `address`: a running Ray cluster; None starts a local
     Ray and stops it at the end. Ctrl-C leaves a study that `resume` completes.
 
     Raises SpecError when the directory holds another study or the resources can never hold a trial, StudyBusyError
@@ -176,7 +176,7 @@ def _report_end(notifier: Notifier, outcome: Outcome) -> None:
 
 
 def _warming_up(spec: StudySpec, address: str | None) -> AbstractContextManager[object]:
-    """Let a process beside this one compile what trials on this machine's GPU need."""
+    """Let a process next to this one compile the kernels that trials on this machine's GPU need."""
     if spec.gpus_per_trial == 0 or not would_start_ray(address):
         return nullcontext()
     return WarmUp(heaviest(spec), Path(spec.cache or default_cache()), spec.mps)
@@ -213,7 +213,7 @@ def _run_locked(
 ) -> Outcome:
     made = [path for path in (files.spec, files.database) if not path.exists()]
     loggers = _tidy_up(spec, files, url, resume=resume)
-    if not resume:  # one of an earlier version may go on: its other trials can run
+    if not resume:  # one of an earlier version may resume: its other trials can run
         refuse_what_cannot_run(spec)
     refuse_preprocessing(spec, files.read() if resume else None)
     if would_start_ray(address):  # elsewhere the path is of the nodes
@@ -288,7 +288,7 @@ def _print_time_is_over(states: Mapping[str, int], place: str | Path, notes: Any
 
 
 def _print_without_epochs(files: StudyFiles, notes: Any) -> None:
-    """Say so where a session that was interrupted leaves a study without a single epoch."""
+    """Print a note where a session that was interrupted leaves a study without a single epoch."""
     if not (files.epochs.exists() and files.epochs.stat().st_size):
         notes.print(
             "interrupted before the first epoch had ended: no trial has a score yet, and all that was prepared is kept",
@@ -297,7 +297,7 @@ def _print_without_epochs(files: StudyFiles, notes: Any) -> None:
 
 
 def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: bool) -> Loggers:
-    """Remove what a killed driver left in the study's folder; return the study's loggers.
+    """Remove remains of a killed driver from the study's folder; return the study's loggers.
 
     Raises SpecError where the folder is not the study's, or a logger lacks something.
     """
@@ -306,7 +306,7 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
         raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
-    # What a logger lacks must be told before the study has begun
+    # A logger that lacks something must fail before the study has started
     loggers = Loggers(study_loggers(spec, files))
     if files.spec.exists():  # else the folder is not known to be ours
         sweep_temporaries(files.root)
@@ -342,7 +342,7 @@ def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -
 
 @contextmanager
 def _nothing_left_of(made: Iterable[Path]) -> Iterator[None]:
-    """Remove `made` where the block fails: the corrected command would be told that the folder holds a study."""
+    """Remove `made` where the block fails: the corrected command would fail because the folder holds a study."""
     try:
         yield
     except Exception:
@@ -366,7 +366,7 @@ def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
 def _check_weights(spec: StudySpec) -> None:
     """Raise SpecError where a checkpoint that trials start from is not there, or does not fill their network.
 
-    Else every trial of the search would find that out by itself. In a process of its own: a driver does without torch.
+    Else each trial of the search would fail with the same error. Runs in a separate process: a driver does without torch.
     """
     planned = ({}, *(trial.overrides for trial in spec.planned))
     configs = [spec.config_of(overrides) for overrides in planned]

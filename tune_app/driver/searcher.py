@@ -1,15 +1,15 @@
 """An Optuna study behind Ray Tune's Searcher: the sampler looks at memory, the record is a database that survives.
 
-Ray's own `OptunaSearch` tells stopped trials as complete, leaves NaN trials running for ever and queues its first
-points again at each start. Here a stopped trial is pruned, a failed one failed, and the database alone says what has
-been asked for, so that a killed search is taken up by opening it again:
+Ray's own `OptunaSearch` reports stopped trials as complete, leaves NaN trials running for ever and queues its first
+points again at each start. Here a stopped trial is pruned, a failed one failed, and the database alone holds the trials
+that have been asked for, so that a killed search is taken up by opening it again:
 
 - A trial is in the database before Ray hears of it, with its parameters, in one transaction.
-- What the sampler draws for trial n depends on the seed, n and the trials it knows, never on how often the search was
+- The sampler's draw for trial n depends on the seed, n and the trials it knows, never on how often the search was
   started: each trial has its own random stream.
 - Each change goes to an in-memory study first, which the sampler reads, and to the database at once. Behind Optuna's
   own database storage a trial costs three times as much: it is read back after each write, and each parameter is looked
-  up and written by itself.
+  up and written separately.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ Row = Mapping[str, Any]
 """One epoch of one trial: `epoch`, counted from 1, and the metrics."""
 
 
-_SEARCH = "search"  # study attribute: what the values of its trials depend on
+_SEARCH = "search"  # study attribute: the settings that the values of its trials depend on
 _OVERRIDES = "overrides"  # trial attribute: the config overrides its parameters became
 CHANCE = 0.5
 """AUC of a network that has learned nothing."""
@@ -75,11 +75,11 @@ CHANCE = 0.5
 _POINT = "point"  # trial attribute: name of the setting it was asked for by
 _FROM = "from"  # trial attribute: earlier study and number it was taken over from
 _TAKEN_OVER = "taken over"  # study attribute: earlier studies already taken over
-_STREAM = "stream"  # trial attribute: what the sampler keeps with the study, as of this trial
+_STREAM = "stream"  # trial attribute: the attributes that the sampler keeps with the study, as of this trial
 
 
 class TakenOver(NamedTuple):
-    """What became of the trials of earlier studies at this start."""
+    """Counts of the trials of earlier studies that this start took over or left out."""
 
     added: int
     left_out: dict[str, int]
@@ -87,21 +87,22 @@ class TakenOver(NamedTuple):
 
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
-    """Gives Ray Tune the next trial of an Optuna study, and tells the study what became of it.
+    """Gives Ray Tune the next trial of an Optuna study, and reports its end to the study.
 
     `suggest` returns {"trial": "00007", "overrides": {...}}: the Optuna number as the trial's name, and everything the
     run's config differs from the defaults in. Trials that a killed search left running come first, under the same name
     and with the same overrides; then the settings of `warm_start` that were never asked for (names of
-    `search_spaces.spaces.WARM_STARTS`; None: all that lie in the space); then what the sampler draws, until the study
+    `search_spaces.spaces.WARM_STARTS`; None: all that are in the space); then the sampler's draws, until the study
     has `num_trials` trials. Failed trials count, and are not asked for again unless `retry` names them: those are then
-    as a killed search would have left them. `warm_start_from` adds to what the sampler knows and counts for nothing.
+    as a killed search would have left them. Trials of `warm_start_from` are known to the sampler, and do not count.
 
-    `objective` takes a trial's rows, one an epoch, in order, and returns what it is worth: larger is better, and a
+    `objective` takes a trial's rows, one an epoch, in order, and returns the trial's value: larger is better, and a
     value that is not finite is no score. `metric` is the column it is computed from, shown epoch by epoch. A result
-    with the column `failure` says that the trial has failed, and why. `rows` holds the rows recorded by earlier
-    sessions, by trial number; those of trials left running are read. `identity` names what values depend on beside the
-    overrides, such as the cohort and the objective: a study of another identity, space or length is refused.
-    `prior` is what the model knows before anything has run; None: nothing.
+    with the column `failure` marks the trial as failed, and holds the reason. `rows` holds the rows recorded by earlier
+    sessions, by trial number; those of trials left running are read. `identity` holds all that values depend
+    on in addition to the overrides, such as the cohort and the objective: a study of another identity, space or length is
+    refused.
+    `prior` is the model's knowledge before anything has run; None: no knowledge.
     `ended`: trials that have ended by the rows, which are the truth: others that the database calls complete or pruned are
     reopened (None: the database is believed). `storage` is the path of a SQLite file or an Optuna storage URL, `study_name`
     the study's name in it. One process at a time may have a study open.
@@ -209,7 +210,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell the study how the trial ended, once.
+        """Report to the study, once, how the trial ended.
 
         An error is a failure. A trial that reached the last epoch is complete, with the objective's value; any other
         was stopped and is pruned, as is one without a finite value.
@@ -239,7 +240,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its arguments at each start, and nothing is read back from that
 
-    # ---- what the study's driver calls ----
+    # ---- called by the study's driver ----
 
     @property
     def left_running(self) -> tuple[int, ...]:
@@ -248,7 +249,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how this search starts: points that are not tried, earlier trials taken over."""
+        """Notes for the user on how this search starts: points that are not tried, earlier trials taken over."""
         told = []
         if not self._database.found:  # at the first start only
             told = [
@@ -297,9 +298,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         *,
         reason: str | None = None,
     ) -> None:
-        """End a trial that is recorded as ended, where the driver was killed before it could tell the study.
+        """End a trial that is recorded as ended, where the driver was killed before it could report that to the study.
 
-        Does nothing to a trial the study knows to have ended. `value` is what a completed trial is worth; `rows` are all
+        Does nothing to a trial the study knows to have ended. `value` is the value of a completed trial; `rows` are all
         its rows. Raises SearchError for a trial the study does not have.
         """
         if number >= self._memory.get_n_trials(self._memory_study):
@@ -370,7 +371,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         )
 
     def _modelled(self, number: int) -> Sample:
-        """Return what the model chooses for trial `number`, with a random stream of its own."""
+        """Return the model's choice for trial `number`, which has its own random stream."""
         known = [trial for trial in self._trials() if trial.state != TrialState.FAIL]
         ended = [trial for trial in known if trial.state.is_finished()]
         running = [trial for trial in known if not trial.state.is_finished()]
@@ -407,8 +408,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         return CHANCE if value is None else value, min(share, 1.0)
 
     def _sampler(self, number: int) -> BaseSampler:
-        """A sampler for one trial, with a random stream of the trial's own: a restarted search draws what it would have
-        drawn, and never the same again."""
+        """A sampler for one trial, with a random stream for this trial: a restarted search makes the same
+        draw for it, and a different one for every other trial."""
         stream = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         if self._sampler_name == "random":
             return RandomSampler(seed=stream)
@@ -447,7 +448,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             self._database.report(number, epoch, value)
 
     def _finish(self, number: int, ended: EndState | None, value: float | None = None) -> None:
-        """Tell memory and database. Without `ended`, whether the trial is complete is read off its rows."""
+        """Record the end in memory and database. Without `ended`, whether the trial is complete is read off its rows."""
         rows = self._rows.pop(number)
         for epoch, known in self._trial(number).intermediate_values.items():
             rows.setdefault(
@@ -478,7 +479,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         retry: Collection[int],
         ended: Collection[int] | None,
     ) -> None:
-        """Fill memory from the database, and take up what a killed search left, and what is to be tried again."""
+        """Fill memory from the database, and take up trials that a killed search left, and those to be tried again."""
         for trial in self._database.found:
             if trial.number in retry and trial.state == TrialState.FAIL:
                 self._database.reopen(trial.number)
@@ -540,7 +541,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             )
 
     def _take_over(self, studies: Sequence[str | Path]) -> TakenOver:
-        """Add the finished trials of earlier studies, each study once, so that the sampler starts from what they found.
+        """Add the finished trials of earlier studies, each study once, so that the sampler starts from their results.
 
         A study is named by its folder, or by its storage URL. Its trial is taken over if it could have been a trial of
         this study: of the same identity and length, equal in everything the space holds, and inside every range. Its
@@ -574,7 +575,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         return TakenOver(added, left_out)
 
     def _earlier_trials(self, earlier: "Database") -> Iterator[tuple[FrozenTrial, str | None]]:
-        """The finished trials of an earlier study as they would stand in this one, or the reason they cannot."""
+        """The finished trials of an earlier study as they would be stored in this one, or the reason they cannot."""
         identity = earlier.attrs.get(_SEARCH, {}).get("identity", {})
         differing = sorted(
             key
@@ -675,7 +676,7 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
 
 
 def _finite(value: Any) -> float | None:
-    """The number, or None for what is no score: NaN, infinities, null and everything that is no number."""
+    """The number, or None for a value that is no score: NaN, infinities, null and everything that is no number."""
     number = as_number(value)
     return number if math.isfinite(number) else None
 

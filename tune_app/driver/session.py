@@ -99,7 +99,7 @@ class StudySession:
 
         After `begin`.
 
-        `local`: this Ray is the study's own, and nobody adds a node to it.
+        `local`: this Ray is the study's own, and no node is ever added to it.
         """
         self.keep_to_budget()
         self.ranks = plan.ranks
@@ -113,7 +113,7 @@ class StudySession:
             plan.bundles,
             say=log.warning,
             local=local,
-            # A gang ends itself first, and can say which rank hangs.
+            # A gang ends itself first, and can name the rank that hangs.
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
         searcher = self.searcher
@@ -284,7 +284,7 @@ class StudySession:
         )
 
     def _study_name(self) -> str:
-        """The study's name in its storage: of its own where others are, the same one in a file of its own."""
+        """The study's name in its storage: unique in a shared storage, the same for every study in its own file."""
         if self.spec.storage is None or not self.files.spec.is_file():
             return STUDY_NAME
         return str(self.files.read().get(OPTUNA_STUDY) or STUDY_NAME)
@@ -299,13 +299,13 @@ class StudySession:
             )
 
     def _settle(self, searcher: Any) -> None:
-        """Settle trials that had ended before their driver could say so."""
+        """Settle trials that had ended before their driver could record it."""
         decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
             if (
                 record["state"] not in ENDED and int(trial) in failed
-            ):  # Tune tells the searcher first
+            ):  # Tune calls the searcher first
                 record = self.recorder.ended(
                     trial, "failed", failed[int(trial)], error=failed[int(trial)]
                 )
@@ -359,7 +359,7 @@ class Interrupt:
             signal.signal(number, self._preempt if number in TAKEN_AWAY else self._ask)
 
     def take(self, saved: Callable[[], bool] = lambda: True) -> None:
-        """Raise KeyboardInterrupt if one was asked for or the time is over; Preempted once `saved` says so, or there is no time left."""
+        """Raise KeyboardInterrupt if one was asked for or the time is over; Preempted once `saved` returns True, or there is no time left."""
         if self._before and signal.getsignal(signal.SIGUSR1) != self._preempt:
             self._listen()  # Tune takes SIGUSR1 for itself as it begins
         if self.asked or self.time_is_over():
@@ -393,7 +393,7 @@ class Interrupt:
 
 
 ANSWER_S = 10.0
-"""Seconds a trial's process may take to say where it runs, before its record is written without that."""
+"""Seconds a trial's process may take to report where it runs, before its record is written without that."""
 
 
 class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
@@ -403,7 +403,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
         self.session = session
         self._starting: dict[str, _Starting] = {}
         self._nodes: dict[Any, str] = {}
-        """Where processes run that have said so, by Ray's id of each."""
+        """Nodes of the processes that have reported theirs, by Ray's id of each."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its arguments, for a restore that is never asked for
@@ -521,7 +521,7 @@ class Lifecycle(tune.Callback):  # type: ignore[misc]  # Ray is not typed
 def failure_line(text: str, *, ranks: int, node: str | None) -> str:
     """Return in a line why a trial failed, from Ray's text; of a lost process, which rank it was and on which node.
 
-    `node`: where the trial's record says that it began.
+    `node`: the node in the trial's record, where it started.
     """
     reason = text.splitlines()[-1].strip().removeprefix("trainables.ranks.RankError: ")
     if reason.startswith("The actor is dead"):
@@ -550,7 +550,7 @@ class _Starting:
 
 
 def _node_of(where: Any) -> str | None:
-    """Where the trial runs; None when its process has not said so."""
+    """Where the trial runs; None when its process has not reported it."""
     try:
         return str(ray.get(where, timeout=0)[0])
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):

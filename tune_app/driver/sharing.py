@@ -1,4 +1,4 @@
-"""How trials that share a GPU share it, settled and told before the first of them starts."""
+"""How trials that share a GPU share it, settled and printed before the first of them starts."""
 
 from contextlib import ExitStack
 from types import TracebackType

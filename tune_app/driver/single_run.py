@@ -37,7 +37,7 @@ def train_once(
     console: Console,
     notes: Console,
 ) -> int:
-    """Run `config` on `table` into `folder`, going on from a checkpoint there; returns the exit code.
+    """Run `config` on `table` into `folder`, from a checkpoint there if one exists; returns the exit code.
 
     A line an epoch goes to `console`, everything else to `notes`.
     """
@@ -100,7 +100,7 @@ def train_once(
 
 
 def _good_end(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a run without a fault has come to."""
+    """The result of a run without a fault."""
     scored = [
         row for row in rows if row["val_auc"] is not None and row["val_auc"] == row["val_auc"]
     ]

@@ -16,8 +16,8 @@ INTERRUPTED, PREEMPTED = 130, 75
 """Exit codes of a driver that left a study which `medtune resume` completes: a user ended it; its machine was to be taken
 away, and the same command elsewhere, or later, continues (EX_TEMPFAIL of sysexits.h)."""
 STARTING = 143
-"""Exit code of a driver that SIGTERM ended before its trials began: that of a process which the signal ends by itself, as it
-does while modules are loaded."""
+"""Exit code of a driver that SIGTERM ended before its trials began: that of a process without a handler, as the driver
+is while modules are loaded."""
 TAKEN_AWAY = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of Slurm, Kubernetes and spot instances before they take a machine away."""
 GRACE_S, USR1_GRACE_S = "MEDTUNE_GRACE_S", "MEDTUNE_USR1_GRACE_S"
@@ -26,7 +26,7 @@ Slurm sends earlier than the SIGTERM that all processes of a job get."""
 USUAL_GRACE_S = 30.0
 """Of Kubernetes (terminationGracePeriodSeconds) and Slurm (KillWait)."""
 CLOSING_S = 14.0
-"""Of these, what the driver keeps for its own end: Ray takes some seconds."""
+"""The part of these seconds that the driver keeps for its own end: Ray takes some seconds."""
 
 STOP_SIGNAL = signal.SIGUSR2
 """What interrupts the driver: Ray Tune takes SIGUSR1 for itself, and SIGINT is ignored in a process that a shell put
@@ -55,7 +55,7 @@ def saving_s(number: int) -> float:
 
 @contextmanager
 def taken_away_while_ray_starts() -> Iterator[None]:
-    """Within the block, which starts or joins Ray, SIGTERM raises Preempted: Ray has a handler of its own, which exits with 15."""
+    """Within the block, which starts or joins Ray, SIGTERM raises Preempted: Ray has its own handler, which exits with 15."""
     try:
         yield
     except SystemExit as error:
@@ -80,7 +80,7 @@ def stopping_on_request(files: StudyFiles) -> Iterator[None]:
     to stop the study wait.
     """
     for number in TAKEN_AWAY:
-        saving_s(number)  # an error must be told now
+        saving_s(number)  # an error must be raised now
     files.stop_request.unlink(missing_ok=True)
     files.hurry.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():

@@ -37,7 +37,7 @@ class TimeBudget:
 
     @property
     def plan(self) -> str | None:
-        """Return what is known before anything was measured; None without a time."""
+        """Return the line to show before anything was measured; None without a time budget."""
         if self.seconds is None:
             return None
         return (

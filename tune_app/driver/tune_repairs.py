@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 def lost_processes_told_once() -> Iterator[None]:
     """Let a process that dies while Tune makes it ready for its next trial cost that trial one failure, as any other does.
 
-    Tune tells such a death twice, for the process and for the call it was in: by the first the trial is to start again,
+    Tune reports such a death twice, for the process and for the call it was in: by the first the trial is to start again,
     by the second, which finds it waiting, it ends for good, whatever its `max_failures`; and it would never have
     started, as it still counts as being made ready (`TuneController._actor_failed` and `_schedule_trial_reset`, as of
     Ray 2.60).

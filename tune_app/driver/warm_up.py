@@ -1,8 +1,8 @@
-"""Compile and load what the first trials need while the driver prepares: a process of its own trains a few random volumes.
+"""Compile kernels and load modules for the first trials while the driver prepares: a process trains a few random volumes.
 
 On a machine where nothing was trained before, the first process takes half a minute for this, and a driver needs the GPU
 for nothing until its trials start. The process reads the same files and compiles the same kernels as a trial, into the
-same cache. It runs once for each kind of GPU, configuration and versions: a mark in the cache says that it has.
+same cache. It runs once for each kind of GPU, configuration and versions: a mark in the cache shows that it has.
 """
 
 import json
@@ -24,7 +24,7 @@ END_S = 5.0
 
 
 class WarmUp:
-    """Runs beside the driver while the block runs, where this machine has a GPU and nothing has warmed it up before."""
+    """Runs next to the driver while the block runs, where this machine has a GPU and nothing has warmed it up before."""
 
     def __init__(self, config: FineTuneConfig, cache: Path, mode: mps.Mode) -> None:
         self.config, self.cache, self.mode = config, cache, mode
@@ -65,7 +65,7 @@ class WarmUp:
 
 
 def warm_mark(config: FineTuneConfig, cache: Path, gpu: str) -> Path:
-    """Return the file that says that a process has compiled what a trial of `config` needs on this kind of GPU."""
+    """Return the file that marks the kernels of a trial of `config` as compiled on this kind of GPU."""
     versions = [installed_version(name) for name in ("medtune", "torch", "triton")]
     digest = step_digest(config, versions=versions, gpu=gpu)
     return kernel_folder(cache) / f"warm-{digest}"
@@ -103,7 +103,7 @@ def warm_up(config: FineTuneConfig, *, device: str = "cuda") -> None:
 
 
 def main(text: str) -> None:
-    """The process: what it was asked for as JSON."""
+    """Entry of the process: `text` is its task as JSON."""
     work: dict[str, Any] = json.loads(text)
     keep_kernels(Path(work["cache"]))
     mps.join("off" if work["mode"] == "off" else "auto")

@@ -1,4 +1,4 @@
-"""Who is running without getting on, and why: said in time, and ended when it has gone on for too long.
+"""Trials that run without progress, and why: reported in time, and ended when this has lasted too long.
 
 A trial touches the file `alive` in its folder as its steps are done (`trainables.ray_trainable`), from any node that sees
 the study's folder. What moves is left alone, however slow it is. What does not is named after `QUIET_S`, with the reason
@@ -27,7 +27,7 @@ LITTLE_ROOM = 64 * 2**20
 
 
 class StalledError(RuntimeError):
-    """A study in which nothing can go on; what to do stands in the message, and `medtune resume` goes on from here."""
+    """A study in which no trial can continue; the message names the remedy, and `medtune resume` continues from here."""
 
 
 State = Literal["waiting", "taking over", "running", "no room"]
@@ -169,7 +169,7 @@ def reason_of(files: TrialFiles) -> str:
 
 
 def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, float]]) -> str:
-    """Return what a waiting trial takes, and what is free."""
+    """Return the resources that a waiting trial takes, and those that are free."""
     need = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in ("CPU", "GPU")}
     free = resources()
     told = [
@@ -180,7 +180,7 @@ def placing(bundles: list[dict[str, float]], resources: Callable[[], dict[str, f
 
 
 def ending(before: str | None, files: Callable[[str], TrialFiles]) -> str:
-    """Return why a trial whose process is there has not begun; `before`: the trial that the process served last, if known."""
+    """Return why a trial whose process exists has not started; `before`: the trial that the process served last, if known."""
     which, where = (
         ("the trial before", "their disk")
         if before is None
@@ -217,7 +217,7 @@ def watch_tune(
 ) -> Callable[[list[Any]], None]:
     """Return a function for Tune's loop that looks at its trials every few seconds.
 
-    `local`: nobody will add a node to this Ray. When it has lost its own, StalledError is raised at once.
+    `local`: no node will be added to this Ray. When it has lost its own, StalledError is raised at once.
     """
     import ray
 

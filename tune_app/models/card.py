@@ -1,4 +1,4 @@
-"""model.json in words: the Markdown card that travels with a model. A pure function of what the model's folder says."""
+"""model.json in words: the Markdown card that travels with a model. A pure function of the model's folder."""
 
 from trainables.config import FineTuneConfig
 from trainables.data.folds import few_of_a_class
@@ -34,7 +34,7 @@ DECISIONS: dict[Decides, str] = {
 
 
 def model_card(info: ModelInfo, configs: list[FineTuneConfig]) -> str:
-    """Return the card: what the model is, is for and is not for, its data, how it was chosen, what it is worth."""
+    """Return the card: the model, its purpose and its limits, its data, how it was chosen, and its performance."""
     sections = [
         [f"# Model card: {_what(info, configs[0])}", "", f"> {NOT_CLINICAL}"],
         _use(info),

@@ -43,7 +43,7 @@ class Judged:
 def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judged:
     """Return the threshold with the best balanced accuracy, the calibration, and how the model does with both.
 
-    Threshold and calibration are fitted on these very volumes. What they are worth on others is told beside, under
+    Threshold and calibration are fitted on these very volumes. Their performance on others is given, too, under
     names that end in `_unseen`: ten times, each on a tenth of the subjects, with both fitted on the others.
     """
     z_NC, classes = np.asarray(z_NC, dtype=np.float64), z_NC.shape[1]
@@ -162,7 +162,7 @@ def evaluate(
 def wilson(right: Array, subjects: Array) -> Measured:
     """Return the share of `right` with Wilson's score interval (Wilson 1927); no value for no volumes.
 
-    Volumes of one subject stand for as many independent ones as the variance over subjects says, and for the subjects
+    Volumes of one subject stand for as many independent ones as the variance over subjects implies, and for the subjects
     where that variance is zero (Korn and Graubard 1998, Confidence intervals for proportions with small expected number of
     positive counts).
     """
@@ -183,7 +183,7 @@ def wilson(right: Array, subjects: Array) -> Measured:
 
 
 def _independent(right: Array, subjects: Array) -> float:
-    """How many independent volumes tell as much about the share of `right` as these of so many subjects."""
+    """The number of independent volumes that determine the share of `right` as precisely as these correlated ones."""
     persons = len(np.unique(subjects))
     share = float(right.mean())
     if persons == len(right) or persons < 2 or share in (0, 1):

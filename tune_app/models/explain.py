@@ -1,8 +1,8 @@
 """Where in a volume a network found its evidence: 3D Grad-CAM, written in the space of the file it explains.
 
-What it is and is not: the map shows which cells of one layer moved the log-odds of a class up, upsampled to voxels. Its
+Meaning and limits: the map shows which cells of one layer moved the log-odds of a class up, upsampled to voxels. Its
 resolution is that of the layer: layer 4 has one cell for 32 voxels a side (8 in the dilated geometry), so at small
-volume shapes it cannot say where, only that. It does not outline anything, and it does not show that the network is
+volume shapes it cannot locate the evidence. It does not outline anything, and it does not show that the network is
 right.
 """
 
@@ -126,7 +126,7 @@ class Explainer:
         folder.mkdir(parents=True, exist_ok=True)
 
     def notes(self) -> list[str]:
-        """Return what is to be said of all the maps: when the layer is too coarse to locate anything."""
+        """Return the notes on all the maps: when the layer is too coarse to locate anything."""
         notes = []
         if self.layer != self.asked:
             notes.append(
@@ -200,7 +200,7 @@ def to_scan_grid(map_DHW: Array, header: ScanHeader, recipe: Recipe) -> Array:
 def scan_positions(old: int, wanted: int, ratio: float) -> Array:
     """Return where each of the scan's `old` voxels along an axis lies among the `wanted` prepared ones, in their units.
 
-    As `resample` has it: both grids share their centre, the middle is cropped, what is missing is padded evenly.
+    As `resample` has it: both grids share their centre, the middle is cropped, missing voxels are padded evenly.
     """
     if abs(ratio - 1) < 1e-4:
         ratio = 1.0
@@ -282,7 +282,7 @@ def write_slices(
 ) -> None:
     """Write a PNG of three slices through the strongest voxel of the map, the map laid over the scan.
 
-    Radiological view: the patient's right is on the left of axial and coronal slices; letters at the edges say so.
+    Radiological view: the patient's right is on the left of axial and coronal slices; letters at the edges show this.
     Brightness of the overlay follows the map, so that it reads in greyscale too.
     """
     found = bool(map_RAS.max() > 0)

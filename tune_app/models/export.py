@@ -1,9 +1,9 @@
 """Trials of a study -> the folder of a model that can be used elsewhere; and the chosen configuration trained on all.
 
-What is exported is measured again first: the kept weights (averaged ones, or raw ones where the objective is of the raw
-network) score the validation volumes of their run, and unless
+The model is measured again before it is exported: the kept weights (averaged ones, or raw ones where the objective is of
+the raw network) score the validation volumes of their run, and unless
 that gives the AUC that the study recorded, nothing is written. From these scores come the threshold, the calibration
-and every number in the model card, so that a card never speaks of other weights than those beside it.
+and every number in the model card, so that a card always describes the weights next to it.
 """
 
 import csv
@@ -78,7 +78,7 @@ class Chosen:
     trials: pd.DataFrame
     """Their rows of `Study.trials`, best first."""
     epochs: int
-    """Epochs after which their configuration was at its best: for training it anew without validation."""
+    """Epochs after which their configuration was at its best: for training it again without validation."""
     choice: Choice
 
 
@@ -474,7 +474,7 @@ def _logits(
 def score_member(
     run: _Run, manifest: Manifest, cohort: Cohort, device: torch.device, *, folder: str
 ) -> ScoredMember:
-    """Score the run's validation volumes anew. Raises ExportError unless rows, recipe and AUC are those of the study."""
+    """Score the run's validation volumes again. Raises ExportError unless rows, recipe and AUC are those of the study."""
     trial, config = run.trial, run.config
     split = split_rows(
         manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
@@ -528,7 +528,7 @@ def score_member(
 def training_of(
     manifest: Manifest, cohort: Cohort, rows: Array, config: FineTuneConfig
 ) -> Training:
-    """What the volumes that were trained on look like; reads the headers of their files, and the voxels of some."""
+    """Ranges of the volumes that were trained on; reads the headers of their files, and the voxels of some."""
     paths = [manifest.rows["path"].iloc[row] for row in rows]
     with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(read_header, paths))
@@ -582,7 +582,7 @@ def write_model(
                 for name, tensor in one.network.state_dict().items()
             }
             weights.write_bytes(save_tensors(tensors, {"format": "pt"}))
-            # Only the name: where a checkpoint lay on this machine is nobody's business, and no part of the model.
+            # Only the name: the place of a checkpoint on this machine is private, and no part of the model.
             config = one.config.model_copy(update={"pretrained_path": info.training.pretrained})
             write_json(files.config(member.folder), config.model_dump(mode="json"))
             if onnx:
@@ -602,7 +602,7 @@ def write_model(
 
 
 def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
-    """Return what was written, in lines of at most 80 columns but for names."""
+    """Return a summary of the model written, in lines of at most 80 columns but for names."""
     auc = info.validation.metrics["auc"]
     lines = [f"model:     {out}", f"chosen:    {info.choice.how}"]
     value = "-" if auc.value is None else f"{auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"

@@ -1,4 +1,4 @@
-"""What the intensities of the training volumes looked like, small enough for model.json; and what looks otherwise.
+"""Ranges of the training volumes' intensities, small enough for model.json, and notes on volumes outside them.
 
 A network scores whatever has the right shape: a model of CT scored brain MR, and a segmentation mask, without a word.
 """
@@ -35,13 +35,13 @@ class Fingerprint(BaseModel):
     """Lowest value of each of QUANTILES."""
     high: tuple[float, ...]
     background_low: float
-    """Smallest share of voxels at a volume's lowest value: air, padding, or what a window clipped."""
+    """Smallest share of voxels at a volume's lowest value: air, padding, or values that a window clipped."""
     background_high: float
     kinds: tuple[Kind, ...]
-    """What the training files hold, by their values before preparation."""
+    """Kinds of the training files, by their values before preparation."""
 
     def notes_on(self, volume: Array) -> list[str]:
-        """Return in what a prepared volume (C, D, H, W) differs from all training volumes."""
+        """Return how a prepared volume (C, D, H, W) differs from all training volumes."""
         background, quantiles = _measured(volume)
         low, high = np.array(self.low), np.array(self.high)
         width = np.maximum(high - low, FLOOR * (high.max() - low.min()))

@@ -1,6 +1,6 @@
-"""The folder of an exported model: what is in it, written once and checked on every load. No torch here.
+"""The folder of an exported model: its files, written once and checked on every load. No torch here.
 
-    model.json          what the model is, what it was made for, where it decides: `ModelInfo`
+    model.json          description of the model, its purpose and its decision rule: `ModelInfo`
     model.safetensors   weights, as tensors by name; nothing in it can run
     config.json         the FineTuneConfig of the run
     validation.csv      scores of the validation volumes: row of the table, class, logits; no paths, no subjects
@@ -8,8 +8,8 @@
     model.onnx          on request
     SHA256SUMS          of all of these but the card, which is to be completed by hand; `sha256sum --check` reads it
 
-Weights and config of an ensemble's members lie in `members/<trial>`. The sums show damage and mix-ups; they are no
-signature: whoever can replace a file can replace its sum.
+Weights and config of an ensemble's members are in `members/<trial>`. The sums show damage and mix-ups; they are no
+signature: an attacker who can replace a file can replace its sum.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class Measured(_Part):
     low: float | None = None
     high: float | None = None
     interval: str | None = None
-    """What the interval is: score (of an AUC; DeLong in earlier versions), Wilson, or bootstrap over subjects."""
+    """Kind of the interval: score (of an AUC; DeLong in earlier versions), Wilson, or bootstrap over subjects."""
 
 
 class Evaluation(_Part):
@@ -97,22 +97,22 @@ class Member(_Part):
     """The volumes its epoch was chosen on, in words."""
     seed: int
     precision: str
-    """What it was trained in; prediction is always in float32."""
+    """Precision of its training; prediction is always in float32."""
     verdict: str | None
     verdict_summary: str | None
     study_auc: float | None
     """Validation AUC that the study recorded for it."""
     auc: float | None
-    """The same, computed anew at export."""
+    """The same, computed again at export."""
     parameters: int
     calibration: Calibration
-    """Of this member alone: what puts the members of an ensemble on one scale."""
+    """Of this member alone: it puts the members of an ensemble on one scale."""
     onnx_difference: float | None = None
     """Largest difference between the logits of model.onnx and of torch, on validation volumes; None without one."""
 
     @property
     def trouble(self) -> str | None:
-        """What went wrong in its run, in a sentence; None where nothing did. A collapse that healed is told, too."""
+        """The fault of its run, in a sentence; None where there was none. A collapse that healed counts, too."""
         if self.verdict in (None, "healthy") and self.verdict_summary in (None, HEALTHY.summary):
             return None
         return self.verdict_summary or self.verdict
@@ -161,7 +161,7 @@ class Training(_Part):
         return problems
 
     def notes_on(self, spacing_mm: Triple, extent_mm: Triple) -> list[str]:
-        """Return what is unusual about an accepted file."""
+        """Return notes on unusual properties of an accepted file."""
         notes = []
         for name, value, low, high in (
             ("spacing", spacing_mm, self.spacing_low_mm, self.spacing_high_mm),
@@ -232,7 +232,7 @@ class ModelInfo(_Part):
     decides: Decides = "largest score"
     """How a decision comes about."""
     validation: Evaluation
-    """Chosen, calibrated and measured on the same volumes, where the metric's name does not say otherwise."""
+    """Chosen, calibrated and measured on the same volumes, where the metric's name does not state otherwise."""
     test: HeldOut | None = None
     """What `medtune confirm --test` recorded of this configuration; None where it did not."""
     choice: Choice
@@ -250,7 +250,7 @@ class ModelInfo(_Part):
         return fields
 
     def class_name(self, label: int) -> str:
-        """Return what a class is called: its name, or its number."""
+        """Return the label of a class: its name, or its number."""
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
     @property
@@ -324,7 +324,8 @@ class ModelFiles:
     def read_all(self) -> tuple[dict[str, bytes], str]:
         """Return the content of every listed file by its name, each as it was exported, and the model's short id.
 
-        What is returned is what was checked: no file is opened again afterwards. Other files are checked and left out. Raises ModelError for what is missing, damaged, or listed outside the folder.
+        The content returned is the content checked: no file is opened again afterwards. Other files are checked and left
+        out. Raises ModelError for files missing, damaged, or listed outside the folder.
         """
         try:
             listed = regular_bytes(self.sums, MAX_SUMS_BYTES)

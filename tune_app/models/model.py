@@ -1,4 +1,4 @@
-"""A trained model and what it predicts."""
+"""A trained model and its predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of a batch of B volumes."""
+    """A model's predictions for a batch of B volumes."""
 
     log_odds_BC: Array
     """Log-odds of each class against the others, by the network's own probabilities: to rank and to decide by."""
@@ -79,7 +79,7 @@ class Scores:
     """Calibrated."""
     decisions_B: Array
     members_MBC: Array
-    """Calibrated probabilities of each member by itself."""
+    """Calibrated probabilities of each member alone."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of one volume."""
+    """A model's prediction for one volume."""
 
     log_odds_C: Array
     probabilities_C: Array
@@ -176,7 +176,7 @@ def pooled(members: Sequence[Member], logits_MNC: Array) -> tuple[Array, float]:
 
     A single network's are its own. An ensemble's are the mean of its members' calibrated logits: calibration puts
     members on one scale, or the one with the largest logits, often a saturated one, would speak for all. A member that
-    was not asked about a volume (NaN) has no say on it.
+    was not asked about a volume (NaN) does not count for it.
     """
     if len(members) == 1:
         return logits_MNC[0], members[0].scale

@@ -29,7 +29,7 @@ def require_onnx() -> None:
 
 
 class _Scaled(nn.Module):
-    """A network whose softmax is its probability: what is written to ONNX."""
+    """A network whose softmax is its probability, as written to ONNX."""
 
     def __init__(self, network: Classifier, scale: float) -> None:
         super().__init__()

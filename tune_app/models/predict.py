@@ -1,4 +1,4 @@
-"""Files -> scores with an exported model: reads what the study read, refuses what the model was not made for.
+"""Files -> scores with an exported model: reads the study's kinds of files, refuses inputs that the model was not made for.
 
 Nothing is unpickled: weights are safetensors, everything else is JSON, volumes are NIfTI. A file that cannot be scored
 costs its own row and nothing else. Scores repeat the study's: volumes are rounded to half precision as in the prepared
@@ -65,9 +65,9 @@ def find_scans(
     """Return the files that `paths` name, each once, in order: files themselves, all scans below a folder, or a table.
 
     A scan has a scan's name (.nii, .nii.gz) or content; any other file is read as a table, by the reader of all tables:
-    a column `path`, relative to the table's own folder, and perhaps `label` and `subject`. What cannot be found or read becomes a
-    source with its problem, so that it has its row. What a folder holds besides scans is told to `say`. Label and subject
-    of a scan are those of the first table that has them, also where a folder names the scan before.
+    a column `path`, relative to the table's own folder, and perhaps `label` and `subject`. An entry that cannot be found or
+    read becomes a source with its problem, so that it has its row. Other files of a folder are reported through `say`. Label and
+    subject of a scan are those of the first table that has them, also where a folder names the scan before.
     """
     sources: dict[str, Source] = {}
     for path in paths:
@@ -94,7 +94,7 @@ def _sources_of(path: Path, num_classes: int, say: Callable[[str], None]) -> lis
     except StorageError as error:
         return [Source(str(url), problem=str(error))]
     except (OSError, ValueError):
-        return [Source(str(path))]  # reading it says why
+        return [Source(str(path))]  # reading it gives the reason
     if stat.S_ISDIR(mode):
         found, notes = scans_below(path)
         for note in notes:
@@ -200,7 +200,7 @@ def _refusals(header: ScanHeader, info: ModelInfo, recipe: Recipe) -> list[str]:
 def _read_ahead(
     sources: Sequence[Source], info: ModelInfo, recipe: Recipe, ahead: int, workers: int
 ) -> Iterator[tuple[Source, _Read]]:
-    """Each source with what was read, in order; `ahead` files are read while the networks work, and no more are held."""
+    """Each source with its content, in order; `ahead` files are read while the networks work, and no more are held."""
     pool = ThreadPoolExecutor(workers)
     waiting: deque[tuple[Source, Future[_Read]]] = deque()
     rest = iter(sources)
@@ -333,7 +333,7 @@ class Tally:
     log_odds: list[Array] = field(default_factory=list)
     decisions: list[int] = field(default_factory=list)
     subjects: list[str] = field(default_factory=list)
-    """Of scored volumes; a volume without one is a subject of its own."""
+    """Of scored volumes; a volume without one counts as a separate subject."""
 
     def add(self, source: Source, scored: Scored) -> None:
         """Take in a scored volume."""
@@ -351,7 +351,7 @@ class Tally:
         )
 
     def lines(self, info: ModelInfo, pool: Pool = "mean") -> list[str]:
-        """Return the counts in a sentence, and how well labelled volumes, and subjects, were told apart."""
+        """Return the counts in a sentence, and how well labelled volumes, and subjects, were separated by class."""
         lines = [f"{self.scored} scored, {self.refused} not"]
         known = [place for place, label in enumerate(self.labels) if label is not None]
         if len({self.labels[place] for place in known}) == info.num_classes:
@@ -385,9 +385,9 @@ def write_predictions(
     subjects: bool = False,
     say: Callable[[str], None],
 ) -> Tally:
-    """Write predictions as CSV, a row as soon as it is there; tell each problem to `say`. Returns the counts.
+    """Write predictions as CSV, a row as soon as it is there; report each problem through `say`. Returns the counts.
 
-    `explain` writes the explanation of a prediction and returns its place; a file it cannot be written for is told
+    `explain` writes the explanation of a prediction and returns its place; a file it cannot be written for is reported
     like any other problem, and its scores stay.
     """
     names = columns(model.info, labelled=labelled, explained=explain is not None, subjects=subjects)
@@ -434,8 +434,8 @@ def run_predict(
 
     `by_subject`: a second CSV with one row per subject, whose volumes' scores are put together by `pool`.
 
-    Returns 1 when any path could not be scored or explained, else 0. When it is interrupted, what was scored by then
-    stays: in `<out>.partial`, or on standard output.
+    Returns 1 when any path could not be scored or explained, else 0. When it is interrupted, the rows scored by then
+    stay: in `<out>.partial`, or on standard output.
     """
     if pool == "max" and by_subject is None:
         say("note: --pool max is the score of subjects; --by-subject FILE writes them")

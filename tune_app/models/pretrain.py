@@ -1,8 +1,8 @@
-"""A backbone pretrained on some of one's own subjects, without their labels, written as a MedicalNet file.
+"""A backbone pretrained on some of the user's own subjects, without their labels, written as a MedicalNet file.
 
 Released weights cannot always be had, and they were made of other organs. This trains the same network with the same
 recipe on labels that the volumes give themselves (`trainables.network.pretext`), on a share of the training subjects, and writes
-beside the weights a table of all the other rows: a search on that table has seen none of its volumes before.
+next to the weights a table of all the other rows: a search on that table has seen none of its volumes before.
 """
 
 import math
@@ -66,7 +66,7 @@ def pretext_config(pretext: Pretext, settings: Mapping[str, Any]) -> FineTuneCon
     """Return the config of a pretraining run: cross-entropy on the pretext's classes with a linear head.
 
     Rotation flips nothing: a mirrored quarter turn is another class's quarter turn. Size scales and shifts nothing.
-    `num_classes` in `settings` is the table's. Raises ConfigError, also for what the pretext decides.
+    `num_classes` in `settings` is the table's. Raises ConfigError, also for settings that the pretext decides.
     """
     if clash := [name for name in DECIDED if name in settings]:
         raise ConfigError([f"{name} is decided by the pretext: leave it out" for name in clash])
@@ -96,7 +96,7 @@ def pretrain(
     console: Console,
     notes: Console,
 ) -> Path:
-    """Pretrain on `share` of the training subjects into `folder`, going on from a checkpoint there; return the weights.
+    """Pretrain on `share` of the training subjects into `folder`, from a checkpoint there if one exists; return the weights.
 
     `share` is a number of tenths. Rows whose split is val or test are never trained on. Written: `resnet_<depth>.pth`
     (averaged weights of the last epoch), `finetune.csv` (all rows whose subjects were not used; not with a share of 1),
@@ -168,7 +168,7 @@ def _record(
     used: npt.NDArray[np.int64],
     config: FineTuneConfig,
 ) -> dict[str, Any]:
-    """What pretraining.json says of the run before it begins."""
+    """Content of pretraining.json before the run begins."""
     return {
         "pretext": pretext,
         "table": manifest.table,
@@ -199,7 +199,7 @@ def _write_weights(config: FineTuneConfig, files: TrialFiles, folder: Path) -> P
 
 
 def pretraining_rows(manifest: Manifest, tenths: int) -> npt.NDArray[np.int64]:
-    """Return the positions of the rows to pretrain on: so many tenths of the subjects that are not of val or test.
+    """Return the positions of the rows to pretrain on: `tenths` tenths of the subjects that are not of val or test.
 
     Raises PretextError when they are too few to hold a tenth of them out.
     """
@@ -227,7 +227,7 @@ def write_others(manifest: Manifest, used: npt.NDArray[np.int64], path: Path) ->
 
 
 def accuracy_text(accuracy: float, num_classes: int, held_out: int) -> str:
-    """Return what the pretext's accuracy says of the weights."""
+    """Return a sentence on the weights from the pretext's accuracy."""
     chance = 1 / num_classes
     text = f"pretext accuracy {accuracy:.3f} on {held_out} volumes of subjects held out; chance is {chance:.3f}"
     if accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / held_out):

@@ -62,10 +62,10 @@ def retrain_model(
     """Train the chosen configuration on train and validation rows together, and write it as a model to `out`.
 
     The schedule is the study's, stopped after the epoch that was best there: with no volume left to validate on,
-    nothing else can say when to stop. Metrics are those of the chosen trial, and the model card says that they were not
-    measured on this network. Its threshold and calibration are left out, and the model decides nothing: two networks of one
+    there is no other sign of when to stop. Metrics are those of the chosen trial, and the model card states that they
+    were not measured on this network. Its threshold and calibration are left out, and the model decides nothing: two networks of one
     configuration put their scores on different scales (recalls of .75 and .68 became .33 and .86), and no volume is left to
-    find this one's. Called again after a kill it goes on from `<out>.training`,
+    find this one's. Called again after a kill it continues from `<out>.training`,
     which is removed at the end. Raises as `export_model` does.
     """
     check_target(out, force=force)
@@ -130,9 +130,9 @@ def _trained(
     device: torch.device,
     say: Say,
 ) -> dict[str, Any]:
-    """State after `epochs` epochs on `rows`, going on from what an earlier call left in `work`."""
+    """State after `epochs` epochs on `rows`, continuing from files that an earlier call left in `work`."""
     labels = cohort.labels[rows]
-    # A run validates something each epoch. Here it is a few of its own training volumes: it shows that the run
+    # A run must validate volumes each epoch. Here these are a few of its training volumes: this shows that the run
     # learns and decides nothing.
     few = np.sort(
         np.concatenate([rows[labels == c][:RETRAIN_WATCHED] for c in range(config.num_classes)])

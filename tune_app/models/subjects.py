@@ -1,4 +1,4 @@
-"""Predictions put together by subject: a score for each, and how well subjects are told apart.
+"""Predictions put together by subject: a score for each, and how well subjects are separated by class.
 
 Volumes of one subject are alike. 199 nodules of 113 patients are not 199 independent cases, and an interval that takes
 them so is too narrow.
@@ -77,7 +77,7 @@ def write_subjects(path: Path, found: Iterable[SubjectScore], classes: int) -> N
 
 
 def subject_lines(found: Iterable[SubjectScore], classes: int, pool: Pool) -> list[str]:
-    """Return how well labelled subjects are told apart, with an interval over subjects; none before each class has one."""
+    """Return how well labelled subjects are separated by class, with an interval over subjects; none until each class has one."""
     found = list(found)
     labelled = [one for one in found if one.label is not None]
     if len({one.label for one in labelled}) < classes:

@@ -1,1 +1,1 @@
-"""What a study is and where it is stored: no Ray, no torch, no pandas."""
+"""A study's specification and storage: no Ray, no torch, no pandas."""

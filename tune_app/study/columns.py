@@ -9,7 +9,7 @@ from typing import Any
 from tune_app.study.policy import Decision
 
 WEIGHTS = ("raw", "ema")
-"""The two networks that are validated each epoch: as trained, and averaged. What is deployed is the averaged one."""
+"""The two networks that are validated each epoch: as trained, and averaged. The averaged one is deployed."""
 
 _SCORES = {  # of either network; the ends of an interval keep their place at the end of the name
     "val_auc_{}": "AUC from float32 logit differences",

@@ -11,7 +11,7 @@ from tune_app.study.errors import SpecError
 from tune_app.study.files import default_cache, job_name
 
 LEASE = ".driver.json"
-"""Object that says who drives the study; written anew all the time, removed at the end."""
+"""Object that names the driver of the study; rewritten all the time, removed at the end."""
 
 
 FRESH_S = 60.0
@@ -27,7 +27,7 @@ REQUEST = re.compile(r"requests/[0-9A-Za-z_-]{1,64}\.json")
 
 
 def opened(place: str | Path) -> tuple[Path, bool | None]:
-    """Return the folder to read a study from, and whether it is being driven; None where its lock will tell.
+    """Return the folder to read a study from, and whether it is being driven; None where its lock shows that.
 
     A study in object storage is copied without weights, to a folder that is used again the next time.
     """
@@ -50,7 +50,7 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
 
 
 def folder_of(url: str, kind: str) -> Path:
-    """Return the folder of this machine for copies of what is at the URL; it has the last part of the URL as its name."""
+    """Return the folder of this machine for copies of the objects at the URL; it has the last part of the URL as its name."""
     return default_cache() / kind / job_name(url).rsplit("-", 1)[-1] / url.rsplit("/", 1)[-1]
 
 

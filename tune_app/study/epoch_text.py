@@ -8,7 +8,7 @@ HEADER = "  epoch lr backbone/head DRW    loss AUC raw  AUC EMA [95 % CI]    acc
 
 
 def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
-    """One epoch in 80 columns: what the source document says to watch."""
+    """One epoch in 80 columns: the values that the source document recommends to watch."""
     return (
         f"{row['epoch']:>3}/{epochs:<3} {row['lr_backbone']:.1e}/{row['lr_classifier']:.1e} "
         f"{'on ' if row['drw_active'] else 'off'} {row['train_loss']:>7.3f}   {_score(row['val_auc_raw'])}"

@@ -21,22 +21,22 @@ from tune_app.study.errors import SpecError
 from tune_app.study.spec import StudySpec, recorded_spec
 
 STUDY_FORMAT = RULES
-"""Of what is written: the rules that the study's trials keep to (`trainables.config.RULES`)."""
+"""Of new studies: the rules that the study's trials keep to (`trainables.config.RULES`)."""
 
 READABLE_FORMATS = tuple(range(1, RULES + 1))
-"""A study goes on by the rules it began with."""
+"""A study resumes by the rules it started with."""
 
 OPTUNA_STUDY = "optuna_study"
 """In study.json: the study's name in a storage that it shares with others. Earlier versions called all of them alike."""
 
 PREPARES = "prepares"
-"""Key of study.json that says how trials get their volumes; studies of earlier versions lack it."""
+"""Key of study.json for the way trials get their volumes; studies of earlier versions lack it."""
 
 EACH_RECIPE = "each recipe"
-"""Each way to prepare volumes that trials ask for is a cohort of its own."""
+"""Each way to prepare volumes that trials ask for is a separate cohort."""
 
 CHOSEN = "chosen"
-"""Key of study.json with what the study itself added to its `config` when it began, such as the common spacing."""
+"""Key of study.json with the entries that the study itself added to its `config` at its start, such as the spacing."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class StudyFiles:
 
     @property
     def decisions(self) -> Path:
-        """decisions.jsonl: each decision of the stopping policy, with what it was based on."""
+        """decisions.jsonl: each decision of the stopping policy, with its grounds."""
         return self.root / "decisions.jsonl"
 
     @property
     def log(self) -> Path:
-        """study.log: what Ray, Optuna and the driver said."""
+        """study.log: messages of Ray, Optuna and the driver."""
         return self.root / "study.log"
 
     @property
@@ -96,7 +96,7 @@ class StudyFiles:
 
     @property
     def requests(self) -> Path:
-        """requests/: what the driver is asked to do, a file each; see `tune_app.study.requests`."""
+        """requests/: requests to the driver, a file each; see `tune_app.study.requests`."""
         return self.root / "requests"
 
     @property
@@ -115,12 +115,12 @@ class StudyFiles:
 
     @property
     def asked(self) -> Path:
-        """study.yaml: the study file, where the study was begun from the page of `medtune serve`."""
+        """study.yaml: the study file, where the study was started from the page of `medtune serve`."""
         return self.root / "study.yaml"
 
     @property
     def console(self) -> Path:
-        """console.log: what the driver printed, where it was started from the page of `medtune serve`."""
+        """console.log: the driver's output, where it was started from the page of `medtune serve`."""
         return self.root / "console.log"
 
     def trial(self, trial_id: str) -> TrialFiles:
@@ -185,7 +185,7 @@ LATEST_CREATED = 1e11
 
 
 def _info_problem(value: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the fields of study.json that a report shows; None where nothing is."""
+    """Return the first problem of the fields of study.json that a report shows; None where there is none."""
     created = value.get("created", 0.0)
     if not isinstance(created, int | float) or not 0 <= created <= LATEST_CREATED:
         return f"created is {created!r:.100}, must be Unix seconds"
@@ -203,7 +203,7 @@ def _info_problem(value: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class KeptBy:
-    """By what a study's rungs compare and its trials keep weights."""
+    """The objective by which a study's rungs compare and its trials keep weights."""
 
     objective: str
     window_end: bool
@@ -211,7 +211,7 @@ class KeptBy:
 
 
 def kept_by(objective: str, study_format: int) -> KeptBy:
-    """Return by what a study of this objective and format compares trials at rungs and chooses the weights to keep."""
+    """Return how a study of this objective and format compares trials at rungs and chooses the weights to keep."""
     if study_format == 1:
         return KeptBy(DEFAULT_OBJECTIVE, window_end=True)
     return KeptBy(objective, window_end=False)
@@ -239,7 +239,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def mend_last_line(path: Path) -> str | None:
-    """Cut a last line that a killed writer left unfinished, and return it; call it before appending anew."""
+    """Cut a last line that a killed writer left unfinished, and return it; call it before appending again."""
     if not path.is_file():
         return None
     with path.open("rb+") as file:
@@ -252,7 +252,7 @@ def mend_last_line(path: Path) -> str | None:
 
 
 def refuse_other_bytes(paths: Iterable[str]) -> None:
-    """Raise SpecError for names with bytes that are not UTF-8: neither Ray nor Arrow can be given them."""
+    """Raise SpecError for names with bytes that are not UTF-8: Ray and Arrow cannot be given them."""
     if problems := [
         f"{path}: the name holds bytes that are not UTF-8, which Ray cannot take: rename it, or make a link with a plain name "
         "(ln -s) and use that"
@@ -304,7 +304,7 @@ HOW_ONLY = (
     "rank_deadline_s",
     "wait_for_resources_s",
 )
-"""Fields that say how a study is run, not what it finds: they may differ when it goes on."""
+"""Fields that set how a study is run and leave its results alone: they may differ when it resumes."""
 
 
 def differing_fields(there: StudySpec, asked: StudySpec, fields: Collection[str]) -> list[str]:
@@ -319,7 +319,7 @@ def differing_fields(there: StudySpec, asked: StudySpec, fields: Collection[str]
 
 
 def resumed_spec(files: "StudyFiles", asked: StudySpec) -> StudySpec:
-    """Return the spec to go on with in a folder that holds a study, when `asked` is the same study.
+    """Return the spec to resume with in a folder that holds a study, when `asked` is the same study.
 
     How it is run may change (HOW_ONLY); raises SpecError that names every other field that differs.
     """

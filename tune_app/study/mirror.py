@@ -2,7 +2,7 @@
 
 Object storage has no appending, no locks and no SQLite, so the study is not worked on there. The mirror follows in
 seconds; whatever it had not got yet when its driver died is in the trials' own checkpoints, which are in the storage
-before an epoch is reported. What is there is the truth: a driver that goes on starts from it alone.
+before an epoch is reported. The storage is the truth: a driver that resumes starts from it alone.
 """
 
 import json
@@ -42,7 +42,7 @@ class BusyError(RuntimeError):
 
 @contextmanager
 def mirrored(url: str) -> Iterator[StudyFiles]:
-    """Give a folder of this machine to work in, with what the storage has of the study; mirror it while the block runs.
+    """Give a folder of this machine to work in, with all that the storage has of the study; mirror it while the block runs.
 
     Raises BusyError when another driver is at work, StorageError when the storage does not answer at the start, or has
     not got everything at the end: the folder is then left and named.
@@ -52,7 +52,7 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
     mirror = Mirror(remote, StudyFiles(folder))
     mirror.take()
     try:
-        if aside := fresh_own(folder, url):  # what the storage has is the truth
+        if aside := fresh_own(folder, url):  # the storage is the truth
             log.warning(
                 "%s: not from the storage, or not all of it sent; moved to %s", folder, aside
             )
@@ -68,14 +68,14 @@ def mirrored(url: str) -> Iterator[StudyFiles]:
 
 
 class Mirror:
-    """Sends what the driver writes: never a record of a trial before the rows it rests on."""
+    """Sends the driver's files: never a record of a trial before the rows it rests on."""
 
     def __init__(self, remote: Remote, files: StudyFiles) -> None:
         self.remote, self.files = remote, files
         self.identity = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex[:8]}"
         self._sent: dict[str, bytes] = {}
         self._brought: dict[str, datetime] = {}
-        """Requests that lie in the folder too, or did until they were answered."""
+        """Requests that are in the folder too, or were until they were answered."""
         self._hurried = False
         """Whether HURRY is in the storage."""
         self._ended = threading.Event()
@@ -102,7 +102,7 @@ class Mirror:
             raise BusyError(f"{self.remote.url}: another driver started at the same moment")
 
     def release(self) -> None:
-        """Say that nobody drives the study any more."""
+        """Remove the lease: no driver runs the study any more."""
         if self._driver() == self.identity:
             self.remote.delete(LEASE)
 
@@ -123,7 +123,7 @@ class Mirror:
             raise StorageError(f"{error}; everything is in {self.files.root}") from None
 
     def send(self) -> None:
-        """Send what has changed since the last time."""
+        """Send the changes since the last time."""
         # Read in the order of trust: records first, the rows they rest on last; sent the other way round.
         records = {
             f"trials/{path.parent.name}/trial.json": path
@@ -145,12 +145,12 @@ class Mirror:
                 self._sent[name] = content
 
     def has_brought(self, listed: list[Listed]) -> None:
-        """Say which objects were there, and have been copied to the folder, before the driver began."""
+        """Note the objects that were there, and have been copied to the folder, before the driver started."""
         self._brought = {one.name: one.written for one in listed if REQUEST.fullmatch(one.name)}
         self._hurried = any(one.name == HURRY for one in listed)
 
     def hurry(self) -> None:
-        """Tell trials of other nodes, which look into the storage, that the driver's machine is about to be taken away."""
+        """Let trials of other nodes, which look into the storage, know that the driver's machine is about to be taken away."""
         asked = self.files.hurry.exists()
         if asked == self._hurried:
             return
@@ -161,7 +161,7 @@ class Mirror:
         self._hurried = asked
 
     def requests(self) -> None:
-        """Bring what the driver is asked to do (`tune_app.study.requests`); remove there what has been answered here."""
+        """Bring new requests to the driver (`tune_app.study.requests`); remove there all that have been answered here."""
         for name, written, _ in self.remote.listing("requests"):
             if not REQUEST.fullmatch(name):
                 continue
@@ -202,7 +202,7 @@ class Mirror:
 def drop_unrecorded(files: StudyFiles) -> list[str]:
     """Take out the rows of trials that have no record, and return these trials, after `mend_last_line`.
 
-    A mirror whose driver died between two sendings may have the first rows of a trial that had just begun, and not its
+    A mirror whose driver died between two sendings may have the first rows of a trial that had just started, and not its
     record yet. The trial starts again from its checkpoint, and reports them again.
     """
     recorded = {path.parent.name for path in files.trials.glob("*/trial.json")}
@@ -220,7 +220,7 @@ def drop_unrecorded(files: StudyFiles) -> list[str]:
 
 
 def _trial_of(line: bytes) -> str | None:
-    """The trial that a row is of; None for a damaged one, which others tell."""
+    """The trial that a row is of; None for a damaged one, which readers of rows report."""
     try:
         return str(parse_json(line)["trial"])
     except (ValueError, RecursionError, LookupError, TypeError):

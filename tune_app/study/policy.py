@@ -1,6 +1,6 @@
-"""When a trial goes on and when it stops: asynchronous successive halving on `epoch`, and the diagnosis of each run.
+"""When a trial continues and when it stops: asynchronous successive halving on `epoch`, and the diagnosis of each run.
 
-`Policy` is pure: what it decides follows from the rows in the order of their arrival (and the trials' configs) alone.
+`Policy` is pure: its decisions follow from the rows in the order of their arrival (and the trials' configs) alone.
 A killed search is therefore rebuilt by replaying its epochs.jsonl, and a finished one can be replayed through any other
 policy (`tune_app.backtest.replay`). No Ray here; `tune_app.driver.ray_scheduler` puts it behind Ray's interface.
 """
@@ -29,13 +29,13 @@ Reason = Literal[
     "known",
     "stopped_before",
 ]
-"""Why a trial goes on (first four) or ends (next four; requested: somebody asked for it); known: the row was there before; stopped_before: the trial has
-been stopped and reports on, which happens when a search is killed between a decision and its effect."""
+"""Why a trial continues (first four) or ends (next four; requested: a user asked for it); known: the row was there before; stopped_before: the trial has
+been stopped and still reports, which happens when a search is killed between a decision and its effect."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided on one row, and on what it was based."""
+    """The decision on one row, and its grounds."""
 
     trial: str
     epoch: int
@@ -43,9 +43,9 @@ class Decision:
     reason: Reason
     verdict: Verdict
     verdict_epoch: int | None = None
-    """First epoch of what is wrong with the run."""
+    """First epoch of the run's fault."""
     warning: bool = False
-    """The verdict is to be told: it is new, and its action is warn, or stop before it is settled."""
+    """The verdict is to be reported: it is new, and its action is warn, or stop before it is settled."""
     summary: str = ""
     """The diagnosis in a sentence, or the rung's comparison."""
     rung: float | None = None
@@ -53,7 +53,7 @@ class Decision:
     value: float | None = None
     """The compared value; None when it is not finite, which ranks last."""
     cutoff: float | None = None
-    """What the value had to reach; None for the first arrival at a rung."""
+    """The value to reach; None for the first arrival at a rung."""
     rank: int | None = None
     """1 for the best among those that had arrived at the rung, the trial itself included."""
     arrived: int | None = None
@@ -72,7 +72,7 @@ class Policy:
     """Decisions over the trials of one study, row by row.
 
     `max_epochs` is the number of epochs a full trial has; `objective` names the objective whose column halving compares,
-    and `mode` says whether more or less of it is better.
+    and `mode` states whether more or less of it is better.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class Policy:
         row: Mapping[str, Any],
         requested: str | None = None,
     ) -> Decision:
-        """Return what becomes of the trial that reports this row.
+        """Return the decision on the trial that reports this row.
 
-        `config` holds the trial's hyperparameters (what is left out has its default), None for a curve of unknown
+        `config` holds the trial's hyperparameters (those left out have their defaults), None for a curve of unknown
         origin. A row already known changes nothing. A row of an epoch before the trial's last one (lost and reported
         late) is remembered as known and judged no further.
 
-        `requested`: somebody asked to stop the trial, in words; what is not known and would go on is then stopped. The
-        row counts at its rung as if nobody had asked.
+        `requested`: the request to stop the trial, in words; a trial that would continue after a new row is then stopped.
+        The row counts at its rung as if there were no request.
         """
         epoch = int(row["epoch"])
         trial = self._trials.get(trial_id)
@@ -190,7 +190,7 @@ class Policy:
         if action != "ignore":
             trial.told = diagnosis.verdict
         if epoch >= self.max_epochs:
-            # A run in its own last epoch ends by itself: stopping it would kill what it still has to write.
+            # A run in its own last epoch ends without a stop, which would kill it before it has written its last files.
             ends: Literal["continue", "stop"] = "continue" if epoch >= trial.own_epochs else "stop"
             return Decision(
                 trial_id,
@@ -256,7 +256,7 @@ class Policy:
         better = sum(other > value for other in arrivals.values())
         arrivals[trial_id] = value
         finite = math.isfinite(value)
-        # Minus infinity lies below no cutoff of minus infinity: where any trial has a value, one without ranks last.
+        # Minus infinity is below no cutoff of minus infinity: where any trial has a value, one without ranks last.
         fails = (
             cutoff is not None
             and len(arrivals) >= self.spec.judge_from
@@ -310,10 +310,10 @@ def rung_epochs(grace: int, max_epochs: int, reduction_factor: float) -> list[fl
 
 
 def rung_cutoff(values: list[float], reduction_factor: float) -> float | None:
-    """Return what an arrival has to reach to be in the top 1 / reduction_factor: a linearly interpolated percentile.
+    """Return the value that is needed to be in the top 1 / reduction_factor: a linearly interpolated percentile.
 
     None for no values. Minus infinity stands for values that are not finite; where the percentile falls next to one it
-    is minus infinity, too: there is nothing to interpolate with, and nobody is stopped by a trial without a value.
+    is minus infinity, too: there is nothing to interpolate with, and no trial is stopped by one without a value.
     """
     if not values:
         return None
@@ -332,7 +332,7 @@ def rung_cutoff(values: list[float], reduction_factor: float) -> float | None:
 
 
 class _Trial:
-    """What the policy remembers of one trial."""
+    """The policy's memory of one trial."""
 
     def __init__(self, config: Mapping[str, Any] | None, spec: PolicySpec) -> None:
         self.epochs: set[int] = set()

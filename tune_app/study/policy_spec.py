@@ -12,7 +12,7 @@ from trainables.objective import Reduction
 from tune_app.study.yaml_text import YamlError, load_yaml
 
 VerdictAction = Literal["stop", "warn", "ignore"]
-"""stop: end the trial once the diagnosis is settled; warn: say so and go on; ignore: say nothing."""
+"""stop: end the trial once the diagnosis is settled; warn: report it and continue; ignore: report nothing."""
 
 
 DEFAULT_ACTIONS: dict[Verdict, VerdictAction] = {
@@ -35,13 +35,13 @@ COMPARED: dict[str, Reduction] = {
     "smoothed": "smoothed",
     "best_median3": "best_median3",
 }
-"""What a rung compares, by name, and the objective's reduction it is."""
+"""The values a rung may compare, by name, and the objective's reduction that each is."""
 
 
 FIRST_COMPARABLE = 3
-"""Epoch of the first rung at the earliest, unless the policy says otherwise.
+"""Epoch of the first rung at the earliest, unless the policy sets another.
 
-From here on a median of three exists. Before, AUCs say nothing of where a run ends: of 37 whole runs of 12 epochs of space
+From here on a median of three exists. Before, AUCs do not predict the end of a run: of 37 whole runs of 12 epochs of space
 `documented` (AdrenalMNIST3D, 28 voxels, ResNet-50 from scratch) the rank correlation of the best median with the final one
 is .03, -.12, .26, .41, .57, .75 after epochs 1 to 6. Searches of 100 epochs, one trial at a time, replayed over these runs in 150
 random orders, find .794 with a first rung at epoch 1, .805 at 2 or 3, .808 at 4, .802 without rungs (150 epochs: .800,
@@ -55,7 +55,7 @@ class PolicySpec(BaseModel):
     The defaults were chosen on recorded curves of real runs (`medtune bench strategies`, docs/results.md): one
     rung after a third of a run, which the best third passes, and no trial is exempt from it. The rung waits for four
     arrivals: a rung that judged the second and third stopped good trials of space `wide`. Earlier rungs lost on the
-    table where AUCs say little before epoch 8; a guard after the start of the class weights, finalists and known
+    table where AUCs predict little before epoch 8; a guard after the start of the class weights, finalists and known
     settings run first gained nothing on any table.
     """
 
@@ -73,7 +73,7 @@ class PolicySpec(BaseModel):
     judge_from: int = Field(4, ge=0)
     """A rung stops no trial before this many have arrived at it, the trial itself included."""
     compared: Literal["current", "best", "smoothed", "best_median3"] = "best_median3"
-    """What a rung compares: the epoch's own AUC, the best so far, the median of the last 3, or the best such median."""
+    """The value a rung compares: the epoch's own AUC, the best so far, the median of the last 3, or the best such median."""
     drw_guard_epochs: int = Field(0, ge=0)
     """Epochs from a trial's DRW start on in which it meets no rung: re-weighting costs AUC first. The rung is held after
     them."""
@@ -157,4 +157,4 @@ FORMER_DEFAULTS = {
     "drw_guard_epochs": 5,
     "finalists": 3,
 }
-"""What a study that was written before `first_rung_share` existed decides by where it names nothing else."""
+"""Values by which a study written before `first_rung_share` existed decides where it names no others."""

@@ -33,14 +33,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a study file on top of a preset's: what is given wins, field by field, config too."""
+    """Return the fields of a study file on top of a preset's: given ones win, field by field, config too."""
     preset = PRESETS[name]
     config = {**preset["config"], **(fields.get("config") or {})}
     return {**preset, **fields, "config": config}
 
 
 def preset_line(name: str) -> str:
-    """Return what the preset sets, in a line."""
+    """Return the preset's settings in a line."""
     preset = PRESETS[name]
     given = {key: value for key, value in preset.items() if key != "config"} | preset["config"]
     return f"preset {name}: " + ", ".join(f"{key}={value}" for key, value in given.items())

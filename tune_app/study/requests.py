@@ -1,13 +1,13 @@
 """How a running study is asked to stop, or to stop one of its trials: a file in the study's `requests/` folder.
 
-Whoever may write to the folder may ask: the page of `medtune serve`, or `touch`. The driver looks for the files, acts,
+Every program that can write to the folder may ask: `medtune serve`, or `touch`. The driver looks for the files, acts,
 and removes them. A file, not a signal, because the driver may run as another process group, on another machine, or not
 at all at the moment.
 
 A trial that is stopped on request ends after the epoch it is in, by a decision like any other: one line in
 decisions.jsonl with reason `requested`. A request does not follow from the rows, so when a killed study is replayed that
-line is what says where the trial ended. A request that no decision has answered yet stays in its file, and is answered
-at the trial's next epoch, in this session or a later one.
+line alone holds the epoch at which the trial ended. A request that no decision has answered yet stays in its file, and
+is answered at the trial's next epoch, in this session or a later one.
 """
 
 import logging
@@ -30,7 +30,7 @@ EVERY_S = 0.5
 
 
 def ask_to_stop_study(files: StudyFiles) -> None:
-    """Ask the driver to stop as after Ctrl-C: within seconds, and so that `medtune resume` goes on."""
+    """Ask the driver to stop as after Ctrl-C: within seconds, and so that `medtune resume` continues it."""
     _ask(files.stop_request)
 
 
@@ -58,7 +58,7 @@ class TrialRequests:
         self._files = files
 
     def of(self, trial: str) -> str | None:
-        """Return the summary a decision to stop the trial is given; None when nobody asked."""
+        """Return the summary for a decision to stop the trial; None without a request."""
         return ON_REQUEST if self._files.trial_request(trial).exists() else None
 
     def answered(self, trial: str) -> None:

@@ -17,7 +17,7 @@ from tune_app.study.errors import SpecError
 
 
 class StudyDamageError(ProblemsError):
-    """Files of a study that do not hold what they must. `problems` names file and line, one each."""
+    """Files of a study without the content that they must have. `problems` names file and line, one each."""
 
 
 STATES = ("completed", "stopped", "running", "interrupted", "failed")
@@ -53,7 +53,7 @@ def is_held(lock: Path) -> bool:
 def driver_lock(lock: Path, timeout: float = 0.0) -> "AcquireReturnProxy[Any]":
     """Return the lock a driver holds, taken within `timeout` seconds, for a `with`. Raises filelock's Timeout.
 
-    Only the driver's user may open the file: who may read it could take the lock and so keep the study from running.
+    Only the driver's user may open the file: any other reader could take the lock and so keep the study from running.
     """
     held = acquire_lock(lock, timeout)
     lock.chmod(0o600)  # versions before left it readable
@@ -119,7 +119,7 @@ MAX_ROWS_BYTES = 2**30
 
 
 def whole_lines(path: Path, notes: list[str]) -> bytes:
-    """Content of `path` up to its last line end; what comes after is a line being written, or one cut by a kill.
+    """Content of `path` up to its last line end; the rest is a line being written, or one cut by a kill.
 
     Raises SpecError for a file larger than MAX_ROWS_BYTES: without disk space a file can have any size.
     """
@@ -198,7 +198,7 @@ _DTYPE_WORDS = {
 def json_lines(
     path: Path, content: bytes, damage: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers and objects of the whole lines of `content`; what is none goes to `damage`, with file and line."""
+    """Yield line numbers and objects of the whole lines of `content`; any other line goes to `damage`, with file and line."""
     for line, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = parse_json(text, _constant)
@@ -214,7 +214,7 @@ def json_lines(
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSONL file of a study in the order of the file; none when it does not exist.
 
-    For those who replay rows. An unfinished last line is left out; NaN is None. Raises StudyDamageError naming each
+    For callers that replay rows. An unfinished last line is left out; NaN is None. Raises StudyDamageError naming each
     line that is not a row, and in epochs.jsonl each that is not one of a trial's epoch, or is there twice.
     """
     damage: list[str] = []
@@ -230,7 +230,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a trial's trial.json. Raises StudyDamageError when it is unreadable or does not hold what it must."""
+    """Return a trial's trial.json. Raises StudyDamageError when it is unreadable or invalid."""
     damage: list[str] = []
     record = read_object(path, damage)
     problem = record_problem(path.parent.name, record) if record is not None else None

@@ -1,4 +1,4 @@
-"""What a study is asked to do, and where it keeps what: the study file checked, and every file of a study named.
+"""The specification of a study, and the places of its files: the study file checked, and every file of a study named.
 
 No Ray and no torch here: a study can be checked, listed and read on a laptop.
 """
@@ -37,12 +37,12 @@ class PlannedTrial(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: str
-    """What the trial is an instance of; trials of one variant differ in fold and seed only."""
+    """The variant that the trial is an instance of; trials of one variant differ in fold and seed only."""
     overrides: dict[str, Scalar]
 
 
 class StudySpec(BaseModel):
-    """One study: what is searched, on what, how long and where. The study file holds these fields in YAML."""
+    """One study: its search, its data, its length and its place. The study file holds these fields in YAML."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -67,15 +67,15 @@ class StudySpec(BaseModel):
     gpu_hours: float | None = Field(None, gt=0)
     """The same, divided by the GPUs that trials hold at a time."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Hyperparameters of every trial that differ from the defaults. What is set here is not searched."""
+    """Hyperparameters of every trial that differ from the defaults. Parameters set here are not searched."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the sampler. Trials take theirs from `config`."""
     objective: str = "best_median3"
-    """What a trial is worth; all are to be maximised."""
+    """Objective that gives the value of a trial; all objectives are maximised."""
     sampler: Literal["model", "tpe", "random", "qmc", "gp"] = "model"
     """How the next trial is chosen: model is medtune's own, the others are Optuna's."""
     prior: bool = True
-    """Whether the model starts from what recorded runs of other cohorts say about `backbone_lr`. It holds for runs from
+    """Whether the model starts from the effect of `backbone_lr` in recorded runs of other cohorts. It holds for runs from
     random weights with Adam, and is left out in all others."""
     warm_start: tuple[str, ...] | None = ()
     """Points tried first: any of `before`, `after`, `defaults`. None: all that are in the space."""
@@ -108,7 +108,7 @@ class StudySpec(BaseModel):
     checkpoint_epochs: int = Field(1, ge=1)
     """Epochs between checkpoints of a trial."""
     disk_budget_gib: float | None = Field(None, gt=0)
-    """GiB the study's folder may take; None: no limit. What is not needed to go on goes first, then the worst trials' weights."""
+    """GiB the study's folder may take; None: no limit. Files not needed to resume go first, then the worst trials' weights."""
     keep_best: int = Field(5, ge=1)
     """Trials that have ended whose weights (best.pt) a disk budget leaves alone: the best ones."""
     log: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
@@ -156,7 +156,7 @@ class StudySpec(BaseModel):
     def _whole_or_fraction(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, float) and not (
             0 <= value <= 1 or (value > 1 and value.is_integer())
-        ):  # nor inf, nor NaN
+        ):  # not inf, not NaN
             raise ValueError(f"{value:g} GPUs a trial: a whole number, or a fraction of one GPU")
         return value
 
@@ -200,7 +200,7 @@ class StudySpec(BaseModel):
 
     @cached_property
     def shared(self) -> dict[str, Any]:
-        """Overrides that every trial has: `config`, and what the space of a search fixes."""
+        """Overrides that every trial has: `config`, and the values that the space of a search fixes."""
         if self.kind != "search":
             return dict(self.config)
         return dict(self.resolved_space().fixed)
@@ -295,7 +295,7 @@ def refuse_what_cannot_run(spec: StudySpec, *, ranks: int | None = None, gpu: bo
 
 
 def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:
-    """Return the spec in a study.json. A study of an earlier version keeps what was the default then: it has to decide as
+    """Return the spec in a study.json. A study of an earlier version keeps the defaults of that version: it has to decide as
     it would have. Raises SpecError as `build_spec` does."""
     policy = fields.get("policy")
     if isinstance(policy, Mapping) and "first_rung_share" not in policy:

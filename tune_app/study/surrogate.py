@@ -1,10 +1,10 @@
-"""What a search believes about configurations that have not been run: a Gaussian process with a prior learned elsewhere.
+"""A search's model of configurations that have not been run: a Gaussian process with a prior learned elsewhere.
 
-The process lives on the logit of the validation AUC, where cohorts are comparable: between a poor and a
-good learning rate lie .6 to .7 on two cohorts whose AUCs there differ by .14 and .04. So its scales
+The process is defined on the logit of the validation AUC, where cohorts are comparable: between a poor and a
+good learning rate there is a difference of .6 to .7 on two cohorts whose AUCs there differ by .14 and .04. So its scales
 are constants, fitted by marginal likelihood on recorded curves, and three finished runs are enough
-to use it. What it adds up to is a level of the cohort, an effect of `backbone_lr` alone, and an effect of all
-parameters together. Its mean is what other cohorts say about `backbone_lr` (`Prior`).
+to use it. It is the sum of a level of the cohort, an effect of `backbone_lr` alone, and an effect of all
+parameters together. Its mean is the effect of `backbone_lr` on other cohorts (`Prior`).
 
 numpy only: the driver and the back-test of strategies both choose with it.
 """
@@ -39,13 +39,13 @@ NOISE_SD = 0.14
 """Logits and units of the scaled parameters; medians over maximum-likelihood fits to four recorded tables."""
 
 STOPPED_SD = 0.3
-"""Logits; how much less a run that was stopped right at its start would say than one that ended."""
+"""Logits; extra standard deviation of the value of a run stopped right at its start, compared with one that ended."""
 
 RUNNING_SD = 0.05
-"""Logits; running trials stand in with the value that is expected of them, so that no two ask the same."""
+"""Logits; deviation of the expected value that running trials count with, so that no two ask the same."""
 
 LEVEL = 1.1
-"""Logit of an AUC of .75: what is expected before anything has ended."""
+"""Logit of an AUC of .75: the expected value before anything has ended."""
 
 CHOICE_SD = 0.7
 """Distance of two choices of a categorical parameter, divided by the square root of two."""
@@ -56,7 +56,7 @@ the model knows the prior alone, whose whole range is smaller than that deviatio
 
 UNMODELLED = frozenset({3, 7})
 """Trials, by how many began before, that are drawn at random: so a prior that misleads is found out in time. On recorded
-tables they cost nothing, and with a prior turned upside down they save a fifth to five sixths of what it loses."""
+tables they cost nothing, and with a prior turned upside down they save a fifth to five sixths of its loss."""
 
 MOST_OBSERVED = 256
 """Ended trials that the process is fitted to at most: its cost grows with their third power."""
@@ -67,7 +67,7 @@ CANDIDATES = 64
 
 @dataclass(frozen=True)
 class Prior:
-    """What other cohorts say about the backbone's rate."""
+    """The effect of the backbone's learning rate on other cohorts."""
 
     log_rate: tuple[float, ...]
     """Natural logarithms of rates, ascending."""
@@ -219,7 +219,7 @@ class Surrogate:
         """Return the point among `free` to run next: the best of a draw from the posterior at each.
 
         `auc` (n,) are the values of the points `seen` that have ended, `share` (n,) the share of
-        their epochs that they trained. What is drawn is how a point differs from the mean of `free`:
+        their epochs that they trained. Each draw is the difference of a point from the mean of `free`:
         the level of the cohort is unknown at first, but the same for all.
         """
         if len(seen) + len(running) in UNMODELLED:

@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote -> plain values, or one error that says why not."""
+"""YAML of unknown origin -> plain values, or one error that gives the reason."""
 
 from typing import Any
 
@@ -61,14 +61,14 @@ def _count(value: Any, known: dict[int, int], inside: set[int]) -> int:
 
 
 def readable_yaml(*documents: Any, width: int = 100) -> str:
-    """Return YAML documents, keys in their order: block text for what has lines, no references."""
+    """Return YAML documents, keys in their order: block text for strings of several lines, no references."""
     return str(
         yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=width)
     )
 
 
 class _Readable(yaml.SafeDumper):
-    """Block text for what has lines, and no references between parts that happen to be equal."""
+    """Block text for strings of several lines, and no references between parts that happen to be equal."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
