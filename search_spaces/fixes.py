@@ -16,14 +16,14 @@ class Fix:
     """One change to the training recipe. `before` names the hyperparameters it touches, and no other fix touches them."""
 
     key: str
-    """Short name, as it stands in the names of variants."""
+    """Short name, as used in the names of variants."""
     title: str
     why: str
     source: str
     """Where the fix and its reason come from."""
     before: Mapping[str, Scalar]
     option: Mapping[str, Scalar] = field(default_factory=dict)
-    """What it is set to when asked for, where the default leaves the fix off; our choice, the document names no values."""
+    """Its settings on request, where the default leaves the fix off; our choice, the document names no values."""
     documented: bool = True
     """Whether the document lists it."""
 
@@ -147,7 +147,7 @@ def documented_after(epochs: int = DOCUMENT_EPOCHS) -> dict[str, Scalar]:
     """Return the document's recommended settings, exactly: its fixes on, the optional one and ours off.
 
     The document keeps a linear head and an average with copied statistics. With ours these settings would no longer
-    say what the document's own fixes are worth; the defaults, `all_fixes`, are these settings and ours.
+    measure the effect of the document's own fixes; the defaults, `all_fixes`, are these settings and ours.
     """
     return with_fixes((fix.key for fix in FIXES if fix.documented and not fix.optional), epochs)
 

@@ -1,8 +1,8 @@
-"""What a search space is: what is sampled, and how a sample becomes values of `FineTuneConfig`.
+"""Search spaces: their sampled parameters, and how a sample becomes values of `FineTuneConfig`.
 
-A sample is what Optuna sees: parameters on the scale they are best searched on, such as 1 - ema_decay on a log scale.
-Overrides are what a run sees. A parameter that nothing would read, such as the LDAM margin when the loss is focal, is
-not sampled at all: which ones these are is a property of the hyperparameter, so it holds in every space alike.
+Optuna sees a sample: parameters on the scale they are best searched on, such as 1 - ema_decay on a log scale. A run sees
+overrides. A parameter that nothing would read, such as the LDAM margin when the loss is focal, is not sampled at all: which
+ones these are is a property of the hyperparameter, so it holds in every space alike.
 """
 
 import itertools
@@ -33,7 +33,7 @@ Sample = dict[str, Scalar]
 """Values by parameter name; parameters that nothing would read are absent."""
 
 Role = Literal["searched", "retuned"]
-"""searched: what the study asks about; retuned: varied only so that each searched value is judged at its own best."""
+"""searched: the study's question; retuned: varied only so that each searched value is judged at its own best."""
 
 
 class SpaceError(ProblemsError):
@@ -172,7 +172,7 @@ class Parameter:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The hyperparameters that decide whether it is sampled, or what it means."""
+        """The hyperparameters that decide whether it is sampled, or its meaning."""
         derived = DERIVED[self.name].reads if self.name in DERIVED else ()
         condition = READ_ONLY_WHEN.get(self.hyperparameter)
         return frozenset((*derived, *(condition.reads if condition else ())))
@@ -238,7 +238,7 @@ class SpaceRow(NamedTuple):
     """searched, retuned or fixed."""
     name: str
     values: str
-    """The range; for what is fixed, the value."""
+    """The range; for a fixed one, the value."""
     before: str
     """The document's original setting on the same scale; empty where it has none."""
     default: str
@@ -249,7 +249,7 @@ class SpaceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What one search varies and what it holds."""
+    """The parameters that one search varies, and those that it fixes."""
 
     name: str
     title: str
@@ -299,7 +299,7 @@ class Space:
         return sample
 
     def sample_to_overrides(self, sample: Mapping[str, Scalar], epochs: int) -> dict[str, Scalar]:
-        """Return the overrides of a run of `epochs` epochs: the decoded sample, what the space fixes, and `epochs`.
+        """Return the overrides of a run of `epochs` epochs: the decoded sample, the space's fixed values, and `epochs`.
 
         Values of parameters that nothing would read are ignored. Raises ValueError naming parameters that are missing,
         or that the space does not have.
@@ -326,9 +326,9 @@ class Space:
     ) -> tuple[Sample | None, list[str]]:
         """Return the sample that gives `overrides` in a run of `epochs` epochs, or None and every reason there is none.
 
-        Nothing is clipped: a setting outside a range, or another one than the space holds, lies outside the space.
-        Hyperparameters that `overrides` leaves out are taken at their defaults where they are searched, and at what the
-        space holds elsewhere. What no run reads, and seed and fold, may differ.
+        Nothing is clipped: a setting outside a range, or another value than the space fixes, is outside the space.
+        Hyperparameters that `overrides` leaves out are taken at their defaults where they are searched, and at the space's
+        fixed values elsewhere. Values that no run reads, and seed and fold, may differ.
         """
         try:
             given = _values(build_config({**self.fixed, "epochs": epochs, **overrides}))
@@ -353,7 +353,7 @@ class Space:
     def within(self, config: Mapping[str, Any]) -> "Space":
         """Return the space with the user's own settings held: what `config` names is no longer searched.
 
-        So `--set loss=focal` leaves the margin out of the search as well. Notes say what was dropped.
+        So `--set loss=focal` leaves the margin out of the search as well. Notes name the dropped parameters.
         """
         fixed = {**self.fixed, **config}
         values = _values(build_config(fixed))
@@ -463,7 +463,7 @@ class Space:
         return {**defaults, **self.fixed, "epochs": epochs}
 
     def place(self, parameter: Parameter, values: Mapping[str, Any], reasons: list[str]) -> Scalar:
-        """Return the parameter's place in a sample that gives `values`; where it is out of range, `reasons` says so."""
+        """Return the parameter's place in a sample that gives `values`; where it is out of range, `reasons` gets a line."""
         value = parameter.encode(values)
         if not parameter.holds(value):
             reasons.append(f"{parameter.name}={shown(value)} is not in {parameter.range_text()}")

@@ -178,7 +178,7 @@ WARM_STARTS: dict[str, Callable[[int], dict[str, Scalar]]] = {
 def warm_start_points(space: Space, epochs: int, names: Iterable[str] | None = None) -> WarmStart:
     """Return the named settings as samples of the space; all of WARM_STARTS when `names` is None.
 
-    Only what the space searches is taken from a setting, the rest stays as the space holds it: `before` in a space
+    Only the searched hyperparameters are taken from a setting, the rest stays as the space fixes it: `before` in a space
     that fixes the cosine head is the document's margins, rates and epochs under a cosine head, not its baseline.
     Epochs keep their share of the run. A setting outside a range is left out, not clipped, and so is one that gives
     the same sample as another. Raises SpaceError for unknown names.

@@ -34,7 +34,7 @@ def space_from(value: str | Mapping[str, Any], config: Mapping[str, Any] | None 
     Raises SpaceError with every violation at once. Written out, a space is a mapping:
 
         base: documented            # optional: a named space to start from
-        search:                     # what the study asks about
+        search:                     # the study's question
           s: {low: 5, high: 40, log: true}
           one_minus_ema_decay: {low: 0.001, high: 0.02, log: true}
           head: [cosine, linear]
@@ -118,7 +118,7 @@ def _written_space(written: Mapping[str, Any]) -> Space:
 
 
 def _own_parameters(written: Mapping[str, Any], problems: list[str]) -> dict[str, Parameter]:
-    """Parameters that are written under `search` and `retune`; what is wrong with them goes to `problems`."""
+    """Parameters that are written under `search` and `retune`; their errors go to `problems`."""
     own: dict[str, Parameter] = {}
     roles: tuple[tuple[str, Role], ...] = (("search", "searched"), ("retune", "retuned"))
     for group, role in roles:
@@ -321,7 +321,7 @@ def _number(value: object) -> float | None:
 
 
 def _off(name: str, value: Any) -> Any:
-    """YAML reads a bare off as false; where `off` is a choice, that is what was meant."""
+    """YAML reads a bare off as false; where `off` is a choice, it was meant."""
     return "off" if value is False and "off" in _possible(name) else value
 
 

@@ -21,7 +21,7 @@ Browser = Any
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """One headless Chromium; the test is skipped, with what is missing, where there is none."""
+    """One headless Chromium; without one the test is skipped, and the reason names the missing program."""
     selenium = pytest.importorskip(
         "selenium.webdriver", reason="selenium is missing: pip install 'medtune[test]'"
     )
@@ -54,11 +54,11 @@ def chromium(profile: Path) -> Iterator[Browser]:
 
 
 def opened(browser: Browser, url: str, size: tuple[int, int] = DESKTOP) -> Browser:
-    """Open a page, always anew, and wait until its script has run; figures are drawn when they come into view."""
+    """Load a page, even an open one, and wait until its script has run; figures are drawn when they come into view."""
     metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get("about:blank")  # an address that differs after # only would not load anew
-    browser.get_log("browser")  # forget what earlier pages said
+    browser.get("about:blank")  # an address that differs after # only would not load again
+    browser.get_log("browser")  # forget the messages of earlier pages
     browser.get(url)
     ready(browser)
     return browser
@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], Any], what: str = "", deadline_s: float = D
 
 
 def click(browser: Browser, selector: str) -> None:
-    """Scroll there and click; again when the page has just drawn it anew."""
+    """Scroll there and click; try again when the page has just redrawn the element."""
     from selenium.common.exceptions import (
         ElementNotInteractableException,
         StaleElementReferenceException,

@@ -1,12 +1,12 @@
 """Small studies under a killer: `make chaos ROUNDS=50`, and one round in the test suite.
 
-A round is one study of real trials in a process of its own. At random, seeded moments the killer takes one of its
+A round is one study of real trials in a separate process. At random, seeded moments the killer takes one of its
 processes: the driver, a trial's actor, a rank, a raylet, with SIGKILL, or with SIGSTOP and for good, or for seconds. It
 preempts the driver (SIGTERM). In some rounds the study is in object storage, which stops answering for a minute; in some
 its trials run on a Ray cluster whose head is killed. A driver that ends is started again until the study is done. Then
 what must hold is checked:
 
-* every trial ended by completion or a logged stop, Optuna says the same, and each epoch from 1 to the last is there once;
+* every trial ended by completion or a logged stop, Optuna's storage agrees, and each epoch from 1 to the last is there once;
 * no fault cost more than one epoch of work;
 * the decisions are those of the stopping policy replayed over the rows;
 * no process, shared memory or temporary file is left behind, and the study is within its disk budget.
@@ -46,7 +46,7 @@ from tune_app.study.rows import read_rows
 from tune_app.synthetic import write_cohort
 
 TAG = "MEDTUNE_CHAOS"
-"""Environment variable by which all processes of a round are found, whoever their parent is by then."""
+"""Environment variable that marks all processes of a round, also those whose parent has changed."""
 
 TINY: dict[str, Any] = {
     "depth": 10,
@@ -75,7 +75,7 @@ VICTIMS: dict[str, Callable[[list[str]], bool]] = {
     "rank": lambda words: words[0].startswith("ray::_Rank"),
     "raylet": lambda words: words[0].endswith("/raylet"),
 }
-"""Whom the killer takes -> whether a command line is such a process."""
+"""Kind of process to kill -> whether a command line belongs to such a process."""
 
 HOW = ("kill", "freeze", "pause", "preempt", "outage")
 """kill: SIGKILL; freeze: SIGSTOP for good; pause: SIGSTOP, and SIGCONT seconds later; preempt: SIGTERM; outage: no answer."""
@@ -85,7 +85,7 @@ OUTAGE_S = 60.0
 
 @dataclass
 class Fault:
-    """One thing that is done to a study, and what it cost."""
+    """One fault injected into a study, and its cost."""
 
     who: str
     how: str
@@ -104,13 +104,13 @@ class Fault:
 
 @dataclass
 class Round:
-    """What became of one study."""
+    """The outcome of one study."""
 
     seed: int
     ranks: int
     faults: list[Fault]
     place: str = "here"
-    """here: in a folder, with a Ray of its own; storage: in object storage; cluster: in a folder, on a Ray cluster."""
+    """here: in a folder, with a separate local Ray; storage: in object storage; cluster: in a folder, on a Ray cluster."""
     starts: int = 0
     seconds: float = 0.0
     trials: Counter[str] = field(default_factory=Counter)
@@ -128,7 +128,7 @@ class Round:
 
 
 def plan_round(seed: int) -> Round:
-    """Return what is to happen in the round of this seed."""
+    """Return the plan of the round of this seed."""
     rng = random.Random(seed)
     if seed % 5 == 4:
         faults = [Fault("storage", "outage", rng.uniform(0.5, 20.0))]
@@ -143,7 +143,7 @@ def plan_round(seed: int) -> Round:
     faults = []
     for _ in range(rng.randint(1, 3)):
         who = rng.choice(whom)
-        # For good only where something is there to notice: nobody watches over a frozen driver but its user.
+        # For good only where something is there to notice: no process watches over a frozen driver, only its user can.
         how = rng.choice(
             ("kill", "preempt", "pause") if who == "driver" else ("kill", "kill", "freeze", "pause")
         )
@@ -152,7 +152,7 @@ def plan_round(seed: int) -> Round:
 
 
 def run_round(result: Round, table: Path, folder: Path) -> Round:
-    """Run a round in `folder`, which it leaves there; returns it with what became of it."""
+    """Run a round in `folder`, which it leaves there; returns it with its outcome."""
     began = time.monotonic()
     write_study_file(folder / "study.yaml", table, folder / "cache", result)
     tag = f"{os.getpid()}-{result.seed}"
@@ -206,7 +206,7 @@ def run_round(result: Round, table: Path, folder: Path) -> Round:
 
 
 class Here:
-    """A study in a folder, with a Ray of its own."""
+    """A study in a folder, with a separate local Ray."""
 
     def __init__(self, folder: Path, table: Path) -> None:
         self.study = folder / "study"
@@ -220,7 +220,7 @@ class Here:
         pass
 
     def ready(self) -> None:
-        """Bring back what a fault has taken, before a driver starts."""
+        """Restart the processes that a fault has ended, before a driver starts."""
 
     def inflict(self, fault: Fault) -> bool:
         """Do it, if it is a fault of the place and not of a process."""
@@ -269,11 +269,11 @@ class InStorage(Here):
 
 
 class OnCluster(Here):
-    """A study on a Ray cluster of one node, started anew when it has been killed."""
+    """A study on a Ray cluster of one node, which is started again when it has been killed."""
 
     def __init__(self, folder: Path, table: Path) -> None:
         super().__init__(folder, table)
-        self.short = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))  # sockets lie below it
+        self.short = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))  # sockets are created below it
         self.cluster = make_cluster(self.short, table)
         self.env = self.cluster.env
         self.words += ["--address", f"127.0.0.1:{self.cluster.port}"]
@@ -344,7 +344,8 @@ def processes(tag: str) -> Iterator[psutil.Process]:
 def inflict(fault: Fault, tag: str, study: Path) -> bool:
     """Do it to the youngest process that fits; False while there is none.
 
-    What is frozen has made a step before: on their way up, processes are given minutes before they are called hanging.
+    A process is frozen only when a step has been finished since its start: during start-up, processes are given minutes
+    before they count as hanging.
     """
     begun = max((path.stat().st_mtime for path in study.glob("trials/*/alive")), default=0.0)
     fits = []
@@ -397,9 +398,9 @@ def end_all(tag: str) -> None:
 
 
 def epochs_lost(study: Path) -> int:
-    """Epochs that are in epochs.jsonl and in no checkpoint: what a trial that is started again repeats, at most.
+    """Epochs that are in epochs.jsonl and in no checkpoint: the most that a restarted trial repeats.
 
-    The study may be at work: what has ended is asked for last, as the disk budget takes an ended trial's checkpoint.
+    The study may be at work: ended trials are read last, because the disk budget removes the checkpoint of an ended trial.
     """
     files = StudyFiles(study)
     reported = rows_by_trial(files)
@@ -478,7 +479,7 @@ def check(root: Path, result: Round) -> list[str]:
 
 
 def leftovers(folder: Path, study: Path) -> list[str]:
-    """Temporary files, half-built cohorts and shared memory that nobody uses any more."""
+    """Temporary files, half-built cohorts and shared memory that no process uses any more."""
     problems = [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".*.tmp")]
     problems += [f"left behind: {path.relative_to(folder)}" for path in folder.rglob(".building-*")]
     used = {name for process in psutil.process_iter() for name in mapped(process)}
@@ -546,7 +547,7 @@ def main() -> int:
             rounds.append(result)
             try:
                 run_round(result, table, folder)
-            except Exception:  # noqa: BLE001 - told and counted: the other rounds are run all the same
+            except Exception:  # noqa: BLE001 - reported and counted: the other rounds are run all the same
                 result.problems.append(traceback.format_exc())
             print(result.line(), flush=True)
             if result.problems and options.keep:

@@ -117,7 +117,7 @@ class Cluster:
     def add_node(self, ip: str = "127.0.0.2", *, within: Sequence[str] = ()) -> Node:
         """A node with a CPU for one rank of a trial."""
         alive = len(self.living())
-        # Files of its own: two nodes of one machine would unpack the job's code over each other.
+        # Separate files per node: two nodes of one machine would unpack the job's code over each other.
         there = (
             "--address",
             f"{self.host}:{self.port}",

@@ -58,7 +58,7 @@ def server() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def bucket(server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A place in it of the test's own, and a machine of its own to read it from."""
+    """A place in the storage for one test, with an empty cache, as on another machine."""
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "laptop"))

@@ -118,7 +118,7 @@ def write_pages(folder: Path, trials: int, epochs: int, uplot: Path | None) -> l
         rest = "\n".join(line for line in script.splitlines() if not line.startswith("import"))
         (folder / f"{name}-main.js").write_text(f"{imports}\n{START}\n{rest}\n{DONE}")
         sheet = f'<link rel="stylesheet" href="{style}">' if style else ""
-        # With this element plotly.js writes no styles of its own, which the policy would refuse
+        # With this element plotly.js adds no style element, which the policy would refuse
         none = '<template id="plotly.js-style-global" class="no-inline-styles"></template>'
         (folder / f"{name}.html").write_text(
             f'<!doctype html><meta charset="utf-8"><link rel="icon" href="icon.svg"><title>{name}</title>{none if name == "plotly" else ""}{sheet}{library}'

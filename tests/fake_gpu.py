@@ -1,6 +1,6 @@
-"""Programs that stand in for NVIDIA's on a machine without a GPU: `nvidia-smi`, and MPS's daemon and server.
+"""Programs that replace NVIDIA's on a machine without a GPU: `nvidia-smi`, and MPS's daemon and server.
 
-They do what the manual pages say: the daemon runs in the background, has a socket and a file with its process id in
+They behave as the manual pages describe: the daemon runs in the background, has a socket and a file with its process id in
 CUDA_MPS_PIPE_DIRECTORY, starts a server process on request, and the same program, given commands on its standard input,
 exits with 1 where no daemon answers. Killed with SIGKILL, the daemon leaves its socket and its server behind.
 """

@@ -2,7 +2,7 @@
 
     python fake_gpu_study.py tune_app.cli run study.yaml ...
 
-FAKE_FAULT names a folder: a trial whose name stands there as a file meets a fault of the GPU in its second epoch, once.
+FAKE_FAULT names a folder: a trial that finds a file of its name there meets a fault of the GPU in its second epoch, once.
 """
 
 import functools
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    del sys.argv[1]  # the module that it stands in for, by which others know a driver
+    del sys.argv[1]  # the module that this one replaces, by whose name a driver is recognised
     import fake_gpu_study  # trials are sent by the module's name
 
     fake_gpu_study.main()

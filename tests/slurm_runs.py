@@ -91,7 +91,7 @@ class Slurm:
         return self.run("sbatch", "--parsable", *options, *what).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, Restarts, ExitCode ..."""
+        """Slurm's record of a job: JobState, Restarts, ExitCode ..."""
         shown = self.run("scontrol", "show", "job", "-o", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
@@ -115,7 +115,7 @@ class Slurm:
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[Slurm]:
-    """Slurm with two nodes of two CPUs; `folder` has a short path. Skips the test with what is missing."""
+    """Slurm with two nodes of two CPUs; `folder` has a short path. Skips the test, and names the missing programs."""
     if missing := missing_programs():
         pytest.skip(f"no Slurm here: {', '.join(missing)} (Debian: slurm-wlm, munge)")
     for name in ("m", "s", "state"):

@@ -1,13 +1,13 @@
 """Short studies one after another in one driver process, for hours: `make soak MINUTES=120`.
 
-What a leak would fill is looked at after each study: the driver's memory, open files and threads, the trials' largest
-memory, Ray's processes that are left, shared memory, and temporary files. It fails when the driver's memory, files or
-threads still rise in the second half by more than Ray's and Optuna's own do, or when anything is left behind.
-`ray.shutdown` leaves a connection open, and Optuna loads its migrations anew for each database: what they leave by
-themselves is measured beside it, in a process that runs Tune with `OptunaSearch` and `ASHAScheduler` again and again.
+These are measured after each study, since a leak would fill them: the driver's memory, open files and threads, the trials'
+largest memory, Ray's processes that are left, shared memory, and temporary files. It fails when the driver's memory, files
+or threads still rise in the second half by more than Ray's and Optuna's own do, or when anything is left behind.
+`ray.shutdown` leaves a connection open, and Optuna loads its migrations again for each database: their own share is measured
+separately, in a process that runs Tune with `OptunaSearch` and `ASHAScheduler` again and again.
 
-The target sets MALLOC_ARENA_MAX=2, and so should a process of one's own that runs many studies: each of Ray's threads
-gets a heap of its own from glibc, which keeps what they leave, three times as much as is lost for good.
+The target sets MALLOC_ARENA_MAX=2, and so should any process that runs many studies: glibc gives each of Ray's threads a
+separate heap and keeps the freed memory, three times as much as is lost for good.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROOM_MIB = 24.0
 """By how much the driver's memory may differ between the halves: studies are not all alike."""
 
 LEAST_ALONE = 6
-"""Searches of Ray and Optuna alone that are enough to tell what one of them adds."""
+"""Searches of Ray and Optuna alone that are enough to measure how much one of them adds."""
 
 ALONE = """
 import gc, logging, os, shutil, sys, optuna, psutil, ray, tempfile
@@ -83,7 +83,7 @@ for _ in range(int(sys.argv[1])):
 
 @dataclass(frozen=True)
 class Look:
-    """What is there after a study."""
+    """Measurements after a study."""
 
     seconds: float
     driver_mib: float
@@ -146,7 +146,7 @@ def sessions_mib() -> float:
 
 
 def stack_alone(sessions: int) -> dict[str, float]:
-    """Return what a search of Ray and Optuna adds to its process for good, of each measure of a `Look`."""
+    """Return how much a search of Ray and Optuna adds permanently to its process, for each measure of a `Look`."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(sessions)], capture_output=True, text=True, check=False
     )
@@ -156,7 +156,7 @@ def stack_alone(sessions: int) -> dict[str, float]:
     )
     if (
         done.returncode
-    ):  # a busy machine does not start Ray in its 30 s: what was seen until then counts
+    ):  # a busy machine does not start Ray in its 30 s: the measurements until then count
         print(
             f"Ray and Optuna alone ended after {len(looks)} of {sessions}: {done.stderr.strip().splitlines()[-1:]}"
         )
@@ -175,7 +175,7 @@ def stack_alone(sessions: int) -> dict[str, float]:
 def verdict(looks: list[Look], alone: dict[str, float]) -> list[str]:
     """Return what rose or was left behind; the first studies are not counted: caches and imports fill in them.
 
-    `alone`: what a search of Ray and Optuna adds by itself.
+    `alone`: how much a search of Ray and Optuna adds without medtune.
     """
     problems = []
     counted = looks[min(3, len(looks) // 3) :]

@@ -1,4 +1,4 @@
-"""How several test modules run studies: the real command in a process of its own, waited for, and looked over."""
+"""How several test modules run studies: the real command in a separate process, waited for, and its results checked."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ TINY = [part for name, value in SMALL.items() for part in ("--set", f"{name}={va
 def medtune(
     *arguments: object, env: Mapping[str, str] | None = None, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start the command as a user would, in a process group of its own. `env`: all of its environment (None: this one)."""
+    """Start the command as a user would, in a new process group. `env`: all of its environment (None: this one)."""
     return subprocess.Popen(
         [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
         stdout=subprocess.PIPE,

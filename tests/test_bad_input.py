@@ -1,7 +1,7 @@
-"""What users give medtune by mistake, at every entrance: one line that says what arrived and what to do, or success.
+"""What users give medtune by mistake, at every entrance: one line that names the input and the remedy, or success.
 
 Each case runs the command line's own entry point. Exit code 1 or 2, no traceback, nothing of a foreign type; the finer
-distinctions of each reader are tested beside it. Below the table, readers are fed with made-up content.
+distinctions of each reader have their tests with that reader. Below the table, readers are fed with made-up content.
 """
 
 import gzip
@@ -254,7 +254,7 @@ def big_endian(path: Path) -> None:
 
 
 def gigabytes_of_zeros(path: Path) -> None:
-    """A file of kilobytes that goes on for 70 MiB behind its last voxel."""
+    """A file of kilobytes that, decompressed, continues for 70 MiB behind its last voxel."""
     scan(path.with_suffix(".nii"))
     path.write_bytes(
         gzip.compress(path.with_suffix(".nii").read_bytes() + bytes(70 * 2**20), compresslevel=1)
@@ -491,7 +491,7 @@ BOMB = "".join(
     for last, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 BOMB = f"a: &a [x, x, x, x, x, x, x, x, x]\n{BOMB}"
-"""Nine to the ninth words in 300 bytes: harmless until somebody prints it."""
+"""Nine to the ninth words in 300 bytes: harmless until it is printed."""
 
 
 def study_file(content: str | bytes) -> Callable[[Path], list[Any]]:
@@ -669,7 +669,7 @@ COMMANDS = [
 
 
 def study(change: Callable[[StudyFiles], Any], *command: str) -> Callable[[Path], list[Any]]:
-    """A small study of one trial, changed; and what is asked of it."""
+    """A small study of one trial, changed; and the command to run on it."""
 
     def make(folder: Path) -> list[Any]:
         files = StudyFiles(folder / "study")
@@ -824,7 +824,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> tuple[int, str]:
-    """Exit code and all that is said by `medtune WORDS`; an exception that reaches the user is raised."""
+    """Exit code and output of `medtune WORDS`; an exception that reaches the user is raised."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MEDTUNE_CACHE", str(folder / "cache"))
     monkeypatch.setattr(sys, "argv", ["medtune", *map(str, words)])

@@ -1,4 +1,4 @@
-"""One short round of `make chaos` in the suite, and the killer's own checks: they must notice what they are for."""
+"""One short round of `make chaos` in the suite, and the killer's own checks: each check must notice its fault."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_the_make_targets_start(target: str) -> None:
         "MAKEFLAGS",
         "MAKELEVEL",
         "MFLAGS",
-    )  # `make test` hands them on, and make then tells of its folders
+    )  # `make test` passes them on, and make then prints its folders
     clean = {key: text for key, text in os.environ.items() if key not in (*of_make, "PYTHONPATH")}
     told = subprocess.run(
         ["make", "-n", target, "ARGS=--help"],

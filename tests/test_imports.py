@@ -1,4 +1,4 @@
-"""Who may import what. Loading torch or Ray takes seconds, and a laptop that only reads results may have neither."""
+"""Allowed imports. Loading torch or Ray takes seconds, and a laptop that only reads results may have neither."""
 
 import ast
 import subprocess

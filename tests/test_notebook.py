@@ -1,4 +1,4 @@
-"""The notebook of the documentation: every cell runs, in order, on a cohort of its own."""
+"""The notebook of the documentation: every cell runs, in order, on a small cohort made for it."""
 
 import ast
 import json

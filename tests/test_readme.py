@@ -16,7 +16,7 @@ DOCUMENTS = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")
-"""A command and its subcommands, then the rest of the line or code span; lines ending in a backslash go on."""
+"""A command and its subcommands, then the rest of the line or code span; a backslash at the end of a line continues it."""
 
 
 def code_in(text):
@@ -33,7 +33,7 @@ def code_in(text):
 def problems_of(text):
     """One line for each command or option in the code of `text` that the command line does not have.
 
-    What follows `--` after a command is a command of its own: `medtune submit -- run study.yaml`.
+    The words after `--` form a second command: `medtune submit -- run study.yaml`.
     """
     found = []
     for code in code_in(text):

@@ -1,4 +1,4 @@
-"""The built package holds everything that a checkout has: what is installed is not what lies in the source tree."""
+"""The built package holds everything that a checkout has: an installed package differs from the source tree."""
 
 import os
 import shutil

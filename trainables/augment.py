@@ -42,8 +42,8 @@ def augment_batch(
     center, scale, shift), intensity scale and shift, noise. `strength` multiplies the ranges of all but the flips; at 0
     only flips are left, exact to the bit, and without `flip_axes` the batch itself is returned.
 
-    `generator` lives on the batch's device and alone decides the outcome: seed it anew for each (seed, epoch, step), and a
-    step can be repeated by itself. `spacing` is the voxel spacing (D, H, W) in any unit: where sides differ, it keeps a
+    `generator` lives on the batch's device and alone decides the outcome: seed it again for each (seed, epoch, step), and
+    any single step can be repeated. `spacing` is the voxel spacing (D, H, W) in any unit: where sides differ, it keeps a
     rotation rigid in space rather than in voxels.
     Arithmetic is float32, also for half-precision volumes and under autocast.
     """

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 HURRY = ".hurry"
 """Name of the file in a study's folder that asks its trials for a checkpoint after the epoch they are in."""
 ROOM_S = 86_400.0
-"""How long a run waits for room on a full disk: until somebody has slept and looked at it."""
+"""How long a run waits for room on a full disk: enough for the user to notice it after a night."""
 
 Result = TypeVar("Result")
 
@@ -34,12 +34,12 @@ class CheckpointError(ValueError):
 
 
 class DiskFullError(RuntimeError):
-    """A disk on which nobody made room in time."""
+    """A disk that stayed full until the timeout."""
 
 
 @dataclass(frozen=True)
 class TrialFiles:
-    """Names every file of a trial's folder `trials/<id>`; loads neither torch nor Ray."""
+    """Names every file of a trial's folder `trials/<id>`; does not load torch or Ray."""
 
     folder: Path
 
@@ -60,7 +60,7 @@ class TrialFiles:
 
     @property
     def checkpoint(self) -> Path:
-        """checkpoint.pt: everything needed to go on after the last saved epoch, and its rows."""
+        """checkpoint.pt: everything needed to continue after the last saved epoch, and its rows."""
         return self.folder / "checkpoint.pt"
 
     @property
@@ -70,7 +70,7 @@ class TrialFiles:
 
     @property
     def alive(self) -> Path:
-        """alive: touched as steps are done; a time of access of 0 says that the run waits for room on its disk."""
+        """alive: touched as steps are done; a time of access of 0 means that the run waits for room on its disk."""
         return self.folder / "alive"
 
     @property
@@ -80,7 +80,7 @@ class TrialFiles:
 
     @property
     def log(self) -> Path:
-        """trial.log: what the trial's process said."""
+        """trial.log: the output of the trial's process."""
         return self.folder / "trial.log"
 
 
@@ -99,7 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if error.filename is not None and str(error.filename) == str(temporary):
-            error.filename = str(path)  # what is told of is the file that was asked for
+            error.filename = str(path)  # a message names the requested file
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -137,8 +137,8 @@ def when_there_is_room(
 ) -> Result:
     """Return what `write` returns; while the disk that holds `path` is full, wait and try again.
 
-    `write` must leave nothing half-written when it fails. `waits` is called with each try, to tell who watches
-    over this process. `errors`: what a full disk may look like (torch raises RuntimeError). Raises
+    `write` must leave nothing half-written when it fails. `waits` is called with each try, as a sign of life for the
+    process that supervises this one. `errors`: the exceptions that a full disk may cause (torch raises RuntimeError). Raises
     DiskFullError after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
@@ -166,7 +166,7 @@ def when_there_is_room(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error`, or what it came of, is a disk without room or a spent quota (SQLite says it in its own way)."""
+    """Whether `error`, or one of its causes, is a disk without room or a spent quota (SQLite has its own error for it)."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -181,7 +181,7 @@ class LogFile(logging.FileHandler):
     """A log that loses lines while the disk is full: logging itself would print a traceback for each of them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Pass over a line for which there is no room; anything else is told as logging tells it."""
+        """Pass over a line for which there is no room; any other error is printed as logging does it."""
         error = sys.exc_info()[1]
         if error is None or not is_disk_full(error):
             super().handleError(record)
@@ -196,10 +196,10 @@ class LogFile(logging.FileHandler):
 
 
 def sweep_temporaries(folder: Path, *written: Path) -> int:
-    """Remove what a killed writer left behind in `folder`, of the files `written` or of all; returns how many files.
+    """Remove temporary files of killed writers from `folder`, those of the files `written` or all; returns how many.
 
-    Call it before their writers start. Driver and trial both write into a trial's folder, at the same time: each sweeps
-    what it writes itself.
+    Call it before their writers start. Driver and trial both write into a trial's folder, at the same time: each removes
+    only the temporaries of the files that it writes.
     """
     names = "|".join(re.escape(path.name) for path in written) or ".+"
     ours = re.compile(rf"\.({names})\.[0-9]+\.tmp")  # as `replacing` names them
@@ -217,7 +217,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path`, atomically; readable with `weights_only=True`, which `load_state` uses."""
     import torch
 
-    # Given a path, torch does not say why it failed
+    # Given a path, torch does not report why it failed
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(state), file)
 

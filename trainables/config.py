@@ -16,14 +16,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from trainables.errors import ProblemsError
 
 RULES = 2
-"""What a run computes and a study compares, by the version that began it; both keep to their rules when they go on. Formats
-of checkpoints and of study.json are these numbers. 1: class weights sum to the number of classes, augmentation takes voxels
-for cubes, ranks validate with rank 0's BatchNorm statistics, rungs compare `val_auc` and best.pt holds the averaged weights
-of the epoch that completes the best window of three, whatever the objective is. 2: class weights have mean 1 over the
-samples, rotations are rigid in space, statistics are those of all ranks, rungs and best.pt follow the objective."""
+"""Version of the rules by which a run computes and a study compares; both keep the rules they started with when resumed.
+Formats of checkpoints and of study.json are these numbers. 1: class weights sum to the number of classes, augmentation takes
+voxels for cubes, ranks validate with rank 0's BatchNorm statistics, rungs compare `val_auc` and best.pt holds the averaged
+weights of the epoch that completes the best window of three, whatever the objective is. 2: class weights have mean 1 over
+the samples, rotations are rigid in space, statistics are those of all ranks, rungs and best.pt follow the objective."""
 
 Scalar = str | int | float | bool | None
-"""What an override may be: a JSON scalar, so that it fits a Ray trial config, an Optuna parameter and a table cell."""
+"""Type of an override: a JSON scalar, so that it fits a Ray trial config, an Optuna parameter and a table cell."""
 
 DEPTHS = (10, 18, 34, 50, 101, 152, 200)
 """Depths of the released MedicalNet checkpoints."""
@@ -36,7 +36,7 @@ PREPROCESSING = (
     "window_high",
     "in_channels",
 )
-"""Hyperparameters that decide what a prepared volume looks like: the fields of `trainables.data.scans.Recipe`."""
+"""Hyperparameters that determine a prepared volume: the fields of `trainables.data.scans.Recipe`."""
 
 OF_THE_DATA = ("in_channels", "num_classes", "classes")
 """Hyperparameters that describe the table and its files: the same in all trials of a study."""
@@ -57,7 +57,7 @@ FORMER_NAMES = {
     "lr_scheduler": "scheduler",
     "mixed_precision": "amp",
 }
-"""Names used elsewhere for what is here called otherwise: spelling alone would not suggest the right one."""
+"""Names used elsewhere -> our names: spelling alone would not suggest the right one."""
 
 
 TRIPLES = ("volume_shape", "spacing_mm")
@@ -130,7 +130,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class FineTuneConfig(BaseModel):
-    """One fine-tuning run. Immutable; build it with `build_config`, which tells all violations together."""
+    """One fine-tuning run. Immutable; build it with `build_config`, which reports all violations together."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -144,7 +144,7 @@ class FineTuneConfig(BaseModel):
     num_folds: int = Field(5, ge=2, le=50)
     """Folds made when the table does not name them."""
     cross_validate: bool = False
-    """Makes folds over the table's train and val rows even where it has a split of its own; test rows are never touched."""
+    """Makes folds over the table's train and val rows even where the table has a split; test rows are never touched."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds initialisation, order of volumes, dropout and augmentation; folds are seeded apart, so that seeds compare."""
     deterministic: bool = False
@@ -157,7 +157,7 @@ class FineTuneConfig(BaseModel):
     number is a cube. Larger volumes are cropped, smaller ones padded."""
     spacing_mm: SpacingDHW | None = None
     """Spacing in mm along (x, y, z) that volumes are resampled to. None: each volume at the smallest isotropic spacing at
-    which it fits by itself, which hides how large things are. A new study, or run, that leaves it out takes the smallest one
+    which that volume fits, which hides how large things are. A new study, or run, that leaves it out takes the smallest one
     at which every volume fits; `medtune data check` shows it."""
     intensity: Literal["zscore", "zscore_nonzero", "window"] = "zscore"
     """zscore over all voxels; zscore_nonzero with mean and deviation of voxels > 0, all voxels scaled alike (MedicalNet takes
@@ -214,7 +214,7 @@ class FineTuneConfig(BaseModel):
     grad_clip: float = Field(1.0, ge=0)
     """Largest gradient norm over all parameters, after unscaling; 0 switches clipping off."""
     amp: Annotated[Literal["off", "fp16", "bf16"], BeforeValidator(_off)] = "fp16"
-    """Half precision on a GPU. On a CPU the run is float32 whatever this says, and its first line says so."""
+    """Half precision on a GPU. On a CPU the run is float32 whatever this setting is, and its first line states that."""
     freeze_backbone_epochs: int = Field(0, ge=0)
     """Epochs in which only the head trains; frozen BatchNorm layers keep their statistics."""
     unfreeze_stage_epochs: int = Field(0, ge=0)
@@ -419,8 +419,8 @@ def _shown(value: object) -> str:
 
 
 def _problems(error: ValidationError, given: dict[str, Any]) -> list[str]:
-    """One line a violation. Pydantic checks fields together only once each is valid by itself: the valid ones are
-    checked again without the others, and what a left-out field would have decided is not told."""
+    """One line per violation. Pydantic checks fields together only once each alone is valid: the valid ones are checked
+    again without the others, and problems that depend on a left-out field are not reported."""
     problems: list[str] = []
     bad: set[str] = set()
     for item in error.errors(include_url=False):

@@ -1,4 +1,4 @@
-"""What a run's rows have shown so far: the levels its AUCs reached, their noise, the row at hand. Verdicts read it."""
+"""A run's course so far, from its rows: the levels its AUCs reached, their noise, the row at hand. Verdicts read it."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ Verdict = Literal[
     "loss_spike",
     "too_noisy",
 ]
-"""In this order a run gets the first that applies, after healthy, which is what remains."""
+"""A run gets the first of these that applies, in this order; `healthy` applies when no other does."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -41,11 +41,11 @@ UNKNOWN_ERROR = 0.05
 
 @dataclass(frozen=True)
 class Healed:
-    """A fall that was confirmed and settled, and that the run came back from by itself."""
+    """A fall that was confirmed and settled, and from which the run recovered unaided."""
 
     verdict: Verdict
     first: int
-    """First epoch of what was wrong."""
+    """First epoch of the fault."""
     last: int
     """Last epoch of it."""
     advice: str
@@ -62,7 +62,7 @@ class Diagnosis:
 
     verdict: Verdict
     epoch: int | None
-    """First epoch of what is wrong; None for healthy."""
+    """First epoch of the fault; None for healthy."""
     evidence: Evidence
     """The numbers it rests on: AUC, epochs, counts, shares."""
     summary: str
@@ -93,7 +93,7 @@ def expected_error(auc: float, positive: int, negative: int) -> float:
 
 
 class Settings:
-    """A config, its overrides or nothing, read by name; the defaults fill what is missing."""
+    """A config, its overrides or nothing, read by name; the defaults fill missing values."""
 
     __slots__ = ("_given", "known")
 
@@ -111,7 +111,7 @@ DEFAULTS = FineTuneConfig.model_fields
 class DrwStart:
     """The epoch in which a run's deferred class weights began, once they have: `follow()` with each row.
 
-    The rows know best (`drw_active`); where they do not say, the config's `drw_start_epoch` does. Weights that were there
+    The rows know best (`drw_active`); where they lack it, the config's `drw_start_epoch` decides. Weights that were there
     in the first row did not begin, they always were.
     """
 
@@ -151,14 +151,14 @@ class Streak:
 
 @dataclass(slots=True)
 class Level:
-    """The best 3-epoch median so far, and what the noise was there."""
+    """The best 3-epoch median so far, and the noise at that point."""
 
     auc: float = -math.inf
     error: float = UNKNOWN_ERROR
     epoch: int = 0
 
     def above_chance(self, errors: float) -> bool:
-        """Whether it is worth something, and so many standard errors above chance."""
+        """Whether it reaches SMALLEST_PEAK and is more than `errors` standard errors above chance."""
         return self.auc >= SMALLEST_PEAK and self.auc - errors * self.error > 0.5
 
 
@@ -181,7 +181,7 @@ class Recent:
 
 @dataclass(slots=True)
 class Fall:
-    """A fall that lasts, under all the names it has had: what an average has lost looks otherwise while it comes back."""
+    """A fall that lasts, under all the names it has had: a fall of the average alone looks different while it recovers."""
 
     first: int
     last: int = 0

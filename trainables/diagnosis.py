@@ -1,4 +1,4 @@
-"""What a run's epochs say: healthy, or what went wrong, since which epoch, on what evidence, and what to change.
+"""The diagnosis of a run from its epochs: healthy, or a fault with its first epoch, its evidence, and the change to make.
 
 Pure arithmetic on the rows that the run reports; no torch, no Ray, and a few microseconds an epoch, so that the same
 code decides inside a search, explains in a report and is replayed over thousands of recorded runs.
@@ -14,8 +14,8 @@ negative volumes, 91 % and 0.5 % with 20 and 80, 68 % and 1.1 % with 10 and 30 (
 was chosen on). The rest of the small folds' collapses is not to be seen in the AUC: with 10 and 30 one fall in five is
 within what noise explains.
 
-Rows of other origin may hold no more than `epoch` and `val_auc`. What cannot be told from the columns that are there
-is not said: without raw and averaged values there is no `ema_lag`, without `train_auc` no `train_validation_gap`.
+Rows of other origin may hold no more than `epoch` and `val_auc`. A verdict that needs a missing column is not given:
+without raw and averaged values there is no `ema_lag`, without `train_auc` no `train_validation_gap`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 FALLS: tuple[Verdict, ...] = ("non_finite", "ema_lag", "collapsed_after_drw", "collapsed")
-"""Verdicts that say what is deployed was lost; it may come back, which no later row would tell."""
+"""Verdicts that the deployed network was lost; it may recover, and later rows alone would not show the loss."""
 
 HEALED_SHOWN = 4
 """Falls that healed which a summary names, the last ones."""
@@ -63,8 +63,8 @@ def diagnose(
 ) -> Diagnosis:
     """Return the diagnosis of a run from its rows, in the order of their epochs.
 
-    `config` is the run's config or its overrides; the defaults hold for what it leaves out. Without any (None: a curve
-    of unknown origin) the start of the deferred weights is read from the rows alone. A run without rows is healthy.
+    `config` is the run's config or its overrides; the defaults hold for fields that it leaves out. Without any (None: a
+    curve of unknown origin) the start of the deferred weights is read from the rows alone. A run without rows is healthy.
     """
     monitor = RunMonitor(config)
     diagnosis = monitor.diagnosis

@@ -1,4 +1,4 @@
-"""What is wrong with something that a user wrote, all of it at once."""
+"""All problems of a user's input, reported together."""
 
 from collections.abc import Iterable
 

@@ -3,7 +3,7 @@
 `finetune` needs no callback, logger or Ray: a test is `list(finetune(config, cohort, split, device="cpu"))`. It reads
 rank and world size from `torch.distributed` where that is initialised, and never initialises it.
 
-`trainables.schedule` says what each epoch and step is to do, `trainables.step` does it, `trainables.validation` scores the
+`trainables.schedule` plans each epoch and step, `trainables.step` executes it, `trainables.validation` scores the
 networks after an epoch; here is the run that they make up.
 
 How the parts of a step fit together, and why nothing in an epoch waits for the GPU:
@@ -22,13 +22,13 @@ How the parts of a step fit together, and why nothing in an epoch waits for the 
 * Random numbers are seeded afresh from (seed, epoch, rank) each epoch, so a resumed run needs no random state.
 * On GPUs with the cohort resident, a whole step (batch, augmentation, passes, sum over the ranks, clip, optimiser,
   average, loss scale) is one CUDA graph: launched one by one its kernels leave an H200 idle two thirds of the time.
-  What changes between steps lies in tensors that keep their place: where the step begins in the epoch's order, rates,
+  Values that change between steps are in tensors that keep their place: where the step begins in the epoch's order, rates,
   class weights, random seeds. So only another set of trainable stages needs another capture; a partial last step runs
   eagerly, on the same stream.
-* What the next trial of a process can use again stays: the cohort on the device (`trainables.data.resident`), and what torch
-  knows about convolutions, as all trials train in one thread (`trainables.training_thread`).
-* On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking
-  each by itself (`trainables.network.batchnorm`): the numbers are those of one after the other, up to rounding.
+* State that the next trial of a process can use again stays: the cohort on the device (`trainables.data.resident`), and
+  torch's measurements of convolutions, as all trials train in one thread (`trainables.training_thread`).
+* On a GPU the micro-batches of a step go through the network together where their activations fit, BatchNorm taking each
+  separately (`trainables.network.batchnorm`): the numbers are those of one after the other, up to rounding.
 
 What each lever is worth, on an H200 with ResNet-50, 96 voxels, strided, 2 micro-batches of 6, whole steps in ms (`medtune
 bench train`, and the same run with one lever taken back): all of it 12.1, and 10.9 with the last two of
@@ -37,11 +37,11 @@ as cuDNN runs it 13.8; with torch's max-pool 12.6; with 1x1x1 convolutions by cu
 The forward stem as a convolution of 16 channels and two outputs at once instead of 8 and one: 1.7 to 0.7 ms. BatchNorm's
 reductions with loads running ahead and half the programs: a fifth faster.
 
-On a CPU a step costs what the plain loop's does, and augmentation a sixth of it more (mostly `grid_sample`; `medtune
+On a CPU a step costs as much as the plain loop's, and augmentation a sixth of it more (mostly `grid_sample`; `medtune
 bench train --variants plain,unaugmented,ours`). Channels-last memory there is 1.2 to 1.6 times as fast for ResNet-10 at
 quarter width and 48 or 64 voxels, but takes 1.3 to 1.5 times as long for ResNet-50: not used.
 
-What did not help: bf16 instead of fp16 (12.1 either way). What remains: the GPU is busy 96 % of the step with some
+No gain: bf16 instead of fp16 (12.1 either way). Remaining cost: the GPU is busy 96 % of the step with some
 thousand kernels. BatchNorm takes 3.0 ms, its passes over memory near the card's 4.3 TB/s, its sums at half of it;
 convolutions of layers 3 and 4 are too small at 96 voxels to fill the chip (batch 24: 1,346 volumes/s against 1,103);
 arithmetic alone would take 1.6 ms. Not tried: gradients of the two paths into a block added inside BatchNorm's backward
@@ -86,7 +86,7 @@ class EpochResult:
     metrics: dict[str, Any]
     """One flat row: numbers, booleans and short texts, NaN where a score does not exist."""
     state: Callable[[], dict[str, Any]]
-    """Everything needed to go on from here, as tensors and plain values; call it before asking for the next epoch."""
+    """Everything needed to continue from here, as tensors and plain values; call it before asking for the next epoch."""
 
 
 def finetune(
@@ -102,9 +102,9 @@ def finetune(
 ) -> Iterator[EpochResult]:
     """Fine-tune on `split.train`, validate on `split.val`; yield an EpochResult after each epoch.
 
-    `resume` is an earlier result's `state()`: the run goes on after its epoch, bit for bit on a CPU.
-    `heartbeat` is told (epoch, step) whenever a step has been issued: it is how a hanging rank is noticed.
-    `graphs=False` issues every kernel by itself on a GPU too; the numbers are the same.
+    `resume` is an earlier result's `state()`: the run continues after its epoch, bit for bit on a CPU.
+    `heartbeat` is called with (epoch, step) whenever a step has been issued: it is how a hanging rank is noticed.
+    `graphs=False` issues every kernel separately on a GPU too; the numbers are the same.
     `rules` are those of the study the run belongs to; a checkpoint's own go before them.
 
     Raises WeightsError when the pretrained file does not fill the backbone, ResumeError when the checkpoint is of
@@ -139,7 +139,7 @@ class Run:
     ) -> None:
         self.config, self.device, self.rules = config, device, rules
         if device.type == "cuda":
-            # What the process's last run held lies in pools of its graphs: neither this run nor another process could use it.
+            # Memory of the process's last run is still in its graphs' pools: this run and other processes could not use it.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         self.ranks = Ranks.here()
@@ -187,7 +187,7 @@ class Run:
         self.validation = Validation(self.step, split, np.asarray(cohort.subjects))
 
     def put_away(self) -> None:
-        """Drop what would keep the run on its device: graphs, and hooks, which hold in a circle what they hang on."""
+        """Drop references that would keep the run on its device: graphs, and hooks, which form cycles with their modules."""
         self.step.put_away()
         self.validation.put_away()
 
@@ -260,7 +260,7 @@ class Run:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """Return everything needed to go on after the current epoch."""
+        """Return everything needed to continue after the current epoch."""
         return {
             "format": self.rules,
             "config": self.config.model_dump(mode="json"),

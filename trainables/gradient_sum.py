@@ -1,13 +1,13 @@
-"""The sum of gradients over ranks, once an optimiser step, sent while the backward pass still goes on.
+"""The sum of gradients over ranks, once per optimiser step, sent while the backward pass is still running.
 
 Backward reaches the last layers first, and in a ResNet these hold most of the weights: their gradients travel while the
 earlier layers, which hold most of the arithmetic, are still being computed. NCCL's collectives run on a stream of their
 own, so a CUDA graph captures them together with the pass they overlap.
 
 On two H200s (ResNet-50, batch 6x2, 185 MB of gradients) a step of 10.9 ms at 96 voxels becomes 11.9 with buckets packed,
-sent and copied back in float32, 11.8 when gradients become views of what was sent, and 11.4 when convolutions' gradients
-travel in fp16, which is what the pass computed them in; at 128 voxels 20.1, 21.3, 21.5 and 20.8, at 64 voxels 5.9, 6.8,
-6.7 and 6.4. Of the last at 96 voxels, packing and unpacking take 0.2 ms, and what sending takes from the pass 0.3. Buckets
+sent and copied back in float32, 11.8 when gradients become views of the sent buffers, and 11.4 when convolutions' gradients
+travel in fp16, as the pass computed them; at 128 voxels 20.1, 21.3, 21.5 and 20.8, at 64 voxels 5.9, 6.8,
+6.7 and 6.4. Of the last at 96 voxels, packing and unpacking take 0.2 ms, and sending slows the pass by 0.3. Buckets
 of 16 MiB or 64 MiB differ by 0.1 ms at most; fewer channels for NCCL cost more than the multiprocessors that they leave free
 bring (2, 4, 8 and 16 of them: 12.0, 11.7, 11.6, 11.5).
 """
@@ -28,10 +28,10 @@ BUCKET_BYTES = 32 * 2**20
 class GradientSum:
     """Sums the gradients of those `parameters` that are trainable now; make another when that changes.
 
-    Every rank must make it from the same parameters and run the same backward passes. `convolutions_as`: what gradients
-    of convolutions' weights travel as, and are added up in; None: as they are. fp16 under autocast costs little beside the
-    rounding of the additions: a single pass has computed those gradients in fp16. A sum too large for it is infinite on
-    every rank alike, as any gradient is that the loss scale has made too large.
+    Every rank must make it from the same parameters and run the same backward passes. `convolutions_as`: the dtype in which
+    gradients of convolutions' weights travel and are added up; None: their own. fp16 under autocast costs little compared
+    with the rounding of the additions: a single pass has computed those gradients in fp16. A sum too large for it is
+    infinite on every rank alike, as any gradient is that the loss scale has made too large.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class _Bucket:
     """Parameters of one dtype whose gradients travel together."""
 
     dtype: torch.dtype
-    """What they travel as."""
+    """The dtype in which they travel."""
     parameters: list[Tensor] = field(default_factory=list)
     nbytes: int = 0
     last: int = 0
@@ -140,7 +140,7 @@ class _Bucket:
         return flat
 
     def hand_out(self, flat: Tensor) -> None:
-        """Give each parameter its piece of `flat` as gradient, in the order of its own memory."""
+        """Give each parameter its piece of `flat` as gradient, in the order of the parameter's memory."""
         for parameter, piece in zip(
             self.parameters, self._pieces(flat.to(self.parameters[0].dtype)), strict=True
         ):

@@ -1,9 +1,9 @@
 """Where compiled kernels are kept: in medtune's cache, next to the prepared cohorts, for all processes and studies.
 
 A process compiles a Triton kernel that it does not find there, and the driver of a GPU does so with code for another GPU;
-both name what they keep by everything that it depends on, the GPU among it. A home folder may be missing, read-only or new
-for each container, where the cache that a study names is there for the next one. What cuDNN has found to be the fastest
-algorithm for a shape cannot be kept: torch holds it in the process (`trainables.training_thread`).
+both name their files by everything that these depend on, the GPU among it. A home folder may be missing, read-only or new
+for each container, where the cache that a study names is there for the next one. cuDNN's choice of the fastest algorithm
+for a shape cannot be kept: torch holds it in the process (`trainables.training_thread`).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from trainables import installed_version
 from trainables.config import FineTuneConfig
 
 FOLDERS = {"TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "driver"}
-"""Variables that say where Triton and the GPU's driver keep what they compile -> a folder's name."""
+"""Variables that set where Triton and the GPU's driver keep compiled kernels -> a folder's name."""
 
 
 SAME_STEP = {
@@ -26,7 +26,7 @@ SAME_STEP = {
     *("spacing_mm", "intensity", "window_low", "window_high", "scale_lr_with_batch"),
     *("freeze_backbone_epochs", "unfreeze_stage_epochs"),
 }
-"""Hyperparameters that change neither the time of a step nor its memory, or only for some epochs."""
+"""Hyperparameters that do not change the time or memory of a step, or only for some epochs."""
 
 
 def step_digest(config: FineTuneConfig, **parts: Any) -> str:
@@ -43,6 +43,6 @@ def kernel_folder(cache: Path) -> Path:
 
 
 def keep_kernels(cache: Path) -> None:
-    """Let this process keep compiled kernels in `cache`, before it compiles any; what the user has set stays."""
+    """Let this process keep compiled kernels in `cache`, before it compiles any; the user's own settings stay."""
     for variable, name in FOLDERS.items():
         os.environ.setdefault(variable, str(kernel_folder(cache) / name))

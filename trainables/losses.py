@@ -43,9 +43,9 @@ def class_weights(
     """Return the weight of each class, float32 of shape (C,), on the CPU: (1 - beta) / (1 - beta^n_j), scaled to mean 1.
 
     The mean is over the fold's samples, sum_j n_j w_j / N = 1, as a loss is divided by samples: then its scale, and an
-    update's size with it, stays what it was when the weights begin. `mean_over="classes"` is the paper's scaling, in which
-    the weights sum to C: at 180 and 20 samples it takes the loss to .36 of itself. `beta` 0 weights all classes alike;
-    towards 1 it becomes inverse frequency, which .9999 already is below some thousand samples.
+    update's size with it, stays the same when the weights begin. `mean_over="classes"` is the paper's scaling, in which the
+    weights sum to C: at 180 and 20 samples it takes the loss to .36 of itself. `beta` 0 weights all classes alike; towards 1
+    it becomes inverse frequency, which .9999 already is below some thousand samples.
     Raises ValueError for a class without a sample, or `beta` outside [0, 1).
     Source: Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples; scaled otherwise.
     """
@@ -73,7 +73,7 @@ def drw_active(epoch: int, start: int) -> bool:
 def logit_scale(loss: str, head: str, s: float) -> float:
     """Return the factor on the network's logits: softmax(factor * logits) is the predicted probability.
 
-    `s` where the loss is LDAM or the head yields cosines (which a softmax could hardly tell apart unscaled), else 1.
+    `s` where the loss is LDAM or the head yields cosines (which a softmax could hardly separate unscaled), else 1.
     """
     return s if loss == "ldam" or head == "cosine" else 1.0
 
@@ -94,7 +94,7 @@ def sample_losses(
     focal:         (1 - p_y)^focal_gamma * CE(s * z, y), p = softmax(s * z); Lin et al. 2017, eq. 4
 
     `s` is what `logit_scale` returns, for all three. Logits may be half precision; all arithmetic is float32, whatever
-    autocast says. Labels are int64 of shape (B,). Losses at different `s` and margins do not compare.
+    autocast is set to. Labels are int64 of shape (B,). Losses at different `s` and margins do not compare.
     Raises ValueError for an unknown loss, or LDAM without margins.
     """
     z_BC = logits_BC.float()

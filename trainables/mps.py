@@ -1,10 +1,10 @@
 """CUDA MPS for processes that share a GPU: their kernels run at the same time instead of taking turns.
 
-There is one daemon per user and GPU, in a private folder of the user's own. The first process that asks for it starts it;
-a keeper, a small process of its own, ends it when the last process that uses it has ended, however that one ended: each
+There is one daemon per user and GPU, in a private folder of that user. The first process that asks for it starts it;
+a keeper, a small separate process, ends it when the last process that uses it has ended, however that one ended: each
 holds a lock on a file, which the kernel releases. No setting of the GPU is changed, and a daemon of someone else is used
 and never stopped. The daemon serves one GPU, which it knows by its UUID: a process that was given another GPU, or a user
-who was given one of several, is not affected by it.
+with one of several, is not affected by it.
 
 `nvidia-cuda-mps-control` answers where the daemon runs, and exits with 1 where it does not. Without a daemon in the
 folder that CUDA_MPS_PIPE_DIRECTORY names, CUDA works as it does without MPS (its manual page), so a process that must
@@ -86,18 +86,18 @@ class MpsError(ValueError):
     """MPS was required, and is not possible."""
 
 
-# What a process calls --------------------------------------------------------------------------------------------------
+# Functions for a process -----------------------------------------------------------------------------------------------
 
 
 _joined: tuple[Standing, IO[str] | None] | None = None
-"""What `join` settled for this process, and the lock that says so to the keeper."""
+"""What `join` settled for this process, and the lock that shows it to the keeper."""
 
 
 def join(mode: Mode = "auto") -> Standing:
     """Let this process share its GPU under MPS where that is possible; call it before CUDA is initialised.
 
     The GPU is the first of CUDA_VISIBLE_DEVICES. Sets CUDA's variables in this process's environment. It holds for the
-    life of the process: later calls return what the first one settled. Raises MpsError with `mode="on"` where MPS is not
+    life of the process: later calls return the first one's result. Raises MpsError with `mode="on"` where MPS is not
     possible.
     """
     global _joined
@@ -511,7 +511,7 @@ def _keep(folder: Path) -> None:
                     _end_daemons(folder)
                 return  # else there is a new keeper, which ends all of the folder's daemons
             with (folder / "lock").open("a") as lock:
-                # Who holds the lock is about to join, and waits for `users`.
+                # The lock's holder is about to join, and waits for `users`.
                 if _try_lock(lock, fcntl.LOCK_EX):
                     _end_daemons(folder)
                     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run is worth, and which epoch's weights stand for it: named objectives over the rows of its epochs.
+"""The value of a run, and the epoch whose weights represent it: named objectives over the rows of its epochs.
 
 Searcher, rungs, the weights a trial keeps, export, back-test and results all read this one.
 
@@ -70,7 +70,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def objective_value(rows: Sequence[Mapping[str, Any]], objective: str = DEFAULT_OBJECTIVE) -> float:
-    """Return what the run with these rows (any order) is worth so far; NaN without a finite value to go by.
+    """Return the value so far of the run with these rows (any order); NaN without a finite value.
 
     Raises KeyError naming the known objectives.
     """
@@ -151,9 +151,9 @@ class BestEpoch:
 
 
 class RunningValue:
-    """A reduction, an epoch at a time: `update()` with each epoch's value returns what the run is worth by then.
+    """A reduction, one epoch at a time: `update()` with each epoch's value returns the run's value so far.
 
-    Medians of three need three epochs. Until then the lowest of those there are stands in, and is forgotten
+    Medians of three need three epochs. Until then the lowest value so far is used, and is forgotten
     afterwards: a lucky first epoch does not stay the best for ever.
     """
 
@@ -182,7 +182,7 @@ class RunningValue:
 
 
 def as_number(value: Any) -> float:
-    """Return `value` as a float, and minus infinity for None, NaN, infinities and what is no number."""
+    """Return `value` as a float, and minus infinity for None, NaN, infinities and non-numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return -math.inf
     return float(value)

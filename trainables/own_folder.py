@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 MARKER = ".made-by-medtune"
-"""Name of the file in such a folder that says what it is for."""
+"""Name of the file in such a folder that states its purpose."""
 
 
 def is_own(folder: Path, purpose: str) -> bool:
@@ -46,7 +46,7 @@ def remove_own(folder: Path, purpose: str) -> bool:
 
 
 def fresh_own(folder: Path, purpose: str) -> Path | None:
-    """Make the folder anew, empty and marked. What is there and is not marked is moved aside; returns where, or None."""
+    """Make the folder, empty and marked; replaces one of ours, moves any other aside and returns its new place, or None."""
     aside = None
     if not remove_own(folder, purpose) and folder.exists() and any(folder.iterdir()):
         aside = folder.with_name(

@@ -23,7 +23,7 @@ class Position:
     step: int = 0
     since: float = field(default_factory=time.monotonic)
     heartbeat: Callable[[int, int], None] | None = None
-    """Is told, too."""
+    """Is called, too."""
 
     def reached(self, epoch: int, step: int) -> None:
         self.epoch, self.step, self.since = epoch, step, time.monotonic()
@@ -39,7 +39,7 @@ class _Rank:
         self.begun = 0
 
     def where(self, run: int = 0) -> tuple[int, int, str]:
-        """Epoch and step of this run, 0 and 0 if it is not the one that was begun last, and the node."""
+        """Epoch and step of this run, 0 and 0 if it is not the run that was started last, and the node."""
         position = (self.position.epoch, self.position.step) if run == self.begun else (0, 0)
         return *position, ray.util.get_node_ip_address()
 
@@ -70,7 +70,7 @@ class RankProcesses:
         assert group.bundle_count >= world, "one bundle a rank"
         self.world = world
         self.runs = 0
-        """Runs begun so far."""
+        """Runs started so far."""
         self.lost = False
         """Whether a rank died, failed or did not come to an end: nothing can run with them again."""
         self.store: Any = None

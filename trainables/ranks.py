@@ -3,8 +3,8 @@
 `gang` looks like `finetune` from outside: it yields rank 0's EpochResults. Rank 0 trains in a thread, so that the
 calling thread stays free to notice a rank that died or hangs: a collective waiting for a lost rank can block for ever,
 and cannot be interrupted from within. The other ranks are owned by this process: when it is killed, as Tune does to
-stop a trial, Ray ends them with it. Where Tune uses the process again, so are they: processes, process group and all that
-torch has found out stay from one trial to the next, and rank 0 tells the others after each epoch whether to go on.
+stop a trial, Ray ends them with it. Where Tune uses the process again, so are they: processes, process group and all of
+torch's measurements stay from one trial to the next, and rank 0 signals the others after each epoch whether to continue.
 """
 
 import fcntl
@@ -45,9 +45,9 @@ log = logging.getLogger("medtune.trial")
 START_S = 300.0
 """Seconds the ranks may take from their start to meeting each other: imports, CUDA, the cohort."""
 ANSWER_S = 5.0
-"""Seconds a healthy rank may take to say where it is."""
+"""Seconds a healthy rank may take to report its position."""
 LEAVE_S = 5
-"""Seconds rank 0's process may go on with a thread that waits for a lost rank: its error has been told by then."""
+"""Seconds rank 0's process may live on with a thread that waits for a lost rank: its error has been reported by then."""
 STOP_S = 30.0
 """Seconds a rank may take to end a run that is over or stopped; where it takes longer, it is ended itself."""
 NO_LIMIT = timedelta(days=20)
@@ -96,7 +96,7 @@ def gang(
 
     Call it in a process that lives in bundle 0 of a placement group, whose bundles 1 .. world - 1 are free or hold
     `processes`, those of the other ranks (None: started here). `deadline_s`: longest time without a finished step on rank
-    0; `heartbeat` is told of each. Closed between two epochs, or at its end, it leaves all ranks ready for another run.
+    0; `heartbeat` is called for each. Closed between two epochs, or at its end, it leaves all ranks ready for another run.
 
     Raises RankError, naming rank, node and cause, when a rank dies, fails or makes no progress; `processes` are gone then.
     """
@@ -132,7 +132,7 @@ def _all_ended(leader: "_Leader", futures: list[Any]) -> bool:
     """Wait for the ranks to end their run, which takes no more than putting things away; False when one does not."""
     if wait([leader.running], STOP_S).not_done:
         return False
-    if leader.error is not None:  # while it put things away: nobody asks for results any more
+    if leader.error is not None:  # while it cleaned up: the caller asks for no more results
         log.error(
             "rank 0 failed at the end of its run, its process is not used again: %r", leader.error
         )
@@ -160,7 +160,7 @@ def leave_if_stuck(*, patience_s: float = 1.0, after_s: int = LEAVE_S) -> None:
 def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
     """Run `work` over `world` ranks of this machine, kept in `files`; yields the row of every epoch.
 
-    Starts a Ray of its own and stops it at the end.
+    Starts a local Ray and stops it at the end.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # before, and not only after, it has started
     # Without "local" Ray joins a cluster that has a node on this machine.
@@ -218,7 +218,7 @@ def _watched(
         if result is None:
             return
         if isinstance(result, BaseException):
-            # A lost peer ends rank 0's collective too: give the peer's own end a moment to arrive, it says more.
+            # A lost peer ends rank 0's collective too: give the peer's own end a moment to arrive, it is more precise.
             ended, _ = (
                 ray.wait(list(pending), num_returns=1, timeout=ANSWER_S) if pending else ([], [])
             )
@@ -253,7 +253,7 @@ def _failed(rank: int, node: str, cause: BaseException) -> str:
 def _who_hangs(leader: "_Leader", processes: RankProcesses, waited: float) -> str:
     """Name the rank that is behind the others: the one that does not answer, or has come least far.
 
-    All stand at the same step where one of them hangs in the next, as the others wait for it there: then all are named.
+    All have reached the same step where one of them hangs in the next, as the others wait for it there: then all are named.
     """
     found = [(leader.position.epoch, leader.position.step, 0, ray.util.get_node_ip_address())]
     for rank, actor in enumerate(processes.actors, start=1):
@@ -292,7 +292,7 @@ def interface_of(address: str) -> str | None:
 
 
 class _Leader:
-    """Rank 0 in a thread of this process; hands over one result at a time and waits to be told to go on."""
+    """Rank 0 in a thread of this process; hands over one result at a time and waits for the signal to continue."""
 
     thread = KeptThread(LEADER)
     last: "Future[None] | None" = None
@@ -315,9 +315,7 @@ class _Leader:
         self.running = _Leader.last = self.thread.submit(self._train, work, place, store, resume)
 
     def go_on(self) -> None:
-        self.position.since = (
-            time.monotonic()
-        )  # what the caller did meanwhile is not the ranks' time
+        self.position.since = time.monotonic()  # the caller's time in between does not count
         self._proceed.release()
 
     def stop(self) -> None:
@@ -343,7 +341,7 @@ class _Leader:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands in a run, and where it meets the others."""
+    """A rank's place in a run, and the address where it meets the others."""
 
     rank: int
     world: int
@@ -354,15 +352,15 @@ class Place:
     """Of the store that rank 0 keeps."""
 
     def gate(self, number: int) -> str:
-        """Key under which rank 0 says what follows the run's epoch `number`, counted from its first here."""
+        """Key under which rank 0 announces what follows epoch `number` of the run, counted from its first here."""
         return f"run {self.run}, after epoch {number}"
 
 
 def follow(
     work: RankWork, place: Place, resume: Mapping[str, Any] | None, position: Position
 ) -> None:
-    """Train as one of the ranks 1 .. world - 1, to the end or until rank 0 stops; `position` tells how far it has come."""
-    # Apart from the process group's: a connection that waits answers nobody else, and NCCL asks its store now and then
+    """Train as one of the ranks 1 .. world - 1, to the end or until rank 0 stops; `position` shows its progress."""
+    # Apart from the process group's: a connection that waits answers no other request, and NCCL asks its store now and then
     gate = _connection(place)
     with closing(_rank_epochs(work, place, lambda: _connection(place), resume, position)) as epochs:
         for number, _ in enumerate(epochs):
@@ -391,7 +389,7 @@ def _rank_epochs(
     with patient():
         cohort, split = open_inputs(work.config, work.table, work.cohort)
     if not dist.is_initialized():  # the first run of these ranks, which stay together
-        # By itself gloo takes what the host's name resolves to: on many machines loopback, which no other node can reach.
+        # gloo's default is the address of the host's name: on many machines loopback, which no other node can reach.
         if (name := interface_of(ray.util.get_node_ip_address())) is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         dist.init_process_group(

@@ -1,6 +1,6 @@
 """One Tune trial: runs `finetune()` in its own folder and reports each epoch's row.
 
-The trial's folder is the truth, not Ray's checkpoint store: a trial finds its checkpoint by its own name, so it goes on
+The trial's folder is the truth, not Ray's checkpoint store: a trial finds its checkpoint by its own name, so it continues
 the same way after a failed worker, a killed driver or a lost cluster.
 
 torch and MONAI are loaded in the trial's process: a driver, which trains nothing, starts seconds earlier without them.
@@ -52,7 +52,7 @@ class TrialSetting:
     table: str
     """The manifest."""
     cohort: str
-    """Folder of the cohort that `base` prepares; a trial that prepares volumes otherwise has one of its own next to it."""
+    """Folder of the cohort that `base` prepares; a trial that prepares volumes differently has another one next to it."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Overrides of every trial; the trial's own go first."""
     checkpoint_epochs: int = 1
@@ -138,8 +138,8 @@ class GpuFaultError(RuntimeError):
 def _raise_for_lost_gpu(error: Exception, files: TrialFiles) -> None:
     """Raise GpuFaultError where `error` cost this process its GPU under MPS, and let the next attempt run without MPS.
 
-    Which of the processes that share a server caused the fault is not told by CUDA; all of them see it. Each continues
-    from its checkpoint in a process of its own without MPS, so that the one that faults again faults alone.
+    CUDA does not report which of the processes that share a server caused the fault; all of them see it. Each continues
+    from its checkpoint in a new process without MPS, so that the one that faults again faults alone.
     """
     standing = mps.joined()
     if standing is None or standing.kind == "turns" or not gpu_is_lost():
@@ -180,7 +180,7 @@ def _share_gpu(setting: TrialSetting, files: TrialFiles) -> None:
 
 
 class SignOfLife:
-    """Touches a file, at most once a second: its time tells the driver when the run last moved."""
+    """Touches a file, at most once a second: its time shows the driver when the run last made progress."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -202,7 +202,7 @@ class SignOfLife:
         self()
 
     def waits_for_room(self) -> None:
-        """Say that the run waits for room on its disk, without taking any: by the file's time of access, 0."""
+        """Show that the run waits for room on its disk, without taking any: by the file's time of access, 0."""
         with contextlib.suppress(OSError):
             os.utime(self.path, (0, time.time()))
 
@@ -215,8 +215,9 @@ def wait_for_device_memory(
 ) -> None:
     """Wait until the trial's share of the GPU's memory is free: a trial stopped just now may still hold it.
 
-    `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all (None: CUDA's answer
-    for this process's GPU, where what earlier trials have left in the process itself is free). Raises MemoryError after `timeout_s` with both figures: somebody else is using the GPU.
+    `share` is the fraction of the GPU the trial was given; `memory` returns bytes free and in all (None: CUDA's answer for
+    this process's GPU, where memory that earlier trials have left in the process itself is free). Raises MemoryError after
+    `timeout_s` with both figures: another process is using the GPU.
     """
     memory = memory or _device_memory
     deadline = time.monotonic() + timeout_s
@@ -243,7 +244,7 @@ def _device_memory() -> tuple[int, int]:
 
 
 def _fetched(setting: TrialSetting, trial: str, files: TrialFiles) -> TrialStore | None:
-    """Return where the trial is kept in object storage, with what an earlier attempt kept brought here."""
+    """Return where the trial is kept in object storage, after fetching the files that an earlier attempt kept."""
     if setting.storage is None:
         return None
     store = TrialStore(setting.storage, trial, files)
@@ -252,7 +253,7 @@ def _fetched(setting: TrialSetting, trial: str, files: TrialFiles) -> TrialStore
 
 
 def _hurries(setting: TrialSetting, store: TrialStore | None) -> Callable[[], bool]:
-    """Return what says whether the trial has to save its work, on whichever node it is."""
+    """Return a function that returns whether the trial has to save its work, on whichever node it is."""
     here = Path(setting.study) / HURRY  # of the driver's node, or of a folder that all nodes see
     return lambda: here.exists() or (store is not None and store.hurries())
 

@@ -1,9 +1,9 @@
-"""A run that keeps its place in a folder: goes on from the checkpoint there, saves as it goes, gives a row an epoch.
+"""A run that keeps its place in a folder: resumes from the checkpoint there, saves as it runs, gives one row per epoch.
 
 An epoch of a small cohort takes a GPU a second, and so does saving a ResNet-50: in a search at 64 voxels, four trials at a
 time on an H200, a fifth of the time went into files (best.pt 0.4 s an improvement, and over a second for the checkpoint of
-each trial's first epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt is written
-while training goes on, from a copy in memory; before the next one, a checkpoint or the run's end, it is there. Before that,
+each trial's first epoch). So checkpoints keep to a share of the time from the first one on, and a best.pt is written while
+training continues, from a copy in memory; before the next one, a checkpoint or the run's end, it is there. Before that,
 with fewer checkpoints and fsync alone in the background, 2.0 s lay between two trials of a slot where 4.7 s had; on two CPU
 cores an improvement now costs 0.04 to 0.08 s where it cost 0.24 to 0.41 s.
 """
@@ -52,7 +52,7 @@ HELD = "held"
 log = logging.getLogger("medtune.disk")
 
 Epochs = Callable[[Mapping[str, Any] | None], Iterator[EpochResult]]
-"""Starts the run anew (None) or from a state, and gives its epochs: `finetune`, or a gang of ranks."""
+"""Starts the run from the beginning (None) or from a state, and gives its epochs: `finetune`, or a gang of ranks."""
 
 
 def open_inputs(
@@ -117,14 +117,14 @@ def saved_run(
 ) -> Iterator[dict[str, Any]]:
     """Yield the row of every epoch of the run kept in `files`, those of earlier processes first.
 
-    Checkpoints are written every `checkpoint_epochs` epochs, after the last one and epoch `until`, before the row is yielded; where
-    epochs are shorter than writing takes, as few more are skipped as keep it under a twentieth of the time, the first ones
-    included. A run killed at any moment repeats the epochs since the last checkpoint, or all, on a CPU to the same numbers.
-    best.pt is written while the next epoch runs, and complete before a checkpoint of the same epoch or a later one, before
-    the next best.pt, and when the run ends or is closed: a process that is killed in between leaves the one before. On a
-    full disk the run waits for room, and calls `waits` meanwhile, from another thread for best.pt. `keep` is called after
-    each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always saved. Where
-    `hurry` says that the run is going to be killed, each epoch is saved.
+    Checkpoints are written every `checkpoint_epochs` epochs, after the last one and epoch `until`, before the row is
+    yielded; where epochs are shorter than writing takes, as few more are skipped as keep it under a twentieth of the time,
+    the first ones included. A run killed at any moment repeats the epochs since the last checkpoint, or all, on a CPU to the
+    same numbers. best.pt is written while the next epoch runs, and complete before a checkpoint of the same epoch or a later
+    one, before the next best.pt, and when the run ends or is closed: a process that is killed in between leaves the one
+    before. On a full disk the run waits for room, and calls `waits` meanwhile, from another thread for best.pt. `keep` is
+    called after each checkpoint, to copy `files` to where they outlive this machine; with it, the first epoch is always
+    saved. Where `hurry` returns that the run is going to be killed, each epoch is saved.
 
     best.pt holds the weights of the epoch that stands for `objective` (`BestEpoch`, which explains `window_end`): the raw
     network's where the objective is of the raw network, else the averaged ones. A run of rules 1 keeps
@@ -136,7 +136,7 @@ def saved_run(
     if resume is not None:
         check_checkpoint(
             resume, config
-        )  # before config.json is replaced, and before another run's rows are told
+        )  # before config.json is replaced, and before another run's rows are reported
     when_there_is_room(
         lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits
     )
@@ -170,7 +170,7 @@ def saved_run(
 
 
 class _WrittenBehind:
-    """A file that a thread writes while the run goes on, one state after the other; complete when the block has ended."""
+    """A file that a thread writes while the run continues, one state after the other; complete when the block has ended."""
 
     def __init__(self, path: Path, waits: Callable[[], None] | None) -> None:
         self.path, self.waits = path, waits
@@ -191,7 +191,7 @@ class _WrittenBehind:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown()
-        # Nobody is left to raise it to
+        # No caller is left to raise it to
         if (
             kind is GeneratorExit
             and self._writing is not None
@@ -212,7 +212,7 @@ def _save(path: Path, state: Mapping[str, Any], waits: Callable[[], None] | None
 
 
 def in_memory(state: Any) -> Any:
-    """Return `state` with every tensor replaced by a copy of its own in the CPU's memory, at any depth of mappings."""
+    """Return `state` with every tensor replaced by a separate copy in the CPU's memory, at any depth of mappings."""
     import torch
 
     if isinstance(state, torch.Tensor):
@@ -258,7 +258,7 @@ class _Weights:
         return changed
 
     def held(self, epoch: int) -> dict[int, dict[str, Any]]:
-        """Return what a checkpoint of `epoch` has to hold besides its own weights: those of the epoch before, if any."""
+        """Return the further weights that a checkpoint of `epoch` has to hold: those of the epoch before, if any."""
         return {held: state for held, state in self._held.items() if held != epoch}
 
     def _only_pending(self, states: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What an epoch and each of its steps are asked to do: which volumes, at which rates, with which stages and weights."""
+"""The plan of an epoch and of each of its steps: which volumes, at which rates, with which stages and weights."""
 
 import math
 from typing import Any

@@ -46,7 +46,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Precision:
-    """What the forward pass computes in, and why."""
+    """The precision of the forward pass, and the reason for it."""
 
     dtype: torch.dtype
     reason: str
@@ -140,7 +140,7 @@ class TrainingStep:
         ).to(device)
         self.weights = {True: weights, False: torch.ones_like(weights)}
 
-        # What a captured step reads and writes: these tensors keep their place for the whole run.
+        # A captured step reads and writes these tensors, which keep their place for the whole run.
         self.weights_C = torch.ones_like(weights)
         self.order = torch.zeros(
             schedule.step_ends[-1], dtype=torch.int64, device=device
@@ -160,7 +160,7 @@ class TrainingStep:
         self.passes: dict[int, list[Pass]] = {}
         self.gradient_sum: GradientSum | None = None
         self.stream = _side_stream(device) if device.type == "cuda" else None
-        # Capturing a deterministic run would be sound, but what it is for is comparing with an eager one.
+        # Capturing a deterministic run would be sound, but its purpose is comparison with an eager one.
         self.graphs = graphs and not config.deterministic and self._can_be_captured()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm_steps = 0
@@ -169,7 +169,7 @@ class TrainingStep:
     def _can_be_captured(self) -> bool:
         """Whether a graph can hold a step: of a resident cohort, with NCCL's collectives, but not SyncBatchNorm's waits.
 
-        All ranks must say the same, or some would wait for a step that the others are still capturing: every rank asks
+        All ranks must return the same, or some would wait for a step that the others are still capturing: every rank asks
         the others, also one whose cohort did not fit.
         """
         resident = self.volumes.resident is not None
@@ -180,7 +180,7 @@ class TrainingStep:
         return bool(on_all) and dist.get_backend() == "nccl" and not self.config.sync_batchnorm
 
     def put_away(self) -> None:
-        """Drop what would keep the run on its device: graphs, and hooks, which hold in a circle what they hang on."""
+        """Drop references that would keep the run on its device: graphs, and hooks, which form cycles with their modules."""
         self.forget_graph()
 
     def forget_graph(self) -> None:
@@ -248,7 +248,7 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
-            # thread_local: other threads of the process (Ray's, a heartbeat's) may go on calling CUDA
+            # thread_local: other threads of the process (Ray's, a heartbeat's) may keep calling CUDA
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._optimise(begin, count)
             self.graph = graph
@@ -367,7 +367,7 @@ class TrainingStep:
                 dist.broadcast(buffer, src=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on bit for bit: tensors, shared with this object as in torch."""
+        """Return the state for `load_state_dict` to continue bit for bit: tensors, shared with this object as in torch."""
         return {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),

@@ -1,7 +1,7 @@
 """AUCs of volumes that are not independent: several of one subject, or two models on the same ones.
 
-The subjects are the units of every variance here (Obuchowski 1997): 199 nodules of 113 patients tell less than 199
-patients do. Few subjects of a class estimate that variance badly, so the intervals of differences are Student's t with
+The subjects are the units of every variance here (Obuchowski 1997): 199 nodules of 113 patients hold less information than
+199 patients do. Few subjects of a class estimate that variance badly, so the intervals of differences are Student's t with
 Satterthwaite's degrees of freedom instead of the normal one's. Coverage of the nominal 95 % of a paired difference in
 simulation (two normal scores with correlation .6, 60 negatives, 800 draws), normal and t:
 
@@ -55,9 +55,9 @@ def compare_auc(
 ) -> AucDifference:
     """Return the difference of two AUCs on the same samples, with the interval and the test of its paired variance.
 
-    Scores as in `trainables.metrics.auc_interval`, row by row of the same samples; `subjects_N` says whose they are, None
-    that every sample is a subject. All is NaN if a score is not finite or a class has no sample; interval and p are NaN if
-    the data cannot tell: a class of one subject, or different AUCs without variance. Equal scores have p = 1.
+    Scores as in `trainables.metrics.auc_interval`, row by row of the same samples; `subjects_N` names their subjects, None
+    means that every sample is a subject. All is NaN if a score is not finite or a class has no sample; interval and p are
+    NaN if the data cannot decide: a class of one subject, or different AUCs without variance. Equal scores have p = 1.
     Raises ValueError for shapes or labels that do not fit.
     Source: DeLong, DeLong and Clarke-Pearson 1988; over subjects Obuchowski 1997.
     """
@@ -141,7 +141,7 @@ def combined(parts: Sequence[Part]) -> tuple[float, float]:
 
 
 def over_subjects(values: np.ndarray, labels: np.ndarray, subjects: np.ndarray) -> list[Part]:
-    """Variance of the sum of `values`, class by class; what a subject with volumes of two classes adds goes to the rarer."""
+    """Variance of the sum of `values`, class by class; the covariance of subjects in two classes goes to the rarer."""
     _, codes = np.unique(subjects, return_inverse=True)
     sums = []
     for label in np.unique(labels):

@@ -1,8 +1,8 @@
 """One thread of a process in which all its trials train, one after the other.
 
-Ray Tune runs each trial in a thread of its own. What torch finds out about a GPU's convolutions (the fastest algorithm for
+Ray Tune runs each trial in a new thread. What torch finds out about a GPU's convolutions (the fastest algorithm for
 each shape, by trying) it keeps for each thread, since cuDNN's execution plans are not safe to share: in a process that
-is used again, each trial would try all forward algorithms anew. The backward pass has no such problem, as its thread
+is used again, each trial would try all forward algorithms again. The backward pass has no such problem, as its thread
 belongs to the device and stays.
 """
 
@@ -32,7 +32,7 @@ class KeptThread:
         """Have `function(*args, **kwargs)` called after all that was asked before."""
         with self._starting:
             if self._thread is None:
-                # A daemon, as Ray's own are: a process ends although a trial in it still waits to be told to go on
+                # A daemon, as Ray's own are: a process ends although a trial in it still waits for the signal to continue
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
         future: Future[T] = Future()
@@ -54,7 +54,7 @@ _trials = KeptThread(NAME)
 def in_training_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return `function(*args, **kwargs)`, called in this process's training thread after all that was asked of it before.
 
-    What it raises is raised here, SystemExit included, by which Ray Tune ends a trial. Waits without a limit; raises
+    Its exceptions are raised here, SystemExit included, by which Ray Tune ends a trial. Waits without a limit; raises
     RuntimeError in the training thread itself, which would wait for ever.
     """
     if _trials.is_current():
@@ -71,6 +71,6 @@ def in_training_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwar
 def _answer(call: Callable[[], Any], future: "Future[Any]") -> None:
     try:
         future.set_result(call())
-    except BaseException as error:  # noqa: BLE001 - what it means is decided where it is raised again
+    except BaseException as error:  # noqa: BLE001 - handled where it is raised again
         future.set_exception(error)
         del future  # the exception's traceback holds this frame

@@ -1,4 +1,4 @@
-"""What an epoch came to on volumes that were not trained on: scores of the raw and of the averaged network."""
+"""The result of an epoch on volumes that were not trained on: scores of the raw and of the averaged network."""
 
 import math
 from typing import Any

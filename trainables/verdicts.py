@@ -11,7 +11,7 @@ from trainables.course import Course, Diagnosis, Evidence, Streak, noise_of, num
 
 
 class Rule:
-    """One verdict on a run, with what it remembers of the rows."""
+    """One verdict on a run, with its memory of the rows."""
 
     def __init__(self, course: Course, drop: "Drop") -> None:
         self.course, self.drop = course, drop
@@ -31,11 +31,11 @@ SMALLEST_DROP = 0.08
 """AUC; a smaller loss is no collapse, however large the validation set."""
 
 LARGEST_SHARE_KEPT = 2 / 3
-"""A collapsed run has lost at least a third of what it was above chance: .92 -> .85 is overfitting, .72 -> .60 is not."""
+"""A collapsed run has lost at least a third of its AUC above chance: .92 -> .85 is overfitting, .72 -> .60 is not."""
 
 
 def collapse_depth(best: float) -> float:
-    """Return how far below its best an AUC has lost what a collapse loses."""
+    """Return the drop below the best AUC from which a fall is a collapse."""
     return max(SMALLEST_DROP, (1 - LARGEST_SHARE_KEPT) * (best - 0.5))
 
 
@@ -43,21 +43,21 @@ SMALLEST_SUDDEN_DROP = 0.1
 """AUC; a drop within a few epochs from where the run stood counts from here on, ..."""
 
 USUAL_EPOCHS = 10
-"""... against the median of so many epochs before it, ..."""
+"""... against the median of this number of epochs before it, ..."""
 
 SCATTERS = 3.0
-"""... if it is beyond so many of those epochs' own scatter: epochs of one run are scored on the same volumes, so that a
+"""... if it exceeds the scatter of those epochs by this factor: epochs of one run are scored on the same volumes, so that a
 sharp fall from a steady course is real even where the interval of each AUC is wider."""
 
 SHARE_REGAINED = 1 / 3
-"""Of what was lost; a run that has come back so far is recovering, and its epochs confirm no collapse."""
+"""Of the lost AUC; a run that has regained this much is recovering, and its epochs confirm no collapse."""
 
 LONGEST_WAIT = 2
 """Epochs in a row on the way back that a beginning collapse is kept in mind for."""
 
 
 class Drop:
-    """How far the deployed AUC lies below its best median, and below where it usually stood before."""
+    """How far the deployed AUC is below its best median, and below its usual level before."""
 
     def __init__(self, course: Course) -> None:
         self.course = course
@@ -93,7 +93,7 @@ class Drop:
             known = max(auc, 0.5) if math.isfinite(auc) else 0.5
             self._lowest = min(self._lowest, known) if self.below.length else known
             returning = known - self._lowest > SHARE_REGAINED * (best.auc - self._lowest)
-            # Part of the way back is neither recovered nor confirmed: noise must not hide a collapse, nor a recovery be one
+            # Part of the way back counts for neither side: noise must not hide a collapse, or a recovery become one
             if (
                 self.below.length
                 and depth > 0.5
@@ -194,7 +194,7 @@ class EmaLag(Rule):
         both = "val_auc_raw" in row and ("val_auc_ema" in row or "val_auc" in row)
         if (
             both and math.isfinite(raw) and course.epoch > 2
-        ):  # one or two epochs behind is what an average is
+        ):  # an average lags by one or two epochs anyway
             if not math.isfinite(ema):
                 lags = True
             else:
@@ -232,7 +232,7 @@ class EmaLag(Rule):
             if math.isfinite(number(row.get(name))):
                 evidence[name] = round(float(row[name]), 4)
 
-        # What is not finite is not warming up, and what will still be mostly initial weights at the end has no time to
+        # A non-finite average is not warming up, and one that stays mostly initial weights to the end has no time to
         lost = (
             math.isfinite(carried)
             and carried ** (self.course.setting["epochs"] / int(row["epoch"])) > CARRIED_TO_THE_END
@@ -251,7 +251,7 @@ class EmaLag(Rule):
         return Diagnosis("ema_lag", lag.first, evidence, summary, self._quicker_average(), settled)
 
     def _returns(self, raw: float, ema: float) -> Diagnosis | None:
-        """The average, which fell behind a sound network, is near it again, and still below what it was."""
+        """The average, which fell behind a sound network, is near it again, and still below its earlier level."""
         best, below = self.course.raw_level.best, self.drop.below
         if (
             self.course.fall is None
@@ -301,7 +301,7 @@ DRW_WINDOW = 8
 
 
 class Collapsed(Rule):
-    """The deployed AUC fell, and stays down; put down to the class weights where they had just begun."""
+    """The deployed AUC fell, and stays down; attributed to the class weights where they had just started."""
 
     def found(self) -> Diagnosis | None:
         auc = self.course.auc
@@ -479,7 +479,7 @@ class NeverLearned(Rule):
             else self.course.deployed.best
         )
         train = self._best_train_auc
-        # Learned, if only by heart: that is another finding. And chance must be told from a useful run at all.
+        # Learned, if only by heart: that is another finding. And chance must be distinguishable from a useful run at all.
         if best.auc >= CHANCE_BAND or train >= 0.75 or best.auc + 1.96 * best.error > 0.85:
             return None
         evidence: Evidence = {
@@ -522,7 +522,7 @@ GAP = 0.15
 class TrainValidationGap(Rule):
     """Training volumes are ranked far better than validation volumes.
 
-    Five epochs in a row without a new best: a gap that closes by itself is training, not overfitting.
+    Five epochs in a row without a new best: a gap that closes without a change is training, not overfitting.
     """
 
     def __init__(self, course: Course, drop: Drop) -> None:
@@ -639,7 +639,7 @@ class LossSpike(Rule):
 
 
 class TooNoisy(Rule):
-    """The fold is too small to tell a fall from noise, or lacks a class."""
+    """The fold is too small to distinguish a fall from noise, or lacks a class."""
 
     def found(self) -> Diagnosis | None:
         row, auc, one_class = self.course.row, self.course.auc, self.course.one_class

@@ -1,8 +1,8 @@
-"""torch's optimisers without torch's compiler, which they load only to tell it to leave them alone.
+"""torch's optimisers without torch's compiler, which they load only to exclude themselves from compilation.
 
-`torch._dynamo`, and with it `torch._inductor`, SymPy and more, is a third of what a trial's process loads (2.1 of 9 s on
-two busy CPU cores, `python -X importtime`, torch 2.13), and nothing here is compiled by it. Loaded at an optimiser's first
-use, it would also keep in a circle the frames of the run that is in it, and with them the run's memory.
+`torch._dynamo`, and with it `torch._inductor`, SymPy and more, is a third of the loading time of a trial's process (2.1 of
+9 s on two busy CPU cores, `python -X importtime`, torch 2.13), and nothing here is compiled by it. Loaded at an optimiser's
+first use, it would also keep in a circle the frames of the run that is in it, and with them the run's memory.
 """
 
 import sys

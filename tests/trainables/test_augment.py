@@ -19,7 +19,7 @@ def smooth_volume(shape=(12, 20, 15), seed=0) -> Tensor:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """Seeded as a training loop does it: anew for each (seed, epoch, step)."""
+    """Seeded as a training loop does it: again for each (seed, epoch, step)."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator().manual_seed(int(seed))
 

@@ -26,7 +26,7 @@ QUIET = Console(quiet=True)
 
 
 def step_on_meta(config: Any) -> str | None:
-    """What torch says of one training step of `config` without any numbers; None where it can be taken."""
+    """torch's error for one training step of `config` on the meta device; None where the step succeeds."""
     try:
         with torch.device("meta"):
             network = configured_network(config)

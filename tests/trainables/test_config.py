@@ -1,4 +1,4 @@
-"""The configuration: the document's values, and every violation told at once in words that help."""
+"""The configuration: the document's values, and all violations reported together, each with a remedy."""
 
 import json
 import math
@@ -99,7 +99,7 @@ def test_an_impossible_value_is_told_with_what_is_allowed(
 
 
 def test_all_violations_are_told_together() -> None:
-    """Unknown names, values wrong by themselves, and values that do not go together."""
+    """Unknown names, values that are invalid alone, and values that do not go together."""
     told = problems_of(
         backbon_lr=1, epochs=0, optimizer="lion", depth=42, window_low=5, window_high=1
     )

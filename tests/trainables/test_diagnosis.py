@@ -81,7 +81,7 @@ def test_a_fall_that_healed_is_told_for_ever_and_one_that_was_never_confirmed_is
 
 
 def test_an_average_on_its_way_back_to_a_sound_network_is_still_the_one_that_lagged():
-    """As measured: the average was no number for 23 epochs, and then at .77 beside a network at .83, steadily.
+    """As measured: the average was no number for 23 epochs, and then steadily at .77 while the network was at .83.
 
     Called a collapse of the run by then, and for ever after, it advised a smaller learning rate.
     """
@@ -118,7 +118,7 @@ def test_a_network_that_falls_after_its_average_has_collapsed():
 
 @pytest.mark.parametrize(("lagging", "name"), [(3, "collapsed"), (6, "ema_lag")])
 def test_a_fall_has_the_name_it_had_for_the_longest_time(lagging, name):
-    """The average is lost first, told from the third epoch on, and then the network for two."""
+    """The average is lost first, which is detected from the third epoch on, and then the network for two."""
     raw = RISE + [0.84] * lagging + [0.55] * 2 + [0.85] * 12
     ema = RISE + [None] * lagging + [0.55] * 2 + [0.85] * 12
     found = diagnose(run(raw, ema), {"drw_start_epoch": 60})
@@ -240,7 +240,7 @@ def test_a_collapse_after_the_class_weights_began_is_put_down_to_them():
     assert found.evidence["drw_start_epoch"] == 13
     assert "drw_start_epoch=48" in found.advice
     assert "drw_beta=0.99" in found.advice
-    # Told by the config where the rows are silent, and not at all when it began long before
+    # Taken from the config where the rows do not state it, and not reported when it began long before
     assert diagnose(run(RISE + LOW), {"drw_start_epoch": 13}).verdict == "collapsed_after_drw"
     assert diagnose(run(RISE + LOW), {"drw_start_epoch": 3}).verdict == "collapsed"
     assert diagnose(run(RISE + LOW, drw_active=True), {"drw_start_epoch": 1}).verdict == "collapsed"

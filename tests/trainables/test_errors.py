@@ -1,4 +1,4 @@
-"""Errors that list problems reach another process whole: Ray pickles what a trial raises."""
+"""Errors that list problems reach another process whole: Ray pickles a trial's exception."""
 
 import pickle
 from importlib import import_module

@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
 def test_a_folder_of_another_run_is_refused_before_anything_is_told_or_written(
     tmp_path: Path,
 ) -> None:
-    """`medtune train` into an old folder printed that run's epochs, and left the new config.json beside its checkpoint."""
+    """`medtune train` into an old folder printed that run's epochs, and left the new config.json next to its checkpoint."""
     cohort = ball_cohort(16, positive=6)
     split = split_of(cohort)
     files = TrialFiles(tmp_path)
@@ -425,7 +425,7 @@ def test_micro_batches_of_all_ranks_are_those_of_one(count: int, world: int) -> 
 
 @pytest.mark.parametrize("count", range(2, 40))
 def test_no_step_and_no_micro_batch_is_a_single_volume(count: int) -> None:
-    """BatchNorm raises on one value a channel, which is what a 32-voxel volume leaves in layer 4."""
+    """BatchNorm raises on one value per channel: a 32-voxel volume leaves just one in layer 4."""
     ends = step_ends(count, 12, 6)
     assert ends[-1] == count
     sizes = np.diff(ends, prepend=0)

@@ -363,7 +363,7 @@ def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_
     assert saturated["logit_gap"] > 100
     if shift:  # all towards one class: nothing is left of the ranking
         assert saturated["auc_probability"] < 0.55
-    else:  # both ways: what is left is the accuracy
+    else:  # both ways: the accuracy remains
         assert saturated["auc_probability"] == pytest.approx(
             saturated["balanced_accuracy"], abs=0.02
         )

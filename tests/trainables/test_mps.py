@@ -1,4 +1,4 @@
-"""CUDA MPS, with programs that stand in for NVIDIA's."""
+"""CUDA MPS, with programs that replace NVIDIA's."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def ours(place: Path) -> list[psutil.Process]:
 
 
 class Client:
-    """A process that shares its GPU until it is told to end."""
+    """A process that shares its GPU until it is asked to end."""
 
     def __init__(self, variables: dict[str, str], *words: str) -> None:
         self.process = subprocess.Popen(
@@ -120,7 +120,7 @@ def test_the_first_process_starts_a_daemon_and_the_last_one_ends_it(
     clients[0].end()
     clients[1].kill()
     assert (generation / "pipe" / "control").exists()
-    clients[2].kill()  # with SIGKILL: no clean-up of its own
+    clients[2].kill()  # with SIGKILL: it cannot clean up
     until(lambda: nothing_left(place))
 
 

@@ -68,7 +68,7 @@ def run_rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     gc.collect()
-    gc.disable()  # what is in a circle would live on until the collector comes, and the next run would not fit a GPU
+    gc.disable()  # objects in a reference cycle would live until the collector runs, and the next run would not fit a GPU
     last = deque(finetune(config, *open_inputs(config, table, cohort)), maxlen=1).pop()
     torch.save(
         {"rows": last.state()["rows"], "network": last.state()["network"]}, f"{out}/{rank}.pt"
@@ -190,7 +190,7 @@ def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 
         network.zero_grad()
         summing.remove()
-        network.frozen.requires_grad_(True)  # a stage thaws: made anew, its gradient is summed too
+        network.frozen.requires_grad_(True)  # a stage thaws: a new sum includes its gradient
         with GradientSum(network.parameters(), bucket_bytes).over(last=True):
             network(batches[0, rank]).backward()
         (mine,) = torch.autograd.grad(network(batches[0, rank]), network.frozen.weight)
@@ -410,7 +410,7 @@ class Repeated:
     def run(
         self, works: list[tuple[RankWork, int | None]], world: int
     ) -> tuple[list[list[str]], list[int]]:
-        """Each run's rows, stopped after so many epochs, and how many processes there were, its own included."""
+        """Each run's rows, stopped after the given number of epochs, and the number of processes, this one included."""
         rows, seen = [], []
         for work, last in works:
             processes = rank_processes(world)

@@ -24,7 +24,7 @@ EPOCHS = 60
 
 
 class Clock:
-    """A clock on which only what a test says takes time: epochs, writing, waiting."""
+    """A clock that advances only for the durations that a test sets: epochs, writing, waiting."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -126,7 +126,7 @@ def test_time_spent_waiting_for_room_does_not_put_off_the_next_checkpoint(
 
 
 class SlowDisk:
-    """A disk on which a best.pt after the first waits until the test lets it through; what it fails with, if it does."""
+    """A disk on which a best.pt after the first waits until the test lets it through; `error`: its failure, if any."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> None:
         self.through = threading.Event()

@@ -108,7 +108,7 @@ def of_subjects(random: np.random.Generator, people: int, volumes: int, shift: f
 
 
 def test_volumes_of_one_subject_do_not_make_an_interval_narrower():
-    """Oracle: what the AUC does over new draws of the people."""
+    """Oracle: the AUC's spread over new draws of the subjects."""
     random = np.random.default_rng(0)
     aucs, widths, taken_for_independent = [], [], []
     for _ in range(300):

@@ -69,7 +69,7 @@ def test_a_trial_that_was_ended_leaves_nothing_in_memory() -> None:
         sys.exit(0)
 
     gc.collect()
-    gc.disable()  # what is in a cycle would live on until the collector comes, and the next trial would not fit
+    gc.disable()  # objects in a reference cycle would live until the collector runs, and the next trial would not fit
     try:
         with contextlib.suppress(SystemExit):
             in_training_thread(train)

@@ -27,7 +27,7 @@ CREATED = 1_780_000_000.0
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """A browser with a profile of its own."""
+    """A browser with a fresh profile."""
     with chromium(tmp_path_factory.mktemp("chromium")) as window:
         yield window
 
@@ -295,7 +295,7 @@ SPACE: dict[str, Any] = {
         "one_minus_ema_decay": {"low": 5e-4, "high": 2e-2, "log": True},
     },
 }
-"""The documented knobs, and those of the collapse: the document's settings before and after lie in it."""
+"""The documented knobs, and those of the collapse: this space contains the document's settings before and after."""
 
 
 def _sample(number: int, spec: Any, rng: Any) -> dict[str, Any]:
@@ -345,7 +345,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two trained trials, the second on the other fold with a linear head; `cohort/table.csv` beside. Only to be read."""
+    """Two trained trials, the second on fold 1 with a linear head; next to it `cohort/table.csv`. Only to be read."""
     from trainables.checkpoints import TrialFiles
     from trainables.data.manifest import read_manifest
     from trainables.data.scans import Recipe

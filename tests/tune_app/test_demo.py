@@ -1,4 +1,4 @@
-"""The demo and the sample cohort: what is written, and that the commands printed for it are commands."""
+"""The demo and the sample cohort: the files written, and that the commands printed for them are commands."""
 
 import shlex
 from functools import partial

@@ -29,7 +29,7 @@ def cohort(table: Path) -> Cohort:
 
 
 def flatness(volume: np.ndarray) -> float:
-    """Second moment of the bright blob from feet to head over the other two: what a network has to find."""
+    """Second moment of the bright blob from feet to head over the other two: the feature that a network has to find."""
     smooth = gaussian_filter(volume.astype(np.float64), 1.5)
     bright = np.clip(smooth - np.quantile(smooth, 0.9), 0, None)
     points = np.stack(np.meshgrid(*map(np.arange, volume.shape), indexing="ij"))

@@ -1,1 +1,1 @@
-"""What a network is trained on: from a table of volumes to checked rows, prepared cohorts and batches."""
+"""The data for training: from a table of volumes to checked rows, prepared cohorts and batches."""

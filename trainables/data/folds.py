@@ -17,7 +17,7 @@ FOLD_SEED = 0
 """Folds depend on the table alone, never on a run's seed: or scores of two seeds would be of different volumes."""
 
 FEWEST = 5
-"""Volumes of a class in a validation part, below which its AUC is told to be of little use."""
+"""Volumes of a class in a validation part, below which a notice calls its AUC of little use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
 
 
 def few_of_a_class(counts: Sequence[int]) -> str | None:
-    """Return what to know of a validation part with so many subjects of each class; None with FEWEST of each or more."""
+    """Return a notice on a validation part with these `counts` of subjects per class; None with FEWEST of each or more."""
     few = [f"{count} of class {label}" for label, count in enumerate(counts) if count < FEWEST]
     if not few:
         return None

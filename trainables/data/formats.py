@@ -1,4 +1,4 @@
-"""Files of volumes by name and content: what is read, what has to be converted first, and all of them below a folder."""
+"""Files of volumes by name and content: the readable ones, those to convert first, and all of them below a folder."""
 
 import gzip
 import os
@@ -55,9 +55,9 @@ def is_nifti(head: bytes) -> bool:
 
 
 def foreign_format(head: bytes) -> Foreign | None:
-    """Return what a file that begins with `head` is and how to convert it; None for NIfTI and for what is not known.
+    """Return the format of a file that begins with `head` and how to convert it; None for NIfTI and unknown formats.
 
-    Told apart: DICOM, MetaImage, NRRD, MINC, MGH, Analyze, and archives other than gzip.
+    Recognised: DICOM, MetaImage, NRRD, MINC, MGH, Analyze, and archives other than gzip.
     """
     if head[128:132] == b"DICM":
         return Foreign(
@@ -114,7 +114,7 @@ class FoundScan:
 
 
 def scans_below(folder: Path) -> tuple[list[FoundScan], list[str]]:
-    """Return the scans below a folder in the order of their names, and notes on what was left out.
+    """Return the scans below a folder in the order of their names, and notes on the files that were left out.
 
     Links to folders are followed, each folder is read once. A scan has a scan's name or a NIfTI file's first bytes.
     Other formats of volumes, folders that cannot be read and links that lead nowhere come with their problem; a DICOM
@@ -170,6 +170,6 @@ def _unreadable(path: Path, error: OSError) -> str | None:
 
 
 def _may_be_a_volume(path: Path, head: bytes) -> bool:
-    """Archives are told only where their name says that a scan is inside: any other file may be one."""
+    """Archives are reported only where their name shows that a scan is inside: any other file may be one."""
     packed = any(head.startswith(start) for start in _COMPRESSED)
     return not packed or ".nii" in path.name.lower()

@@ -1,6 +1,6 @@
-"""What the numbers in a scan are: Hounsfield units, MR, a mask, or already normalised; and what preparation does to them.
+"""The kind of numbers in a scan: Hounsfield units, MR, a mask, or already normalised; and how preparation changes them.
 
-Told from the values alone, since NIfTI has no field for it. It is a guess, and reported as one.
+Inferred from the values alone, since NIfTI has no field for it. It is a guess, and reported as one.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ SAMPLED = 200_000
 """Voxels of a scan that are looked at, evenly spaced."""
 
 MASK_VALUES = 32
-"""Distinct whole numbers up to which a scan counts as a mask of so many labels."""
+"""Up to this number of distinct whole numbers a scan counts as a mask, each number a label."""
 
 AIR_HU = -150.0
 """Fat has -100 HU, lung and air less; nothing that MR or ultrasound stores is below."""
@@ -41,7 +41,7 @@ class Intensity:
 
 
 def intensity_of(voxels: np.ndarray, recipe: Recipe) -> Intensity:
-    """Return what the values of a scan (C, D, H, W) are, as far as they tell."""
+    """Return the kind of values in a scan (C, D, H, W), as far as the values show it."""
     values = voxels.reshape(-1)
     sample = values[:: max(1, values.size // SAMPLED)].astype(np.float64)
     clipped = 0.0
@@ -65,7 +65,7 @@ def _kind(sample: np.ndarray) -> Kind:
 
 
 def intensity_lines(found: Sequence[Intensity], names: Sequence[str], recipe: Recipe) -> list[str]:
-    """Return what the intensities of a table's scans are, what will be done to them, and what looks wrong.
+    """Return lines on the intensities of a table's scans: their kind, their preparation, and suspected errors.
 
     `names`: what each scan is called in a message.
     """

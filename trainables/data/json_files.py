@@ -1,4 +1,4 @@
-"""JSON of ours, read back: whatever stands in its place, such as a pipe, a device or a hundred thousand brackets."""
+"""JSON of ours, read back, whatever has replaced the file: a pipe, a device or a hundred thousand brackets."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ MAX_JSON_BYTES = 2**28
 def regular_bytes(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes. Raises OSError, also for pipes and devices.
 
-    A pipe is not waited for, and what is read is what was looked at.
+    A pipe is not waited for, and the checked file is the one that is read.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(descriptor, "rb") as file:

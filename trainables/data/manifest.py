@@ -1,10 +1,10 @@
 """A table of volumes -> checked rows, and folds that never share a subject.
 
-The table is CSV or Parquet, told apart by content, with a row a volume and the columns
+The table is CSV or Parquet, recognised by content, with one row per volume and the columns
 
     path      a .nii or .nii.gz file, or its URL (s3://...); relative paths start at the table's folder
     label     class, a whole number from 0
-    subject   whom the volume is of; all volumes of a subject stay on one side of every split
+    subject   the person scanned; all volumes of a subject stay on one side of every split
     split     optional: train, val or test
     fold      optional: a whole number from 0, the fold in which the row validates
     class     optional: name of the class, as `medtune data table` writes it
@@ -46,7 +46,7 @@ SPLITS = ("train", "val", "test")
 
 
 TOLD_APART = 3
-"""Rows with the very same problem that are told one by one."""
+"""Largest number of rows with the very same problem that are listed one by one."""
 
 MOST_RANGES = 8
 """Ranges of row numbers that a line names: the reason has to come soon."""
@@ -109,7 +109,7 @@ class Row:
     split: str | None = None
     fold: int | None = None
     problems: dict[str, str] = field(default_factory=dict)
-    """Column -> what is wrong with the row's cell."""
+    """Column -> the problem of the row's cell."""
 
     @property
     def name(self) -> str:
@@ -150,7 +150,7 @@ def _link_of(table: Path) -> str | None:
 
 
 def _row_problems(rows: list[Row]) -> list[str]:
-    """Each row's problems, in a line for each; what is the same in many rows, such as a coding from 1, in one line."""
+    """Each row's problems, in a line for each; a problem that many rows share, such as a coding from 1, in one line."""
     told = told_together((row, problem) for row in rows for problem in row.problems.values())
     told = _what_labels_are(rows) + told
     labels = {row.stated_label for row in rows if row.stated_label is not None}
@@ -168,7 +168,7 @@ def _row_problems(rows: list[Row]) -> list[str]:
 
 
 def told_together(found: Iterable[tuple[Row, str]]) -> list[str]:
-    """Return one line for each row and its problem; what is the same in more than TOLD_APART rows is one line for all."""
+    """Return one line for each row and its problem; a problem that more than TOLD_APART rows share is one line for all."""
     pairs = list(found)
     alike: dict[str, list[Row]] = defaultdict(list)
     for row, problem in pairs:
@@ -182,7 +182,7 @@ def told_together(found: Iterable[tuple[Row, str]]) -> list[str]:
 
 
 def _what_labels_are(rows: list[Row]) -> list[str]:
-    """A line on labels that are words, or measurements, in so many rows that the table means them so."""
+    """A line on labels that are words, or measurements, in enough rows to be meant as such."""
     wrong = [row for row in rows if "label" in row.problems and row.label_text]
     if len(wrong) <= TOLD_APART or 2 * len(wrong) < len(rows):
         return []
@@ -238,7 +238,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _column_problems(columns: list[str]) -> list[str]:
     words = {word.strip().lower() for column in columns for word in re.split(r"[;\t|]", column)}
     if not any(difflib.get_close_matches(name, words, n=1) for name in COLUMNS):
-        # It may be any file, named by mistake or by somebody else: what it holds belongs in no message.
+        # It may be any file, named by mistake or by another user: its content belongs in no message.
         return [
             "the header names none of path, label and subject: is this the table of volumes? Its content is not shown. "
             "Of these columns: " + "; ".join(f"{name} is {what}" for name, what in COLUMNS.items())
@@ -337,7 +337,7 @@ def whole_number(text: str) -> int | None:
 
 
 def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
-    """Return the file or URL that a cell `path` of a table in `folder` names, or what is wrong with it."""
+    """Return the file or URL that a cell `path` of a table in `folder` names, or its problem."""
     if not path:
         return None, "no path"
     if problem := _outside(
@@ -370,7 +370,7 @@ def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
 
 
 def _outside(place: str | Path) -> str | None:
-    """What is wrong with a table or volume outside the folders that this process may read; None where nothing is."""
+    """The problem of a table or volume outside the folders that this process may read; None where there is none."""
     roots = data_roots()
     if not roots or is_below(place, roots):
         return None
@@ -413,7 +413,7 @@ def manifest_of(table: Path, rows: list[Row], num_classes: int) -> Manifest:
 
 
 def _class_names(rows: list[Row], num_classes: int) -> tuple[str, ...]:
-    """The name of each class, where the column `class` gives each exactly one of its own that can be written down."""
+    """The name of each class, where the column `class` gives each exactly one, distinct and without `,` or `=`."""
     names = {(row.label, row.class_name) for row in rows}
     found = tuple(name for _, name in sorted(names, key=lambda one: one[0] or 0))
     whole = [label for label, _ in sorted(names, key=lambda one: one[0] or 0)] == [

@@ -39,12 +39,12 @@ from trainables.data.threads import Progress, in_threads
 
 @dataclass(frozen=True, eq=False)
 class CheckReport:
-    """What a deep check found: `manifest` is None, and `problems` not empty, or the other way round."""
+    """The result of a deep check: `manifest` is None, and `problems` not empty, or the other way round."""
 
     manifest: Manifest | None
     problems: list[str]
     notices: list[str]
-    """What is worth knowing but stops nothing."""
+    """Facts worth knowing that stop nothing."""
 
     def lines(self) -> list[str]:
         """Return the table in a few sentences: rows, subjects, classes, splits, sizes, and the notices."""
@@ -138,7 +138,7 @@ def _same_voxels(rows: list[Row], found: list[_Finding]) -> list[str]:
     for row, finding in zip(rows, found, strict=True):
         assert row.file is not None
         file = real_path(row.file)
-        if finding.digest is None or file in files:  # the same file twice is told already
+        if finding.digest is None or file in files:  # the same file twice is reported already
             continue
         files.add(file)
         known = first.setdefault(finding.digest, row)
@@ -243,7 +243,7 @@ def _unread_columns(table: Path) -> list[str]:
 
 
 def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Recipe) -> str:
-    """What the recipe makes of the scans, in words: their new spacing, and how much of them is cut off."""
+    """The prepared scans in words: their new spacing, and how much of them is cut off."""
     targets = np.array(
         [target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)]
     )

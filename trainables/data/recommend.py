@@ -1,6 +1,6 @@
 """Preprocessing that suits a cohort, with the reason for each setting: shape, spacing and intensity.
 
-What is recommended is a start. Nothing here loads torch.
+The recommendation is a starting point. Nothing here loads torch.
 """
 
 import math
@@ -21,7 +21,7 @@ from trainables.data.storage import url_of
 from trainables.data.threads import Progress, in_threads
 
 LARGEST_SIDE = 96
-"""Voxels of a side that are recommended at most: MedicalNet's usual size, and what a GPU trains on in minutes."""
+"""Voxels of a side that are recommended at most: MedicalNet's usual size, and small enough to train on a GPU in minutes."""
 
 SMALLEST_SIDE = 16
 
@@ -40,7 +40,7 @@ WINDOW_PERCENTILES = (1.0, 99.0)
 
 @dataclass(frozen=True)
 class Values:
-    """What the voxels of one scan say about its intensities."""
+    """Statistics of the intensities of one scan's voxels."""
 
     intensity: Intensity
     zeros: float
@@ -94,7 +94,7 @@ def recommend_for_table(
 
 
 def values_of(voxels: npt.NDArray[Any]) -> Values:
-    """Return what the voxels (C, D, H, W) of a scan say about its intensities."""
+    """Return the statistics of the intensities of a scan's voxels (C, D, H, W)."""
     inside = [slice(side // 4, max(side // 4 + 1, side - side // 4)) for side in voxels.shape[1:]]
     middle = voxels[0][tuple(inside)]
     low, high = np.percentile(middle, WINDOW_PERCENTILES)

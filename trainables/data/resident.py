@@ -70,17 +70,17 @@ class Volumes:
 
 
 def rows_on_device(cohort: Cohort, rows: np.ndarray, device: torch.device) -> Resident | None:
-    """Return `rows` (ascending) of the cohort on the device: those of the run before if they are the same, else anew.
+    """Return `rows` (ascending) of the cohort on the device: those of the run before if they are the same, else a new copy.
 
-    None where they would take more than `RESIDENT_SHARE` of the free memory. What was kept before has then gone, as it
-    has when others are put there: of a cohort that is no file, or that was written again, nothing counts as the same.
+    None where they would take more than `RESIDENT_SHARE` of the free memory. Rows kept before are then dropped, as they
+    are when others are put there: of a cohort that is no file, or that was written again, nothing counts as the same.
     """
     key = _identity(cohort, rows, device)
     if key in _kept:
         return _kept[key]
     if _kept:
         _kept.clear()
-        torch.cuda.empty_cache()  # or what is measured next would count it as taken
+        torch.cuda.empty_cache()  # or the next measurement would count it as taken
     size = cohort.volumes[0].nbytes * len(rows)
     if device.type == "cuda" and size > RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
         return None
@@ -92,7 +92,7 @@ def rows_on_device(cohort: Cohort, rows: np.ndarray, device: torch.device) -> Re
 
 
 def _identity(cohort: Cohort, rows: np.ndarray, device: torch.device) -> tuple[object, ...] | None:
-    """What is the same only for the same rows of the same file on the same device; None for volumes in memory."""
+    """A key that is equal only for the same rows of the same file on the same device; None for volumes in memory."""
     name = getattr(cohort.volumes, "filename", None)
     if name is None:
         return None

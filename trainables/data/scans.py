@@ -1,6 +1,6 @@
 """One scan: a NIfTI file, or such an object in object storage -> voxels as the network sees them, and back.
 
-Axes, said once: a loaded volume is (C, D, H, W) in RAS+. D runs left to right (x), H back to front (y), W feet to
+Axes, defined once: a loaded volume is (C, D, H, W) in RAS+. D runs left to right (x), H back to front (y), W feet to
 head (z): the file's axes are flipped and permuted to that order and nothing else is transposed, as in MedicalNet and
 MONAI. Shapes and spacings are given in the same order (D, H, W), spacings in millimetres. Oblique volumes keep their
 grid: they are turned to the closest axes, not resampled to the scanner's.
@@ -40,7 +40,7 @@ MAX_VOXELS = 2**30
 
 
 class VolumeError(ValueError):
-    """A file that cannot be used. `path` names it; `reason` says what arrived, what is allowed and what to do."""
+    """A file that cannot be used. `path` names it; `reason` states the value found, the allowed values and the remedy."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path, self.reason = path, reason
@@ -66,7 +66,7 @@ class Recipe:
 
     @classmethod
     def from_config(cls, config: FineTuneConfig) -> Self:
-        """Return the part of `config` that decides what a prepared volume looks like."""
+        """Return the part of `config` that determines a prepared volume."""
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
     @classmethod
@@ -80,7 +80,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """What a NIfTI header says, checked against the size of its file."""
+    """The content of a NIfTI header, checked against the size of its file."""
 
     shape: tuple[int, int, int]
     """Voxels (D, H, W), RAS+."""
@@ -89,7 +89,7 @@ class ScanHeader:
     spacing_mm: tuple[float, float, float]
     """Spacing (D, H, W), RAS+."""
     oriented: bool
-    """Whether the file states an orientation (sform or qform code above 0); if not, LAS is assumed, as the format says."""
+    """Whether the file states an orientation (sform or qform code above 0); if not, LAS is assumed, by the standard."""
     orientation: np.ndarray
     """nibabel's orientation array: for each of the file's axes the RAS+ axis it becomes, and 1 or -1."""
     file_shape: tuple[int, ...]
@@ -130,7 +130,7 @@ def prepare_scan(scan: Scan, recipe: Recipe, path: Path | str) -> np.ndarray:
 
 
 def read_header(path: Path | str) -> ScanHeader:
-    """Return what the header of a .nii or .nii.gz file says; reads no voxels.
+    """Return the header of a .nii or .nii.gz file; reads no voxels.
 
     Accepted are NIfTI-1 and NIfTI-2, either byte order, real numbers, three dimensions or three and channels.
     Raises VolumeError: no single-file NIfTI, spacing not above 0, or more voxels claimed than the file can hold.
@@ -171,7 +171,7 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
     Trilinear on a grid that shares its centre with the volume; where voxels get larger the triangle is widened by the
     same factor (as Pillow and torch's `antialias=True` do), so nothing between the new voxels is skipped. One small
     matrix an axis does both, for the cropped part only: however fine the target spacing, memory stays that of the
-    file. An axis that keeps its spacing keeps its values, bit for bit. Beyond the edge the outermost voxel goes on.
+    file. An axis that keeps its spacing keeps its values, bit for bit. Beyond the edge the outermost voxel is repeated.
     """
     voxels = scan.voxels
     spacing_mm = target_spacing(voxels.shape[1:], scan.spacing_mm, recipe)
@@ -221,7 +221,7 @@ def _along(voxels: np.ndarray, axis: int, weights: np.ndarray) -> np.ndarray:
 
 
 def _normalised(voxels: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Intensities by the recipe, channel by channel, in +-LARGEST_VALUE; refuses what leaves nothing to tell apart."""
+    """Intensities by the recipe, channel by channel, in +-LARGEST_VALUE; refuses a channel that becomes constant."""
     result = np.empty_like(voxels)
     for channel, values in enumerate(voxels):
         which = f"channel {channel}: " if len(voxels) > 1 else ""
@@ -341,7 +341,7 @@ def stamp(path: Path | str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _opened(path: Path | str) -> Iterator[tuple[IO[bytes], int, bool]]:
-    """Open a file, decompressing it when its first bytes say gzip: gives the stream, the file's size, and whether."""
+    """Open a file, decompressing it when its first bytes are gzip's: gives the stream, the file's size, and whether."""
     with open_bytes(path) as (file, size):
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -363,7 +363,7 @@ def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
         raise _Refused(
             f"datatype code {int(fields['datatype'])}: voxels must be integers or real numbers; convert it"
         )
-    # The standard: what is below the header's end, as the 0 of many writers, means right behind the header.
+    # The standard: an offset below the header's end, as the 0 of many writers, means right behind the header.
     offset = float(fields["vox_offset"])
     offset = length + 4 if 0 <= offset < length + 4 else offset
     if not length + 4 <= offset < MAX_VOXELS:
@@ -392,7 +392,7 @@ def _header(stream: IO[bytes], size: int, zipped: bool) -> ScanHeader:
 
 
 def _fields(block: bytes) -> tuple[Any, int]:
-    """nibabel's header of a file that starts with `block`, and its length, from which byte order and version are told."""
+    """nibabel's header of a file that starts with `block`, and its length, which determines byte order and version."""
     if not block:
         raise _Refused("empty: no bytes; copy it again")
     for endianness, (length, kind, magic) in itertools.product("<>", HEADER_KINDS):
@@ -564,7 +564,7 @@ def bytes_text(count: float) -> str:
 def write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, *, dtype: Any = None) -> None:
     """Write voxels (x, y, z) with their affine in mm to a .nii.gz file: the same bytes each time, so cohorts are found again.
 
-    dtype: what is stored; floats stored as integers get a slope and intercept that use the whole range.
+    dtype: of the stored values; floats stored as integers get a slope and intercept that use the whole range.
     """
     image = nib.Nifti1Image(voxels, affine, dtype=dtype or voxels.dtype)
     image.header.set_xyzt_units("mm")

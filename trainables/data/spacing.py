@@ -1,6 +1,6 @@
-"""One spacing for a whole cohort: the smallest at which every volume fits, and what a smaller one would crop.
+"""One spacing for a whole cohort: the smallest at which every volume fits, and how much a smaller one would crop.
 
-Where each volume is brought to the smallest spacing at which it fits by itself, all of them fill the network's input, and
+Where each volume is brought to the smallest spacing at which that volume fits, all of them fill the network's input, and
 how large they are is lost: often the very thing that the label is about. With one common spacing a large heart stays larger
 than a small one.
 """
@@ -40,7 +40,7 @@ class CommonSpacing:
     axis: str
 
     def lines(self) -> list[str]:
-        """Return what the spacings mean, in sentences."""
+        """Return the consequences of the spacings, in sentences."""
         lines = [
             f"spacing_mm: {self.every_mm:g} is the smallest at which every volume fits; it is the default of a new study"
         ]

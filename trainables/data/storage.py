@@ -20,7 +20,7 @@ from trainables.checkpoints import HURRY, TrialFiles, replacing
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
 OF_URLS = "%:/?[]@!$&'()*+,;="
-"""What stands for itself in a URL, beside letters, digits and `-._~`."""
+"""Characters that a URL holds unescaped, in addition to letters, digits and `-._~`."""
 CHUNK = 16 * 2**20
 BUFFER = 4 * 2**20
 """Bytes that one request brings where an object is read as a stream."""
@@ -99,8 +99,9 @@ _patience = _Patience(0.0, lambda: None)
 def patient(seconds: float = OUTAGE_S, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Have all threads of this process try again for `seconds`, within the block, what object storage does not answer.
 
-    A process that has a table or a study to find must fail at once on a wrong name, which looks the same: so patience is
-    for those that others have found before. `waits` is called before each try, to tell who watches over this process.
+    A process that has a table or a study to find must fail at once on a wrong name, which looks the same: so patience is for
+    those that others have found before. `waits` is called before each try, as a sign of life for the process that supervises
+    this one.
     """
     global _patience
     before, _patience = _patience, _Patience(seconds, waits)
@@ -111,7 +112,7 @@ def patient(seconds: float = OUTAGE_S, waits: Callable[[], None] = lambda: None)
 
 
 def _lasting(call: Callable[P, Result]) -> Callable[P, Result]:
-    """Have `call` tried again after each StorageError for as long as `patient` says."""
+    """Have `call` tried again after each StorageError for the time that `patient` sets."""
 
     @wraps(call)
     def lasting(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -148,7 +149,8 @@ class Listed(NamedTuple):
 class Remote:
     """The objects below a URL. Credentials come from the environment or the machine, never from the URL.
 
-    Every method raises StorageError when the storage does not answer or refuses, tried again for as long as `patient` says.
+    Every method raises StorageError when the storage does not answer or refuses, after trying again for the time that
+    `patient` sets.
     """
 
     def __init__(self, url: str) -> None:
@@ -234,7 +236,7 @@ class Remote:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[io.BufferedReader, int]]:
-        """Give a stream that can seek, and the object's size; what is read comes in pieces of BUFFER, none is kept.
+        """Give a stream that can seek, and the object's size; content comes in pieces of BUFFER, none is kept.
 
         Raises FileNotFoundError where there is none.
         """
@@ -362,19 +364,19 @@ def bucket_of(url: str) -> tuple[Remote, str]:
 
 @lru_cache(maxsize=16)
 def _bucket(url: str, variables: tuple[tuple[str, str], ...]) -> Remote:
-    """`variables` of the environment say where the storage is and who asks: another value, another connection."""
+    """`variables` of the environment name the storage and the credentials: another value, another connection."""
     return Remote(url)
 
 
 class TrialStore:
-    """A trial's files kept in object storage too, so that the trial can go on from any node."""
+    """A trial's files kept in object storage too, so that the trial can continue on any node."""
 
     def __init__(self, url: str, trial: str, files: TrialFiles) -> None:
         self.remote, self.prefix, self.files = Remote(url), f"trials/{trial}/", files
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def fetch(self) -> None:
-        """Bring what an earlier attempt kept, from wherever it ran; it goes before what lies here."""
+        """Bring the files that an earlier attempt kept, on whichever node it ran; they replace those here."""
         for path in (self.files.best, self.files.checkpoint):
             path.unlink(missing_ok=True)
             if self.remote.get(self.prefix + path.name, path):
@@ -388,7 +390,7 @@ class TrialStore:
             return False
 
     def keep(self) -> None:
-        """Send what has changed, the checkpoint last: one that is there has everything that belongs to it."""
+        """Send the changed files, the checkpoint last: one that is there has everything that belongs to it."""
         self._send((self.files.config, self.files.log, self.files.best, self.files.checkpoint))
 
     def _send(self, paths: Iterable[Path]) -> None:

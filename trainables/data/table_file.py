@@ -1,4 +1,4 @@
-"""A table of volumes as a file: CSV or Parquet, told apart by content, read whole or refused."""
+"""A table of volumes as a file: CSV or Parquet, recognised by content, read whole or refused."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ COLUMNS = {
         "guessed; where every volume is of another subject, give each row another value"
     ),
 }
-"""The columns a table must have, and what they are for."""
+"""The columns a table must have, and their purpose."""
 
 
 MAX_ROWS = 1_000_000
@@ -33,7 +33,7 @@ class ManifestError(ProblemsError):
 
 @dataclass(frozen=True)
 class Record:
-    """A row as it stands in the file: text from CSV, any value from Parquet."""
+    """A row as the file holds it: text from CSV, any value from Parquet."""
 
     number: int
     cells: dict[str, Any]
@@ -80,8 +80,9 @@ def _too_large(table: str, size: int) -> bytes:
 def read_records(table: Path) -> tuple[list[str], list[Record]]:
     """Return all column names, and the rows that are not empty. Row 1 is the first line below the header.
 
-    Every table of volumes is read here, told apart by content whatever its name. Spaces around cells, empty lines and
-    empty cells beyond the last column are dropped. Raises ManifestError: no file, too large, no CSV and no Parquet.
+    Every table of volumes is read here; its format is recognised by content, whatever its name. Spaces around cells, empty
+    lines and empty cells beyond the last column are dropped. Raises ManifestError: no file, too large, no CSV and no
+    Parquet.
     """
     content, named = table_bytes(table), url_of(table) or str(table)
     if content.startswith(b"PAR1"):
@@ -181,7 +182,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _expanded_bytes(column: Any) -> int:
-    """Bytes of the column's texts as Python objects would hold them, each row by itself."""
+    """Bytes of the column's texts as Python objects would hold them, each row separately."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

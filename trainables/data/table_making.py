@@ -52,12 +52,12 @@ class JoinedTable:
     classes: tuple[str, ...]
     """Name of each class, by its number."""
     lines: tuple[str, ...]
-    """What was guessed, and what did not match."""
+    """The guesses, and the items without a match."""
 
 
 @dataclass(frozen=True)
 class JoinOptions:
-    """What the caller states; None is guessed, and the guess is reported."""
+    """The caller's settings; None is guessed, and the guess is reported."""
 
     id_column: str | None = None
     label_column: str | None = None
@@ -285,7 +285,7 @@ def _datalist(value: Mapping[str, Any]) -> list[Any]:
         for item in value.get(name, []) if isinstance(value.get(name), list) else []:
             items.append({**item, "split": split} if isinstance(item, dict) else item)
     only = {item["split"] for item in items if isinstance(item, dict)}
-    if len(only) < 2:  # a datalist with folds, or one list: no split of its own
+    if len(only) < 2:  # a datalist with folds, or one list: it defines no split
         items = [
             {name: cell for name, cell in item.items() if name != "split"}
             if isinstance(item, dict)
@@ -506,7 +506,7 @@ def _subjects(
     key: str,
     folder: Path,
 ) -> tuple[Callable[[Path, Mapping[str, str]], str], str]:
-    """Return who each scan is of, as a function of scan and row, and the line that says how that is known."""
+    """Return the subject of each scan, as a function of scan and row, and the line on how it is known."""
     asked = options.subject
     if asked is None and not options.one_subject_per_scan:
         asked = _guessed_subject(sheet, id_column, key, labelled)

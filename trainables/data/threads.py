@@ -19,7 +19,7 @@ def in_threads(
     """Return `function` of each item, in order, run by `workers` threads: one a core, at most 8.
 
     Threads, because decompression, hashing and matrix products release the interpreter, and nothing has to be copied.
-    After an error, or Ctrl-C, what has not begun is dropped.
+    After an error, or Ctrl-C, calls that have not started are dropped.
     """
     with ThreadPoolExecutor(workers or min(8, usable_cpus())) as pool:
         futures = [pool.submit(function, item) for item in items]

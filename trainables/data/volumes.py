@@ -1,6 +1,6 @@
 """Scans -> one prepared array a cohort on disk, content-addressed; and scans from a MedMNIST archive.
 
-What a volume looks like, axes first of all, is said in `trainables.data.scans`.
+The form of a volume, axes first of all, is defined in `trainables.data.scans`.
 
 Nothing here loads torch: a cohort is prepared and read on any machine.
 """
@@ -95,14 +95,14 @@ def prepare_cohort(
 ) -> Path:
     """Return the folder `<cache>/<key>` of the prepared cohort, made now if it is not there; `open_cohort` reads it.
 
-    The key covers every file's bytes, the recipe, labels, subjects and paths: a change of any of them is another
-    cohort, and when only the last three changed the volumes are linked, not decoded again. Files whose size and times
-    are those of last time are not read again; objects in object storage are read twice the first time, once for the key and
-    once for their voxels, in pieces that are not kept. Of several processes one builds and the others wait for it. The folder
-    is renamed into place when it is whole, so a killed build is never read; the next one removes what it left.
+    The key covers every file's bytes, the recipe, labels, subjects and paths: a change of any of them is another cohort, and
+    when only the last three changed the volumes are linked, not decoded again. Files whose size and times are those of last
+    time are not read again; objects in object storage are read twice the first time, once for the key and once for their
+    voxels, in pieces that are not kept. Of several processes one builds and the others wait for it. The folder is renamed
+    into place when it is whole, so a killed build is never read; the next build removes its files.
 
-    Each of `workers` threads (one a core, at most 8) holds one file and writes its volume straight to disk, in the
-    table's order whoever is first. Raises CohortError with the problems of all files.
+    Each of `workers` threads (one per core, at most 8) holds one file and writes its volume straight to disk, in the
+    table's order whichever is first. Raises CohortError with the problems of all files.
     """
     cache = cache.absolute()  # the folder is handed to processes that stand elsewhere
     paths = [url_of(path) or Path(path) for path in manifest.rows["path"]]
@@ -175,7 +175,7 @@ def cohort_like(
 
     `first_recipe` is the recipe of `first`, whose folder need not exist on this machine: its name is enough to recognise
     its data. Recipes that give the same volumes share one folder. Raises CohortError where the table or its files are not
-    those of `first`, VolumesRefused where `recipe` leaves nothing to tell apart in some volume.
+    those of `first`, VolumesRefused where `recipe` makes some volume constant.
     """
     if same_volumes(recipe, first_recipe) and first.exists():
         return first
@@ -207,7 +207,7 @@ def same_volumes(one: Recipe, other: Recipe) -> bool:
 
 
 def prepared_bytes(volumes: int, recipe: Recipe) -> int:
-    """Return how many bytes the prepared array of so many volumes has on disk."""
+    """Return how many bytes the prepared array of this number of volumes has on disk."""
     return 2 * volumes * recipe.in_channels * math.prod(recipe.volume_shape)
 
 
@@ -261,7 +261,7 @@ def _write_record(folder: Path, rows: dict[str, Any], recipe: Recipe) -> None:
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what it does not use: another window must not rebuild a cohort of z-scores."""
+    """The recipe without the fields that it does not use: another window must not rebuild a cohort of z-scores."""
     fields = dataclasses.asdict(recipe)
     if recipe.intensity != "window":
         del fields["window_low"], fields["window_high"]
@@ -439,7 +439,7 @@ def _sweep(cache: Path, building: Path) -> None:
     shutil.rmtree(building, ignore_errors=True)
     for left in cache.glob(".building-*"):
         if not OF_CONTENTS.fullmatch(left.name.removeprefix(".building-")):
-            continue  # nobody says that the cache has a folder of its own
+            continue  # the cache may share its folder with other files
         lock = _lock_file(cache, left.name.removeprefix(".building-"))
         with contextlib.suppress(Timeout), acquire_lock(lock):
             shutil.rmtree(left, ignore_errors=True)

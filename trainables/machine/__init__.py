@@ -1,1 +1,1 @@
-"""What a process may use of its machine: modules, CPUs, a home folder, locks."""
+"""The parts of the machine that a process may use: modules, CPUs, a home folder, locks."""

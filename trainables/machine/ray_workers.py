@@ -1,4 +1,4 @@
-"""What Ray tells its workers about where to look for modules."""
+"""The folders in which Ray's workers look for modules."""
 
 from ray.job_config import JobConfig
 
@@ -8,8 +8,8 @@ from trainables.machine.safe_path import SOURCE, installed
 class OwnSearchPath(JobConfig):  # type: ignore[misc]  # Ray is not typed
     """A job whose workers look for modules where Python does, and for our code where this process has it.
 
-    Ray puts the driver's current folder and the folder of its script before everything else in each worker, unless the
-    job has a working directory of its own.
+    Ray puts the driver's current folder and the folder of its script before everything else in each worker, unless the job
+    sets a working directory.
     """
 
     def __init__(self) -> None:

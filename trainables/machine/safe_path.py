@@ -21,7 +21,7 @@ def python(*words: str) -> list[str]:
 
 
 def installed() -> bool:
-    """Whether Python finds this very code by itself: in its site-packages, or through an editable installation."""
+    """Whether Python finds this very code unaided: in its site-packages, or through an editable installation."""
     if SOURCE.name in ("site-packages", "dist-packages"):
         return True
     for finder in sys.meta_path:
@@ -48,7 +48,7 @@ def search_variables() -> dict[str, str]:
 
 @contextmanager
 def safe_search() -> Iterator[None]:
-    """Let what starts within the block search as `search_variables` says: Ray's processes, and those of multiprocessing."""
+    """Let processes that start within the block search as `search_variables` sets it: Ray's and those of multiprocessing."""
     before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
     os.environ.update(search_variables())
     try:

@@ -90,7 +90,7 @@ def settle_user() -> str | None:
 
 
 def _temporary_home() -> Path:
-    """A folder of this user's alone: the same one each time, unless somebody else has made it."""
+    """A folder of this user's alone: the same one each time, unless another user has made it."""
     place = Path(tempfile.gettempdir()) / f"medtune-home-{os.getuid()}"
     try:
         place.mkdir(mode=0o700, exist_ok=True)

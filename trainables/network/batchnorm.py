@@ -48,7 +48,7 @@ def fused_on(x: Tensor) -> bool:
 class BatchNorm(nn.BatchNorm3d):
     """`nn.BatchNorm3d`, same entries and arithmetic, that can also add a residual and apply ReLU, group by group.
 
-    `groups` (1 unless `set_groups` says otherwise): the batch is that many equal micro-batches, one after the other.
+    `groups` (1 unless `set_groups` changes it): the batch is that many equal micro-batches, one after the other.
     """
 
     groups = 1
@@ -94,7 +94,7 @@ def norm_act(
 
 
 def set_groups(network: nn.Module, groups: int) -> None:
-    """Tell every BatchNorm of `network` how many micro-batches the next batches in training mode hold."""
+    """Set for every BatchNorm of `network` how many micro-batches the next batches in training mode hold."""
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.groups = groups
@@ -122,8 +122,8 @@ class SharedStatistics:
     def short_round(self, statistics: Tensor, ranks: int, before: Tensor | None) -> None:
         """Correct `statistics`, in place, after a round in which only the first `ranks` ranks had a micro-batch.
 
-        `before`: the statistics before the round, on a rank that had none; None on the others. Until `combine` they are no
-        statistics by themselves: it is the weighted mean that is right.
+        `before`: the statistics before the round, on a rank that had none; None on the others. Until `combine` they are
+        intermediate values: only the weighted mean over the ranks is right.
         """
         if before is None:
             statistics.mul_(self.left ** (ranks - self.world))

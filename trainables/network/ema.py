@@ -65,7 +65,7 @@ class AveragedWeights:
         """Take the weights of `network` into the average. Call it once after each optimiser step.
 
         `network` is the module this was made from, not its DistributedDataParallel or compiled wrapper. `skip`, a tensor
-        of one number on the weights' device, is 1 if the step was skipped: then neither the average nor `updates` moves,
+        of one number on the weights' device, is 1 if the step was skipped: then the average and `updates` stay unchanged,
         and only copied buffers follow the network. Raises ValueError if the network's tensors are not the averaged ones.
         """
         averages, values, copies, originals = self._pairs(network)
@@ -99,7 +99,7 @@ class AveragedWeights:
     def _pairs(
         self, network: nn.Module
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """What is averaged and with what, and what is copied and from what."""
+        """The averaged tensors and their new values, and the copied tensors and their originals."""
         averages, values, copies, originals = [], [], [], []
         mine = [*self.network.named_parameters(), *self.network.named_buffers()]
         new = [*network.named_parameters(), *network.named_buffers()]
@@ -121,7 +121,7 @@ class AveragedWeights:
         return averages, values, copies, originals
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on bit for bit: tensors, shared with this object as in torch."""
+        """Return the state for `load_state_dict` to continue bit for bit: tensors, shared with this object as in torch."""
         return {"network": self.network.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def backward_sums(
 ):  # fmt: skip
     """Sums of dz and of dz * x_hat over each split of each group; with a residual, dz itself, which is its gradient.
 
-    Without a residual the sign of the output is computed anew from x: a third of the bytes less.
+    Without a residual the sign of the output is recomputed from x: a third of the bytes less.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     split = tl.program_id(1)
@@ -196,7 +196,7 @@ def backward_apply(
 
 @triton.jit
 def max_pool(x, y, taken, count, D, H, W, OD, OH, OW, C, BM: tl.constexpr, BC: tl.constexpr):
-    """3x3x3 max-pool of stride 2 and padding 1; `taken` (uint8) tells which of the 27 voxels it was."""
+    """3x3x3 max-pool of stride 2 and padding 1; `taken` (uint8) holds which of the 27 voxels it was."""
     o = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_o = o < count

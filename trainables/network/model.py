@@ -1,6 +1,6 @@
 """The classifier of a run: MONAI's 3D ResNet in one of two geometries, dropout, and a head that works in float32.
 
-What a run trains is said by stage (`STAGES`); a frozen stage keeps its weights and its BatchNorm statistics.
+The parts that a run trains are set by stage (`STAGES`); a frozen stage keeps its weights and its BatchNorm statistics.
 No function here depends on the values of a tensor, so that all of it can be captured in a CUDA graph or compiled.
 Shape suffixes: B volumes, C channels or classes, D H W voxels, F features.
 """
@@ -86,7 +86,7 @@ class CosineHead(nn.Module):
     """Cosines of each feature vector (B, F) with each class's weight column: (B, classes), float32, in [-1, 1].
 
     LDAM's normalised classifier (Cao et al. 2019, NormedLinear): no bias, columns drawn from uniform(-1, 1) and then
-    scaled to unit length. Without that scaling the first steps of Adam are far too small beside the weights.
+    scaled to unit length. Without that scaling the first steps of Adam are far too small compared with the weights.
     """
 
     def __init__(self, features: int, num_classes: int) -> None:
@@ -119,7 +119,7 @@ class PaddedShortcut(nn.Module):
     """Shortcut A: every `stride`-th voxel, and zeros for the channels that the block adds. No parameters.
 
     MONAI and MedicalNet read `out.data` here, which cuts the gradient: nothing below the block would learn through
-    its shortcut. This one passes it on; what comes out is the same. A module, unlike MONAI's partial of a bound
+    its shortcut. This one passes it on; the output is the same. A module, unlike MONAI's partial of a bound
     method, is copied and pickled with its network.
     """
 
@@ -398,9 +398,9 @@ def trainable_stages(
 def set_trainable(network: Classifier, stages: Collection[str]) -> bool:
     """Let `stages` train and freeze the others; return whether that changed anything.
 
-    After a change a DistributedDataParallel around the network has to be made anew, and a CUDA graph captured anew:
+    After a change a DistributedDataParallel around the network has to be made again, and a CUDA graph captured again:
     DDP leaves gradients of parameters thawed under it unsynchronised, without an error. A newly frozen parameter
-    loses its gradient, or the optimiser would go on stepping along the last one.
+    loses its gradient, or the optimiser would continue to step along the last one.
     """
     unknown = set(stages) - set(STAGES)
     assert not unknown, f"unknown stages {sorted(unknown)}; there are {', '.join(STAGES)}"

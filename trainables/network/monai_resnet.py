@@ -2,9 +2,9 @@
 
 A part of MONAI comes with all of MONAI: networks, transforms, losses and metrics that a trial does not use, and packages
 that MONAI loads only because they are installed (transformers, CuPy, SciPy's signal processing). On two busy CPU cores all
-of it takes 2.6 s of a process that loads for 9 s, the ResNet and what it needs 0.5 s (`python -X importtime`, MONAI
+of it takes 2.6 s of a process that loads for 9 s, the ResNet and its dependencies 0.5 s (`python -X importtime`, MONAI
 1.6.1; more on a machine where transformers and CuPy are installed). So its modules are loaded below packages without
-contents, and forgotten afterwards: whoever imports MONAI later in the process gets it whole, and the classes here stay the
+contents, and forgotten afterwards: a later import of MONAI in the process gets it whole, and the classes here stay the
 ones of this module. In a process that has loaded MONAI before, and with a version of MONAI that cannot be loaded in parts,
 the ResNet is imported as usual.
 """

@@ -1,4 +1,4 @@
-"""Labels that volumes give themselves: what a backbone is pretrained on where released weights cannot be had or do not fit.
+"""Labels made from the volumes, to pretrain a backbone where released weights are not available or do not fit.
 
     rotation   which of ten turns a volume was given: none, or 90, 180 or 270 degrees about one of the three axes
                (Gidaris et al. 2018; in three dimensions Taleb et al. 2020). Each volume becomes ten.
@@ -24,13 +24,13 @@ TURNS: tuple[tuple[tuple[int, int], int], ...] = (
     ((-2, -1), 0),
     *((axes, quarters) for axes in ((-2, -1), (-3, -1), (-3, -2)) for quarters in (1, 2, 3)),
 )
-"""What is done for each class of `rotation`: the plane that is turned, and by how many quarters."""
+"""The turn for each class of `rotation`: its plane, and the number of quarter turns."""
 
 SIZES = 8
 """Classes of `size`."""
 
 TENTHS = 10
-"""Parts in which subjects are told apart: shares are tenths, and a tenth of the pretraining subjects is held out."""
+"""Parts into which subjects are divided: shares are tenths, and a tenth of the pretraining subjects is held out."""
 
 
 class PretextError(ValueError):

@@ -1,7 +1,7 @@
 """MedicalNet checkpoint files: read, checked and loaded with a report that adds up; fetched; and written.
 
 A released file is `{"state_dict": {"module.conv1.weight": ...}}`: the backbone of a 3D ResNet and no head. Loading
-it with the prefix left on and `strict=False` loads nothing and says nothing, so nothing here is lenient: every entry
+it with the prefix left on and `strict=False` loads nothing without a message, so nothing here is lenient: every entry
 of the file and every entry of the network is accounted for, and only the head may be new. Files are read with
 `weights_only=True`: one that would run code is refused before it does.
 """
@@ -122,7 +122,7 @@ HEADS = ("conv_seg.", "fc.", "head.", "classifier.")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file holds and where each entry went. Names of the file as they stand in it, of the network as in its
+    """The entries of a file and their destinations. Names of the file's entries as in the file, the network's as in its
     state dict. `loaded` + `ignored` + `unexpected` are all entries of the file; `loaded` + `counters` + `missing` all
     of the network."""
 
@@ -235,7 +235,7 @@ def inspect_weights(path: str | Path) -> LoadReport:
             head="cosine",
             num_classes=2,
             in_channels=layout.in_channels
-            or 1,  # what a file lacks altogether is told entry by entry
+            or 1,  # entries that a file lacks altogether are reported one by one
             dropout=0.0,
         )
     return _account(file, network, None)
@@ -263,10 +263,10 @@ def save_medicalnet(backbone: nn.Module, path: str | Path) -> None:
 def fetch(name: str, folder: str | Path) -> Path:
     """Download a released file into `folder`, check its sha256, and return its path.
 
-    `name` is a file's name or short for it: `resnet50` (8 datasets), `resnet50_23dataset`. A file that is already
-    there and is the released one is not downloaded again. The hub's own variables apply (HF_ENDPOINT, HF_HUB_OFFLINE,
-    HF_HOME). Raises WeightsError for an unknown name, without a network (it says what to put where), for other bytes
-    than the released ones, of which nothing is kept, and where another file of that name is in the way.
+    `name` is a file's name or short for it: `resnet50` (8 datasets), `resnet50_23dataset`. A file that is already there and
+    is the released one is not downloaded again. The hub's own variables apply (HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME). Raises
+    WeightsError for an unknown name, without a network connection (the message names the file and its place), for other
+    bytes than the released ones, of which nothing is kept, and where another file of that name is in the way.
     """
     official = _official_file(name)
     target = Path(folder).expanduser().absolute() / official.name
@@ -314,7 +314,7 @@ def fetch(name: str, folder: str | Path) -> Path:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Leave out what the logger says below an error: a client without a network tells every retry, twice."""
+    """Drop the logger's messages below an error: a client without a network connection logs every retry, twice."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -326,7 +326,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the names and shapes of a ResNet's entries tell of it; None for what they do not."""
+    """A ResNet's layout, inferred from names and shapes of its entries; None for unknown properties."""
 
     dimensions: int | None
     in_channels: int | None
@@ -555,7 +555,7 @@ def _is_safetensors(start: bytes) -> bool:
 
 
 def _check_layout(file: _File, wanted: _Layout | None) -> None:
-    """Raise WeightsError with what is wrong about the network as a whole, before entries are compared one by one.
+    """Raise WeightsError with the differences of the network as a whole, before entries are compared one by one.
 
     `wanted` is the run's network; None accepts every depth, width and number of channels.
     """

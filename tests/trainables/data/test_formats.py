@@ -1,4 +1,4 @@
-"""What a folder holds: every volume has a row or a line that says how to convert it, whatever it is called."""
+"""Contents of a folder: every volume gets a row, or a line on how to convert it, whatever its name is."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""What a scan's values are taken for, and what is said where preparation does not suit them."""
+"""The kind of intensities that a scan is taken to have, and the notice where preparation does not suit them."""
 
 from typing import Any
 

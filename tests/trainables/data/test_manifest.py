@@ -172,7 +172,7 @@ def test_a_bad_path_is_told(write_table: Write, tmp_path: Path, path: str, messa
 def test_nothing_outside_the_given_folders_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by an absolute path, nor by `..`, nor by a link; whether such a file exists is not shown either."""
+    """Not by an absolute path, by `..` or by a link; whether such a file exists is not shown either."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     for folder in (inside, outside):
         folder.mkdir()
@@ -687,7 +687,7 @@ def test_the_same_problem_in_many_rows_is_one_line(real_table: Path) -> None:
 
 
 def test_a_class_is_not_missed_in_rows_whose_split_is_unknown(real_table: Path) -> None:
-    """Nor is num_classes=1 advised, which is not possible."""
+    """num_classes=1, which is not possible, is not advised either."""
     header, *rows = real_table.read_text().splitlines()
     real_table.write_text("\n".join([f"{header},split", *(f"{row},training" for row in rows)]))
     (problem,) = check_manifest(real_table, 2, small()).problems

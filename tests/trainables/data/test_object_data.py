@@ -35,7 +35,7 @@ RECIPE = Recipe.from_config(build_config(TINY))
 
 @pytest.fixture
 def table(write_scan: Write, tmp_path: Path) -> Path:
-    """Six small volumes of six subjects, one of them not compressed; the table is a folder beside them."""
+    """Six small volumes of six subjects, one of them not compressed; the table is in a folder next to them."""
     lines = ["path,label,subject", ""]  # an empty line has a number, too
     for row in range(6):
         name = f"{row}.nii" if row == 3 else f"{row}.nii.gz"
@@ -79,7 +79,7 @@ def test_a_cohort_from_objects_is_that_from_files(
     newest = max(one.written.timestamp() for one in Remote(bucket).listing())
     while (
         time.time() < newest + 2.1
-    ):  # what was written just now may be written again within the same second
+    ):  # a file written just now may be written again within the same second
         time.sleep(0.1)
     cohort = open_cohort(prepare_cohort(manifest, RECIPE, tmp_path / "two"))
     np.testing.assert_array_equal(cohort.volumes, local.volumes)

@@ -1,4 +1,4 @@
-"""The spacing that suits a whole cohort, and what it keeps that a spacing for each volume loses."""
+"""The spacing that suits a whole cohort, and the differences in size that it keeps and a spacing per volume loses."""
 
 from collections.abc import Callable
 from pathlib import Path

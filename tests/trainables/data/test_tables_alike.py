@@ -93,7 +93,7 @@ def test_tables_and_folders_in_object_storage_are_found(folder: Path, bucket: st
 def test_a_pipe_named_as_a_table_is_refused_unopened(folder: Path) -> None:
     os.mkfifo(folder / "t.csv")
     (found,) = find_scans([folder / "t.csv"], 2)
-    assert (found.path, found.problem) == (str(folder / "t.csv"), None)  # reading it says why
+    assert (found.path, found.problem) == (str(folder / "t.csv"), None)  # reading reports why
     with pytest.raises(ManifestError, match="this is a folder or device"):
         read_manifest(folder / "t.csv")
 

@@ -20,7 +20,7 @@ from trainables.machine.safe_path import SOURCE
 from trainables.machine.this_machine import cpu_quota, place_of_sessions, settle_user, usable_cpus
 
 UNNAMED = ["unshare", "--user", "--map-user=12345"]
-"""Runs a command as a user whom the machine has no name for."""
+"""Runs a command as a user without a name on this machine."""
 
 
 def can_be_unnamed() -> bool:
@@ -77,7 +77,7 @@ def test_a_quota_of_the_cgroup_counts(
 
 
 def test_an_affinity_counts() -> None:
-    """As `taskset -c 0` sets it; a process of its own, as this one keeps its CPUs."""
+    """As `taskset -c 0` sets it; in a separate process, as this one keeps its CPUs."""
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
         "from trainables.machine.this_machine import usable_cpus; print(usable_cpus(), os.cpu_count())"
@@ -116,7 +116,7 @@ def test_who_has_no_name_and_no_home_gets_both(
     assert os.environ["HOME"] == str(place)
     assert place.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("HOME", "")
-    place.chmod(0o755)  # somebody else's, as far as one can tell
+    place.chmod(0o755)  # another user's, by its permissions
     settle_user()
     assert os.environ["HOME"] != str(place)
     assert Path(os.environ["HOME"]).stat().st_mode & 0o777 == 0o700

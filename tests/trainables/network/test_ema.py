@@ -175,7 +175,7 @@ def test_a_skipped_step_leaves_average_and_count_alone(buffers):
     before = tensors(average.network)
     train_step(network, 1)
     with torch.no_grad():
-        network[0].weight[0] = torch.nan  # not even what is no number comes through
+        network[0].weight[0] = torch.nan  # not even NaN comes through
     average.update(network, skip=torch.tensor([1.0]))
     assert average.updates == 1
     state = average.network.state_dict()

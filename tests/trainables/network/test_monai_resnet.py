@@ -1,4 +1,4 @@
-"""What loading the network loads beside it."""
+"""Modules that loading the network also loads."""
 
 import subprocess
 import sys

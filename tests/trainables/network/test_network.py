@@ -255,7 +255,7 @@ def test_networks_survive_copying_and_pickling(depth):
     for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert twin.frozen == network.frozen
         assert torch.equal(twin(volumes), network(volumes))
-        with torch.no_grad():  # the copy owns what it computes with
+        with torch.no_grad():  # the copy computes with its own tensors
             twin.backbone.conv1.weight.zero_()
         assert not torch.equal(twin(volumes), network(volumes))
 

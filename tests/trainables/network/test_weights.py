@@ -213,7 +213,7 @@ def test_more_channels_and_other_widths_load_where_the_run_has_them_too(tmp_path
     assert int(64 * report.width) == 19
 
 
-# What is refused, with its reason
+# Refused files, with the reason
 
 
 def test_a_wrong_depth_names_the_depth_the_file_looks_like(tmp_path):

@@ -92,7 +92,7 @@ def test_more_workers_than_trials_and_trials_without_rows_are_fine():
 
 
 def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
-    # best is a late one that halving ends; good is what it finds instead
+    # best is a late one that halving ends; it finds good instead
     best = curve("best", [0.5] * 6 + [0.9] * 6, epoch_s=[3600.0] * 12)
     good = curve("good", [0.8] * 12, epoch_s=[3600.0] * 12)
     poor = curve("poor", [0.6] * 12, epoch_s=[3600.0] * 12)
@@ -226,7 +226,7 @@ def test_curves_that_cannot_be_compared_are_refused():
         backtest([curve("a", [0.5])], objective="auc")
 
 
-# What the stopping policy is held to -----------------------------------------------------------------------------------
+# Requirements on the stopping policy -----------------------------------------------------------------------------------
 
 STUDIES = 3
 

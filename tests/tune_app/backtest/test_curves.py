@@ -117,7 +117,7 @@ def test_kinds_have_what_they_are_named_for():
 
 @pytest.mark.parametrize(("positives", "negatives"), [(10, 30), (50, 200)])
 def test_noise_has_the_size_that_class_counts_give_it(positives, negatives):
-    """Over studies (other volumes), an AUC scatters about the truth as Hanley and McNeil's formula says."""
+    """Over studies (other volumes), an AUC scatters about the truth as Hanley and McNeil's formula predicts."""
     errors, expected = [], []
     for seed in range(150):
         curve = generate_curves(
@@ -227,7 +227,7 @@ def test_a_studys_folder_gives_its_trials_with_their_configs(tmp_path):
         tmp_path / "a study", [*rows, {**rows[0], "val_auc": 0.0}], {"00000": {"epochs": 2}}
     )
     with (folder / "epochs.jsonl").open("a") as file:
-        file.write('{"trial": "00000", "epo')  # what a killed writer leaves
+        file.write('{"trial": "00000", "epo')  # an incomplete line, as a killed writer leaves it
     curves = read_curves(folder)
     assert [(curve.trial, curve.config) for curve in curves] == [
         ("00000", {"epochs": 2}),

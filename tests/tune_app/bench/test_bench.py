@@ -1,4 +1,4 @@
-"""The benchmark: it runs on a CPU, tells what it measured, and its arithmetic is right."""
+"""The benchmark: it runs on a CPU, prints its measurements, and its arithmetic is right."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Recording whole curves: what is drawn, what is held out, and that a stopped recording continues."""
+"""Recording whole curves: the drawn configurations, the held-out rows, and that a stopped recording continues."""
 
 from pathlib import Path
 from typing import Any

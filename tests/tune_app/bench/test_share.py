@@ -1,4 +1,4 @@
-"""Processes that share a GPU, measured on a CPU with programs that stand in for NVIDIA's."""
+"""Processes that share a GPU, measured on a CPU with programs that replace NVIDIA's."""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The command line: what it takes, what it prints and where to, and how it ends."""
+"""The command line: its arguments, what goes to which stream, and exit codes."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_the_version_is_printed_without_a_command() -> None:
 
 
 def run_main(*arguments: object, columns: int = 80) -> subprocess.CompletedProcess[str]:
-    """The installed command's own entry point, in a process of its own."""
+    """The installed command's own entry point, in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "tune_app.cli", *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What a command prints first, before it loads what takes seconds."""
+"""The first line of a command, printed before it loads modules that take seconds."""
 
 import subprocess
 import sys

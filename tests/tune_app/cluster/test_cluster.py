@@ -138,7 +138,7 @@ def test_without_the_clusters_token_nothing_is_sent(
 
 
 def test_the_doctor_looks_at_the_nodes_from_within(cluster: Cluster, tmp_path: Path) -> None:
-    """Exit code left aside: what this machine lacks (shared memory, say) is told too."""
+    """The exit code is not checked: this machine's own shortages (such as shared memory) are reported too."""
     asked = cluster.medtune(
         "doctor",
         "--address",

@@ -19,7 +19,7 @@ from tune_app.synthetic import write_cohort
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WORKERS = 3
-"""Nodes with a CPU each, beside a head that takes no trials: two are enough for a trial."""
+"""Nodes with a CPU each, in addition to a head that takes no trials: two are enough for a trial."""
 NETWORK = "198.18.23"
 """Of the addresses that are set aside for testing networks (RFC 2544)."""
 
@@ -38,7 +38,7 @@ class Network:
         return f"{NETWORK}.{number}"
 
     def within(self, number: int) -> list[str]:
-        """What a command line begins with that runs on the node."""
+        """First words of a command line that runs on the node."""
         return ["ip", "netns", "exec", f"{self.name}n{number}"]
 
     def build(self, nodes: int) -> None:
@@ -57,7 +57,7 @@ class Network:
                 ip_command("-n", space, "link", "set", device, "up")
 
     def cut(self, number: int) -> None:
-        """Pull the node's cable; its processes go on."""
+        """Pull the node's cable; its processes keep running."""
         ip_command("link", "set", f"{self.name}n{number}h", "down")
 
     def remove(self) -> None:
@@ -92,7 +92,7 @@ def cluster(network: Network, tmp_path: Path) -> Iterator[Cluster]:
     made = make_cluster(
         folder, write_cohort(tmp_path / "c", subjects=14, side=(14, 18)), host=network.address(1)
     )
-    # Nobody says that a cut-off node is gone: Ray asks it three times, and waits ten seconds each time.
+    # No message reports that a cut-off node is gone: Ray asks it three times, and waits ten seconds each time.
     made.env["RAY_health_check_timeout_ms"] = "3000"
     try:
         made.start_head(cpus=0, within=network.within(1))

@@ -160,7 +160,7 @@ def has_rows(root: Path, number: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_job_is_told_preempted_and_finishes(slurm: Slurm) -> None:
-    """First it is told that its time is over, then a more urgent job takes its node; it repeats no reported epoch."""
+    """First Slurm signals that its time is over, then a more urgent job takes its node; it repeats no reported epoch."""
     root, before_it = new_place(slurm), folders()
     job = slurm.submit(batch(slurm, root.name, epochs=150))
     wait_for(lambda: has_rows(root, 3), "three epochs")

@@ -1,4 +1,4 @@
-"""What is sent to a cluster, without one: pure functions against golden texts and Ray's own rules."""
+"""The texts sent to a cluster, tested without one: pure functions against golden files and Ray's own rules."""
 
 import io
 import json

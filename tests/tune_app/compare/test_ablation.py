@@ -1,4 +1,4 @@
-"""Ablations: the plan, what its runs say, and a real one that is killed and goes on."""
+"""Ablations: the plan, the conclusions from its runs, and a real one that is killed and continues."""
 
 import io
 import json
@@ -226,7 +226,7 @@ def test_variants_with_an_impossible_value_are_told_by_name(write_table: WriteTa
     assert len(caught.value.problems) == 1, "once, not for every fold and seed"
 
 
-# What the runs say -----------------------------------------------------------------------------------------------------
+# Conclusions from the runs ---------------------------------------------------------------------------------------------
 
 
 def test_what_is_left_out_is_read_against_all_fixes_and_the_rest_against_the_baseline(
@@ -373,7 +373,7 @@ def test_one_fold_calls_nothing_however_close_its_seeds_are(write_study: WriteSt
 
 @pytest.mark.parametrize("loser", ["base", "other"])
 def test_the_survivors_of_a_variant_do_not_win(write_study: WriteStudy, loser: str) -> None:
-    """5 of 12 runs without a finite score: the other 7 are better, and nobody is called so."""
+    """5 of 12 runs without a finite score: the other 7 are better, and neither variant is called better."""
     study = load_study(write_study(variants={"base": {}, "other": {}}, seeds=3, folds=4, epochs=3))
     sign = 1 if loser == "other" else -1
 

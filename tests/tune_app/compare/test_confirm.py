@@ -1,4 +1,4 @@
-"""Confirmation: what is run again, when there is a winner, and the one look at the test rows."""
+"""Confirmation: the runs to repeat, when there is a winner, and the single evaluation of the test rows."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def a_confirmation(write_study: WriteStudy) -> Study:
 
 
 def with_objective(study: Study, gain: dict[str, float], noise: float = 0.004) -> Study:
-    """The study with variants that differ by `gain`, and runs that differ by `noise` beside fold and seed."""
+    """The study with variants that differ by `gain`, and runs that differ by `noise` in addition to fold and seed."""
     rng = np.random.default_rng(3)
     trials = study.trials_full.copy()
     trials["objective"] = [
@@ -293,7 +293,7 @@ def write_scores(
     rows: int = 60,
     subjects_sd: float = 0.5,
 ) -> None:
-    """Validation scores of every run: a signal of 1 and what the variant adds, noise of the subjects, of variant and run."""
+    """Validation scores of every run: a signal of 1 plus the variant's gain, noise of the subjects, of variant and run."""
     labels = np.arange(rows * 4) % 3 == 0
     habits = {name: rng.normal(0, subjects_sd, rows * 4) for name in CANDIDATES}
     common = rng.normal(0, subjects_sd, rows * 4)

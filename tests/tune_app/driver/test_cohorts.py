@@ -1,4 +1,4 @@
-"""Preprocessing that differs between trials: each way to prepare volumes has a cohort of its own, or is refused."""
+"""Preprocessing that differs between trials: each way to prepare volumes has a separate cohort, or is refused."""
 
 import io
 import json

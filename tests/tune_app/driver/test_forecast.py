@@ -1,4 +1,4 @@
-"""How long a study will take, told before its first epoch."""
+"""How long a study will take, reported before its first epoch."""
 
 import pytest
 

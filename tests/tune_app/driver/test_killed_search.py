@@ -94,7 +94,7 @@ def row_of(trial: TuneTrial, epoch: int) -> dict[str, Any]:
 
 
 def drive(root: Path, begun: Callable[[], object]) -> None:
-    """One session of a driver, from whatever earlier ones left to the end of the search; `begun` parts the two."""
+    """One session of a driver, from the earlier ones' state to the search's end; `begun` is called once that is loaded."""
     files, spec = StudyFiles(root), build_spec(FIELDS)
     sweep_temporaries(root)
     for path in (files.epochs, files.decisions):
@@ -111,7 +111,7 @@ def drive(root: Path, begun: Callable[[], object]) -> None:
     finished = False
 
     def end(trial: TuneTrial, result: dict[str, Any] | None, *, error: bool = False) -> None:
-        """As TuneController does it: of a failure the scheduler is told first; the callbacks come last."""
+        """As TuneController does it: the scheduler hears of a failure first; the callbacks come last."""
         if error:
             scheduler.on_trial_error(None, trial)
         searcher.on_trial_complete(trial.trial_id, result=result, error=error)
@@ -166,7 +166,7 @@ class Moments:
         self.fatal = math.inf
 
     def restart(self, fatal: float = math.inf) -> int:
-        """Count anew, to `fatal`; returns the count so far."""
+        """Count from 0 again, to `fatal`; returns the count so far."""
         counted, self.count, self.fatal = self.count, 0, fatal
         return counted
 
@@ -187,7 +187,7 @@ def kill_and_resume(root: Path, whole: Path, seed: int) -> None:
     shares = [rng.random() for _ in range(KILLS)]
     begin = RawValue(
         "q", 0
-    )  # how much a session needs to take up what is there, from the session before
+    )  # operations that a session needs to load the state, from the session before
     for kill, share in enumerate([*shares, math.inf]):
         at_begin = int(rng.random() * begin.value) if kill % 4 == 3 else math.inf
         at_work = 0.8 * whole_work * share / sum(shares)
@@ -207,7 +207,7 @@ def kill_and_resume(root: Path, whole: Path, seed: int) -> None:
 
 
 def main(folder: str, seed: str) -> None:
-    """What the test runs in a process of its own, which has no other thread when it forks."""
+    """The test runs this in a separate process, which has no other thread when it forks."""
     kill_and_resume(Path(folder) / "killed", Path(folder) / "whole", int(seed))
 
 

@@ -52,7 +52,7 @@ def temporary() -> Iterator[Path]:
 
 
 def contents(folder: Path) -> set[str]:
-    """Names of the files and folders below, but those that a running Ray makes and removes by itself."""
+    """Names of the files and folders below, except those that a running Ray makes and removes."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     return {name for name in found if not name.startswith(("logs/", "runtime_resources/"))}
 
@@ -113,7 +113,7 @@ with open(sys.argv[1], "w") as answer:
 def test_a_local_ray_removes_its_own_folder_only_and_holds_no_fixed_port(
     tmp_path: Path, temporary: Path
 ) -> None:
-    """A head that is started beside it has its agent on 52365, and could run no jobs without it."""
+    """A head that is started in addition has its agent on 52365, and could run no jobs without it."""
     env = os.environ | {"TMPDIR": str(temporary)}
     assert answers(OWN, tmp_path, env) == ["True", "False", "True", "True", "True"]
     assert len(list(temporary.glob("medtune-*"))) == 2
@@ -164,7 +164,7 @@ with ray_to_work_with(None):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_frozen_worker_that_lost_its_raylet_does_not_stay(tmp_path: Path) -> None:
-    """Nobody else would end it: a worker watches its raylet, and this one cannot."""
+    """No other process would end it: a worker watches its raylet, and this one cannot."""
     (pid,) = answers(FROZEN, tmp_path)
     with suppress(psutil.NoSuchProcess):
         assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE, (

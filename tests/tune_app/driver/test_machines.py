@@ -1,4 +1,4 @@
-"""What a study does on machines that lack something: a cluster at its address, locks, shared memory, a home to write to."""
+"""Studies on machines that lack something: a cluster at its address, locks, shared memory, a home to write to."""
 
 import errno
 import fcntl

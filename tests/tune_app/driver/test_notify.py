@@ -1,4 +1,4 @@
-"""Messages of a study: what a command and an address get, and that none of them can hold up or end a study."""
+"""Messages of a study: their contents for a command and for an address, and that none of them can delay or end a study."""
 
 import http.server
 import json

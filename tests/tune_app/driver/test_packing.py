@@ -76,7 +76,7 @@ def test_probes_that_ran_one_after_another_are_no_faster_than_one() -> None:
     ("taken", "free", "fit"),
     [
         (2.0, 138.0, 8),  # an H200
-        (10.0, 14.0, 2),  # 24 GiB: one beside the first takes 10 of 12.6 GiB
+        (10.0, 14.0, 2),  # 24 GiB: a second one takes 10 of 12.6 GiB
         (10.0, 11.0, 1),  # 9.9 GiB are not enough for another
         (70.0, 0.0, 1),
     ],
@@ -185,7 +185,7 @@ def test_a_trial_gives_up_waiting_with_both_figures() -> None:
 def test_what_the_last_trial_of_the_same_process_left_there_is_free(
     monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
-    """torch keeps the memory it was given, and the cohort stays on the GPU: nothing to wait for, and nobody else's."""
+    """torch keeps the memory it was given, and the cohort stays on the GPU: nothing to wait for, none of it is foreign."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * GIB, 80 * GIB))

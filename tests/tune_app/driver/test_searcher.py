@@ -1,4 +1,4 @@
-"""The searcher against Optuna itself: what it wrote is read back by Optuna, what it drew is drawn again by Optuna."""
+"""The searcher against Optuna itself: Optuna reads its records back, and Optuna draws the same samples again."""
 
 import hashlib
 import math
@@ -235,7 +235,7 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
 
     killed = make(
         tmp_path, num_trials=3, retry=[0]
-    )  # before it could say in the record that trial 0 goes on
+    )  # before it could write to the record that trial 0 continues
     killed.close()
     settling = make(tmp_path, num_trials=3)
     settling.settle(0, "failed", None, [row(1, 0.6), row(2, 0.7)], reason="lost its node")
@@ -261,7 +261,7 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
     assert second.study.trials[0].state == TrialState.COMPLETE
 
 
-# ---- what is drawn ----
+# ---- samples ----
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -529,7 +529,7 @@ def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path):
     rows = [row(1, 0.6), row(2, math.nan), row(3, 0.8)]
     for result in rows[:2]:
         first.on_trial_result("a", result)
-    second = make(tmp_path, rows={0: rows})  # the third row was written, but not told
+    second = make(tmp_path, rows={0: rows})  # the third row was written, but not reported
     assert second.left_running == (0, 1)
     assert second.suggest("x") == suggestion
     assert second.left_running == (1,)
@@ -909,7 +909,7 @@ def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_pat
 
 
 def test_the_model_learns_from_trials_that_were_stopped(tmp_path):
-    """Low rates are stopped early with poor values: what is asked for next leaves them alone."""
+    """Low rates are stopped early with poor values: the next samples avoid them."""
     space = SPACES["documented"]
     searcher = make(tmp_path, space, sampler="model", num_trials=30, seed=1)
     rates = []

@@ -1,4 +1,4 @@
-"""Trials that share a GPU, with programs that stand in for NVIDIA's."""
+"""Trials that share a GPU, with programs that replace NVIDIA's."""
 
 import os
 import subprocess

@@ -132,7 +132,7 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
 ) -> None:
     """The next trial of its process starts when the file is there, instead of failing on a process that is not free.
 
-    Meanwhile the user is told what it waits for.
+    Meanwhile a line states the reason for the wait.
     """
 
     def trial_with_a_slow_disk(trial: dict[str, Any], setting: Any) -> None:
@@ -539,7 +539,7 @@ def test_mlflow_writes_to_a_database_in_the_study_or_to_the_server_named(
 def test_a_study_that_cannot_log_has_not_begun(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Or the corrected command would be told that the folder holds a study already."""
+    """Otherwise the corrected command would be refused because the folder holds a study already."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     spec = build_spec({"data": str(tmp_path / "t.csv"), "log": ["mlflow"]})
     with pytest.raises(SpecError, match="pip install mlflow"):

@@ -61,7 +61,7 @@ def run_in_turn(table: Path, folder: Path, **fields: Any) -> tuple[Outcome, list
 
 
 def actor_classes() -> list[str]:
-    """Of all actors there were, by their last name: Ray tells some by their qualified one."""
+    """Of all actors there were, by their last name: Ray reports some by their qualified one."""
     return sorted(actor["ActorClassName"].rpartition(".")[2] for actor in actors().values())
 
 
@@ -111,7 +111,7 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: Path) -> None:
-    """Four trials of two ranks at a time: the one that loses a rank goes on from its checkpoint, the others just go on."""
+    """Four trials of two ranks at a time: the one that loses a rank resumes from its checkpoint, the others continue."""
     root = tmp_path / "study"
     spec = build_spec(
         {

@@ -187,7 +187,7 @@ def test_a_folder_that_was_moved_or_replaced_stops_the_driver(
     with pytest.raises(StudyMovedError, match="was moved or removed while it ran"):
         place.check()
     if not replaced:
-        with pytest.raises(FileNotFoundError):  # nor does a late row make a second study
+        with pytest.raises(FileNotFoundError):  # a late row does not make a second study either
             append_line(StudyFiles(root).epochs, {"trial": "00000", "epoch": 1})
         assert not root.exists()
 

@@ -1,4 +1,4 @@
-"""What a driver has compiled beside it."""
+"""The kernels that a driver has compiled in a second process."""
 
 import os
 from pathlib import Path

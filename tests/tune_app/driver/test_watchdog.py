@@ -1,4 +1,4 @@
-"""Trials that stand still are named, told why, and ended in time; those that are only slow, or not to blame, are not."""
+"""Stalled trials are named, with the reason, and ended in time; those that are only slow, or not to blame, are not."""
 
 import functools
 import itertools

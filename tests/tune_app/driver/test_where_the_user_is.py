@@ -1,4 +1,4 @@
-"""Modules in the folder in which a command is started are neither executed nor in the way."""
+"""Modules in the folder in which a command is started are not executed and hide no module of ours."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ raise RuntimeError("a module of the user's folder was executed")
 
 @pytest.fixture
 def trapped(tmp_path: Path) -> Path:
-    """A folder with modules that have the names of the real ones, and say so when they are executed."""
+    """A folder with modules that have the names of the real ones, and leave a file when they are executed."""
     folder = tmp_path / "mine"
     for name in TRAPS:
         path = folder / name

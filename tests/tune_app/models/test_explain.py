@@ -150,7 +150,7 @@ def test_a_volume_sent_through_and_back_lies_where_it_was(
             made.spacing_mm
             or (max(np.multiply(header.shape, header.spacing_mm) / made.volume_shape),) * 3
         )
-        # Two new voxels from each border, and only what was not cropped: there a widened triangle bends a ramp by less than a tenth of a voxel.
+        # Two new voxels from each border, uncropped ones only: there a widened triangle bends a ramp by less than a tenth of a voxel.
         kept = [
             min(int(made.volume_shape[a] * spacing[a] / mm), side)
             for a, (mm, side) in enumerate(zip(header.spacing_mm, header.shape, strict=True))

@@ -1,4 +1,4 @@
-"""What is exported scores as in the study, says what it is, tells when it was changed, and replaces nothing by accident."""
+"""An exported model scores as in the study, describes itself, reports later changes, and replaces nothing by accident."""
 
 import json
 import shutil
@@ -199,7 +199,7 @@ def test_an_ensemble_over_folds_is_judged_by_members_that_did_not_train_on_the_v
         np.testing.assert_allclose(written[rows + 1], odds, atol=1e-5)
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# Refused exports -------------------------------------------------------------------------------------------------------
 
 
 def test_weights_that_do_not_give_the_studys_auc_are_not_exported(

@@ -66,7 +66,7 @@ def said_of(model: Model, path: Path) -> tuple[str | None, tuple[str, ...]]:
     return found.problem, found.notes
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# Refused inputs --------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_like_the_training_files_is_scored(
@@ -168,7 +168,7 @@ def test_scores_that_are_not_finite_are_a_problem_and_no_number(model: Model, co
     assert "not finite" in found.problem
 
 
-# What is scored --------------------------------------------------------------------------------------------------------
+# Scores ----------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_files_cost_their_own_row_only(model: Model, cohort: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a table to a MedicalNet file of one's own, and the table of what is left to fine-tune on."""
+"""From a table to a self-made MedicalNet file, and the table of the remaining subjects to fine-tune on."""
 
 import io
 import json
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 subjects, of whom six are for the test and four validate."""
+    """36 subjects: six for the test and four for validation."""
     path = write_cohort(tmp_path_factory.mktemp("pretrain") / "cohort", subjects=36, side=(14, 18))
     rows = pd.read_csv(path)
     subjects = rows.groupby("subject")["label"].first()

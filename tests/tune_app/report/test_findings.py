@@ -192,7 +192,7 @@ def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(
 
 
 def test_collapses_that_healed_are_cautioned_about(write_study: WriteStudy) -> None:
-    """Objective and verdict are of the best and of the last epochs: neither tells of an average that was lost between."""
+    """Objective and verdict are of the best and of the last epochs: neither shows an average that was lost in between."""
     root = write_study(trials=4, epochs=10, policy=False, seed=2)
     study = load_study(root)
     assert not [caution for caution in findings.cautions(study) if "came back" in caution.title]

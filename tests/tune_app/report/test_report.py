@@ -31,7 +31,7 @@ NASTY = [
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements with attributes, text, and the content of scripts."""
+    """The page as a browser parses it: elements with attributes, text, and the content of scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The report in a real browser: no script error, no request, and every interaction does what it says."""
+"""The report in a real browser: no script error, no request, and every interaction works as labelled."""
 
 import base64
 import itertools

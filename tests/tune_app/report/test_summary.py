@@ -1,4 +1,4 @@
-"""What a search ends with on the console: the runs that tie with the best are named as an ensemble."""
+"""The summary on the console at the end of a search: the runs that tie with the best are named as an ensemble."""
 
 from tune_app.models.export import choose
 from tune_app.report.summary import best_lines, tied_runs

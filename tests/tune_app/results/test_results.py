@@ -101,7 +101,7 @@ def test_the_scores_are_those_the_run_computes() -> None:
     assert ours == expected
 
 
-# What a row says -------------------------------------------------------------------------------------------------------
+# Content of a row ------------------------------------------------------------------------------------------------------
 
 
 def test_the_best_epoch_is_the_one_that_stands_for_the_objective(a_search: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_study_of_format_1_keeps_the_epochs_that_its_weights_are_of(
     ("values", "expected"),
     [
         ([0.6], 1),
-        ([0.9, 0.5], 2),  # the lower of two stands in
+        ([0.9, 0.5], 2),  # the lower of two is used
         ([0.9, 0.5, 0.6], 3),  # the lucky first epoch is forgotten once there is a median
         ([0.5, 0.6, 0.7, 0.65, 0.72], 3),  # medians .6, .65, .7
         ([0.9, 0.9, 0.9, 0.8, 0.7], 1),

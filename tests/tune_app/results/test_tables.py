@@ -57,7 +57,7 @@ def trials() -> pd.DataFrame:
         ("state = stopped", [1, 3]),
         ("state != stopped", [0, 2]),
         ("verdict ~ COLLAPSED", [3]),
-        ("verdict != healthy", [1, 3]),  # what is missing passes no comparison
+        ("verdict != healthy", [1, 3]),  # a missing value passes no comparison
         ("verdict == none", [2]),
         ("verdict != missing", [0, 1, 3]),
         ("since_epoch <= 4", [1]),

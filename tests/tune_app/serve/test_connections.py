@@ -67,7 +67,7 @@ def test_the_answer_that_lasts_longest_makes_room_where_no_connection_waits() ->
 
 
 class Transport:
-    """What a protocol needs of an open socket, and whether it was cut off."""
+    """The methods of an open socket that a protocol needs, and whether it was cut off."""
 
     def __init__(self) -> None:
         self.written, self.aborted = b"", False

@@ -1,4 +1,4 @@
-"""The service's REST interface: what it tells is what `tune_app.results.study` tells, and who may change what."""
+"""The service's REST interface: its answers equal those of `tune_app.results.study`, and the rights that a change needs."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "cache"))  # the machine's lock lies there
+    monkeypatch.setenv("MEDTUNE_CACHE", str(tmp_path / "cache"))  # holds the machine's lock
 
 
 @pytest.fixture(scope="module")
@@ -362,13 +362,13 @@ def test_a_study_is_renamed_archived_and_deleted_when_it_does_not_run(
     assert load_study(kept).trials_full["trial"].tolist()
 
 
-# Who may do what -------------------------------------------------------------------------------------------------------
+# Access rights ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_study_does_not_begin_while_it_is_moved_or_deleted(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by hand nor by the queue; and two tabs that delete the same study get an answer each."""
+    """Not by hand and not by the queue; and two tabs that delete the same study get an answer each."""
     root, met = tmp_path / "first", []
     moving = change_routes.hide
 
@@ -997,7 +997,7 @@ def test_failed_trials_go_on_when_they_are_asked_to(
 
 
 def an_unrunnable_study(root: Path) -> Path:
-    """A study file whose driver says what is wrong with it and ends, before it loads torch or Ray."""
+    """A study file whose driver prints the error in it and ends, before it loads torch or Ray."""
     root.mkdir()
     StudyFiles(root).asked.write_text("data: table.csv\ntrails: 2\n")
     return root

@@ -1,4 +1,4 @@
-"""The live page in a real browser, over a real `medtune serve`: what is shown, what can be clicked, and what comes in."""
+"""The live page in a real browser, over a real `medtune serve`: its content, its controls, and its updates."""
 
 import json
 import os
@@ -43,7 +43,7 @@ TOKEN = "token-of-the-test"
 
 
 class Service:
-    """`medtune serve` as a process of its own."""
+    """`medtune serve` as a separate process."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         with socket.socket() as free:
@@ -100,7 +100,7 @@ def log_in(browser: Browser) -> None:
     wait(browser, "return document.querySelector('#login').textContent === 'log out'")
 
 
-# What is shown ---------------------------------------------------------------------------------------------------------
+# Content ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -150,7 +150,7 @@ def test_the_page_tells_what_the_dataframes_tell(browser: Browser, service: Serv
     browser.find_element("css selector", "#filter").send_keys("state == failed")
     wait(browser, "return document.querySelectorAll('table.trials tr[data-trial]').length === 1")
     assert "where=state" in browser.current_url
-    opened(browser, browser.current_url)  # what a colleague gets who is sent the address
+    opened(browser, browser.current_url)  # as a colleague sees it with the shared address
     wait(browser, "return document.querySelectorAll('table.trials tr[data-trial]').length === 1")
 
 
@@ -487,7 +487,7 @@ def test_studies_are_ticked_and_shown_side_by_side(browser: Browser, service: Se
 
 @pytest.fixture
 def another(service: Service) -> Iterator[Callable[[str], StudyFiles]]:
-    """Return a function that puts a copy of the search beside it under another name; whatever happens, it is removed."""
+    """Return a function that puts a copy of the search next to it under another name; whatever happens, it is removed."""
     copies = []
 
     def copy(name: str) -> StudyFiles:

@@ -1,4 +1,4 @@
-"""The service over a URL, with a real S3 server on loopback: what is shown, how it grows, what is asked for, what is gone."""
+"""The service over a URL, with a real S3 server on loopback: its content, its growth, its requests, and deleted studies."""
 
 import asyncio
 import json

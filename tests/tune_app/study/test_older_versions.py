@@ -31,7 +31,7 @@ def written(tmp_path: Path) -> Path:
     files, dump = StudyFiles(root), root / "study.sql"
     info = json.loads(files.spec.read_text(encoding="utf-8"))
     info["spec"] |= {"data": str(table), "cache": str(tmp_path / "cache")}
-    # A cohort's name ends in where its volumes are; what comes before it is what the earlier version wrote.
+    # A cohort's name ends in where its volumes are; the part before it is as the earlier version wrote it.
     config = build_spec(info["spec"]).config_of({})
     manifest = read_manifest(table, num_classes=config.num_classes)
     cohort = prepare_cohort(manifest, Recipe.from_config(config), tmp_path / "cache").name

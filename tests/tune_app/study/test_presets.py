@@ -1,4 +1,4 @@
-"""Presets: what is given wins, each gives a study that can be built, and the study file of one says the same."""
+"""Presets: given values win, each preset gives a study that can be built, and the study file of a preset agrees with it."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""The study file: what `medtune init` writes is every field, says what it means, and gives the defaults."""
+"""The study file: `medtune init` writes every field with its meaning, and the values are the defaults."""
 
 import copy
 import re

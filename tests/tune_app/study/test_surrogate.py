@@ -1,4 +1,4 @@
-"""What the search believes: the process against scikit-learn's, the prior, and what is chosen."""
+"""The search's model: the process against scikit-learn's, the prior, and the choices."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_exploration_begins_with_what_has_ended_and_the_cohorts_level_is_no_part
     none, free = np.array([], dtype=int), np.arange(12, 200)
 
     def chosen(ended, process=surrogate):
-        """By 40 streams, where the trials that ended are worth exactly what was expected of them."""
+        """By 40 streams, where the trials that ended are worth exactly the expected value."""
         seen = np.arange(ended)
         auc = 1 / (1 + np.exp(-expected[seen]))
         streams = [np.random.default_rng(seed) for seed in range(40)]
