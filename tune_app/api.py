@@ -4,7 +4,7 @@
     study = search("table.csv", "studies/first", trials=20)
     study.trials
 
-Nothing heavy is loaded before a function that needs it is called: `load_study` loads neither torch nor Ray. Every
+Nothing heavy is loaded before a function that needs it is called: `load_study` loads no torch and no Ray. Every
 function raises the errors of the command of its name, as exceptions with one line per problem.
 """
 

@@ -144,7 +144,7 @@ def backtest(
     )
     if twice:
         raise CurveError(
-            f"trial {', '.join(twice[:5])} is there more than once: each run needs a name of its own"
+            f"trial {', '.join(twice[:5])} is there more than once: each run needs its own name"
         )
     longest = max_epochs or max(
         (int(row["epoch"]) for curve in curves for row in curve.rows[-1:]), default=1

@@ -155,7 +155,7 @@ class _Searches:
             )
             self.say(
                 f"{side} {repetition}: {found['trials']} trials, {found['epochs']} epochs in {found['seconds']:.0f} s, "
-                f"its best says {found['claimed']:.3f}"
+                f"its best run claims {found['claimed']:.3f}"
             )
             self.record(without_nonfinite(self.result))
 

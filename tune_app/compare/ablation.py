@@ -344,19 +344,19 @@ def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) ->
         names = ", ".join(str(row["variant"]) for row in measured)
         widest = max((row["high"] - row["low"]) / 2 for row in measured)
         lines.append(
-            f"The data cannot tell {names} from {reference_name}: their intervals hold zero, and a difference of less "
+            f"The data do not distinguish {names} from {reference_name}: their intervals hold zero, and a difference of less "
             f"than about {widest:.3f} would not show in so few runs."
         )
     alike = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] > 1]
     if alike:
         lines.append(
-            f"The data cannot tell {', '.join(alike)} from {reference_name}: the difference is the same in every fold, "
+            f"The data do not distinguish {', '.join(alike)} from {reference_name}: the difference is the same in every fold, "
             "which leaves no spread to judge it by. Give more seeds or folds."
         )
     single = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] == 1]
     if single:
         lines.append(
-            f"The data cannot tell {', '.join(single)} from {reference_name}: one pair has no interval. Give more "
+            f"The data do not distinguish {', '.join(single)} from {reference_name}: one pair has no interval. Give more "
             "seeds or folds."
         )
     none = [str(row["variant"]) for row in unclear if not row["pairs"]]

@@ -217,7 +217,7 @@ def same_plan(files: StudyFiles, spec: StudySpec) -> None:
     if there.planned != spec.planned:
         raise SpecError(
             f"{files.root}: holds a confirmation with other candidates, folds or seeds "
-            f"({_variants_text(there)}): `medtune resume {files.root}` goes on with it, --out starts another"
+            f"({_variants_text(there)}): `medtune resume {files.root}` continues it, --out starts another"
         )
 
 
@@ -282,7 +282,7 @@ def judge(study: Study) -> Confirmation:
     begun = set(study.trials_full["variant"].dropna())
     if REFERENCE not in begun or len(begun) < 2:
         raise SpecError(
-            f"{study.path}: the confirmation has not begun: `medtune resume {study.path}` runs it"
+            f"{study.path}: the confirmation has not started: `medtune resume {study.path}` runs it"
         )
     run = sorted({int(fold) for fold in study.trials_full["fold"].dropna()})
     unseen = whole_unseen_folds(study.spec, run)
@@ -462,18 +462,18 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
             f"({row['low']:+.3f} to {row['high']:+.3f}); p {row['p_holm']:.3f} after correction for {others} comparisons."
         )
         if found.not_told_apart:
-            lines.append(f"Not told apart from it: {', '.join(found.not_told_apart)}.")
+            lines.append(f"Not distinguished from it: {', '.join(found.not_told_apart)}.")
         lines.append(f"      {_settings(study, found.winner)}")
     elif not found.finished:
         lines.append(
             f"Not finished: {unfinished(study)} of {len(study.spec.planned)} runs have not ended, and no winner is "
-            f"named before. Go on with: medtune resume {study.path}"
+            f"named before. Continue with: medtune resume {study.path}"
         )
     elif found.basis == "subjects":
         lines += _no_test_lines(study, found)
     else:
         lines.append(
-            "No winner: the data cannot tell any of them from the documented settings, which therefore stay."
+            "No winner: the data distinguish none of them from the documented settings, which therefore stay."
         )
         alone = effects[(effects["call"] == "better") & ~(effects["p_holm"] < ADJUSTED_LEVEL)]
         lines += [
@@ -498,7 +498,7 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
 def _no_test_lines(study: Study, found: Confirmation) -> list[str]:
     """Why no winner is named with fewer than two unseen folds, and what would name one."""
     lines = [
-        "No winner: fewer than two folds are unseen, and one split cannot tell luck from merit."
+        "No winner: fewer than two folds are unseen, and one split cannot separate luck from merit."
     ]
     if found.ahead is not None:
         row = found.effects.set_index("variant").loc[found.ahead]

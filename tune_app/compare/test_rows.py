@@ -56,7 +56,7 @@ def confirmed_on_test(
     if earlier and not again:
         notes.print(
             f"The test rows were scored before, which is recorded in {test_file(study)}: shown again, not scored "
-            "again. --again scores anew, and counts it.",
+            "again. --again scores once more, and counts it.",
             markup=False,
             soft_wrap=True,
         )

@@ -215,7 +215,7 @@ def _picture(volume: npt.NDArray[Any], axis: int) -> str:
 
 
 def _recipe_lines(recipe: Recipe) -> list[tuple[str, str]]:
-    spacing = _by(recipe.spacing_mm) if recipe.spacing_mm else "each scan by itself"
+    spacing = _by(recipe.spacing_mm) if recipe.spacing_mm else "each scan separately"
     window = f" ({recipe.window_low:g} to {recipe.window_high:g})"
     return [
         ("volume_shape", _by(recipe.volume_shape)),

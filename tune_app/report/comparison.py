@@ -42,7 +42,7 @@ def comparison_page(first: Study, second: Study) -> Page:
         )
     scored = all(study.scored for _, study in pair)
     if scored:
-        section = page.section("budget", "What the same budget bought")
+        section = page.section("budget", "Results of the same budget")
         section.figure(
             page, "budget", figures.progress_of_two(pair), "best objective so far over epochs spent"
         )
@@ -57,7 +57,7 @@ def comparison_page(first: Study, second: Study) -> Page:
         section.table(_two_configurations(pair), style="stack")
     section = page.section("numbers", "Side by side")
     section.table(_numbers(pair), style="stack")
-    section = page.section("specifications", "What was asked of each")
+    section = page.section("specifications", "Specifications")
     section.table(_specifications(pair), style="stack")
     for name, study in pair:
         section.head(name)

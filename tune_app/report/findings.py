@@ -133,7 +133,7 @@ def _validation(study: Study) -> str:
 
 def _found(study: Study) -> str:
     if not study.scored:
-        return f"Nothing yet: {len(study.trials_full)} trials have begun and none has a score."
+        return f"Nothing yet: {len(study.trials_full)} trials have started and none has a score."
     if study.spec.kind != "search":
         told = _found_between_variants(study)
         if told:
@@ -199,7 +199,7 @@ def _effects_sentence(table: pd.DataFrame) -> str:
     sentence = f"Against {reference}, " + (
         "; ".join(told) if told else "no difference stands out from chance"
     )
-    return sentence + (f"; for {_and(unclear)} the data cannot tell" if unclear and told else "")
+    return sentence + (f"; for {_and(unclear)} the data do not decide" if unclear and told else "")
 
 
 @once_per_study
@@ -417,8 +417,8 @@ def _stopped_early(trials: pd.DataFrame) -> "pd.Series[bool]":
 def stops(study: Study) -> pd.DataFrame:
     """Return why trials ended early: reason, trials, epochs_run, epochs_spared, time_spared_s, gpu_s_spared, example.
 
-    One row for halving, one for requests and one for each verdict that stopped a trial, most spared first. Time is what the trial's own
-    epochs took, times the epochs it did not run.
+    One row for halving, one for requests and one for each verdict that stopped a trial, most spared first. Time is the
+    duration of the trial's own epochs, times the epochs it did not run.
     """
     stopped = study.trials_full[study.trials_full["state"] == "stopped"].copy()
     names = [
@@ -486,7 +486,7 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
         yield Caution(
             "The study was interrupted",
             f"{states['interrupted']} trials have not ended, and no driver is at work on them.",
-            f"`medtune resume {quote(study.place)}` goes on where they stopped.",
+            f"`medtune resume {quote(study.place)}` continues where they stopped.",
         )
     if states.get("failed", 0):
         failed = study.trials_full[study.trials_full["state"] == "failed"]
@@ -494,13 +494,13 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
         yield Caution(
             f"{len(failed)} of {len(study.trials_full)} trials failed",
             f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
-            f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` lets them go on.",
+            f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` continues them.",
         )
     if study.damage:
         yield Caution(
             "The study's files are damaged",
             "; ".join(study.damage[:5]),
-            "What is damaged was left out.",
+            "Damaged parts were left out.",
         )
 
 
@@ -588,7 +588,7 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
                 .value_counts()
                 .items()
             ),
-            "The space lies mostly where training fails: move it, or hold what the diagnoses blame.",
+            "Training fails in most of the space: move it, or hold what the diagnoses blame.",
         )
 
 
@@ -612,7 +612,7 @@ def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution
     if _is_natural_bound(name, best[name], end):
         return
     yield Caution(
-        f"The best {name} lies at the edge of its range",
+        f"The best {name} is at the edge of its range",
         f"{format_value(name, best[name])} in {axis.text(axis.low)} to {axis.text(axis.high)}, at the {end} end, as do "
         f"{together} of the 5 best trials: the optimum may lie outside.",
         f"Search again with a wider range of {name}.",
@@ -646,7 +646,7 @@ def _about_the_variants(study: Study) -> Iterator[Caution]:
     if tables[0].attrs["folds"] < 2:
         yield Caution(
             "All runs share one fold",
-            "The intervals say how much seeds matter on this fold, and nothing about other subjects.",
+            "The intervals show how much seeds matter on this fold, and nothing about other subjects.",
             "Run over several folds.",
         )
     unsure = others.loc[
@@ -660,7 +660,7 @@ def _about_the_variants(study: Study) -> Iterator[Caution]:
         )
     if not others["call"].isin(["better", "worse"]).any():
         yield Caution(
-            "The data cannot tell the variants apart",
+            "The data do not distinguish the variants",
             f"Every interval holds zero, at {others['pairs'].max()} pairs.",
             "More seeds and folds narrow the intervals; a difference that stays within them does not matter here.",
         )

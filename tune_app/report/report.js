@@ -173,9 +173,9 @@
     for (const select of all("select.pick")) select.value = picked.size === 1 ? [...picked][0] : "";
     const brushed = [...brushes.keys()].map((i) => figures.parallel.layout.meta.axes[i]);
     const names = [...picked].sort();
-    const told = names.length === 0 && !brushed.length ? "none picked"
+    const pickText = names.length === 0 && !brushed.length ? "none picked"
       : `${names.length} picked${brushed.length ? ` by ${brushed.join(", ")}` : ""}: ${names.slice(0, 8).join(", ")}${names.length > 8 ? ", ..." : ""}`;
-    for (const note of all(".picks")) note.textContent = told;
+    for (const note of all(".picks")) note.textContent = pickText;
     draw();
   }
 

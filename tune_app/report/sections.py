@@ -71,7 +71,7 @@ def _subtitle(study: Study) -> str:
     parts = [study.spec.kind + (", running" if study.running else "")]
     created = study.info.get("created")
     if isinstance(created, int | float):
-        parts.append(f"begun {time.strftime('%Y-%m-%d %H:%M', time.gmtime(created))} UTC")
+        parts.append(f"started {time.strftime('%Y-%m-%d %H:%M', time.gmtime(created))} UTC")
     parts.append(study.place)
     return " · ".join(parts)
 
@@ -152,7 +152,7 @@ def _best(page: Page, study: Study) -> None:
     heads.append(Head("meaning", "roomy"))
     section.text(
         "Before and after: the document's settings before and after its fixes, epochs scaled to this study's length. Bold "
-        "and ≠: the best trial differs from what the document recommends.",
+        "and ≠: the best trial differs from the document's recommendation.",
         style="faint",
     )
     section.table(Table("configurations", heads, rows), style="settings")
@@ -172,7 +172,7 @@ def _checklist(page: Page, study: Study) -> None:
     for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
         rows = []
         for check in (check for check in checks if check.kind == kind):
-            told = {None: "cannot tell", True: "yes", False: "no"}[check.present]
+            told = {None: "unclear", True: "yes", False: "no"}[check.present]
             sign = {None: "?", True: "✓", False: "!"}[check.good]
             mark = {None: "open", True: "good", False: "bad"}[check.good]
             cells = [Cell(check.text), Cell(f"{sign} {told}", mark=mark)]
@@ -226,7 +226,7 @@ def _chips(study: Study) -> list[dict[str, Any]]:
 
 
 def _stops(page: Page, study: Study) -> None:
-    section = page.section("stops", "What was stopped, why, and what it saved")
+    section = page.section("stops", "Stopped trials, why, and the epochs saved")
     table = findings.stops(study)
     trials, spared = int(table["trials"].sum()), int(table["epochs_spared"].sum())
     time_spared, gpu = float(table["time_spared_s"].sum()), float(table["gpu_s_spared"].sum())
@@ -394,7 +394,7 @@ def _variants(page: Page, study: Study) -> None:
                 f"effects-{number}",
                 figures.effects(table),
                 f"difference of each variant from {reference}, with its interval",
-                f"{findings.sentence(lines[-1].strip('()'))}. Hollow: the data cannot tell.",
+                f"{findings.sentence(lines[-1].strip('()'))}. Hollow: the data do not decide.",
             )
         section.table(_effects_table(table), style="stack")
     if study.scored and study.trials_full["variant"].notna().any():
@@ -561,7 +561,7 @@ def _environment(page: Page, study: Study) -> None:
     section.table(
         Table("specification", heads, settings),
         style="narrow stack",
-        fold="What was specified, where it is not the default",
+        fold="Specified values that differ from the default",
     )
 
 

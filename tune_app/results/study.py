@@ -205,7 +205,7 @@ class Study:
         Student's t on the differences of the folds, each the mean of its seeds, their variance raised by
         1 / (num_folds - 1) because the training parts of folds overlap (Nadeau and Bengio 2003, eq. 9; Bouckaert and
         Frank 2004). With one fold it is Student's t on the seeds, of that fold only, and there is no p and no call: seeds
-        share the fold's volumes. `call` goes by the interval, and is "cannot tell" when it holds zero, or where there is none:
+        share the fold's volumes. `call` goes by the interval, and is the last of these when it holds zero, or where there is none:
         of one pair, or of differences that are all the same. A variant of which a run ended without a finite score is not
         called better: the others are its survivors. Raises ValueError without variants.
         """

@@ -1,4 +1,4 @@
-"""Several studies in one view: what each one's budget bought, their best trials, and the settings that differ."""
+"""Several studies in one view: the results of each budget, their best trials, and the settings that differ."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -289,6 +289,6 @@ def _outside(fields: dict[str, Any], service: Service) -> list[str]:
     roots = service.allowed_roots()
     given = [(name, path) for name, path in paths_in(fields) if not is_below(path, roots)]
     if fields.get("storage") is not None:
-        given.append(("storage", "a database of its own"))
+        given.append(("storage", "a separate database"))
     allowed = ", ".join(service.data_roots)
     return [f"{name}: {path} is outside what --data-root allows: {allowed}" for name, path in given]

@@ -120,7 +120,7 @@ def export(study: StudyId, asked: Export, service: TheService) -> Asked:
     found = _readable(service.read(study).study, service)
     options: list[str] = []
     if asked.trial is not None and asked.confirmed:
-        raise QueueError("a trial or what was confirmed, not both")
+        raise QueueError("a trial or the confirmed settings, not both")
     if asked.trial is not None:
         if asked.trial not in set(found.trials_full["trial"]):
             raise UnknownError(f"{path.name} has no trial {asked.trial!r}")

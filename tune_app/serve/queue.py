@@ -1,7 +1,7 @@
 """The queue of `medtune serve`: studies wait for the machine, and at most one of them has it.
 
 Drivers are separate processes in separate sessions, and keep running when the service ends; a service that
-starts again finds the queue in its file and the driver by the locks it holds. Two locks say whether the machine is free:
+starts again finds the queue in its file and the driver by the locks it holds. Two locks show whether the machine is free:
 
 - the study's own, which every driver holds, however it was started;
 - the machine's, one a user and cluster address. It is taken here and inherited by the driver that is started, so that it
@@ -112,7 +112,7 @@ class StudyQueue:
             if files.spec.is_file():
                 action = "retry" if retry_failed else "resume"
             if action == "run" and not files.asked.is_file():
-                raise QueueError(f"{root.name} holds neither a study nor a study file")
+                raise QueueError(f"{root.name} holds no study and no study file")
             try:
                 files.require_own()
             except SpecError as error:
@@ -140,7 +140,7 @@ class StudyQueue:
                     self._change_last(stopping=True)
                 ask_to_stop_study(StudyFiles(root))
                 return "asked"
-        raise QueueError(f"{root.name} neither waits nor runs")
+        raise QueueError(f"{root.name} is not waiting and not running")
 
     @contextmanager
     def hold_still(self, root: Path, inside: Iterable[Path] = ()) -> Iterator[None]:
@@ -205,7 +205,7 @@ class StudyQueue:
             try:
                 self.advance()
             except OSError:  # a full or vanished disk: log it, and look again
-                log.exception("the queue cannot go on")
+                log.exception("the queue cannot continue")
 
     def close(self) -> None:
         """End `run`. Drivers keep running."""

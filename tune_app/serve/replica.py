@@ -120,7 +120,9 @@ class Replica:
                     else "the copy cannot be kept"
                 )
                 if self.trouble is None or not self.trouble.startswith(what):
-                    self.trouble = f"{what} since {since}, what is shown is as of then: {error}"
+                    self.trouble = (
+                        f"{what} since {since}, the page shows the state at that time: {error}"
+                    )
             self._wake.wait(rest)
             self._wake.clear()
             self._ended.wait(0.5)  # however often requests come

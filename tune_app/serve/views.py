@@ -478,7 +478,7 @@ def figure_names(study: Study) -> list[dict[str, str]]:
             names += [("parallel", "All settings at a glance")]
             names += [(f"slice-{name}", f"Objective over {name}") for name in study.searched]
     if (study.trials_full["state"] == "stopped").any():
-        names += [("stopped", "What was stopped, and what it saved")]
+        names += [("stopped", "Stopped trials, and the epochs saved")]
     return [{"name": name, "title": title} for name, title in names]
 
 
@@ -494,7 +494,7 @@ def figure(study: Study, name: str) -> dict[str, Any]:
                 "nothing to compare yet: two variants have to end on the same fold and seed"
             )
         drawn = figures.effects(tables[0])
-        caption = f"{tables[0].attrs['how']}. Hollow: the data cannot tell."
+        caption = f"{tables[0].attrs['how']}. Hollow: the data do not decide."
     elif name == "runs":
         drawn, caption = (
             figures.runs_by_variant(study),

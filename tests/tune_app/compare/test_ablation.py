@@ -266,7 +266,7 @@ def test_a_planted_effect_comes_out_and_one_that_is_not_there_does_not(
     assert calls["none"] == "cannot tell"
     lines = effect_lines(effects)
     assert any(line.startswith("real is better than base: +0.0") for line in lines)
-    assert any(line.startswith("The data cannot tell none from base") for line in lines)
+    assert any(line.startswith("The data do not distinguish none from base") for line in lines)
 
 
 def test_an_effect_that_may_be_the_luck_of_several_comparisons_says_so(
@@ -296,7 +296,7 @@ def test_runs_too_few_for_an_interval_and_runs_that_are_the_same_are_said_in_wor
         with_objective(study, lambda trial: 0.7 + 0.1 * (trial.variant == "other"))
     )
     assert effect_lines(effects)[0] == (
-        "The data cannot tell other from base: one pair has no interval. Give more seeds or folds."
+        "The data do not distinguish other from base: one pair has no interval. Give more seeds or folds."
     )
     study = load_study(write_study("same", variants={"base": {}, "other": {}}, seeds=3, epochs=3))
     [effects] = comparisons(with_objective(study, lambda trial: 0.7 + 0.1 * trial.seed))
@@ -320,7 +320,7 @@ def test_two_folds_that_happen_to_differ_alike_are_not_taken_for_certainty(
     assert row["call"] == "cannot tell"
     assert row[["low", "high", "p", "p_holm"]].isna().all()
     assert effect_lines(effects)[0].startswith(
-        "The data cannot tell other from base: the difference is the same in"
+        "The data do not distinguish other from base: the difference is the same in"
     )
 
 

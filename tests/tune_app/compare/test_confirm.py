@@ -211,7 +211,7 @@ def test_a_confirmation_that_has_hardly_begun_says_so_instead_of_failing(
     begun = replace(
         study, trials_full=study.trials_full[study.trials_full["variant"] == "documented"]
     )
-    assert "the confirmation has not begun" in printed(begun)
+    assert "the confirmation has not started" in printed(begun)
 
 
 def test_what_cannot_be_confirmed_is_refused(
@@ -267,7 +267,7 @@ def test_without_a_difference_there_is_no_winner_and_the_documented_settings_sta
     found = judge(study)
     assert found.winner is None
     assert found.choice == "documented"
-    assert "No winner: the data cannot tell any of them from the documented settings" in " ".join(
+    assert "No winner: the data distinguish none of them from the documented settings" in " ".join(
         printed(study).split()
     )
 

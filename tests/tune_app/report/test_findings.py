@@ -71,7 +71,7 @@ def test_an_ablation_is_told_by_what_stands_out_and_what_does_not(ablation: Stud
     assert "over 3 folds and 2 seeds" in asked
     assert found.startswith("Against baseline, combined is better by")
     assert (
-        "for only-delayed-drw the data cannot tell" in found
+        "for only-delayed-drw the data do not decide" in found
         or "only-delayed-drw" in found.split("for ")[-1]
     )
 
@@ -81,7 +81,7 @@ def test_a_study_without_scores_says_so(write_study: WriteStudy) -> None:
         row.update(val_auc=None, val_auc_raw=None, val_auc_ema=None)
 
     study = rewrite(write_study(trials=2, epochs=3, policy=False), lose)
-    assert findings.summary(study)[1] == "Nothing yet: 2 trials have begun and none has a score."
+    assert findings.summary(study)[1] == "Nothing yet: 2 trials have started and none has a score."
     assert findings.cautions(study) == []
 
 
@@ -159,7 +159,7 @@ def test_an_optimum_at_the_edge_of_its_range_is_cautioned_about(write_study: Wri
         path.write_text(json.dumps(record))
         path.with_name("config.json").write_text(json.dumps(config))
     told = {caution.title: caution.text for caution in findings.cautions(load_study(root))}
-    text = told["The best max_m lies at the edge of its range"]
+    text = told["The best max_m is at the edge of its range"]
     assert "0.051 in 0.05 to 0.5, at the lower end, as do 1 of the 5 best trials" in text
 
 
@@ -445,7 +445,7 @@ def test_a_natural_bound_is_no_edge_of_a_range(write_study: WriteStudy) -> None:
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"objective": 0.99 if best else 0.8}))
     titles = [caution.title for caution in findings.cautions(load_study(root))]
-    assert "The best max_m lies at the edge of its range" in titles
+    assert "The best max_m is at the edge of its range" in titles
     assert not [title for title in titles if "dropout" in title], "no dropout is below 0"
 
 

@@ -100,7 +100,7 @@ def test_the_page_of_a_search_holds_everything_a_reader_is_promised(
         "warning signs",
         "Averaged weights (EMA)",
         "Raw weights",
-        "What was stopped, why, and what it saved",
+        "Stopped trials, why, and the epochs saved",
         "All settings at a glance",
         "Which hyperparameters mattered",
         "One hyperparameter at a time",
@@ -354,7 +354,7 @@ def test_a_study_that_has_not_begun_has_a_page(write_study: WriteStudy, tmp_path
         path.unlink()
     (root / "epochs.jsonl").unlink()
     page = Page(write_report(load_study(root), tmp_path / "page.html").read_text())
-    assert "Nothing yet: 0 trials have begun" in page.text()
+    assert "Nothing yet: 0 trials have started" in page.text()
 
 
 def test_only_the_page_of_a_running_study_loads_itself_again(

@@ -1046,7 +1046,7 @@ def test_a_driver_started_by_hand_has_the_machine_too(tmp_path: Path, own_cache:
     ):
         assert not queue.advance()
     assert queue.stop(waiting) == "removed"
-    with pytest.raises(QueueError, match="neither waits nor runs"):
+    with pytest.raises(QueueError, match="is not waiting and not running"):
         queue.stop(waiting)
 
 

@@ -291,7 +291,7 @@ def test_storage_that_goes_away_is_told_on_the_page_and_comes_back(
             running.close()
             trouble = wait_for(lambda: client.get("/api/studies").json()["trouble"])
             assert trouble.startswith("the storage does not answer since ")
-            assert "what is shown is as of then" in trouble
+            assert "the page shows the state at that time" in trouble
             assert listed(client)["study"]["state"] == "running", "nothing is known of an end"
             assert client.get("/api/studies/study").json()["trouble"] == trouble
             assert client.get("/api/studies/study/trials").status_code == 200

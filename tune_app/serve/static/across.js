@@ -1,4 +1,4 @@
-// Several studies side by side: what each one's budget bought, their best trials, and the settings that differ.
+// Several studies side by side: the results of each budget, their best trials, and the settings that differ.
 import { drawFigure, isDark } from "./charts.js";
 import { pickColour } from "./curves.js";
 import { api, enc, h, number, page, prose, studyHash } from "./parts.js";
@@ -31,9 +31,9 @@ export function acrossView(ids) {
       comparison.cautions.length ? h("ul", { class: "cautions" }, comparison.cautions.map((text) => h("li", {}, text))) : "",
       table("outcome", [outcome("best", (study) => `${number(study.best)}${interval(study)}`), outcome("best trial", (study) => study.best_trial ?? "-"), outcome("within its noise", (study) => (study.noise === null ? "-" : `${study.rivals} others`)),
         outcome("trials ended", (study) => `${study.ended} of ${study.trials}`), outcome("epochs spent", (study) => study.epochs), outcome("objective", (study) => study.objective), outcome("table", (study) => study.data)]),
-      h("div", { class: "pair" }, h("figure", {}, h("h2", {}, "What the budget bought"), budget), h("figure", {}, h("h2", {}, "The best trials"), best, h("figcaption", {}, "Averaged weights; dotted: 95 % intervals."))),
-      h("h2", {}, "What differs in the studies"), differing("field", comparison.asked), h("h2", {}, "What differs in the best trials"), differing("hyperparameter", comparison.settings),
-      h("h2", {}, "What each found"), ...comparison.studies.map((study) => h("p", {}, h("b", {}, `${study.name}: `), prose(study.found))));
+      h("div", { class: "pair" }, h("figure", {}, h("h2", {}, "Results of the budget"), budget), h("figure", {}, h("h2", {}, "The best trials"), best, h("figcaption", {}, "Averaged weights; dotted: 95 % intervals."))),
+      h("h2", {}, "Differences of the studies"), differing("field", comparison.asked), h("h2", {}, "Differences of the best trials"), differing("hyperparameter", comparison.settings),
+      h("h2", {}, "Findings of each"), ...comparison.studies.map((study) => h("p", {}, h("b", {}, `${study.name}: `), prose(study.found))));
     redraw = () => { drawFigure(budget, budgetFigure(comparison)); drawFigure(best, bestFigure(comparison)); };
     redraw();
     document.title = `${comparison.studies.map((study) => study.name).join(", ")} · medtune`;

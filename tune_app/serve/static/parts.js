@@ -49,7 +49,7 @@ export function timeText(estimate) {
 
 const STATES = {
   running: ["●", "running"], starting: ["◐", "starting"], queued: ["◔", "queued"], ended: ["✓", "ended"], interrupted: ["‖", "interrupted"],
-  failed: ["!", "failed"], unstarted: ["!", "did not start"], new: ["○", "not begun"], unreadable: ["!", "unreadable"], unread: ["…", "being read"], completed: ["✓", "completed"], stopped: ["■", "stopped"], writing: ["◐", "being written"], written: ["✓", "written"],
+  failed: ["!", "failed"], unstarted: ["!", "did not start"], new: ["○", "not started yet"], unreadable: ["!", "unreadable"], unread: ["…", "being read"], completed: ["✓", "completed"], stopped: ["■", "stopped"], writing: ["◐", "being written"], written: ["✓", "written"],
 };
 export const badge = (state, more = "") => h("span", { class: `badge ${state}` }, `${(STATES[state] || ["", state])[0]} ${(STATES[state] || ["", state])[1]}${more}`);
 
@@ -76,7 +76,7 @@ export async function api(path, { method = "GET", body } = {}) {
   try {
     answer = await fetch(`api/${path}`, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
   } catch {
-    throw new Refusal(0, ["the service does not answer; studies go on without it"]);
+    throw new Refusal(0, ["the service does not answer; studies continue without it"]);
   }
   const content = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Refusal(answer.status, Array.isArray(content.detail) ? content.detail : [`refused (${answer.status})`]);

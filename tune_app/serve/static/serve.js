@@ -189,12 +189,12 @@ function newView() {
   for (const input of Object.values(inputs)) input.addEventListener("change", expect);
   inputs.space.addEventListener("change", showSpace);
   inputs.preset.addEventListener("change", fillIn);
-  const meanings = h("details", {}, h("summary", {}, "Hyperparameters and what they do"), h("table", { class: "settings" }, h("tbody", {}, form.hyperparameters.map((each) => h("tr", {}, h("td", {}, each.name), h("td", {}, each.default), h("td", { class: "faint" }, prose(each.meaning)))))));
+  const meanings = h("details", {}, h("summary", {}, "Hyperparameters and their meaning"), h("table", { class: "settings" }, h("tbody", {}, form.hyperparameters.map((each) => h("tr", {}, h("td", {}, each.name), h("td", {}, each.default), h("td", { class: "faint" }, prose(each.meaning)))))));
   page.replaceChildren(h("h1", {}, "New study"), h("form", { class: "new", onsubmit: (event) => { event.preventDefault(); send(false); } },
     h("div", { class: "grid" }, field("name", inputs.name, "Name of the study's folder."), field("data", inputs.data, fields.data), field("preset", inputs.preset, "Size of trials and search for a machine: laptop, one GPU, several GPUs. It fills in the fields below."), field("pretrained_path", inputs.pretrained_path, meaning("pretrained_path")),
       field("trials", inputs.trials, fields.trials.split(". ")[0]), field("epochs", inputs.epochs, "Epochs of a trial that is not stopped."), field("objective", inputs.objective, fields.objective), field("sampler", inputs.sampler, fields.sampler), field("seed", inputs.seed, fields.seed), field("gpus_per_trial", inputs.gpus_per_trial, fields.gpus_per_trial), field("max_concurrent", inputs.max_concurrent, fields.max_concurrent)),
     h("h2", {}, "Search space"), field("space", inputs.space), h("div", { class: "scroll" }, h("table", { class: "ranges" }, ranges)),
-    h("h2", {}, "Fixed hyperparameters"), field("config", inputs.config, "Hyperparameters of every trial, a line each: name = value, as in a study file. What is set here is not searched."), meanings,
+    h("h2", {}, "Fixed hyperparameters"), field("config", inputs.config, "Hyperparameters of every trial, one per line: name = value, as in a study file. Values set here are not searched."), meanings,
     list.node, outcome, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
   showSpace();
   document.documentElement.dataset.ready = "yes";

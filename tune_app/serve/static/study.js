@@ -73,7 +73,7 @@ export function studyView(id, query) {
 
   function waiting(studyInfo) { // no study.json yet: it waits, starts, or could not start
     page.replaceChildren(h("h1", {}, studyInfo.name), h("p", {}, badge(studyInfo.state, studyInfo.place ? ` (place ${studyInfo.place})` : "")),
-      buttons(studyInfo), h("h2", {}, "What its driver says"), parts.log);
+      buttons(studyInfo), h("h2", {}, "Output of its driver"), parts.log);
     logPart(["console"]);
     document.documentElement.dataset.ready = "yes";
     timer = setTimeout(load, 1500);
@@ -455,7 +455,7 @@ export function trialView(study, trial) {
       h("h2", {}, "Curves"), plots,
       h("h2", {}, "Decisions"), trialInfo.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),
         h("tbody", {}, trialInfo.decisions.map((each) => h("tr", {}, h("td", { "data-label": "epoch" }, each.epoch), h("td", { "data-label": "decision" }, `${each.action}: ${each.reason}`), h("td", { class: "text" }, each.summary))))) : h("p", { class: "faint" }, "None worth a line yet."),
-      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from what the document ends with, or from the default where it says nothing."), settingsTable(trialInfo), details,
+      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from the document's final value, or from the default where the document has none."), settingsTable(trialInfo), details,
     );
     drawn = trialFigures(trialInfo, plots);
     document.title = `${trialInfo.trial} · ${trialInfo.study} · medtune`;
