@@ -781,7 +781,7 @@ STUDIES = [
     Case(
         "a trial of another name",
         study(replaced("trials/00000/trial.json", '{"trial": "7", "state": "running"}')),
-        "says it is trial",
+        "names trial",
     ),
     Case(
         "an unknown filter", study(lambda files: None, "results", "--where", "speed > 3"), "speed"

@@ -193,7 +193,7 @@ MultiGpuOption = Annotated[
 ]
 GpuOption = Annotated[
     bool,
-    typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the run says so and uses the CPU."),
+    typer.Option("--gpu/--no-gpu", help="Use a GPU; without one, use the CPU and print a note."),
 ]
 AmpOption = Annotated[
     bool | None, typer.Option("--amp/--no-amp", help="Half precision on the GPU.")
@@ -347,7 +347,7 @@ def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     if name is None:
-        for heading in ("space", "what it varies", "sampled"):
+        for heading in ("space", "varied parameters", "sampled"):
             table.add_column(
                 heading,
                 no_wrap=heading == "space",

@@ -214,7 +214,7 @@ def bench_faults_command(
         typer.Option("--faults", help="Some of them, separated by commas; default: all."),
     ] = None,
     neighbours: Annotated[
-        int, typer.Option("--neighbours", min=1, help="Processes beside the one with the fault.")
+        int, typer.Option("--neighbours", min=1, help="Processes next to the one with the fault.")
     ] = 2,
     out_file: ResultOption = None,
 ) -> None:
@@ -246,7 +246,7 @@ def bench_search_command(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 27,
     grace: Annotated[int, typer.Option("--grace", min=1, help="Epoch of the first rung.")] = 3,
     factor: Annotated[
-        float, typer.Option("--factor", help="One in so many trials passes a rung.")
+        float, typer.Option("--factor", help="The best 1/FACTOR of the trials pass a rung.")
     ] = 3.0,
     sides: Annotated[
         str, typer.Option("--sides", help="plain, medtune or both.")
@@ -510,7 +510,7 @@ def bench_strategies_command(
         typer.Option("--start-seconds", min=0, help="Seconds that each start of a trial costs."),
     ] = 0.0,
     unit: Annotated[
-        str, typer.Option("--unit", help="What a budget is counted in: epochs or seconds.")
+        str, typer.Option("--unit", help="Unit of a budget: epochs or seconds.")
     ] = "epochs",
     only: Annotated[
         str,

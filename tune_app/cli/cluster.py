@@ -245,7 +245,7 @@ def _follow(jobs: Any, job_id: str) -> int:
         code = int(jobs.follow(job_id, _show))
     except KeyboardInterrupt:
         err.print(
-            f"\ndetached; the job goes on. See it: medtune jobs logs {job_id} --follow; stop it: medtune jobs stop {job_id}",
+            f"\ndetached; the job continues. See it: medtune jobs logs {job_id} --follow; stop it: medtune jobs stop {job_id}",
             soft_wrap=True,
             markup=False,
         )
@@ -406,7 +406,7 @@ def jobs_status(
 def jobs_logs(
     job: JobArgument,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends; returns its code.")
+        bool, typer.Option("--follow", "-f", help="Follow until the job ends; returns its code.")
     ] = False,
     address: ServerOption = None,
     allow_open: OpenOption = False,

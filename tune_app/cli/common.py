@@ -83,13 +83,13 @@ AddressOption = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="Ray cluster: HOST:PORT, auto, or local; default: RAY_ADDRESS, else a Ray of its own.",
+        help="Ray cluster: HOST:PORT, auto, or local; default: RAY_ADDRESS, else a local Ray.",
     ),
 ]
 RetryOption = Annotated[
     bool,
     typer.Option(
-        "--retry-failed", help="Let trials that have failed go on, too, from their checkpoints."
+        "--retry-failed", help="Let trials that have failed continue, too, from their checkpoints."
     ),
 ]
 DeviceOption = Annotated[

@@ -253,7 +253,7 @@ def weights_pretrain(
         int | None, typer.Option("--epochs", help="Passes over the pretext's volumes.")
     ] = None,
     gpu: Annotated[
-        bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the CPU, and it says so.")
+        bool, typer.Option("--gpu/--no-gpu", help="Use a GPU; without one the CPU, and a note.")
     ] = True,
     setting: SetOption = None,
     cache: CacheOption = None,

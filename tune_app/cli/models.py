@@ -14,7 +14,7 @@ BestOption = Annotated[
     bool, typer.Option("--best", help="The best trial; so it is without another choice.")
 ]
 ConfirmedOption = Annotated[
-    bool, typer.Option("--confirmed", help="What the study's confirmation chose.")
+    bool, typer.Option("--confirmed", help="The choice of the study's confirmation.")
 ]
 ModelOption = Annotated[Path, typer.Option("--out", help="Folder of the model.")]
 MovedOption = Annotated[
@@ -50,7 +50,7 @@ def export(
 
     if trial is not None and (best or confirmed or ensemble):
         raise typer.BadParameter(
-            "--trial is a choice by itself: leave out --best, --confirmed and --ensemble"
+            "--trial already is a choice: leave out --best, --confirmed and --ensemble"
         )
     if best and confirmed:
         raise typer.BadParameter("--best or --confirmed, not both")

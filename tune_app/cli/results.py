@@ -38,7 +38,7 @@ def results(
     ] = None,
     parquet: Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet.")] = None,
     skip_damage: Annotated[
-        bool, typer.Option("--skip-damage", help="Leave damaged lines out and say which.")
+        bool, typer.Option("--skip-damage", help="Leave damaged lines out and name them.")
     ] = False,
     meanings: Annotated[
         bool,
@@ -81,7 +81,7 @@ def results(
     elif meanings:
         out.print(meanings_table(table))
     elif table.empty:
-        out.print("no trial has begun" if subject.trials_full.empty else "no trial fits --where")
+        out.print("no trial has started" if subject.trials_full.empty else "no trial fits --where")
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
 
@@ -90,7 +90,7 @@ def results(
 def report(
     study: Annotated[Path, typer.Argument(help="Folder of the study.")],
     compare: Annotated[
-        Path | None, typer.Option("--compare", help="Another study to set beside it.")
+        Path | None, typer.Option("--compare", help="Another study to compare with.")
     ] = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", help="HTML file; default: report.html in the study.")
@@ -129,21 +129,21 @@ def backtest(
         typer.Option("--policy", help="YAML file with fields of `policy:`; may be repeated."),
     ] = None,
     generate: Annotated[
-        int | None, typer.Option("--generate", min=3, help="Made curves of known truth instead.")
+        int | None, typer.Option("--generate", min=3, help="Synthetic curves of known truth.")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of made curves.")] = 60,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of made curves.")] = 0,
+    epochs: Annotated[int, typer.Option("--epochs", min=24, help="Of synthetic curves.")] = 60,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of synthetic curves.")] = 0,
     positives: Annotated[
-        int, typer.Option("--positives", min=2, help="Validation volumes of made curves.")
+        int, typer.Option("--positives", min=2, help="Validation volumes of synthetic curves.")
     ] = 50,
     negatives: Annotated[
-        int, typer.Option("--negatives", min=2, help="Validation volumes of made curves.")
+        int, typer.Option("--negatives", min=2, help="Validation volumes of synthetic curves.")
     ] = 200,
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Trials at a time in the replay.")
     ] = 8,
     objective: Annotated[
-        str, typer.Option("--objective", help="What a trial is worth.")
+        str, typer.Option("--objective", help="Objective that gives a trial's value.")
     ] = DEFAULT_OBJECTIVE,
     output: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="table, csv or json.")
@@ -168,7 +168,7 @@ def backtest(
         raise typer.BadParameter(f"--objective {objective!r}: one of {', '.join(OBJECTIVES)}")
     if generate is not None:
         err.print(
-            f"{generate} made curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
+            f"{generate} synthetic curves of {epochs} epochs, {positives} + {negatives} validation volumes, seed {seed}"
         )
         curves = generate_curves(
             generate, epochs=epochs, seed=seed, positives=positives, negatives=negatives

@@ -77,7 +77,7 @@ def bench_serve_command(
         typer.Option(
             "--search",
             min=0,
-            help="Time a real small search instead, alone and watched, so many times.",
+            help="Times to run a real small search, alone and watched, instead.",
         ),
     ] = 0,
 ) -> None:

@@ -78,11 +78,11 @@ NotifyOption = Annotated[
     typer.Option(
         "--notify",
         metavar="COMMAND|URL",
-        help="Told of the end, the first collapse and the first failure; default: $MEDTUNE_NOTIFY.",
+        help="To notify of the end, the first collapse and the first failure; default: $MEDTUNE_NOTIFY.",
     ),
 ]
 GoOnOption = Annotated[
-    bool, typer.Option("--resume", help="Go on where --out holds this very study.")
+    bool, typer.Option("--resume", help="Resume where --out holds this very study.")
 ]
 
 
@@ -246,7 +246,7 @@ def _run_and_tell(
     except KeyboardInterrupt:
         if not StudyFiles(root).epochs.exists() and url_of(root) is None:
             err.print(
-                "interrupted before the first trial: nothing has been trained; what was prepared is kept, and the "
+                "interrupted before the first trial: nothing has been trained; prepared data is kept, and the "
                 "same command starts again",
                 soft_wrap=True,
             )
@@ -257,7 +257,7 @@ def _run_and_tell(
         add_report(spec, root)
     print_summary(root, out)
     if outcome.exit_code in (INTERRUPTED, PREEMPTED):
-        err.print(f"interrupted; go on with: medtune resume {place}", soft_wrap=True, markup=False)
+        err.print(f"interrupted; resume with: medtune resume {place}", soft_wrap=True, markup=False)
     elif outcome.exit_code == FAILED_TRIALS:
         err.print(
             f"try failed trials again with: medtune resume {place} --retry-failed",
@@ -306,7 +306,7 @@ def ablate(
     folds: FoldsOption = "all",
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a run.")] = None,
     objective: Annotated[
-        str | None, typer.Option("--objective", help="What a run is worth.")
+        str | None, typer.Option("--objective", help="Objective that gives a run's value.")
     ] = None,
     pretrained_path: WeightsOption = None,
     gpus_per_trial: GpusOption = None,
@@ -354,7 +354,7 @@ def _require_table_here(table: str | Path) -> None:
         return
     raise SpecError(
         f"table {table}: not on this machine. `ablate` and `confirm` read it before they are sent, because its folds and "
-        "rows decide what is run: submit from a machine that sees it, such as a node of the cluster, or use a URL"
+        "rows decide which trials are run: submit from a machine that sees it, such as a node of the cluster, or use a URL"
     )
 
 
@@ -366,7 +366,7 @@ def confirm(
     folds: FoldsOption = "all",
     test: Annotated[
         bool,
-        typer.Option("--test", help="Afterwards, once: score what was confirmed on the test rows."),
+        typer.Option("--test", help="Afterwards, once: score the choice on the test rows."),
     ] = False,
     again: Annotated[
         bool, typer.Option("--again", help="With --test: score a second time; it is recorded.")
@@ -459,7 +459,7 @@ def _advice_for(table: Path, preset: str | None, space: str) -> dict[str, tuple[
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("study.yaml"),
     data: Annotated[
-        str, typer.Option("--data", help="Table of volumes, as it is to stand in the file.")
+        str, typer.Option("--data", help="Table of volumes, as written into the file.")
     ] = "table.csv",
     space: Annotated[str, typer.Option("--space", help="Search space.")] = "documented",
     preset: PresetOption = None,

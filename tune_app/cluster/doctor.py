@@ -290,7 +290,7 @@ def _study_seen(study: str, nonce: str | None) -> dict[str, str]:
     except OSError as error:
         return {"error": f"cannot be written: {error.strerror}"}
     if nonce is not None and not (folder / f".medtune-doctor-{nonce}").exists():
-        return {"error": "is a folder of this node's own: what the head writes is not seen here"}
+        return {"error": "is a folder of this node alone: the head's files are not seen here"}
     return {}
 
 
@@ -309,7 +309,7 @@ def _bucket_seen(url: str, nonce: str | None) -> dict[str, str]:
     return (
         {}
         if came
-        else {"error": f"{url}: what the head writes is not seen here", "remedy": BUCKET_REMEDY}
+        else {"error": f"{url}: the head's objects are not seen here", "remedy": BUCKET_REMEDY}
     )
 
 

@@ -91,7 +91,7 @@ class Jobs:
             and open_to_anyone(self.url)
         ):
             raise JobServerError(
-                f"{self.url} runs the code of anyone who reaches it: no token is asked for. Start the cluster with "
+                f"{self.url} runs the code of every client that reaches it: no token is asked for. Start the cluster with "
                 "RAY_AUTH_MODE=token, or on loopback with a tunnel to it; --allow-open sends all the same"
             )
         from ray.job_submission import JobSubmissionClient
@@ -146,7 +146,7 @@ class Jobs:
             if jobs:
                 return jobs[-1]
         raise JobServerError(
-            f"{self.url} knows no job or study {name!r}: `medtune jobs list` shows what it knows"
+            f"{self.url} knows no job or study {name!r}: `medtune jobs list` lists those it knows"
         )
 
     def send(self, submission: Submission) -> None:
@@ -169,7 +169,7 @@ class Jobs:
         while (state := str(self.find(submission_id).status.value)) not in ENDED:
             if time.monotonic() > deadline:
                 raise JobServerError(
-                    f"{submission_id} has not ended {wait_s:.0f} s after it was told to: ask again"
+                    f"{submission_id} has not ended {wait_s:.0f} s after the request to stop: ask again"
                 )
             time.sleep(0.5)
         return state
@@ -198,7 +198,7 @@ class Jobs:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > RECONNECT_S:
                     raise JobServerError(
-                        f"{self.url} has not answered for {RECONNECT_S:.0f} s; the job goes on if its head does: "
+                        f"{self.url} has not answered for {RECONNECT_S:.0f} s; the job continues if its head does: "
                         f"medtune jobs logs {submission_id} --follow"
                     ) from error
             time.sleep(1.0)

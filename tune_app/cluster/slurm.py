@@ -161,7 +161,7 @@ leave() {{   # the driver has its trials finish their epochs, and ends with code
   [ -n "$driver" ] && kill "-$1" "$driver" 2>/dev/null
 }}
 trap 'again=1; leave USR1' USR1   # before the time limit
-trap 'leave TERM' TERM            # preempted, which puts the job back into the queue by itself, or cancelled
+trap 'leave TERM' TERM            # preempted, and Slurm puts the job back into the queue, or cancelled
 rows() {{ {"echo 0" if is_url(study) else 'cat "$study/epochs.jsonl" 2>/dev/null | wc -l'}; }}
 before=$(rows)
 cat > "$work/{SPEC_FILE}" <<'STUDY'

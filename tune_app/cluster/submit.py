@@ -230,7 +230,7 @@ def _checked(package: bytes) -> bytes:
             f"{item.filename} {item.compress_size / 2**20:.1f} MiB" for item in largest
         )
         raise SpecError(
-            f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out what is no code ({told})"
+            f"the package has {len(package) / 2**20:.1f} MiB, Ray takes {LIMIT_MIB}: move out files that are no code ({told})"
         )
     return package
 

@@ -91,7 +91,7 @@ def _refuse_other_data(spec: StudySpec, base: FineTuneConfig) -> None:
                 problems[
                     f"variant {trial.variant}: {name}={getattr(config, name)}, the study has {getattr(base, name)}: it "
                     f"belongs to the data and is the same in all variants; set it for all with --set {name}=..., or "
-                    "make a study of its own"
+                    "make a separate study"
                 ] = None
     if problems:
         raise SpecError(list(problems))
@@ -334,7 +334,7 @@ def refuse_ignored(spec: StudySpec, written: Mapping[str, Any]) -> None:
     if not same_volumes(own, as_prepared) or plan_cohorts(spec).recipes:
         raise SpecError(
             [
-                "this study was begun by a version that ignored the preprocessing of single trials, of variants and of "
+                "this study was started by a version that ignored the preprocessing of single trials, of variants and of "
                 "the space: all its trials had the volumes of `config`. Its results are not about preprocessing; start "
                 "a new study"
             ]

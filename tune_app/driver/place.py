@@ -24,7 +24,7 @@ class StudyPlace:
         elif _identity(self.root) != self._identity:
             raise StudyMovedError(
                 f"{self.root}: the study's folder was moved or removed while it ran, so the study has stopped; "
-                "every trial goes on from its last checkpoint with `medtune resume FOLDER`, where the folder is now"
+                "every trial continues from its last checkpoint with `medtune resume FOLDER`, where the folder is now"
             )
         if database is not None and not database.is_file():
             raise StudyMovedError(

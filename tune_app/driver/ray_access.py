@@ -45,7 +45,7 @@ def cluster_address(given: str | None) -> str | None:
     found = HOST_PORT.fullmatch(address)
     if not found or not 0 < int(found[2]) < 65536:
         raise AddressError(
-            f"{source}: write HOST:PORT of the cluster (the port is 6379 unless `ray start --port` said otherwise), "
+            f"{source}: write HOST:PORT of the cluster (the port is 6379 unless `ray start --port` set another), "
             "auto, or local"
         )
     return address

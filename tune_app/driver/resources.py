@@ -94,7 +94,7 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
         )
     if 0 < wanted <= 1 and ranks > 1:
         raise SpecError(
-            f"ranks={ranks} with gpus_per_trial={wanted:g}: a rank needs a GPU of its own"
+            f"ranks={ranks} with gpus_per_trial={wanted:g}: each rank needs its own GPU"
         )
     gpus = 1.0 if wanted > 1 else float(wanted)
     bundle = {"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}

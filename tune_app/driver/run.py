@@ -303,7 +303,7 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     """
     if files.spec.exists() and not resume:
         place = url or files.root
-        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` goes on with it")
+        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` continues it")
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
     # A logger that lacks something must fail before the study has started
@@ -359,7 +359,7 @@ def _refuse_other_folders(root: Path, spec: StudySpec) -> None:
         held = "the data"
     if held is not None:
         raise SpecError(
-            f"{root}: holds {held}; a study has a folder of its own: name another with --out"
+            f"{root}: holds {held}; a study needs a separate folder: name another with --out"
         )
 
 

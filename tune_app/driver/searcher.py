@@ -259,7 +259,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             ]
             if self._sampler_name == "model" and self._prior is not None:
                 told.append(
-                    f"{RATE} is drawn with what recorded runs of other cohorts say about it; "
+                    f"{RATE} is drawn with a prior from recorded runs of other cohorts; "
                     "`prior: false` in the study file draws without"
                 )
         if self.taken_over.added or self.taken_over.left_out:

@@ -228,7 +228,7 @@ class StudySession:
                 )
             if retried:
                 notes.append(
-                    f"failed before, to go on from their checkpoints: {', '.join(retried)}"
+                    f"failed before, to continue from their checkpoints: {', '.join(retried)}"
                 )
             elif retry_failed:
                 notes.append("no trial has failed: none is tried again")

@@ -70,7 +70,7 @@ def train_once(
         )
 
     if files.checkpoint.exists():
-        notes.print(f"going on from the checkpoint in {folder}", soft_wrap=True)
+        notes.print(f"continuing from the checkpoint in {folder}", soft_wrap=True)
     write_json(files.run, {"data": absolute(table), "cache": absolute(cache)})
     rows: list[Mapping[str, Any]] = []
     if multi_gpu and gpus > 1:

@@ -110,14 +110,14 @@ class Watchdog:
             waited = now - max(quiet.since for quiet in self._quiet.values())
             if waited >= self._start_s:
                 reason = self._why(current[0])
-                raise StalledError(f"no trial has begun for {_time(waited)}: {reason}")
+                raise StalledError(f"no trial has started for {_time(waited)}: {reason}")
 
     def _updated(self, seen: Seen, now: float) -> _Quiet:
         before = self._quiet.get(seen.name)
         if before is None or (before.seen.state, before.seen.process) != (seen.state, seen.process):
             if seen.state == "no room":
                 self._say(
-                    f"trial {seen.name}: the disk is full; make room, and the trial goes on by itself"
+                    f"trial {seen.name}: the disk is full; make room, and the trial continues"
                 )
             return _Quiet(seen, now, now)
         return before if before.seen.mark == seen.mark else _Quiet(seen, now, now, moved=True)
@@ -263,7 +263,7 @@ def watch_tune(
                 and not ray.cluster_resources().get("CPU")
             ):
                 raise StalledError(
-                    "Ray has lost its node on this machine: `medtune resume` goes on with a new one"
+                    "Ray has lost its node on this machine: `medtune resume` continues with a new one"
                 )
             watchdog.look(seen)
         finally:

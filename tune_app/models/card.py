@@ -78,7 +78,7 @@ def _use(info: ModelInfo) -> list[str]:
     if len(info.members) > 1:
         lines.append(
             "The ensemble's score is the mean of its members' calibrated log-odds, calibrated once more; "
-            "`members_sd`, `members_low` and `members_high` tell how far they are apart."
+            "`members_sd`, `members_low` and `members_high` show how far they are apart."
         )
     return lines
 

@@ -140,7 +140,7 @@ class Explainer:
         advice = "" if self.layer == LAYERS[-1] else "; --explain-layer layer3 or lower has more"
         return [
             *notes,
-            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly say where{advice}",
+            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly locate anything{advice}",
         ]
 
     def __call__(self, prediction: Prediction) -> str:

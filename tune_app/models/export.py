@@ -104,7 +104,7 @@ def choose(
         if rows.empty:
             raise ExportError(_no_such(study, trial))
         name = str(rows["trial"].iloc[0])
-        luck = "whoever asked for this trial may have known its score"
+        luck = "the trial's score may have been known when it was asked for"
         return chosen(rows, f"trial {name} was asked for by name", luck, rows["best_epoch"].iloc[0])
 
     usable = usable[usable["state"] != "failed"]
@@ -114,12 +114,12 @@ def choose(
         found = confirm.judge(study)
         if not found.finished:
             raise ExportError(
-                f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` goes on"
+                f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` continues it"
             )
         usable = usable[usable["variant"] == found.choice]
         how = f"variant {found.choice}, confirmed as better than the documented settings"
         if found.winner is None:
-            how = "the documented settings: the confirmation could not tell any variant from them"
+            how = "the documented settings: the confirmation could not distinguish any variant from them"
         how += f"; {len(usable)} runs on {usable['fold'].nunique()} fold(s) with {usable['seed'].nunique()} seed(s)"
         luck = "the run was not picked by its score"
     if usable.empty:

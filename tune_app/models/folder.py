@@ -9,7 +9,7 @@
     SHA256SUMS          of all of these but the card, which is to be completed by hand; `sha256sum --check` reads it
 
 Weights and config of an ensemble's members are in `members/<trial>`. The sums show damage and mix-ups; they are no
-signature: an attacker who can replace a file can replace its sum.
+signature: a person able to replace a file can replace its sum.
 """
 
 import contextlib
@@ -358,7 +358,7 @@ def _checked(path: Path, expected: str) -> tuple[str | None, bytes | None]:
         return f"{path}: {error.strerror or error}: copy the whole folder again", None
     if hashlib.sha256(content).hexdigest() != expected:
         says = f"{path}: not the file that was exported ({len(content)} bytes, SHA-256 differs)"
-        return f"{says}: it is cut, damaged or changed; copy the folder again, or export anew", None
+        return f"{says}: it is cut, damaged or changed; copy the folder or export it again", None
     return None, content
 
 
@@ -369,7 +369,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         fields = parse_json(contents["model.json"])
         if isinstance(fields, dict) and fields.get("format") != MODEL_FORMAT:
             raise ModelError(
-                f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it anew"
+                f"{files.info}: format {fields.get('format')!r}, this version reads {MODEL_FORMAT}: export it again"
             )
         info = ModelInfo.model_validate(fields)
         recipe = info.recipe
@@ -385,14 +385,14 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
         raise
     except ValidationError as error:
         told = problem_lines(error.errors(include_url=False))
-        raise ModelError([f"{files.info}: {line}; export it anew" for line in told[:5]]) from None
+        raise ModelError([f"{files.info}: {line}; export it again" for line in told[:5]]) from None
     except ConfigError as error:
         raise ModelError(
-            [f"model {folder}: config.json: {line}; export it anew" for line in error.problems]
+            [f"model {folder}: config.json: {line}; export it again" for line in error.problems]
         ) from None
     except (ValueError, TypeError) as error:
         raise ModelError(
-            f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it anew"
+            f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it again"
         ) from None
     for config in configs:
         if (
@@ -400,7 +400,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
             or config.num_classes != info.num_classes
         ):
             raise ModelError(
-                f"model {folder}: config.json and model.json disagree on input or classes: export it anew"
+                f"model {folder}: config.json and model.json disagree on input or classes: export it again"
             )
     return info, configs
 

@@ -497,6 +497,6 @@ def _result_file(out: Path | None, say: Callable[[str], None]) -> Iterator[IO[st
         try:
             yield stream
         except BaseException:
-            say(f"interrupted: what was scored by then is in {partial}")
+            say(f"interrupted: the rows scored by then are in {partial}")
             raise
     partial.replace(out)

@@ -114,7 +114,7 @@ def pretrain(
     record = _record(pretext, manifest, cohort_folder.name, tenths, used, config)
     if files.checkpoint.exists():
         _check_same(folder, record)
-        notes.print(f"going on from the checkpoint in {files.folder}", soft_wrap=True)
+        notes.print(f"continuing from the checkpoint in {files.folder}", soft_wrap=True)
     write_json(folder / RECORD, record)
     made = folder / "pretext"
     fresh_own(made, PRETEXT)

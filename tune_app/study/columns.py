@@ -38,7 +38,7 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "drw_loss_factor": (
         "float64",
-        "training loss over what it would be without class weights: 1 until they begin",
+        "training loss divided by the loss without class weights: 1 until they begin",
     ),
     "train_auc": (
         "float64",
@@ -64,7 +64,7 @@ METRICS: dict[str, tuple[str, str]] = {
     },
     "val_positive": ("Int64", "validation volumes of class 1 and above"),
     "val_negative": ("Int64", "validation volumes of class 0"),
-    "precision": ("string", "what the forward pass computed in"),
+    "precision": ("string", "number format of the forward pass"),
     "epoch_s": ("float64", "seconds of the epoch"),
     "train_s": ("float64", "of them in training"),
     "validation_s": ("float64", "of them in validation"),
@@ -87,30 +87,30 @@ EPOCH_COLUMNS: dict[str, tuple[str, str]] = {
 TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "trial": ("string", "id of the trial: name of its folder"),
     "number": ("Int64", "number of the Optuna trial"),
-    "variant": ("string", "what it is an instance of, in ablations and confirmations"),
+    "variant": ("string", "variant that it is an instance of, in ablations and confirmations"),
     "state": (
         "string",
         "running, completed, stopped (early), failed, or interrupted: running, but its driver is gone",
     ),
     "stopped_by": (
         "string",
-        "what ended a stopped trial: halving, diagnosis, or requested: somebody asked for it",
+        "cause of a stop: halving, diagnosis, or requested (a user asked for it)",
     ),
-    "verdict": ("string", "what its curves say: healthy, or what went wrong"),
+    "verdict": ("string", "diagnosis of its curves: healthy, or the fault"),
     "since_epoch": ("Int64", "epoch from which the verdict holds"),
     "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
     "healed_epochs": (
         "Int64",
-        "epochs spent in collapses that it came back from: no other column tells of them",
+        "epochs spent in collapses that it came back from: no other column shows them",
     ),
     "reason": ("string", "why it was stopped, in words"),
     "advice": ("string", "what to change"),
-    "error": ("string", "what it failed of"),
+    "error": ("string", "error that it failed with"),
     "objective": (
         "float64",
-        "what it is worth by the study's objective, so far where it did not run to the end",
+        "its value by the study's objective, so far where it did not run to the end",
     ),
-    "epochs_run": ("Int64", "epochs it has rows of; `epochs` is what it was asked for"),
+    "epochs_run": ("Int64", "epochs it has rows of; `epochs` is the number it was asked for"),
     "best_epoch": (
         "Int64",
         "epoch of the best 3-epoch median of val_auc, the epoch of the `best_` columns",
@@ -128,7 +128,7 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "gpu_s": ("float64", "gpus x work_s"),
     "node": ("string", "machine it ran on"),
     "failures": ("Int64", "times it was started again after a failure"),
-    "checkpoint": ("string", "file to go on from; missing when there is none"),
+    "checkpoint": ("string", "file to resume from; missing when there is none"),
     "best_checkpoint": (
         "string",
         "file with the weights of `best_epoch`; missing when there is none",

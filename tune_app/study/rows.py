@@ -76,7 +76,7 @@ def _is_listed(lock: Path) -> bool:
 
 def record_problem(folder: str, record: Mapping[str, Any]) -> str | None:
     if record.get("trial", folder) != folder:
-        return f"says it is trial {record['trial']!r}: a folder was renamed or copied"
+        return f"names trial {record['trial']!r}: a folder was renamed or copied"
     if record.get("state") not in ("running", *ENDED):
         return f"state {record.get('state')!r}: one of running, completed, stopped, failed"
     if not isinstance(record.get("overrides", {}), dict):

@@ -26,7 +26,7 @@ OF_PLANS = ("kind", "planned", "confirms", "seen_folds", "seen_rows")
 
 HEADER = (
     "A study of medtune: medtune run {name}",
-    "Options of `medtune run` go before what stands here. What is left out has its default, and all values below are "
+    "Options of `medtune run` override this file. Fields left out have their defaults, and all values below are "
     "the defaults but for `data` and the lines of `config` without a # before them. Relative paths start at this file's "
     "folder.",
 )
@@ -35,7 +35,7 @@ SPACE_HELP = """\
 Written out, for example:
   space:
     base: documented            # optional: a space to start from
-    search:                     # what the study asks about
+    search:                     # the parameters to search
       s: {low: 5, high: 40, log: true}
       one_minus_ema_decay: {low: 0.001, high: 0.02, log: true}
       head: [cosine, linear]

@@ -330,7 +330,7 @@ def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path)
     (tmp_path / "epochs.jsonl").write_text("")
     assert isinstance(backtest_command(tmp_path).exception, CurveError)
     shown = backtest_command("--generate", 5, "--positives", 10, "--negatives", 30)
-    assert "5 made curves of 60 epochs, 10 + 30 validation volumes, seed 0" in shown.stderr
+    assert "5 synthetic curves of 60 epochs, 10 + 30 validation volumes, seed 0" in shown.stderr
     assert (
         max(
             map(

@@ -59,14 +59,14 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
     watching.send_signal(signal.SIGINT)
     out, err = ended(watching, code=130)
     assert f"study: {root}" in out
-    assert "detached; the job goes on" in err
+    assert "detached; the job continues" in err
     stopped, _ = cluster.done("jobs", "stop", root)
     job = stopped.split()[0]
     assert stopped == f"{job} stopped\n"
     before = rows_of(root)
     assert 0 < len(before) < 200
     log, _ = cluster.done("jobs", "logs", job)
-    assert "interrupted; go on with: medtune resume" in log, (
+    assert "interrupted; resume with: medtune resume" in log, (
         "the driver closed the study before it ended"
     )
 

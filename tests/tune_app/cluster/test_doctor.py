@@ -63,7 +63,7 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
             "at the same path on every node",
         ),
         (
-            {"study": {"error": "is a folder of this node's own"}},
+            {"study": {"error": "is a folder of this node alone"}},
             "storage",
             "bad",
             "same shared folder",

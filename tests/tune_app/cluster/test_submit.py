@@ -162,7 +162,7 @@ def test_a_package_over_rays_limit_is_refused_and_its_largest_file_named(
 ) -> None:
     monkeypatch.setattr("tune_app.cluster.submit.LIMIT_MIB", 0.01)
     with pytest.raises(
-        SpecError, match=r"Ray takes 0.01: move out what is no code \(.*\.py 0\.0 MiB"
+        SpecError, match=r"Ray takes 0.01: move out files that are no code \(.*\.py 0\.0 MiB"
     ):
         build_submission(a_spec(), "/shared/studies/first")
 

@@ -231,7 +231,7 @@ def test_failed_trials_go_on_when_they_are_asked_to(
     told = Console(file=io.StringIO(), width=1000)
     done = run_study(spec, root, console=told, notes=quiet, resume=True, retry_failed=True)
     assert (done.exit_code, done.states) == (0, {"completed": 3})
-    assert "failed before, to go on from their checkpoints: 00000, 00002" in told.file.getvalue()
+    assert "failed before, to continue from their checkpoints: 00000, 00002" in told.file.getvalue()
     check_whole(root, trials=3, epochs=4)
     assert rows_of(root)[: len(before)] == before
     assert files.trial("00001").record.read_bytes() == whole_one
@@ -430,7 +430,7 @@ def test_resources_of_a_trial(
     [
         ({"gpus_per_trial": 8}, "takes 8 CPU and 8 GPU, all of Ray has 16 CPU and 2 GPU"),
         ({"cpus_per_rank": 32}, "takes 32 CPU"),
-        ({"ranks": 2, "gpus_per_trial": 0.5}, "a rank needs a GPU of its own"),
+        ({"ranks": 2, "gpus_per_trial": 0.5}, "each rank needs its own GPU"),
         ({"ranks": 3, "gpus_per_trial": 2}, "as many of both"),
         ({"accelerator_type": "A100"}, r"accelerator_type='A100': Ray has H200: choose one"),
     ],
@@ -589,7 +589,7 @@ def test_a_study_does_not_move_into_a_folder_of_something_else(
     (tmp_path / file).touch()
     data = tmp_path / ("table.csv" if file == "table.csv" else "elsewhere/table.csv")
     with pytest.raises(
-        SpecError, match=f"holds {what}; a study has a folder of its own: name another with --out"
+        SpecError, match=f"holds {what}; a study needs a separate folder: name another with --out"
     ):
         run_study(build_spec({"data": str(data)}), tmp_path, console=Console(), notes=Console())
     assert not StudyFiles(tmp_path).spec.exists()

@@ -102,7 +102,7 @@ def test_a_study_in_which_nothing_finds_its_place_ends() -> None:
     for step in range(300):
         scene.live(10, Seen("00001", "running", mark=step), waiting)
     assert scene.said[0].startswith("trial 00002: has waited for its place for 100 s: because")
-    with pytest.raises(StalledError, match="no trial has begun for 17 min: because"):
+    with pytest.raises(StalledError, match="no trial has started for 17 min: because"):
         scene.live(2000, Seen("00003", "waiting", mark=0))
 
 
@@ -146,9 +146,7 @@ def test_a_full_disk_is_told_at_once_and_ends_nothing() -> None:
     scene = Scene()
     scene.live(10, Seen("00001", "running", mark=1))
     scene.live(5, Seen("00001", "no room", mark=1))
-    assert scene.said == [
-        "trial 00001: the disk is full; make room, and the trial goes on by itself"
-    ]
+    assert scene.said == ["trial 00001: the disk is full; make room, and the trial continues"]
     scene.live(5000, Seen("00001", "no room", mark=1))
     assert scene.said[1].startswith(
         "trial 00001: has waited for room on its disk for 100 s: because"
@@ -187,7 +185,7 @@ def test_a_trial_whose_process_ends_another_is_told_which(
     for _ in range(3):
         look([trial("00000", "RUNNING")])
     with pytest.raises(
-        StalledError, match="no trial has begun for 17 min: its process has not ended trial 00000"
+        StalledError, match="no trial has started for 17 min: its process has not ended trial 00000"
     ):
         follow()
     assert said[0] == (

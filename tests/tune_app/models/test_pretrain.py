@@ -114,7 +114,7 @@ def test_the_same_command_again_trains_nothing_and_another_is_refused(
     weights, _ = pretrained
     before = load_state(weights)["state_dict"]
     again, said = run(table, weights.parent)
-    assert "going on from the checkpoint" in said
+    assert "continuing from the checkpoint" in said
     after = load_state(again)["state_dict"]
     assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(PretextError, match=r"holds a run of share 0\.5: choose another folder"):
