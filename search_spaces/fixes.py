@@ -51,7 +51,7 @@ FIXES: tuple[Fix, ...] = (
         key="reduced-ldam",
         title="Smaller LDAM margins and scale",
         why="Large margins times a large scale make large, unsteady losses from the first batch on. Under Adam the "
-        "scale is a weak knob by itself.",
+        "scale alone is a weak knob.",
         source="document, 2",
         before={"max_m": 0.3, "s": 20.0},
     ),
@@ -66,8 +66,8 @@ FIXES: tuple[Fix, ...] = (
     Fix(
         key="looser-clip",
         title="Looser gradient clipping",
-        why="A low threshold clips most steps of a new head. Under Adam, which cancels constant factors, a weak knob by "
-        "itself.",
+        why="A low threshold clips most steps of a new head. Under Adam, which cancels constant factors, a weak knob "
+        "alone.",
         source="document, 4",
         before={"grad_clip": 0.5},
     ),

@@ -147,7 +147,7 @@ NOT_SEARCHED: dict[str, str] = {
     "num_classes": "it belongs to the data",
     "in_channels": "it belongs to the data",
     "validation_batch_size": "it changes the speed, not the recipe",
-    "train_auc_volumes": "it changes what is measured, not the recipe",
+    "train_auc_volumes": "it changes the measurement, not the recipe",
 }
 """Hyperparameters a space may hold but not vary, with the reason."""
 

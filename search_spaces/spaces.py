@@ -64,7 +64,7 @@ SPACES: dict[str, Space] = {
             _log("classifier_lr", 1e-4, 5e-3, "retuned", _RETUNED),
             fixed=_OURS,
             notes=(
-                "Head and averaging are held at what was found here: without them the search looks for settings that "
+                "Head and averaging are held at the values found here: without them the search looks for settings that "
                 "happen to survive the collapse.",
             ),
         ),
@@ -119,7 +119,7 @@ SPACES: dict[str, Space] = {
                 "1x1x1",
                 "1.5x1.5x1.5",
                 "2x2x2",
-                why="null fits each volume by itself, which hides how large things are",
+                why="null fits each volume separately, which hides how large things are",
             ),
             _one_of(
                 "volume_shape",

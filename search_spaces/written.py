@@ -213,7 +213,7 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
         if value in values and not any(
             isinstance(v, bool) != isinstance(value, bool) for v in values if v == value
         ):
-            problems.append(f"{name}: {choice!r} stands there twice")
+            problems.append(f"{name}: {choice!r} is listed twice")
         values.append(value)
     if name in DERIVED:
         problems += _outside(name, [value for value in values if isinstance(value, float)])

@@ -327,7 +327,7 @@ VOLUMES = [
         "constant: every voxel is 1",
     ),
     Case("too few bytes", volume(patched(40, "<8h", 3, 9, 10, 12, 1, 1, 1, 1)), "truncated"),
-    Case("endless zeros behind", volume(gigabytes_of_zeros), "goes on for more than 64 MiB"),
+    Case("endless zeros behind", volume(gigabytes_of_zeros), "continues for more than 64 MiB"),
     Case(
         "NIfTI-2",
         volume(lambda path: scan(path, kind=nib.Nifti2Image)),
@@ -454,11 +454,13 @@ CHECKPOINTS = [
     Case(
         "a damaged checkpoint to go on from",
         resumed_from(written(b"PK\x03\x04")),
-        "remove it to start anew",
+        "remove it to start again",
     ),
-    Case("an empty one", resumed_from(written(b"")), "remove it to start anew"),
+    Case("an empty one", resumed_from(written(b"")), "remove it to start again"),
     Case(
-        "one that runs code", resumed_from(written(pickle.dumps(Bomb()))), "remove it to start anew"
+        "one that runs code",
+        resumed_from(written(pickle.dumps(Bomb()))),
+        "remove it to start again",
     ),
     Case(
         "one of another version",
@@ -468,7 +470,7 @@ CHECKPOINTS = [
     Case(
         "one that holds a list",
         resumed_from(lambda p: (written(b"")(p), torch.save([1], p))),
-        "remove it to start anew",
+        "remove it to start again",
     ),
     Case("no model", lambda folder: ["predict", folder / "none", folder], "none"),
     Case("an empty folder for a model", model(lambda folder: None), "model"),

@@ -151,11 +151,11 @@ def when_there_is_room(
                 raise
             if time.monotonic() >= deadline:
                 raise DiskFullError(
-                    f"{path}: no room on its disk for {timeout_s:.0f} s; make room, and go on"
+                    f"{path}: no room on its disk for {timeout_s:.0f} s; make room, then resume"
                 ) from None
             if not waited:
                 log.warning(
-                    "the disk is full: waiting to write %s; make room, and it goes on by itself",
+                    "the disk is full: waiting to write %s; make room, and the run continues",
                     path,
                 )
         if waits is not None:
@@ -259,10 +259,10 @@ def load_state(path: Path) -> dict[str, Any]:
     except damaged as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise CheckpointError(
-            f"{path}: damaged, or no checkpoint ({reason}): remove it to start anew"
+            f"{path}: damaged, or no checkpoint ({reason}): remove it to start again"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start anew"
+            f"{path}: holds a {type(state).__name__}, not a checkpoint: remove it to start again"
         )
     return state

@@ -280,7 +280,7 @@ class Run:
         ]
         if not all(same_rows):
             raise ResumeError(
-                "the checkpoint was trained on other rows: the table or its folds changed; start anew"
+                "the checkpoint was trained on other rows: the table or its folds changed; start again in another folder"
             )
         self.epoch = state["epoch"]
         self.rows = [dict(row) for row in state["rows"]]
@@ -303,7 +303,7 @@ def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
     """Raise ResumeError unless `state` is of this version and of a run of `config`."""
     if state.get("format") not in range(1, RULES + 1):
         raise ResumeError(
-            f"checkpoint format {state.get('format')!r}, this version reads 1 to {RULES}: start anew elsewhere"
+            f"checkpoint format {state.get('format')!r}, this version reads 1 to {RULES}: start again in another folder"
         )
     if state["config_hash"] != config.hash():
         ours, theirs = config.model_dump(mode="json"), state["config"]
@@ -311,7 +311,7 @@ def check_checkpoint(state: Mapping[str, Any], config: FineTuneConfig) -> None:
             f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in ours if theirs.get(k) != ours[k]
         ]
         raise ResumeError(
-            f"the checkpoint is of another configuration ({', '.join(differing)}): start anew in another folder"
+            f"the checkpoint is of another configuration ({', '.join(differing)}): start again in another folder"
         )
 
 

@@ -428,7 +428,7 @@ class Saturated(Rule):
             streak.first,
             evidence,
             f"scores saturate since epoch {streak.first}: {'; '.join(parts)}",
-            "set " + ", ".join(changes) + "; rank by logits, probabilities of this run say little",
+            "set " + ", ".join(changes) + "; rank by logits, not by this run's probabilities",
         )
 
 

@@ -325,7 +325,7 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
         ("{search: {s: 3}}", ["s: 3 is no range: write {low: .., high: ..} or a list of choices; one value goes under `fixed`"]),
         ("{search: {head: []}}", ["head: 0 choices, at least two are needed; one value goes under `fixed`"]),
         ("{search: {head: {choices: cosine}}}", ["head: choices must be a list, not 'cosine'"]),
-        ("{search: {head: [cosine, cosine]}}", ["head: 'cosine' stands there twice"]),
+        ("{search: {head: [cosine, cosine]}}", ["head: 'cosine' is listed twice"]),
         ("{search: {head: [cosine, square]}}", ["head='square': input should be 'cosine' or 'linear'"]),
         ("{search: {head: {low: 0, high: 1}}}", ["head has no range, it takes choices: write head: [cosine, linear]"]),
         ("{search: {volume_shape: [[96, 96, a], 64]}}", ["volume_shape: [96, 96, 'a'] is no single value; write a shape as '96x96x64'"]),

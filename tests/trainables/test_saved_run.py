@@ -75,7 +75,7 @@ def test_checkpoints_take_a_twentieth_of_the_time_from_the_first_one_on(
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
     at = clock.times("checkpoint.pt")
     pause = SAVING_PAUSE * 2.0
-    assert at[0] >= pause, "four times what best.pt took is what a checkpoint takes"
+    assert at[0] >= pause, "a checkpoint takes four times as long as best.pt"
     assert all(later - earlier >= pause for earlier, later in itertools.pairwise(at[:-1]))
     assert at[-1] == clock.now - 1000.0, "the last epoch is always saved"
     assert load_state(TrialFiles(tmp_path).checkpoint)["epoch"] == EPOCHS
@@ -152,10 +152,10 @@ def test_training_goes_on_while_the_best_weights_are_written_and_a_checkpoint_wa
     files = TrialFiles(tmp_path)
     run = saved_run(build_config(config), files, clock.epochs(1.0))
     assert next(run)["epoch"] == 1
-    assert load_state(files.best)["epoch"] == 1, "what a checkpoint costs is not known before"
+    assert load_state(files.best)["epoch"] == 1, "the cost of a checkpoint is not known before"
     assert [next(run)["epoch"] for _ in range(2)] == [2, 3]
     assert load_state(files.best)["epoch"] == 1, (
-        "the row of epoch 3 is told before its weights are written"
+        "the row of epoch 3 is yielded before its weights are written"
     )
     threading.Timer(0.2, disk.through.set).start()
     assert next(run)["epoch"] == 4, "which is better still, and waits for them"

@@ -81,7 +81,7 @@ def foreign_format(head: bytes) -> Foreign | None:
         )
     if head[:4] in (struct.pack("<i", 348), struct.pack(">i", 348)) and head[344:348] == b"\0" * 4:
         return Foreign(
-            "Analyze 7.5, which does not say which side is left",
+            "Analyze 7.5, which does not store which side is left",
             "convert it with a program that knows where it is from",
         )
     packed = next((name for start, name in _COMPRESSED.items() if head.startswith(start)), None)

@@ -290,7 +290,7 @@ def _row(
         row.subject = values["subject"] or None
         if row.subject is None:
             row.problems["subject"] = (
-                "no subject: name whom the volume is of, as in all its other volumes"
+                "no subject: name the person that the volume shows, as in all of that person's volumes"
             )
     if values.get("split"):
         row.split = values["split"] if values["split"] in SPLITS else None

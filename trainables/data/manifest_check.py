@@ -224,7 +224,7 @@ def _notices(rows: list[Row], found: list[_Finding], config: FineTuneConfig) -> 
     blind = sum(not finding.oriented for finding in good)
     if blind:
         notices.append(
-            f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format says"
+            f"{blind} of {len(good)} files state no orientation: LAS is assumed, as the format defines"
         )
     return notices
 

@@ -181,9 +181,9 @@ def _intensity(values: Sequence[Values]) -> list[Recommendation]:
             reason = f"{of}, {zeros:.0%} of the voxels are 0: a background that should not enter the statistics"
             return [Recommendation("intensity", "zscore_nonzero", reason)]
     why = {
-        "mask": "if they are what is to be classified, their form matters and no value has a unit",
+        "mask": "if the masks themselves are classified, their form matters and no value has a unit",
         "already normalised": "the same again changes little, and what was left out stays so",
-    }.get(kind, "each scan has a scale of its own")
+    }.get(kind, "each scan has its own scale")
     return [Recommendation("intensity", "zscore", f"{of}: {why}")]
 
 

@@ -515,7 +515,7 @@ def _read_to_end(stream: IO[bytes]) -> None:
         if not stream.read(2**20):
             return
     raise _Refused(
-        "goes on for more than 64 MiB after its last voxel: not what its header says; write it again"
+        "continues for more than 64 MiB after its last voxel, unlike its header: write it again"
     )
 
 

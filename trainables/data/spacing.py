@@ -50,7 +50,7 @@ class CommonSpacing:
                 f"{self.kept:.0%} of its extent along {self.axis}"
             )
         lines.append(
-            "spacing_mm: null scales each volume by itself, which hides how large things are"
+            "spacing_mm: null scales each volume separately, which hides how large things are"
         )
         return lines
 

@@ -14,7 +14,7 @@ COLUMNS = {
     "path": "the NIfTI file of each row",
     "label": "the class of each row, a whole number from 0",
     "subject": (
-        "whom each volume is of. Volumes of one subject on both sides of a split make scores worthless, so it is not "
+        "the person that each volume shows. Volumes of one subject on both sides of a split make scores worthless, so it is not "
         "guessed; where every volume is of another subject, give each row another value"
     ),
 }

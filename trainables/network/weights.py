@@ -482,7 +482,7 @@ def _entries(path: Path) -> Mapping[object, object]:
         if isinstance(error, pickle.UnpicklingError) and found:
             number = "a NumPy number, " if found[1].startswith("numpy") else ""
             problem = (
-                f"holds {number}{found[1]} beside tensors: loading that would run code, so it was not loaded; save only the "
+                f"holds {number}{found[1]} in addition to tensors: loading that would run code, so it was not loaded; save only the "
                 "weights, torch.save({'state_dict': network.state_dict()}, ...), where the file comes from"
             )
         elif start.startswith((_ZIP, _LEGACY)) or _is_safetensors(start):
@@ -703,7 +703,7 @@ def _where_from(path: Path, depth: int | None) -> str:
         return "check the path; pretrained/README.md lists the released files"
     return (
         f"put {_released_names(depth)} there, of {files[0].repository} on huggingface.co, "
-        f"or run `medtune weights fetch {Path(files[0].name).stem}` and name what it fetched"
+        f"or run `medtune weights fetch {Path(files[0].name).stem}` and name the fetched file"
     )
 
 

@@ -123,7 +123,7 @@ def test_parquet_and_csv_give_the_same_rows(write_table: Write, tmp_path: Path) 
         (",s", "label is missing: a whole number from 0 to 1"),
         ("nan,s", "label 'nan'"),
         ("True,s", "label 'True'"),
-        ("1,", "no subject: name whom the volume is of"),
+        ("1,", "no subject: name the person that the volume shows"),
         ("1,  ", "no subject"),
         ("1", "2 cells, the header has 3"),
         ("1,s,more", "4 cells, the header has 3: quote a cell that contains a comma"),
@@ -225,7 +225,7 @@ def test_every_problem_of_every_row_is_told_at_once(write_table: Write, tmp_path
     [
         (
             "path,label,patient",
-            "no column 'subject'; the columns are path, label, patient. It is whom each volume is of.",
+            "no column 'subject'; the columns are path, label, patient. It is the person that each volume shows.",
         ),
         ("path,label,Subject", "no column 'subject' (is it 'Subject'? rename that)"),
         ("path,label,subjects", "no column 'subject' (is it 'subjects'? rename that)"),
@@ -637,7 +637,7 @@ def test_a_good_table_is_told_in_a_few_sentences(real_table: Path) -> None:
         "voxels 9 x 10 x 8 to 9 x 10 x 15, spacing 1 x 1 x 2 mm (x, y, z: left-right, back-front, feet-head)",
         "prepared: 8 x 8 x 8 voxels of 3.75 x 3.75 x 3.75 mm; none is cropped",
         "spacing_mm: 3.75 is the smallest at which every volume fits; it is the default of a new study",
-        "spacing_mm: null scales each volume by itself, which hides how large things are",
+        "spacing_mm: null scales each volume separately, which hides how large things are",
     ]
     few = thin_folds(report.manifest, small(), all_folds=True)
     assert few, "4 of each class are few for any fold"
@@ -794,7 +794,7 @@ def test_files_without_an_orientation_are_noticed_and_stop_nothing(real_table: P
     nib.save(image, path)
     report = check_manifest(real_table, 2, small())
     assert report.problems == []
-    said = "1 of 8 files state no orientation: LAS is assumed, as the format says"
+    said = "1 of 8 files state no orientation: LAS is assumed, as the format defines"
     assert said in report.lines()
 
 

@@ -37,7 +37,7 @@ def test_the_smaller_spacing_crops_a_twentieth_and_says_how_much() -> None:
     assert found.lines() == [
         "spacing_mm: 3 is the smallest at which every volume fits; it is the default of a new study",
         "spacing_mm: 1 shows more detail and crops 5 of 100, one to 33% of its extent along z",
-        "spacing_mm: null scales each volume by itself, which hides how large things are",
+        "spacing_mm: null scales each volume separately, which hides how large things are",
     ]
     alike = common_spacing(shapes[5:], spacings[5:], (100, 100, 100))
     assert (alike.every_mm, alike.most_mm, alike.cropped, len(alike.lines())) == (1.0, 1.0, 0, 2)

@@ -398,7 +398,7 @@ def read_until(stream: Any, word: str) -> None:
     for line in stream:
         if word in line:
             return
-    raise AssertionError(f"the process ended without saying {word!r}")
+    raise AssertionError(f"the process ended without printing {word!r}")
 
 
 def test_a_builder_killed_midway_leaves_nothing_that_is_read_and_the_next_one_sweeps(

@@ -713,7 +713,7 @@ def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch
     assert "from the repository TencentMedicalNet/MedicalNet-Resnet50 on huggingface.co" in text
     assert text.endswith(f"put it at {tmp_path / 'pretrained' / 'resnet_50_23dataset.pth'}")
     assert list((tmp_path / "pretrained").iterdir()) == []
-    assert not caplog.records, "the client's retries are nobody's business"
+    assert not caplog.records, "the client's retries are not shown"
 
 
 @pytest.mark.parametrize("name", ["resnet51", "resnet101_23dataset", "vgg16"])

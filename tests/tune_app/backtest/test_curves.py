@@ -166,7 +166,7 @@ def test_a_curve_file_of_each_format_gives_the_rows_back(tmp_path, suffix):
     else:
         table.to_json(path, orient="records", lines=True, double_precision=15)
     other = path.rename(tmp_path / "named.txt")
-    assert len(read_curves(other)) == len(curves), "told apart by content"
+    assert len(read_curves(other)) == len(curves), "recognised by content"
     found = read_curves(other.rename(path))
     assert [curve.config for curve in found] == [
         {"drw_start_epoch": c.config["drw_start_epoch"]} for c in curves

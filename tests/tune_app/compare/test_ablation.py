@@ -492,7 +492,7 @@ def test_a_killed_ablation_goes_on_and_tells_what_matters_from_what_does_not(
     resumed = CliRunner().invoke(app, ["resume", str(root)], env={"COLUMNS": "80"})
     assert resumed.exit_code == 0, resumed.output
     after = read_rows(StudyFiles(root).epochs)
-    assert after[: len(before)] == before, "what was known is kept"
+    assert after[: len(before)] == before, "known rows are kept"
     seen = Counter((row["trial"], row["epoch"]) for row in after)
     assert seen == {
         (f"{number:05d}", epoch): 1 for number in range(planned) for epoch in range(1, EPOCHS + 1)

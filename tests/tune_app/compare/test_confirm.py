@@ -668,7 +668,7 @@ def test_what_must_not_be_scored_is_refused(
     files.write({**info, "spec": {**info["spec"], "data": str(plain)}})
     with pytest.raises(SpecError, match="no test rows: name them in a column `split`"):
         score_test(root, cache=cache)
-    assert not StudyFiles(root.parent).test.exists(), "what was refused is no look"
+    assert not StudyFiles(root.parent).test.exists(), "a refused scoring does not count as a look"
 
 
 @pytest.mark.ray

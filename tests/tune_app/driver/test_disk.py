@@ -195,7 +195,7 @@ def test_a_disk_on_which_nobody_makes_room_is_told_after_the_deadline(tmp_path: 
     def write() -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DiskFullError, match="no room on its disk for 0 s; make room, and go on"):
+    with pytest.raises(DiskFullError, match="no room on its disk for 0 s; make room, then resume"):
         when_there_is_room(write, tmp_path / "x", timeout_s=0.3)
     with pytest.raises(PermissionError):
         when_there_is_room(lambda: (_ for _ in ()).throw(PermissionError(13, "no")), tmp_path / "x")

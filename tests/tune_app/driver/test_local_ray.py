@@ -168,7 +168,7 @@ def test_a_frozen_worker_that_lost_its_raylet_does_not_stay(tmp_path: Path) -> N
     (pid,) = answers(FROZEN, tmp_path)
     with suppress(psutil.NoSuchProcess):
         assert psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE, (
-            "nobody reaps it where there is no init"
+            "without init no process reaps it"
         )
 
 

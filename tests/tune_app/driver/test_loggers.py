@@ -49,7 +49,7 @@ def test_tensorboard_has_a_run_of_study_and_trial_with_metrics_and_hyperparamete
         (tag, step): value.simple_value for tag, step, value in found if "_hparams_" not in tag
     }
     assert scalars[("val_auc", 1)] == pytest.approx(0.7)
-    assert ("val_auc", 2) not in scalars, "what is missing is left out"
+    assert ("val_auc", 2) not in scalars, "a missing value is left out"
     assert scalars[("train_loss", 2)] == 1.5
     assert scalars[("drw_active", 2)] == 1.0
     assert scalars[("objective", 0)] == pytest.approx(0.7)

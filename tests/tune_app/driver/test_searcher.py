@@ -639,7 +639,7 @@ def test_finished_trials_of_an_earlier_study_are_taken_over_once(tmp_path):
     searcher = make(tmp_path / "new", warm_start_from=[folder], num_trials=3)
     assert searcher.taken_over == (4, {"no finite value": 1})
     expected = [t for t in read(folder).trials if t.number in (0, 1, 2, 5)]
-    assert searcher.suggest("a")["trial"] == "00004", "numbers go on after them"
+    assert searcher.suggest("a")["trial"] == "00004", "numbering continues after them"
     for name in "bc":
         searcher.suggest(name)
     assert searcher.suggest("d") == Searcher.FINISHED, "they do not count as trials of this study"

@@ -312,7 +312,7 @@ def test_the_documents_own_command_line_runs(table: Path, tmp_path: Path) -> Non
             *TINY,
         )
     )
-    assert again == out, "the finished run is told again from its checkpoint"
+    assert again == out, "the finished run is shown again from its checkpoint"
 
 
 @pytest.mark.ray

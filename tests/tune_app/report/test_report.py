@@ -149,7 +149,7 @@ def test_the_effects_name_runs_that_collapsed_for_a_time(
         write_report(load_study(root), tmp_path / "page.html").read_text(encoding="utf-8")
     ).text()
     assert re.search(r" other [^%]* 0 of 2, 1 healed ", text)
-    assert len(re.findall(r"\d of \d, \d healed", text)) == 1, "nothing is said of the others"
+    assert len(re.findall(r"\d of \d, \d healed", text)) == 1, "the others are not mentioned"
 
 
 def test_a_confirmation_has_a_section_that_names_its_winner_or_none(
@@ -308,7 +308,7 @@ def test_what_a_search_tried_is_escaped(write_study: WriteStudy, tmp_path: Path)
         write_report(load_study(files.root), tmp_path / "nasty.html").read_text(encoding="utf-8")
     )
     texts = list(_strings(page.json("figures")))
-    assert sum("img src=x" in text for text in texts) > 1, "what is to be escaped is not there"
+    assert sum("img src=x" in text for text in texts) > 1, "the text to escape is missing"
     for text in texts:
         assert not re.search(r"<(?!br>|b>|/b>|extra>|/extra>)", text), text
     assert sum(tag == "script" for tag, _ in page.elements) == 4

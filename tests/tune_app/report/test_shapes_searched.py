@@ -58,7 +58,7 @@ def test_a_choice_is_known_in_whatever_form_a_setting_gives_it() -> None:
     assert build_config(overrides).volume_shape == (20, 20, 24)
     outside = warm_start_points(space, 5).left_out
     assert "volume_shape=96x96x96 is not in 16x16x16, 20x20x24, 24x24x24" in outside["defaults"]
-    with pytest.raises(SpaceError, match="stands there twice"):
+    with pytest.raises(SpaceError, match="is listed twice"):
         space_from({"search": {"volume_shape": [16, "16x16x16"]}}, {})
 
 

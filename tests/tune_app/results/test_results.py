@@ -703,7 +703,7 @@ def test_effects_count_collapsed_and_failed_runs_and_say_when_there_are_no_pairs
     trials = study.trials_full.copy()
     trials.loc[trials["variant"] == "baseline", "healed_epochs"] = 25
     assert list(replace(study, trials_full=trials).effects()["healed"]) == [1, 0], (
-        "no verdict tells of it"
+        "no verdict shows it"
     )
 
 

@@ -584,7 +584,7 @@ def test_changing_takes_the_token_and_for_a_browser_its_own_page(
     assert status() == 401
     assert status(authorization="Bearer wrong") == 401
     assert status(**BEARER, origin="http://evil.example") == 403
-    assert status(**BEARER) in (409, 422), "let through, and refused for what it asks"
+    assert status(**BEARER) in (409, 422), "let through, and refused for its content"
     session = client.post("/api/session", json={"token": TOKEN}).json()
     assert status() == 403, "a cookie alone is what another site's form would send"
     assert status(x_medtune_csrf="0" * 64) == 403
@@ -735,7 +735,7 @@ def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(
     assert rows[0]["id"] == str(len(content))
     assert rows[1]["data"]["rows"] == [["00002", 90, 0.75, None, True]]
     assert rows[1]["id"] == str(files.epochs.stat().st_size)
-    assert feeds.viewers == 0, "who has left is not kept"
+    assert feeds.viewers == 0, "a client that left is not kept"
 
     middle = away - 5
     events = asyncio.run(first_events(feeds, "live", middle, 1, lambda: None))
@@ -1018,7 +1018,7 @@ def test_studies_take_turns_and_one_that_cannot_begin_says_why(
     assert not queue.advance(), "the machine is taken"
     elsewhere = StudyQueue(tmp_path / "other.json", list)
     elsewhere.add(an_unrunnable_study(tmp_path / "three"))
-    assert not elsewhere.advance(), "nor does a service of another folder get it"
+    assert not elsewhere.advance(), "a service of another folder does not get it either"
 
     again = StudyQueue(
         tmp_path / "queue.json", lambda: [first, second]

@@ -594,7 +594,7 @@ def test_a_page_of_object_storage_says_when_that_does_not_answer(
         browser,
         "return document.querySelector('#trouble').textContent.startsWith('the storage does not answer since')",
     )
-    assert "a search" in text(browser, "#studies tbody"), "what was there is still shown"
+    assert "a search" in text(browser, "#studies tbody"), "the earlier list is still shown"
     assert complaints(browser) == []
     assert "Traceback" not in service.end()
 
@@ -851,7 +851,7 @@ def test_a_study_is_started_watched_stopped_and_resumed_on_the_page(
         rows = files.epochs.read_bytes().count(b"\n")
         wait_for(lambda: files.epochs.read_bytes().count(b"\n") > rows + 1, deadline_s=600)
         trials = load_study(root).trials_full.set_index("trial")
-        assert trials.loc["00000", "state"] == "stopped", "what was stopped on request stays so"
+        assert trials.loc["00000", "state"] == "stopped", "a trial stopped on request stays stopped"
         wait(
             browser,
             "return [...document.querySelectorAll('.badge')].some((badge) => badge.textContent.includes('running'))",

@@ -222,7 +222,7 @@ def test_what_is_asked_for_on_the_page_reaches_the_driver_and_its_answer_the_pag
     assert Remote(url).names().count("requests/study.json") == 0, "an answered request was left"
     with mirrored(url) as files:
         assert asked_to_stop(files) == ["00001"], (
-            "a request that nobody answered waits for the next session"
+            "a request without an answer waits for the next session"
         )
 
 
