@@ -51,26 +51,6 @@ def write_cohort(
     return _write(folder, (_ball, _flattened), labels, counts, rng, side, noise)
 
 
-def write_pretext_cohort(
-    folder: Path,
-    *,
-    subjects: int = 60,
-    seed: int = 0,
-    side: tuple[int, int] = (20, 28),
-    noise: float = 0.6,
-) -> Path:
-    """Write a cohort of three other shapes in equal numbers (box, rod, shell), one volume a subject; returns its table.
-
-    A network trained on it knows edges, extents and noise, but has seen neither class of `write_cohort`: what
-    MedicalNet's checkpoints are to a real cohort. Arguments and errors as there.
-    """
-    rng = np.random.default_rng([seed, 1])
-    labels = rng.permutation(np.arange(subjects) % 3)
-    return _write(
-        folder, (_box, _rod, _shell), labels, np.ones(subjects, dtype=np.int64), rng, side, noise
-    )
-
-
 def _write(
     folder: Path,
     shapes: tuple[Shape, ...],
@@ -133,16 +113,3 @@ def _ball(points: Array, size: float) -> Array:
 def _flattened(points: Array, size: float) -> Array:
     wide = size / FLATNESS**0.5
     return _ellipsoid(points, (wide, wide, FLATNESS * size))
-
-
-def _box(points: Array, size: float) -> Array:
-    return np.asarray(0.8 * size - np.abs(points).max(axis=0))
-
-
-def _rod(points: Array, size: float) -> Array:
-    return _ellipsoid(points, (0.78 * size, 1.64 * size, 0.78 * size))
-
-
-def _shell(points: Array, size: float) -> Array:
-    distances = np.sqrt((points**2).sum(axis=0))
-    return np.asarray(np.minimum(1.15 * size - distances, distances - 0.75 * size))

@@ -1,40 +1,33 @@
 """The demo and the sample cohort: the files written, and that the commands printed for them are commands."""
 
 import shlex
-from functools import partial
 
 import pytest
 from rich.console import Console
 from typer.main import get_command
 
 from trainables.data.manifest import read_manifest
-from trainables.network.weights import inspect_weights
 from tune_app import demo
 from tune_app.cli.app import app
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.spec import build_spec, read_study_file
-from tune_app.synthetic import write_pretext_cohort
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "SUBJECTS", 20)
     monkeypatch.setattr(demo, "CONFIRMED_ON", (1,))
-    monkeypatch.setattr(
-        demo, "write_pretext_cohort", partial(write_pretext_cohort, subjects=9, side=(10, 12))
-    )
 
 
-def test_the_sample_is_a_cohort_weights_and_a_study_file_with_the_default_policy(small, tmp_path):
+def test_the_sample_is_a_cohort_and_a_study_file_with_the_default_policy(small, tmp_path):
     path = demo.write_sample(tmp_path / "a sample")
     spec = build_spec(read_study_file(path))
     assert spec.policy == PolicySpec()
     assert spec.trials == demo.TRIALS
     rows = read_manifest(tmp_path / "a sample" / "cohort" / "table.csv").rows
     assert rows["subject"].nunique() == 20
-    inspect_weights(tmp_path / "a sample" / "pretrained" / "demo_resnet_10.pth")
     with pytest.raises(SpecError, match="not empty"):
         demo.write_sample(tmp_path / "a sample")
 

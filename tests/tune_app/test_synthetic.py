@@ -12,9 +12,9 @@ from trainables.config import build_config
 from trainables.data.folds import split_rows
 from trainables.data.manifest import read_manifest
 from trainables.data.manifest_check import check_manifest
-from trainables.data.scans import Recipe, load_volume
+from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, CohortError, open_cohort, prepare_cohort
-from tune_app.synthetic import write_cohort, write_pretext_cohort
+from tune_app.synthetic import write_cohort
 
 
 @pytest.fixture(scope="module")
@@ -106,28 +106,6 @@ def test_the_share_of_positives_and_the_sides_are_as_asked(tmp_path: Path) -> No
     ).rows
     assert rows.groupby("subject")["label"].first().sum() == 5
     assert {side for path in rows["path"] for side in nib.load(path).shape} == {8, 9}
-
-
-def test_the_pretext_cohort_has_three_other_shapes_in_equal_numbers(
-    tmp_path: Path, cohort: Cohort
-) -> None:
-    table = write_pretext_cohort(tmp_path / "pretext", subjects=18)
-    rows = read_manifest(table, num_classes=3).rows
-    assert rows["label"].value_counts().to_dict() == {0: 6, 1: 6, 2: 6}
-    assert rows["subject"].nunique() == 18
-    assert (
-        check_manifest(table, 3, build_config({"num_classes": 3, "volume_shape": 20})).problems
-        == []
-    )
-    middle = np.s_[0, 9:11, 9:11, 9:11]
-    recipe = cohort.recipe
-    centres = {
-        label: [load_volume(p, recipe)[middle].mean() for p in rows["path"][rows["label"] == label]]
-        for label in range(3)
-    }
-    assert np.mean(centres[2]) < min(
-        np.mean(centres[0]), np.mean(centres[1])
-    )  # the shell is hollow
 
 
 def test_a_folder_with_something_in_it_is_left_alone(table: Path) -> None:

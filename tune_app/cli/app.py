@@ -305,7 +305,7 @@ def demo(
         "medtune-demo"
     ),
     trials: Annotated[int, typer.Option("--trials", min=2, help="Trials of the search.")] = 10,
-    epochs: Annotated[int, typer.Option("--epochs", min=3, help="Epochs of a full trial.")] = 12,
+    epochs: Annotated[int, typer.Option("--epochs", min=3, help="Epochs of a full trial.")] = 10,
 ) -> None:
     """Search, confirm and report on synthetic scans: minutes on two CPU cores, runs that collapse among them."""
     err.print(
