@@ -111,7 +111,11 @@ def test_the_make_targets_start(target: str) -> None:
         "MAKELEVEL",
         "MFLAGS",
     )  # `make test` passes them on, and make then prints its folders
-    clean = {key: text for key, text in os.environ.items() if key not in (*of_make, "PYTHONPATH")}
+    of_python = (
+        "PYTHONPATH",
+        "PYTHONSAFEPATH",
+    )  # the latter is left by a command that ran in this process
+    clean = {key: text for key, text in os.environ.items() if key not in (*of_make, *of_python)}
     told = subprocess.run(
         ["make", "-n", target, "ARGS=--help"],
         cwd=root,

@@ -26,9 +26,9 @@ from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.losses import logit_scale
-from trainables.metrics import auc_interval
 from trainables.network.ema import AveragedWeights
 from trainables.network.model import build_network
+from trainables.subject_auc import subject_interval
 from tune_app.cli.app import app
 from tune_app.compare.confirm import (
     choose_candidates,
@@ -571,7 +571,9 @@ def test_the_test_rows_are_scored_once_with_the_winner_and_on_record(
     assert len(odds) == 4
     ensemble = np.mean(odds, axis=0)
     assert record["auc"] == pytest.approx(roc_auc_score(labels, ensemble), abs=1e-9)
-    assert record["auc_low"] == pytest.approx(auc_interval(ensemble, labels).low, abs=1e-9)
+    of_subjects = subject_interval(ensemble, labels, cohort.subjects[rows])
+    assert record["auc_low"] == pytest.approx(of_subjects.low, abs=1e-9)
+    assert record["auc_high"] == pytest.approx(of_subjects.high, abs=1e-9)
     assert record["mean_auc"] == pytest.approx(
         np.mean([roc_auc_score(labels, each) for each in odds]), abs=1e-9
     )

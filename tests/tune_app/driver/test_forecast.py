@@ -1,5 +1,8 @@
 """How long a study will take, reported before its first epoch."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 
 from trainables.config import build_config
@@ -55,11 +58,15 @@ def test_a_small_study_is_not_measured(table):
     assert forecast_on_cpus(spec, concurrent=2, epochs=2.0) is None
 
 
+def measured_alone(side):
+    config = build_config({"depth": 10, "width": 0.25, "volume_shape": side})
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure_pass, config, 1).result()
+
+
 def test_a_pass_is_measured_and_larger_volumes_take_longer_and_more_memory():
-    small, large = (
-        measure_pass(build_config({"depth": 10, "width": 0.25, "volume_shape": side}), 1)
-        for side in (8, 48)
-    )
+    """Each in a new process, as in a study: the peak of this one's memory lies behind it."""
+    small, large = map(measured_alone, (8, 48))
     assert 0 < small.train_s < large.train_s
     assert small.score_s < large.score_s
     assert large.volume_gib > 0
