@@ -47,7 +47,7 @@ SPACES: dict[str, Space] = {
     for space in (
         _space(
             "documented",
-            "the document's knobs, around its original and its recommended values",
+            "the hyperparameters of the fixes, around their original and their recommended values",
             _even("max_m", 0.05, 0.5),
             _log("s", 5.0, 40.0),
             _even(
@@ -79,7 +79,7 @@ SPACES: dict[str, Space] = {
             _log("backbone_lr", 5e-5, 2e-4, "retuned", _RETUNED),
             _log("classifier_lr", 5e-4, 2e-3, "retuned", _RETUNED),
             fixed=_OURS,
-            notes=("The document's original settings lie outside.",),
+            notes=("The original settings, from before the fixes, lie outside.",),
         ),
         _space(
             "wide",
@@ -140,7 +140,7 @@ SPACES: dict[str, Space] = {
         ),
         _space(
             "collapse",
-            "meant to reproduce the collapse: averaged weights as the document had them, around its original values",
+            "meant to reproduce the collapse: averaged weights as before the fixes, around the original values",
             _even("max_m", 0.2, 0.5),
             _log("s", 15.0, 40.0),
             _even("drw_start_share", 0.05, 0.4),
@@ -151,7 +151,7 @@ SPACES: dict[str, Space] = {
             fixed={"head": "linear", "ema_warmup": False, "ema_buffers": "copied"},
             notes=(
                 "Compare val_auc_raw with val_auc_ema: the raw network mostly does not collapse.",
-                "Contains the document's original and its recommended settings exactly.",
+                "Contains the original and the recommended settings (docs/fixes.md) exactly.",
             ),
         ),
     )

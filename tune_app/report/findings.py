@@ -174,7 +174,9 @@ def _against_documented(study: Study, best: pd.Series) -> str:
     for words, settings in documented_settings(study).items():
         row = trial_with(study, settings)
         if row is not None and row["trial"] != best["trial"] and not pd.isna(row["objective"]):
-            told.append(f"{row['objective']:.3f} for the document's {words} settings")
+            told.append(
+                f"{row['objective']:.3f} for the {words} settings that this project started from"
+            )
     return f", against {' and '.join(told)}" if told else ""
 
 
@@ -824,7 +826,7 @@ def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
 def _drw_starts(curves: _Curves) -> tuple[bool | None, str]:
     asked = int(curves.trial["drw_start_epoch"])
     document = documented_after(int(curves.trial["epochs"]))["drw_start_epoch"]
-    scaled = f"; the document's 25 of 60 is {document} here" if document != 25 else ""
+    scaled = f"; the recommended 25 of 60 is {document} here" if document != 25 else ""
     if curves.drw_epoch is None:
         ran = int(curves.epoch[-1])
         if asked > ran:

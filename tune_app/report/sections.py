@@ -151,8 +151,8 @@ def _best(page: Page, study: Study) -> None:
     heads = [Head(text) for text in ("hyperparameter", "before", "after", f"trial {best['trial']}")]
     heads.append(Head("meaning", "roomy"))
     section.text(
-        "Before and after: the document's settings before and after its fixes, epochs scaled to this study's length. Bold "
-        "and ≠: the best trial differs from the document's recommendation.",
+        "Before and after: the settings that this project started from, before and after its fixes (docs/fixes.md), epochs "
+        "scaled to this study's length. Bold and ≠: the best trial differs from the recommended value after the fixes.",
         style="faint",
     )
     section.table(Table("configurations", heads, rows), style="settings")
@@ -160,12 +160,13 @@ def _best(page: Page, study: Study) -> None:
 
 def _checklist(page: Page, study: Study) -> None:
     best = findings.leading(study)
-    section = page.section("checklist", "The document's checklist")
+    section = page.section("checklist", "Signs of a sound run")
     which = (
         "" if pd.isna(best["variant"]) else f", the best run of {printable(str(best['variant']))}"
     )
     section.text(
-        f"Looked for in trial {best['trial']}{which}; the last column counts the trials that show it.",
+        "The success indicators and warning signs that belong to the settings of docs/fixes.md, looked for in trial "
+        f"{best['trial']}{which}; the last column counts the trials that show it.",
         style="faint",
     )
     checks = findings.checklist(study)
@@ -335,7 +336,7 @@ def _search(page: Page, study: Study) -> None:
     _importance(page, study)
     section = page.section("slices", "One hyperparameter at a time")
     section.text(
-        "Dashed: the document's value before its fix; solid: after. Every mark is a trial, drawn by its verdict."
+        "Dashed: the value before this project's fixes (docs/fixes.md); solid: after. Every mark is a trial, drawn by its verdict."
     )
     section.parts.append({"kind": "chips", "groups": _chips(study), "drw": False})
     slices = []

@@ -515,7 +515,7 @@ def figure(study: Study, name: str) -> dict[str, Any]:
         drawn = figures.stopped(findings.stops(study))
     else:
         drawn = figures.slice_of(study, name.removeprefix("slice-"))
-        caption = "Dashed: the document's value before its fix; solid: after."
+        caption = "Dashed: the value before this project's fixes; solid: after."
     return {"figure": plain(drawn), "caption": caption}
 
 

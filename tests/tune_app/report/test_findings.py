@@ -63,7 +63,10 @@ def test_a_search_is_told_in_two_sentences_with_its_numbers(search: Study) -> No
 
 def test_the_documents_settings_are_told_beside_the_best_when_they_were_run(search: Study) -> None:
     before = search.trials_full.set_index("trial").loc["00000", "objective"]
-    assert f"{before:.3f} for the document's original settings" in findings.summary(search)[1]
+    assert (
+        f"{before:.3f} for the original settings that this project started from"
+        in findings.summary(search)[1]
+    )
 
 
 def test_an_ablation_is_told_by_what_stands_out_and_what_does_not(ablation: Study) -> None:

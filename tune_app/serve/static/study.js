@@ -455,7 +455,7 @@ export function trialView(study, trial) {
       h("h2", {}, "Curves"), plots,
       h("h2", {}, "Decisions"), trialInfo.decisions.length ? h("table", { class: "stack" }, h("thead", {}, h("tr", {}, ["epoch", "decision", "on what"].map((each) => h("th", { scope: "col" }, each)))),
         h("tbody", {}, trialInfo.decisions.map((each) => h("tr", {}, h("td", { "data-label": "epoch" }, each.epoch), h("td", { "data-label": "decision" }, `${each.action}: ${each.reason}`), h("td", { class: "text" }, each.summary))))) : h("p", { class: "faint" }, "None worth a line yet."),
-      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from the document's final value, or from the default where the document has none."), settingsTable(trialInfo), details,
+      h("h2", {}, "Settings"), h("p", { class: "faint" }, "Bold and ≠: differs from the recommended value, or from the default where there is none."), settingsTable(trialInfo), details,
     );
     drawn = trialFigures(trialInfo, plots);
     document.title = `${trialInfo.trial} · ${trialInfo.study} · medtune`;
@@ -468,7 +468,7 @@ export function trialView(study, trial) {
 
 function settingsTable(trialInfo) {
   const row = (each) => h("tr", { class: each.differs ? "differs" : "" }, h("td", {}, each.name, each.searched ? h("span", { class: "faint" }, " searched") : ""), h("td", {}, `${each.value}${each.differs ? " ≠" : ""}`), h("td", {}, each.documented), h("td", { class: "faint roomy" }, prose(each.meaning)));
-  const head = h("thead", {}, h("tr", {}, ["hyperparameter", "this trial", "document's"].map((each) => h("th", { scope: "col" }, each)), h("th", { scope: "col", class: "roomy" }, "meaning")));
+  const head = h("thead", {}, h("tr", {}, ["hyperparameter", "this trial", "recommended"].map((each) => h("th", { scope: "col" }, each)), h("th", { scope: "col", class: "roomy" }, "meaning")));
   const notable = trialInfo.settings.filter((each) => each.differs || each.searched), rest = trialInfo.settings.filter((each) => !notable.includes(each));
   return h("div", {}, h("table", { class: "settings" }, head, h("tbody", {}, notable.map(row))), h("details", {}, h("summary", {}, `${rest.length} others`), h("table", { class: "settings" }, h("tbody", {}, rest.map(row)))));
 }
