@@ -529,12 +529,15 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         found = self._database.attrs.get(_SEARCH)
         if found is None and not self._database.found:
             self._database.set_attr(_SEARCH, search)
-        elif found != search:
+        else:
             parts = [
                 part
                 for part in search
-                if not isinstance(found, Mapping) or found.get(part) != search[part]
+                if not isinstance(found, Mapping)
+                or _without_words(found.get(part)) != _without_words(search[part])
             ]
+            if not parts:
+                return
             raise SearchError(
                 f"{self._database.name} holds the trials of another search: {', '.join(parts)} differ. Values of the "
                 "two would be mixed: choose a new folder, and `--warm-start-from` this one to use what fits"
@@ -686,3 +689,14 @@ def _no_experimental_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
+
+
+def _without_words(part: Any) -> Any:
+    """A part of a search without the texts of its space, which another version words otherwise."""
+    if isinstance(part, Mapping):
+        return {
+            name: _without_words(value)
+            for name, value in part.items()
+            if name not in ("title", "notes", "why")
+        }
+    return part

@@ -750,6 +750,16 @@ def test_a_study_is_only_continued_by_its_own_search(tmp_path):
             make(tmp_path, **{"identity": {"cohort": "a"}} | changed)
 
 
+def test_a_space_whose_texts_another_version_words_otherwise_is_the_same(tmp_path):
+    worded = TINY.to_mapping() | {"title": "as an earlier version had it", "notes": ["a note"]}
+    worded["search"] = {name: {**axis, "why": "so"} for name, axis in worded["search"].items()}
+    make(tmp_path, space=space_from(worded)).suggest("a")
+    make(tmp_path)
+    wider = worded | {"search": worded["search"] | {"s": {"low": 1, "high": 40, "log": True}}}
+    with pytest.raises(SearchError, match="another search: space differ"):
+        make(tmp_path, space=space_from(wider))
+
+
 def test_trials_of_other_programs_are_refused(tmp_path):
     make(tmp_path)
     study = read(tmp_path)
