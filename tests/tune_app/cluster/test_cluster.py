@@ -40,6 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, server: dict[str, str]) ->
 
 def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "a study"
+    epochs = 400  # longer than the client may take to notice the signal
     asked = [
         "submit",
         "--no-pip",
@@ -50,7 +51,7 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
         "--trials",
         2,
         "--epochs",
-        100,
+        epochs,
     ]
     asked += ["--out", root, "--cache", tmp_path / "cache", *TINY]
 
@@ -64,7 +65,7 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
     job = stopped.split()[0]
     assert stopped == f"{job} stopped\n"
     before = rows_of(root)
-    assert 0 < len(before) < 200
+    assert 0 < len(before) < 2 * epochs
     log, _ = cluster.done("jobs", "logs", job)
     assert "interrupted; resume with: medtune resume" in log, (
         "the driver closed the study before it ended"
@@ -88,7 +89,7 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
     assert again == f"{ours}\n"
     out, err = ended(following)
     assert out.count("best: trial") == 1
-    check_whole(root, trials=2, epochs=100)
+    check_whole(root, trials=2, epochs=epochs)
     assert rows_of(root)[: len(before)] == before, "a row was rewritten"
     assert [row["state"] for row in jobs()] == ["stopped", "succeeded"]
 
