@@ -4,7 +4,6 @@ import fcntl
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from trainables.checkpoints import write_json
 from trainables.data.json_files import read_json
+from trainables.machine.safe_path import python, search_variables
 from tune_app.results.text import printable
 from tune_app.serve.queue import QueueError
 from tune_app.study.rows import is_held
@@ -38,7 +38,7 @@ class Exports:
                 raise QueueError(f"{name}: there is a model of this name; choose another name")
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._about(name), {"study": study, "asked": time.time()})
-            command = [sys.executable, "-P", "-m", "tune_app.cli", "export", str(root)]
+            command = python("-m", "tune_app.cli", "export", str(root))
             command += ["--out", str(target), "--device", "cpu", *options]
             # The process holds its log locked for as long as it lives, whatever becomes of the service.
             log = os.open(self._log(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -50,7 +50,7 @@ class Exports:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    env=os.environ | {"COLUMNS": "100"},
+                    env=os.environ | search_variables() | {"COLUMNS": "100"},
                 )
             finally:
                 os.close(log)
