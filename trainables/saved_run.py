@@ -26,7 +26,7 @@ from trainables.checkpoints import (
     write_json,
 )
 from trainables.config import FineTuneConfig
-from trainables.data.folds import Split, split_rows
+from trainables.data.folds import Split, split_of
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.table_file import ManifestError
@@ -77,9 +77,7 @@ def open_inputs(
     except (ManifestError, CohortError) as error:
         here = f"node {socket.gethostname()}"
         raise CohortError([f"{here}: {problem}" for problem in error.problems]) from error
-    split = split_rows(
-        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
-    )
+    split = split_of(manifest, config)
     return open_cohort(folder), split
 
 

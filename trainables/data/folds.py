@@ -64,6 +64,13 @@ def split_rows(manifest: Manifest, *, fold: int, num_folds: int, cross_validate:
     return Split(train=pool[~validates], val=pool[validates], test=test)
 
 
+def split_of(manifest: Manifest, config: FineTuneConfig) -> Split:
+    """Return the split that a run with `config` trains and validates on. Raises ManifestError as `split_rows` does."""
+    return split_rows(
+        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
+    )
+
+
 def few_of_a_class(counts: Sequence[int]) -> str | None:
     """Return a notice on a validation part with these `counts` of subjects per class; None with FEWEST of each or more."""
     few = [f"{count} of class {label}" for label, count in enumerate(counts) if count < FEWEST]

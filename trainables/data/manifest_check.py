@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainables.config import FineTuneConfig
-from trainables.data.folds import split_rows, thin_folds
+from trainables.data.folds import split_of, thin_folds
 from trainables.data.intensity import Intensity, intensity_lines, intensity_of
 from trainables.data.manifest import (
     SPLITS,
@@ -194,12 +194,7 @@ def _told_apart(name: str) -> str:
 
 def _fold_problems(manifest: Manifest, config: FineTuneConfig) -> list[str]:
     try:
-        split_rows(
-            manifest,
-            fold=config.fold,
-            num_folds=config.num_folds,
-            cross_validate=config.cross_validate,
-        )
+        split_of(manifest, config)
     except ManifestError as error:
         return error.problems
     return []

@@ -370,7 +370,7 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     from ray import tune
     from sklearn.metrics import roc_auc_score
 
-    from trainables.data.folds import split_rows
+    from trainables.data.folds import split_of
     from trainables.data.manifest import read_manifest
     from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
 
@@ -379,9 +379,7 @@ def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:
     )
     config = build_config({**given["settings"], **overrides})
     manifest = read_manifest(Path(given["table"]))
-    split = split_rows(
-        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
-    )
+    split = split_of(manifest, config)
     usual = Compose(monai_preparation(config.volume_shape))
     paths, labels = (
         manifest.rows["path"].to_numpy(),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from trainables.checkpoints import load_state, without_nonfinite, write_json
 from trainables.config import build_config
-from trainables.data.folds import split_rows
+from trainables.data.folds import split_of
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort
@@ -95,7 +95,9 @@ def score_test(
     spec = study.spec
     base = build_config(spec.config)
     manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
-    rows = split_rows(manifest, **_split_of(study, found.choice)).test
+    rows = split_of(
+        manifest, study.spec.config_of(planned_overrides(study.spec, found.choice))
+    ).test
     if not len(rows):
         raise SpecError(
             f"{spec.data}: no test rows: name them in a column `split` before a search, with the word test"
@@ -123,15 +125,6 @@ def _cohort_of(study: Study, variant: str, manifest: Manifest, first: Path) -> P
     config = study.spec.config_of(planned_overrides(study.spec, variant))
     own = Recipe.from_config(build_config(study.spec.config))
     return cohort_like(manifest, Recipe.from_config(config), first, own)
-
-
-def _split_of(study: Study, variant: str) -> dict[str, Any]:
-    config = study.spec.config_of(planned_overrides(study.spec, variant))
-    return {
-        "fold": config.fold,
-        "num_folds": config.num_folds,
-        "cross_validate": config.cross_validate,
-    }
 
 
 @dataclass(frozen=True)

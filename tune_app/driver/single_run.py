@@ -10,7 +10,7 @@ from rich.console import Console
 from trainables.checkpoints import TrialFiles, write_json
 from trainables.config import ConfigError, FineTuneConfig, build_config, cannot_run
 from trainables.course import HEALTHY
-from trainables.data.folds import split_rows, thin_folds
+from trainables.data.folds import split_of, thin_folds
 from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe
@@ -46,9 +46,7 @@ def train_once(
     files = TrialFiles(folder)
     manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
     config = _with_spacing(config, manifest, files, notes)
-    split = split_rows(
-        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
-    )
+    split = split_of(manifest, config)
     cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
     cohort = open_cohort(cohort_folder)
     gpus = torch.cuda.device_count() if gpu else 0

@@ -27,7 +27,7 @@ from torch import Tensor
 from trainables import installed_version
 from trainables.checkpoints import CheckpointError, TrialFiles, load_state, write_json
 from trainables.config import FineTuneConfig, build_config
-from trainables.data.folds import Split, split_rows
+from trainables.data.folds import Split, split_of
 from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, read_header
@@ -476,9 +476,7 @@ def score_member(
 ) -> ScoredMember:
     """Score the run's validation volumes again. Raises ExportError unless rows, recipe and AUC are those of the study."""
     trial, config = run.trial, run.config
-    split = split_rows(
-        manifest, fold=config.fold, num_folds=config.num_folds, cross_validate=config.cross_validate
-    )
+    split = split_of(manifest, config)
     if not (np.array_equal(split.train, run.train) and np.array_equal(split.val, run.val)):
         raise ExportError(
             f"{manifest.table}: its rows or folds are not those trial {trial} had; name the study's table with --data"
