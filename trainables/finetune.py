@@ -50,7 +50,6 @@ arithmetic alone would take 1.6 ms. Not tried: gradients of the two paths into a
 
 import math
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -66,6 +65,7 @@ from trainables.config import RULES, ConfigError, FineTuneConfig, cannot_run
 from trainables.data.folds import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
+from trainables.machine.this_machine import peak_resident_gib
 from trainables.network.model import STAGES, Classifier, configured_network, train_mode
 from trainables.network.weights import LoadReport, load_pretrained
 from trainables.schedule import Schedule, seed_of
@@ -328,4 +328,4 @@ def _place(network: Classifier, device: torch.device) -> Classifier:
 def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_gib()

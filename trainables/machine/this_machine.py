@@ -3,12 +3,15 @@
 import math
 import os
 import pwd
+import resource
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
+OWN_STATUS = Path("/proc/self/status")
 
 
 def usable_cpus() -> int:
@@ -32,6 +35,18 @@ def cpu_quota() -> float:
         if len(words) == 2 and all(word.isdecimal() and int(word) > 0 for word in words):
             limits.append(int(words[0]) / int(words[1]))
     return min(limits)
+
+
+def peak_resident_gib() -> float:
+    """Return the most memory that this process has held so far, in GiB.
+
+    Linux's own count of the process, where there is one: `getrusage` begins with the peak of the process that started it.
+    """
+    for line in _text(OWN_STATUS).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _own_cgroups() -> list[Path]:

@@ -11,13 +11,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock, SoftFileLock, Timeout
 
 from trainables.machine import this_machine
 from trainables.machine.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
 from trainables.machine.safe_path import SOURCE
-from trainables.machine.this_machine import cpu_quota, place_of_sessions, settle_user, usable_cpus
+from trainables.machine.this_machine import (
+    cpu_quota,
+    peak_resident_gib,
+    place_of_sessions,
+    settle_user,
+    usable_cpus,
+)
 
 UNNAMED = ["unshare", "--user", "--map-user=12345"]
 """Runs a command as a user without a name on this machine."""
@@ -199,3 +206,13 @@ def test_a_lock_with_flock_is_the_kernels(tmp_path: Path) -> None:
         with pytest.raises(Timeout):
             FileLock(path, timeout=0).acquire()
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_peak_of_memory_is_this_process_own_and_not_that_of_the_one_that_started_it():
+    """getrusage carries the peak over to a new process."""
+    held = np.ones(2**26)  # 0.5 GiB
+    code = "from trainables.machine.this_machine import peak_resident_gib as peak; print(peak())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert 0 < float(found.stdout) < 0.25 < held.nbytes / 2**30 <= peak_resident_gib()

@@ -45,7 +45,7 @@ def test_the_epoch_counts_what_is_trained_and_what_is_scored(table, monkeypatch)
         "num_folds": 2,
     }
     spec = build_spec({"data": str(table), "trials": 5, "config": config})
-    split = forecast.split_of(spec, build_config(spec.shared))
+    split = forecast.split_in(spec, build_config(spec.shared))
     found = forecast_on_cpus(spec, concurrent=2, epochs=3.0)
     assert found.epoch_s == 2 * len(split.train) + 0.5 * (2 * len(split.val) + 3)
     assert found.trial_gib == 2.0
@@ -66,7 +66,7 @@ def measured_alone(side):
 
 def test_a_pass_is_measured_and_larger_volumes_take_longer_and_more_memory():
     """Each in a new process, as in a study: the peak of this one's memory lies behind it."""
-    small, large = map(measured_alone, (8, 48))
+    small, large = map(measured_alone, (8, 64))
     assert 0 < small.train_s < large.train_s
     assert small.score_s < large.score_s
     assert large.volume_gib > 0
