@@ -96,7 +96,7 @@ def subject_interval(scores: np.ndarray, labels: np.ndarray, subjects: np.ndarra
     rarest class. Where that variance is zero or unknown, the interval takes the volumes as independent.
     """
     plain = auc_interval(scores, labels)
-    if len(np.unique(subjects)) == len(labels) or not 0 < plain.auc < 1:
+    if not have_several(subjects) or not 0 < plain.auc < 1:
         return plain
     from scipy.stats import t
 
@@ -114,12 +114,17 @@ def score_metrics_over_subjects(
 ) -> dict[str, float]:
     """Return `trainables.metrics.score_metrics` with the AUC's interval over subjects, whose volumes stay together."""
     metrics = score_metrics(logits_NC, labels_N, scale=scale)
-    if math.isfinite(metrics["auc"]):
+    if math.isfinite(metrics["auc"]) and have_several(np.asarray(subjects_N)):
         scores = ranking_scores(logits_NC, scale=scale)
         labels = np.asarray(labels_N).astype(np.int64)
         found = subject_interval(scores, labels, np.asarray(subjects_N))
         metrics |= {"auc_low": found.low, "auc_high": found.high}
     return metrics
+
+
+def have_several(subjects_N: np.ndarray) -> bool:
+    """Return whether any subject has several of these volumes."""
+    return len(np.unique(subjects_N)) < len(subjects_N)
 
 
 def subjects_of_classes(labels_N: np.ndarray, subjects_N: np.ndarray, classes: int) -> list[int]:

@@ -11,7 +11,12 @@ from scipy.special import softmax
 
 from trainables.errors import ProblemsError
 from trainables.metrics import score_metrics
-from trainables.subject_auc import SMALLEST_VARIANCE, over_subjects, score_metrics_over_subjects
+from trainables.subject_auc import (
+    SMALLEST_VARIANCE,
+    have_several,
+    over_subjects,
+    score_metrics_over_subjects,
+)
 from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.models.folder import (
     Evaluation,
@@ -126,13 +131,12 @@ def evaluate(
         for name, value in values.items()
     }
     plain = score_metrics_over_subjects(z_NC, labels_N, subjects_N, scale=scale)
-    several = len(np.unique(subjects_N)) < len(subjects_N)
     metrics = {
         "auc": Measured(
             value=_known(plain["auc"]),
             low=_known(plain["auc_low"]),
             high=_known(plain["auc_high"]),
-            interval="over subjects" if several else "score",
+            interval="over subjects" if have_several(subjects_N) else "score",
         )
     }
     metrics |= {name: by_subject[name] for name in ("auprc", "sensitivity_at_90_specificity")}

@@ -34,7 +34,7 @@ from trainables.data.storage import StorageError, absolute, bucket_of, is_url, u
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
 from trainables.machine.this_machine import usable_cpus
-from trainables.subject_auc import subject_interval
+from trainables.subject_auc import have_several, subject_interval
 from tune_app.models.calibration import Array
 from tune_app.models.folder import Decides, ModelError, ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
@@ -358,7 +358,7 @@ class Tally:
             labels = np.array([self.labels[place] for place in known])
             scores = np.stack([self.log_odds[place] for place in known])
             subjects = np.array([self.subjects[place] for place in known])
-            if len(np.unique(subjects)) < len(subjects):
+            if have_several(subjects):
                 lines += subject_lines(self.by_subject(pool), info.num_classes, pool)
             auc = subject_interval(
                 scores[:, 1] if info.num_classes == 2 else scores, labels, subjects
