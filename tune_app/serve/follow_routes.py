@@ -34,31 +34,30 @@ from tune_app.study.spec import StudySpec
 
 router = APIRouter(prefix="/api/studies/{study}")
 
-Folds = Annotated[str, Field(max_length=200)]
 Name = Annotated[str, Field(pattern=STUDY_NAME)]
 
 
-class Confirmation(BaseModel):
-    """How a search's best are run again. With `check`, the plan is returned and nothing starts."""
+class Runs(BaseModel):
+    """The runs of each variant. With `check`, the plan is returned and nothing starts."""
 
     model_config = ConfigDict(extra="forbid")
 
-    top: int = Field(3, ge=1, le=100)
     seeds: int = Field(3, ge=1, le=100)
-    folds: Folds = "all"
+    folds: Annotated[str, Field(max_length=200)] = "all"
     check: bool = False
 
 
-class Ablation(BaseModel):
-    """Which variants of the fixes run on a study's data. With `check`, the plan is returned and nothing starts."""
+class Confirmation(Runs):
+    """How a search's best are run again."""
 
-    model_config = ConfigDict(extra="forbid")
+    top: int = Field(3, ge=1, le=100)
+
+
+class Ablation(Runs):
+    """Which variants of the fixes run on a study's data."""
 
     name: Name
     variants: Literal["documented", "add-one", "leave-one-out", "all"] = "documented"
-    seeds: int = Field(3, ge=1, le=100)
-    folds: Folds = "all"
-    check: bool = False
 
 
 class Export(BaseModel):
