@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
     "volume_shape": 20,
     "gradient_accumulation_steps": 1,
     "augmentation_strength": 0.5,
-    "num_folds": 3,
+    "train_auc_volumes": 0,
 }
 """What makes a run small: everything else is the default."""
 
@@ -68,12 +68,7 @@ def write_sample(folder: Path, *, trials: int = TRIALS, epochs: int = EPOCHS) ->
         "trials": trials,
         "gpus_per_trial": 0,
         "cache": "cache",
-        "config": SMALL
-        | {
-            "num_folds": len(CONFIRMED_ON) + 1,
-            "train_auc_volumes": 0,
-            "epochs": epochs,
-        },
+        "config": SMALL | {"num_folds": len(CONFIRMED_ON) + 1, "epochs": epochs},
     }
     path = folder / "study.yaml"
     path.write_text(HEADER + yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")

@@ -48,18 +48,6 @@ def write_cohort(
     labels = np.zeros(subjects, dtype=np.int64)
     labels[rng.permutation(subjects)[: round(positive_share * subjects)]] = 1
     counts = rng.integers(1, 4, size=subjects)
-    return _write(folder, (_ball, _flattened), labels, counts, rng, side, noise)
-
-
-def _write(
-    folder: Path,
-    shapes: tuple[Shape, ...],
-    labels: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    rng: np.random.Generator,
-    side: tuple[int, int],
-    noise: float,
-) -> Path:
     with new_folder(folder) as target:
         (target / "volumes").mkdir()
         lines = ["path,label,subject"]
@@ -67,7 +55,7 @@ def _write(
             size = rng.uniform(0.9, 1.1)
             for number in range(count):
                 name = f"volumes/{subject:04d}_{number}.nii.gz"
-                voxels, affine = _scan(shapes[label], size, rng, side, noise)
+                voxels, affine = _scan((_ball, _flattened)[label], size, rng, side, noise)
                 write_nifti(target / name, voxels, affine, dtype=np.int16)
                 lines.append(f"{name},{label},subject-{subject:04d}")
         (target / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
