@@ -27,6 +27,7 @@ from trainables.data.manifest import (
 from trainables.data.scans import (
     Recipe,
     VolumeError,
+    kept_shares,
     prepare_scan,
     read_header,
     read_scan,
@@ -242,7 +243,7 @@ def _prepared(shapes: npt.NDArray[Any], spacings: npt.NDArray[Any], recipe: Reci
     targets = np.array(
         [target_spacing(*scan, recipe) for scan in zip(shapes, spacings, strict=True)]
     )
-    kept = np.minimum(recipe.volume_shape / np.maximum(np.round(shapes * spacings / targets), 1), 1)
+    kept = kept_shares(shapes, spacings, targets, recipe.volume_shape)
     cropped = int((kept < 1).any(axis=1).sum())
     told = "none is cropped"
     if cropped:

@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from nibabel.orientations import apply_orientation, io_orientation
 from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
@@ -197,6 +198,21 @@ def target_spacing(
         return recipe.spacing_mm
     extents_mm = np.multiply(shape, spacing_mm)
     return (float((extents_mm / recipe.volume_shape).max()),) * 3
+
+
+def kept_shares(
+    shapes: npt.ArrayLike,
+    spacings_mm: npt.ArrayLike,
+    targets_mm: npt.ArrayLike,
+    volume_shape: Sequence[int],
+) -> npt.NDArray[np.float64]:
+    """Return the share of its extent that a scan keeps along each axis when brought to `targets_mm` and cropped.
+
+    Arguments are (3,) for one scan or (N, 3), as is the answer; 1 where nothing is cropped.
+    """
+    voxels = np.maximum(np.round(np.multiply(shapes, spacings_mm) / np.asarray(targets_mm)), 1)
+    kept: npt.NDArray[np.float64] = np.minimum(np.asarray(volume_shape) / voxels, 1)
+    return kept
 
 
 def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:

@@ -19,6 +19,7 @@ from trainables.data.recommend import Recommendation, Values, recommend, values_
 from trainables.data.scans import (
     Recipe,
     VolumeError,
+    kept_shares,
     prepare_scan,
     read_header,
     read_scan,
@@ -177,7 +178,6 @@ def _see(manifest: Manifest, path: Any, row: int, recipe: Recipe) -> Seen | Volu
     depth, height, width = scan.voxels.shape[1:]
     shape = (depth, height, width)
     new_mm = target_spacing(shape, scan.spacing_mm, recipe)
-    whole = np.maximum(np.round(np.multiply(shape, scan.spacing_mm) / new_mm), 1)
     return Seen(
         number=manifest.numbers[row] if manifest.numbers else row + 1,
         name=Path(str(path)).name,
@@ -187,7 +187,7 @@ def _see(manifest: Manifest, path: Any, row: int, recipe: Recipe) -> Seen | Volu
         spacing_mm=scan.spacing_mm,
         values=values_of(scan.voxels),
         new_mm=new_mm,
-        kept=float(np.minimum(np.asarray(recipe.volume_shape) / whole, 1).min()),
+        kept=float(kept_shares(shape, scan.spacing_mm, new_mm, recipe.volume_shape).min()),
         prepared=(float(volume.min()), float(volume.max())),
         flatness=flatness(scan.voxels),
         pictures=tuple(_picture(volume[0], axis) for _, axis in PLANES),
