@@ -317,16 +317,8 @@ class Collapsed(Rule):
             "epochs": below.length,
             "noise": round(self.drop.noise, 4),
         }
-        if not math.isfinite(auc):
-            read = "no finite score"
-        elif drop > self.drop.noise:
-            read = f"{auc:.3f}, {drop / self.drop.noise:.1f} times what noise explains"
-        else:
-            evidence |= {
-                "usual_auc": round(self.drop.usual, 4),
-                "scatter": round(self.drop.scatter, 4),
-            }
-            read = f"{auc:.3f}, a sharp fall from a steady {self.drop.usual:.3f} +- {self.drop.scatter:.3f}"
+        read, usual = self._read(drop)
+        evidence |= usual
         if math.isfinite(auc):
             evidence["drop"] = round(drop, 4)
         summary = (
@@ -366,6 +358,19 @@ class Collapsed(Rule):
         if not setting["freeze_backbone_epochs"]:
             changes.append("freeze_backbone_epochs=5")
         return Diagnosis("collapsed", below.first, evidence, summary, "set " + ", ".join(changes))
+
+    def _read(self, drop: float) -> tuple[str, Evidence]:
+        """The score in words, and the usual level where the words compare with it."""
+        auc, noise = self.course.auc, self.drop.noise
+        usual, scatter = self.drop.usual, self.drop.scatter
+        if not math.isfinite(auc):
+            return "no finite score", {}
+        if drop > noise:
+            return f"{auc:.3f}, {drop / noise:.1f} times what noise explains", {}
+        if math.isinf(scatter):  # the epochs before had no score, or were too few for a usual level
+            return f"{auc:.3f}, which is within noise but no recovery", {}
+        known: Evidence = {"usual_auc": round(usual, 4), "scatter": round(scatter, 4)}
+        return f"{auc:.3f}, a sharp fall from a steady {usual:.3f} +- {scatter:.3f}", known
 
 
 SATURATED_GAP = 0.05

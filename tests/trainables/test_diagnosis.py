@@ -2,7 +2,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
@@ -414,6 +414,7 @@ def test_hanley_mcneil_gives_the_published_errors():
         max_size=30,
     )
 )  # fmt: skip
+@example([{"val_auc": auc} for auc in (None, 1.0, 0.75, None, None, None, 0.6875)])
 def test_no_row_however_sparse_breaks_the_diagnosis(rows):
     for epoch, row in enumerate(rows, start=1):
         row["epoch"] = epoch
@@ -423,6 +424,7 @@ def test_no_row_however_sparse_breaks_the_diagnosis(rows):
     assert all(
         not isinstance(value, float) or math.isfinite(value) for value in found.evidence.values()
     )
+    assert "inf" not in found.summary.split()
 
 
 def test_a_diagnosis_follows_from_the_rows_alone_and_each_epoch_costs_the_same():
