@@ -169,13 +169,20 @@ def test_every_figure_of_the_overview_can_be_had(
     assert {"progress", "parallel", "stopped", "slice-head"} <= set(names)
     ended = load_study(client.app.state.service.folder.path("first")).trials_full["state"]  # type: ignore[attr-defined]
     assert ("importance" in names) == (ended.isin(["completed", "stopped"]).sum() >= 20)
-    deadline = time.monotonic() + 30  # the service may have read the folder while it was written
-    while "importance" not in listed("long"):
-        assert time.monotonic() < deadline, listed("long")
+    study = load_study(client.app.state.service.folder.path("long"))  # type: ignore[attr-defined]
+
+    def states() -> list[str]:
+        told = client.get("/api/studies/long/trials").json()
+        at = [column["name"] for column in told["columns"]].index("state")
+        return [row["values"][at] for row in told["rows"]]
+
+    deadline = time.monotonic() + 60  # the service may have read the folder while it was written
+    while sorted(states()) != sorted(study.trials_full["state"]):
+        assert time.monotonic() < deadline, states()
         time.sleep(0.2)
+    assert "importance" in listed("long")
     figure = client.get("/api/studies/long/figures/importance").json()
     assert figure["figure"]["data"][0]["error_x"]["array"], "importance has its uncertainty"
-    study = load_study(client.app.state.service.folder.path("long"))  # type: ignore[attr-defined]
     some = study.trials_full[study.trials_full["trial"] != "00005"]
     among = client.get(
         "/api/studies/long/figures/importance", params={"trials": ",".join(some["trial"])}
