@@ -9,7 +9,7 @@ from trainables.config import FineTuneConfig
 from trainables.metrics import hanley_mcneil_error
 
 Verdict = Literal[
-    "healthy",
+    "no_fault",
     "non_finite",
     "ema_lag",
     "collapsed_after_drw",
@@ -20,9 +20,15 @@ Verdict = Literal[
     "loss_spike",
     "too_noisy",
 ]
-"""A run gets the first of these that applies, in this order; `healthy` applies when no other does."""
+"""What the epochs of a run show: the first fault of these that applies, in this order, or `no_fault`."""
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+HEALTHY = "healthy"
+"""The verdict on a trial without a fault that has completed, with an AUC above chance. See `trial_verdict`."""
+
+WITHOUT_FAULT: tuple[str, ...] = ("no_fault", HEALTHY)
+"""Verdicts on a trial that name no fault. Versions up to 0.1 wrote `healthy` for both."""
 
 Evidence = dict[str, float | int | str]
 
@@ -62,13 +68,13 @@ class Diagnosis:
 
     verdict: Verdict
     epoch: int | None
-    """First epoch of the fault; None for healthy."""
+    """First epoch of the fault; None without one."""
     evidence: Evidence
     """The numbers it rests on: AUC, epochs, counts, shares."""
     summary: str
     """One sentence with those numbers."""
     advice: str
-    """Which hyperparameters to change, with values; empty for healthy."""
+    """Which hyperparameters to change, with values; empty without a fault."""
     settled: bool = True
     """False while waiting may still change it (an average that is warming up): act on settled ones only."""
     healed: tuple[Healed, ...] = ()
@@ -80,7 +86,23 @@ class Diagnosis:
         return sum(fall.epochs for fall in self.healed)
 
 
-HEALTHY = Diagnosis("healthy", None, {}, "nothing found", "")
+NO_FAULT = Diagnosis("no_fault", None, {}, "nothing found", "")
+
+
+def trial_verdict(found: str, state: str, auc_low: float) -> str:
+    """Return the verdict on a trial: the fault of its run, or without one `healthy` or `no_fault`.
+
+    `healthy` needs a trial that has completed, and an AUC above chance: `auc_low`, the lower end of its 95 % interval
+    in the epoch whose weights are kept, is above .5. A trial that was stopped, runs or failed is never healthy.
+    """
+    if found not in WITHOUT_FAULT:
+        return found
+    return HEALTHY if state == "completed" and auc_low > 0.5 else NO_FAULT.verdict
+
+
+def run_verdict(recorded: str) -> str:
+    """Return the verdict on a run, from a file of any version: `no_fault` where the file has a trial's `healthy`."""
+    return NO_FAULT.verdict if recorded == HEALTHY else recorded
 
 
 def expected_error(auc: float, positive: int, negative: int) -> float:
@@ -268,6 +290,19 @@ def auc_of(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
     formula = expected_error(auc, positive, negative)
     # Near an AUC of 1 intervals are clipped, and DeLong's, in rows of earlier versions, shrink: half the formula's at least
     return auc, max(error, formula / 2) if math.isfinite(error) else formula
+
+
+def auc_low(row: Mapping[str, Any], weights: Literal["raw", "ema"]) -> float:
+    """Return the lower end of the 95 % interval of an AUC of the row: of the raw weights, or of the deployed ones.
+
+    From the AUC's error where no interval is recorded; NaN where there is no AUC.
+    """
+    column = "_raw" if weights == "raw" else ""
+    low = number(row.get(f"val_auc{column}_low"))
+    if math.isfinite(low):
+        return low
+    auc, error = auc_of(row, column)
+    return auc - 1.96 * error
 
 
 def noise_of(first: float, second: float) -> float:

@@ -1,4 +1,4 @@
-"""The diagnosis of a run from its epochs: healthy, or a fault with its first epoch, its evidence, and the change to make.
+"""The diagnosis of a run from its epochs: no fault, or a fault with its first epoch, its evidence, and the change to make.
 
 Pure arithmetic on the rows that the run reports; no torch, no Ray, and a few microseconds an epoch, so that the same
 code decides inside a search, explains in a report and is replayed over thousands of recorded runs.
@@ -25,14 +25,19 @@ from typing import Any
 from trainables.config import FineTuneConfig
 from trainables.course import (
     HEALTHY,
+    NO_FAULT,
     VERDICTS,
+    WITHOUT_FAULT,
     Course,
     Diagnosis,
     DrwStart,
     Fall,
     Healed,
     Verdict,
+    auc_low,
     expected_error,
+    run_verdict,
+    trial_verdict,
 )
 from trainables.verdicts import GAP, IN_ORDER, LOSS_SPIKE_FACTOR, Drop
 
@@ -41,14 +46,19 @@ __all__ = [
     "GAP",
     "HEALTHY",
     "LOSS_SPIKE_FACTOR",
+    "NO_FAULT",
     "VERDICTS",
+    "WITHOUT_FAULT",
     "Diagnosis",
     "DrwStart",
     "Healed",
     "RunMonitor",
     "Verdict",
+    "auc_low",
     "diagnose",
     "expected_error",
+    "run_verdict",
+    "trial_verdict",
 ]
 
 FALLS: tuple[Verdict, ...] = ("non_finite", "ema_lag", "collapsed_after_drw", "collapsed")
@@ -64,7 +74,7 @@ def diagnose(
     """Return the diagnosis of a run from its rows, in the order of their epochs.
 
     `config` is the run's config or its overrides; the defaults hold for fields that it leaves out. Without any (None: a
-    curve of unknown origin) the start of the deferred weights is read from the rows alone. A run without rows is healthy.
+    curve of unknown origin) the start of the deferred weights is read from the rows alone. A run without rows has no fault.
     """
     monitor = RunMonitor(config)
     diagnosis = monitor.diagnosis
@@ -77,7 +87,7 @@ class RunMonitor:
     """The diagnosis of a run kept up to date: `update()` with each row, in the order of the epochs, costs O(1)."""
 
     def __init__(self, config: FineTuneConfig | Mapping[str, Any] | None = None) -> None:
-        self.diagnosis: Diagnosis = HEALTHY
+        self.diagnosis: Diagnosis = NO_FAULT
         self._course = Course(config)
         self._drop = Drop(self._course)
         self._rules = tuple(rule(self._course, self._drop) for rule in IN_ORDER)
@@ -90,7 +100,7 @@ class RunMonitor:
         for rule in self._rules:
             rule.follow()
         self._course.add()
-        found = next((one for rule in self._rules if (one := rule.found()) is not None), HEALTHY)
+        found = next((one for rule in self._rules if (one := rule.found()) is not None), NO_FAULT)
         self._follow_fall(found)
         self.diagnosis = self._with_healed(found)
         return self.diagnosis

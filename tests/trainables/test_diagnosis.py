@@ -1,12 +1,22 @@
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainables.config import FineTuneConfig, build_config
-from trainables.diagnosis import VERDICTS, RunMonitor, diagnose, expected_error
+from trainables.diagnosis import (
+    HEALTHY,
+    VERDICTS,
+    RunMonitor,
+    auc_low,
+    diagnose,
+    expected_error,
+    trial_verdict,
+)
 
 
 def run(raw, ema=None, *, positive=50, negative=200, **columns):
@@ -40,16 +50,16 @@ RISE = [0.6, 0.68, 0.74, 0.78, 0.8, 0.82, 0.83, 0.84, 0.84, 0.85, 0.85, 0.84]
 LOW = [0.55, 0.52, 0.5, 0.51, 0.52]
 
 
-def test_a_run_that_rises_and_stays_is_healthy_and_so_is_one_without_rows():
-    assert diagnose(run(RISE)).verdict == "healthy"
-    assert diagnose([]).verdict == "healthy"
+def test_a_run_that_rises_and_stays_has_no_fault_and_neither_has_one_without_rows():
+    assert diagnose(run(RISE)).verdict == "no_fault"
+    assert diagnose([]).verdict == "no_fault"
     assert diagnose(run(RISE)).epoch is None
     assert diagnose(run(RISE)).advice == ""
 
 
 @pytest.mark.parametrize("rows", [run, bare])
 def test_a_lasting_drop_is_a_collapse_after_three_epochs_and_not_before(rows):
-    for length, verdict in ((1, "healthy"), (2, "healthy"), (3, "collapsed"), (5, "collapsed")):
+    for length, verdict in ((1, "no_fault"), (2, "no_fault"), (3, "collapsed"), (5, "collapsed")):
         found = diagnose(rows(RISE + LOW[:length]), {"drw_start_epoch": 60})
         assert found.verdict == verdict
     assert found.epoch == 13
@@ -68,7 +78,7 @@ def test_a_fall_that_healed_is_told_for_ever_and_one_that_was_never_confirmed_is
     during = diagnose(run(raw[:17], ema[:17]), {"ema_buffers": "copied"})
     assert (during.verdict, during.healed, during.healed_epochs) == ("ema_lag", (), 0)
     after = diagnose(run(raw, ema), {"ema_buffers": "copied"})
-    assert after.verdict == "healthy"
+    assert after.verdict == "no_fault"
     assert [(fall.verdict, fall.first, fall.last) for fall in after.healed] == [
         ("ema_lag", 13, 17),
         ("ema_lag", 22, 24),
@@ -77,7 +87,7 @@ def test_a_fall_that_healed_is_told_for_ever_and_one_that_was_never_confirmed_is
     assert after.summary == "nothing found; healed: ema_lag in epochs 13 to 17, 22 to 24"
     assert after.advice == during.advice == "set ema_buffers=averaged, ema_decay=0.98"
     dip = diagnose(run(raw, RISE + [None, None] + [0.85] * 16))
-    assert (dip.verdict, dip.healed, dip.advice) == ("healthy", (), "")
+    assert (dip.verdict, dip.healed, dip.advice) == ("no_fault", (), "")
 
 
 def test_an_average_on_its_way_back_to_a_sound_network_is_still_the_one_that_lagged():
@@ -90,7 +100,7 @@ def test_an_average_on_its_way_back_to_a_sound_network_is_still_the_one_that_lag
     config = {"ema_buffers": "copied", "ema_warmup": False, "ema_decay": 0.999}
     monitor = RunMonitor(config)
     found = [monitor.update(row) for row in run(raw, ema)]
-    lost = [one for one in found if one.verdict != "healthy"]
+    lost = [one for one in found if one.verdict != "no_fault"]
     assert {one.verdict for one in lost} == {"ema_lag"}
     back = found[20]
     assert (back.verdict, back.epoch, back.settled) == ("ema_lag", 13, True)
@@ -122,7 +132,7 @@ def test_a_fall_has_the_name_it_had_for_the_longest_time(lagging, name):
     raw = RISE + [0.84] * lagging + [0.55] * 2 + [0.85] * 12
     ema = RISE + [None] * lagging + [0.55] * 2 + [0.85] * 12
     found = diagnose(run(raw, ema), {"drw_start_epoch": 60})
-    assert found.verdict == "healthy"
+    assert found.verdict == "no_fault"
     assert [(fall.verdict, fall.first, fall.last) for fall in found.healed] == [
         (name, 13, 14 + lagging)
     ]
@@ -149,19 +159,19 @@ def test_many_falls_that_healed_are_counted_and_the_last_ones_named():
 def test_dips_that_recover_are_no_collapse_at_any_moment(rows, dip):
     monitor = RunMonitor({})
     for row in rows([*RISE, *dip, 0.84, 0.85, *dip, 0.85, 0.85, *dip, 0.84]):
-        assert monitor.update(row).verdict == "healthy"
+        assert monitor.update(row).verdict == "no_fault"
 
 
 def test_the_dips_measured_on_a_real_run_are_none():
     # facts 1: raw AUC .877 -> .580 -> .905 over three evaluations
-    assert diagnose(bare([0.7, 0.8, 0.85, 0.86, 0.877, 0.58, 0.905, 0.89])).verdict == "healthy"
+    assert diagnose(bare([0.7, 0.8, 0.85, 0.86, 0.877, 0.58, 0.905, 0.89])).verdict == "no_fault"
 
 
 def test_a_fall_that_is_being_regained_is_waited_for():
     # re-weighting costs AUC first; half of it is back each epoch
     back = [0.55, 0.7, 0.775, 0.81, 0.83, 0.84]
     monitor = RunMonitor({})
-    assert {monitor.update(row).verdict for row in run(RISE + back)} == {"healthy"}
+    assert {monitor.update(row).verdict for row in run(RISE + back)} == {"no_fault"}
 
 
 def test_one_noisy_epoch_does_not_hide_a_collapse():
@@ -218,7 +228,7 @@ def test_an_average_without_warm_up_is_named_early_and_settled_only_when_it_does
     config = {"epochs": 60, "ema_decay": 0.999, "ema_warmup": False}
     monitor = RunMonitor(config)
     verdicts = [monitor.update(row) for row in run([0.85] * 30, [0.5] * 30)]
-    assert [found.verdict for found in verdicts[:5]] == ["healthy"] * 4 + ["ema_lag"]
+    assert [found.verdict for found in verdicts[:5]] == ["no_fault"] * 4 + ["ema_lag"]
     assert not verdicts[4].settled
     assert "may still catch up" in verdicts[4].summary
     assert [found.settled for found in verdicts].index(False) == 4
@@ -226,11 +236,11 @@ def test_an_average_without_warm_up_is_named_early_and_settled_only_when_it_does
     assert verdicts[-1].evidence["initial_weight"] == pytest.approx(0.999 ** (99 * 30), abs=1e-4)
     # facts 1: at chance until epoch 10, then there
     late = run([0.9] * 30, [0.5] * 10 + [0.6, 0.7, 0.8] + [0.88] * 17)
-    assert diagnose(late, config).verdict == "healthy"
+    assert diagnose(late, config).verdict == "no_fault"
 
 
 def test_a_warming_average_is_given_its_first_epochs():
-    assert diagnose(run([0.7, 0.8, 0.85, 0.86], [0.5, 0.65, 0.84, 0.86])).verdict == "healthy"
+    assert diagnose(run([0.7, 0.8, 0.85, 0.86], [0.5, 0.65, 0.84, 0.86])).verdict == "no_fault"
 
 
 def test_a_collapse_after_the_class_weights_began_is_put_down_to_them():
@@ -247,8 +257,8 @@ def test_a_collapse_after_the_class_weights_began_is_put_down_to_them():
 
 
 def test_scores_that_are_not_finite_twice_end_a_run_and_once_do_not():
-    assert diagnose(run([*RISE, None])).verdict == "healthy"
-    assert diagnose(run([*RISE, None, 0.85])).verdict == "healthy"
+    assert diagnose(run([*RISE, None])).verdict == "no_fault"
+    assert diagnose(run([*RISE, None, 0.85])).verdict == "no_fault"
     found = diagnose(run([*RISE, None, None]))
     assert (found.verdict, found.epoch) == ("non_finite", 13)
     assert "amp=bf16" in found.advice
@@ -262,7 +272,7 @@ def test_scores_and_loss_that_are_not_finite_end_a_run_at_once():
 
 def test_a_run_whose_every_update_is_skipped_is_broken_though_its_scores_are_finite():
     rows = run([0.5] * 4, updates=[5, 5, 5, 5], skipped_updates=[3, 99, 99, 99])
-    assert diagnose(rows[:1]).verdict == "healthy"
+    assert diagnose(rows[:1]).verdict == "no_fault"
     found = diagnose(rows)
     assert (found.verdict, found.epoch, found.evidence["skipped_updates"]) == ("non_finite", 2, 99)
 
@@ -297,12 +307,12 @@ def test_freezing_and_warm_up_hold_back_the_finding_that_nothing_was_learned():
     assert diagnose(rows, {"epochs": 60}).verdict == "never_learned"
     assert (
         diagnose(rows, {"epochs": 60, "freeze_backbone_epochs": 5, "warmup_epochs": 2.5}).verdict
-        == "healthy"
+        == "no_fault"
     )
 
 
 def test_a_small_fold_does_not_allow_to_say_that_nothing_was_learned():
-    assert diagnose(run([0.52, 0.5, 0.53, 0.51] * 5, positive=3, negative=20)).verdict == "healthy"
+    assert diagnose(run([0.52, 0.5, 0.53, 0.51] * 5, positive=3, negative=20)).verdict == "no_fault"
 
 
 def test_training_far_ahead_of_a_validation_that_stands_still_is_a_gap():
@@ -312,15 +322,15 @@ def test_training_far_ahead_of_a_validation_that_stands_still_is_a_gap():
     assert found.evidence["train_auc"] == 0.99
     assert "dropout=0.5" in found.advice
     rising = [0.6 + 0.012 * epoch for epoch in range(16)]
-    assert diagnose(run(rising, train_auc=0.99)).verdict == "healthy"
+    assert diagnose(run(rising, train_auc=0.99)).verdict == "no_fault"
 
 
 def test_a_loss_spike_is_told_until_the_loss_has_been_calm_again():
     losses = [1.0, 0.9, 0.8, 0.8, 4.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
     monitor = RunMonitor({})
     found = [monitor.update(row) for row in run(RISE, train_loss=losses)]
-    assert [entry.verdict for entry in found] == ["healthy"] * 4 + ["loss_spike"] * 5 + [
-        "healthy"
+    assert [entry.verdict for entry in found] == ["no_fault"] * 4 + ["loss_spike"] * 5 + [
+        "no_fault"
     ] * 3
     assert (found[4].epoch, found[4].evidence) == (5, {"loss": 4.0, "usual_loss": 0.9})
 
@@ -328,7 +338,7 @@ def test_a_loss_spike_is_told_until_the_loss_has_been_calm_again():
 def test_the_change_of_scale_at_the_start_of_class_weights_is_no_loss_spike():
     losses = [0.2] * 6 + [1.0] * 6
     drw = [False] * 6 + [True] * 6
-    assert diagnose(run(RISE, train_loss=losses, drw_active=drw)).verdict == "healthy"
+    assert diagnose(run(RISE, train_loss=losses, drw_active=drw)).verdict == "no_fault"
     assert diagnose(run(RISE, train_loss=losses, drw_active=False)).verdict == "loss_spike"
 
 
@@ -374,7 +384,7 @@ def test_advice_names_hyperparameters_that_exist_with_values_they_may_have():
                 assert name in FineTuneConfig.model_fields
                 if not value.startswith("<"):
                     build_config({**config, name: _parse(value.split(" ")[0])})
-    assert seen >= set(VERDICTS) - {"healthy", "collapsed"}
+    assert seen >= set(VERDICTS) - {"no_fault", "collapsed"}
 
 
 def _parse(text):
@@ -420,7 +430,7 @@ def test_no_row_however_sparse_breaks_the_diagnosis(rows):
         row["epoch"] = epoch
     found = diagnose(rows, None)
     assert found.verdict in VERDICTS
-    assert (found.epoch is None) == (found.verdict == "healthy")
+    assert (found.epoch is None) == (found.verdict == "no_fault")
     assert all(
         not isinstance(value, float) or math.isfinite(value) for value in found.evidence.values()
     )
@@ -455,3 +465,38 @@ def test_a_lag_is_settled_at_once_when_the_run_has_no_time_to_catch_up(epochs, s
     diagnosis = diagnose(rows, config)
     assert diagnosis.verdict == "ema_lag"
     assert diagnosis.settled is settled
+
+
+@pytest.mark.parametrize("found", ["no_fault", "healthy"])  # healthy: as version 0.1 wrote it
+@pytest.mark.parametrize(
+    ("state", "low", "verdict"),
+    [
+        ("completed", 0.61, "healthy"),
+        ("completed", 0.5, "no_fault"),
+        ("completed", 0.22, "no_fault"),
+        ("completed", math.nan, "no_fault"),
+        ("stopped", 0.7, "no_fault"),
+        ("running", 0.7, "no_fault"),
+        ("failed", 0.7, "no_fault"),
+    ],
+)
+def test_healthy_is_a_completed_trial_above_chance_without_a_fault(
+    found: str, state: str, low: float, verdict: str
+) -> None:
+    assert trial_verdict(found, state, low) == verdict
+    assert trial_verdict("ema_lag", state, low) == "ema_lag"
+
+
+def test_the_lower_end_of_an_auc_is_the_recorded_one_or_follows_from_the_counts() -> None:
+    row = {"epoch": 1, "val_auc": 0.7, "val_auc_low": 0.58, "val_auc_high": 0.8}
+    assert auc_low(row, "ema") == 0.58
+    assert math.isnan(auc_low(row, "raw"))
+    counted = {"epoch": 1, "val_auc_raw": 0.7, "val_positive": 20, "val_negative": 80}
+    assert auc_low(counted, "raw") == pytest.approx(0.7 - 1.96 * expected_error(0.7, 20, 80))
+    assert math.isnan(auc_low({}, "ema"))
+
+
+def test_the_document_lists_every_verdict() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "stopping.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?`) \|", text.split("## Verdicts")[1].split("## ")[0], re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == {*VERDICTS, HEALTHY}

@@ -24,7 +24,7 @@ from trainables.data.table_file import ManifestError
 from trainables.objective import OBJECTIVES
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study
-from tune_app.results.tables import came_back, plain_table
+from tune_app.results.tables import came_back, faulty, plain_table
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.rows import ENDED
@@ -408,7 +408,7 @@ def run_lines(study: Study) -> list[str]:
     trials = study.trials_full
     for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
         own = trials[trials["variant"] == variant]
-        sick = own[own["verdict"].notna() & (own["verdict"] != "healthy")]
+        sick = own[faulty(own)]
         healed = own.loc[came_back(own), "healed_epochs"]
         if sick.empty and healed.empty:
             continue

@@ -1,14 +1,14 @@
 """The study directory as its driver writes it; `results` reads it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from trainables.checkpoints import when_there_is_room, write_json
-from trainables.diagnosis import diagnose
-from trainables.objective import objective_value
-from tune_app.study.files import StudyFiles, append_line
+from trainables.diagnosis import auc_low, diagnose, trial_verdict
+from trainables.objective import OBJECTIVES, BestEpoch, objective_value
+from tune_app.study.files import STUDY_FORMAT, KeptBy, StudyFiles, append_line, kept_by
 from tune_app.study.policy import Decision
 from tune_app.study.rows import StudyDamageError, read_record, read_rows
 from tune_app.study.spec import StudySpec
@@ -31,6 +31,7 @@ class Recorder:
         self, spec: StudySpec, files: StudyFiles, clock: Callable[[], float] = time.time
     ) -> None:
         self.spec, self.files, self._clock = spec, files, clock
+        self.kept: KeptBy = kept_by(spec.objective, STUDY_FORMAT)
         self.rows: dict[str, list[dict[str, Any]]] = {}
         """Of trials that have not ended: a row takes some 6 kB, and a long study has many."""
         for row in read_rows(files.epochs):
@@ -113,7 +114,7 @@ class Recorder:
                 "error": error,
                 "ended": self._clock(),
                 "objective": objective_value(rows, self.spec.objective),
-                "verdict": diagnosis.verdict if diagnosis else None,
+                "verdict": self._verdict(diagnosis.verdict, state, rows) if diagnosis else None,
                 "verdict_epoch": diagnosis.epoch if diagnosis else None,
                 "verdict_summary": diagnosis.summary if diagnosis else None,
                 "advice": diagnosis.advice if diagnosis else None,
@@ -124,6 +125,13 @@ class Recorder:
             self.written(trial)  # its reason is nowhere else; other ends follow from rows
         self.rows.pop(trial, None)
         return self.records[trial]
+
+    def _verdict(self, found: str, state: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        best = BestEpoch(self.kept.objective, window_end=self.kept.window_end)
+        for row in rows:
+            best.update(row)
+        kept = next((row for row in rows if row["epoch"] == best.epoch), {})
+        return trial_verdict(found, state, auc_low(kept, OBJECTIVES[self.kept.objective].weights))
 
     def written(self, trial: str) -> None:
         """Wait until the record of the trial is on disk."""

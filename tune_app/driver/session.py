@@ -82,7 +82,8 @@ class StudySession:
         self.requests = TrialRequests(self.files)
         self.place = StudyPlace(self.files.root)
         self.rules: int = self.files.read()["format"]
-        self.objective = kept_by(spec.objective, self.rules).objective
+        recorder.kept = kept_by(spec.objective, self.rules)
+        self.objective = recorder.kept.objective
         self.policy = Policy(
             spec.policy if spec.kind == "search" else watching_only(spec.policy),
             self.epochs,

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from trainables.checkpoints import TrialFiles, write_json
 from trainables.config import ConfigError, FineTuneConfig, build_config, cannot_run
-from trainables.course import HEALTHY
+from trainables.course import NO_FAULT
 from trainables.data.folds import split_of, thin_folds
 from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest, read_manifest
@@ -88,7 +88,7 @@ def train_once(
         rows.append(row)
         console.print(epoch_line(row, config.epochs))
     verdict = diagnose(rows, config)
-    summary = _good_end(rows) if verdict == HEALTHY else verdict.summary
+    summary = _good_end(rows) if verdict == NO_FAULT else verdict.summary
     console.print(f"\n{summary}", soft_wrap=True, markup=False)
     if verdict.advice:
         console.print(verdict.advice, soft_wrap=True, markup=False)

@@ -29,7 +29,7 @@ from trainables.config import ConfigError, FineTuneConfig, build_config, problem
 from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.scans import Recipe
 from trainables.data.volumes import new_folder, same_volumes
-from trainables.diagnosis import HEALTHY
+from trainables.diagnosis import NO_FAULT, WITHOUT_FAULT
 from trainables.errors import ProblemsError
 from tune_app.models.calibration import Calibration
 from tune_app.models.fingerprint import Fingerprint
@@ -113,7 +113,10 @@ class Member(_Part):
     @property
     def trouble(self) -> str | None:
         """The fault of its run, in a sentence; None where there was none. A collapse that healed counts, too."""
-        if self.verdict in (None, "healthy") and self.verdict_summary in (None, HEALTHY.summary):
+        if self.verdict in (None, *WITHOUT_FAULT) and self.verdict_summary in (
+            None,
+            NO_FAULT.summary,
+        ):
             return None
         return self.verdict_summary or self.verdict
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from trainables.diagnosis import HEALTHY, NO_FAULT, WITHOUT_FAULT
 from trainables.objective import OBJECTIVES
 from tune_app.report.findings import documented_settings, leading
 from tune_app.results.importance import Axis
@@ -35,6 +36,7 @@ PALETTE = {
     PAPER: "#161b22",
     VEIL: "rgba(22,27,34,0.93)",
     "#00609c": "#62b8f0",
+    "#2f6f8f": "#8cc7dd",
     "rgba(0,96,156,0.15)": "rgba(98,184,240,0.2)",
     "rgba(199,83,0,0.15)": "rgba(255,161,79,0.2)",
     "#8b939e": "#7b8593",
@@ -62,25 +64,56 @@ class Group(NamedTuple):
     symbol: str
     glyph: str
     """The symbol as a character, for legends in text."""
+    meaning: str = ""
+    """What a verdict's name stands for."""
+
+
+def _of_verdict(
+    verdict: str, colour: str, dash: str, symbol: str, glyph: str, meaning: str
+) -> Group:
+    """A group has its verdict's own name, as every table and file has."""
+    return Group(verdict, verdict, colour, dash, symbol, glyph, meaning)
 
 
 GROUPS: dict[str, Group] = {
     group.key: group
     for group in (
-        Group("healthy", "no fault found", "#00609c", "solid", "circle", "●"),
+        _of_verdict(
+            "healthy", "#00609c", "solid", "circle", "●", "no fault, completed, AUC above chance"
+        ),
+        _of_verdict(
+            "no_fault",
+            "#2f6f8f",
+            "solid",
+            "circle-dot",
+            "◉",
+            "no fault, but it runs or failed, or its AUC is not above chance",
+        ),
         Group("halved", "stopped at a rung", "#6f7884", "solid", "circle-open", "○"),
         Group("requested", "stopped on request", "#536273", "solid", "square-open", "□"),
-        Group("ema_lag", "averaged weights lag", "#c75300", "dash", "x", "✖"),
-        Group(
-            "collapsed_after_drw", "collapsed after DRW", "#b0123b", "dashdot", "triangle-down", "▼"
+        _of_verdict("ema_lag", "#c75300", "dash", "x", "✖", "averaged weights lag"),
+        _of_verdict(
+            "collapsed_after_drw",
+            "#b0123b",
+            "dashdot",
+            "triangle-down",
+            "▼",
+            "collapsed after the class weights began",
         ),
-        Group("collapsed", "collapsed", "#7b0f63", "longdash", "diamond", "◆"),
-        Group("saturated", "scores saturated", "#5a3db4", "longdashdot", "square", "■"),
-        Group("non_finite", "not finite", "#303030", "dot", "cross", "✚"),
-        Group("never_learned", "never learned", "#7a5b10", "dot", "hexagon", "⬢"),
-        Group("train_validation_gap", "train-validation gap", "#0b7a5e", "dash", "star", "★"),
-        Group("loss_spike", "loss spike", "#947200", "dashdot", "triangle-up", "▲"),
-        Group("too_noisy", "too noisy to call", "#536273", "dot", "pentagon", "⬟"),
+        _of_verdict("collapsed", "#7b0f63", "longdash", "diamond", "◆", "collapsed"),
+        _of_verdict("saturated", "#5a3db4", "longdashdot", "square", "■", "scores saturated"),
+        _of_verdict("non_finite", "#303030", "dot", "cross", "✚", "scores or loss not finite"),
+        _of_verdict("never_learned", "#7a5b10", "dot", "hexagon", "⬢", "not above chance"),
+        _of_verdict(
+            "train_validation_gap",
+            "#0b7a5e",
+            "dash",
+            "star",
+            "★",
+            "training AUC far above validation AUC",
+        ),
+        _of_verdict("loss_spike", "#947200", "dashdot", "triangle-up", "▲", "training loss jumped"),
+        _of_verdict("too_noisy", "#536273", "dot", "pentagon", "⬟", "too noisy to judge"),
         Group("failed", "failed", "#303030", "solid", "x-open", "✕"),
     )
 }
@@ -95,10 +128,10 @@ def group_of(trial: Mapping[Any, Any]) -> str:
     if trial["state"] == "failed":
         return "failed"
     verdict = trial["verdict"]
-    if not pd.isna(verdict) and verdict != "healthy" and verdict in GROUPS:
+    if not pd.isna(verdict) and verdict not in WITHOUT_FAULT and verdict in GROUPS:
         return str(verdict)
     if trial["state"] != "stopped" or trial["stopped_by"] == "diagnosis":
-        return "healthy"
+        return HEALTHY if not pd.isna(verdict) and verdict == HEALTHY else NO_FAULT.verdict
     return "requested" if trial["stopped_by"] == "requested" else "halved"
 
 
@@ -133,8 +166,8 @@ def curves(study: Study, metric: str) -> Figure:
     data: list[dict[str, Any]] = []
     marks: list[dict[str, Any]] = []
     for key in [
-        *(key for key in GROUPS if key in by_group and key != "healthy"),
-        *(["healthy"] if "healthy" in by_group else []),
+        *(key for key in GROUPS if key in by_group and key not in WITHOUT_FAULT),
+        *(key for key in WITHOUT_FAULT if key in by_group),
     ]:
         group, trials = GROUPS[key], by_group[key]
         data.append(_many_lines(group, [(t["trial"], *lines[t["trial"]]) for t in trials]))
@@ -211,7 +244,7 @@ def _many_lines(
         ids += [*([trial] * len(epochs)), None]
     style = {
         "color": group.colour,
-        "width": 1.3 if group.key != "healthy" else 1.6,
+        "width": 1.3 if group.key not in WITHOUT_FAULT else 1.6,
         "dash": group.dash,
     }
     few = 0.9 if len(lines) < 15 else 0.55

@@ -24,7 +24,7 @@ from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig, as_scalar, build_config
 from trainables.data.folds import few_of_a_class
 from trainables.data.json_files import read_json
-from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, expected_error
+from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, WITHOUT_FAULT, expected_error
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.compare.confirm import judge, judged_lines
@@ -508,7 +508,7 @@ def _about_the_files(study: Study) -> Iterator[Caution]:
 
 def _about_the_best(study: Study) -> Iterator[Caution]:
     best = leading(study)
-    if best["verdict"] not in ("healthy",) and not pd.isna(best["verdict"]):
+    if not pd.isna(best["verdict"]) and best["verdict"] not in WITHOUT_FAULT:
         advice = "" if pd.isna(best["advice"]) else str(best["advice"])
         yield Caution(
             f"The best trial itself ({best['trial']}) is diagnosed {best['verdict']}",

@@ -217,6 +217,7 @@ def _chips(study: Study) -> list[dict[str, Any]]:
         {
             "key": key,
             "title": figures.GROUPS[key].title,
+            "meaning": figures.GROUPS[key].meaning,
             "glyph": figures.GROUPS[key].glyph,
             "colour": figures.GROUPS[key].colour,
             "dashes": DASHES[figures.GROUPS[key].dash],
@@ -288,11 +289,7 @@ def _each_stop(study: Study) -> Table:
 def _verdict(trial: Mapping[Any, Any]) -> str:
     if pd.isna(trial["verdict"]):
         return "-"
-    title = (
-        figures.GROUPS[trial["verdict"]].title
-        if trial["verdict"] in figures.GROUPS
-        else str(trial["verdict"])
-    )
+    title = str(trial["verdict"])
     since = trial.get("since_epoch", pd.NA)  # no column where no trial has one
     return title if pd.isna(since) else f"{title} since {since}"
 

@@ -13,7 +13,7 @@ from tune_app.compare.confirm import print_confirmation
 from tune_app.report.findings import rivals_within_noise
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
-from tune_app.results.tables import came_back, render_table, results_table
+from tune_app.results.tables import came_back, faulty, render_table, results_table
 from tune_app.study.tied import TIED_AUC, nearly_tied
 
 SHOWN_TRIALS = 20
@@ -65,7 +65,7 @@ def stopped_lines(study: Study) -> list[str]:
             f"{len(halved)} {'was' if len(halved) == 1 else 'were'} stopped at a rung, where others were ahead: "
             f"{', '.join(halved['trial'])}"
         )
-    sick = (trials["verdict"].notna() & (trials["verdict"] != "healthy")) | came_back(trials)
+    sick = faulty(trials) | came_back(trials)
     warned = trials[(trials["state"] == "completed") & sick]
     lines += [
         f"{trial['trial']} completed, but: {trial['verdict_summary']}"

@@ -11,13 +11,14 @@ import pandas as pd
 from trainables.config import FineTuneConfig
 from trainables.data.storage import url_of
 from trainables.data.visible import is_unicode
-from trainables.diagnosis import diagnose
+from trainables.diagnosis import auc_low, diagnose, run_verdict, trial_verdict
+from trainables.objective import OBJECTIVES
 from tune_app.results.study import Studies, Study
 from tune_app.results.trials import trials_table
 from tune_app.study.columns import DECISION_COLUMNS, EPOCH_COLUMNS
 from tune_app.study.copies import opened
 from tune_app.study.errors import SpecError
-from tune_app.study.files import StudyFiles, kept_by
+from tune_app.study.files import KeptBy, StudyFiles, kept_by
 from tune_app.study.policy import Policy
 from tune_app.study.rows import (
     StudyDamageError,
@@ -73,6 +74,7 @@ def load_study(path: str | Path, *, on_damage: Literal["error", "skip"] = "error
         .where(trials["state"] == "stopped")
     )
     _diagnose_the_rest(trials, epochs)
+    trials["verdict"] = _verdicts(trials, kept)
     searched = _searched(spec, records, trials)
     return Study(
         files.root,
@@ -222,12 +224,14 @@ def _read_decisions(path: Path, damage: list[str], notes: list[str]) -> pd.DataF
     """One row a line; columns in the order they first appear, values of more than one part as JSON text."""
     rows = [row for _, row in json_lines(path, whole_lines(path, notes), damage)]
     try:
-        return pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(DECISION_COLUMNS)
+        table = pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(DECISION_COLUMNS)
     except (TypeError, ValueError, OverflowError) as error:
         damage.append(f"{path}: a value is not of its kind: {one_line(error)}")
         return pd.DataFrame(
             {name: pd.Series(dtype=dtype) for name, dtype in DECISION_COLUMNS.items()}
         )
+    table["verdict"] = table["verdict"].map(run_verdict, na_action="ignore").astype("string")
+    return table
 
 
 def _searched(
@@ -253,6 +257,22 @@ def _diagnose_the_rest(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
         trials.loc[index, "healed_epochs"] = found.healed_epochs
         trials.loc[index, "advice"] = found.advice or pd.NA
         trials.loc[index, "since_epoch"] = found.epoch if found.epoch is not None else pd.NA
+
+
+def _verdicts(trials: pd.DataFrame, kept: KeptBy) -> "pd.Series[str]":
+    """The verdict on each trial from the fault in its record or its rows, by the rule of this version for all studies."""
+    weights = OBJECTIVES[kept.objective].weights
+    names = [name for name in trials.columns if name.startswith("best_val_")]
+    of_best = trials[names].astype(object).where(trials[names].notna(), None)
+    rows = [
+        {name.removeprefix("best_"): value for name, value in zip(names, values, strict=True)}
+        for values in of_best.itertuples(index=False, name=None)
+    ]
+    verdicts = [
+        None if pd.isna(found) else trial_verdict(str(found), str(state), auc_low(row, weights))
+        for found, state, row in zip(trials["verdict"], trials["state"], rows, strict=True)
+    ]
+    return pd.Series(verdicts, index=trials.index, dtype="string")
 
 
 def _stopped_by(decisions: pd.DataFrame) -> pd.Series:

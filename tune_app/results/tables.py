@@ -12,6 +12,7 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from trainables.diagnosis import WITHOUT_FAULT
 from tune_app.results.query import QueryError, column_of, require_column, select
 from tune_app.results.text import formatted
 
@@ -71,6 +72,12 @@ def results_table(
 def came_back(trials: pd.DataFrame) -> "pd.Series[bool]":
     """Return which trials spent epochs in a collapse that healed, which their verdicts no longer show."""
     return (trials["healed_epochs"] > 0).fillna(False).astype(bool)
+
+
+def faulty(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which trials have a verdict that names a fault."""
+    verdicts = trials["verdict"]
+    return (verdicts.notna() & ~verdicts.isin(WITHOUT_FAULT)).astype(bool)
 
 
 def _chosen_columns(

@@ -25,27 +25,13 @@ def plain(value: Any) -> Any:
 
 def formatted(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table as text: scores with three decimals, rates as 1e-4, durations in s, min or h, "-" for missing."""
-    text = pd.DataFrame(
+    return pd.DataFrame(
         {
             str(name): [format_value(str(name), value) for value in table[name]]
             for name in table.columns
         },
         dtype="object",
     )
-    if {"verdict", "state", "best_val_auc_low"} <= set(table.columns):
-        unproven = ~is_sound(table) & (table["verdict"] == "healthy").fillna(False)
-        text.loc[unproven.to_numpy(dtype=bool), "verdict"] = "no fault"
-    return text
-
-
-def is_sound(table: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which trials may be called healthy: no fault found, trained to the end, AUC above chance.
-
-    Columns verdict, state and best_val_auc_low. Without a fault, a trial that was cut or is at chance is not healthy.
-    """
-    above = (table["best_val_auc_low"] > 0.5).fillna(False)
-    whole = (table["state"] == "completed").fillna(False)
-    return ((table["verdict"] == "healthy").fillna(False) & whole & above).astype(bool)
 
 
 def format_value(column: str, value: Any) -> str:

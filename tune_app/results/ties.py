@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
+from trainables.diagnosis import WITHOUT_FAULT
 from tune_app.results.importance import Axis
 
 NEIGHBOURS = 5
@@ -22,7 +23,7 @@ def ranking(trials: pd.DataFrame, column: str, axes: Iterable[Axis], *, smaller:
     """
     values = trials[column].to_numpy("float64", na_value=np.nan)
     worth = np.nan_to_num(-values if smaller else values, nan=-math.inf)
-    sound = (trials["verdict"] == "healthy").fillna(False).to_numpy(dtype=bool)
+    sound = trials["verdict"].isin(WITHOUT_FAULT).to_numpy(dtype=bool)
     medians = np.zeros(len(trials))
     finite = np.flatnonzero(np.isfinite(values))
     equal, counts = np.unique(values[finite], return_counts=True)

@@ -21,8 +21,8 @@ from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
-from tune_app.results.tables import results_table
-from tune_app.results.text import duration, format_value, is_sound, plain, printable
+from tune_app.results.tables import faulty, results_table
+from tune_app.results.text import duration, format_value, plain, printable
 from tune_app.serve.folder import UnknownError
 from tune_app.serve.queue import StudyQueue
 from tune_app.study.columns import METRICS
@@ -241,8 +241,6 @@ def _text(name: str, row: Mapping[Any, Any]) -> str:
     value = row[name]
     if name == "best_val_auc" and not pd.isna(value) and "best_val_auc_low" in row:
         return f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
-    if name == "verdict" and isinstance(value, str) and value in figures.GROUPS:
-        return figures.GROUPS[value].title
     text = format_value(name, value)
     return "" if text == "-" else text
 
@@ -357,7 +355,7 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         "study": study.name,
         "group": group,
         "group_title": figures.GROUPS[group].title,
-        "sound": bool(is_sound(found).iloc[0]),
+        "faulty": bool(faulty(found).iloc[0]),
         **told,
         "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
         "drw": int(active.min()) if len(active) else None,
@@ -454,8 +452,7 @@ def _outcome(page: Mapping[str, Any], name: str, column: str) -> str:
     if value is None:
         return "-"
     if name == "verdict":
-        title = figures.GROUPS[value].title if value in figures.GROUPS else str(value)
-        return title if page["since_epoch"] is None else f"{title} since {page['since_epoch']}"
+        return value if page["since_epoch"] is None else f"{value} since {page['since_epoch']}"
     text = format_value(column, value)
     if name == "best_val_auc" and page["best_val_auc_low"] is not None:
         text += f" [{page['best_val_auc_low']:.3f}, {page['best_val_auc_high']:.3f}]"

@@ -96,7 +96,11 @@ TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
         "string",
         "cause of a stop: halving, diagnosis, or requested (a user asked for it)",
     ),
-    "verdict": ("string", "diagnosis of its curves: healthy, or the fault"),
+    "verdict": (
+        "string",
+        "the fault in its epochs; healthy: none, completed, and above chance; no_fault: none, but stopped, not ended, "
+        "or not distinguishable from chance",
+    ),
     "since_epoch": ("Int64", "epoch from which the verdict holds"),
     "verdict_summary": ("string", "the verdict in a sentence, with its numbers"),
     "healed_epochs": (

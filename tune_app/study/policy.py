@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trainables.config import FineTuneConfig
-from trainables.diagnosis import HEALTHY, DrwStart, RunMonitor, Verdict
+from trainables.diagnosis import NO_FAULT, DrwStart, RunMonitor, Verdict
 from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES, RunningValue, as_number
 from tune_app.study.policy_spec import COMPARED, FIRST_COMPARABLE, PolicySpec
 
@@ -165,7 +165,7 @@ class Policy:
     def _decide_new(
         self, trial_id: str, trial: "_Trial", epoch: int, row: Mapping[str, Any]
     ) -> Decision:
-        diagnosis = trial.monitor.update(row) if trial.diagnosed else HEALTHY
+        diagnosis = trial.monitor.update(row) if trial.diagnosed else NO_FAULT
         action = self.spec.actions[diagnosis.verdict]
         since = diagnosis.epoch
         if (
@@ -184,7 +184,7 @@ class Policy:
             )
         warning = (
             action != "ignore"
-            and diagnosis.verdict != "healthy"
+            and diagnosis.verdict != NO_FAULT.verdict
             and diagnosis.verdict != trial.told
         )
         if action != "ignore":
@@ -340,7 +340,7 @@ class _Trial:
         self.ended: Decision | None = None
         self.running = RunningValue(COMPARED[spec.compared])
         self.value = -math.inf
-        self.told: Verdict = "healthy"
+        self.told: Verdict = NO_FAULT.verdict
         self.diagnosed = any(action != "ignore" for action in spec.actions.values())
         self.monitor = RunMonitor(config)
         known = config or {}

@@ -1,12 +1,12 @@
 """When trials are stopped early, as users write it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trainables.config import problem_lines
-from trainables.diagnosis import VERDICTS, Verdict
+from trainables.diagnosis import VERDICTS, Verdict, run_verdict
 from trainables.errors import ProblemsError
 from trainables.objective import Reduction
 from tune_app.study.yaml_text import YamlError, load_yaml
@@ -16,7 +16,7 @@ VerdictAction = Literal["stop", "warn", "ignore"]
 
 
 DEFAULT_ACTIONS: dict[Verdict, VerdictAction] = {
-    "healthy": "ignore",
+    "no_fault": "ignore",
     "non_finite": "stop",
     "ema_lag": "stop",
     "collapsed_after_drw": "stop",
@@ -84,11 +84,22 @@ class PolicySpec(BaseModel):
     actions: dict[Verdict, VerdictAction] = Field(default_factory=lambda: dict(DEFAULT_ACTIONS))
     """Per verdict: stop, warn or ignore; the defaults hold for verdicts not named."""
 
+    @field_validator("actions", mode="before")
+    @classmethod
+    def _present_names(cls, value: Any) -> Any:
+        """Take the names of studies and policy files of earlier versions."""
+        if not isinstance(value, dict):
+            return value
+        return {
+            run_verdict(name) if isinstance(name, str) else name: action
+            for name, action in value.items()
+        }
+
     @field_validator("actions")
     @classmethod
     def _complete(cls, value: dict[Verdict, VerdictAction]) -> dict[Verdict, VerdictAction]:
-        if value.get("healthy", "ignore") == "stop":
-            raise ValueError("healthy=stop would end every trial: warn or ignore")
+        if value.get("no_fault", "ignore") == "stop":
+            raise ValueError("no_fault=stop would end every trial: warn or ignore")
         return {**DEFAULT_ACTIONS, **value}
 
 

@@ -463,6 +463,7 @@ def test_the_card_says_what_the_model_is_worth_and_not_for(exported_ensemble: Pa
     [
         (None, None, None),
         ("healthy", "nothing found", None),
+        ("no_fault", "nothing found", None),
         (
             "healthy",
             "nothing found; healed: ema_lag in epochs 28 to 52",

@@ -484,7 +484,7 @@ def test_a_tie_goes_to_a_sound_trial_among_good_neighbours(write_study: WriteStu
         )
     study = load_study(root)
     assert study.best()["objective"] == 1.0
-    assert study.best()["verdict"] == "healthy", "not 00007, whose loss jumped"
+    assert study.best()["verdict"] != "loss_spike", "not 00007, whose loss jumped"
     assert study.leaderboard(1)["trial"].tolist() == [study.best()["trial"]]
     assert study.ranked["objective"].tolist() == sorted(values, reverse=True)
     only = [study.axis("max_m")]

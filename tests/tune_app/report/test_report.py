@@ -472,7 +472,7 @@ def test_groups_differ_without_colour() -> None:
     verdicts = [
         group
         for key, group in figures.GROUPS.items()
-        if key not in ("healthy", "halved", "requested", "failed")
+        if key not in ("healthy", "no_fault", "halved", "requested", "failed")
     ]
     assert all(group.dash != "solid" for group in verdicts)
     assert {group.dash for group in figures.GROUPS.values()} <= set(sections.DASHES)

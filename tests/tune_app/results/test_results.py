@@ -200,6 +200,25 @@ def test_a_trial_says_what_stopped_it_and_why(a_search: Path) -> None:
     assert "device-side assert" in failed["error"]
 
 
+def test_the_verdict_is_the_word_of_the_record_and_healthy_needs_a_whole_trial_above_chance(
+    a_search: Path,
+) -> None:
+    study = load_study(a_search)
+    recorded = {
+        trial: study.record(trial)["verdict"]
+        for trial in study.trials_full["trial"]
+        if study.record(trial)["ended"] is not None
+    }
+    assert len(recorded) == 20
+    assert study.trials_full.set_index("trial")["verdict"].to_dict() == recorded
+    healthy = study.trials_full[study.trials_full["verdict"] == "healthy"]
+    assert len(healthy)
+    assert (healthy["state"] == "completed").all()
+    assert (healthy["best_val_auc_low"] > 0.5).all()
+    cut = study.trials_full[study.trials_full["stopped_by"] == "halving"]
+    assert "no_fault" in set(cut["verdict"])
+
+
 def test_every_hyperparameter_is_a_plain_column_that_builds_the_same_config(a_search: Path) -> None:
     study = load_study(a_search)
     assert list(

@@ -334,20 +334,3 @@ def test_meanings_are_found_by_name_and_pattern(study: Study) -> None:
     with pytest.raises(QueryError, match="did you mean"):
         matching(meanings, "bst_epoch")
     assert meanings_table(meanings).row_count == len(meanings) + 2
-
-
-def test_healthy_is_said_only_of_whole_trials_above_chance():
-    table = pd.DataFrame(
-        {
-            "state": ["completed", "completed", "stopped", "completed", "completed"],
-            "verdict": ["healthy", "healthy", "healthy", "ema_lag", None],
-            "best_val_auc_low": [0.61, 0.22, 0.7, 0.7, None],
-        }
-    )
-    assert formatted(table)["verdict"].tolist() == [
-        "healthy",
-        "no fault",
-        "no fault",
-        "ema_lag",
-        "-",
-    ]

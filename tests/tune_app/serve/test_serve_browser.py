@@ -33,6 +33,7 @@ from object_storage import put_folder, s3_server
 
 from tune_app.report.findings import rivals_within_noise
 from tune_app.results.loading import load_study
+from tune_app.results.tables import faulty
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.presets import PRESETS
 from tune_app.study.rows import is_held
@@ -185,7 +186,7 @@ def test_two_trials_are_picked_and_compared_and_a_diagnosis_opened_by_keyboard(
     wait(browser, "return location.hash.startsWith('#/study/a%20search?pick=')")
     ready(browser)
     wait(browser, "return document.querySelectorAll('tr.picked').length === 2")
-    collapsed = study.trials_full[study.trials_full["verdict"] != "healthy"].iloc[0]
+    collapsed = study.trials_full[faulty(study.trials_full)].iloc[0]
     opened(browser, f"{service.url}#/study/a%20search/trial/{collapsed['trial']}")
     assert collapsed["verdict_summary"] in text(browser, "#summary")
     assert "What to change" in text(browser, ".advice")

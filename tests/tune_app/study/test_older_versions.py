@@ -55,6 +55,12 @@ def test_a_study_of_the_version_before_is_loaded_and_reported(
     assert list(study.trials_full["objective"].round(4)) == [0.6714, 0.6286, 0.6857]
     assert (len(study.epochs), len(study.decisions)) == (9, 9)
     assert study.best()["trial"] == "00002"
+    records = [json.loads(path.read_text()) for path in sorted(written.glob("trials/*/trial.json"))]
+    assert {record["verdict"] for record in records} == {"healthy"}
+    assert (study.trials_full["best_val_auc_low"] < 0.5).all()
+    assert set(study.trials_full["verdict"]) == {"no_fault"}, "none is above chance"
+    assert set(study.decisions["verdict"]) == {"no_fault"}
+    assert study.spec.policy.actions["no_fault"] == "ignore"
     page = tmp_path / "report.html"
     write_report(study, page)
     assert "00002" in page.read_text(encoding="utf-8")

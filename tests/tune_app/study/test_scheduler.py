@@ -393,7 +393,8 @@ def test_the_policy_of_a_study_file_is_checked_and_completed():
         {"compared": "mean"},
         {"actions": {"collapse": "stop"}},
         {"actions": {"collapsed": "kill"}},
-        {"actions": {"healthy": "stop"}},
+        {"actions": {"no_fault": "stop"}},
+        {"actions": {"healthy": "stop"}},  # its name in version 0.1
         {"grace": 3},
     ):
         with pytest.raises(ValidationError):
@@ -404,12 +405,12 @@ def test_the_policy_of_a_study_file_is_checked_and_completed():
 
 def test_a_policy_file_tells_each_violation_in_our_own_words(tmp_path):
     path = tmp_path / "policy.yaml"
-    path.write_text("grace_epochs: 0\nactions: {healthy: stop}\n")
+    path.write_text("grace_epochs: 0\nactions: {no_fault: stop}\n")
     with pytest.raises(PolicyError) as told:
         read_policy(path)
     assert told.value.problems == [
         f"{path}: grace_epochs: Input should be greater than or equal to 1",
-        f"{path}: actions: healthy=stop would end every trial: warn or ignore",
+        f"{path}: actions: no_fault=stop would end every trial: warn or ignore",
     ]
 
 

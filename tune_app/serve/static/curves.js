@@ -7,6 +7,7 @@ import { DASHES, paint } from "./charts.js";
 const INK = "#1b2430", FAINT = "#5b6675", GRID = "#dfe3e8", PAPER = "#ffffff";
 const SCORE = /auc|auprc|accuracy|sensitivity|brier|ece|tied|share|probability|threshold/;
 const isScore = (metric) => SCORE.test(metric); // values from 0 to 1
+const ON_TOP = ["no_fault", "healthy"]; // groups drawn above the others, the last one highest
 const PICKS = ["#e0007a", "#0087c9", "#5b8f00", "#8c2be2", "#008f7a", "#b35c00"];
 const DARK_PICKS = ["#ff5cb0", "#4cc2ff", "#a5d936", "#c79bff", "#3fe0c5", "#ffb066"];
 
@@ -209,16 +210,16 @@ export class Panel {
     const by = new Map();
     for (const [id, line] of this.lines) {
       if (!this.link.shows(id)) continue;
-      const key = this.link.trials.get(id)?.group ?? "healthy";
+      const key = this.link.trials.get(id)?.group ?? "no_fault";
       if (!by.has(key)) by.set(key, []);
       by.get(key).push([id, line]);
     }
-    for (const key of [...by.keys()].sort((a, b) => (a === "healthy") - (b === "healthy"))) this.drawGroup(pen, key, by.get(key));
+    for (const key of [...by.keys()].sort((a, b) => ON_TOP.indexOf(a) - ON_TOP.indexOf(b))) this.drawGroup(pen, key, by.get(key));
     pen.restore();
   }
   drawGroup(pen, key, lines) {
     const group = this.link.groups.get(key) || { colour: "#00609c", dash: "solid" };
-    const usual = key === "healthy" ? 1.5 : 1.2;
+    const usual = ON_TOP.includes(key) ? 1.5 : 1.2;
     pen.strokeStyle = paint(group.colour);
     pen.lineWidth = lines.length > 150 ? 1 / this.box.ratio : usual; // one pixel needs no outline: many times faster
     pen.setLineDash(lines.length > 150 ? [] : DASHES[group.dash] || []); // dashes of hundreds of lines are noise, and slow

@@ -62,7 +62,7 @@ export function studyView(id, query) {
 
   const curvesPath = (metrics) => `${base}/curves?axis=${axis}&${[...new Set(metrics)].map((name) => `metrics=${name}`).join("&")}`;
   function fill(curves) {
-    for (const [trial, curve] of Object.entries(curves.trials)) link.about(trial, { ...(about.get(trial) || { group: "healthy", ended: false }), drw: curve.drw });
+    for (const [trial, curve] of Object.entries(curves.trials)) link.about(trial, { ...(about.get(trial) || { group: "no_fault", ended: false }), drw: curve.drw });
     for (const panel of panels) panel.set(panel.metric, axis, Object.fromEntries(Object.entries(curves.trials).map(([trial, curve]) => [trial, { x: curve.x, y: curve[panel.metric] }])));
   }
   async function refill() { // other metrics or another axis, and rows that the live events do not hold
@@ -247,7 +247,7 @@ export function studyView(id, query) {
     const text = JSON.stringify([groups, [...hidden]]);
     if (parts.chips.dataset.text === text) return;
     parts.chips.dataset.text = text;
-    parts.chips.replaceChildren(...groups.map((group) => h("button", { type: "button", class: "chip", data: { group: group.key }, "aria-pressed": String(!hidden.has(group.key)), onclick: () => {
+    parts.chips.replaceChildren(...groups.map((group) => h("button", { type: "button", class: "chip", data: { group: group.key }, "aria-pressed": String(!hidden.has(group.key)), title: group.meaning || null, onclick: () => {
       if (hidden.has(group.key)) hidden.delete(group.key); else hidden.add(group.key);
       link.redraw();
       chips(overview.groups);
@@ -369,7 +369,7 @@ export function studyView(id, query) {
       const news = JSON.parse(event.data);
       document.documentElement.dataset.lag = String(Math.round(Date.now() - news.sent * 1000));
       for (const [trial, epoch, raw, ema, drw] of news.rows) {
-        if (!link.trials.has(trial)) link.about(trial, { group: "healthy", ended: false });
+        if (!link.trials.has(trial)) link.about(trial, { group: "no_fault", ended: false });
         if (drw && !link.trials.get(trial).drw) { link.about(trial, { ...link.trials.get(trial), drw: epoch }); link.redraw(); }
         if (axis === "epoch") for (const panel of panels) if (/^val_auc_(ema|raw)$/.test(panel.metric)) panel.add(trial, epoch, panel.metric === "val_auc_raw" ? raw : ema);
       }
@@ -436,8 +436,7 @@ export function trialView(study, trial) {
     if (!closed && trialInfo.state === "running") timer = setTimeout(load, 3000);
   }
   function show(trialInfo) {
-    const healthy = !trialInfo.verdict || trialInfo.verdict === "healthy";
-    const title = healthy ? (trialInfo.verdict ? (trialInfo.sound ? "healthy" : "no fault found") : "not diagnosed yet") : `${trialInfo.group_title === "stopped at a rung" ? trialInfo.verdict : trialInfo.group_title}${trialInfo.since_epoch ? ` since epoch ${trialInfo.since_epoch}` : ""}`;
+    const title = trialInfo.verdict ? `${trialInfo.verdict}${trialInfo.since_epoch ? ` since epoch ${trialInfo.since_epoch}` : ""}` : "not diagnosed yet";
     const interval = trialInfo.best_val_auc_low === null ? "" : ` [${number(trialInfo.best_val_auc_low)}, ${number(trialInfo.best_val_auc_high)}]`;
     const tile = (value, words) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, words));
     const plots = h("div", { class: "plots" });
@@ -445,7 +444,7 @@ export function trialView(study, trial) {
     const details = h("details", { ontoggle: async (event) => { if (event.target.open) log.textContent = (await api(`${base}/log?which=trial&trial=${enc(trial)}`)).lines.join("\n") || "nothing"; } }, h("summary", {}, "Log of the trial"), log);
     page.replaceChildren(
       h("div", { class: "title" }, h("h1", {}, `Trial ${trialInfo.trial}`), badge(trialInfo.state), trialInfo.variant ? h("span", { class: "faint" }, trialInfo.variant) : ""),
-      h("section", { class: `diagnosis ${healthy ? "good" : "bad"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(trialInfo.verdict_summary || (healthy ? "Nothing is wrong by now." : ""))), trialInfo.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(trialInfo.advice)) : ""),
+      h("section", { class: `diagnosis ${trialInfo.faulty ? "bad" : "good"}`, "aria-label": "diagnosis" }, h("b", { id: "verdict" }, title), h("p", { id: "summary" }, prose(trialInfo.verdict_summary || (trialInfo.faulty ? "" : "Nothing is wrong by now."))), trialInfo.advice ? h("p", { class: "advice" }, h("b", {}, "What to change: "), prose(trialInfo.advice)) : ""),
       trialInfo.reason && trialInfo.state !== "running" && !trialInfo.reason.includes(trialInfo.verdict_summary) ? h("p", {}, `Ended: ${trialInfo.reason}`) : "", trialInfo.error ? h("pre", { class: "log" }, trialInfo.error) : "",
       h("div", { class: "tools" }, trialInfo.stoppable ? h("button", { class: "tool", id: "stop-trial", disabled: trialInfo.stop_asked, onclick: async () => {
         if ((await confirmThat(`Stop trial ${trial} after the epoch it is in? It will not be run again.`, "stop the trial")) && (await act(`${base}/trials/${enc(trial)}/stop`, "asked: it ends with its epoch"))) load();
@@ -480,7 +479,7 @@ export function compareView(study, first, second) {
   api(`studies/${enc(study)}/compare?first=${enc(first)}&second=${enc(second)}`).then((comparison) => {
     const heads = comparison.trials.map((trial) => h("th", { scope: "col" }, h("a", { href: studyHash(study, `/trial/${enc(trial)}`) }, trial)));
     const table = (name, rows, more) => h("table", { class: "settings" }, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, name), heads.map((head) => head.cloneNode(true)), more ? h("th", { class: "roomy", scope: "col" }, more) : "")), h("tbody", {}, rows));
-    const words = comparison.pages.map((each) => h("div", { class: "diagnosis" }, h("b", {}, `${each.trial}: ${each.verdict ? each.group_title : "not diagnosed yet"}`), h("p", {}, prose(each.verdict_summary || ""))));
+    const words = comparison.pages.map((each) => h("div", { class: "diagnosis" }, h("b", {}, `${each.trial}: ${each.verdict || "not diagnosed yet"}`), h("p", {}, prose(each.verdict_summary || ""))));
     const plots = h("div", { class: "plots" });
     page.replaceChildren(h("h1", {}, `${first} against ${second}`), table("outcome", comparison.outcome.map((row) => h("tr", {}, row.map((text) => h("td", {}, text))))), h("h2", {}, "Curves"), plots,
       h("div", { class: "pair" }, words), h("h2", {}, "Settings that differ"), comparison.settings.length ? table("hyperparameter", comparison.settings.map((each) => h("tr", { data: { name: each.name } }, h("td", {}, each.name), each.values.map((text) => h("td", {}, text)), h("td", { class: "faint roomy" }, prose(each.meaning)))), "meaning") : h("p", {}, "None."),
