@@ -18,9 +18,10 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ MOST_RANGES = 8
 """Ranges of row numbers that a line names: the reason has to come soon."""
 
 MOST_CLASSES = 20
-"""Different labels up to which they are taken for names of classes."""
+"""More different labels than this are a measurement, not classes."""
+
+NEGATIVES = ("no", "negative", "benign", "normal", "healthy", "control", "false", "absent")
+"""Words that are taken for class 0 where nothing else is asked for."""
 
 MAX_FOLDS = 50
 
@@ -72,6 +76,12 @@ class Manifest:
     class_names: tuple[str, ...] = ()
     """Names of the classes by number, from the column `class`; empty unless it has one name for each class."""
 
+    @property
+    def classes(self) -> str | None:
+        """Return the names of the column `class` as `FineTuneConfig.classes`; None where it gives none."""
+        named = ",".join(f"{name}={number}" for number, name in enumerate(self.class_names))
+        return named or None
+
 
 def read_manifest(table: Path, num_classes: int = 2, classes: str | None = None) -> Manifest:
     """Return the rows of a CSV or Parquet table, checked without opening the volumes; URLs are not looked up.
@@ -85,6 +95,24 @@ def read_manifest(table: Path, num_classes: int = 2, classes: str | None = None)
     if problems:
         raise ManifestError(problems)
     return manifest_of(Path(table), rows, num_classes)
+
+
+def listed_volumes(table: Path) -> list[str]:
+    """Return the file or URL of every row, whatever its label and subject are.
+
+    Raises ManifestError where the table cannot be read, or the cell or the file of a row is missing.
+    """
+    rows, _ = checked_rows(Path(table), 2)
+    problems = told_together(
+        (row, problem)
+        for row in rows
+        for cell, problem in row.problems.items()
+        if cell in ("path", "cells")
+    )
+    unread = [f"{row.name}: no path" for row in rows if row.file is None and not row.problems]
+    if problems or unread:
+        raise ManifestError([*problems, *unread])
+    return [str(row.file) for row in rows]
 
 
 # Rows ------------------------------------------------------------------------------------------------------------------
@@ -187,11 +215,11 @@ def _what_labels_are(rows: list[Row]) -> list[str]:
     if len(wrong) <= TOLD_APART or 2 * len(wrong) < len(rows):
         return []
     counts = Counter(row.label_text for row in wrong)
-    if all(_as_number(text) is None for text in counts) and len(counts) <= MOST_CLASSES:
+    if _are_words(counts):
         listed = ", ".join(f"{_quoted(text)} {count}" for text, count in counts.most_common())
         return [
             f"labels are words ({listed} rows): give each class a whole number from 0, the positive one of two classes 1, "
-            f"in the table or in the study file (`classes: {{{_as_mapping(counts)}}}`)"
+            f"in the table{_class_options(counts)}"
         ]
     numbers = [number for text in counts if (number := _as_number(text)) is not None]
     if len(counts) > MOST_CLASSES and len(numbers) == len(counts):
@@ -202,10 +230,36 @@ def _what_labels_are(rows: list[Row]) -> list[str]:
     return []
 
 
-def _as_mapping(counts: Mapping[str, int]) -> str:
-    """The words as `classes` of a study file: the most frequent one is class 0."""
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    return ", ".join(f"{shown_cell(word)}: {number}" for number, word in enumerate(words))
+def _are_words(labels: Collection[str]) -> bool:
+    named = len(labels) <= MOST_CLASSES and "" not in labels
+    return named and all(_as_number(text) is None for text in labels)
+
+
+def _class_options(counts: Mapping[str, int]) -> str:
+    """How `classes` numbers these words in a study file, and on a command line."""
+    if any(set(",=") & set(word) for word in counts):
+        return ""
+    shown = {shown_cell(word): number for number, word in enumerate(words_in_order(counts))}
+    in_file = ", ".join(f"{word}: {number}" for word, number in shown.items())
+    option = shlex.quote("classes=" + ",".join(f"{word}={n}" for word, n in shown.items()))
+    return f", in the study file (`classes: {{{in_file}}}`), or with `--set {option}`"
+
+
+def words_in_order(words: Iterable[str]) -> list[str]:
+    """Return labels that are words in the order of their class numbers: NEGATIVES first, then by name."""
+    return sorted(words, key=lambda word: (word.casefold() not in NEGATIVES, word))
+
+
+def numbered_words(table: Path) -> dict[str, int]:
+    """Return a class number for each word that a table has as labels; empty where its labels are no words.
+
+    Raises ManifestError where the table cannot be read.
+    """
+    _, records = read_records(table)
+    words = words_in_order({cell_text(record.cells.get("label")) for record in records})
+    if len(words) < 2 or not _are_words(words) or any(set(",=") & set(word) for word in words):
+        return {}
+    return {word: number for number, word in enumerate(words)}
 
 
 def _as_number(text: str) -> float | None:

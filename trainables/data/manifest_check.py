@@ -36,6 +36,7 @@ from trainables.data.scans import (
 from trainables.data.spacing import common_spacing
 from trainables.data.table_file import ManifestError, read_records
 from trainables.data.threads import Progress, in_threads
+from trainables.data.visible import visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +47,18 @@ class CheckReport:
     problems: list[str]
     notices: list[str]
     """Facts worth knowing that stop nothing."""
+    class_names: tuple[str, ...] = ()
+    """By number, where they have names."""
 
     def lines(self) -> list[str]:
         """Return the table in a few sentences: rows, subjects, classes, splits, sizes, and the notices."""
         if self.manifest is None:
             return self.notices
         rows = self.manifest.rows
+        names = {number: f" ({visible(name)})" for number, name in enumerate(self.class_names)}
         classes = ", ".join(
-            f"class {label}: {count}" for label, count in sorted(Counter(rows["label"]).items())
+            f"class {label}{names.get(label, '')}: {count}"
+            for label, count in sorted(Counter(rows["label"]).items())
         )
         lines = [f"{len(rows)} volumes of {rows['subject'].nunique()} subjects; {classes}"]
         given = Counter(word for word in rows["split"] if word is not None)
@@ -98,7 +103,8 @@ def check_manifest(
     notices = [*_notices(readable, found, config), *_unread_columns(table), *_one_person(rows)]
     if problems:
         return CheckReport(None, problems, notices)
-    return CheckReport(manifest, [], notices + thin_folds(manifest, config, all_folds=True))
+    notices += thin_folds(manifest, config, all_folds=True)
+    return CheckReport(manifest, [], notices, config.class_names or manifest.class_names)
 
 
 @dataclass(frozen=True)

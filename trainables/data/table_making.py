@@ -20,17 +20,12 @@ from typing import Any
 from trainables.checkpoints import replacing
 from trainables.data.formats import FoundScan, has_scan_name, scans_below
 from trainables.data.json_files import parse_json, regular_bytes
+from trainables.data.manifest import MOST_CLASSES, words_in_order
 from trainables.data.table_file import MAX_TABLE_BYTES, ManifestError
 
 ID_NAMES = ("id", "scan", "image", "file", "filename", "path", "case", "name", "participant_id")
 LABEL_NAMES = ("label", "class", "diagnosis", "target", "group", "outcome", "malignancy", "y")
 SUBJECT_NAMES = ("subject", "subject_id", "patient", "patient_id", "participant_id", "person")
-NEGATIVES = ("no", "negative", "benign", "normal", "healthy", "control", "false", "absent")
-"""Words that are taken for class 0 where nothing else is asked for."""
-
-MOST_CLASSES = 20
-"""More different values than this are a measurement, not a class."""
-
 SHOWN = 5
 """Names listed in a message; the rest are counted."""
 
@@ -460,7 +455,7 @@ def _classes(
     if len(known) == len(written):
         written.sort(key=float)
     else:
-        written.sort(key=lambda word: (word.casefold() not in NEGATIVES, word))
+        written = words_in_order(written)
     return tuple(written), {word: number for number, word in enumerate(written)}
 
 

@@ -425,6 +425,9 @@ def confirm(
     _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
 
 
+WORDS_REASON = "change the numbers where another label is the positive one, class 1 of two"
+
+
 def _advice_for(table: Path, preset: str | None, space: str) -> dict[str, tuple[Any, str]]:
     """Return the preprocessing that suits the volumes of `table`, with reasons; print it, or why there is none.
 
@@ -432,27 +435,36 @@ def _advice_for(table: Path, preset: str | None, space: str) -> dict[str, tuple[
     """
     from search_spaces.written import space_from
     from trainables.config import build_config
-    from trainables.data.manifest import read_manifest
+    from trainables.data.manifest import numbered_words, read_manifest
     from trainables.data.recommend import recommend_for_table
     from trainables.data.scans import VolumeError
     from trainables.data.table_file import ManifestError
+    from trainables.data.visible import visible
     from tune_app.study.presets import PRESETS
 
     given = build_config(PRESETS[preset]["config"] if preset is not None else {})
     shape = given.volume_shape if "volume_shape" in given.model_fields_set else None
+    words: dict[str, int] = {}
     try:
-        manifest = read_manifest(table)
+        words = numbered_words(table)
+        named = build_config({"classes": words} if words else {})
+        manifest = read_manifest(table, named.num_classes, named.classes)
         with progress_bar("reading") as progress:
             advice = recommend_for_table(manifest, volume_shape=shape, progress=progress)
     except (ManifestError, VolumeError) as error:
         reason = str(error).splitlines()[0]
         err.print(f"note: nothing recommended yet: {reason}", soft_wrap=True, markup=False)
-        return {}
+        advice = []
     searched = {one.hyperparameter for one in space_from(space).parameters.values()}
     advice = [one for one in advice if one.name not in searched]
     for one in advice:
         err.print(f"recommended {one.line}", soft_wrap=True, markup=False)
-    return {one.name: (one.value, one.reason) for one in advice}
+    found = {one.name: (one.value, one.reason) for one in advice}
+    if words:
+        shown = ", ".join(f"{number} = {visible(word)}" for word, number in words.items())
+        err.print(f"classes: {shown}; {WORDS_REASON}", soft_wrap=True, markup=False)
+        found["classes"] = (words, f"the labels are words; {WORDS_REASON}")
+    return found
 
 
 @app.command()

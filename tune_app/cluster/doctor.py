@@ -249,25 +249,25 @@ def _open_files() -> int:
 
 def _data_seen(table: str) -> dict[str, str]:
     """Digest of the table, or the error: of the table, or of the first volume that it names."""
-    from trainables.data.manifest import read_manifest
+    from trainables.data.manifest import listed_volumes
     from trainables.data.table_file import ManifestError, table_bytes
     from trainables.data.threads import in_threads
 
     remedy = {"remedy": DATA_REMEDY} if is_url(table) else {}
     try:
-        rows = read_manifest(Path(table)).rows
+        paths = listed_volumes(Path(table))
         content = hashlib.sha256(table_bytes(Path(table))).hexdigest()[:16]
-        there = in_threads(_is_there, rows["path"])
+        there = in_threads(_is_there, paths)
     except (ManifestError, OSError) as error:
         return {"error": str(error).splitlines()[0], **remedy}
-    missing = [str(path) for path, found in zip(rows["path"], there, strict=True) if not found]
+    missing = [path for path, found in zip(paths, there, strict=True) if not found]
     if missing:
         remedy = {"remedy": DATA_REMEDY} if is_url(missing[0]) else {}
         return {
-            "error": f"{len(missing)} of {len(rows)} volumes are missing, the first is {missing[0]}",
+            "error": f"{len(missing)} of {len(paths)} volumes are missing, the first is {missing[0]}",
             **remedy,
         }
-    return {"digest": content, "volumes": str(len(rows))}
+    return {"digest": content, "volumes": str(len(paths))}
 
 
 def _is_there(path: str) -> bool:

@@ -166,9 +166,9 @@ def choose_classes(spec: StudySpec, manifest: Manifest) -> dict[str, Any]:
 
     Nothing for a confirmation, which has those of its search.
     """
-    if spec.kind == "confirmation" or "classes" in spec.shared or not manifest.class_names:
+    if spec.kind == "confirmation" or "classes" in spec.shared or manifest.classes is None:
         return {}
-    return {"classes": ",".join(f"{name}={n}" for n, name in enumerate(manifest.class_names))}
+    return {"classes": manifest.classes}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def train_once(
         raise ConfigError(problems)
     files = TrialFiles(folder)
     manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
-    config = _with_spacing(config, manifest, files, notes)
+    config = with_what_the_table_gives(config, manifest, files, notes)
     split = split_of(manifest, config)
     cohort_folder = prepare_cohort(manifest, Recipe.from_config(config), cache)
     cohort = open_cohort(cohort_folder)
@@ -108,12 +108,15 @@ def _good_end(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"no fault found; best validation AUC {best['val_auc']:.3f}, in epoch {best['epoch']} of {len(rows)}"
 
 
-def _with_spacing(
+def with_what_the_table_gives(
     config: FineTuneConfig, manifest: Manifest, files: TrialFiles, notes: Console
 ) -> FineTuneConfig:
-    """The config with the spacing that a run in this folder began with, or for a new run the common one of the table."""
-    if "spacing_mm" not in config.model_fields_set and files.config.is_file():
-        began = build_config(read_json(files.config))
+    """Return the config with spacing and class names that a run in this folder began with, or for a new run those of the table."""
+    began = build_config(read_json(files.config)) if files.config.is_file() else None
+    if "classes" not in config.model_fields_set:
+        named = manifest.classes if began is None else began.classes
+        config = config.model_copy(update={"classes": named})
+    if "spacing_mm" not in config.model_fields_set and began is not None:
         return config.model_copy(update={"spacing_mm": began.spacing_mm})
     config, found = with_common_spacing(config, manifest)
     for line in found.lines() if found else []:

@@ -618,6 +618,8 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
             f"{one.trial} {'-' if one.auc is None else f'{one.auc:.3f}'}" for one in info.members
         )
         lines.append(f"alone:     AUC of each member on its own validation volumes: {alone}")
+    if info.named_classes:
+        lines.append(f"classes:   {info.named_classes}")
     if info.decides == "nothing":
         lines.append("decides:   nothing: no threshold and no calibration belong to these weights")
     if info.decides == "likeliest":

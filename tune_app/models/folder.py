@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
 from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.scans import Recipe
+from trainables.data.visible import visible
 from trainables.data.volumes import new_folder, same_volumes
 from trainables.diagnosis import NO_FAULT, WITHOUT_FAULT
 from trainables.errors import ProblemsError
@@ -251,6 +252,22 @@ class ModelInfo(_Part):
         ):
             return {**fields, "decides": "threshold"}
         return fields
+
+    @property
+    def class_numbers(self) -> dict[str, int]:
+        """Return the class number of each word that a table may have as label."""
+        return {
+            word: number
+            for number, name in enumerate(self.class_names)
+            for word in (*name.split("/"), name)
+        }
+
+    @property
+    def named_classes(self) -> str:
+        """Return `0 = benign, 1 = malignant`; empty where the classes have no names."""
+        return ", ".join(
+            f"{number} = {visible(name)}" for number, name in enumerate(self.class_names)
+        )
 
     def class_name(self, label: int) -> str:
         """Return the label of a class: its name, or its number."""

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -60,36 +60,57 @@ RULES: dict[Decides, str] = {
 
 
 def find_scans(
-    paths: Sequence[Path], num_classes: int, say: Callable[[str], None] = lambda line: None
+    paths: Sequence[Path],
+    num_classes: int,
+    say: Callable[[str], None] = lambda line: None,
+    names: Mapping[str, int] | None = None,
 ) -> list[Source]:
     """Return the files that `paths` name, each once, in order: files themselves, all scans below a folder, or a table.
 
     A scan has a scan's name (.nii, .nii.gz) or content; any other file is read as a table, by the reader of all tables:
     a column `path`, relative to the table's own folder, and perhaps `label` and `subject`. An entry that cannot be found or
     read becomes a source with its problem, so that it has its row. Other files of a folder are reported through `say`. Label and
-    subject of a scan are those of the first table that has them, also where a folder names the scan before.
+    subject of a scan are those of the first table that has them, also where a folder names the scan before. `names`: words
+    that are labels, with their class numbers.
     """
+    known = _Labels(num_classes, names or {})
     sources: dict[str, Source] = {}
     for path in paths:
-        for source in _sources_of(path, num_classes, say):
+        for source in _sources_of(path, known, say):
             place = absolute(source.path)
-            known = sources.setdefault(place, source)
-            if None not in (known.label, source.label) and known.label != source.label:
+            first = sources.setdefault(place, source)
+            if None not in (first.label, source.label) and first.label != source.label:
                 say(
-                    f"note: {known.path}: label {known.label} first, then {source.label}: the first counts"
+                    f"note: {first.path}: label {first.label} first, then {source.label}: the first counts"
                 )
             sources[place] = replace(
-                known,
-                label=source.label if known.label is None else known.label,
-                subject=known.subject or source.subject,
+                first,
+                label=source.label if first.label is None else first.label,
+                subject=first.subject or source.subject,
             )
     return list(sources.values())
 
 
-def _sources_of(path: Path, num_classes: int, say: Callable[[str], None]) -> list[Source]:
+@dataclass(frozen=True)
+class _Labels:
+    """The labels that a table may have: class numbers, and words that name classes."""
+
+    num_classes: int
+    names: Mapping[str, int]
+
+    def number(self, text: str) -> int | None:
+        number = self.names.get(text, whole_number(text))
+        return number if number is not None and number < self.num_classes else None
+
+    def __str__(self) -> str:
+        words = f", or {', '.join(map(shown_cell, self.names))}" if self.names else ""
+        return f"0 to {self.num_classes - 1}{words}"
+
+
+def _sources_of(path: Path, labels: _Labels, say: Callable[[str], None]) -> list[Source]:
     try:
         if (url := url_of(path)) is not None:
-            return _of_url(url, num_classes, say)
+            return _of_url(url, labels, say)
         mode = path.stat().st_mode
     except StorageError as error:
         return [Source(str(url), problem=str(error))]
@@ -106,23 +127,23 @@ def _sources_of(path: Path, num_classes: int, say: Callable[[str], None]) -> lis
     head = head_of(path)
     if is_nifti(head) or foreign_format(head):
         return [Source(str(path))]
-    return _of_table(path, num_classes, say)
+    return _of_table(path, labels, say)
 
 
-def _of_url(url: str, num_classes: int, say: Callable[[str], None]) -> list[Source]:
+def _of_url(url: str, labels: _Labels, say: Callable[[str], None]) -> list[Source]:
     """The sources of an object, or of all scans below a prefix."""
     if has_scan_name(url):
         return [Source(url)]
     bucket, name = bucket_of(url)
     if bucket.stamp(name) is not None:
-        return _of_table(Path(url), num_classes, say)
+        return _of_table(Path(url), labels, say)
     below = [f"{bucket.url}/{one.name}" for one in bucket.listing(name) if has_scan_name(one.name)]
     return [Source(one) for one in below] or [
         Source(url, problem="no such object, and no scan below")
     ]
 
 
-def _of_table(table: Path, num_classes: int, say: Callable[[str], None]) -> list[Source]:
+def _of_table(table: Path, labels: _Labels, say: Callable[[str], None]) -> list[Source]:
     named = url_of(table) or str(table)
     try:
         columns, records = read_records(table)
@@ -142,10 +163,9 @@ def _of_table(table: Path, num_classes: int, say: Callable[[str], None]) -> list
             sources.append(Source(f"{named} row {record.number}", problem=width))
             continue
         place, problem = place_of(cells.get("path", ""), folder)
-        label = whole_number(cells.get("label", ""))
-        if cells.get("label") and (label is None or label >= num_classes):
+        label = labels.number(cells.get("label", ""))
+        if cells.get("label") and label is None:
             unknown.append(cells["label"])
-            label = None
         cell = cells.get("path", "")
         named_by_row = cell if is_url(cell) else os.path.join(folder, cell)  # noqa: PTH118
         shown = f"{named} row {record.number}" if not cell else str(place or named_by_row)
@@ -153,7 +173,7 @@ def _of_table(table: Path, num_classes: int, say: Callable[[str], None]) -> list
     if unknown:
         say(
             f"note: {named}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
-            f"classes are 0 to {num_classes - 1}"
+            f"classes are {labels}"
         )
     return sources
 
@@ -445,7 +465,9 @@ def run_predict(
         raise ModelError("--pool max: the largest score is that of class 1 of two; use mean")
     say(f"model: {folder}, id {model.id}, {model.info.kind}, on {model.device.type}")
     say(f"decision: {RULES[model.info.decides]}")
-    sources = find_scans(paths, model.info.num_classes, say)
+    if named := model.info.named_classes:
+        say(f"classes: {named}")
+    sources = find_scans(paths, model.info.num_classes, say, model.info.class_numbers)
     explainer = None
     if explain is not None:
         from tune_app.models.explain import Explainer

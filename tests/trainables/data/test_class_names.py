@@ -1,11 +1,15 @@
 """Classes by name: words as labels with a mapping, and names that a table brings along."""
 
 import pytest
+from rich.console import Console
 
+from trainables.checkpoints import TrialFiles, write_json
 from trainables.config import ConfigError, FineTuneConfig, build_config
-from trainables.data.manifest import read_manifest
+from trainables.data.manifest import listed_volumes, numbered_words, read_manifest
+from trainables.data.manifest_check import CheckReport
 from trainables.data.table_file import ManifestError
 from tune_app.driver.cohorts import choose_classes
+from tune_app.driver.single_run import with_what_the_table_gives
 from tune_app.study.spec import build_spec
 
 
@@ -105,3 +109,50 @@ def test_a_new_study_takes_the_names_of_its_table_and_keeps_those_that_it_has(ta
     }
     named = build_spec({"data": str(path), "classes": {"a": 0, "b": 1}})
     assert choose_classes(named, manifest) == {}
+
+
+def test_a_single_run_takes_the_names_of_its_table_and_continues_with_those_that_it_has(
+    table, tmp_path
+):
+    manifest = read_manifest(
+        table(["0|round", "1|flat", "0|round"], header="path,label,class,subject")
+    )
+    notes, files = Console(quiet=True), TrialFiles(tmp_path / "run")
+    plain = build_config({"spacing_mm": 1})
+
+    def taken(config):
+        return with_what_the_table_gives(config, manifest, files, notes)
+
+    assert taken(plain).class_names == ("round", "flat")
+    own = build_config({"classes": {"a": 0, "b": 1}, "spacing_mm": 1})
+    assert taken(own) == own
+    files.folder.mkdir()
+    began = build_config({"spacing_mm": 2})  # by a version that took no names
+    write_json(files.config, began.model_dump(mode="json"))
+    assert taken(build_config({})).hash() == began.hash()
+
+
+def test_words_are_numbered_as_a_new_table_has_them(table):
+    assert numbered_words(table(["b", "a", "b", "Control"])) == {"Control": 0, "a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("rows", [["0", "1"], ["b", "1"], ["b", "b"], ["a=1", "b"], ["b", ""]])
+def test_other_labels_are_numbered_by_nothing(table, rows):
+    assert numbered_words(table(rows)) == {}
+
+
+def test_the_files_of_a_table_are_listed_whatever_its_labels_are(table, tmp_path):
+    path = table(["benign", "2", ""])
+    assert listed_volumes(path) == [str(tmp_path / f"{number}.nii") for number in range(3)]
+    (tmp_path / "1.nii").unlink()
+    with pytest.raises(ManifestError, match=r"row 2 \(scan 1.nii\)"):
+        listed_volumes(path)
+    path.write_text("path,label,subject\n,0,a\n")
+    with pytest.raises(ManifestError, match="row 1"):
+        listed_volumes(path)
+
+
+def test_a_check_counts_classes_by_name(table):
+    manifest = read_manifest(table(["0", "1", "0"]))
+    (line,) = CheckReport(manifest, [], [], ("round", "flat\x1b")).lines()
+    assert line.endswith("class 0 (round): 2, class 1 (flat\\x1b): 1")

@@ -885,7 +885,8 @@ def test_words_as_labels_are_said_to_be_words_before_any_row(tmp_path: Path) -> 
     problems = labelled(tmp_path, ["benign", "malignant", "benign"] * 100)
     assert problems[0] == (
         "labels are words ('benign' 200, 'malignant' 100 rows): give each class a whole number from 0, the positive one of "
-        "two classes 1, in the table or in the study file (`classes: {benign: 0, malignant: 1}`)"
+        "two classes 1, in the table, in the study file (`classes: {benign: 0, malignant: 1}`), or with "
+        "`--set classes=benign=0,malignant=1`"
     )
     assert max(map(len, problems)) < 300
     assert any(

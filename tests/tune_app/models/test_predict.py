@@ -334,6 +334,21 @@ def test_a_table_labels_scans_that_a_folder_has_named_before(
     assert "1.nii: label 1 first, then 0: the first counts" in said[0]
 
 
+def test_a_table_may_have_the_names_of_the_models_classes_as_labels(tmp_path: Path) -> None:
+    lines = ["path,label"]
+    for name, label in (("1", "benign"), ("2", "likely"), ("3", "0"), ("4", "other"), ("5", "")):
+        (tmp_path / f"{name}.nii").touch()
+        lines.append(f"{name}.nii,{label}")
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(lines) + "\n")
+    names = ModelInfo.model_construct(class_names=("benign", "malignant/likely")).class_numbers
+    said: list[str] = []
+    found = find_scans([table], 2, said.append, names)
+    assert [one.label for one in found] == [0, 1, 0, None, None]
+    (note,) = said
+    assert "1 labels are not evaluated, the first is 'other': classes are 0 to 1, or benign" in note
+
+
 def test_files_folders_and_tables_name_scans(tmp_path: Path) -> None:
     for name in (
         "b/2.nii.gz",
@@ -613,9 +628,24 @@ def test_training_volumes_are_like_training_and_others_are_not() -> None:
 # A run without a study -------------------------------------------------------------------------------------------------
 
 
+def named_table(cohort: Path, folder: Path) -> Path:
+    """The cohort's table with a column `class`, as `medtune data table` writes it."""
+    rows = list(csv.DictReader((cohort / "table.csv").open(encoding="utf-8")))
+    for row in rows:
+        row["path"] = str(cohort / row["path"])
+        row["class"] = ("round", "flat")[int(row["label"])]
+    table = folder / "named.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return table
+
+
 @pytest.mark.slow
 def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path: Path) -> None:
     folder, cache = tmp_path / "run", tmp_path / "cache"
+    table = named_table(cohort, tmp_path)
     settings = [
         part
         for name, value in (TINY | {"fold": 1}).items()
@@ -624,7 +654,7 @@ def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path:
     trained = CliRunner().invoke(
         app,
         [
-            *("train", "--data", str(cohort / "table.csv"), "--out", str(folder), "--no-gpu"),
+            *("train", "--data", str(table), "--out", str(folder), "--no-gpu"),
             *("--cache", str(cache), *settings),
         ],
     )
@@ -637,12 +667,16 @@ def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path:
     assert found.exit_code == 0, found.output
     assert "exported to" in found.stderr
     (row,) = csv.DictReader(io.StringIO(found.stdout))
-    assert row["decision"] in ("0", "1")
+    assert row["class"] == {"0": "round", "1": "flat"}[row["decision"]]
+    assert "classes: 0 = round, 1 = flat" in found.stderr
+    assert "(0 round, 1 flat)" in (folder / "model" / "MODEL_CARD.md").read_text()
     info = info_of(folder / "model")
+    assert (began["classes"], info.class_names) == ("round=0,flat=1", ("round", "flat"))
     assert info.choice.kind == "train"
     assert info.preprocessing["spacing_mm"] == began["spacing_mm"]
     again = CliRunner().invoke(app, ["export", str(folder), "--out", str(tmp_path / "model")])
     assert again.exit_code == 0, again.output
+    assert "classes:   0 = round, 1 = flat" in again.output
     assert info_of(tmp_path / "model").threshold == info.threshold
     refused = CliRunner().invoke(
         app, ["export", str(folder), "--out", str(tmp_path / "x"), "--ensemble", "2"]

@@ -122,6 +122,16 @@ def test_init_writes_it_and_says_what_to_do_next(tmp_path: Path) -> None:
     assert (fields["data"], fields["space"]) == ("volumes.csv", "wide")
 
 
+def test_init_writes_the_classes_of_a_table_whose_labels_are_words(tmp_path: Path) -> None:
+    lines = [f"{number}.nii,{label},s{number}" for number, label in enumerate(["flat", *"rr"])]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,subject", *lines]) + "\n")
+    result = CliRunner().invoke(app, ["init", str(tmp_path / "study.yaml"), "--data", "t.csv"])
+    assert result.exit_code == 0, result.output
+    assert "classes: 0 = flat, 1 = r; change the numbers where" in result.stderr
+    config = build_spec(read_study_file(tmp_path / "study.yaml")).shared
+    assert build_config(config).class_names == ("flat", "r")
+
+
 @pytest.mark.parametrize(
     "command", [["fixes"], ["spaces"], ["spaces", "wide"], ["spaces", "documented"]]
 )
