@@ -2,24 +2,42 @@
 
 On GPUs the packing measures it on the real cohort, and everywhere the first epochs do (`time_budget`). A CPU may need
 hours for the first epoch of the default settings, so here a single pass gives an estimate in seconds.
+
+`python -m tune_app.driver.forecast SECONDS` measures an epoch before a study is queued: it is the process that `medtune
+serve` starts for its form. It reads the fields of a study as JSON from stdin, writes the measurement as one JSON object
+to stdout, and ends after SECONDS, also when no one waits for it any longer. On a GPU kernels are compiled and whole steps
+captured, which single passes lack, so real epochs over random volumes are timed there.
 """
 
+import json
 import math
+import signal
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from trainables import mps
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split, split_of
 from trainables.data.manifest import read_manifest
+from trainables.data.scans import Recipe
+from trainables.data.table_file import ManifestError
+from trainables.data.volumes import Cohort
+from trainables.kernel_cache import keep_kernels
 from trainables.machine.safe_path import safe_search
-from trainables.machine.this_machine import peak_resident_gib
-from tune_app.driver.packing import heaviest
+from trainables.machine.this_machine import peak_resident_gib, settle_user, usable_cpus
+from tune_app.study.duration import span, study_s
+from tune_app.study.errors import SpecError
+from tune_app.study.files import default_cache
+from tune_app.study.heaviest import heaviest
 from tune_app.study.presets import preset_line
-from tune_app.study.spec import StudySpec
+from tune_app.study.spec import StudySpec, build_spec
 
 WORTH_MEASURING = 2e8
 """Voxels that all trials together pass through a network, from which on a pass is measured: less takes minutes."""
@@ -39,6 +57,16 @@ VALIDATED = 2
 """Raw and averaged weights are validated in each epoch."""
 
 
+STEPS = 20
+"""Optimiser steps of a measured epoch at most."""
+
+EPOCHS = 3
+"""Epochs that run on a GPU; the fastest counts, as the first compiles kernels and captures the step."""
+
+VALIDATION = 64
+"""Volumes that a measured epoch validates at most."""
+
+
 class Pass(NamedTuple):
     """One measured pass, per volume."""
 
@@ -48,6 +76,10 @@ class Pass(NamedTuple):
     """Memory of the process with the network and its optimiser."""
     volume_gib: float
     """Memory of a volume between forward and backward."""
+
+    def trial_gib(self, config: FineTuneConfig) -> float:
+        """Return the memory of a trial."""
+        return self.fixed_gib + config.batch_size * self.volume_gib
 
 
 @dataclass(frozen=True)
@@ -79,14 +111,6 @@ class Forecast:
         return lines
 
 
-def span(seconds: float) -> str:
-    """Return seconds in the unit that people would use."""
-    for limit, unit, size in ((100.0, "s", 1.0), (6000.0, "min", 60.0), (2 * 86400.0, "h", 3600.0)):
-        if seconds < limit:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds / 86400:.3g} days"
-
-
 def forecast_on_cpus(spec: StudySpec, *, concurrent: int, epochs: float) -> Forecast | None:
     """Return the forecast for this machine's CPUs, measured now; None where the study takes only minutes in any case.
 
@@ -100,16 +124,20 @@ def forecast_on_cpus(spec: StudySpec, *, concurrent: int, epochs: float) -> Fore
         return None
     with safe_search(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         measured = process.submit(measure_pass, config, spec.cpus_per_rank).result()
-    scored = VALIDATED * len(split.val) + min(config.train_auc_volumes, len(split.train))
-    epoch_s = len(split.train) * measured.train_s + scored * measured.score_s
-    memory = measured.fixed_gib + config.batch_size * measured.volume_gib
+    epoch_s = epoch_seconds(config, split, measured)
     return Forecast(
         epoch_s,
-        memory,
+        measured.trial_gib(config),
         study_s(spec.num_trials, epochs, epoch_s, concurrent),
         spec.num_trials,
         True,
     )
+
+
+def epoch_seconds(config: FineTuneConfig, split: Split, measured: Pass) -> float:
+    """Return the seconds of an epoch: each training volume once, and the volumes that are scored after it."""
+    scored = VALIDATED * len(split.val) + min(config.train_auc_volumes, len(split.train))
+    return len(split.train) * measured.train_s + scored * measured.score_s
 
 
 def forecast_on_gpus(
@@ -120,11 +148,6 @@ def forecast_on_gpus(
     return Forecast(
         epoch_s, None, study_s(spec.num_trials, epochs, epoch_s, concurrent), spec.num_trials, False
     )
-
-
-def study_s(trials: int, epochs: float, epoch_s: float, concurrent: int) -> float:
-    """Return the seconds of `trials`, `concurrent` at a time; the last ones leave places empty."""
-    return math.ceil(trials / concurrent) * epochs * epoch_s
 
 
 def split_in(spec: StudySpec, config: FineTuneConfig) -> Split:
@@ -166,3 +189,97 @@ def measure_pass(config: FineTuneConfig, threads: int) -> Pass:
     train_s, score_s = min(trained) / PROBE_VOLUMES, min(scored) / PROBE_VOLUMES
     share = max(0.0, peak_resident_gib() - fixed) / PROBE_VOLUMES
     return Pass(train_s, score_s, fixed, share)
+
+
+# Before a study is queued ---------------------------------------------------------------------------------------------
+
+
+def measure(spec: StudySpec) -> dict[str, Any]:
+    """Return the seconds per epoch of the study's heaviest trial on this machine, and how many trials it holds at once.
+
+    Raises ManifestError for the table, and SpecError for trials of several processes.
+    """
+    config = heaviest(spec)
+    if (spec.ranks or 1) > 1 or (
+        isinstance(spec.gpus_per_trial, float) and spec.gpus_per_trial > 1
+    ):
+        raise SpecError("only trials of one process can be measured: set ranks=1 and gpus_per_trial=1 or less")  # fmt: skip
+    split = split_in(spec, config)
+    gpus = mps.visible_gpus() if spec.gpus_per_trial != 0 else []
+    if spec.gpus_per_trial not in (None, 0) and not gpus:
+        raise SpecError(
+            f"gpus_per_trial={spec.gpus_per_trial}: this machine has no GPU; leave it out, or set 0"
+        )
+    if gpus:
+        keep_kernels(Path(spec.cache or default_cache()))
+        measured = measure_epochs(config, split, "cuda")
+        at_once, device = len(gpus), gpus[0].name
+    else:
+        measured = measure_pass(config, spec.cpus_per_rank)
+        at_once, device = max(1, usable_cpus() // spec.cpus_per_rank), "CPU"
+    return {
+        "epoch_s": epoch_seconds(config, split, measured),
+        "train": len(split.train),
+        "val": len(split.val),
+        "at_once": at_once,
+        "device": device,
+        "threads": spec.cpus_per_rank,
+        "trial_gib": None if gpus else measured.trial_gib(config),
+    }
+
+
+def measure_epochs(config: FineTuneConfig, split: Split, device: str) -> Pass:
+    """Return seconds per volume in training and in scoring, of the fastest of a few short epochs over random volumes.
+
+    Memory is not measured.
+    """
+    from trainables.finetune import finetune
+
+    step = config.batch_size * config.gradient_accumulation_steps
+    train = max(config.num_classes, min(len(split.train), STEPS * step))
+    val = max(config.num_classes, min(len(split.val), VALIDATION))
+    one = np.random.default_rng(0).standard_normal((config.in_channels, *config.volume_shape))
+    rows = np.arange(train + val)
+    cohort = Cohort(
+        folder=Path(),
+        volumes=np.broadcast_to(one.astype(np.float16), (len(rows), *one.shape)),  # type: ignore[arg-type]
+        labels=rows % config.num_classes,
+        subjects=rows.astype(str),
+        paths=(),
+        spacings_mm=np.ones((len(rows), 3)),
+        recipe=Recipe.from_config(config),
+    )
+    changed = {
+        "epochs": EPOCHS,
+        "pretrained_path": None,
+        "train_auc_volumes": 0,
+        "warmup_epochs": 0.0,
+        "freeze_backbone_epochs": 0,
+        "unfreeze_stage_epochs": 0,
+    }
+    short = config.model_copy(update=changed)
+    part = Split(rows[:train], rows[train:], rows[:0])
+    found = [result.metrics for result in finetune(short, cohort, part, device=device)]
+    return Pass(
+        min(row["train_s"] for row in found) / train,
+        min(row["validation_s"] for row in found) / (VALIDATED * val),
+        0.0,
+        0.0,
+    )
+
+
+def main(seconds: int) -> int:
+    """Measure the study on stdin; returns the exit code, 1 where the user can mend the problem."""
+    signal.alarm(seconds)
+    settle_user()
+    try:
+        found = measure(build_spec(json.loads(sys.stdin.read())))
+    except (ManifestError, SpecError) as error:
+        print(json.dumps({"problems": error.problems}))
+        return 1
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -17,12 +17,13 @@ import ray
 
 from trainables import installed_version, mps
 from trainables.checkpoints import write_json
-from trainables.config import FineTuneConfig, build_config
+from trainables.config import FineTuneConfig
 from trainables.data.folds import Split
 from trainables.data.json_files import read_json
 from trainables.kernel_cache import keep_kernels, step_digest
 from trainables.ray_trainable import wait_for_device_memory
 from tune_app.driver.resources import ACCELERATOR
+from tune_app.study.heaviest import heaviest
 from tune_app.study.spec import StudySpec
 
 MOST = 8
@@ -45,9 +46,6 @@ PROBE_EPOCHS = 2
 
 PROBE_S = 600.0
 """Seconds that a probe may take to load and to warm up, and to be measured."""
-
-HEAVIER = ("batch_size", "gradient_accumulation_steps", "depth", "width")
-"""Hyperparameters of which the largest value of a study counts: no trial may run out of memory."""
 
 
 class Window(NamedTuple):
@@ -120,23 +118,6 @@ def most_of_use(spec: StudySpec, resources: Mapping[str, float]) -> int:
     limits = [resources.get("CPU", 1.0) // spec.cpus_per_rank, spec.num_trials]
     limits += [spec.max_concurrent] if spec.max_concurrent else []
     return max(1, min(MOST, *(-(-int(limit) // gpus) for limit in limits)))
-
-
-def heaviest(spec: StudySpec) -> FineTuneConfig:
-    """Return the study's configuration with the largest values that a trial may have of what takes time and memory."""
-    given: dict[str, list[Any]] = {name: [] for name in HEAVIER}
-    if spec.kind == "search":
-        for parameter in spec.resolved_space().parameters.values():
-            if parameter.name in given:
-                choice = parameter.distribution
-                given[parameter.name] += getattr(choice, "choices", None) or [choice.high]
-    for trial in spec.planned:
-        for name in HEAVIER:
-            if name in trial.overrides:
-                given[name].append(trial.overrides[name])
-    return build_config(
-        {**spec.shared, **{name: max(values) for name, values in given.items() if values}}
-    )
 
 
 def packing_for(

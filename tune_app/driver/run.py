@@ -40,14 +40,14 @@ from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start
 from tune_app.driver.loggers import Loggers, study_loggers
 from tune_app.driver.notify import Notifier
 from tune_app.driver.optuna_database import shared_study_name
-from tune_app.driver.packing import Packing, heaviest, packing_for
+from tune_app.driver.packing import Packing, packing_for
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, await_resources, plan_lines
 from tune_app.driver.session import RAY_FILES, StudySession, log
 from tune_app.driver.sharing import GpuSharing
 from tune_app.driver.stopping import INTERRUPTED, stopping_on_request
-from tune_app.driver.time_budget import expected_epochs
 from tune_app.driver.warm_up import WarmUp
+from tune_app.study.duration import expected_epochs
 from tune_app.study.errors import SpecError
 from tune_app.study.files import (
     OPTUNA_STUDY,
@@ -57,6 +57,7 @@ from tune_app.study.files import (
     refuse_other_bytes,
     resumed_spec,
 )
+from tune_app.study.heaviest import heaviest
 from tune_app.study.mirror import drop_unrecorded, mirrored
 from tune_app.study.rows import ENDED, driver_lock
 from tune_app.study.spec import StudySpec, paths_in, refuse_what_cannot_run

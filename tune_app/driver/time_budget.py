@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tune_app.driver.forecast import span, study_s
+from tune_app.study.duration import expected_epochs, span, study_s
 from tune_app.study.policy import Policy
 from tune_app.study.spec import StudySpec
 
@@ -69,21 +69,6 @@ class TimeBudget:
 
     def _left(self) -> float:
         return 0.0 if self._until is None else max(0.0, self._until - time.monotonic())
-
-
-def expected_epochs(policy: Policy, trials: int) -> float:
-    """Return the epochs that one of `trials` is expected to train, where the same share passes each rung.
-
-    A rung stops no trial before `judge_from` have arrived, so the first ones train to the end.
-    """
-    last = policy.max_epochs
-    rungs = [rung for rung in policy.rungs if rung < last] if policy.spec.halving else []
-    expected, share, before = 0.0, 1.0, 0.0
-    for rung in [*rungs, float(last)]:
-        expected += share * (rung - before)
-        share, before = share / policy.spec.reduction_factor, rung
-    free = min(trials, max(0, policy.spec.judge_from - 1))
-    return (free * last + (trials - free) * expected) / trials
 
 
 def _hours(seconds: float) -> str:

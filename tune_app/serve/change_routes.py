@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import yaml
 from fastapi import APIRouter, Body
@@ -62,15 +62,28 @@ def check(fields: Annotated[dict[str, Any], Body()], service: TheService) -> JSO
             "trials": spec.num_trials,
             "epochs": spec.epochs,
             "space": rows,
-            "estimate": expected_time(spec, service),
+            **expected_time(spec, service),
         }
     )
 
 
-def expected_time(spec: StudySpec, service: Service) -> dict[str, Any] | None:
-    """Return how long the study may take, by the measurements of the studies here; None where none has its network."""
+class Times(TypedDict):
+    """How long a study may take."""
+
+    estimate: dict[str, Any] | None
+    """By the epochs of an earlier study; None where none trained its network."""
+    measured: dict[str, Any] | None
+    """By a measurement on this machine; None where there is none."""
+
+
+def expected_time(spec: StudySpec, service: Service) -> Times:
+    """Return how long the study may take, by the studies here and by the measurements of this machine."""
     found = estimate(spec, _rows(spec.data), _read_studies(service))
-    return None if found is None else found._asdict()
+    measured = None if service.on_cluster else service.measurements.forecast(spec)
+    return {
+        "estimate": None if found is None else found._asdict(),
+        "measured": None if measured is None else measured._asdict(),
+    }
 
 
 def _read_studies(service: Service) -> list[Study]:

@@ -79,6 +79,7 @@ class Planned(BaseModel):
     epochs: int
     notes: list[str]
     estimate: dict[str, Any] | None
+    measured: dict[str, Any] | None
 
 
 @router.post("/confirm")
@@ -196,5 +197,5 @@ def _queued(
         runs=spec.num_trials,
         epochs=spec.epochs,
         notes=notes,
-        estimate=expected_time(spec, service),
+        **expected_time(spec, service),
     )

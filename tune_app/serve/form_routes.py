@@ -1,10 +1,12 @@
-"""The route that describes the form for a new study."""
+"""The routes of the form for a new study: its description, and measurements of this machine."""
 
 import json
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Body, Request, Response
+from fastapi import Path as InPath
+from pydantic import BaseModel
 
 from search_spaces.ablations import VARIANT_SETS
 from search_spaces.fixes import shown
@@ -13,9 +15,13 @@ from search_spaces.spaces import SPACES
 from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures
+from tune_app.serve.access import Refused
+from tune_app.serve.change_routes import with_paths
+from tune_app.serve.queue import QueueError
+from tune_app.serve.service import TheService
 from tune_app.serve.views import to_json
 from tune_app.study.presets import PRESETS
-from tune_app.study.spec import StudySpec
+from tune_app.study.spec import StudySpec, build_spec
 
 router = APIRouter(prefix="/api")
 
@@ -36,6 +42,41 @@ FIELDS = (
 def form() -> Response:
     """Return the spaces with their ranges, the fields of a study, and the hyperparameters with their meaning."""
     return Response(_form(), media_type="application/json")
+
+
+class Measurement(BaseModel):
+    """A measurement of the time of an epoch on this machine."""
+
+    key: str
+    """Names it in GET /api/measure/{key}."""
+    state: Literal["measuring", "measured", "failed", "unknown"]
+    problems: list[str]
+    """Why it failed, one line per reason."""
+
+
+@router.post("/measure")
+def measure(fields: Annotated[dict[str, Any], Body()], service: TheService) -> Measurement:
+    """Start to measure how long an epoch of a study takes on this machine; a result that is known is not measured again.
+
+    GET returns when it has ended, `/check` then contains the time of the study. No study may run meanwhile.
+    """
+    spec = build_spec(with_paths(fields, service))
+    if service.on_cluster:
+        raise QueueError(
+            "studies from this page run on a Ray cluster: a measurement of this machine shows nothing about it"
+        )
+    key = service.measurements.begin(spec)
+    return Measurement(key=key, **service.measurements.state(key))
+
+
+@router.get("/measure/{key}")
+def measurement(
+    key: Annotated[str, InPath(pattern="^[0-9a-f]{16}$")], service: TheService, request: Request
+) -> Measurement:
+    """Return what became of a measurement. It takes the token, as its problems name files."""
+    if not request.scope["trusted"]:
+        raise Refused(401, "measurements take the token: log in on the page, or send it")
+    return Measurement(key=key, **service.measurements.state(key))
 
 
 @cache

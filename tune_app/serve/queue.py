@@ -86,7 +86,8 @@ class StudyQueue:
         data_roots: Sequence[str] = (),
     ) -> None:
         self._file, self._studies, self._address, self._place = file, studies, address, place
-        self._environment = {DATA_ROOTS: "\n".join(data_roots)} if data_roots else {}
+        self.environment = {DATA_ROOTS: "\n".join(data_roots)} if data_roots else {}
+        """Variables of every process that reads tables and volumes for the page."""
         name = hashlib.sha256((address or "this machine").encode()).hexdigest()[:12]
         self.machine_lock = default_cache() / f"machine-{name}.lock"
         self._guard = threading.RLock()
@@ -217,7 +218,7 @@ class StudyQueue:
             self._follow_last()
             if not self.waiting:
                 return False
-            if any(is_held(StudyFiles(path).lock) for path in self._studies()):
+            if self._is_studying():
                 return False
             lock = self._take_machine()
             if lock is None:
@@ -230,6 +231,16 @@ class StudyQueue:
             finally:
                 os.close(lock)  # the driver has its own copy
             return True
+
+    def hold_machine(self) -> int:
+        """Return an open file that keeps studies from starting for as long as a process has it. Raises QueueError."""
+        with self._guard:
+            if not self._is_studying() and (lock := self._take_machine()) is not None:
+                return lock
+        raise QueueError("a study or a measurement runs on this machine: wait until it has ended")
+
+    def _is_studying(self) -> bool:
+        return any(is_held(StudyFiles(path).lock) for path in self._studies())
 
     def _follow_last(self) -> None:
         """Note how the driver ended; ask it to stop as long as it was meant to and has not."""
@@ -269,7 +280,7 @@ class StudyQueue:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C here and the end of this terminal do not reach it
                 pass_fds=(lock,),
-                env=os.environ | search_variables() | {"COLUMNS": "100"} | self._environment,
+                env=os.environ | search_variables() | {"COLUMNS": "100"} | self.environment,
             )
 
     def _take_machine(self) -> int | None:

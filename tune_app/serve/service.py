@@ -19,6 +19,7 @@ from tune_app.serve.exporting import Exports
 from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
 from tune_app.serve.keeping import read_notes
 from tune_app.serve.live import Feeds
+from tune_app.serve.measuring import Measurements
 from tune_app.serve.queue import QueueError, StudyQueue
 from tune_app.serve.replica import Replica
 from tune_app.serve.views import (
@@ -28,7 +29,7 @@ from tune_app.serve.views import (
     state_of,
     to_json,
 )
-from tune_app.study.files import StudyFiles
+from tune_app.study.files import StudyFiles, default_cache
 
 log = logging.getLogger("medtune.serve")
 
@@ -69,6 +70,9 @@ class Service:
         self.on_cluster = bool(address or os.environ.get("RAY_ADDRESS"))
         """Whether drivers run trials on other machines, whose files this one does not see."""
         self.exports = Exports(self.folder.root / ".medtune" / "models")
+        self.measurements = Measurements(
+            default_cache() / "pace.json", self.queue.hold_machine, self.queue.environment
+        )
         self.feeds = Feeds(self.folder, self.about)
         self._alone = threading.Lock()
         self._closed = threading.Event()
@@ -87,6 +91,7 @@ class Service:
         """End the threads and the streams. Drivers continue."""
         self._closed.set()
         self.queue.close()
+        self.measurements.close()
         self.feeds.close()
         if self.replica is not None:
             self.replica.close()

@@ -7,8 +7,9 @@ import pytest
 
 from trainables.config import build_config
 from tune_app.driver import forecast
-from tune_app.driver.forecast import Forecast, forecast_on_cpus, measure_pass, span, study_s
+from tune_app.driver.forecast import Forecast, forecast_on_cpus, measure_pass
 from tune_app.driver.time_budget import TimeBudget
+from tune_app.study.duration import span, study_s
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import POLICIES
 from tune_app.study.spec import build_spec

@@ -18,7 +18,6 @@ from tune_app.driver.packing import (
     Memory,
     Packing,
     Window,
-    heaviest,
     measure_packing,
     most_of_use,
     most_that_fit,
@@ -26,6 +25,7 @@ from tune_app.driver.packing import (
     pick_packing,
     total_throughput,
 )
+from tune_app.study.heaviest import heaviest
 from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 

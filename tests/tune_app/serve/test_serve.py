@@ -568,6 +568,7 @@ def test_a_name_that_is_not_the_services_is_refused(
 CHANGES = [
     ("/api/studies", {"name": "x", "spec": {}}),
     ("/api/check", {}),
+    ("/api/measure", {}),
     ("/api/studies/first/start", None),
     ("/api/studies/first/stop", None),
     ("/api/studies/first/trials/00001/stop", None),

@@ -752,6 +752,41 @@ def test_the_form_has_presets_the_time_and_each_problem_at_its_field(
     browser.delete_all_cookies()
 
 
+def test_an_epoch_is_measured_on_this_machine_from_the_form(
+    browser: Browser, service: Service, cohort: Path
+) -> None:
+    opened(browser, f"{service.url}#token={TOKEN}")
+    browser.execute_script("location.hash = '#/new'")
+    wait(browser, "return document.querySelector('#f-data')")
+    fill = "const field = document.querySelector(arguments[0]); field.value = arguments[1]; field.dispatchEvent(new Event('change'))"
+    lines = "depth = 10\nwidth = 0.125\nvolume_shape = 20"
+    outcome = "return document.querySelector('#outcome').textContent"
+    for selector, value in (("#f-data", str(cohort)), ("#f-gpus", "0"), ("#f-config", lines)):
+        browser.execute_script(fill, selector, value)
+    wait(browser, f"{outcome}.includes('It can be measured on this machine')")
+    click(browser, "#measure")
+    wait(browser, "return document.querySelector('#measure').disabled")
+    wait(browser, f"{outcome}.includes('Time on this machine: about')")
+    found = browser.execute_script(outcome)
+    assert "s per epoch" in found
+    assert f"on {socket.gethostname()} (1 CPU thread per trial)" in found
+    assert not browser.execute_script("return document.querySelector('#measure').disabled")
+    assert violations(browser) == []
+    opened(browser, f"{service.url}#/")  # remembered, whoever fills in the form
+    browser.execute_script("location.hash = '#/new'")
+    wait(browser, "return document.querySelector('#f-data')")
+    for selector, value in (("#f-data", str(cohort)), ("#f-gpus", "0"), ("#f-config", lines)):
+        browser.execute_script(fill, selector, value)
+    wait(browser, f"{outcome}.includes('Time on this machine: about')")
+
+    browser.execute_script(fill, "#f-config", f"{lines}\nbatch_size = 1")
+    browser.execute_script(fill, "#f-gpus", "2")
+    click(browser, "#measure")
+    assert "trials of one process" in text(browser, "label:has(#f-gpus) .at-field")
+    assert complaints(browser) == []
+    browser.delete_all_cookies()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("view", ["", "study/a%20search", "study/a%20search/trial/00003", "across/a%20search/an%20ablation", "new"])  # fmt: skip
 def test_no_view_breaks_a_rule_of_accessibility(

@@ -36,7 +36,7 @@ export async function followUp(id, kind, { trials = [], trial } = {}) {
     list.clear();
     try {
       const asked = await api(`${base}/${kind}`, { method: "POST", body: kind === "export" ? body() : { ...body(), check } });
-      if (check) { planText.textContent = [`${asked.runs} runs of ${asked.epochs} epochs.`, timeText(asked.estimate), ...asked.notes.map((note) => `Note: ${note}.`)].join(" "); return; }
+      if (check) { planText.textContent = [`${asked.runs} runs of ${asked.epochs} epochs.`, timeText(asked), ...asked.notes.map((note) => `Note: ${note}.`)].join(" "); return; }
       dialog.close();
       showMessage(asked.became);
       if (kind !== "export") location.hash = studyHash(asked.study); else dispatchEvent(new Event("exported"));

@@ -39,12 +39,18 @@ export function span(seconds) {
   return `${(seconds / 86400).toFixed(1)} d`;
 }
 
-// How long a study will take, by the measurements of an earlier one.
-export function timeText(estimate) {
-  if (!estimate) return "Time: not known before its first epochs, as no study here has trained this network on volumes of this size.";
-  const { likely_s, latest_s, study, host, epoch_s, at_once } = estimate;
-  const stops = likely_s < 0.98 * latest_s ? `about ${span(likely_s)} if trials stop as early as there, at most ${span(latest_s)}` : `about ${span(latest_s)}`;
-  return `Time: ${stops}. Measured in the study "${study}"${host ? ` on ${host}` : ""}: ${number(epoch_s, epoch_s < 10 ? 1 : 0)} s per epoch, ${at_once} trials at a time.`;
+// How long a study will take: by the measurements of an earlier one, and by a measurement of this machine.
+export function timeText({ estimate, measured }) {
+  const times = ({ likely_s, latest_s }, where) => (likely_s < 0.98 * latest_s ? `about ${span(likely_s)} if trials stop as early as ${where}, at most ${span(latest_s)}` : `about ${span(latest_s)}`);
+  const epochs = ({ epoch_s, at_once }) => `${number(epoch_s, epoch_s < 10 ? 1 : 0)} s per epoch, ${at_once} ${at_once === 1 ? "trial" : "trials"} at a time`;
+  const lines = [];
+  if (estimate) lines.push(`Time: ${times(estimate, "there")}. Measured in the study "${estimate.study}"${estimate.host ? ` on ${estimate.host}` : ""}: ${epochs(estimate)}.`);
+  if (measured) {
+    const { train, val, host, device, threads, trial_gib } = measured;
+    const on = device === "CPU" ? `${threads} CPU ${threads === 1 ? "thread" : "threads"} per trial` : device;
+    lines.push(`Time on this machine: ${times(measured, "expected")}. Measured on ${host} (${on}) at ${clock(measured.measured)} with this network and random volumes of this size: ${epochs(measured)}, ${train} training and ${val} validation volumes${trial_gib ? `, ${number(trial_gib, 1)} GiB of memory per trial` : ""}.`);
+  }
+  return lines.join(" ") || "Time: not known, as no study here has trained this network on volumes of this size. It can be measured on this machine.";
 }
 
 const STATES = {

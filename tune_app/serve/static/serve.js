@@ -170,20 +170,38 @@ function newView() {
     try {
       if (check) {
         const found = await api("check", { method: "POST", body: given() });
-        outcome.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters. ${timeText(found.estimate)}`;
+        outcome.textContent = `In order: ${found.trials} trials of at most ${found.epochs} epochs over ${found.space.filter((row) => row.role !== "fixed").length} hyperparameters. ${timeText(found)}`;
       } else {
         const found = await api("studies", { method: "POST", body: { name: inputs.name.value.trim(), spec: given() } });
         location.hash = studyHash(found.study);
       }
     } catch (error) { list.show(error.detail || [error.message]); }
   }
+  // An epoch of this study on the service's machine: measured there in a separate process, once, and remembered.
+  let closed = false;
+  const measureButton = h("button", { class: "tool", type: "button", id: "measure", onclick: measure }, "measure on this machine");
+  async function measure() {
+    list.clear();
+    if (!state.session.logged_in && !(await askToken())) return;
+    measureButton.disabled = true;
+    outcome.textContent = "Measuring on this machine: seconds for small volumes, five minutes at most.";
+    try {
+      let found = await api("measure", { method: "POST", body: given() });
+      while (found.state === "measuring" && !closed) {
+        await new Promise((resolve) => { setTimeout(resolve, 1000); });
+        found = await api(`measure/${found.key}`);
+      }
+      if (closed) return;
+      if (found.state === "failed") { outcome.textContent = ""; list.show(found.problems); } else await send(true);
+    } catch (error) { outcome.textContent = ""; list.show(error.detail || [error.message]); } finally { measureButton.disabled = false; }
+  }
   // The time that it will take, while the form is filled in; problems are shown when asked for.
   let wait = 0;
   function expect() {
     clearTimeout(wait);
-    if (!state.session.logged_in || !inputs.data.value.trim()) return;
+    if (!state.session.logged_in || !inputs.data.value.trim() || measureButton.disabled) return;
     wait = setTimeout(async () => {
-      try { outcome.textContent = timeText((await api("check", { method: "POST", body: given() })).estimate); } catch { outcome.textContent = ""; }
+      try { outcome.textContent = timeText(await api("check", { method: "POST", body: given() })); } catch { outcome.textContent = ""; }
     }, 600);
   }
   for (const input of Object.values(inputs)) input.addEventListener("change", expect);
@@ -195,10 +213,10 @@ function newView() {
       field("trials", inputs.trials, fields.trials.split(". ")[0]), field("epochs", inputs.epochs, "Epochs of a trial that is not stopped."), field("objective", inputs.objective, fields.objective), field("sampler", inputs.sampler, fields.sampler), field("seed", inputs.seed, fields.seed), field("gpus_per_trial", inputs.gpus_per_trial, fields.gpus_per_trial), field("max_concurrent", inputs.max_concurrent, fields.max_concurrent)),
     h("h2", {}, "Search space"), field("space", inputs.space), h("div", { class: "scroll" }, h("table", { class: "ranges" }, ranges)),
     h("h2", {}, "Fixed hyperparameters"), field("config", inputs.config, "Hyperparameters of every trial, one per line: name = value, as in a study file. Values set here are not searched."), meanings,
-    list.node, outcome, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"))));
+    list.node, outcome, h("div", { class: "tools" }, h("button", { class: "tool main", type: "submit", id: "begin" }, "queue it"), h("button", { class: "tool", type: "button", id: "check", onclick: () => send(true) }, "check only"), measureButton)));
   showSpace();
   document.documentElement.dataset.ready = "yes";
-  return { crumbs: [["new study", "#/new"]], close: () => {} };
+  return { crumbs: [["new study", "#/new"]], close: () => { closed = true; } };
 }
 
 // Getting about -----------------------------------------------------------------------------------------------------------
