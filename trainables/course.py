@@ -283,13 +283,25 @@ def auc_of(row: Mapping[str, Any], weights: str) -> tuple[float, float]:
         number(row.get(f"val_auc{weights}_low")),
         number(row.get(f"val_auc{weights}_high")),
     )
-    positive, negative = row.get("val_positive"), row.get("val_negative")
+    positive, negative, _ = class_sizes(row)
     error = (high - low) / 3.92 if math.isfinite(high - low) else math.nan
     if error >= 0.02 or not (positive and negative):
         return auc, max(error, 0.01) if math.isfinite(error) else UNKNOWN_ERROR
     formula = expected_error(auc, positive, negative)
     # Near an AUC of 1 intervals are clipped, and DeLong's, in rows of earlier versions, shrink: half the formula's at least
     return auc, max(error, formula / 2) if math.isfinite(error) else formula
+
+
+def class_sizes(row: Mapping[str, Any]) -> tuple[int | None, int | None, str]:
+    """Return how many subjects of class 1 and above, and of class 0, validate, and `subjects`.
+
+    In rows of versions that did not count them, the volumes, and `volumes`; None where the row has neither.
+    """
+    for unit, end in (("subjects", "_subjects"), ("volumes", "")):
+        positive, negative = (row.get(f"val_{sign}{end}") for sign in ("positive", "negative"))
+        if positive is not None and negative is not None:
+            return int(positive), int(negative), unit
+    return None, None, "volumes"
 
 
 def auc_low(row: Mapping[str, Any], weights: Literal["raw", "ema"]) -> float:

@@ -12,7 +12,7 @@ from trainables.data.folds import Split
 from trainables.metrics import score_metrics
 from trainables.network.batchnorm import set_groups
 from trainables.step import TrainingStep
-from trainables.subject_auc import score_metrics_over_subjects
+from trainables.subject_auc import score_metrics_over_subjects, subjects_of_classes
 
 
 class Validation:
@@ -52,7 +52,16 @@ class Validation:
             metrics["train_auc"] = scores["auc"]
         metrics["val_positive"] = int((labels > 0).sum())
         metrics["val_negative"] = int((labels == 0).sum())
-        return metrics
+        return metrics | self._subjects(labels)
+
+    def _subjects(self, labels: np.ndarray) -> dict[str, int]:
+        """Subjects behind the class counts: volumes of one subject hold less information than as many subjects."""
+        of_classes = subjects_of_classes(labels, self.subjects, self.config.num_classes)
+        return {
+            "val_positive_subjects": len(np.unique(self.subjects[labels > 0])),
+            "val_negative_subjects": of_classes[0],
+            "val_rarest_subjects": min(of_classes),
+        }
 
     @torch.no_grad()
     def logits(self, network: nn.Module, rows: np.ndarray) -> Tensor:

@@ -7,7 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainables.course import Course, Diagnosis, Evidence, Streak, noise_of, number
+from trainables.course import (
+    Course,
+    Diagnosis,
+    Evidence,
+    Streak,
+    class_sizes,
+    noise_of,
+    number,
+)
 
 
 class Rule:
@@ -652,16 +660,12 @@ class TooNoisy(Rule):
         unclear = self.drop.unclear
         if not one_class and (unclear.length < 5 or not best.auc - auc <= noise):
             return None
-        counts: Evidence = {
-            name: int(row[f"val_{name}"])
-            for name in ("positive", "negative")
-            if row.get(f"val_{name}") is not None
-        }
-        sizes = (
-            f" with {counts['positive']} positive and {counts['negative']} negative volumes"
-            if len(counts) == 2
-            else ""
-        )
+        positive, negative, unit = class_sizes(row)
+        counts: Evidence = {}
+        sizes = ""
+        if positive is not None and negative is not None:
+            counts = {"positive": positive, "negative": negative}
+            sizes = f" with {positive} positive and {negative} negative {unit}"
         advice = (
             f"set num_folds={max(2, min(3, int(self.course.setting['num_folds']) - 1))} for a larger validation fold, and compare "
             "configurations over folds and seeds (`medtune confirm`)"

@@ -71,13 +71,35 @@ def split_of(manifest: Manifest, config: FineTuneConfig) -> Split:
     )
 
 
-def few_of_a_class(counts: Sequence[int]) -> str | None:
-    """Return a notice on a validation part with these `counts` of subjects per class; None with FEWEST of each or more."""
-    few = [f"{count} of class {label}" for label, count in enumerate(counts) if count < FEWEST]
-    if not few:
-        return None
+def few_of_a_class(counts: Sequence[int], unit: str = "subjects") -> str | None:
+    """Return a notice on a validation part with these `counts` of subjects per class; None with FEWEST of each or more.
+
+    `unit`: `volumes` where only these have been counted.
+    """
+    few = [
+        f"{_counted(count, unit)} of class {label}"
+        for label, count in enumerate(counts)
+        if count < FEWEST
+    ]
+    return _too_few(", ".join(few), unit) if few else None
+
+
+def few_of_the_rarest(count: int) -> str | None:
+    """Return the same where only the number of subjects of the rarest class is known."""
     return (
-        f"only {', '.join(few)} to validate on: with fewer than {FEWEST} of a class the 95 % interval of an AUC is .4 wide or "
+        _too_few(f"{_counted(count, 'subjects')} of the rarest class", "subjects")
+        if count < FEWEST
+        else None
+    )
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count} {unit.removesuffix('s') if count == 1 else unit}"
+
+
+def _too_few(what: str, unit: str) -> str:
+    return (
+        f"only {what} to validate on: with fewer than {FEWEST} {unit} of a class the 95 % interval of an AUC is .4 wide or "
         "wider, and which run is best is mostly luck; use fewer folds (num_folds), or judge over folds (`medtune confirm`)"
     )
 

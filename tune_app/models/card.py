@@ -272,18 +272,21 @@ def _reads(info: ModelInfo, config: FineTuneConfig) -> list[str]:
 
 
 def _limits(info: ModelInfo) -> list[str]:
-    rarest = min(info.validation.classes)
+    seen = info.validation
+    of_classes, unit = seen.class_subjects, "subjects"
+    if of_classes is None:  # a model of a version that did not count them
+        of_classes, unit = seen.classes, "volumes"
     lines = [
         "## Limits",
         "",
-        f"- The rarest class has {rarest} validation volumes: the intervals above are as wide as that makes them (for an AUC "
-        "in at least 93 of 100 cases with 1 to 20 volumes, where scores are spread alike in the classes), and do not cover "
+        f"- The rarest class has {min(of_classes)} validation {unit}: the intervals above are as wide as that makes them (for an AUC "
+        "in at least 93 of 100 cases with 1 to 20 {unit}, where scores are spread alike in the classes), and do not cover "
         "other scanners, sites or populations.",
         "- A volume of something else entirely (another organ, another modality) is scored like any other.",
         "- Maps of `--explain` show where a layer found evidence, coarsely; they do not show that it is right.",
     ]
-    if (few := few_of_a_class(info.validation.classes)) is not None:
-        lines.append(f"- **Few volumes**: {few}.")
+    if (few := few_of_a_class(of_classes, unit)) is not None:
+        lines.append(f"- **Few {unit}**: {few}.")
     for one in info.members:
         if one.trouble:
             lines.append(f"- **The run of trial {one.trial}**: {_plain(one.trouble)}.")

@@ -16,6 +16,7 @@ from trainables.subject_auc import (
     have_several,
     over_subjects,
     score_metrics_over_subjects,
+    subjects_of_classes,
 )
 from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.models.folder import (
@@ -159,6 +160,7 @@ def evaluate(
         volumes=len(labels_N),
         subjects=len(np.unique(subjects_N)),
         classes=class_counts(labels_N, classes),
+        class_subjects=tuple(subjects_of_classes(labels_N, subjects_N, classes)),
         metrics=metrics,
     )
 

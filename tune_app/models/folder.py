@@ -78,6 +78,8 @@ class Evaluation(_Part):
     subjects: int
     classes: tuple[int, ...]
     """Volumes of each class."""
+    class_subjects: tuple[int, ...] | None = None
+    """Subjects with volumes of each class; None in models of versions that did not count them."""
     metrics: dict[str, Measured]
     """By name, in the order of the model card."""
 

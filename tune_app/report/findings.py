@@ -22,9 +22,9 @@ import pandas as pd
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig, as_scalar, build_config
-from trainables.data.folds import few_of_a_class
+from trainables.data.folds import few_of_a_class, few_of_the_rarest
 from trainables.data.json_files import read_json
-from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, WITHOUT_FAULT, expected_error
+from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, WITHOUT_FAULT, class_sizes, expected_error
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
 from tune_app.compare.confirm import judge, judged_lines
@@ -126,9 +126,29 @@ def _validation(study: Study) -> str:
     if len(counts) != 1:
         return ""
     positive, negative = counts.iloc[0]
+    of_subjects = _subjects_behind(last)
     names = build_config(study.spec.shared).class_names
     of = [f" ({name})" for name in names[::-1]] if len(names) == 2 else ["", ""]
-    return f" ({positive} positive{of[0]} and {negative} negative{of[1]} validation volumes)"
+    return f" ({positive} positive{of[0]} and {negative} negative{of[1]} validation volumes{of_subjects})"
+
+
+def _subjects_behind(last: pd.DataFrame) -> str:
+    """How many subjects have the validation volumes of each class, where these are fewer than the volumes."""
+    columns = [f"val_{sign}{end}" for end in ("", "_subjects") for sign in ("positive", "negative")]
+    counts = last[columns].dropna().drop_duplicates()
+    if len(counts) != 1:
+        return ""
+    positive, negative, *subjects = counts.iloc[0]
+    return (
+        "" if [positive, negative] == subjects else f" of {subjects[0]} and {subjects[1]} subjects"
+    )
+
+
+def _sizes(trial: Mapping[Any, Any] | pd.Series) -> tuple[int | None, int | None, str]:
+    """`class_sizes` of a trial's best epoch."""
+    names = [f"val_{sign}{end}" for sign in ("positive", "negative") for end in ("", "_subjects")]
+    row = {name: trial[f"best_{name}"] for name in names}
+    return class_sizes({name: None if pd.isna(value) else value for name, value in row.items()})
 
 
 def _found(study: Study) -> str:
@@ -265,15 +285,9 @@ def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
     low, high, auc = trial["best_val_auc_low"], trial["best_val_auc_high"], trial["best_val_auc"]
     if math.isfinite(low) and math.isfinite(high) and high > low:
         return float(high - low) / 3.92
-    positive, negative = trial["best_val_positive"], trial["best_val_negative"]
-    if (
-        math.isfinite(auc)
-        and not pd.isna(positive)
-        and not pd.isna(negative)
-        and positive
-        and negative
-    ):
-        return expected_error(float(auc), int(positive), int(negative))
+    positive, negative, _ = _sizes(trial)
+    if math.isfinite(auc) and positive and negative:
+        return expected_error(float(auc), positive, negative)
     return math.nan
 
 
@@ -515,10 +529,8 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
             sentence(str(best["verdict_summary"])),
             sentence(advice),
         )
-    if best["num_classes"] == 2 and not pd.isna(best["best_val_positive"]):
-        counts = [int(best["best_val_negative"]), int(best["best_val_positive"])]
-        if (few := few_of_a_class(counts)) is not None:
-            yield Caution("The validation fold is very small", sentence(few), "")
+    if (few := _few(best)) is not None:
+        yield Caution("The validation fold is very small", sentence(few), "")
     raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
     half = 1.96 * standard_error(best)
     if (
@@ -533,6 +545,14 @@ def _about_the_best(study: Study) -> Iterator[Caution]:
             f"{averaged:.3f}.",
             "Lower ema_decay, or see that ema_warmup is on and ema_buffers is averaged.",
         )
+
+
+def _few(best: pd.Series) -> str | None:
+    positive, negative, unit = _sizes(best)
+    if best["num_classes"] == 2 and positive is not None and negative is not None:
+        return few_of_a_class([negative, positive], unit)
+    rarest = best["best_val_rarest_subjects"]
+    return None if pd.isna(rarest) else few_of_the_rarest(int(rarest))
 
 
 def _about_what_healed(study: Study) -> Iterator[Caution]:
@@ -555,8 +575,9 @@ def _about_the_search(study: Study) -> Iterator[Caution]:
     best = study.best()
     rivals, half = rivals_within_noise(study)
     counts = ""
-    if not pd.isna(best["best_val_positive"]):
-        counts = f" on {best['best_val_positive']} positive and {best['best_val_negative']} negative volumes"
+    positive, negative, unit = _sizes(best)
+    if positive is not None:
+        counts = f" on {positive} positive and {negative} negative {unit}"
     if rivals:
         yield Caution(
             "Noise is larger than the differences",

@@ -850,7 +850,7 @@ def test_a_fold_with_few_volumes_of_a_class_is_told_by_name(
     manifest = read_manifest(table)
     told = thin_folds(manifest, build_config({"num_folds": 5}), all_folds=True)
     assert [line.split(":")[0] for line in told] == [f"fold {fold}" for fold in range(5)]
-    assert all(re.search(r"only [23] of class 1 to validate on", line) for line in told)
+    assert all(re.search(r"only [23] subjects of class 1 to validate on", line) for line in told)
     assert len(thin_folds(manifest, build_config({"num_folds": 5, "fold": 3}))) == 1
     assert thin_folds(manifest, build_config({"num_folds": 2}), all_folds=True) == []
 
@@ -858,10 +858,10 @@ def test_a_fold_with_few_volumes_of_a_class_is_told_by_name(
 @pytest.mark.parametrize(
     ("counts", "told"),
     [
-        ([36, 4], "only 4 of class 1"),
-        ([0, 9], "only 0 of class 0"),
+        ([36, 4], "only 4 subjects of class 1"),
+        ([0, 9], "only 0 subjects of class 0"),
         ([5, 5], None),
-        ([3, 30, 4], "only 3 of class 0, 4 of class 2"),
+        ([3, 30, 4], "only 3 subjects of class 0, 4 subjects of class 2"),
     ],
 )
 def test_five_volumes_of_a_class_are_the_fewest(counts: list[int], told: str | None) -> None:

@@ -122,6 +122,45 @@ def test_prediction_from_files_reproduces_the_studys_validation_scores(
     assert info.validation.metrics["balanced_accuracy"].value == pytest.approx(decided)
 
 
+def test_people_are_counted_where_a_class_has_few_of_them(
+    trained_study: Path, exported_model: Path
+) -> None:
+    _, state = study_network(trained_study, "00000")
+    table = read_manifest(trained_study.parent / "cohort" / "table.csv").rows
+    validated = table.iloc[state["val_rows"].numpy()]
+    people = [set(validated.loc[validated["label"] == label, "subject"]) for label in (0, 1)]
+    assert sum(map(len, people)) < len(validated), "some subjects have several volumes"
+    recorded, seen = state["row"], info_of(exported_model).validation
+    assert [recorded[f"val_{sign}_subjects"] for sign in ("negative", "positive")] == [
+        len(each) for each in people
+    ]
+    assert recorded["val_rarest_subjects"] == min(map(len, people))
+    assert seen.class_subjects == tuple(map(len, people))
+
+
+@pytest.mark.parametrize(
+    ("of_classes", "told"),
+    [
+        ((9, 4), "- **Few subjects**: only 4 subjects of class 1 to validate on"),
+        ((9, 5), None),
+        (None, None),  # a model of a version that counted volumes alone: 12 and 12
+    ],
+)
+def test_the_card_counts_people_not_volumes(
+    exported_model: Path, of_classes: tuple[int, ...] | None, told: str | None
+) -> None:
+    info = info_of(exported_model)
+    changed = info.validation.model_copy(
+        update={"volumes": 24, "classes": (12, 12), "class_subjects": of_classes}
+    )
+    card = export.model_card(info.model_copy(update={"validation": changed}), [build_config()])
+    few = [line for line in card.splitlines() if line.startswith("- **Few ")]
+    assert len(few) == (told is not None)
+    assert told is None or few[0].startswith(told)
+    rarest = "12 validation volumes" if of_classes is None else f"{min(of_classes)} validation subj"
+    assert f"The rarest class has {rarest}" in card
+
+
 def test_validation_csv_has_the_scores_and_nobodys_name(
     trained_study: Path, exported_model: Path
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from trainables.diagnosis import expected_error
 from tune_app.report import findings
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
@@ -15,6 +16,8 @@ from tune_app.results.ties import ranking
 from tune_app.study.files import StudyFiles
 
 WriteStudy = Callable[..., Path]
+
+THREE = {"depth": 10, "volume_shape": 28, "num_classes": 3}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,33 @@ def test_an_edge_among_equally_good_trials_elsewhere_is_no_caution(write_study: 
         )
         path.write_text(json.dumps({**json.loads(path.read_text()), "objective": 1.0}))
     assert not [c for c in findings.cautions(load_study(root)) if "max_m" in c.title]
+
+
+def test_people_are_counted_where_the_validation_fold_is_small(write_study: WriteStudy) -> None:
+    def with_people(row: dict[str, Any]) -> None:
+        row |= {"val_positive_subjects": 4, "val_negative_subjects": 30, "val_rarest_subjects": 4}
+
+    root = write_study(trials=6, epochs=4, policy=False)
+    title = "The validation fold is very small"
+    assert title not in [caution.title for caution in findings.cautions(load_study(root))]
+    study = rewrite(root, with_people)
+    [told] = [caution for caution in findings.cautions(study) if caution.title == title]
+    assert told.text.startswith("Only 4 subjects of class 1 to validate on: with fewer than 5")
+    asked = findings.summary(study)[0]
+    assert "28 positive and 70 negative validation volumes of 4 and 30 subjects" in asked
+    [noise] = [one for one in findings.cautions(study) if one.title.startswith("Noise is larger")]
+    assert "on 4 positive and 30 negative subjects" in noise.text
+    best = study.best().copy()
+    best[["best_val_auc_low", "best_val_auc_high"]] = math.nan
+    expected = expected_error(float(best["best_val_auc"]), 4, 30)
+    assert findings.standard_error(best) == expected
+
+
+def test_of_three_classes_the_rarest_is_told_by_its_people(write_study: WriteStudy) -> None:
+    root = write_study(trials=4, epochs=4, policy=False, spec={"config": {**THREE, "epochs": 4}})
+    study = rewrite(root, lambda row: row.update({"val_rarest_subjects": 1}))
+    [told] = [one for one in findings.cautions(study) if "very small" in one.title]
+    assert told.text.startswith("Only 1 subject of the rarest class to validate on")
 
 
 def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(
