@@ -121,6 +121,7 @@ def export(
     out: str | Path,
     *,
     trial: str | None = None,
+    along: Sequence[str] = (),
     confirmed: bool = False,
     ensemble: int | None = None,
     device: str = "auto",
@@ -128,7 +129,7 @@ def export(
 ) -> "ModelInfo":
     """Write a trial (default: the best), the confirmed settings, or the `ensemble` best trials as a model folder.
 
-    Returns the content of its model.json. Raises ExportError and ModelError.
+    `along`: other trials that make an ensemble with `trial`. Returns the content of its model.json. Raises ExportError and ModelError.
     """
     from tune_app.models.export import export_model
     from tune_app.models.model import choose_device
@@ -137,6 +138,7 @@ def export(
         _folder(study),
         Path(out),
         trial=trial,
+        along=along,
         confirmed=confirmed,
         ensemble=ensemble,
         device=choose_device(device),

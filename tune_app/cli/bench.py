@@ -427,6 +427,26 @@ def bench_overhead_command(
     out.print(overhead_table(result))
 
 
+@bench_app.command("storage")
+def bench_storage_command(
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials a turn.")] = 200,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Values a trial reports.")] = 30,
+    turns: Annotated[int, typer.Option("--turns", min=1, help="Turns of each storage.")] = 2,
+    out_file: ResultOption = None,
+) -> None:
+    """Time writing trials to a study's Optuna database, and to Optuna's own storages, in turns."""
+    import tempfile
+
+    from tune_app.bench.storage import bench_storage, storage_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_storage(
+            trials=trials, epochs=epochs, turns=turns, folder=Path(folder), say=to_stderr
+        )
+    _recorder(out_file)(result)
+    out.print(storage_table(result))
+
+
 @bench_app.command("record")
 def bench_record_command(
     data: DataOption,

@@ -33,6 +33,12 @@ def export(
     ],
     out_folder: ModelOption,
     trial: TrialOption = None,
+    along: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", metavar="TRIAL", help="With --trial: another one of an ensemble; repeatable."
+        ),
+    ] = None,
     best: BestOption = False,
     confirmed: ConfirmedOption = False,
     ensemble: Annotated[
@@ -52,12 +58,15 @@ def export(
         raise typer.BadParameter(
             "--trial already is a choice: leave out --best, --confirmed and --ensemble"
         )
+    if along and trial is None:
+        raise typer.BadParameter("--with goes with --trial, which names the first trial")
     if best and confirmed:
         raise typer.BadParameter("--best or --confirmed, not both")
     info = export_model(
         study,
         out_folder,
         trial=trial,
+        along=along or (),
         confirmed=confirmed,
         ensemble=ensemble,
         data=data,

@@ -31,6 +31,7 @@ from tune_app.compare.ablation import (
     plan,
     run_lines,
 )
+from tune_app.compare.expected import CANDIDATE, candidates_together, expected_means
 from tune_app.compare.paired_auc import PairedSplit, paired_difference
 from tune_app.compare.seen_rows import (
     ValidationScores,
@@ -76,7 +77,7 @@ class Candidates:
     """The candidates that a confirmation runs in addition to the documented settings and the defaults."""
 
     overrides: dict[str, dict[str, Scalar]]
-    """By variant: `trial-` and the id in the search."""
+    """By variant: CANDIDATE and the trial's id in the search."""
     notes: list[str]
     """Trials that were passed over, and why."""
 
@@ -109,7 +110,7 @@ def choose_candidates(search: Study, top: int) -> Candidates:
             found.notes.append(f"trial {trial} is {known[setting]}: run as such")
             continue
         known[setting] = f"the same as trial {trial}"
-        found.overrides[f"trial-{trial}"] = overrides
+        found.overrides[f"{CANDIDATE}{trial}"] = overrides
     if not found.overrides:
         raise SpecError(
             f"{search.path}: no trial to confirm: {len(trials)} trials, {len(whole)} completed with a score, "
@@ -492,7 +493,47 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
         ]
         if len(worse):
             lines.append(f"Worse than the documented settings: {', '.join(worse)}.")
-    return [*lines, _basis_line(study, found), f"({effects.attrs['how']})"]
+    return [
+        *lines,
+        *_expected_lines(study, found),
+        _basis_line(study, found),
+        f"({effects.attrs['how']})",
+    ]
+
+
+def _expected_lines(study: Study, found: Confirmation) -> list[str]:
+    """The best guess and its expected value, and the candidates' ensemble, where two unseen folds can tell them."""
+    if not found.finished or found.basis != "folds":
+        return []
+    lines = []
+    means = expected_means(study, found.folds)
+    if means.notna().all() and len(means) > 1:
+        best = str(means.idxmax())
+        observed = found.effects.set_index("variant")["own_mean"][best]
+        lines.append(
+            f"Best guess: {best}, expected {means[best]:.3f} (shrunken mean; observed {observed:.3f})."
+            if means.max() - means.min() > 0
+            else f"The means differ by no more than their noise: {means[best]:.3f} is expected of each."
+        )
+    scores = read_scores(study.path)
+    together = None if scores is None else candidates_together(study, scores)
+    if together is not None:
+        first = together.members[0]
+        one, *others = (name.removeprefix(CANDIDATE) for name in together.members)
+        command = " ".join([f"--trial {one}", *(f"--with {other}" for other in others)])
+        lines += [
+            f"Together, {', '.join(together.members)}: cross-validated AUC {_with_interval(together.auc, '.3f')} on "
+            f"{len(together.folds)} folds, {_with_interval(together.gain, '+.3f')} over {first} alone:",
+            f"      medtune export {study.spec.confirms or 'SEARCH'} {command} --out model",
+        ]
+    return lines
+
+
+def _with_interval(found: Mapping[str, float], form: str) -> str:
+    if math.isnan(found["low"]):
+        return format(found["mean"], form)
+    low, high = max(-1.0, found["low"]), min(1.0, found["high"])
+    return f"{found['mean']:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _no_test_lines(study: Study, found: Confirmation) -> list[str]:

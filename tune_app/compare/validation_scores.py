@@ -1,4 +1,4 @@
-"""The validation rows of a confirmation scored by each of its runs, where whole folds cannot judge it."""
+"""The validation rows of a confirmation scored by its runs: to judge it where whole folds cannot, and for the ensemble."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from trainables.data.scans import Recipe
 from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort
 from trainables.metrics import ranking_scores
 from tune_app.compare.confirm import planned_overrides, unfinished
+from tune_app.compare.expected import CANDIDATE
 from tune_app.compare.seen_rows import SCORES_FORMAT, scores_file, whole_unseen_folds
 from tune_app.compare.test_rows import kept_logits
 from tune_app.results.loading import load_study
@@ -21,13 +22,22 @@ from tune_app.study.files import StudyFiles, default_cache
 
 
 def scores_are_needed(study: Study) -> bool:
-    """Whether a finished confirmation lacks the scores by row that it has to be judged by."""
-    run = {int(fold) for fold in study.trials_full["fold"].dropna()}
+    """Whether a finished confirmation lacks the scores by row that it has to be judged by, or its ensemble has."""
     return (
-        len(whole_unseen_folds(study.spec, run)) < 2
+        bool(_variants_to_score(study))
         and not unfinished(study)
         and not scores_file(study.path).is_file()
     )
+
+
+def _variants_to_score(study: Study) -> frozenset[str]:
+    """All variants with fewer than two unseen folds, otherwise the candidates of an ensemble."""
+    trials = study.trials_full
+    variants = frozenset(str(name) for name in trials["variant"].dropna())
+    if len(whole_unseen_folds(study.spec, set(trials["fold"].dropna().astype(int)))) < 2:
+        return variants
+    candidates = frozenset(name for name in variants if name.startswith(CANDIDATE))
+    return candidates if len(candidates) > 1 else frozenset()
 
 
 def score_validation(
@@ -35,8 +45,9 @@ def score_validation(
 ) -> bool:
     """Score the validation rows of the confirmation in `root` where `scores_are_needed`; returns whether it did.
 
-    Each completed run scores the rows that it was validated on with its kept weights (best.pt), in float32. Runs whose
-    weights are gone are named in `notes` and left out. Raises the errors of table and volumes.
+    Each completed run scores the rows that it was validated on with its kept weights (best.pt), in float32: the runs of
+    every variant with fewer than two unseen folds, otherwise those of the candidates. Runs whose weights are gone are
+    named in `notes` and left out. Raises the errors of table and volumes.
     """
     study = load_study(root)
     if not scores_are_needed(study):
@@ -48,7 +59,9 @@ def score_validation(
         manifest, Recipe.from_config(base), cache or Path(spec.cache or default_cache())
     )
     runs: dict[str, Any] = {}
-    for trial in study.trials_full[study.trials_full["state"] == "completed"].to_dict("records"):
+    wanted = study.trials_full["variant"].isin(_variants_to_score(study))
+    completed = study.trials_full["state"] == "completed"
+    for trial in study.trials_full[wanted & completed].to_dict("records"):
         name = str(trial["trial"])
         path = StudyFiles(study.path).trial(name).best
         if not path.is_file():

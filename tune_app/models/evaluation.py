@@ -18,12 +18,12 @@ from trainables.subject_auc import (
     score_metrics_over_subjects,
     subjects_of_classes,
 )
-from tune_app.models.calibration import Array, Calibration, cross_fits, fit_calibration
 from tune_app.models.folder import (
     Evaluation,
     Measured,
 )
 from tune_app.models.model import class_scores, decide
+from tune_app.results.calibration import Array, Calibration, cross_fits, fit_calibration
 
 BOOTSTRAPS = 500
 """Resamples of the subjects behind each bootstrap interval."""

@@ -38,7 +38,6 @@ from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
 from trainables.saved_run import kept_weights
 from tune_app.compare import confirm
-from tune_app.models.calibration import Array, fit_calibration
 from tune_app.models.card import model_card
 from tune_app.models.evaluation import ExportError, class_counts, judge
 from tune_app.models.fingerprint import fingerprint, kinds_of
@@ -54,6 +53,7 @@ from tune_app.models.folder import (
 )
 from tune_app.models.model import class_scores, network_logits, network_of, pooled
 from tune_app.models.onnx import require_onnx, write_onnx
+from tune_app.results.calibration import Array, fit_calibration
 from tune_app.results.loading import hold_any_text, load_study
 from tune_app.results.study import Study
 from tune_app.study.files import EACH_RECIPE, PREPARES, StudyFiles, default_cache
@@ -83,9 +83,16 @@ class Chosen:
 
 
 def choose(
-    study: Study, *, trial: str | None = None, confirmed: bool = False, ensemble: int | None = None
+    study: Study,
+    *,
+    trial: str | None = None,
+    along: Sequence[str] = (),
+    confirmed: bool = False,
+    ensemble: int | None = None,
 ) -> Chosen:
     """Return the trials to export: one by its id, the best by the study's objective, or the `ensemble` best.
+
+    `along`: ids of trials that make an ensemble with `trial`.
 
     `confirmed` looks only at the runs of the variant that the confirmation chose, and takes of them the one in the
     middle: the best of equal runs is merely lucky. Raises ExportError when there is no such trial, SpecError when
@@ -100,12 +107,11 @@ def choose(
         return Chosen(rows, math.ceil(epochs), Choice(**about, trials=scored, how=how, luck=luck))
 
     if trial is not None:
-        rows = usable[usable["trial"] == (trial.zfill(5) if trial.isdigit() else trial)]
-        if rows.empty:
-            raise ExportError(_no_such(study, trial))
-        name = str(rows["trial"].iloc[0])
+        rows = _named(study, usable, (trial, *along))
+        names = ", ".join(rows["trial"].astype(str))
+        asked = f"trial {names} was" if len(rows) == 1 else f"trials {names}, together, were"
         luck = "the trial's score may have been known when it was asked for"
-        return chosen(rows, f"trial {name} was asked for by name", luck, rows["best_epoch"].iloc[0])
+        return chosen(rows, f"{asked} asked for by name", luck, rows["best_epoch"].iloc[0])
 
     usable = usable[usable["state"] != "failed"]
     how = f"of {scored} trials, the best {told}"
@@ -150,6 +156,16 @@ def choose(
     return chosen(usable.head(ensemble or 1), how, luck, usable["best_epoch"].iloc[0])
 
 
+def _named(study: Study, usable: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The rows of trials asked for by name, in that order, each once."""
+    padded = list(dict.fromkeys(name.zfill(5) if name.isdigit() else name for name in names))
+    by_name = usable.set_index("trial", drop=False)
+    for name in padded:
+        if name not in by_name.index:
+            raise ExportError(_no_such(study, name))
+    return by_name.loc[padded].reset_index(drop=True)
+
+
 def _no_such(study: Study, trial: str) -> str:
     known = study.trials_full[study.trials_full["best_checkpoint"].notna()]["trial"].tolist()
     shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
@@ -170,6 +186,7 @@ def export_model(
     out: Path,
     *,
     trial: str | None = None,
+    along: Sequence[str] = (),
     confirmed: bool = False,
     ensemble: int | None = None,
     data: Path | None = None,
@@ -197,7 +214,7 @@ def export_model(
             root, out, data, cache, device=device, onnx=onnx, force=force, say=say
         )
     study = load_study(confirmation_of(root) if confirmed else root)
-    chosen = choose(study, trial=trial, confirmed=confirmed, ensemble=ensemble)
+    chosen = choose(study, trial=trial, along=along, confirmed=confirmed, ensemble=ensemble)
     if study.running:
         say(f"note: {study.name} is still running; a better trial may follow")
     runs = [read_run(row) for _, row in chosen.trials.iterrows()]

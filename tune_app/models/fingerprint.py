@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trainables.data.intensity import Kind, intensity_of
 from trainables.data.scans import Recipe, read_scan
-from tune_app.models.calibration import Array
+from tune_app.results.calibration import Array
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 """Of a prepared volume's voxels above its background."""

@@ -32,8 +32,8 @@ from trainables.data.visible import visible
 from trainables.data.volumes import new_folder, same_volumes
 from trainables.diagnosis import NO_FAULT, WITHOUT_FAULT
 from trainables.errors import ProblemsError
-from tune_app.models.calibration import Calibration
 from tune_app.models.fingerprint import Fingerprint
+from tune_app.results.calibration import Calibration
 
 MODEL_FORMAT = 1
 

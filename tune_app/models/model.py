@@ -14,7 +14,6 @@ from trainables.config import FineTuneConfig
 from trainables.data.scans import Recipe
 from trainables.metrics import ranking_scores
 from trainables.network.model import Classifier, configured_network
-from tune_app.models.calibration import Array
 from tune_app.models.folder import (
     Member,
     ModelError,
@@ -23,6 +22,7 @@ from tune_app.models.folder import (
     parse_info,
     weights_of,
 )
+from tune_app.results.calibration import Array
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ from trainables.data.table_file import ManifestError, read_records
 from trainables.data.visible import visible
 from trainables.machine.this_machine import usable_cpus
 from trainables.subject_auc import have_several, subject_interval
-from tune_app.models.calibration import Array
 from tune_app.models.folder import Decides, ModelError, ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, choose_device, load_model
 from tune_app.models.subjects import (
@@ -45,6 +44,7 @@ from tune_app.models.subjects import (
     subject_lines,
     write_subjects,
 )
+from tune_app.results.calibration import Array
 
 RULES: dict[Decides, str] = {
     "threshold": "class 1 where score_1 reaches the model's threshold, the one with the best balanced accuracy on validation",

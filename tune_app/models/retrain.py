@@ -15,7 +15,6 @@ from trainables.data.volumes import Cohort
 from trainables.finetune import finetune
 from trainables.own_folder import is_own, mark_own, remove_own
 from trainables.saved_run import saved_run
-from tune_app.models.calibration import Array, no_calibration
 from tune_app.models.evaluation import ExportError
 from tune_app.models.export import (
     Say,
@@ -38,6 +37,7 @@ from tune_app.models.folder import (
 )
 from tune_app.models.model import class_scores, network_of
 from tune_app.models.onnx import require_onnx
+from tune_app.results.calibration import Array, no_calibration
 from tune_app.results.loading import load_study
 
 RETRAINING = "a run that makes a model"

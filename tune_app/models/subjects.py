@@ -14,7 +14,7 @@ import numpy as np
 
 from trainables.checkpoints import replacing
 from trainables.subject_auc import subject_interval
-from tune_app.models.calibration import Array
+from tune_app.results.calibration import Array
 
 Pool = Literal["mean", "max"]
 """How the log-odds of a subject's volumes become one score: their mean, or the largest of class 1 (two classes)."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tune_app.bench.ranks import bench_ranks, ranks_table
 from tune_app.bench.results import bench_results, results_line, results_table_of
 from tune_app.bench.search import bench_search, gpus_watched, search_table, slots
 from tune_app.bench.start import RUNS, bench_start, start_table
+from tune_app.bench.storage import bench_storage, storage_table
 from tune_app.bench.train import (
     BenchError,
     bench_data,
@@ -344,3 +346,17 @@ def test_reading_a_study_is_measured(tmp_path: Path) -> None:
     assert all(row["peak_mib"] > 10 and row["seconds"] >= 0 for row in result["rows"])
     assert results_table_of(result).row_count == 5
     assert "6 trials, 144 epochs" in results_line(result)
+
+
+def test_storages_are_timed_on_the_same_trials(tmp_path: Path) -> None:
+    result = bench_storage(trials=2, epochs=3, turns=2, folder=tmp_path, say=lambda text: None)
+    assert {side: len(result[side]) for side in ("medtune", "rdb", "journal")} == dict.fromkeys(
+        ("medtune", "rdb", "journal"), 2
+    )
+    assert storage_table(result).row_count == 3
+    ours = optuna.load_study(study_name="medtune", storage=f"sqlite:///{tmp_path / 'medtune-0'}")
+    theirs = optuna.load_study(study_name="bench", storage=f"sqlite:///{tmp_path / 'rdb-1'}")
+    for one, other in zip(ours.trials, theirs.trials, strict=True):
+        assert (one.params, one.intermediate_values, one.value, one.state, one.user_attrs) == (
+            other.params, other.intermediate_values, other.value, other.state, other.user_attrs
+        )  # fmt: skip

@@ -24,7 +24,6 @@ from trainables.metrics import score_metrics
 from trainables.network.model import build_network
 from trainables.subject_auc import score_metrics_over_subjects, subject_interval
 from tune_app.models import evaluation, export, onnx
-from tune_app.models.calibration import Calibration
 from tune_app.models.evaluation import ExportError, evaluate, judge, wilson
 from tune_app.models.export import choose, export_model
 from tune_app.models.folder import Measured, ModelError, ModelFiles, ModelInfo
@@ -32,6 +31,7 @@ from tune_app.models.model import load_model
 from tune_app.models.onnx import require_onnx
 from tune_app.models.predict import find_scans, predict
 from tune_app.models.retrain import retrain_model
+from tune_app.results.calibration import Calibration
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -300,12 +300,23 @@ def test_a_table_that_moved_is_found_where_it_is_named(
     assert moved.threshold == info_of(exported_model).threshold
 
 
+def test_an_ensemble_of_named_trials_is_theirs_in_that_order(
+    trained_study: Path, tmp_path: Path
+) -> None:
+    asked = {"trial": "1", "along": ["00000", "1"]}
+    info = export_model(trained_study, tmp_path / "model", device=CPU, say=quiet, **asked)
+    assert [member.trial for member in info.members] == ["00001", "00000"]
+    assert info.kind == "ensemble"
+    assert info.choice.how == "trials 00001, 00000, together, were asked for by name"
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"trial": "7"}, "no trial '7' with weights and a score; there are 00000, 00001"),
+        ({"trial": "7"}, "no trial '00007' with weights and a score; there are 00000, 00001"),
         ({"ensemble": 3}, "--ensemble 3: 2 to 2 are possible"),
         ({"ensemble": 1}, "--ensemble 1: 2 to 2 are possible"),
+        ({"trial": "1", "along": ["9"]}, "no trial '00009' with weights and a score"),
     ],
 )
 def test_what_the_study_does_not_have_is_said(

@@ -23,13 +23,13 @@ from trainables.metrics import auc_interval
 from trainables.subject_auc import subject_interval
 from tune_app.cli.app import app
 from tune_app.models import predict as module
-from tune_app.models.calibration import Calibration
 from tune_app.models.explain import explain
 from tune_app.models.fingerprint import fingerprint
 from tune_app.models.folder import ModelFiles, ModelInfo
 from tune_app.models.model import Model, Prediction, Scored, Source, decide, load_model
 from tune_app.models.predict import find_scans, predict, run_predict
 from tune_app.models.subjects import pool_subjects
+from tune_app.results.calibration import Calibration
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, softmax
 from sklearn.calibration import _SigmoidCalibration
 
-from tune_app.models.calibration import Calibration, cross_fits, fit_calibration
+from tune_app.results.calibration import Calibration, cross_fits, fit_calibration
 
 
 def scores(
