@@ -1,6 +1,8 @@
 """A page in a real browser, as the tests of the report and of the live page use it."""
 
+import base64
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,6 +114,17 @@ def violations(browser: Browser) -> list[str]:
         "(each) => `${each.id}: ${each.nodes[0].target.join(' ')}: ${each.nodes[0].failureSummary}`)))"
     )
     return found
+
+
+def printed_pages(browser: Browser, pdf: Path) -> list[str]:
+    """Print the page into the file `pdf` as a user would, and return the text of each sheet, its layout kept."""
+    if shutil.which("pdftotext") is None:
+        pytest.skip("pdftotext missing: apt-get install poppler-utils")
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
+    pdf.write_bytes(base64.b64decode(printed))
+    command = ["pdftotext", "-layout", str(pdf), "-"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return told.removesuffix("\f").split("\f")
 
 
 def complaints(browser: Browser) -> list[str]:

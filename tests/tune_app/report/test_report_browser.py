@@ -2,12 +2,23 @@
 
 import base64
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import DESKTOP, PHONE, Browser, click, complaints, opened, violations, wait
+from browsing import (
+    DESKTOP,
+    PHONE,
+    Browser,
+    click,
+    complaints,
+    opened,
+    printed_pages,
+    violations,
+    wait,
+)
 
 from tune_app.report import figures
 from tune_app.report.findings import LEAST_FOR_IMPORTANCE, rivals_within_noise
@@ -439,6 +450,19 @@ def test_paper_gets_light_figures_and_nothing_folded_away(page: Browser) -> None
         "return [...document.querySelectorAll('details')].every((d) => !d.open)"
     )
     assert figure(page, "curves-ema")["layout"]["font"]["color"] == "#e8ecf1"
+
+
+def test_each_sheet_of_the_printed_table_has_its_heading(
+    page: Browser, search: Study, tmp_path: Path
+) -> None:
+    sheets = printed_pages(page, tmp_path / "report.pdf")
+    first = next(number for number, text in enumerate(sheets) if "Every trial" in text)
+    rows = [re.findall(r"^\s*(\d{5}) ", text, re.MULTILINE) for text in sheets[first:]]
+    assert sorted(itertools.chain(*rows)) == sorted(search.trials_full["trial"])
+    with_rows = [sheets[first + number] for number, found in enumerate(rows) if found]
+    assert len(with_rows) > 1
+    for text in with_rows:
+        assert re.search(r"^\s*trial +state +verdict .*classifier_lr", text, re.MULTILINE)
 
 
 def test_links_of_the_contents_lead_to_their_sections(page: Browser) -> None:

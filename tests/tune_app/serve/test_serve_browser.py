@@ -1,7 +1,9 @@
 """The live page in a real browser, over a real `medtune serve`: its content, its controls, and its updates."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ from browsing import (
     click,
     complaints,
     opened,
+    printed_pages,
     ready,
     violations,
     wait,
@@ -413,15 +416,18 @@ def test_columns_are_chosen_and_what_is_shown_is_saved_as_csv(
     assert "verdict" in browser.execute_script(heads)
 
 
-def test_paper_gets_the_whole_table(browser: Browser, service: Service) -> None:
+def test_paper_gets_the_whole_table(browser: Browser, service: Service, tmp_path: Path) -> None:
     opened(browser, f"{service.url}#/study/a%20search", PHONE)
     browser.execute_script(
         "addEventListener('beforeprint', () => { window.printed = document.querySelectorAll('table.trials tr[data-trial]').length })"
     )
-    printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})["data"]
-    assert printed.startswith("JVBERi0"), "a PDF, in base64"
+    sheets = printed_pages(browser, tmp_path / "study.pdf")
     study = load_study(service.folder / "a search")
     assert browser.execute_script("return window.printed") == len(study.trials)
+    rows = [re.findall(r"^\s*(\d{5}) +. (?:completed|stopped|failed)", text, re.MULTILINE) for text in sheets]  # fmt: skip
+    assert sorted(itertools.chain(*rows)) == sorted(study.trials["trial"])
+    for text in (text for text, found in zip(sheets, rows, strict=True) if found):
+        assert re.search(r"^\s*trial +state .*classifier_lr", text, re.MULTILINE)
 
 
 def test_the_first_column_stays_and_escape_keeps_what_was_picked(
