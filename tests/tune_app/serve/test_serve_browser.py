@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from browsing import (
@@ -714,6 +716,49 @@ def test_an_export_that_fails_says_why_on_the_studys_page(
     wait(browser, "return document.querySelector('[data-model] .badge.failed')")
     assert "error" in text(browser, "[data-model] .log"), "its weights are no weights"
     browser.delete_all_cookies()
+
+
+@pytest.mark.slow
+def test_a_model_is_exported_and_downloaded_from_the_page_and_predicts(
+    browser: Browser, trained_study: Path, exported_model: Path, tmp_path: Path
+) -> None:
+    """The scores are those of the same trial as Python exports it."""
+    folder, downloads = tmp_path / "studies", tmp_path / "downloads"
+    shutil.copytree(trained_study, folder / "trained")
+    service = Service(folder, trained_study.parent / "cache")
+    there = {"behavior": "allow", "downloadPath": str(downloads)}
+    try:
+        browser.execute_cdp_cmd("Browser.setDownloadBehavior", there)
+        opened(browser, f"{service.url}#token={TOKEN}")
+        browser.execute_script("location.hash = '#/study/trained/trial/00000'")
+        click(browser, "#export")
+        field = browser.find_element("css selector", "#p-name")
+        field.clear()
+        field.send_keys("from the page")
+        click(browser, "#go")
+        browser.execute_script("location.hash = '#/study/trained'")
+        wait(browser, "return document.querySelector('[data-model] .badge.written')")
+        assert text(browser, "[data-model]").startswith("✓ written from the page")
+        click(browser, "[data-model] a.tool")
+        archive = downloads / "from-the-page.zip"
+        wait_for(archive.is_file)
+        assert complaints(browser) == []
+        browser.delete_all_cookies()
+    finally:
+        browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "default"})
+        assert "Traceback" not in service.end()
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "unpacked")
+
+    def scores(model: Path) -> pd.DataFrame:
+        out = tmp_path / f"{model.name}.csv"
+        command = ["predict", str(model), str(trained_study.parent / "cohort"), "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "tune_app.cli", *command, "--device", "cpu"], check=True)  # fmt: skip
+        return pd.read_csv(out).drop(columns="model", errors="ignore")
+
+    found = scores(tmp_path / "unpacked" / "from the page")
+    assert len(found) == len(pd.read_csv(trained_study.parent / "cohort" / "table.csv"))
+    pd.testing.assert_frame_equal(found, scores(exported_model))
 
 
 def test_the_form_has_presets_the_time_and_each_problem_at_its_field(
