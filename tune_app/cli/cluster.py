@@ -35,8 +35,10 @@ JobArgument = Annotated[
 
 CommandOption = Annotated[
     list[str],
-    typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm."),
+    typer.Argument(help="After --: `run study.yaml --out FOLDER ...`, ablate, confirm, resume."),
 ]
+SENT = ("run", "ablate", "confirm", "resume")
+"""Commands that a cluster runs; the others would run here."""
 PipOption = Annotated[
     bool,
     typer.Option(
@@ -137,6 +139,9 @@ def submit(
     from tune_app.cluster.slurm import Allocation, slurm_script
     from tune_app.cluster.submit import build_submission
 
+    verb = next((word for word in command if not word.startswith("-")), None)
+    if verb is not None and verb not in SENT:
+        raise typer.BadParameter(f"{verb} is not sent to a cluster: one of {', '.join(SENT)}")
     share = max(1, gpus)
     node: dict[str, Any] = {
         "gpus": gpus,
@@ -148,25 +153,25 @@ def submit(
     of_slurm |= {"account": account, "exclusive": exclusive, "setup": setup, "image": image}
     of_slurm |= {"mount": mount if image else None, "symmetric": _has_symmetric_run()}
 
-    def send(spec: Any, root: Path, retry_failed: bool) -> int:
+    def send(what: Any, root: Path, retry_failed: bool) -> int:
         place = _place(root)
         if slurm or kuberay:
             _refuse_retries(retry_failed)
         if slurm:
-            _write_text(slurm, slurm_script(spec, place, Allocation(**node, **of_slurm)))
+            _write_text(slurm, slurm_script(what, place, Allocation(**node, **of_slurm)))
             return 0
         if kuberay:
             cluster = Cluster(**node, max_workers=workers, mount=mount, retries=retries)
             cluster = replace(cluster, image=image) if image else cluster
-            _write_text(kuberay, kuberay_manifest(spec, place, cluster))
+            _write_text(kuberay, kuberay_manifest(what, place, cluster))
             return 0
         if dry_run:
             print(
-                build_submission(spec, place, pip=pip, retry_failed=retry_failed).dry_run(), end=""
+                build_submission(what, place, pip=pip, retry_failed=retry_failed).dry_run(), end=""
             )
             return 0
         return _send(
-            spec,
+            what,
             place,
             address,
             pip=pip,
@@ -204,7 +209,7 @@ def _place(root: Path) -> str:
 
 
 def _send(
-    spec: Any,
+    what: Any,
     place: str,
     address: str | None,
     *,
@@ -221,7 +226,7 @@ def _send(
     running = [job for job in earlier if str(job.status.value) not in ENDED]
     if running:
         job_id = running[-1].submission_id
-        refuse_other_settings(spec, job_id, running[-1].metadata or {})
+        refuse_other_settings(what, job_id, running[-1].metadata or {})
         err.print(
             f"{place} is running already, as {job_id}: nothing is sent",
             soft_wrap=True,
@@ -229,7 +234,7 @@ def _send(
         )
     else:
         ids = [job.submission_id for job in earlier]
-        submission = build_submission(spec, place, earlier=ids, pip=pip, retry_failed=retry_failed)
+        submission = build_submission(what, place, earlier=ids, pip=pip, retry_failed=retry_failed)
         job_id = submission.submission_id
         err.print(f"sending {submission.size_line()} to {jobs.url}", soft_wrap=True, markup=False)
         jobs.send(submission)

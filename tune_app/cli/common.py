@@ -37,8 +37,8 @@ err = VisibleConsole(stderr=True, highlight=False)
 elsewhere: ContextVar[Callable[[Any, Path, bool], int] | None] = ContextVar(
     "elsewhere", default=None
 )
-"""What takes a study (spec, folder, whether failed trials are tried again) instead of running it here, and returns the
-exit code; set by `medtune submit`."""
+"""What takes a study (its spec, or what was asked for; its folder; whether failed trials are tried again) instead of running
+it here, and returns the exit code; set by `medtune submit`."""
 
 DataOption = Annotated[
     Path,

@@ -1,14 +1,15 @@
 """Commands that run studies."""
 
+import os
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from trainables.config import build_config
-from trainables.data.storage import absolute, is_url
+from trainables.data.storage import absolute, is_url, url_of
 from tune_app.cli.common import (
     AddressOption,
     CacheOption,
@@ -39,7 +40,8 @@ PresetOption = Annotated[
 
 
 StudyFileOption = Annotated[
-    Path | None, typer.Argument(help="Study file in YAML; options go before its fields.")
+    Path | None,
+    typer.Argument(help="Study file in YAML, - for stdin; options go before its fields."),
 ]
 SpaceOption = Annotated[
     str | None, typer.Option("--space", help="Search space; `medtune spaces` lists them.")
@@ -117,6 +119,7 @@ def run(
     retry_failed: RetryOption = False,
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
+    from tune_app.study.asked import KIND
     from tune_app.study.spec import build_spec, read_study_file
 
     fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
@@ -139,10 +142,17 @@ def run(
         "warm_start_from": tuple(map(absolute, warm_start_from or ())) or None,
         "cache": cache and absolute(cache),
     }
-    fields |= stated(given)
     settings = parse_settings(setting) | stated(
         {"epochs": epochs, "pretrained_path": pretrained_path and absolute(pretrained_path)}
     )
+    if KIND in fields:
+        if stated(given) or settings or preset or out_folder is None or elsewhere.get() is not None:
+            raise typer.BadParameter(
+                f"{study_file}: `medtune submit` wrote this for its job, which is given --out, --resume, --address, "
+                "--retry-failed and --notify alone"
+            )
+        _run_asked(fields, out_folder, address=address, retry_failed=retry_failed, notify=notify)
+    fields |= stated(given)
     fields["config"] = {**(fields.get("config") or {}), **settings}
     fields = _on_preset(preset, fields)
     if "data" not in fields:
@@ -188,17 +198,136 @@ def resume(
     notify: NotifyOption = None,
 ) -> None:
     """Resume a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
+    from tune_app.study.asked import AskedResumption
+
+    asked = AskedResumption(hours=hours)
+    if elsewhere.get() is not None:
+        _send_asked(asked, study, retry_failed=retry_failed, notify=notify)
+    _resume(asked, study, address=address, retry_failed=retry_failed, notify=notify)
+
+
+def _resume(
+    asked: Any, study: Path, *, address: str | None, retry_failed: bool, notify: str | None
+) -> None:
+    from tune_app.study.spec import build_spec
+
+    spec = _study_there(study)
+    if asked.fields:
+        spec = build_spec(spec.model_dump(mode="json") | asked.fields)
+    if asked.hours is not None:
+        spec = spec.model_copy(update={"hours": asked.hours, "gpu_hours": None})
+    _run_and_tell(
+        spec, study, address=address, resume=True, retry_failed=retry_failed, notify=notify
+    )
+
+
+def _study_there(study: Path) -> Any:
+    """Return the spec of the study in a folder or at a URL. Raises SpecError where there is none."""
     from tune_app.study.copies import opened
     from tune_app.study.files import StudyFiles
 
     files = StudyFiles(opened(study)[0])
     files.require()
-    spec = files.read_spec()
-    if hours is not None:
-        spec = spec.model_copy(update={"hours": hours, "gpu_hours": None})
-    _run_and_tell(
-        spec, study, address=address, resume=True, retry_failed=retry_failed, notify=notify
+    return files.read_spec()
+
+
+# Studies that are sent elsewhere ---------------------------------------------------------------------------------------
+
+
+def _send(what: Any, root: Path, *, retry_failed: bool, notify: str | None) -> NoReturn:
+    """Hand a study, or what was asked for, to `medtune submit`, and end with its exit code."""
+    send = elsewhere.get()
+    assert send is not None
+    if notify is not None:
+        raise typer.BadParameter(
+            "--notify is not sent along: set MEDTUNE_NOTIFY where the study runs"
+        )
+    raise typer.Exit(send(what, root, retry_failed))
+
+
+def _send_asked(
+    asked: Any, root: Path, *, retry_failed: bool = False, notify: str | None = None
+) -> NoReturn:
+    """Send what was asked for, after the checks that the files on this machine allow; the job makes all of them."""
+    from tune_app.study.asked import AskedAblation, AskedConfirmation
+
+    if isinstance(asked, AskedAblation):
+        _check_ablation(asked)
+    elif isinstance(asked, AskedConfirmation):
+        _check_confirmation(asked, root)
+    elif _is_readable(root / "study.json"):
+        _study_there(root)
+    else:
+        _print_not_here(root)
+    _send(asked, root, retry_failed=retry_failed, notify=notify)
+
+
+def _check_ablation(asked: Any) -> None:
+    from tune_app.compare.ablation import check_without_table
+    from tune_app.study.spec import refuse_what_cannot_run
+
+    refuse_what_cannot_run(check_without_table(asked))
+    if _is_readable(asked.data):
+        _ablation(asked)
+    else:
+        _print_not_here(asked.data)
+
+
+def _check_confirmation(asked: Any, root: Path) -> None:
+    from tune_app.compare.confirm import candidates_to_run
+    from tune_app.results.loading import load_study
+
+    if not _is_readable(Path(asked.search) / "study.json"):
+        _print_not_here(asked.search)
+        return
+    search = load_study(asked.search)
+    candidates_to_run(search, asked.top, asked.seeds)
+    if _is_readable(search.spec.data):
+        _confirmation(asked, root)
+    else:
+        _print_not_here(search.spec.data)
+
+
+def _is_readable(place: str | Path) -> bool:
+    """Whether this machine can read the file or object."""
+    if not is_url(place):
+        return os.access(place, os.R_OK)
+    from trainables.data.table_file import ManifestError, table_bytes
+
+    try:
+        return bool(table_bytes(Path(place)))
+    except ManifestError:
+        return False
+
+
+def _print_not_here(place: str | Path) -> None:
+    err.print(
+        f"note: {url_of(place) or place} cannot be read on this machine: the job checks it when it starts",
+        soft_wrap=True,
+        markup=False,
     )
+
+
+def _run_asked(
+    fields: dict[str, Any],
+    root: Path,
+    *,
+    address: str | None,
+    retry_failed: bool,
+    notify: str | None,
+) -> NoReturn:
+    """Run here what was asked for on another machine; a study that is there already continues."""
+    from tune_app.study.asked import AskedAblation, AskedConfirmation, read_asked
+
+    asked = read_asked(fields)
+    given: dict[str, Any] = {"address": address, "retry_failed": retry_failed, "notify": notify}
+    if isinstance(asked, AskedAblation):
+        _run_and_tell(_ablation(asked), root, resume=False, go_on=True, **given)
+    elif isinstance(asked, AskedConfirmation):
+        _confirm(asked, root, **given)
+    else:
+        _resume(asked, root, **given)
+    raise typer.Exit
 
 
 def _run_and_tell(
@@ -211,17 +340,11 @@ def _run_and_tell(
     retry_failed: bool = False,
     notify: str | None = None,
 ) -> None:
-    if (send := elsewhere.get()) is not None:
-        if notify is not None:
-            raise typer.BadParameter(
-                "--notify is not sent along: set MEDTUNE_NOTIFY where the study runs"
-            )
+    if elsewhere.get() is not None:
         from tune_app.study.spec import refuse_what_cannot_run
 
         refuse_what_cannot_run(spec)
-        raise typer.Exit(send(spec, root, retry_failed))
-    from trainables.data.storage import url_of
-
+        _send(spec, root, retry_failed=retry_failed, notify=notify)
     place = url_of(root) or root
     # Before Ray is loaded, which takes seconds: a command that prints nothing looks as if it hung.
     err.print(f"study: {place}", soft_wrap=True, markup=False)
@@ -319,12 +442,11 @@ def ablate(
     address: AddressOption = None,
 ) -> None:
     """Run variants of the fixes over seeds and folds, nothing stopped early: which fix matters, and is it certain?"""
-    from tune_app.compare.ablation import ablation_spec, read_variants
+    from tune_app.compare.ablation import read_variants
+    from tune_app.study.asked import AskedAblation
 
-    _require_table_here(data)
     config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
     config |= {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
-    chosen = read_variants(variants, build_config(config).epochs)
     given = {
         "objective": objective,
         "gpus_per_trial": gpus_option(gpus_per_trial),
@@ -333,29 +455,40 @@ def ablate(
         "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
-    fields = stated(given)
-    spec = ablation_spec(
-        data, chosen, seeds=seeds, first_seed=first_seed, folds=folds, config=config, **fields
-    )
-    from_seed = f" from {first_seed}" if first_seed else ""
-    err.print(
-        f"{spec.num_trials} runs of {spec.epochs} epochs: "
-        f"{len(chosen)} variants, seeds {seeds}{from_seed}, folds {folds}"
+    asked = AskedAblation(
+        data=absolute(data),
+        variants=read_variants(variants, build_config(config).epochs),
+        seeds=seeds,
+        first_seed=first_seed,
+        folds=folds,
+        config=config,
+        fields=stated(given),
     )
     root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
-    _run_and_tell(spec, root, address=address, resume=False)
+    if elsewhere.get() is not None:
+        _send_asked(asked, root)
+    _run_and_tell(_ablation(asked), root, address=address, resume=False)
 
 
-def _require_table_here(table: str | Path) -> None:
-    """Raise SpecError where a plan is sent elsewhere and its table is not on this machine."""
-    from tune_app.study.errors import SpecError
+def _ablation(asked: Any) -> Any:
+    """Return the spec of an ablation that was asked for, its plan printed."""
+    from tune_app.compare.ablation import ablation_spec
 
-    if elsewhere.get() is None or is_url(table) or Path(table).exists():
-        return
-    raise SpecError(
-        f"table {table}: not on this machine. `ablate` and `confirm` read it before they are sent, because its folds and "
-        "rows decide which trials are run: submit from a machine that sees it, such as a node of the cluster, or use a URL"
+    spec = ablation_spec(
+        Path(asked.data),
+        asked.variants,
+        seeds=asked.seeds,
+        first_seed=asked.first_seed,
+        folds=asked.folds,
+        config=asked.config,
+        **asked.fields,
     )
+    from_seed = f" from {asked.first_seed}" if asked.first_seed else ""
+    err.print(
+        f"{spec.num_trials} runs of {spec.epochs} epochs: "
+        f"{len(asked.variants)} variants, seeds {asked.seeds}{from_seed}, folds {asked.folds}"
+    )
+    return spec
 
 
 @app.command()
@@ -385,22 +518,14 @@ def confirm(
     address: AddressOption = None,
 ) -> None:
     """Run a search's best again, and the documented settings, on all folds with new seeds: is there a winner?"""
-    from tune_app.compare.confirm import (
-        confirmation_spec,
-        print_confirmation,
-        same_plan,
-        unfinished,
-    )
-    from tune_app.compare.test_rows import confirmed_on_test
-    from tune_app.results.loading import load_study
+    from tune_app.study.asked import AskedConfirmation
     from tune_app.study.files import StudyFiles
 
     if again and not test:
         raise typer.BadParameter("--again goes with --test")
-    files = StudyFiles(out_folder or StudyFiles(study).confirmation)
+    root = out_folder or StudyFiles(study).confirmation
     if test:
-        confirmed_on_test(study, files.root, cache=cache, again=again, notes=err)
-        print_confirmation(load_study(files.root), out)
+        _score_test_rows(study, root, cache=cache, again=again)
         return
     given = {
         "gpus_per_trial": gpus_option(gpus_per_trial),
@@ -409,20 +534,75 @@ def confirm(
         "wait_for_resources_s": wait_for_resources_s,
         "cache": cache and absolute(cache),
     }
-    fields = stated(given)
-    search = load_study(study)
-    _require_table_here(search.spec.data)
-    spec, notes = confirmation_spec(search, top=top, folds=folds, seeds=seeds, **fields)
+    asked = AskedConfirmation(
+        search=absolute(study), top=top, seeds=seeds, folds=folds, fields=stated(given)
+    )
+    if elsewhere.get() is not None:
+        _send_asked(asked, root)
+    _confirm(asked, root, address=address)
+
+
+def _score_test_rows(study: Path, root: Path, *, cache: Path | None, again: bool) -> None:
+    from tune_app.compare.confirm import print_confirmation
+    from tune_app.compare.test_rows import confirmed_on_test
+    from tune_app.results.loading import load_study
+
+    if elsewhere.get() is not None:
+        raise typer.BadParameter(
+            "--test is not sent: it needs no cluster, but a machine that sees the data, the search and its confirmation"
+        )
+    confirmed_on_test(study, root, cache=cache, again=again, notes=err)
+    print_confirmation(load_study(root), out)
+
+
+def _confirmation(asked: Any, root: Path) -> tuple[Any, bool]:
+    """Return the spec of a confirmation that was asked for, and whether it has begun in the folder `root`.
+
+    Raises SpecError where another one has.
+    """
+    from tune_app.compare.confirm import confirmation_spec, same_plan
+    from tune_app.results.loading import load_study
+    from tune_app.study.files import StudyFiles
+
+    search = load_study(asked.search)
+    spec, notes = confirmation_spec(
+        search, top=asked.top, folds=asked.folds, seeds=asked.seeds, **asked.fields
+    )
     for note in notes:
         err.print(f"note: {note}", markup=False)
+    files = StudyFiles(root)
     begun = files.spec.exists()
     if begun:
         same_plan(files, spec)
-        if not unfinished(load_study(files.root)):
-            _score_validation(files.root)
-            print_confirmation(load_study(files.root), out)
-            return
-    _run_and_tell(files.read_spec() if begun else spec, files.root, address=address, resume=begun)
+    return files.read_spec() if begun else spec, begun
+
+
+def _confirm(
+    asked: Any,
+    root: Path,
+    *,
+    address: str | None,
+    retry_failed: bool = False,
+    notify: str | None = None,
+) -> None:
+    from tune_app.compare.confirm import print_confirmation, unfinished
+    from tune_app.results.loading import load_study
+
+    spec, begun = _confirmation(asked, root)
+    if begun and not unfinished(load_study(root)):
+        _score_validation(root)
+        print_confirmation(load_study(root), out)
+        return
+    # One in object storage is not seen from here
+    _run_and_tell(
+        spec,
+        root,
+        address=address,
+        resume=begun,
+        go_on=not begun,
+        retry_failed=retry_failed,
+        notify=notify,
+    )
 
 
 WORDS_REASON = "change the numbers where another label is the positive one, class 1 of two"

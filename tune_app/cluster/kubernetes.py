@@ -6,6 +6,7 @@ from typing import Any
 
 from trainables.data.storage import is_url
 from tune_app.cluster.submit import SPEC_FILE, cluster_place, entry_arguments, spec_text
+from tune_app.study.asked import Asked, AskedAblation, AskedConfirmation
 from tune_app.study.errors import SpecError
 from tune_app.study.files import job_name
 from tune_app.study.spec import StudySpec
@@ -35,7 +36,7 @@ class Cluster:
     """Times the operator starts a new cluster when the job has failed, whatever its exit code was."""
 
 
-def kuberay_manifest(spec: StudySpec, study: str, cluster: Cluster) -> str:
+def kuberay_manifest(spec: StudySpec | Asked, study: str, cluster: Cluster) -> str:
     """Return a KubeRay RayJob (KubeRay 1.5.1 or later) and the ConfigMap with the study, as YAML.
 
     The head has CPUs only and takes no trials, GPU workers come and go with the trials that wait. The operator makes the
@@ -132,22 +133,22 @@ def _ray_job(name: str, study: str, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _waiting(spec: StudySpec) -> StudySpec:
+def _waiting(spec: StudySpec | Asked) -> StudySpec | Asked:
     """There are no workers when the driver starts: have it ask for them, and wait."""
-    return (
-        spec
-        if spec.wait_for_resources_s
-        else spec.model_copy(update={"wait_for_resources_s": 1800.0})
-    )
+    waits = {"wait_for_resources_s": 1800.0}
+    if isinstance(spec, StudySpec):
+        return spec if spec.wait_for_resources_s else spec.model_copy(update=waits)
+    return spec.model_copy(update={"fields": waits | spec.fields})
 
 
-def _check_seen(spec: StudySpec, study: str, cluster: Cluster) -> None:
+def _check_seen(spec: StudySpec | Asked, study: str, cluster: Cluster) -> None:
     """Raise SpecError for paths that no pod would see."""
-    asked = {
-        "data": spec.data,
-        "pretrained_path": spec.shared.get("pretrained_path"),
-        "the study": study,
-    }
+    asked: dict[str, str | None] = {"the study": study}
+    if isinstance(spec, StudySpec | AskedAblation):
+        shared = spec.shared if isinstance(spec, StudySpec) else spec.config
+        asked |= {"data": spec.data, "pretrained_path": shared.get("pretrained_path")}
+    elif isinstance(spec, AskedConfirmation):
+        asked["the search"] = spec.search
     hidden = [
         f"{what} {path}: no pod sees it; put it below {cluster.mount} (--mount names another folder)"
         for what, path in asked.items()

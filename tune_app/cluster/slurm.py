@@ -2,7 +2,9 @@
 
 One node is the common case and needs no Ray head: the study starts its own Ray there. With several nodes each of
 them runs one Ray node, with a token, ports and a temporary folder that belong to this job alone, because Slurm may place
-two jobs of one user on the same node.
+two jobs of one user on the same node. A cancelled or preempted job is killed KillWait (30 s by default) after SIGTERM,
+whether its script has reached its end or not: so a job of one node has no file of its own, and one of several nodes
+removes its files when the signal comes.
 
 `ray symmetric-run` is used on nodes that the job has for itself only: it refuses to start where another Ray runs, and
 ends with `ray stop`, which ends every Ray of the user on the node.
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 
 from trainables.data.storage import is_url
 from tune_app.cluster.submit import SPEC_FILE, cluster_place, spec_text
+from tune_app.study.asked import Asked
 from tune_app.study.errors import SpecError
 from tune_app.study.files import job_name
 from tune_app.study.spec import StudySpec
@@ -53,7 +56,7 @@ class Allocation:
     """Whether the Ray there has `ray symmetric-run` (2.49 or later)."""
 
 
-def slurm_script(spec: StudySpec, study: str, given: Allocation) -> str:
+def slurm_script(spec: StudySpec | Asked, study: str, given: Allocation) -> str:
     """Return the batch script that runs `spec` in the folder or URL `study`, and continues a study that is there already.
 
     Before the time limit Slurm sends a signal: trials finish their epochs, the driver writes everything, and the job is
@@ -64,8 +67,8 @@ def slurm_script(spec: StudySpec, study: str, given: Allocation) -> str:
     _check(given)
     parts = [
         _directives(study, given),
-        _head(spec, study, given),
-        _single(study) if given.nodes == 1 else _several(study, given),
+        _head(study, given),
+        _single(spec) if given.nodes == 1 else _several(spec, given),
         _tail(study),
     ]
     return "\n".join(parts)
@@ -131,13 +134,36 @@ def _directives(study: str, given: Allocation) -> str:
     )
 
 
-def _head(spec: StudySpec, study: str, given: Allocation) -> str:
+REMOVES_LEFT = (
+    'find /tmp -maxdepth 1 -user "$(id -u)" -name "medtune-$SLURM_JOB_ID-*" {}-exec rm -rf {{}} +'
+)
+"""What an earlier start of the job left on a node where it was killed."""
+
+OF_SEVERAL = f"""\
+tidy() {{
+  [ -n "$token" ] && rm -f "$token"
+  rm -rf "$work"
+}}
+finish() {{
+  [ -n "$ray" ] && kill "$ray" 2>/dev/null
+  tidy
+}}
+ray= token=
+{REMOVES_LEFT.format("")}
+work=$(mktemp -d "/tmp/medtune-$SLURM_JOB_ID-XXXX") || exit 1   # a short path: sockets are below it
+export work
+trap finish EXIT
+"""
+
+
+def _head(study: str, given: Allocation) -> str:
     lead = lead_of(given)
     run = "run=()"
     if given.image:
         seen = [word for folder in filter(None, [given.mount]) for word in ("--bind", folder)]
         gpu = ["--nv"] if given.gpus else []
         run = f"run=({shlex.join(['apptainer', 'exec', *gpu, *seen, given.image])})"
+    several = given.nodes > 1
     return f"""\
 {given.setup or "# No --setup was given: medtune is on the PATH."}
 set -u
@@ -145,33 +171,24 @@ export MEDTUNE_USR1_GRACE_S={lead - lead // CLOSING}
 export PYTHONSAFEPATH=1   # a copy.py in the folder of the submission must not be taken for Python's
 unset RAY_ADDRESS
 umask 077
-work=$(mktemp -d "/tmp/medtune-$SLURM_JOB_ID-XXXX") || exit 1   # a short path: sockets are below it
-export work
 study={shlex.quote(study)}
 {run}
-driver= ray= token= code=1 again=
-finish() {{
-  [ -n "$ray" ] && kill "$ray" 2>/dev/null
-  [ -n "$token" ] && rm -f "$token"
-  rm -rf "$work"
-}}
-trap finish EXIT
-leave() {{   # the driver has its trials finish their epochs, and ends with code 75
+driver= code=1 again=
+{OF_SEVERAL if several else ""}leave() {{   # the driver has its trials finish their epochs, and ends with code 75
   asked=1
   [ -n "$driver" ] && kill "-$1" "$driver" 2>/dev/null
 }}
 trap 'again=1; leave USR1' USR1   # before the time limit
-trap 'leave TERM' TERM            # preempted, and Slurm puts the job back into the queue, or cancelled
+trap 'leave TERM{"; tidy" if several else ""}' TERM   # preempted, and Slurm puts the job back into the queue, or cancelled
 rows() {{ {"echo 0" if is_url(study) else 'cat "$study/epochs.jsonl" 2>/dev/null | wc -l'}; }}
 before=$(rows)
-cat > "$work/{SPEC_FILE}" <<'STUDY'
-{spec_text(spec)}STUDY
 """
 
 
-def _single(study: str) -> str:
+def _single(spec: StudySpec | Asked) -> str:
     return f"""\
-"${{run[@]}}" medtune run "$work/{SPEC_FILE}" --out "$study" --resume --address local &
+"${{run[@]}}" medtune run - --out "$study" --resume --address local <<'STUDY' &
+{spec_text(spec)}STUDY
 driver=$! waited=$!
 """
 
@@ -182,9 +199,13 @@ RAY_OPTIONS = (
 )
 
 
-def _several(study: str, given: Allocation) -> str:
+def _several(spec: StudySpec | Asked, given: Allocation) -> str:
     options = RAY_OPTIONS.format(gpus=given.gpus)
-    begin = """\
+    begin = f"""\
+cat > "$work/{SPEC_FILE}" <<'STUDY'
+{spec_text(spec)}STUDY
+"""
+    begin += """\
 token="$HOME/.medtune-$SLURM_JOB_ID.token"   # the nodes' shared home; its owner's alone
 head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n' > "$token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
@@ -205,6 +226,7 @@ driver=$(cat "$work/driver" 2>/dev/null)
 """
     return f"""\
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "${{run[@]}}" bash -c '
+  {REMOVES_LEFT.format('! -path "$work" ')}
   [ -d "$work" ] || mkdir -m 700 "$work" || exit 1
   [ -O "$work" ] && mkdir "$work/node$SLURM_PROCID" || exit 1
   if [ "$SLURM_PROCID" = 0 ]; then
@@ -215,7 +237,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "${{run[@]}}" bash -c '
   fi
   ray start "$@" --block --temp-dir="$work/node$SLURM_PROCID" \\
     {options} &
-  trap "kill $!" TERM
+  trap "kill $!; rm -rf $work/node$SLURM_PROCID" TERM
   wait $!
   wait $!
   rm -rf "$work/node$SLURM_PROCID"

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from trainables.data.json_files import parse_json
 from trainables.data.storage import url_of
+from tune_app.study.asked import KIND, Asked, AskedResumption, asked_text, read_asked
 from tune_app.study.errors import SpecError
 from tune_app.study.files import differing_fields, job_name, refuse_other_bytes
 from tune_app.study.spec import StudySpec, build_spec
@@ -86,7 +87,7 @@ class Submission:
 
 
 def build_submission(
-    spec: StudySpec,
+    spec: StudySpec | Asked,
     study: str,
     *,
     earlier: Collection[str] = (),
@@ -96,7 +97,7 @@ def build_submission(
 ) -> Submission:
     """Return the job that runs `spec` in the folder or URL `study`, and resumes a study that is there already.
 
-    `earlier`: ids of the jobs that the cluster knows, since Ray takes no id twice. `pip`: pin the packages that are
+    The plan of what is `Asked` is made by the job. `earlier`: ids of the jobs that the cluster knows, since Ray takes no id twice. `pip`: pin the packages that are
     installed here. `source`: folder that holds the packages; None: where they were imported from. `retry_failed`: trials
     of the study that have failed resume, too.
 
@@ -112,22 +113,44 @@ def build_submission(
         runtime_env=_runtime_env(pip),
         metadata={
             "medtune_study": study,
-            "medtune_spec": spec.hash(),
             SETTINGS: json.dumps(json.loads(spec_text(spec))),
         },
     )
 
 
-def refuse_other_settings(asked: StudySpec, job: str, metadata: Mapping[str, str]) -> None:
-    """Raise SpecError that names the settings in which `asked` differs from the ones that the running `job` was sent with."""
+def refuse_other_settings(asked: StudySpec | Asked, job: str, metadata: Mapping[str, str]) -> None:
+    """Raise SpecError that names the settings in which `asked` differs from the ones that the running `job` was sent with.
+
+    A job that resumes a study has the study's settings, which only the cluster knows; asking for that takes any job.
+    """
     if SETTINGS not in metadata:  # sent by an earlier version
         return
-    there = build_spec(parse_json(metadata[SETTINGS]))
-    if differ := differing_fields(there, asked, StudySpec.model_fields):
+    sent = parse_json(metadata[SETTINGS])
+    there = read_asked(sent) if KIND in sent else build_spec(sent)
+    if isinstance(asked, AskedResumption) or isinstance(there, AskedResumption):
+        return
+    if _kind(there) != _kind(asked):
+        differ = [f"it is a study of kind {_kind(there)}, {_kind(asked)} was asked for"]
+    elif isinstance(there, StudySpec) and isinstance(asked, StudySpec):
+        differ = differing_fields(there, asked, StudySpec.model_fields)
+    elif isinstance(there, StudySpec):  # a plan of an earlier version
+        return
+    else:
+        one, other = there.model_dump(), asked.model_dump()
+        differ = [
+            f"{name} is {one[name]!r} there, {other[name]!r} was asked for"
+            for name in one
+            if one[name] != other[name]
+        ]
+    if differ:
         raise SpecError(
             f"{job} runs this study with other settings: {'; '.join(differ)}. `medtune jobs stop {job}` ends it; "
             "then the study can be submitted again"
         )
+
+
+def _kind(what: StudySpec | Asked) -> str:
+    return what.kind if isinstance(what, StudySpec) else what.asked
 
 
 def build_task(arguments: Sequence[str], *, source: Path | None = None) -> Submission:
@@ -235,8 +258,10 @@ def _checked(package: bytes) -> bytes:
     return package
 
 
-def spec_text(spec: StudySpec) -> str:
-    """Return the resolved spec as a study file (JSON is YAML); every path in it is absolute or a URL."""
+def spec_text(spec: StudySpec | Asked) -> str:
+    """Return the resolved spec, or what was asked for, as a study file (JSON is YAML); paths are absolute or URLs."""
+    if not isinstance(spec, StudySpec):
+        return asked_text(spec)
     return (
         json.dumps(
             spec.model_dump(mode="json", exclude_defaults=True) | {"data": spec.data}, indent=1

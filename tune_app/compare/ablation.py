@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
-from trainables.config import Scalar, build_config
+from trainables.config import FineTuneConfig, Scalar, build_config
 from trainables.data.folds import split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.storage import absolute
@@ -26,6 +26,7 @@ from tune_app.results.effects import COLLAPSES
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back, faulty, plain_table
 from tune_app.results.text import format_value, printable
+from tune_app.study.asked import AskedAblation
 from tune_app.study.errors import SpecError
 from tune_app.study.rows import ENDED
 from tune_app.study.spec import PlannedTrial, StudySpec, absolute_paths, build_spec
@@ -154,6 +155,13 @@ def _written_variants(path: Path) -> Variants:
         raise SpecError(
             f"{path}: {', '.join(bad)}: a variant is a mapping of hyperparameters to values: {example}"
         )
+    if bad := [
+        f"{name}: {hyperparameter} is {value!r:.100}"
+        for name, overrides in written.items()
+        for hyperparameter, value in (overrides or {}).items()
+        if not isinstance(value, str | int | float | bool | None)
+    ]:
+        raise SpecError(f"{path}: {'; '.join(bad)}: one value for each hyperparameter: {example}")
     return {
         str(name): absolute_paths(overrides or {}, path.parent)
         for name, overrides in written.items()
@@ -175,6 +183,31 @@ def ablation_spec(
     `config` holds what all runs share, `fields` are those of StudySpec. Raises SpecError, also where `config` names
     a hyperparameter that the variants or the plan decide and that would be without effect, and ManifestError for the table.
     """
+    shared = _checked(chosen, seeds, first_seed, config)
+    manifest = read_manifest(data, num_classes=shared.num_classes, classes=shared.classes)
+    return _ablation_on(
+        choose_folds(manifest, folds, shared.num_folds),
+        absolute(data),
+        chosen,
+        range(first_seed, first_seed + seeds),
+        config,
+        fields,
+    )
+
+
+def check_without_table(asked: AskedAblation) -> StudySpec:
+    """Return the ablation on a single fold, checked but for the table, which another machine sees. Raises SpecError."""
+    shared = _checked(asked.variants, asked.seeds, asked.first_seed, asked.config)
+    if asked.folds.strip() not in ("all", "own"):
+        _numbers(asked.folds)
+    one = Folds((0,), shared.num_folds, cross_validate=False)
+    return _ablation_on(one, asked.data, asked.variants, (0,), asked.config, asked.fields)
+
+
+def _checked(
+    chosen: Variants, seeds: int, first_seed: int, config: Mapping[str, Any]
+) -> FineTuneConfig:
+    """Return what all runs share. Raises SpecError for what needs no table to be seen."""
     if problems := [
         f"{name}={value}: {least} or more"
         for name, value, least in (("seeds", seeds, 1), ("first_seed", first_seed, 0))
@@ -187,20 +220,24 @@ def ablation_spec(
         f"{name} is decided by {decided[name]}: leave it out" for name in config if name in decided
     ]:
         raise SpecError(clash)
-    shared = build_config(config)
-    manifest = read_manifest(data, num_classes=shared.num_classes, classes=shared.classes)
-    planned = plan(
-        chosen,
-        choose_folds(manifest, folds, shared.num_folds),
-        range(first_seed, first_seed + seeds),
-    )
+    return build_config(config)
+
+
+def _ablation_on(
+    folds: Folds,
+    data: str,
+    chosen: Variants,
+    seeds: Iterable[int],
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+) -> StudySpec:
     return build_spec(
         {
             **fields,
             "kind": "ablation",
-            "data": absolute(data),
+            "data": data,
             "config": dict(config),
-            "planned": planned,
+            "planned": plan(chosen, folds, seeds),
         }
     )
 

@@ -156,20 +156,8 @@ def confirmation_spec(
     a run repeated with the seed it was chosen by would repeat its luck. `fields` go before the search's own. Raises
     SpecError when `search` is none, is running or has nothing to confirm, and ManifestError for the table.
     """
+    chosen = candidates_to_run(search, top, seeds)
     spec = search.spec
-    if spec.kind != "search":
-        raise SpecError(
-            f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"
-        )
-    if search.running:
-        raise SpecError(f"{search.path}: the search is still running: confirm when it has ended")
-    if problems := [
-        f"{name}={value}: 1 or more"
-        for name, value in (("top", top), ("seeds", seeds))
-        if value < 1
-    ]:
-        raise SpecError(problems)
-    chosen = choose_candidates(search, top)
     config = shared_config(spec)
     shared = build_config(config)
     manifest = read_manifest(
@@ -210,6 +198,24 @@ def _few_unseen(seen: int, folds: tuple[int, ...]) -> str:
         f"the search chose by {seen} rows, and folds {listed} hold some of them: these folds count by their other rows, and "
         "without two folds that have such rows of every class no winner is named"
     )
+
+
+def candidates_to_run(search: Study, top: int, seeds: int) -> Candidates:
+    """Return the candidates of a confirmation, all checks made that need no table. Raises SpecError."""
+    spec = search.spec
+    if spec.kind != "search":
+        raise SpecError(
+            f"{search.path}: this is a study of kind {spec.kind}: name the search whose best to confirm"
+        )
+    if search.running:
+        raise SpecError(f"{search.path}: the search is still running: confirm when it has ended")
+    if problems := [
+        f"{name}={value}: 1 or more"
+        for name, value in (("top", top), ("seeds", seeds))
+        if value < 1
+    ]:
+        raise SpecError(problems)
+    return choose_candidates(search, top)
 
 
 def same_plan(files: StudyFiles, spec: StudySpec) -> None:

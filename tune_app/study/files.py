@@ -307,11 +307,22 @@ HOW_ONLY = (
 """Fields that set how a study is run and leave its results alone: they may differ when it resumes."""
 
 
+def _shown(spec: StudySpec, name: str) -> str:
+    """The value of a field for a message; a plan may have thousands of runs."""
+    if name != "planned":
+        return f"{getattr(spec, name)!r:.300}"
+    variants = ", ".join(dict.fromkeys(trial.variant for trial in spec.planned))
+    folds, seeds = (
+        len({trial.overrides.get(what) for trial in spec.planned}) for what in ("fold", "seed")
+    )
+    return f"{len(spec.planned)} runs ({variants}; folds {folds}, seeds {seeds})"
+
+
 def differing_fields(there: StudySpec, asked: StudySpec, fields: Collection[str]) -> list[str]:
     """Return a text for each of the `fields` in which two studies differ, with both values; links are followed."""
     followed = _with_links_followed(asked)
     return [
-        f"{name} is {getattr(there, name)!r} there, {getattr(asked, name)!r} was asked for"
+        f"{name} is {_shown(there, name)} there, {_shown(asked, name)} was asked for"
         for name in StudySpec.model_fields
         if name in fields
         and getattr(there, name) not in (getattr(asked, name), getattr(followed, name))

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -309,10 +310,11 @@ def recorded_spec(fields: Mapping[str, Any]) -> StudySpec:
 def read_study_file(path: Path) -> dict[str, Any]:
     """Return the fields of a YAML study file, unchecked; relative paths in it start at the file's folder.
 
-    Raises SpecError when the file is missing or is not a YAML mapping; nothing in it is executed.
+    `-` is the standard input, whose relative paths start at the current folder. Raises SpecError when the file is missing or is not a YAML mapping; nothing in it is executed.
     """
     try:
-        fields = load_yaml(path.read_text(encoding="utf-8"))
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        fields = load_yaml(text)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such study file; `medtune init` writes one") from None
     except (OSError, UnicodeDecodeError) as error:

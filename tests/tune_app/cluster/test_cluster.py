@@ -4,19 +4,21 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from cluster_runs import Cluster, ended, make_cluster, wait_for
-from study_runs import TINY, check_whole, rows_of
+from object_storage import put_folder
+from study_runs import SMALL, TINY, check_whole, rows_of
 
 from trainables.data.storage import Remote
 from tune_app.study.files import StudyFiles
 from tune_app.synthetic import write_cohort
 
+WriteStudy = Callable[..., Path]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -95,6 +97,36 @@ def test_a_study_is_submitted_left_stopped_and_resumed(cluster: Cluster, tmp_pat
 
     refused, err = cluster.done(*asked, "--seed", 7, code=1)
     assert "holds another study: seed is 0 there, 7 was asked for" in " ".join(refused.split())
+
+
+def test_a_plan_is_made_where_table_and_search_are(
+    cluster: Cluster, bucket: str, write_study: WriteStudy, tmp_path: Path
+) -> None:
+    """They are in a bucket that the submitting machine cannot reach, and the head can."""
+    hidden = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    put_folder(f"{bucket}/cohort", cluster.table.parent)
+    table = f"{bucket}/cohort/table.csv"
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("reference: {}\nwider: {max_m: 0.5}\n")
+    send, cache = ["submit", "--no-pip", "--"], ["--cache", tmp_path / "cache"]
+    asked = [*send, "ablate", "--data", table, "--variants", variants, "--seeds", 1, *cache]
+    asked += ["--epochs", 1, *TINY, "--out", tmp_path / "ablation"]
+    log, err = cluster.done(*asked, "--folds", 7, code=1, **hidden)
+    assert f"note: {table} cannot be read on this machine: the job checks it" in err
+    assert "error: no fold 7: there are 0, 1" in log
+    log, err = cluster.done(*asked, **hidden)
+    assert "4 runs of 1 epochs: 2 variants, seeds 1, folds all" in log
+    assert {row["epoch"] for row in rows_of(tmp_path / "ablation")} == {1}
+    assert len(rows_of(tmp_path / "ablation")) == 4
+
+    config = SMALL | {"epochs": 1}
+    search = write_study(trials=4, epochs=1, spec={"data": table, "config": config})
+    put_folder(f"{bucket}/search", search)
+    asked = [*send, "confirm", f"{bucket}/search", "--top", 1, "--seeds", 1, "--folds", 0]
+    log, err = cluster.done(*asked, *cache, "--out", tmp_path / "confirmation", **hidden)
+    assert f"note: {bucket}/search cannot be read on this machine" in err
+    assert len(rows_of(tmp_path / "confirmation")) == 3
+    assert "3 runs" in log
 
 
 @pytest.mark.parametrize(

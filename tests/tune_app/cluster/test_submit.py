@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +17,13 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
+from trainables.data.table_file import ManifestError
 from tune_app.cli import app as cli
 from tune_app.cli import cluster as cli_cluster
+from tune_app.cli import studies as cli_studies
 from tune_app.cluster.jobs import Jobs, JobServerError, is_loopback, job_server
 from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
+from tune_app.cluster.slurm import Allocation, slurm_script
 from tune_app.cluster.submit import (
     PACKAGES,
     SPEC_FILE,
@@ -27,11 +32,13 @@ from tune_app.cluster.submit import (
     pinned_requirements,
     refuse_other_settings,
 )
+from tune_app.study.asked import AskedAblation, AskedConfirmation, AskedResumption, read_asked
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, job_name, resumed_spec
 from tune_app.study.spec import StudySpec, build_spec, read_study_file
 
 ROOT = Path(__file__).parents[3]
+WriteStudy = Callable[..., Path]
 SHARED = {"data": "/shared/adrenal/table.csv", "config": {"epochs": 30}, "trials": 8}
 
 
@@ -210,12 +217,195 @@ def test_a_dry_run_shows_everything_and_needs_no_cluster(tmp_path: Path) -> None
     assert wrong.exit_code == 2, "options are checked before anything is sent"
 
 
-def test_a_plan_is_made_where_the_table_is(tmp_path: Path) -> None:
-    asked = ["submit", "--dry-run", "--", "ablate", "--data", "/shared/table.csv"]
-    asked += ["--out", "/shared/studies/second"]
-    refused = CliRunner().invoke(cli.app, asked)
+# Plans that are made by the job ----------------------------------------------------------------------------------------
+
+
+def sent(*asked: object) -> dict[str, Any]:
+    """The study file that `submit -- asked` sends."""
+    shown = CliRunner().invoke(
+        cli.app, ["submit", "--dry-run", "--", *map(str, asked)], catch_exceptions=False
+    )
+    assert shown.exit_code == 0, shown.stderr
+    fields: dict[str, Any] = yaml.safe_load(shown.stdout)["study"]
+    return fields
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StudySpec, Path, dict[str, Any]]]:
+    """What commands would run here, instead of running it."""
+    found: list[tuple[StudySpec, Path, dict[str, Any]]] = []
+
+    def instead(spec: StudySpec, root: Path, **how: Any) -> None:
+        found.append((spec, root, how))
+
+    monkeypatch.setattr(cli_studies, "_run_and_tell", instead)
+    return found
+
+
+def run_here(*asked: object) -> str:
+    done = CliRunner().invoke(cli.app, list(map(str, asked)), catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    return done.stderr
+
+
+def a_table(folder: Path) -> Path:
+    """A table of empty volumes, a subject each, every third positive."""
+    folder.mkdir()
+    lines = ["path,label,subject"]
+    for number in range(30):
+        (folder / f"{number}.nii").touch()
+        lines.append(f"{number}.nii,{int(number % 3 == 0)},s{number}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return folder / "table.csv"
+
+
+def test_an_ablation_is_planned_by_its_job_where_only_that_sees_the_table(
+    tmp_path: Path, runs: list[Any]
+) -> None:
+    table, away = a_table(tmp_path / "data"), tmp_path / "away"
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("reference: {}\nwider: {max_m: 0.5}\n")
+    asked = ["ablate", "--data", table, "--variants", variants, "--seeds", 2, "--first-seed", 4]
+    asked += ["--set", "num_folds=3", "--max-concurrent", 2, "--epochs", 5]
+    run_here(*asked, "--out", tmp_path / "here")
+    seen = sent(*asked, "--out", "/shared/second")
+    table.parent.rename(away)
+    unseen = CliRunner().invoke(
+        cli.app, ["submit", "--dry-run", "--", *map(str, asked), "--out", "/shared/second"]
+    )
+    assert f"note: {table} cannot be read on this machine: the job checks it" in unseen.stderr
+    assert yaml.safe_load(unseen.stdout)["study"] == seen
+
+    variants.unlink()
+    away.rename(table.parent)
+    (tmp_path / SPEC_FILE).write_text(json.dumps(seen))
+    job = ["run", tmp_path / SPEC_FILE, "--out", "/shared/second", "--resume"]
+    assert "12 runs of 5 epochs: 2 variants, seeds 2 from 4, folds all" in run_here(*job)
+    (here, _, _), (there, root, how) = runs
+    assert there == here
+    assert (len(there.planned), there.max_concurrent, str(root)) == (12, 2, "/shared/second")
+    assert (how["go_on"], how["resume"]) == (True, False), "the same job again continues"
+
+    table.unlink()
+    refused = CliRunner().invoke(cli.app, list(map(str, job)))
+    assert isinstance(refused.exception, ManifestError)
+    assert f"table {table}: no such file" in str(refused.exception)
+    assert len(runs) == 2
+
+
+def test_a_confirmation_is_planned_by_its_job_where_only_that_sees_search_and_table(
+    write_study: WriteStudy, tmp_path: Path, runs: list[Any]
+) -> None:
+    table = a_table(tmp_path / "data")
+    search = write_study(trials=8, epochs=6, spec={"data": str(table)})
+    asked = ["confirm", search, "--top", 2, "--seeds", 2, "--folds", "0,1", "--max-concurrent", 3]
+    run_here(*asked)
+    seen = sent(*asked)
+    table.unlink()
+    with_search = sent(*asked)
+    search.rename(tmp_path / "away")
+    assert seen == with_search == sent(*asked)
+
+    (tmp_path / SPEC_FILE).write_text(json.dumps(seen))
+    job = ["run", str(tmp_path / SPEC_FILE), "--out", str(search / "confirmation"), "--resume"]
+    refused = CliRunner().invoke(cli.app, job)
     assert isinstance(refused.exception, SpecError)
-    assert "table /shared/table.csv: not on this machine" in str(refused.exception)
+    assert "no study here" in str(refused.exception)
+    (tmp_path / "away").rename(search)
+    refused = CliRunner().invoke(cli.app, job)
+    assert isinstance(refused.exception, ManifestError), "its table is still away"
+    shutil.rmtree(table.parent)
+    a_table(table.parent)
+    run_here(*job)
+    (here, place, _), (there, root, how) = runs
+    assert (there, root) == (here, place)
+    assert len(there.planned) == 16, "2 folds x 2 seeds x (2 candidates and 2 settings)"
+    assert (how["go_on"], how["resume"]) == (True, False)
+
+    StudyFiles(root).write({"spec": there.model_dump(mode="json")})
+    run_here(*job)
+    assert runs[2][2]["resume"] is True
+    (tmp_path / SPEC_FILE).write_text(json.dumps(seen | {"seeds": 3}))
+    refused = CliRunner().invoke(cli.app, job)
+    assert "holds a confirmation with other candidates, folds or seeds" in str(refused.exception)
+
+
+def test_a_study_is_resumed_by_a_job_that_alone_sees_it(a_search: Path, runs: list[Any]) -> None:
+    assert sent("resume", "/nowhere/study", "--hours", 2) == sent("resume", a_search, "--hours", 2)
+    file = {"asked": "resumption", "hours": 2.0, "fields": {"wait_for_resources_s": 60}}
+    done = CliRunner().invoke(
+        cli.app,
+        ["run", "-", "--out", str(a_search), "--resume", "--retry-failed"],
+        input=json.dumps(file),
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0, done.stderr
+    spec, root, how = runs[0]
+    recorded = StudyFiles(a_search).read_spec()
+    assert root == a_search
+    assert spec == recorded.model_copy(update={"hours": 2.0, "wait_for_resources_s": 60.0})
+    assert (how["resume"], how["retry_failed"]) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["ablate", "--folds", "first"], "folds='first': all, own, or numbers"),
+        (["ablate", "--folds", "1,1"], "each fold once"),
+        (["ablate", "--set", "seed=3"], "seed is decided by seeds: leave it out"),
+        (["ablate", "--variants", "add-two"], "add-two"),
+        (["ablate", "--set", "amp=half"], "amp"),
+    ],
+)
+def test_what_needs_no_table_is_checked_before_anything_is_sent(
+    asked: list[str], message: str
+) -> None:
+    verb, *options = asked
+    where = ["--data", "/nowhere/table.csv", "--out", "/shared/second"]
+    refused = CliRunner().invoke(cli.app, ["submit", "--dry-run", "--", verb, *where, *options])
+    assert refused.exit_code == 1
+    assert message in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["results", "/shared/first"], "results is not sent to a cluster: one of run, ablate"),
+        (["train", "--data", "/shared/table.csv"], "train is not sent"),
+        (["confirm", "/shared/first", "--test"], "--test is not sent"),
+    ],
+)
+def test_a_command_that_no_cluster_runs_is_refused(asked: list[str], message: str) -> None:
+    refused = CliRunner().invoke(cli.app, ["submit", "--dry-run", "--", *asked])
+    assert refused.exit_code == 2
+    assert message in " ".join(refused.stderr.replace("\u2502", " ").split())
+
+
+def test_a_file_for_a_job_takes_no_other_settings(tmp_path: Path) -> None:
+    (tmp_path / SPEC_FILE).write_text('{"asked": "resumption"}')
+    asked = ["run", str(tmp_path / SPEC_FILE), "--out", "/shared/first", "--trials", "3"]
+    refused = CliRunner().invoke(cli.app, asked)
+    assert refused.exit_code == 2
+    with pytest.raises(SpecError, match="top"):
+        read_asked({"asked": "confirmation", "search": "/shared/first", "top": "x", "seeds": 1})
+    with pytest.raises(SpecError, match="asked"):
+        read_asked({"asked": "everything"})
+
+
+def test_every_form_of_a_job_holds_what_was_asked_for() -> None:
+    asked = AskedAblation(data="/shared/table.csv", variants={"a": {}, "b": {"s": 20}}, seeds=2)
+    batch = slurm_script(asked, "/shared/second", Allocation())
+    text = batch.split("<<'STUDY' &\n")[1].split("STUDY\n")[0]
+    assert read_asked(json.loads(text)) == asked
+    config, _ = yaml.safe_load_all(kuberay_manifest(asked, "/shared/second", Cluster()))
+    waiting = read_asked(json.loads(config["data"][SPEC_FILE]))
+    assert waiting == asked.model_copy(update={"fields": {"wait_for_resources_s": 1800.0}})
+    hidden = asked.model_copy(update={"data": "/home/me/table.csv"})
+    with pytest.raises(SpecError, match=r"data /home/me/table\.csv: no pod sees it"):
+        kuberay_manifest(hidden, "/shared/second", Cluster())
+    search = AskedConfirmation(search="/home/me/first", top=1, seeds=1)
+    with pytest.raises(SpecError, match="the search /home/me/first: no pod sees it"):
+        kuberay_manifest(search, "/shared/second", Cluster())
 
 
 # Where the job server is -----------------------------------------------------------------------------------------------
@@ -406,6 +596,18 @@ def test_a_running_job_with_other_settings_is_told_and_the_same_one_is_not() -> 
     assert "job-1 runs this study with other settings" in told
     assert "seed is 0 there, 7 was asked for" in told
     assert "max_concurrent is None there, 2 was asked for" in told
+
+
+def test_a_running_job_with_another_plan_is_told() -> None:
+    asked = AskedAblation(data="/shared/table.csv", variants={"a": {}, "b": {}}, seeds=2)
+    sent = build_submission(asked, "/shared/studies/first", pip=False)
+    refuse_other_settings(asked, "job-1", sent.metadata)
+    refuse_other_settings(AskedResumption(hours=2), "job-1", sent.metadata)
+    other = asked.model_copy(update={"seeds": 3})
+    with pytest.raises(SpecError, match="seeds is 2 there, 3 was asked for"):
+        refuse_other_settings(other, "job-1", sent.metadata)
+    with pytest.raises(SpecError, match="a study of kind ablation, search was asked for"):
+        refuse_other_settings(a_spec(), "job-1", sent.metadata)
 
 
 @pytest.mark.parametrize(
