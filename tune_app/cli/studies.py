@@ -142,16 +142,10 @@ def run(
         "warm_start_from": tuple(map(absolute, warm_start_from or ())) or None,
         "cache": cache and absolute(cache),
     }
-    settings = parse_settings(setting) | stated(
-        {"epochs": epochs, "pretrained_path": pretrained_path and absolute(pretrained_path)}
-    )
+    settings = _settings(setting, epochs, pretrained_path)
     if KIND in fields:
-        if stated(given) or settings or preset or out_folder is None or elsewhere.get() is not None:
-            raise typer.BadParameter(
-                f"{study_file}: `medtune submit` wrote this for its job, which is given --out, --resume, --address, "
-                "--retry-failed and --notify alone"
-            )
-        _run_asked(fields, out_folder, address=address, retry_failed=retry_failed, notify=notify)
+        others = {**stated(given), **settings, **stated({"preset": preset})}
+        _run_asked(fields, out_folder, others, address, retry_failed, notify)
     fields |= stated(given)
     fields["config"] = {**(fields.get("config") or {}), **settings}
     fields = _on_preset(preset, fields)
@@ -174,6 +168,14 @@ def run(
         retry_failed=retry_failed,
         notify=notify,
     )
+
+
+def _settings(
+    setting: list[str] | None, epochs: int | None, pretrained_path: Path | None
+) -> dict[str, Any]:
+    """Return the hyperparameters that the command line sets."""
+    weights = pretrained_path and absolute(pretrained_path)
+    return parse_settings(setting) | stated({"epochs": epochs, "pretrained_path": weights})
 
 
 def _on_preset(preset: str | None, fields: dict[str, Any]) -> dict[str, Any]:
@@ -310,15 +312,23 @@ def _print_not_here(place: str | Path) -> None:
 
 def _run_asked(
     fields: dict[str, Any],
-    root: Path,
-    *,
+    root: Path | None,
+    others: dict[str, Any],
     address: str | None,
     retry_failed: bool,
     notify: str | None,
 ) -> NoReturn:
-    """Run here what was asked for on another machine; a study that is there already continues."""
+    """Run here what was asked for on another machine; a study that is there already continues.
+
+    `others`: settings of the command line, of which a job gives none.
+    """
     from tune_app.study.asked import AskedAblation, AskedConfirmation, read_asked
 
+    if others or root is None or elsewhere.get() is not None:
+        raise typer.BadParameter(
+            "a file that `medtune submit` wrote for its job takes --out, which it needs, --resume, --address, "
+            "--retry-failed and --notify, and nothing else"
+        )
     asked = read_asked(fields)
     given: dict[str, Any] = {"address": address, "retry_failed": retry_failed, "notify": notify}
     if isinstance(asked, AskedAblation):
@@ -445,8 +455,7 @@ def ablate(
     from tune_app.compare.ablation import read_variants
     from tune_app.study.asked import AskedAblation
 
-    config = parse_settings(setting) | ({"epochs": epochs} if epochs is not None else {})
-    config |= {"pretrained_path": absolute(pretrained_path)} if pretrained_path is not None else {}
+    config = _settings(setting, epochs, pretrained_path)
     given = {
         "objective": objective,
         "gpus_per_trial": gpus_option(gpus_per_trial),
