@@ -21,14 +21,16 @@ import ray
 import ray.util.debug
 
 from trainables.checkpoints import LogFile
+from trainables.machine.file_locks import acquire_lock
 from trainables.machine.ray_workers import OwnSearchPath
 from trainables.machine.safe_path import safe_search
 from trainables.machine.this_machine import place_of_sessions, usable_cpus
-from trainables.own_folder import mark_own, remove_own
+from trainables.own_folder import MARKER, mark_own, remove_own
 from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.stopping import taken_away_while_ray_starts
 from tune_app.driver.tune_repairs import agent_on_a_free_port
 from tune_app.driver.watchdog import StalledError
+from tune_app.study.rows import is_held
 
 log = logging.getLogger("medtune.study")
 
@@ -38,6 +40,14 @@ SHUTDOWN_S = 30.0
 """Seconds Ray may take to end."""
 LEAVING_S = 5.0
 """Seconds that workers may take to notice that their Ray has ended."""
+PREFIX = "medtune-"
+"""Of the names of folders of local Rays."""
+MARK = "Ray of process "
+"""Start of the content of their markers."""
+IN_USE = ".in-use"
+"""Name of the lock in such a folder, which the system releases when the process is killed. A folder that is kept has none."""
+YOUNG_S = 60.0
+"""Age up to which a lock may have been made and not yet taken."""
 SESSION = "MEDTUNE_RAY_SESSION"
 """Environment variable of everything that a local Ray starts."""
 
@@ -118,29 +128,47 @@ def own_ray(**options: Any) -> Iterator[OwnRay]:
     """A local Ray for the block alone, whatever else runs on this machine: it never joins another one.
 
     `options` of `ray.init`. Its folder is removed at the end unless the block fails or sets `keep`: Ray itself keeps the
-    logs of every session for ever.
+    logs of every session for ever. So are the folders of processes that were killed before they could do that.
     """
-    folder = Path(tempfile.mkdtemp(prefix="medtune-", dir=place_of_sessions()))
+    remove_abandoned(Path(place_of_sessions()))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place_of_sessions()))
     session = secrets.token_hex(8)
-    local = OwnRay(folder, f"Ray of process {os.getpid()}, session {session}")
+    local = OwnRay(folder, f"{MARK}{os.getpid()}, session {session}")
     mark_own(folder, local.mark)
-    os.environ[SESSION] = session
-    access = _of_authentication()
-    try:
-        _start_ray(folder, options)
-        yield local
-    except Exception:
-        local.keep = True
-        raise
-    finally:
-        _shut_down_ray()
-        end_workers(os.environ.pop(SESSION, session))
-        _forget_what_ray_keeps()
-        _forget_token(access)
-        if local.keep:
-            log.warning("Ray's own logs are kept in %s", folder)
-        else:
-            remove_own(folder, local.mark)
+    with acquire_lock(folder / IN_USE):
+        os.environ[SESSION] = session
+        access = _of_authentication()
+        try:
+            _start_ray(folder, options)
+            yield local
+        except Exception:
+            local.keep = True
+            raise
+        finally:
+            _shut_down_ray()
+            end_workers(os.environ.pop(SESSION, session))
+            _forget_what_ray_keeps()
+            _forget_token(access)
+            if local.keep:
+                (folder / IN_USE).unlink(missing_ok=True)
+                log.warning("Ray's own logs are kept in %s", folder)
+            else:
+                remove_own(folder, local.mark)
+
+
+def remove_abandoned(place: Path) -> None:
+    """Remove the folders of local Rays of this user below `place` whose process was killed before it could remove them."""
+    for lock in place.glob(f"{PREFIX}*/{IN_USE}"):
+        folder = lock.parent
+        try:
+            young = time.time() - lock.stat().st_mtime < YOUNG_S
+            if young or folder.stat().st_uid != os.getuid() or is_held(lock):
+                continue
+            mark = (folder / MARKER).read_text(encoding="utf-8")
+            if mark.startswith(MARK) and remove_own(folder, mark):
+                log.info("%s: removed; the process that had made it was killed", folder)
+        except (OSError, UnicodeDecodeError):  # removed by another process meanwhile
+            continue
 
 
 def _cpus() -> dict[str, int]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,16 @@ from ray._private.worker import print_to_stdstream
 from rich.console import Console
 from study_runs import TINY, check_whole, finished, medtune
 
-from tune_app.driver.local_ray import keep_strangers_out, ray_to_file
+from trainables.own_folder import mark_own
+from tune_app.driver.local_ray import (
+    IN_USE,
+    MARK,
+    PREFIX,
+    YOUNG_S,
+    keep_strangers_out,
+    ray_to_file,
+    remove_abandoned,
+)
 from tune_app.synthetic import write_cohort
 
 STUDY = """
@@ -117,6 +127,51 @@ def test_a_local_ray_removes_its_own_folder_only_and_holds_no_fixed_port(
     env = os.environ | {"TMPDIR": str(temporary)}
     assert answers(OWN, tmp_path, env) == ["True", "False", "True", "True", "True"]
     assert len(list(temporary.glob("medtune-*"))) == 2
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from trainables.machine.file_locks import acquire_lock
+
+with acquire_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(tmp_path: Path) -> None:
+    """Slurm kills a job 30 s after SIGTERM, at its end or not."""
+    long_ago = time.time() - 2 * YOUNG_S
+
+    def made(name: str, mark: str = f"{MARK}1, session a", lock: bool = True) -> Path:
+        folder = mark_own(tmp_path / f"{PREFIX}{name}", mark)
+        (folder / "session").mkdir()
+        (folder / "session" / "raylet.log").touch()
+        if lock:
+            (folder / IN_USE).touch(mode=0o600)
+            os.utime(folder / IN_USE, (long_ago, long_ago))
+        return folder
+
+    killed, held, young = made("killed"), made("held"), made("young")
+    kept, other = made("kept", lock=False), made("other", mark="another purpose")
+    os.utime(young / IN_USE)
+    (tmp_path / f"{PREFIX}link").symlink_to(tmp_path / "away", target_is_directory=True)
+    command = [sys.executable, "-c", HOLDS, str(held / IN_USE)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        os.utime(held / IN_USE, (long_ago, long_ago))
+        remove_abandoned(tmp_path)
+        assert not killed.exists()
+        assert all((one / "session" / "raylet.log").exists() for one in (held, young, kept, other))
+        holder.kill()
+        holder.wait(30)
+        remove_abandoned(tmp_path)
+    assert not held.exists()
+    assert sorted(path.name for path in tmp_path.glob(f"{PREFIX}*/session")) == ["session"] * 3
 
 
 @pytest.mark.ray
