@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browsing import Browser, chromium
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from search_spaces.fixes import all_fixes, baseline
 from trainables.checkpoints import write_json
@@ -309,6 +309,8 @@ def _sample(number: int, spec: Any, rng: Any) -> dict[str, Any]:
                 rng.integers(len(parameter.choices)) if rng.random() < 0.5 else 0
             ]
         low, high = parameter.ends
+        if isinstance(parameter.distribution, IntDistribution):
+            return int(rng.integers(low, high + 1))
         if parameter.distribution.log:
             return float(10 ** rng.uniform(math.log10(low), math.log10(high)))
         return float(rng.uniform(low, high))

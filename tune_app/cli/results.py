@@ -48,6 +48,7 @@ def results(
     ] = False,
 ) -> None:
     """Show trials, best first; works while the study runs and after its driver was killed."""
+    from tune_app.report.summary import study_lines
     from tune_app.results.loading import load_studies, load_study
     from tune_app.results.tables import matching, meanings_table, render_table, results_table
     from tune_app.results.trials import column_meanings
@@ -84,6 +85,8 @@ def results(
         out.print("no trial has started" if subject.trials_full.empty else "no trial fits --where")
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
+        for line in study_lines(loaded[0]) if len(loaded) == 1 else ():
+            out.print(line, soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -36,7 +36,7 @@ from tune_app.results.tables import came_back
 from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
-from tune_app.study.rows import ENDED
+from tune_app.study.rows import ENDED, STATES
 
 Found = TypeVar("Found")
 
@@ -92,7 +92,7 @@ class Check:
 
 def summary(study: Study) -> tuple[str, str]:
     """Return the question and the finding of the study, one sentence each."""
-    return _asked(study), _found(study)
+    return _asked(study), found(study)
 
 
 def _asked(study: Study) -> str:
@@ -151,7 +151,8 @@ def _sizes(trial: Mapping[Any, Any] | pd.Series) -> tuple[int | None, int | None
     return class_sizes({name: None if pd.isna(value) else value for name, value in row.items()})
 
 
-def _found(study: Study) -> str:
+def found(study: Study) -> str:
+    """Return the finding of the study in a sentence: the best trial, how many tie with it, and what stops spared."""
     if not study.scored:
         return f"Nothing yet: {len(study.trials_full)} trials have started and none has a score."
     if study.spec.kind != "search":
@@ -159,7 +160,7 @@ def _found(study: Study) -> str:
         if told:
             return told
     best = study.best()
-    ended = study.trials_full["state"].isin(ENDED).all()
+    ended = _ended(study) == study.spec.num_trials
     parts = [
         f"Trial {best['trial']} is best{'' if ended else ' so far'} with {best['objective']:.3f}{_interval(best)}"
         f"{_against_documented(study, best)}"
@@ -175,9 +176,16 @@ def _found(study: Study) -> str:
     if stopped:
         saved = epochs_saved(study)
         parts.append(
-            f"{stopped} of {len(study.trials_full)} trials were stopped early, which spared {100 * saved:.0f} % of the epochs"
+            f"{stopped} of {started(study)} {'was' if stopped == 1 else 'were'} stopped early, which spared "
+            f"{100 * saved:.0f} % of the epochs"
         )
     return "; ".join(parts) + "."
+
+
+def started(study: Study) -> str:
+    """Return the number of trials that have started, in words that name them where others are still to come."""
+    count = len(study.trials_full)
+    return f"{count} trials" + (" that have started" if count < study.spec.num_trials else "")
 
 
 def _interval(trial: pd.Series) -> str:
@@ -322,6 +330,25 @@ def first_tile(study: Study) -> tuple[str, str]:
     return f"{best['objective']:.3f}{interval}", text
 
 
+def trials_tile(study: Study) -> tuple[str, str]:
+    """Return how many of the study's trials have ended, such as `2 of 6`, and in words their states."""
+    states = study.trials_full["state"].value_counts()
+    ended, others = (
+        ", ".join(
+            f"{states[state]} {state}"
+            for state in STATES
+            if state in states and (state in ENDED) == have
+        )
+        for have in (True, False)
+    )
+    text = f"trials ended{f': {ended}' if ended else ''}{f'; {others}' if others else ''}"
+    return f"{_ended(study)} of {study.spec.num_trials}", text
+
+
+def _ended(study: Study) -> int:
+    return int(study.trials_full["state"].isin(ENDED).sum())
+
+
 LEAST_FOR_IMPORTANCE = 20
 """Ended trials below which importance is not shown: a tree over fewer finds an order in noise."""
 
@@ -434,7 +461,7 @@ def stops(study: Study) -> pd.DataFrame:
     """Return why trials ended early: reason, trials, epochs_run, epochs_spared, time_spared_s, gpu_s_spared, example.
 
     One row for halving, one for requests and one for each verdict that stopped a trial, most spared first. Time is the
-    duration of the trial's own epochs, times the epochs it did not run.
+    duration of the trial's own epochs, times the epochs it did not run. A request of a user spares nothing.
     """
     stopped = study.trials_full[study.trials_full["state"] == "stopped"].copy()
     names = [
@@ -452,7 +479,8 @@ def stops(study: Study) -> pd.DataFrame:
     otherwise = stopped["stopped_by"].where(stopped["stopped_by"] == "requested", "halving")
     stopped["ended_by"] = stopped["verdict"].where(by_diagnosis, otherwise).fillna("diagnosis")
     stopped["told"] = stopped["verdict_summary"].where(by_diagnosis, stopped["reason"]).fillna("")
-    stopped["spared"] = (stopped["epochs"] - stopped["epochs_run"]).astype("float64")
+    left = (stopped["epochs"] - stopped["epochs_run"]).astype("float64")
+    stopped["spared"] = left.where(_stopped_early(stopped), 0.0)
     stopped["time"] = (
         stopped["spared"] * stopped["work_s"] / stopped["epochs_run"].astype("float64")
     )

@@ -94,9 +94,8 @@ def _tiles(study: Study) -> list[dict[str, str]]:
         ].mean()
         text = f"highest mean {OBJECTIVES[study.spec.objective].title}: {printable(variant)}"
         tiles.append({"value": f"{mean:.3f}", "text": text})
-    states = trials["state"].value_counts()
-    told = ", ".join(f"{count} {state}" for state, count in states.items())
-    tiles.append({"value": str(len(trials)), "text": f"trials: {told}" if told else "trials"})
+    value, text = findings.trials_tile(study)
+    tiles.append({"value": value, "text": text})
     asked = int(trials["epochs"].sum())
     tiles.append({"value": f"{len(study.epochs)}", "text": f"epochs run, of {asked} for full runs"})
     gpu = float(trials["gpu_s"].sum())
@@ -230,11 +229,20 @@ def _chips(study: Study) -> list[dict[str, Any]]:
 def _stops(page: Page, study: Study) -> None:
     section = page.section("stops", "Stopped trials, why, and the epochs saved")
     table = findings.stops(study)
-    trials, spared = int(table["trials"].sum()), int(table["epochs_spared"].sum())
+    by_user = table["reason"] == "requested"
+    trials, spared = int(table.loc[~by_user, "trials"].sum()), int(table["epochs_spared"].sum())
+    asked = int(table.loc[by_user, "trials"].sum())
     time_spared, gpu = float(table["time_spared_s"].sum()), float(table["gpu_s_spared"].sum())
-    told = f"{trials} of {len(study.trials_full)} trials were stopped early: {spared} epochs were not run"
+    told = (
+        f"{trials} of {findings.started(study)} {'was' if trials == 1 else 'were'} stopped early: "
+        f"{spared} epochs were not run"
+    )
     if time_spared > 0:
         told += f", about {duration(gpu if gpu > 0 else time_spared)} of {'GPU time' if gpu > 0 else 'work'} at the pace of those trials"
+    if asked:
+        told += (
+            f"; {asked} {'was' if asked == 1 else 'were'} stopped on request, which spares nothing"
+        )
     section.text(f"{told}.")
     section.figure(page, "stops", figures.stopped(table), "epochs run and spared by reason")
     rows = [
@@ -260,7 +268,7 @@ def _stops(page: Page, study: Study) -> None:
         Head("the first of them"),
     ]
     section.table(Table("reasons", heads, rows), style="stack")
-    section.table(_each_stop(study), fold=f"Each of the {trials}", style="stack")
+    section.table(_each_stop(study), fold=f"Each of the {trials + asked}", style="stack")
 
 
 def _each_stop(study: Study) -> Table:

@@ -10,10 +10,11 @@ from trainables.data.storage import url_of
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import print_ablation
 from tune_app.compare.confirm import print_confirmation
-from tune_app.report.findings import rivals_within_noise
+from tune_app.report.findings import found, rivals_within_noise, trials_tile
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.tables import came_back, faulty, render_table, results_table
+from tune_app.results.text import printable
 from tune_app.study.tied import TIED_AUC, nearly_tied
 
 SHOWN_TRIALS = 20
@@ -44,6 +45,12 @@ def print_summary(root: Path, console: Console) -> None:
     lines = [*stopped_lines(study), "", *best_lines(study), "", *place_lines(root)]
     for line in [*lines, *next_lines(root)]:
         console.print(line, soft_wrap=True, markup=False)
+
+
+def study_lines(study: Study) -> list[str]:
+    """How many trials have ended, and the finding, as page and report have them; for a study with trials."""
+    ended, states = trials_tile(study)
+    return [f"{ended} {states}", printable(found(study))]
 
 
 def stopped_lines(study: Study) -> list[str]:

@@ -115,6 +115,7 @@ def overview(study: Study) -> dict[str, Any]:
         "name": study.name,
         "path": study.place,
         "first_tile": findings.first_tile(study) if study.scored else None,
+        "trials_tile": findings.trials_tile(study),
         "asked": asked,
         "found": found,
         "full_epochs": study.spec.epochs,

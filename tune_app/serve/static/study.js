@@ -229,7 +229,7 @@ export function studyView(id, query) {
     const progress = studyInfo.progress;
     const tile = (value, text) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, text));
     const list = [tile(...(studyInfo.first_tile || ["-", studyInfo.objective])),
-      tile(`${studyInfo.ended} of ${studyInfo.trials}`, `trials ended: ${Object.entries(studyInfo.states).map(([state, count]) => `${count} ${state}`).join(", ") || "none yet"}`), tile(String(studyInfo.epochs), "epochs run")];
+      tile(...studyInfo.trials_tile), tile(String(studyInfo.epochs), "epochs run")];
     if (studyInfo.state === "running") {
       const now = Date.now() / 1000;
       list.push(tile(progress.likely ? `~${span(progress.likely - now)}` : "-", progress.latest ? `left, ${span(progress.latest - now)} if nothing more is stopped` : "left: not known yet"));
