@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -430,6 +431,35 @@ def test_paper_gets_the_whole_table(browser: Browser, service: Service, tmp_path
     assert sorted(itertools.chain(*rows)) == sorted(study.trials["trial"])
     for text in (text for text, found in zip(sheets, rows, strict=True) if found):
         assert re.search(r"^\s*trial +state .*classifier_lr", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_paper_gets_every_figure_in_dark_ink_without_scrolling(
+    browser: Browser, service: Service, tmp_path: Path, theme: str
+) -> None:
+    opened(browser, f"{service.url}#/")
+    browser.execute_script("localStorage.setItem('theme', arguments[0])", theme)
+    opened(browser, f"{service.url}#/study/a%20search")
+    drawn = "const all = [...document.querySelectorAll('[data-figure]')];"
+    wait(browser, f"{drawn} return all.length && all.every((each) => each.querySelector('svg'))")
+    titles = browser.execute_script(f"{drawn} return all.map((each) => each.querySelector('h3').textContent)")  # fmt: skip
+    pdf = tmp_path / "study.pdf"
+    sheets = printed_pages(browser, pdf)
+    for title in titles:
+        assert any(title in text for text in sheets), title
+    number = next(number for number, text in enumerate(sheets, 1) if "Curves" in text)
+    drawing = ["pdftoppm", "-r", "40", "-f", str(number), "-l", str(number), str(pdf)]
+    kind, size, most, pixels = subprocess.run(drawing, capture_output=True, check=True).stdout.split(b"\n", 3)  # fmt: skip
+    assert (kind, most) == (b"P6", b"255")
+    width, height = map(int, size.split())
+    colours = np.frombuffer(pixels, np.uint8).reshape(height, width, 3).astype(int)
+    red, blue = colours[..., 0], colours[..., 2]
+    assert (blue - red > 40).sum() > 300, "lines of sound trials"
+    assert (colours.max(axis=-1) < 90).sum() > 300, "the best trial and text are dark"
+    assert np.median(colours) == 255, "on white"
+    assert browser.execute_script("return document.documentElement.dataset.theme") == theme
+    assert complaints(browser) == []
+    browser.execute_script("localStorage.clear()")
 
 
 def test_the_first_column_stays_and_escape_keeps_what_was_picked(

@@ -1,7 +1,7 @@
 // The page of `medtune serve`: the list of studies, the form for a new one, and getting about. Addresses after # are the
 // page's own, so that any view can be sent to a colleague.
 import { acrossView } from "./across.js";
-import { setPalette } from "./charts.js";
+import { isDark, setPalette } from "./charts.js";
 import { api, askToken, badge, clock, dialog, h, logIn, number, page, ProblemList, prose, showMessage, showSession, state, studyHash, timeText } from "./parts.js";
 import { compareView, studyView, trialView } from "./study.js";
 
@@ -184,6 +184,7 @@ function newView() {
     list.clear();
     if (!state.session.logged_in && !(await askToken())) return;
     measureButton.disabled = true;
+    clearTimeout(wait);
     outcome.textContent = "Measuring on this machine: seconds for small volumes, five minutes at most.";
     try {
       let found = await api("measure", { method: "POST", body: given() });
@@ -201,7 +202,8 @@ function newView() {
     clearTimeout(wait);
     if (!state.session.logged_in || !inputs.data.value.trim() || measureButton.disabled) return;
     wait = setTimeout(async () => {
-      try { outcome.textContent = timeText(await api("check", { method: "POST", body: given() })); } catch { outcome.textContent = ""; }
+      const found = await api("check", { method: "POST", body: given() }).catch(() => null);
+      if (!measureButton.disabled) outcome.textContent = found ? timeText(found) : "";
     }, 600);
   }
   for (const input of Object.values(inputs)) input.addEventListener("change", expect);
@@ -270,6 +272,23 @@ function setTheme(next) {
 }
 theme.addEventListener("click", () => setTheme({ "": "light", light: "dark", dark: "" }[root.dataset.theme || ""]));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => view?.repaint?.());
+// Paper is white: figures of a dark view are drawn again in the light theme. Chromium prints nothing of a canvas that is
+// drawn again here: the style inverts its lightness.
+let screenTheme = null;
+addEventListener("beforeprint", () => {
+  if (!isDark()) return;
+  screenTheme = root.dataset.theme || "";
+  root.dataset.theme = "light";
+  root.dataset.darkCanvas = "";
+  view?.repaint?.(true);
+});
+addEventListener("afterprint", () => {
+  if (screenTheme === null) return;
+  if (screenTheme) root.dataset.theme = screenTheme; else delete root.dataset.theme;
+  delete root.dataset.darkCanvas;
+  screenTheme = null;
+  view?.repaint?.();
+});
 let resized = 0;
 addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(() => view?.repaint?.(), 150); });
 document.getElementById("keys").addEventListener("click", showKeys);

@@ -16,6 +16,8 @@ function swatch(group) {
   return node;
 }
 
+const REST_MS = 3000; // from the page's first figures to those that are not in view
+
 export function studyView(id, query) {
   const base = `studies/${enc(id)}`;
   const parts = Object.fromEntries(["top", "tiles", "cautions", "curves", "table", "figures", "models", "log"].map((name) => [name, h("div")]));
@@ -286,13 +288,14 @@ export function studyView(id, query) {
     for (const { name, title } of names) {
       let each = figures.get(name);
       if (!each) {
-        each = { host: h("div", { class: "plot" }), caption: h("figcaption"), at: 0, seen: -1 };
+        each = { host: h("div", { class: "plot waiting" }), caption: h("figcaption"), at: 0, seen: -1 };
         each.box = h("figure", { data: { figure: name }, class: name === "parallel" ? "wide" : "" }, h("h3", {}, title), name === "parallel" ? h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title }, each.host) : each.host, each.caption);
         figures.set(name, each);
         seen.observe(each.box);
       }
       (name.startsWith("slice-") ? slices : whole).push(each.box);
     }
+    if (!["running", "starting"].includes(overview.state)) setTimeout(drawRest, REST_MS);
     parts.figures.replaceChildren(names.length ? h("h2", { id: "figures" }, "Figures") : "", ...whole, slices.length ? h("div", { class: "slices" }, slices) : "");
   }
 
@@ -309,6 +312,11 @@ export function studyView(id, query) {
     later = setTimeout(() => { if (each.visible && !closed) freshen("importance"); }, 400);
   }
 
+  // Those further down, one by one: paper gets all of them. A driver at work is left in peace.
+  async function drawRest() {
+    for (const [name, each] of figures) if (!closed && !each.at) await freshen(name);
+  }
+
   async function freshen(name) {
     const each = figures.get(name);
     if (each.busy || each.seen === changed) return;
@@ -323,6 +331,7 @@ export function studyView(id, query) {
       if (among) { each.figure = null; each.host.replaceChildren(); }
       if (!each.figure) each.caption.textContent = `Not shown: ${error.message}`;
     }
+    each.host.classList.remove("waiting");
     each.busy = false;
     each.seen = among === amongOf(name) ? changed : -1;
     each.at = Date.now();
@@ -383,7 +392,7 @@ export function studyView(id, query) {
   return {
     crumbs: [[id, studyHash(id)]],
     close: () => { closed = true; clearTimeout(timer); source?.close(); seen.disconnect(); models?.close(); removeEventListener("beforeprint", beforePrint); removeEventListener("afterprint", afterPrint); live.textContent = ""; live.className = "live"; },
-    repaint: () => { if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } link?.redraw(); pick(picked); for (const [name, each] of figures) if (each.figure) draw(name); },
+    repaint: (paper) => { if (!table) return; if (overview) { delete parts.chips.dataset.text; chips(overview.groups); } if (!paper) { link.redraw(); pick(picked); } for (const [name, each] of figures) if (each.figure) draw(name); },
     keys: {
       j: () => table?.move(1), k: () => table?.move(-1), x: () => table?.at && toggle(table.at),
       Enter: () => { if (table?.at) location.hash = studyHash(id, `/trial/${enc(table.at)}`); },
