@@ -48,6 +48,7 @@ def search(
 
     space: name of a search space, or one written out as in a study file. config: hyperparameters that are not searched
     (`epochs`, `volume_shape`, ...). fields: any other field of a study file (`gpus_per_trial`, `seed`, `policy`, ...).
+    `confirm_share=.25` runs the best again afterwards (`confirm`), in `confirmation/` of `out`.
     resume: continue where `out` holds this very study. quiet: print nothing. notify: command or http(s) address that is
     sent a message at the end, the first collapse and the first failure. Ctrl-C leaves a study that `resume`
     continues, and returns it. `on_epoch` is called in this process; an exception that it raises ends the search, which can be
@@ -196,9 +197,27 @@ def _run(
     outcome = run_study(
         spec, folder, console=console, notes=console, address=address, on_epoch=on_epoch, **how
     )
-    if outcome.exit_code in (DONE, FAILED_TRIALS):
+    ended = outcome.exit_code in (DONE, FAILED_TRIALS)
+    if ended:
         add_report(spec, folder)
-    return load_study(folder)
+    study = load_study(folder)
+    if ended and study.spec.kind == "search" and study.spec.confirm_share:
+        _confirm_within_share(study, on_epoch, quiet, address)
+    return study
+
+
+def _confirm_within_share(
+    search: "Study", on_epoch: OnEpoch | None, quiet: bool, address: str | None
+) -> None:
+    """Run the confirmation that the search's `confirm_share` pays for, into its folder."""
+    from tune_app.compare.share import confirmation_for_share
+    from tune_app.study.files import StudyFiles
+
+    files = StudyFiles(StudyFiles(search.path).confirmation)
+    begun = files.spec.exists()
+    spec = files.read_spec() if begun else confirmation_for_share(search)[0]
+    if spec is not None:
+        _run(spec, files.root, on_epoch, quiet, address, resume=begun)
 
 
 def add_report(spec: "StudySpec", folder: Path) -> None:

@@ -61,6 +61,12 @@ RanksOption = Annotated[
 CpusPerRankOption = Annotated[
     int | None, typer.Option("--cpus-per-rank", help="CPU threads of each process.")
 ]
+ConfirmShareOption = Annotated[
+    float | None,
+    typer.Option(
+        "--confirm-share", help="Share of the budget for running the best again; 0 to below 1."
+    ),
+]
 DiskBudgetOption = Annotated[
     float | None,
     typer.Option(
@@ -97,6 +103,7 @@ def run(
     trials: Annotated[int | None, typer.Option("--trials", help="Trials to sample.")] = None,
     hours: HoursOption = None,
     gpu_hours: GpuHoursOption = None,
+    confirm_share: ConfirmShareOption = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs of a full trial.")] = None,
     sampler: SamplerOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampler.")] = None,
@@ -120,15 +127,16 @@ def run(
 ) -> None:
     """Search: sample, train, stop what collapses, write the study to --out. Ctrl-C leaves it resumable."""
     from tune_app.study.asked import KIND
-    from tune_app.study.spec import build_spec, read_study_file
+    from tune_app.study.spec import build_spec
 
-    fields: dict[str, Any] = read_study_file(study_file) if study_file else {}
+    fields = _from_file(study_file)
     given: dict[str, Any] = {
         "data": data and absolute(data),
         "space": space,
         "trials": trials,
         "hours": hours,
         "gpu_hours": gpu_hours,
+        "confirm_share": confirm_share,
         "sampler": sampler,
         "seed": seed,
         "gpus_per_trial": gpus_option(gpus_per_trial),
@@ -148,12 +156,7 @@ def run(
         _run_asked(fields, out_folder, others, address, retry_failed, notify)
     fields |= stated(given)
     fields["config"] = {**(fields.get("config") or {}), **settings}
-    fields = _on_preset(preset, fields)
-    if "data" not in fields:
-        raise typer.BadParameter(
-            "name the table of volumes: --data TABLE, or data: in the study file"
-        )
-    spec = build_spec(fields)
+    spec = build_spec(_with_table(_on_preset(preset, fields)))
     root = out_folder or Path("studies") / time.strftime(f"{spec.kind}-%Y%m%d-%H%M%S")
     if retry_failed and not go_on and elsewhere.get() is None:
         raise typer.BadParameter(
@@ -168,6 +171,20 @@ def run(
         retry_failed=retry_failed,
         notify=notify,
     )
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    from tune_app.study.spec import read_study_file
+
+    return read_study_file(path) if path else {}
+
+
+def _with_table(fields: dict[str, Any]) -> dict[str, Any]:
+    if "data" not in fields:
+        raise typer.BadParameter(
+            "name the table of volumes: --data TABLE, or data: in the study file"
+        )
+    return fields
 
 
 def _settings(
@@ -355,6 +372,60 @@ def _run_and_tell(
 
         refuse_what_cannot_run(spec)
         _send(spec, root, retry_failed=retry_failed, notify=notify)
+    code = _run_here(
+        spec,
+        root,
+        address=address,
+        resume=resume,
+        go_on=go_on,
+        retry_failed=retry_failed,
+        notify=notify,
+    )
+    if spec.kind == "search" and spec.confirm_share and not _interrupted(code):
+        code = max(code, _confirm_within_share(root, address=address, notify=notify))
+    raise typer.Exit(code)
+
+
+def _interrupted(code: int) -> bool:
+    from tune_app.driver.stopping import INTERRUPTED, PREEMPTED
+
+    return code in (INTERRUPTED, PREEMPTED)
+
+
+def _confirm_within_share(root: Path, *, address: str | None, notify: str | None) -> int:
+    """Run the confirmation that a search's `confirm_share` pays for, or continue it; returns its exit code."""
+    from tune_app.compare.share import confirmation_for_share
+    from tune_app.results.loading import load_study
+    from tune_app.study.errors import SpecError
+    from tune_app.study.files import StudyFiles
+
+    files = StudyFiles(StudyFiles(root).confirmation)
+    if files.spec.exists():
+        spec = files.read_spec()
+    else:
+        try:
+            planned, notes = confirmation_for_share(load_study(root))
+        except SpecError as error:
+            planned, notes = None, [f"not confirmed: {error}"]
+        for note in notes:
+            err.print(f"note: {note}", soft_wrap=True, markup=False)
+        if planned is None:
+            return 0
+        spec = planned
+    return _run_here(spec, files.root, address=address, go_on=True, notify=notify)
+
+
+def _run_here(
+    spec: Any,
+    root: Path,
+    *,
+    address: str | None,
+    resume: bool = False,
+    go_on: bool = False,
+    retry_failed: bool = False,
+    notify: str | None = None,
+) -> int:
+    """Run or continue a study on this machine and print its summary; returns the exit code."""
     place = url_of(root) or root
     # Before Ray is loaded, which takes seconds: a command that prints nothing looks as if it hung.
     err.print(f"study: {place}", soft_wrap=True, markup=False)
@@ -397,7 +468,7 @@ def _run_and_tell(
             soft_wrap=True,
             markup=False,
         )
-    raise typer.Exit(outcome.exit_code)
+    return int(outcome.exit_code)
 
 
 def _score_validation(root: Path) -> None:

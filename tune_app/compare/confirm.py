@@ -55,6 +55,9 @@ REFERENCE = "documented"
 """Variant that runs the document's recommended settings; the others are compared with it."""
 
 OF_SEARCHES = (
+    "hours",
+    "gpu_hours",
+    "confirm_share",
     "space",
     "planned",
     "trials",
@@ -148,11 +151,17 @@ def shared_config(spec: StudySpec) -> dict[str, Any]:
 
 
 def confirmation_spec(
-    search: Study, *, top: int = 3, folds: str = "all", seeds: int = 3, **fields: Any
+    search: Study,
+    *,
+    top: int = 3,
+    folds: str = "all",
+    seeds: int = 3,
+    defaults: bool = True,
+    **fields: Any,
 ) -> tuple[StudySpec, list[str]]:
     """Return the study that confirms `search`, and notes for the user.
 
-    Variants: the documented settings, the defaults, and the best `top` configurations. Seeds are `seeds` new ones, since
+    Variants: the documented settings, with `defaults` the defaults, and the best `top` configurations. Seeds are `seeds` new ones, since
     a run repeated with the seed it was chosen by would repeat its luck. `fields` go before the search's own. Raises
     SpecError when `search` is none, is running or has nothing to confirm, and ManifestError for the table.
     """
@@ -166,7 +175,7 @@ def confirmation_spec(
     where = choose_folds(manifest, folds, shared.num_folds)
     variants = {
         REFERENCE: documented_after(spec.epochs),
-        "defaults": all_fixes(spec.epochs),
+        **({"defaults": all_fixes(spec.epochs)} if defaults else {}),
         **chosen.overrides,
     }
     first_seed = int(search.trials_full["seed"].max()) + 1
@@ -525,7 +534,9 @@ def _expected_lines(study: Study, found: Confirmation) -> list[str]:
     together = None if scores is None else candidates_together(study, scores)
     if together is not None:
         first = together.members[0]
-        one, *others = (name.removeprefix(CANDIDATE) for name in together.members)
+        one, *others = (
+            name.removeprefix(CANDIDATE).lstrip("0") or "0" for name in together.members
+        )
         command = " ".join([f"--trial {one}", *(f"--with {other}" for other in others)])
         lines += [
             f"Together, {', '.join(together.members)}: cross-validated AUC {_with_interval(together.auc, '.3f')} on "

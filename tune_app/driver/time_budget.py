@@ -24,7 +24,8 @@ class TimeBudget:
         if spec.gpu_hours is not None:
             by_gpu = spec.gpu_hours / gpus if gpus else spec.gpu_hours
             hours = by_gpu if hours is None else min(hours, by_gpu)
-        self.seconds = None if hours is None else hours * HOUR_S
+        self._whole, self._kept = hours, spec.confirm_share if spec.kind == "search" else 0.0
+        self.seconds = None if hours is None else hours * HOUR_S * (1 - self._kept)
         self._until = None if self.seconds is None else time.monotonic() + self.seconds
         self._concurrent, self._epochs = concurrent, spec.epochs
         self._trials, self._expected = spec.num_trials, expected_epochs(policy, spec.num_trials)
@@ -40,8 +41,13 @@ class TimeBudget:
         """Return the line to show before anything was measured; None without a time budget."""
         if self.seconds is None:
             return None
+        kept = (
+            f" of {_hours((self._whole or 0.0) * HOUR_S)}, the rest is for the confirmation"
+            if self._kept
+            else ""
+        )
         return (
-            f"time budget: {_hours(self.seconds)}, {self._concurrent} trials at a time; a whole run has "
+            f"time budget: {_hours(self.seconds)}{kept}, {self._concurrent} trials at a time; a whole run has "
             f"{self._epochs} epochs, and what fits is shown after the first {MEASURED_EPOCHS} measured epochs"
         )
 

@@ -294,6 +294,7 @@ HOW_ONLY = (
     "accelerator_type",
     "cache",
     "checkpoint_epochs",
+    "confirm_share",
     "gpu_hours",
     "gpus_per_trial",
     "hours",

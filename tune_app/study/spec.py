@@ -67,6 +67,9 @@ class StudySpec(BaseModel):
     """Hours that a session of the search may take; trials are then as many as fit. `medtune resume` gives it as many more."""
     gpu_hours: float | None = Field(None, gt=0)
     """The same, divided by the GPUs that trials hold at a time."""
+    confirm_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the budget that is kept for running the best again, on folds and seeds that did not choose them, after the
+    search: of its hours, or of all trained epochs. 0: `medtune confirm` does it when asked."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Hyperparameters of every trial that differ from the defaults. Parameters set here are not searched."""
     seed: int = Field(0, ge=0, lt=2**31)

@@ -203,5 +203,5 @@ def test_a_confirmation_prints_its_best_guess_and_the_ensemble_with_its_command(
     assert "Best guess: trial-00007, expected 0.80" in told
     assert "Together, trial-00007, trial-00002: cross-validated AUC 0." in told
     assert "on 3 folds, +0." in told
-    assert "medtune export studies/first --trial 00007 --with 00002 --out model" in told
+    assert "medtune export studies/first --trial 7 --with 2 --out model" in told
     assert max(map(len, text.getvalue().splitlines())) <= 80

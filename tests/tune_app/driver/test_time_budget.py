@@ -41,6 +41,12 @@ def test_the_plan_counts_whole_runs_and_trials():
     assert "an epoch takes 6 s: 2 h are worth about 160 whole runs, or 288 trials" in told[3]
 
 
+def test_a_share_of_the_time_is_kept_for_the_confirmation():
+    plan = budget(hours=2, confirm_share=0.25)
+    assert plan.seconds == 5400
+    assert "time budget: 1.5 h of 2 h, the rest is for the confirmation, 4 trials" in plan.plan
+
+
 def test_without_rungs_a_trial_is_a_whole_run():
     plan = budget(policy="none", hours=2)
     told = [plan.measured({"epoch": 2, "epoch_s": 6.0}) for _ in range(3)]
