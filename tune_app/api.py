@@ -225,11 +225,13 @@ def add_report(spec: "StudySpec", folder: Path) -> None:
     if not {"mlflow", "wandb"} & set(spec.log):
         return
     from tune_app.driver.loggers import Loggers, study_loggers
+    from tune_app.report.page import figure_pages
     from tune_app.study.files import StudyFiles
 
-    path = write_report(folder)
-    load_study(folder).to_csv(folder)
-    Loggers(study_loggers(spec, StudyFiles(folder))).add_report(path)
+    path, study = write_report(folder), load_study(folder)
+    study.to_csv(folder)
+    figures = figure_pages(study) if "mlflow" in spec.log else {}
+    Loggers(study_loggers(spec, StudyFiles(folder))).add_report(path, figures)
 
 
 def _folder(study: "str | Path | Study") -> Path:

@@ -461,10 +461,14 @@ def _run_here(
         add_report(spec, root)
     print_summary(root, out)
     if outcome.exit_code in (INTERRUPTED, PREEMPTED):
-        err.print(f"interrupted; resume with: medtune resume {place}", soft_wrap=True, markup=False)
+        err.print(
+            f"interrupted; resume with: medtune resume {shlex.quote(str(place))}",
+            soft_wrap=True,
+            markup=False,
+        )
     elif outcome.exit_code == FAILED_TRIALS:
         err.print(
-            f"try failed trials again with: medtune resume {place} --retry-failed",
+            f"try failed trials again with: medtune resume {shlex.quote(str(place))} --retry-failed",
             soft_wrap=True,
             markup=False,
         )

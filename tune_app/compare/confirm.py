@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -126,7 +127,7 @@ def choose_candidates(search: Study, top: int) -> Candidates:
     unended = int((~trials["state"].isin(ENDED)).sum())
     if unended:
         found.notes.append(
-            f"{unended} trials of the search have not ended; `medtune resume {search.path}` ends them"
+            f"{unended} trials of the search have not ended; `medtune resume {quote(str(search.path))}` ends them"
         )
     return found
 
@@ -233,7 +234,7 @@ def same_plan(files: StudyFiles, spec: StudySpec) -> None:
     if there.planned != spec.planned:
         raise SpecError(
             f"{files.root}: holds a confirmation with other candidates, folds or seeds "
-            f"({_variants_text(there)}): `medtune resume {files.root}` continues it, --out starts another"
+            f"({_variants_text(there)}): `medtune resume {quote(str(files.root))}` continues it, --out starts another"
         )
 
 
@@ -298,7 +299,7 @@ def judge(study: Study) -> Confirmation:
     begun = set(study.trials_full["variant"].dropna())
     if REFERENCE not in begun or len(begun) < 2:
         raise SpecError(
-            f"{study.path}: the confirmation has not started: `medtune resume {study.path}` runs it"
+            f"{study.path}: the confirmation has not started: `medtune resume {quote(str(study.path))}` runs it"
         )
     run = sorted({int(fold) for fold in study.trials_full["fold"].dropna()})
     unseen = whole_unseen_folds(study.spec, run)
@@ -483,7 +484,7 @@ def judged_lines(study: Study, found: Confirmation) -> list[str]:
     elif not found.finished:
         lines.append(
             f"Not finished: {unfinished(study)} of {len(study.spec.planned)} runs have not ended, and no winner is "
-            f"named before. Continue with: medtune resume {study.path}"
+            f"named before. Continue with: medtune resume {quote(str(study.path))}"
         )
     elif found.basis == "subjects":
         lines += _no_test_lines(study, found)
@@ -567,13 +568,13 @@ def _no_test_lines(study: Study, found: Confirmation) -> list[str]:
         )
     elif found.rows is None and found.finished:
         lines.append(
-            f"No interval yet: `medtune confirm {study.spec.confirms or 'SEARCH'}` scores the validation rows one by one."
+            f"No interval yet: `medtune confirm {quote(study.spec.confirms or 'SEARCH')}` scores the validation rows one by one."
         )
     elif study.trials_full["seed"].nunique() < 2:
         lines.append("No interval: one seed does not show how much another one would change.")
     lines.append(
         "The documented settings stay until two unseen folds are run: "
-        f"medtune confirm {study.spec.confirms or 'SEARCH'} --folds all --out NEW"
+        f"medtune confirm {quote(study.spec.confirms or 'SEARCH')} --folds all --out NEW"
     )
     return lines
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def confirmed_on_test(
     """Score the test rows for the confirmation in `root`, or report that this was done before; see `score_test`."""
     if not StudyFiles(root).spec.exists():
         raise SpecError(
-            f"{root}: no confirmation here: `medtune confirm {search}` runs it, then --test scores it"
+            f"{root}: no confirmation here: `medtune confirm {quote(str(search))}` runs it, then --test scores it"
         )
     study = load_study(root)
     earlier = read_test_record(test_file(study))

@@ -4,14 +4,18 @@ Each logger gets a trial's settings when it starts, the row of every epoch, and 
 names that they have in the study.
 """
 
+import hashlib
 import importlib.util
 import logging
 import math
 import os
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainables.config import OF_THE_DATA
 from trainables.data.storage import absolute
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -23,6 +27,12 @@ NOT_METRICS = ("trial", "time", "epoch")
 
 TAGS = ("state", "verdict", "verdict_summary", "reason", "variant")
 """Entries of a trial's record that other tools get as tags."""
+
+COMPARED = (
+    "val_auc", "val_auc_raw", "val_auc_ema", "val_auprc_ema", "val_brier_ema", "train_auc", "train_loss",
+    "lr_backbone", "grad_norm",
+)  # fmt: skip
+"""Metrics that TensorBoard shows first."""
 
 
 class TrialLogger(Protocol):
@@ -40,8 +50,8 @@ class TrialLogger(Protocol):
     def close(self) -> None:
         """The session is over."""
 
-    def add_report(self, page: Path) -> None:
-        """The study has ended, and its report is in the file `page`."""
+    def add_report(self, page: Path, figures: Mapping[str, str]) -> None:
+        """The study has ended: its report is in the file `page`, and its figures are pages of their own, by name."""
 
 
 def study_loggers(spec: StudySpec, files: StudyFiles) -> list[TrialLogger]:
@@ -72,8 +82,8 @@ class Loggers:
     def close(self) -> None:
         self._each(lambda logger: logger.close())
 
-    def add_report(self, page: Path) -> None:
-        self._each(lambda logger: logger.add_report(page))
+    def add_report(self, page: Path, figures: Mapping[str, str]) -> None:
+        self._each(lambda logger: logger.add_report(page, figures))
 
     def _each(self, send: Callable[[TrialLogger], None]) -> None:
         for logger in list(self._working):
@@ -102,6 +112,19 @@ def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(record[name]) for name in TAGS if record.get(name) is not None}
 
 
+def study_mark(root: Path) -> str:
+    """Return eight hex digits that tell the study in the folder `root` from others of its name, also after it was moved."""
+    files = StudyFiles(root)
+    known = files.read() if files.spec.is_file() else {}
+    made = (known.get("hardware", {}).get("host"), known.get("created", absolute(root)))
+    return hashlib.sha256(repr(made).encode()).hexdigest()[:8]
+
+
+def tensorboard_tag(metric: str) -> str:
+    """Return a metric's tag: TensorBoard shows a section for what is before the slash, in alphabetical order."""
+    return f"{'compare' if metric in COMPARED else 'more'}/{metric}"
+
+
 class TensorBoard:
     """Event files in `tensorboard/<study>/<trial>` of the study: `tensorboard --logdir studies/first/tensorboard`."""
 
@@ -118,7 +141,7 @@ class TensorBoard:
 
     def reported(self, trial: str, row: Mapping[str, Any]) -> None:
         for name, value in metrics_of(row).items():
-            self._writers[trial].add_scalar(name, value, row["epoch"])
+            self._writers[trial].add_scalar(tensorboard_tag(name), value, row["epoch"])
         self._writers[trial].flush()
 
     def ended(self, record: Mapping[str, Any]) -> None:
@@ -130,6 +153,7 @@ class TensorBoard:
         given = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in self._settings.pop(record["trial"]).items()
+            if name not in OF_THE_DATA
         }
         found = {} if record["objective"] is None else {"objective": float(record["objective"])}
         for name, value in found.items():
@@ -142,8 +166,15 @@ class TensorBoard:
         for writer in self._writers.values():
             writer.close()
 
-    def add_report(self, page: Path) -> None:
+    def add_report(self, page: Path, figures: Mapping[str, str]) -> None:
         pass
+
+
+OWN_RUN = "medtune.run"
+"""MLflow's tag of a run: the study's mark and the trial. Studies of one name share an experiment on a server."""
+
+KIND_OF_EXPERIMENT = ("mlflow.experimentKind", "custom_model_development")
+"""With this tag MLflow's page opens with the table of runs, without it with traces of language models."""
 
 
 class MLflow:
@@ -157,11 +188,13 @@ class MLflow:
             raise SpecError(
                 "log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"
             )
+        from mlflow import entities
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table it makes
-        self.name = root.absolute().name
+        self._entities: Any = entities
+        self.name, self.root = root.absolute().name, root
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         # MLflow takes no folder any more
         uri = asked or f"sqlite:///{absolute(root)}/mlflow.db"
@@ -172,7 +205,9 @@ class MLflow:
             self.experiment = (
                 known.experiment_id
                 if known is not None
-                else self.client.create_experiment(self.name, artifact_location=place)
+                else self.client.create_experiment(
+                    self.name, artifact_location=place, tags=dict([KIND_OF_EXPERIMENT])
+                )
             )
         except MlflowException as error:
             # a URI may hold a password
@@ -181,13 +216,17 @@ class MLflow:
         self._runs: dict[str, str] = {}
 
     def began(self, trial: str, settings: Mapping[str, Any]) -> None:
-        run = self._runs[trial] = self._run(trial)
-        for name, value in settings.items():
-            self.client.log_param(run, name, value)
+        run = self._runs[trial] = self._run(trial, trial)
+        params = [self._entities.Param(name, str(value)) for name, value in settings.items()]
+        self.client.log_batch(run, params=params)
 
     def reported(self, trial: str, row: Mapping[str, Any]) -> None:
-        for name, value in metrics_of(row).items():
-            self.client.log_metric(self._runs[trial], name, value, step=row["epoch"])
+        now = int(1000 * row.get("time", time.time()))
+        metrics = [
+            self._entities.Metric(name, value, now, row["epoch"])
+            for name, value in metrics_of(row).items()
+        ]
+        self.client.log_batch(self._runs[trial], metrics=metrics)
 
     def ended(self, record: Mapping[str, Any]) -> None:
         if (run := self._runs.pop(record["trial"], None)) is None:
@@ -203,22 +242,26 @@ class MLflow:
         for run in self._runs.values():
             self.client.set_terminated(run, "KILLED")
 
-    def add_report(self, page: Path) -> None:
-        run = self._run(self.name)
+    def add_report(self, page: Path, figures: Mapping[str, str]) -> None:
+        run = self._run(self.name, "study")
         self.client.log_artifact(run, str(page))
+        for name, text in figures.items():
+            self.client.log_text(run, text, f"figures/{name}.html")
         for table in sorted(page.parent.glob("*.csv")):
             self.client.log_artifact(run, str(table), "tables")
         self.client.set_terminated(run)
 
-    def _run(self, name: str) -> str:
-        """The run of this name: the one of an earlier session, or a new one."""
+    def _run(self, name: str, what: str) -> str:
+        """The run of a trial or of the study: the one of an earlier session, or a new one with this name."""
+        own = f"{study_mark(self.root)}/{what}"
         found = self.client.search_runs(
-            [self.experiment], f"attributes.run_name = '{name}'", max_results=1
+            [self.experiment], f"tags.`{OWN_RUN}` = '{own}'", max_results=1
         )
         if found:
             self.client.update_run(found[0].info.run_id, status="RUNNING")
             return str(found[0].info.run_id)
-        return str(self.client.create_run(self.experiment, run_name=name).info.run_id)
+        made = self.client.create_run(self.experiment, run_name=name, tags={OWN_RUN: own})
+        return str(made.info.run_id)
 
 
 class WeightsAndBiases:
@@ -234,7 +277,7 @@ class WeightsAndBiases:
         offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
         if not offline and not wandb.api.api_key:
             raise SpecError("log=wandb: not logged in: `wandb login`, or WANDB_MODE=offline")
-        self.name, self.folder = root.absolute().name, root
+        self.name, self.root = root.absolute().name, root
         self._wandb: Any = wandb
         self._runs: dict[str, Any] = {}
 
@@ -254,9 +297,11 @@ class WeightsAndBiases:
         for run in self._runs.values():
             run.finish(exit_code=1)
 
-    def add_report(self, page: Path) -> None:
-        run = self._run(self.name, {})
-        artifact = self._wandb.Artifact(f"{self.name}-report", type="report")
+    def add_report(self, page: Path, figures: Mapping[str, str]) -> None:
+        run = self._run("study", {})
+        artifact = self._wandb.Artifact(
+            f"{re.sub(r'[^A-Za-z0-9_.-]', '-', self.name)}-report", type="report"
+        )
         artifact.add_file(str(page))
         run.log_artifact(artifact)
         run.finish()
@@ -266,9 +311,10 @@ class WeightsAndBiases:
             project=os.environ.get("WANDB_PROJECT", "medtune"),
             group=self.name,
             name=f"{self.name}/{name}",
-            id=f"{self.name}-{name}",
+            id=f"{study_mark(self.root)}-{name}",
             resume="allow",
             reinit="create_new",
             config=dict(settings),
-            dir=str(self.folder),
+            dir=str(self.root),
+            settings=self._wandb.Settings(silent=True, console="off"),
         )

@@ -26,7 +26,15 @@ from trainables.data.storage import absolute
 log = logging.getLogger("medtune.study")
 
 STUDY_NAME = "medtune"
-"""Name of a study in its own file, and of those that earlier versions kept in a shared storage."""
+"""Name of every study that an earlier version wrote, in its own file or a shared storage."""
+
+SEARCH = "search"
+"""Study attribute of this program: the settings that the values of its trials depend on."""
+
+
+def own_study_name(place: str) -> str:
+    """Return the name of the study in the folder or at the URL `place` for a file of its own: the folder's."""
+    return place.rstrip("/").rpartition("/")[2] or STUDY_NAME
 
 
 def shared_study_name(place: str) -> str:
@@ -66,6 +74,12 @@ def _sqlite_path(url: str) -> Path | None:
         ":memory:",
     )
     return Path(str(parsed.database)).resolve() if in_file else None
+
+
+def source_of(url: str, study_name: str) -> str:
+    """Return a study's unique name, as recorded with the trials that are taken over from it."""
+    shown = shown_url(url)
+    return shown if study_name == STUDY_NAME else f"{shown}#{study_name}"
 
 
 def shown_url(url: str) -> str:
@@ -115,10 +129,7 @@ class Database:
                 self._study = int(
                     self._storage.create_new_study([StudyDirection.MAXIMIZE], self.study_name)
                 )
-        self.source = (
-            self.name if self.study_name == STUDY_NAME else f"{self.name}#{self.study_name}"
-        )
-        """The study's unique name, as recorded with the trials that are taken over from it."""
+        self.source = source_of(url, self.study_name)
         self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
         """The study's user attributes."""
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
@@ -133,7 +144,7 @@ class Database:
         names = sorted(
             study.study_name
             for study in self._storage.get_all_studies()
-            if study.study_name.partition("-")[0] == STUDY_NAME
+            if study.study_name.partition("-")[0] == STUDY_NAME or SEARCH in study.user_attrs
         )
         if len(names) != 1:
             held = ", ".join(names) or "none"

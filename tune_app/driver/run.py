@@ -3,11 +3,13 @@
 Every row a trial reports is written to epochs.jsonl before anything is decided on it, and everything decided is a pure
 function of those rows in their order. A killed study is therefore rebuilt by reading the rows again: the policy
 remakes its rungs, trials that had ended are settled, the others resume from their own checkpoints. Nothing is read back
+from shlex import quote
 from Ray's experiment state, which is saved seconds too late and forgets the scheduler's rungs.
 """
 
 import gc
 import platform
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +41,7 @@ from tune_app.driver.forecast import forecast_on_cpus, forecast_on_gpus
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.driver.loggers import Loggers, study_loggers
 from tune_app.driver.notify import Notifier
-from tune_app.driver.optuna_database import shared_study_name
+from tune_app.driver.optuna_database import own_study_name, shared_study_name
 from tune_app.driver.packing import Packing, packing_for
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, await_resources, plan_lines
@@ -231,7 +233,8 @@ def _run_locked(
         budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
             refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
-            name = spec.storage and shared_study_name(url or absolute(files.root))
+            named = shared_study_name if spec.storage else own_study_name
+            name = named(url or absolute(files.root))
             files.write(
                 {**_description(spec, cohort.name, resources), **ready.recorded, OPTUNA_STUDY: name}
             )
@@ -283,7 +286,7 @@ def _run_locked(
 def _print_time_is_over(states: Mapping[str, int], place: str | Path, notes: Any) -> None:
     ended = sum(states.get(state, 0) for state in ENDED)
     notes.print(
-        f"the time is over: {ended} trials have ended; `medtune resume {place}` gives the search as much again",
+        f"the time is over: {ended} trials have ended; `medtune resume {shlex.quote(str(place))}` gives the search as much again",
         soft_wrap=True,
     )
 
@@ -304,7 +307,9 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     """
     if files.spec.exists() and not resume:
         place = url or files.root
-        raise SpecError(f"{place}: holds a study already; `medtune resume {place}` continues it")
+        raise SpecError(
+            f"{place}: holds a study already; `medtune resume {shlex.quote(str(place))}` continues it"
+        )
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
     # A logger that lacks something must fail before the study has started

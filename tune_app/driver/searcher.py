@@ -37,11 +37,12 @@ from trainables.config import ConfigError, Scalar, build_config
 from trainables.objective import as_number
 from tune_app.driver.optuna_database import (
     REASON,
+    SEARCH,
     STUDY_NAME,
     Database,
     SearchError,
     quiet_optuna,
-    shown_url,
+    source_of,
     sqlite_url,
 )
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles
@@ -67,7 +68,6 @@ Row = Mapping[str, Any]
 """One epoch of one trial: `epoch`, counted from 1, and the metrics."""
 
 
-_SEARCH = "search"  # study attribute: the settings that the values of its trials depend on
 _OVERRIDES = "overrides"  # trial attribute: the config overrides its parameters became
 CHANCE = 0.5
 """AUC of a network that has learned nothing."""
@@ -526,9 +526,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             "identity": self._identity,
         }
         search = json.loads(json.dumps(search))  # as it reads back: tuples are lists there
-        found = self._database.attrs.get(_SEARCH)
+        found = self._database.attrs.get(SEARCH)
         if found is None and not self._database.found:
-            self._database.set_attr(_SEARCH, search)
+            self._database.set_attr(SEARCH, search)
         else:
             parts = [
                 part
@@ -556,7 +556,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         left_out: dict[str, int] = {}
         for study in studies:
             url, name = _storage_of(study)
-            if name == STUDY_NAME and shown_url(url) in done:
+            if name is not None and source_of(url, name) in done:
                 continue  # it may be gone by now
             earlier = Database(url, name, own=False)
             earlier.close()
@@ -579,7 +579,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
 
     def _earlier_trials(self, earlier: "Database") -> Iterator[tuple[FrozenTrial, str | None]]:
         """The finished trials of an earlier study as they would be stored in this one, or the reason they cannot."""
-        identity = earlier.attrs.get(_SEARCH, {}).get("identity", {})
+        identity = earlier.attrs.get(SEARCH, {}).get("identity", {})
         differing = sorted(
             key
             for key in {*identity, *self._identity}
@@ -644,9 +644,8 @@ def _storage_of(study: str | Path) -> tuple[str, str | None]:
         return str(study), None
     files = StudyFiles(Path(study))
     written = files.read() if files.spec.is_file() else {}
-    if storage := written.get("spec", {}).get("storage"):
-        return str(storage), str(written.get(OPTUNA_STUDY) or STUDY_NAME)
-    return sqlite_url(files.database), STUDY_NAME
+    storage = written.get("spec", {}).get("storage") or sqlite_url(files.database)
+    return str(storage), str(written.get(OPTUNA_STUDY) or STUDY_NAME)
 
 
 def trial_name(number: int) -> str:

@@ -285,8 +285,8 @@ class StudySession:
         )
 
     def _study_name(self) -> str:
-        """The study's name in its storage: unique in a shared storage, the same for every study in its own file."""
-        if self.spec.storage is None or not self.files.spec.is_file():
+        """The study's name in its storage, as it was chosen when the study began."""
+        if not self.files.spec.is_file():
             return STUDY_NAME
         return str(self.files.read().get(OPTUNA_STUDY) or STUDY_NAME)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def train_once(
     if verdict.advice:
         console.print(verdict.advice, soft_wrap=True, markup=False)
     notes.print(f"checkpoint, averaged weights and config: {folder}", soft_wrap=True)
-    notes.print(f"next: medtune export {folder} --out MODEL", soft_wrap=True)
+    notes.print(f"next: medtune export {quote(str(folder))} --out MODEL", soft_wrap=True)
     return 0
 
 

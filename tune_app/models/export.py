@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from shlex import quote
 from typing import Any, Literal
 
 import numpy as np
@@ -120,7 +121,7 @@ def choose(
         found = confirm.judge(study)
         if not found.finished:
             raise ExportError(
-                f"{study.path}: the confirmation has not ended; `medtune resume {study.path}` continues it"
+                f"{study.path}: the confirmation has not ended; `medtune resume {quote(str(study.path))}` continues it"
             )
         usable = usable[usable["variant"] == found.choice]
         how = f"variant {found.choice}, confirmed as better than the documented settings"
@@ -650,5 +651,5 @@ def outcome_lines(info: ModelInfo, out: Path) -> list[str]:
     return [
         *lines,
         "not for clinical use; complete the data section of MODEL_CARD.md",
-        f"next:      medtune predict {out} SCANS",
+        f"next:      medtune predict {quote(str(out))} SCANS",
     ]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tune_app.report.comparison import comparison_page
-from tune_app.report.rendering import write
-from tune_app.report.sections import study_page
+from tune_app.report.rendering import figure_page, write
+from tune_app.report.sections import SLICE, study_page
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.study.files import StudyFiles
@@ -25,6 +25,19 @@ def write_report(study: Study, path: str | Path, *, refresh_s: float | None = No
     With `refresh_s` a browser loads the page of a running study again after that many seconds.
     """
     return write(Path(path), study_page(study, refresh_s if study.running else None))
+
+
+def figure_pages(study: Study) -> dict[str, str]:
+    """Return the figures of the study's page, each as a page of its own that needs no network, by name.
+
+    Without those of single hyperparameters: each page holds Plotly, 4 MB.
+    """
+    found = study_page(study, None).plots
+    return {
+        name: figure_page(name, figure)
+        for name, figure in found.items()
+        if not name.startswith(SLICE)
+    }
 
 
 def write_comparison(first: Study, second: Study, path: str | Path) -> Path:

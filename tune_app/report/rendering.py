@@ -51,6 +51,17 @@ def render(page: Page) -> str:
     return text
 
 
+def figure_page(title: str, figure: figures.Figure) -> str:
+    """Return one figure as HTML: a script that holds Plotly, and one that draws."""
+    return (
+        f'<!doctype html><html><head><meta charset="utf-8"><title>{Markup.escape(title)}</title>'
+        f"<script>{_plotly()}</script></head><body><div id='figure'></div><script>"
+        f"const figure = {_json(figure)};"
+        "Plotly.newPlot('figure', figure.data, figure.layout, {responsive: true, displaylogo: false});"
+        "</script></body></html>"
+    )
+
+
 @cache
 def environment() -> Environment:
     """Return the templates of this package; every value in them is escaped, and its invisible characters written out."""

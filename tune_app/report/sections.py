@@ -20,6 +20,9 @@ from tune_app.results.text import duration, format_value, printable
 MOST_ROWS = 500
 """Trials listed in the table of the page, the best ones."""
 
+SLICE = "slice-"
+"""Before the hyperparameter in the name of a figure of the objective over it."""
+
 DASHES = {
     "solid": "",
     "dot": "2 4",
@@ -346,8 +349,8 @@ def _search(page: Page, study: Study) -> None:
     section.parts.append({"kind": "chips", "groups": _chips(study), "drw": False})
     slices = []
     for name in study.searched:
-        page.plots[f"slice-{name}"] = figures.slice_of(study, name)
-        slices.append({"id": f"slice-{name}", "label": f"objective over {name}"})
+        page.plots[f"{SLICE}{name}"] = figures.slice_of(study, name)
+        slices.append({"id": f"{SLICE}{name}", "label": f"objective over {name}"})
     section.parts.append({"kind": "slices", "slices": slices})
 
 

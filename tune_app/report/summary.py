@@ -1,6 +1,7 @@
 """The result of a study on one screen: the table, stopped trials and why, the best configuration, the places of files."""
 
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from rich.console import Console
@@ -112,7 +113,7 @@ def best_lines(study: Study) -> list[str]:
         place = url_of(study.path) or study.path
         lines += [
             f"tied: trials {', '.join(together)} within {TIED_AUC:g} of the best; their ensemble is often better than one:",
-            f"      medtune export {place} --ensemble {len(together)} --out model",
+            f"      medtune export {quote(str(place))} --ensemble {len(together)} --out model",
         ]
     return lines
 
@@ -136,8 +137,8 @@ def place_lines(root: Path) -> list[str]:
     place = url_of(root) or root
     return [
         f"study:   {place}",
-        f"results: medtune results {place}",
-        f"report:  medtune report {place}",
+        f"results: medtune results {quote(str(place))}",
+        f"report:  medtune report {quote(str(place))}",
     ]
 
 
@@ -146,6 +147,6 @@ def next_lines(root: Path) -> list[str]:
     place = url_of(root) or root
     above = str(place).rpartition("/")[0] or "."
     return [
-        f"confirm: medtune confirm {place}   (the best again, on all folds with new seeds)",
-        f"browse:  medtune serve {above}",
+        f"confirm: medtune confirm {quote(str(place))}   (the best again, on all folds with new seeds)",
+        f"browse:  medtune serve {quote(above)}",
     ]

@@ -32,7 +32,7 @@ import tune_app
 from trainables.checkpoints import sweep_temporaries
 from trainables.ray_trainable import FATAL
 from tune_app.driver.display import Display
-from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
+from tune_app.driver.optuna_database import sqlite_url
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.session import StudySession
 from tune_app.study.files import StudyFiles, mend_last_line
@@ -222,7 +222,7 @@ def told(root: Path) -> dict[str, Any]:
     for record in records:
         assert record.pop("started") <= record.pop("ended")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    trials = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database)).trials
+    trials = optuna.load_study(study_name=None, storage=sqlite_url(files.database)).trials
     names = ("number", "state", "values", "params", "intermediate_values", "user_attrs")
     study = [{name: getattr(trial, name) for name in names} for trial in trials]
     return {

@@ -28,7 +28,7 @@ from trainables.network.weights import save_medicalnet
 from tune_app.driver import watchdog
 from tune_app.driver.display import Display
 from tune_app.driver.loggers import study_loggers
-from tune_app.driver.optuna_database import STUDY_NAME, sqlite_url
+from tune_app.driver.optuna_database import sqlite_url
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, busy_text, plan_resources
 from tune_app.driver.run import run_study
@@ -242,7 +242,7 @@ def test_failed_trials_go_on_when_they_are_asked_to(
         None,
         0,
     )
-    study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
+    study = optuna.load_study(study_name=None, storage=sqlite_url(files.database))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
     assert saved.read_text().split() == ["1", "2", "3", "4"], "no epoch is trained again"
 
@@ -393,7 +393,7 @@ def test_why_a_trial_failed_stands_in_its_record_and_in_the_optuna_study(tmp_pat
     died = f"its process on node {records[1]['node']} died: The actor is dead because its worker process has died"
     assert reasons == ["not at all", died, None]
     assert "ValueError: no such thing" in records[0]["error"]
-    study = optuna.load_study(study_name=STUDY_NAME, storage=sqlite_url(files.database))
+    study = optuna.load_study(study_name=None, storage=sqlite_url(files.database))
     assert [trial.user_attrs.get("reason") for trial in study.trials] == reasons
 
 

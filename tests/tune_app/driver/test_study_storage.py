@@ -18,6 +18,7 @@ from tune_app.driver.optuna_database import (
     STUDY_NAME,
     Database,
     SearchError,
+    own_study_name,
     shared_study_name,
     sqlite_url,
 )
@@ -94,6 +95,36 @@ def test_an_earlier_study_in_a_shared_storage_is_found_by_its_folder(tmp_path: P
         tmp_path / "study.db", warm_start_from=[tmp_path / name for name in names], num_trials=1
     )
     assert again.taken_over.added == 0
+    again.close()
+
+
+def test_a_study_in_its_own_file_has_its_folders_name_and_is_found_by_folder_and_by_url(
+    tmp_path: Path,
+) -> None:
+    assert own_study_name("/studies/first run/") == "first run"
+    assert own_study_name("s3://bucket/second") == "second"
+    files = StudyFiles(tmp_path / "first run")
+    files.root.mkdir()
+    files.write({"spec": {"data": "t.csv", "config": {"epochs": 4}}, OPTUNA_STUDY: "first run"})
+    session = StudySession(files.read_spec(), "none", Recorder(files.read_spec(), files), shown())
+    earlier = searcher(files.database, study_name=session._study_name(), num_trials=1)
+    run(earlier, "a", [0.6] * 4)
+    earlier.close()
+    url = sqlite_url(files.database)
+    assert optuna.get_all_study_names(url) == ["first run"]  # what optuna-dashboard lists
+    moved = tmp_path / "moved"
+    for place in (files.root, url, moved):
+        if place == moved:
+            files.root.rename(moved)
+        name = f"later {place}".replace("/", "-")
+        later = searcher(tmp_path / f"{name}.db", warm_start_from=[place], num_trials=1)
+        assert [trial.value for trial in later.study.trials] == [0.6]
+        later.close()
+    gone = tmp_path / "gone.db"
+    searcher(gone, warm_start_from=[moved], num_trials=1).close()
+    StudyFiles(moved).database.unlink()
+    again = searcher(gone, warm_start_from=[moved], num_trials=1)
+    assert (again.taken_over.added, len(again.study.trials)) == (0, 1)
     again.close()
 
 

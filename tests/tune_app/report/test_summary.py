@@ -1,7 +1,10 @@
 """The summary on the console at the end of a search: the runs that tie with the best are named as an ensemble."""
 
+import shlex
+from pathlib import Path
+
 from tune_app.models.export import choose
-from tune_app.report.summary import best_lines, tied_runs
+from tune_app.report.summary import best_lines, next_lines, place_lines, tied_runs
 from tune_app.results import load_study
 from tune_app.study.files import StudyFiles
 from tune_app.study.tied import TIED_AUC, TIED_RUNS
@@ -43,3 +46,15 @@ def test_an_objective_that_is_no_auc_has_no_ties(write_study):
     for folder in StudyFiles(root).trials.iterdir():
         (folder / "best.pt").write_bytes(b"")
     assert tied_runs(load_study(root)) == []
+
+
+def test_the_next_commands_can_be_copied_whatever_the_folder_is_called():
+    root = Path("/studies/our first/it's one")
+    commands = [line.partition(" medtune ")[2] for line in place_lines(root) + next_lines(root)]
+    asked = [shlex.split(command.partition("   ")[0]) for command in commands if command]
+    assert asked == [
+        ["results", str(root)],
+        ["report", str(root)],
+        ["confirm", str(root)],
+        ["serve", str(root.parent)],
+    ]
