@@ -188,12 +188,10 @@ class MLflow:
             raise SpecError(
                 "log=mlflow: mlflow is not installed; `pip install mlflow`, or leave it out"
             )
-        from mlflow import entities
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table it makes
-        self._entities: Any = entities
         self.name, self.root = root.absolute().name, root
         asked = os.environ.get("MLFLOW_TRACKING_URI")
         # MLflow takes no folder any more
@@ -217,14 +215,17 @@ class MLflow:
 
     def began(self, trial: str, settings: Mapping[str, Any]) -> None:
         run = self._runs[trial] = self._run(trial, trial)
-        params = [self._entities.Param(name, str(value)) for name, value in settings.items()]
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)) for name, value in settings.items()]
         self.client.log_batch(run, params=params)
 
     def reported(self, trial: str, row: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
         now = int(1000 * row.get("time", time.time()))
         metrics = [
-            self._entities.Metric(name, value, now, row["epoch"])
-            for name, value in metrics_of(row).items()
+            Metric(name, value, now, row["epoch"]) for name, value in metrics_of(row).items()
         ]
         self.client.log_batch(self._runs[trial], metrics=metrics)
 
