@@ -542,7 +542,7 @@ def _expected_lines(study: Study, found: Confirmation) -> list[str]:
         lines += [
             f"Together, {', '.join(together.members)}: cross-validated AUC {_with_interval(together.auc, '.3f')} on "
             f"{len(together.folds)} folds, {_with_interval(together.gain, '+.3f')} over {first} alone:",
-            f"      medtune export {study.spec.confirms or 'SEARCH'} {command} --out model",
+            f"      medtune export {quote(study.spec.confirms or 'SEARCH')} {command} --out model",
         ]
     return lines
 

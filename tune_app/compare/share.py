@@ -1,5 +1,7 @@
 """The confirmation that a share of a search's budget pays for: `confirm_share` of a study."""
 
+from shlex import quote
+
 from tune_app.compare.confirm import confirmation_spec
 from tune_app.results.study import Study
 from tune_app.study.spec import StudySpec
@@ -31,7 +33,7 @@ def confirmation_for_share(search: Study) -> tuple[StudySpec | None, list[str]]:
     if runs < FEWEST_RUNS:
         return None, [
             f"not confirmed: a share of {search.spec.confirm_share:g} is worth {runs} whole runs, and {FEWEST_RUNS} are the "
-            f"fewest; `medtune confirm {search.path}` runs it anyway"
+            f"fewest; `medtune confirm {quote(str(search.path))}` runs it anyway"
         ]
     candidates = min(MOST_CANDIDATES, runs // 2 - 1)
     everything, _ = confirmation_spec(search, top=candidates, seeds=1, defaults=False)

@@ -3,13 +3,11 @@
 Every row a trial reports is written to epochs.jsonl before anything is decided on it, and everything decided is a pure
 function of those rows in their order. A killed study is therefore rebuilt by reading the rows again: the policy
 remakes its rungs, trials that had ended are settled, the others resume from their own checkpoints. Nothing is read back
-from shlex import quote
 from Ray's experiment state, which is saved seconds too late and forgets the scheduler's rungs.
 """
 
 import gc
 import platform
-import shlex
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import ray
@@ -286,7 +285,7 @@ def _run_locked(
 def _print_time_is_over(states: Mapping[str, int], place: str | Path, notes: Any) -> None:
     ended = sum(states.get(state, 0) for state in ENDED)
     notes.print(
-        f"the time is over: {ended} trials have ended; `medtune resume {shlex.quote(str(place))}` gives the search as much again",
+        f"the time is over: {ended} trials have ended; `medtune resume {quote(str(place))}` gives the search as much again",
         soft_wrap=True,
     )
 
@@ -308,7 +307,7 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     if files.spec.exists() and not resume:
         place = url or files.root
         raise SpecError(
-            f"{place}: holds a study already; `medtune resume {shlex.quote(str(place))}` continues it"
+            f"{place}: holds a study already; `medtune resume {quote(str(place))}` continues it"
         )
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
