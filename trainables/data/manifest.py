@@ -178,9 +178,19 @@ def _link_of(table: Path) -> str | None:
 
 
 def _row_problems(rows: list[Row]) -> list[str]:
-    """Each row's problems, in a line for each; a problem that many rows share, such as a coding from 1, in one line."""
-    told = told_together((row, problem) for row in rows for problem in row.problems.values())
-    told = _what_labels_are(rows) + told
+    """Each row's problems, in a line for each; a problem that many rows share, such as a coding from 1, in one line.
+
+    Measurements as labels, nearly every row's another, are one problem of the table and not one of each row.
+    """
+    of_labels = _what_labels_are(rows)
+    values = {row.label_text for row in rows if "label" in row.problems}
+    measured = bool(of_labels) and len(values) > MOST_CLASSES
+    told = of_labels + told_together(
+        (row, problem)
+        for row in rows
+        for column, problem in row.problems.items()
+        if not (measured and column == "label" and row.label_text)
+    )
     labels = {row.stated_label for row in rows if row.stated_label is not None}
     if (
         labels

@@ -895,11 +895,13 @@ def test_words_as_labels_are_said_to_be_words_before_any_row(tmp_path: Path) -> 
 
 
 def test_measurements_as_labels_are_said_to_be_measurements(tmp_path: Path) -> None:
-    problems = labelled(tmp_path, [f"{row * 0.37 + 0.05:.2f}" for row in range(50)])
-    assert problems[0] == (
+    """A line for each row, 998 of them, followed the reason."""
+    labels = [f"{row * 0.37 + 0.05:.2f}" for row in range(50)]
+    assert labelled(tmp_path, [*labels, ""]) == [
         "labels are measurements (50 different values from 0.05 to 18.18): classes are whole numbers from 0; cut the values "
-        "into classes first"
-    )
+        "into classes first",
+        "row 51 (scan 50.nii): label is missing: a whole number from 0 to 1 is needed (num_classes=2)",
+    ]
 
 
 def test_the_same_problem_of_many_scans_is_one_line(write_scan: Write, tmp_path: Path) -> None:
