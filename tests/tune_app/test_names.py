@@ -12,15 +12,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from trainables.config import FineTuneConfig
 from trainables.data.visible import visible
 from tune_app.cli.common import VisibleConsole
+from tune_app.models.card import model_card
 from tune_app.models.folder import ModelFiles, ModelInfo
 from tune_app.models.model import Prediction, Source
 from tune_app.models.predict import row
 from tune_app.report.page import write_report
 from tune_app.results.loading import load_studies, load_study
 from tune_app.serve.answers import JSONResponse
-from tune_app.serve.folder import StudyFolder
+from tune_app.serve.folder import ID_LENGTH, StudyFolder
 from tune_app.study.errors import SpecError
 from tune_app.study.files import job_name, refuse_other_bytes
 
@@ -161,3 +163,26 @@ def test_a_new_study_is_refused_where_ray_cannot_write(tmp_path: Path) -> None:
         refuse_other_bytes(["/plain", str(tmp_path / LATIN)])
     refuse_other_bytes(["/plain", "/患者 ä"])
     assert job_name(str(tmp_path / LATIN)).startswith("medtune-caf-")
+
+
+def test_folders_whose_names_are_written_alike_or_too_long_have_ids_of_their_own(
+    write_any_study: Callable[[str], Path], tmp_path: Path
+) -> None:
+    long = os.fsdecode(b"\xe9" * 100)
+    made = {write_any_study(name) for name in (LATIN, r"caf\udce9", long, f"{long}x")}
+    folder = StudyFolder(tmp_path)
+    found = folder.paths()
+    assert set(found.values()) == made
+    assert all(len(name) <= ID_LENGTH and visible(name) == name for name in found)
+    assert all(folder.path(name) == path for name, path in found.items())
+    alone = StudyFolder(tmp_path / LATIN)
+    assert list(alone.paths()) == [r"caf\udce9"], "the folder that is served is a study itself"
+
+
+def test_a_model_card_shows_names_written_out(exported_model: Path) -> None:
+    info = ModelInfo.model_validate_json(ModelFiles(exported_model).info.read_text())
+    choice = info.choice.model_copy(update={"study": f"{LATIN}\x1b[31m\u202e"})
+    card = model_card(info.model_copy(update={"choice": choice}), [FineTuneConfig()])
+    card.encode()
+    assert r"caf\udce9\x1b[31m\u202e" in card
+    assert "\x1b" not in card

@@ -2,6 +2,7 @@
 
 from trainables.config import FineTuneConfig
 from trainables.data.folds import few_of_a_class
+from trainables.data.visible import visible
 from tune_app.models.folder import (
     SPACING_FACTOR,
     Decides,
@@ -331,10 +332,11 @@ def _three(value: float | None) -> str:
 def _plain(text: str) -> str:
     """Text of names and messages that cannot become markup."""
     return "".join(
-        f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter for letter in " ".join(text.split())
+        f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter
+        for letter in visible(" ".join(text.split()))
     )
 
 
 def _code(text: str) -> str:
     """A name in code quotes; a name may hold quotes itself."""
-    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
+    return f"`{visible(' '.join(text.split())).replace('`', chr(39)).replace('|', '/')}`"

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from trainables.config import FineTuneConfig
+from trainables.data.visible import visible
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
@@ -45,7 +46,7 @@ def _about(name: str, study: Study) -> dict[str, Any]:
     kept = ("best", "best_trial", "best_interval", "rivals", "noise", "epochs", "states", "ended")
     return {
         "id": name,
-        "name": study.name,
+        "name": visible(study.name),
         **{key: about[key] for key in (*kept, "trials", "objective", "data")},
         "found": findings.summary(study)[1],
     }

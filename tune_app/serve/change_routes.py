@@ -13,14 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainables.checkpoints import replacing
 from trainables.data.storage import bucket_of, is_below, is_url
 from trainables.data.table_file import ManifestError, read_records
+from trainables.data.visible import visible
 from tune_app.results.study import Study
 from tune_app.results.text import printable
 from tune_app.serve.answers import JSONResponse
 from tune_app.serve.estimate import estimate
-from tune_app.serve.folder import UnknownError, UnreadableError
+from tune_app.serve.folder import ID_LENGTH, UnknownError, UnreadableError
 from tune_app.serve.keeping import Note, Notes, archive, delete, hide, rename, write_note
 from tune_app.serve.queue import QueueError
-from tune_app.serve.service import ID_LENGTH, Service, StudyId, TheService, TrialId
+from tune_app.serve.service import Service, StudyId, TheService, TrialId
 from tune_app.serve.views import failed_trials, state_of, trial_page
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
@@ -217,9 +218,9 @@ def archive_study(study: StudyId, service: TheService) -> Asked:
 def delete_study(study: StudyId, asked: Confirmed, service: TheService) -> Asked:
     """Remove the folder of a study that does not run; `name` repeats its name."""
     with _still(study, service) as path:
-        if asked.name != path.name:
+        if asked.name != visible(path.name):  # as the page shows it
             raise QueueError(
-                f"{path.name} is deleted only when its name is given, not {asked.name!r}"
+                f"{visible(path.name)} is deleted only when its name is given, not {asked.name!r}"
             )
         hidden = hide(path)
     delete(hidden)

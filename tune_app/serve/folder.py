@@ -1,6 +1,8 @@
 """The studies of a folder, read when they change."""
 
+import hashlib
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,10 @@ from tune_app.study.rows import is_held
 
 DEPTH = 3
 """Folders deep that studies are looked for: a confirmation is stored in its search, a search may be in a group's folder."""
+
+
+ID_LENGTH = 400
+"""Characters of a study's id."""
 
 
 REST = 4
@@ -72,14 +78,16 @@ class StudyFolder:
             if time.monotonic() - self._walked > 1.0 or (since is not None and self._begun < since):
                 self._begun, found = time.monotonic(), dict[str, Path]()
                 for path in self._walk(self.root, 0):
-                    found.setdefault(self.name(path), path)
+                    name = self.name(path)
+                    found[name if name not in found else _distinct(name, path)] = path
                 self._found, self._walked = found, time.monotonic()
             return self._found
 
     def name(self, path: Path) -> str:
         """Return the id of the study in the folder `path`."""
-        name = visible(path.relative_to(self.root).as_posix().replace("/", "~"))
-        return self.root.name if name == "." else name
+        name = path.relative_to(self.root).as_posix().replace("/", "~")
+        shown = visible(self.root.name if name == "." else name)
+        return shown if len(shown) <= ID_LENGTH else _distinct(shown, path)
 
     def place(self, path: Path) -> str:
         """Return the argument by which a command names the study in the folder `path`."""
@@ -187,6 +195,12 @@ class StudyFolder:
             if key not in reading.memo:
                 reading.memo[key] = make(reading.study)
             return reading.memo[key]
+
+
+def _distinct(name: str, path: Path) -> str:
+    """An id of at most ID_LENGTH characters for a folder whose own name is too long, or another one's when written out."""
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    return f"{name[: ID_LENGTH - 9]}~{digest}"
 
 
 def _mark(path: Path) -> tuple[int, int]:

@@ -11,13 +11,14 @@ from fastapi import Path as InPath
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
+from trainables.data.visible import visible
 from tune_app.results.text import printable
 from tune_app.serve.access import Refused
 from tune_app.serve.across import across
 from tune_app.serve.answers import JSONResponse
-from tune_app.serve.folder import UnknownError, UnreadableError
+from tune_app.serve.folder import ID_LENGTH, UnknownError, UnreadableError
 from tune_app.serve.keeping import Notes, contents, read_notes
-from tune_app.serve.service import ID_LENGTH, StudyId, TheService, TrialId
+from tune_app.serve.service import StudyId, TheService, TrialId
 from tune_app.serve.views import (
     SHOWN_FIRST,
     CurveAxis,
@@ -86,7 +87,7 @@ def one_study(study: StudyId, service: TheService) -> Response:
     """Return the question of a study, its findings, its cautions, its progress and its estimated end."""
     path = service.folder.path(study)
     if not StudyFiles(path).spec.is_file():
-        place = {"name": path.name, "path": service.folder.place(path)}
+        place = {"name": visible(path.name), "path": visible(service.folder.place(path))}
         return JSONResponse({"id": study, **place, **service.standing(path, None)})
     about = service.about(study, service.read(study))
     return Response(to_json(about), media_type="application/json")

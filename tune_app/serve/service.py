@@ -12,11 +12,12 @@ from fastapi import Depends, Request, Response
 from fastapi import Path as InPath
 
 from trainables.data.storage import StorageError
+from trainables.data.visible import visible
 from tune_app.results.study import Study
 from tune_app.results.text import printable
 from tune_app.serve.access import Access
 from tune_app.serve.exporting import Exports
-from tune_app.serve.folder import Reading, StudyFolder, UnknownError, UnreadableError
+from tune_app.serve.folder import ID_LENGTH, Reading, StudyFolder, UnknownError, UnreadableError
 from tune_app.serve.keeping import read_notes
 from tune_app.serve.live import Feeds
 from tune_app.serve.measuring import Measurements
@@ -32,10 +33,6 @@ from tune_app.serve.views import (
 from tune_app.study.files import StudyFiles, default_cache
 
 log = logging.getLogger("medtune.serve")
-
-ID_LENGTH = 400
-"""Characters of a study's id."""
-
 
 ALONE_S = 10.0
 """Seconds that a reader waits while something is computed for another one."""
@@ -145,7 +142,7 @@ class Service:
         """Return a study's row in the list; studies that have not been read yet are not waited for."""
         root = self.folder.root
         below = "." if path == root else str(path.parent.relative_to(root))
-        row: dict[str, Any] = {"id": study, "name": path.name, "folder": below}
+        row: dict[str, Any] = {"id": study, "name": visible(path.name), "folder": visible(below)}
         row["tags"] = read_notes(path).study.tags
         if not StudyFiles(path).spec.is_file():
             return row | self.standing(path, None)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from trainables.checkpoints import TrialFiles
 from trainables.config import FineTuneConfig
+from trainables.data.visible import visible
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
 from tune_app.results.study import Study
@@ -112,8 +113,8 @@ def overview(study: Study) -> dict[str, Any]:
     asked, found = findings.summary(study)
     return {
         **glance(study),
-        "name": study.name,
-        "path": study.place,
+        "name": visible(study.name),
+        "path": visible(study.place),
         "first_tile": findings.first_tile(study) if study.scored else None,
         "trials_tile": findings.trials_tile(study),
         "asked": asked,
