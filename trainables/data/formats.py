@@ -57,7 +57,7 @@ def is_nifti(head: bytes) -> bool:
 def foreign_format(head: bytes) -> Foreign | None:
     """Return the format of a file that begins with `head` and how to convert it; None for NIfTI and unknown formats.
 
-    Recognised: DICOM, MetaImage, NRRD, MINC, MGH, Analyze, and archives other than gzip.
+    Recognised: DICOM, MetaImage, NRRD, MINC, MGH, Analyze, NIfTI in two files, and archives other than gzip.
     """
     if head[128:132] == b"DICM":
         return Foreign(
@@ -78,6 +78,11 @@ def foreign_format(head: bytes) -> Foreign | None:
     ):
         return Foreign(
             "MGH (.mgh, .mgz)", "convert it with FreeSurfer, `mri_convert OLD NEW.nii.gz`"
+        )
+    if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
+        return Foreign(
+            "the header of a NIfTI in two files (.hdr, .img)",
+            "write it as one, for example with nibabel: `nib.save(nib.load(OLD), NEW)`, NEW ending in .nii.gz",
         )
     if head[:4] in (struct.pack("<i", 348), struct.pack(">i", 348)) and head[344:348] == b"\0" * 4:
         return Foreign(

@@ -8,7 +8,6 @@ of the file and every entry of the network is accounted for, and only the head m
 
 import hashlib
 import logging
-import os
 import pickle
 import re
 import struct
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.checkpoints import damaged_member
+from trainables.checkpoints import damaged_member, save_state
 from trainables.config import FineTuneConfig
 from trainables.errors import ProblemsError
 from trainables.network.model import (
@@ -247,17 +246,11 @@ def save_medicalnet(backbone: nn.Module, path: str | Path) -> None:
     The file appears whole or not at all. Missing folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         f"module.{name}": tensor.detach().cpu().contiguous()
         for name, tensor in backbone.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"state_dict": state}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_state(path, {"state_dict": state})
 
 
 def fetch(name: str, folder: str | Path) -> Path:
@@ -429,15 +422,37 @@ def _read(path: Path, depth: int | None) -> _File:
             f"{path}: has {_count(others)} without a tensor among its weights: {_some(others)}"
         )
 
+    prefix = _prefix_of_one(path, tensors)
     entries: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        bare = _without_prefixes(name)
+        bare = _without_prefixes(name.removeprefix(prefix))
         if bare in entries:
             raise WeightsError(
                 f"{path}: {entries[bare][0]} and {name} are both {bare}: save one network a file"
             )
         entries[bare] = (name, tensor)
     return _File(path, path.stat().st_size, sha256, entries)
+
+
+def _prefix_of_one(path: Path, names: Iterable[str]) -> str:
+    """Return what a training program has put before the names of its network, such as `net.`; empty where it is known or none.
+
+    Raises WeightsError where there are several networks.
+    """
+    known = set(names)
+    if any(_without_prefixes(name) == "conv1.weight" for name in known):
+        return ""
+    found = sorted(
+        name.removesuffix("conv1.weight")
+        for name in known
+        if name.endswith(".conv1.weight")
+        and f"{name.removesuffix('conv1.weight')}layer1.0.conv1.weight" in known
+    )
+    if len(found) > 1:
+        raise WeightsError(
+            f"{path}: holds networks under {', '.join(found)}: save one network a file"
+        )
+    return found[0] if found else ""
 
 
 _ZIP = b"PK\x03\x04"
@@ -507,23 +522,29 @@ def _entries(path: Path) -> Mapping[object, object]:
 def _unwrapped(path: Path, checkpoint: Mapping[object, object]) -> Mapping[object, object]:
     """Return the state dict of a checkpoint: at its top, under `state_dict`, or under the only name that has tensors.
 
-    Training programs save it as `net`, `model`, `model_state_dict`, `ema` and so on.
+    Training programs save it as `net`, `model`, `model_state_dict`, `ema` and so on, next to numbers such as counts.
     """
     if isinstance(wrapped := checkpoint.get("state_dict"), Mapping):
         return wrapped
-    if any(isinstance(value, Tensor) for value in checkpoint.values()):
+    if any(isinstance(value, Tensor) and value.dim() for value in checkpoint.values()):
         return checkpoint
-    networks = [
-        str(name)
+    inside = {
+        name: value.get("state_dict", value)
         for name, value in checkpoint.items()
-        if isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+        if isinstance(value, Mapping)
+    }
+    networks = [
+        name
+        for name, value in inside.items()
+        if isinstance(value, Mapping)
+        and any(isinstance(one, Tensor) and one.dim() for one in value.values())
     ]
     if len(networks) > 1:
         raise WeightsError(
-            f"{path}: holds weights under {', '.join(networks)}: save the one to start from, "
+            f"{path}: holds weights under {', '.join(map(str, networks))}: save the one to start from, "
             f"torch.save({{'state_dict': torch.load(OLD)['{networks[0]}']}}, NEW)"
         )
-    inner = checkpoint[networks[0]] if networks else checkpoint
+    inner = inside[networks[0]] if networks else checkpoint
     return inner if isinstance(inner, Mapping) else checkpoint
 
 

@@ -128,6 +128,14 @@ WRAPPINGS = {
         }
         for name in ("net", "model", "model_state_dict", "ema", "state_dict_ema")
     },
+    "lightning": lambda state: {
+        "state_dict": {f"net.{name}": tensor for name, tensor in state.items()},
+        "hyper_parameters": {"lr": 1e-3},
+    },
+    "student": lambda state: {
+        "model": {"state_dict": {f"student.0.{name}": one for name, one in state.items()}}
+    },
+    "swa": lambda state: {"swa": state, "n_averaged": torch.tensor(3)},
     "nested": lambda state: {
         f"module._orig_mod.backbone.{name}": tensor for name, tensor in state.items()
     },
@@ -142,6 +150,13 @@ def test_every_wrapping_loads_in_full(tmp_path, wrapping, legacy):
     report = load_pretrained(network, write(tmp_path, WRAPPINGS[wrapping](state), legacy=legacy))
     assert_holds(network, state)
     assert len(report.loaded) == len(state)
+
+
+def test_two_networks_in_one_state_dict_are_named(tmp_path):
+    state = backbone_weights()
+    both = {f"{name}.{key}": one for name in ("student", "teacher") for key, one in state.items()}
+    with pytest.raises(WeightsError, match=r"holds networks under student\., teacher\.: save one"):
+        load_pretrained(build(), write(tmp_path, both))
 
 
 def test_safetensors_load_too(tmp_path):
