@@ -62,7 +62,8 @@ def test_only_what_a_trial_has_to_repeat_counts_as_lost(
 
     def report(trial: str, *epochs: int) -> None:
         for epoch in epochs:
-            append_line(files.epochs, {"trial": trial, "time": 1.0, "epoch": epoch})
+            row = {"trial": trial, "time": 1.0, "epoch": epoch, "val_auc": 0.5}
+            append_line(files.epochs, row)
 
     report("00000", *range(1, TINY["epochs"] + 1))
     report("00001", 1, 2, 3)

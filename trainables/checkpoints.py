@@ -85,17 +85,21 @@ class TrialFiles:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Give a temporary sibling to write to; it replaces `path` when the block ends well, and is removed otherwise.
 
     A reader sees the old file or the new one, never part of one, whatever is killed or loses its power in between.
+    Missing folders are made, but not `within`: raises FileNotFoundError where it has been moved or removed.
     """
+    if within is not None and not within.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "the folder was moved or removed", str(within))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        with naming_a_full_disk(path):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
         if error.filename is not None and str(error.filename) == str(temporary):
@@ -106,9 +110,23 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinities become null: JSON has no word for them."""
-    with replacing(path) as temporary:
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Have the error of a write for which the disk has no room name `path`: that of an open file names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and is_disk_full(error):
+            error.filename = str(path)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any], within: Path | None = None) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinities become null: JSON has no word for them.
+
+    `within`: as in `replacing`.
+    """
+    with replacing(path, within) as temporary:
         temporary.write_text(
             json.dumps(without_nonfinite(value), indent=1) + "\n", encoding="utf-8"
         )
@@ -213,12 +231,15 @@ def sweep_temporaries(folder: Path, *written: Path) -> int:
     return len(leftovers)
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values to `path`, atomically; readable with `weights_only=True`, which `load_state` uses."""
+def save_state(path: Path, state: Mapping[str, Any], within: Path | None = None) -> None:
+    """Write tensors and plain values to `path`, atomically; readable with `weights_only=True`, which `load_state` uses.
+
+    `within`: as in `replacing`.
+    """
     import torch
 
     # Given a path, torch does not report why it failed
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, within) as temporary, temporary.open("wb") as file:
         torch.save(dict(state), file)
 
 

@@ -203,7 +203,7 @@ def _save(path: Path, state: Mapping[str, Any], waits: Callable[[], None] | None
 
     def write() -> float:
         began = time.monotonic()
-        save_state(path, state)
+        save_state(path, state, path.parent)
         return time.monotonic() - began
 
     return when_there_is_room(write, path, waits=waits)

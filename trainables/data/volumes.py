@@ -26,7 +26,7 @@ import numpy as np
 from filelock import Timeout
 
 from trainables import installed_version
-from trainables.checkpoints import is_disk_full, replacing
+from trainables.checkpoints import is_disk_full, naming_a_full_disk, replacing
 from trainables.data.json_files import read_json
 from trainables.data.scans import (
     Recipe,
@@ -38,7 +38,7 @@ from trainables.data.scans import (
     read_scan,
     stamp,
 )
-from trainables.data.storage import url_of
+from trainables.data.storage import absolute, url_of
 from trainables.data.threads import Progress, in_threads
 from trainables.errors import ProblemsError
 from trainables.machine.file_locks import acquire_lock
@@ -199,6 +199,33 @@ def cohort_name_like(folder: Path, recipe: Recipe) -> str:
         return _cohort_name(written["sha256"], rows, recipe)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CohortError([f"cohort {folder}: damaged ({error}): prepare it again"]) from None
+
+
+def is_moved(recorded: str, made: Path, before: str | Path, table: str | Path) -> bool:
+    """Whether `made` holds the data of the cohort of the name `recorded`, whose files were elsewhere: only the paths differ.
+
+    `before` is the table of the recorded cohort, `table` that of `made`. The names tell whether the files have the same
+    bytes. Labels and subjects are compared with the recorded cohort, where it is still in the cache, and otherwise by its
+    name, which also covers the paths: they have to be in the same places as seen from the table.
+    """
+    contents, _, key = recorded.partition("-")
+    if contents != made.name.partition("-")[0]:
+        return False
+    try:
+        now = read_json(made / "cohort.json")
+        old = made.parent / recorded / "cohort.json"
+        if old.is_file():
+            was = read_json(old)
+            return all(was[name] == now[name] for name in ("labels", "subjects"))
+        rows = {name: now[name] for name in ("paths", "labels", "subjects")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CohortError([f"cohort {made}: damaged ({error}): prepare it again"]) from None
+    folder, earlier = Path(absolute(table)).parent, Path(absolute(before)).parent
+    rows["paths"] = [
+        path if url_of(path) else os.path.normpath(earlier / os.path.relpath(path, folder))
+        for path in rows["paths"]
+    ]
+    return _key(rows, 8) == key
 
 
 def same_volumes(one: Recipe, other: Recipe) -> bool:
@@ -499,7 +526,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.absolute().with_name(f"{prefix}{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
+        with naming_a_full_disk(folder):
+            yield temporary
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -123,7 +123,8 @@ def _is_ours(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        told = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{told}: make room, or name another place" if is_disk_full(error) else told
     return str(error)
 
 

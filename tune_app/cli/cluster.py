@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from trainables.checkpoints import naming_a_full_disk
 from tune_app.cli.common import CacheOption, elsewhere, err, out
 
 app = typer.Typer()
@@ -273,7 +274,8 @@ def _write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         print(text, end="")
         return
-    path.write_text(text, encoding="utf-8")
+    with naming_a_full_disk(path):
+        path.write_text(text, encoding="utf-8")
     err.print(str(path), soft_wrap=True, markup=False)
 
 

@@ -212,6 +212,13 @@ def resume(
         float | None,
         typer.Option("--hours", help="Hours it may take from now on; default: as before."),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Table of the study's data where they have moved; checked to be the same.",
+        ),
+    ] = None,
     address: AddressOption = None,
     retry_failed: RetryOption = False,
     notify: NotifyOption = None,
@@ -219,7 +226,7 @@ def resume(
     """Resume a study that was killed or interrupted: every trial from its own checkpoint, every decision kept."""
     from tune_app.study.asked import AskedResumption
 
-    asked = AskedResumption(hours=hours)
+    asked = AskedResumption(hours=hours, fields=stated({"data": data and absolute(data)}))
     if elsewhere.get() is not None:
         _send_asked(asked, study, retry_failed=retry_failed, notify=notify)
     _resume(asked, study, address=address, retry_failed=retry_failed, notify=notify)

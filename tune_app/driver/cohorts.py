@@ -27,12 +27,20 @@ from trainables.data.volumes import (
     VolumesRefused,
     cohort_like,
     cohort_name_like,
+    is_moved,
     prepare_cohort,
     prepared_bytes,
     same_volumes,
 )
 from tune_app.study.errors import SpecError
-from tune_app.study.files import CHOSEN, EACH_RECIPE, PREPARES, StudyFiles, default_cache
+from tune_app.study.files import (
+    CHOSEN,
+    EACH_RECIPE,
+    FIRST_COHORT,
+    PREPARES,
+    StudyFiles,
+    default_cache,
+)
 from tune_app.study.spec import StudySpec, build_spec
 
 MOST_LISTED = 1000
@@ -184,7 +192,9 @@ class Prepared:
     further_bytes: int
     """Of the other cohorts, at most."""
     recorded: dict[str, Any]
-    """For study.json."""
+    """For study.json: of a new study, or of one whose data have moved."""
+    identity: str
+    """Name of the cohort with which the study began; its data are the same, wherever they are now."""
 
 
 def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: Any) -> Prepared:
@@ -194,7 +204,7 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
     variant cannot be prepared; ManifestError and CohortError for the data.
     """
     base = build_config(spec.shared)
-    manifest = read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
+    manifest = _read_table(spec, base, files, resume=resume)
     check_folds(spec, manifest)
     for line in thin_folds(manifest, base):
         notes.print(line, soft_wrap=True, markup=False)
@@ -205,10 +215,9 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
         spec = build_spec({**spec.model_dump(mode="json"), "config": {**spec.config, **chosen}})
         base = build_config(spec.shared)
     first = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
-    if resume and (recorded := files.read().get("cohort")) != first.name:
-        raise SpecError(
-            f"{spec.data}: the data changed since the study began (cohort {recorded}, now {first.name}): start a new one"
-        )
+    written, identity = {PREPARES: EACH_RECIPE, CHOSEN: chosen}, first.name
+    if resume:
+        written, identity = _same_data(spec, files, first, notes)
     cohorts, volumes = plan_cohorts(spec), len(manifest.rows)
     check_room(cohorts, first, volumes)
     if spec.kind != "search":
@@ -219,8 +228,52 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
             f"{bytes_text(cohorts.bytes(volumes))} in {first.parent} at most",
             soft_wrap=True,
         )
-    written = {PREPARES: EACH_RECIPE, CHOSEN: chosen}
-    return Prepared(spec, base, first, cohorts.bytes(volumes), written)
+    return Prepared(spec, base, first, cohorts.bytes(volumes), written, identity)
+
+
+def _read_table(
+    spec: StudySpec, base: FineTuneConfig, files: StudyFiles, *, resume: bool
+) -> Manifest:
+    """The study's table. Raises ManifestError, with the remedy where the data of a study that is resumed have moved."""
+    try:
+        return read_manifest(Path(spec.data), num_classes=base.num_classes, classes=base.classes)
+    except ManifestError as error:
+        if not resume:
+            raise
+        raise ManifestError(
+            [
+                *error.problems,
+                f"if the data have moved, name their table: medtune resume {files.root} --data TABLE (they are checked to "
+                "be the same)",
+            ]
+        ) from None
+
+
+def _same_data(
+    spec: StudySpec, files: StudyFiles, first: Path, notes: Any
+) -> tuple[dict[str, Any], str]:
+    """Return what changes in study.json, and the name of the cohort with which the study began.
+
+    Raises SpecError where `first` does not hold its data.
+    """
+    there = files.read()
+    recorded, before = str(there.get("cohort")), str(there["spec"].get("data"))
+    identity = str(there.get(FIRST_COHORT) or recorded)
+    if recorded == first.name:
+        return {}, identity
+    if not is_moved(recorded, first, before, spec.data):
+        raise SpecError(
+            f"{spec.data}: not the data that the study began with (cohort {recorded}, now {first.name}): files, labels or "
+            "subjects differ, or their order: start a new study, or name the table of the same data with --data"
+        )
+    notes.print(
+        f"data: {spec.data} holds the volumes, labels and subjects that the study began with ({before}); study.json names it "
+        "from now on",
+        soft_wrap=True,
+        markup=False,
+    )
+    moved = {**there["spec"], "data": spec.data}
+    return {"spec": moved, "cohort": first.name, FIRST_COHORT: identity}, identity
 
 
 # Before the study begins -----------------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
 """Whether the study's folder is still the one in which the driver began."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import sqlalchemy
+from ray.tune import TuneError
 
 from trainables.data.storage import absolute
 
@@ -10,12 +15,27 @@ class StudyMovedError(RuntimeError):
     """The folder of a running study is not there any more, or its database is not."""
 
 
+WITHOUT_DATABASE = (
+    "rows and checkpoints are there, and `results`, `report`, `export` and `confirm` work, but the search cannot be "
+    "resumed without it: put it back from a copy, or start a new study in another folder"
+)
+
+
 class StudyPlace:
     """The folder in which a driver began, known by its inode: one that was moved away must not be written again."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(absolute(root))
         self._identity = _identity(self.root)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Raise StudyMovedError where the block fails because the folder was moved or removed meanwhile."""
+        try:
+            yield
+        except (OSError, sqlalchemy.exc.SQLAlchemyError, TuneError):
+            self.check()
+            raise
 
     def check(self, database: Path | None = None) -> None:
         """Raise StudyMovedError where the folder was moved, removed or replaced, or `database` is not there."""
@@ -28,9 +48,7 @@ class StudyPlace:
             )
         if database is not None and not database.is_file():
             raise StudyMovedError(
-                f"{database}: was removed while the study ran: rows and checkpoints are there and `results` and `report` "
-                "work, but the search cannot be resumed without it; put it back from a copy, or start a new study "
-                "and name this one with --warm-start-from"
+                f"{database}: was removed while the study ran: {WITHOUT_DATABASE}"
             )
 
 

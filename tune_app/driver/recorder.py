@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from trainables.checkpoints import when_there_is_room, write_json
+from trainables.checkpoints import replacing, when_there_is_room, write_json
 from trainables.diagnosis import auc_low, diagnose, trial_verdict
 from trainables.objective import OBJECTIVES, BestEpoch, objective_value
 from tune_app.study.files import STUDY_FORMAT, KeptBy, StudyFiles, append_line, kept_by
@@ -72,6 +72,20 @@ class Recorder:
         if (row["trial"], row["epoch"]) not in self.logged:
             self.logged.add((row["trial"], row["epoch"]))
             when_there_is_room(lambda: append_line(self.files.decisions, row), self.files.decisions)
+
+    def drop_decisions_ahead(self) -> None:
+        """Remove decisions on epochs that have no row: they are taken again. Before any trial's rows are let go."""
+        there = {(trial, row["epoch"]) for trial, rows in self.rows.items() for row in rows}
+        if self.logged <= there:
+            return
+        kept = [
+            row for row in read_rows(self.files.decisions) if (row["trial"], row["epoch"]) in there
+        ]
+        with replacing(self.files.decisions, self.files.root) as temporary:
+            temporary.write_bytes(b"")
+            for row in kept:
+                append_line(temporary, row)
+        self.logged &= there
 
     def began(
         self, trial: str, overrides: Mapping[str, Any], variant: str | None, **where: Any
@@ -161,5 +175,5 @@ class Recorder:
         self.records[trial] = record
         path = self.files.trial(trial).record
         self._writing[trial] = self._writer.submit(
-            when_there_is_room, lambda: write_json(path, record), path
+            when_there_is_room, lambda: write_json(path, record, self.files.root), path
         )

@@ -31,6 +31,7 @@ from trainables.machine.safe_path import safe_search
 from trainables.own_folder import remove_own
 from trainables.ray_trainable import TrialSetting, run_trial
 from tune_app.driver.cohorts import (
+    Prepared,
     prepare_study,
     refuse_preprocessing,
 )
@@ -42,6 +43,7 @@ from tune_app.driver.loggers import Loggers, study_loggers
 from tune_app.driver.notify import Notifier
 from tune_app.driver.optuna_database import own_study_name, shared_study_name
 from tune_app.driver.packing import Packing, packing_for
+from tune_app.driver.place import WITHOUT_DATABASE, StudyMovedError
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan, await_resources, plan_lines
 from tune_app.driver.session import RAY_FILES, StudySession, log
@@ -222,7 +224,7 @@ def _run_locked(
         _check_weights(spec)
     ready = prepare_study(spec, files, resume=resume, notes=notes)
     spec, base, cohort = ready.spec, ready.base, ready.cohort
-    _mend(files, url)
+    _take_up(files, url, notes)
     with (
         GpuSharing(spec.mps, local=would_start_ray(address)) as sharing,
         ray_to_work_with(address) as own_ray,
@@ -232,17 +234,15 @@ def _run_locked(
         budget = plan_budget(spec, plan.concurrent, ready.further_bytes)
         if not resume:
             refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
-            named = shared_study_name if spec.storage else own_study_name
-            name = named(url or absolute(files.root))
-            files.write(
-                {**_description(spec, cohort.name, resources), **ready.recorded, OPTUNA_STUDY: name}
-            )
+        _record(spec, files, url, ready, resources, resume=resume)
         recorder = Recorder(spec, files)
         display = Display(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
         )
         with display:
-            session = StudySession(spec, cohort.name, recorder, display, budget, notifier, loggers)
+            session = StudySession(
+                spec, ready.identity, recorder, display, budget, notifier, loggers
+            )
             setting = TrialSetting(
                 study=absolute(files.root),
                 table=absolute(spec.data),
@@ -311,6 +311,9 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
         )
     if not files.spec.exists():
         _refuse_other_folders(files.root, spec)
+    own = url is None and spec.kind == "search" and spec.storage is None
+    if own and not files.database.exists() and any(files.trials.glob("*/trial.json")):
+        raise StudyMovedError(f"{files.database}: is not there: {WITHOUT_DATABASE}")
     # A logger that lacks something must fail before the study has started
     loggers = Loggers(study_loggers(spec, files))
     if files.spec.exists():  # else the folder is not known to be ours
@@ -321,8 +324,11 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
     return loggers
 
 
-def _mend(files: StudyFiles, url: str | None) -> None:
-    """Cut lines that a killed driver left unfinished, and rows whose trials have no record in the storage."""
+def _take_up(files: StudyFiles, url: str | None, notes: Any) -> None:
+    """Cut lines that a killed driver left unfinished, and rows whose trials have no record in the storage.
+
+    Other versions than those that the study began with are named.
+    """
     for path in (files.epochs, files.decisions):
         if cut := mend_last_line(path):
             log.warning("%s: dropped an unfinished last line of %d characters", path, len(cut))
@@ -331,6 +337,29 @@ def _mend(files: StudyFiles, url: str | None) -> None:
             "trials %s report their epochs again: their records had not been mirrored",
             ", ".join(ahead),
         )
+    began_with = files.read().get("versions") if files.spec.exists() else None
+    if (other := _other_versions(began_with or {})) is not None:
+        notes.print(other, soft_wrap=True, markup=False)
+
+
+def _record(
+    spec: StudySpec,
+    files: StudyFiles,
+    url: str | None,
+    ready: Prepared,
+    resources: Mapping[str, float],
+    *,
+    resume: bool,
+) -> None:
+    """Write study.json: of a new study, or of one whose data have moved."""
+    if resume:
+        if ready.recorded:
+            files.write({**files.read(), **ready.recorded})
+        return
+    named = shared_study_name if spec.storage else own_study_name
+    name = named(url or absolute(files.root))
+    described = _description(spec, ready.cohort.name, resources)
+    files.write({**described, **ready.recorded, OPTUNA_STUDY: name})
 
 
 def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -> dict[str, Any]:
@@ -339,10 +368,31 @@ def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -
         "spec": spec.model_dump(mode="json"),
         "cohort": cohort,
         "created": time.time(),
-        "versions": {name: installed_version(name) for name in VERSIONS}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
         "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
     }
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: installed_version(name) for name in VERSIONS} | {
+        "python": platform.python_version()
+    }
+
+
+def _other_versions(began_with: Mapping[str, str | None]) -> str | None:
+    """A note where the study began with other versions than it resumes with; None where it did not."""
+    here = _versions()
+    differ = [
+        f"{name} {began_with[name]}, here {version}"
+        for name, version in here.items()
+        if name in began_with and began_with[name] != version
+    ]
+    if not differ:
+        return None
+    return (
+        f"versions differ from those the study began with: {'; '.join(differ)}. Trials from now on may train differently "
+        "from those before"
+    )
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from tune_app.driver.stopping import (
 )
 from tune_app.driver.time_budget import TimeBudget
 from tune_app.driver.tune_repairs import lost_processes_told_once
-from tune_app.driver.watchdog import watch_tune
+from tune_app.driver.watchdog import own_ray_watched, watch_tune
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles, kept_by
 from tune_app.study.policy import Policy, stop_reason
 from tune_app.study.policy_spec import watching_only
@@ -142,17 +142,22 @@ class StudySession:
                 verbose=0,
             ),
         )
-        try:
-            with self.interrupt, lost_processes_told_once():
-                tuner.fit()
-        except Preempted:
-            return PREEMPTED
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        finally:
-            searcher.close()
-            self.recorder.close()
-            self.loggers.close()
+        with self.place.blamed():
+            try:
+                with (
+                    self.interrupt,
+                    lost_processes_told_once(),
+                    own_ray_watched(self.notifier.study),
+                ):
+                    tuner.fit()
+            except Preempted:
+                return PREEMPTED
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            finally:
+                searcher.close()
+                self.recorder.close()
+                self.loggers.close()
         self.place.check(self._own_database())
         return 0
 
@@ -222,6 +227,7 @@ class StudySession:
             notes = [*self.searcher.notes]
             for trial in beyond:
                 self.recorder.reopened(trial)
+            self.recorder.drop_decisions_ahead()
             if reopened := sorted({*beyond, *map(trial_id, self.searcher.reopened)}):
                 notes.append(
                     f"trials {', '.join(reopened)} are reopened: they are recorded as finished and their rows are not, "

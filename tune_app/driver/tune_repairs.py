@@ -16,16 +16,19 @@ def lost_processes_told_once() -> Iterator[None]:
     Tune reports such a death twice, for the process and for the call it was in: by the first the trial is to start again,
     by the second, which finds it waiting, it ends for good, whatever its `max_failures`; and it would never have
     started, as it still counts as being made ready (`TuneController._actor_failed` and `_schedule_trial_reset`, as of
-    Ray 2.60).
+    Ray 2.60). The same holds for an error in a process that is made ready, such as a folder that is gone: it is taken as
+    that of a trial that runs, as Tune itself does in `_actor_failed`.
     """
     tell = TuneController._trial_task_failure
 
     def tell_once(controller: TuneController, trial: Trial, exception: Exception) -> None:
-        told = trial in controller._resetting_trials and trial not in controller._trial_to_actor
-        if told and trial.status == Trial.PENDING:
+        if trial in controller._resetting_trials and trial.status == Trial.PENDING:
             controller._resetting_trials.discard(trial)
-        else:
-            tell(controller, trial, exception)
+            if trial not in controller._trial_to_actor:
+                return  # told already
+            controller._set_trial_status(trial, Trial.RUNNING)
+            controller._unstage_trial_with_resources(trial)
+        tell(controller, trial, exception)
 
     TuneController._trial_task_failure = tell_once
     try:

@@ -5,16 +5,21 @@ the study's folder. What moves is left alone, however slow it is. What does not 
 as far as it shows, and its process is ended after `deadline_s`: Tune then starts it again from its checkpoint.
 """
 
+import logging
 import os
 import shutil
+import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trainables.checkpoints import TrialFiles
+
+log = logging.getLogger("medtune.study")
 
 QUIET_S = 300.0
 """Seconds without a step or a row after which a trial is named; again each time as much has passed as before."""
@@ -202,6 +207,65 @@ def _last_line(path: Path) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def _require_own_ray(*, waiting: bool) -> None:
+    """Raise StalledError where this process' own Ray has lost what it needs to start a trial. `waiting`: one is to start."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is not None and not Path(node.raylet_socket_name).exists():
+        raise StalledError(
+            f"{node.raylet_socket_name}: Ray's files were removed while the study ran, so no trial can start: `medtune "
+            "resume` continues every trial from its last checkpoint; TMPDIR names a place that nothing clears"
+        )
+    if any(server.poll() is not None for server in _control_processes()):
+        raise StalledError(
+            "Ray has lost its control process: `medtune resume` continues with a new one"
+        )
+    if waiting and not ray.cluster_resources().get("CPU"):
+        raise StalledError(
+            "Ray has lost its node on this machine: `medtune resume` continues with a new one"
+        )
+
+
+def _control_processes() -> "list[subprocess.Popen[bytes]]":
+    """Of the Ray that this process has started; none where it has joined one."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return (
+        [] if node is None else [each.process for each in node.all_processes.get("gcs_server", [])]
+    )
+
+
+@contextmanager
+def own_ray_watched(study: str) -> Iterator[None]:
+    """Within the block, report at once the end of the control process of this process' own Ray, with the command that resumes.
+
+    Calls of Ray then wait for a minute in its library, which ends this process without a word about the study.
+    """
+    servers, ended = _control_processes(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            if any(server.poll() is not None for server in servers):
+                log.error(
+                    "Ray's control process (gcs_server) has ended, and the study ends with it, within a minute: `medtune resume "
+                    "%s` continues every trial from its last checkpoint",
+                    study,
+                )
+                return
+
+    watcher = threading.Thread(target=watch, name="own-ray", daemon=True)
+    if servers:
+        watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if servers:
+            watcher.join()
+
+
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
@@ -217,7 +281,8 @@ def watch_tune(
 ) -> Callable[[list[Any]], None]:
     """Return a function for Tune's loop that looks at its trials every few seconds.
 
-    `local`: no node will be added to this Ray. When it has lost its own, StalledError is raised at once.
+    `local`: no node will be added to this Ray. When it has lost its own, or the files that new processes of it need,
+    StalledError is raised at once.
     """
     import ray
 
@@ -257,14 +322,8 @@ def watch_tune(
                 state = "waiting" if process is None else "taking over"
             seen.append(Seen(name, state, mark, process))
         try:
-            if (
-                local
-                and any(each.state in BEFORE_RUNNING for each in seen)
-                and not ray.cluster_resources().get("CPU")
-            ):
-                raise StalledError(
-                    "Ray has lost its node on this machine: `medtune resume` continues with a new one"
-                )
+            if local:
+                _require_own_ray(waiting=any(each.state in BEFORE_RUNNING for each in seen))
             watchdog.look(seen)
         finally:
             actors.clear()

@@ -19,6 +19,7 @@ from typing import IO
 
 import numpy as np
 
+from trainables.checkpoints import naming_a_full_disk
 from trainables.data.formats import foreign_format, has_scan_name, head_of, is_nifti, scans_below
 from trainables.data.intensity import intensity_of
 from trainables.data.manifest import cell_text, place_of, shown_cell, whole_number
@@ -515,7 +516,10 @@ def _result_file(out: Path | None, say: Callable[[str], None]) -> Iterator[IO[st
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as stream:
+    with (
+        naming_a_full_disk(out),
+        partial.open("w", encoding="utf-8", newline="", errors="backslashreplace") as stream,
+    ):
         try:
             yield stream
         except BaseException:

@@ -15,7 +15,7 @@ from trainables.diagnosis import auc_low, diagnose, run_verdict, trial_verdict
 from trainables.objective import OBJECTIVES
 from tune_app.results.study import Studies, Study
 from tune_app.results.trials import trials_table
-from tune_app.study.columns import DECISION_COLUMNS, EPOCH_COLUMNS
+from tune_app.study.columns import ANY_FLOAT32, DECISION_COLUMNS, EPOCH_BOUNDS, EPOCH_COLUMNS
 from tune_app.study.copies import opened
 from tune_app.study.errors import SpecError
 from tune_app.study.files import KeptBy, StudyFiles, kept_by
@@ -203,10 +203,21 @@ def _read_epochs_fast(content: bytes) -> pd.DataFrame | None:
         return None
     if not frame["trial"].drop_duplicates().map(is_trial_id).all():
         return None
-    if np.isinf(frame.select_dtypes("float").to_numpy()).any():
+    if content.count(b'"val_auc":') != len(frame) or not _is_plausible(frame):
         return None
     frame["arrival"] = np.arange(len(frame))
     return frame
+
+
+def _is_plausible(frame: pd.DataFrame) -> bool:
+    """Whether all numbers are within their bounds, and each trial's epochs in order."""
+    others = [str(name) for name in frame.select_dtypes("float") if name not in EPOCH_BOUNDS]
+    bounds: dict[str, tuple[float, float]] = EPOCH_BOUNDS | dict.fromkeys(others, ANY_FLOAT32)
+    lows, highs = np.array(list(bounds.values())).T
+    values = frame[list(bounds)].to_numpy("float64", na_value=np.nan)
+    if ((values < lows) | (values > highs)).any():
+        return False
+    return not frame.groupby("trial", observed=True)["epoch"].diff().lt(0).any()
 
 
 def _gaps(epochs: pd.DataFrame) -> list[str]:

@@ -3,6 +3,7 @@
 `column_meanings` of `tune_app.results.study`, and `medtune results STUDY --meanings`, list them with the hyperparameters.
 """
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -86,6 +87,33 @@ EPOCH_COLUMNS: dict[str, tuple[str, str]] = {
     "time": ("float64", "Unix seconds when the driver read it"),
     **METRICS,
 }
+
+ANY_FLOAT32 = (-1e40, 1e40)
+"""Bounds of every number of an epoch: no run computes one beyond float32."""
+
+_SHARES = re.compile(
+    "train_auc|clipped_share|val_(auc|auprc|accuracy|balanced_accuracy|sensitivity|ece|tied|nonfinite)(_.*)?"
+)
+_NOT_NEGATIVE = re.compile(
+    "(skipped_)?updates|frozen_stages|lr_.*|grad_norm.*|val_(positive|negative|brier_.*|logit_gap_.*)|.*_s|peak_.*"
+)
+
+
+def _bounds(name: str) -> tuple[float, float]:
+    if name.endswith(("_low", "_high")):
+        return (-1.0, 2.0)  # earlier versions had intervals beyond what an AUC can be
+    if _SHARES.fullmatch(name):
+        return (-1e-6, 1 + 1e-6)  # rounding
+    return (0.0, ANY_FLOAT32[1]) if _NOT_NEGATIVE.fullmatch(name) else ANY_FLOAT32
+
+
+EPOCH_BOUNDS: dict[str, tuple[float, float]] = {
+    "time": (0.0, 1e11),  # seconds: later ones are no dates that Python knows
+    **{
+        name: _bounds(name) for name, (dtype, _) in METRICS.items() if dtype in ("float64", "Int64")
+    },
+}
+"""Column of numbers -> least and largest value."""
 
 TRIAL_COLUMNS: dict[str, tuple[str, str]] = {
     "trial": ("string", "id of the trial: name of its folder"),

@@ -38,6 +38,9 @@ EACH_RECIPE = "each recipe"
 CHOSEN = "chosen"
 """Key of study.json with the entries that the study itself added to its `config` at its start, such as the spacing."""
 
+FIRST_COHORT = "first_cohort"
+"""Key of study.json for the name of the cohort with which a study began, where its data have moved since."""
+
 
 @dataclass(frozen=True)
 class StudyFiles:

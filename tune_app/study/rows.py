@@ -12,7 +12,7 @@ from filelock import AcquireReturnProxy
 from trainables.data.json_files import parse_json, read_json
 from trainables.errors import ProblemsError
 from trainables.machine.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
-from tune_app.study.columns import EPOCH_COLUMNS
+from tune_app.study.columns import ANY_FLOAT32, EPOCH_BOUNDS, EPOCH_COLUMNS
 from tune_app.study.errors import SpecError
 
 
@@ -141,6 +141,7 @@ def is_trial_id(value: object) -> bool:
 def read_epochs_by_line(path: Path, content: bytes, damage: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[str, int], int] = {}
+    latest: dict[str, int] = {}
     for line, row in json_lines(path, content, damage):
         problem = _row_problem(row)
         if problem is None:
@@ -148,6 +149,15 @@ def read_epochs_by_line(path: Path, content: bytes, damage: list[str]) -> list[d
             first = seen.setdefault(key, line)
             if first != line:
                 problem = f"trial {key[0]} epoch {key[1]} again, first in line {first}"
+            elif key[1] < (last := latest.get(key[0], 0)):
+                problem = (
+                    f"trial {key[0]} epoch {key[1]} after its epoch {last} in line "
+                    f"{seen[key[0], last]}: out of order"
+                )
+            elif "val_auc" not in row:
+                problem = "has no val_auc (null where the score does not exist)"
+            else:
+                latest[key[0]] = key[1]
         if problem is None:
             rows.append({**row, "epoch": int(row["epoch"])})
         else:
@@ -180,6 +190,10 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
         }
         if value is not None and wrong.get(dtype, False):
             return f"{name} is {value!r}, must be {_DTYPE_WORDS[dtype]}"
+        low, high = EPOCH_BOUNDS.get(name, ANY_FLOAT32)
+        if isinstance(value, int | float) and (value < low or value > high):  # not NaN
+            least, most = (round(end, 3) + 0.0 for end in (low, high))
+            return f"{name} is {value!r:.100}, must be between {least:g} and {most:g}"
     return None
 
 

@@ -15,6 +15,7 @@ from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.spacing import spacing_of_table
+from trainables.data.table_file import ManifestError
 from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort, same_volumes
 from trainables.finetune import finetune
 from trainables.saved_run import open_inputs
@@ -25,9 +26,10 @@ from tune_app.driver.cohorts import (
     choose_spacing,
     plan_cohorts,
     prepare_planned,
+    prepare_study,
 )
 from tune_app.driver.disk import plan_budget
-from tune_app.driver.run import run_study
+from tune_app.driver.run import _other_versions, _versions, run_study
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import CHOSEN, EACH_RECIPE, PREPARES, StudyFiles, resumed_spec
@@ -307,3 +309,89 @@ def test_what_a_study_chose_does_not_make_it_another_study(table: Path, tmp_path
     files.write(written)
     with pytest.raises(SpecError, match="holds another study"):
         resumed_spec(files, asked)
+
+
+# A study whose data have moved -----------------------------------------------------------------------------------------
+
+
+def begun(table: Path, tmp_path: Path) -> tuple[StudySpec, StudyFiles, str]:
+    """A study that has begun on `table`: its spec, its files, and the name of its cohort."""
+    spec = build_spec(
+        {
+            "data": str(table),
+            "cache": str(tmp_path / "cache"),
+            "config": CONFIG | {"spacing_mm": 1.5},
+        }
+    )
+    files = StudyFiles(tmp_path / "study")
+    files.root.mkdir()
+    made = prepare_study(spec, files, resume=False, notes=quiet())
+    files.write({"spec": spec.model_dump(mode="json"), "cohort": made.cohort.name, **made.recorded})
+    return spec, files, made.cohort.name
+
+
+@pytest.mark.parametrize("cache_kept", [True, False])
+def test_data_that_moved_are_taken_where_they_are_the_same(
+    table: Path, tmp_path: Path, cache_kept: bool
+) -> None:
+    shutil.copytree(table.parent, tmp_path / "data")
+    spec, files, name = begun(tmp_path / "data" / "table.csv", tmp_path)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    if not cache_kept:
+        shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ManifestError, match=r"medtune resume .* --data TABLE"):
+        prepare_study(spec, files, resume=True, notes=quiet())
+    moved = spec.model_copy(update={"data": str(tmp_path / "elsewhere" / "table.csv")})
+    notes = quiet()
+    found = prepare_study(moved, files, resume=True, notes=notes)
+    assert found.identity == name != found.cohort.name
+    assert "holds the volumes, labels and subjects that the study began with" in (
+        notes.file.getvalue()  # type: ignore[attr-defined]
+    )
+    files.write({**files.read(), **found.recorded})
+    assert files.read_spec() == moved
+    again = prepare_study(files.read_spec(), files, resume=True, notes=quiet())
+    assert (again.identity, again.recorded) == (name, {}), "it begins no other study"
+
+
+@pytest.mark.parametrize("cache_kept", [True, False])
+@pytest.mark.parametrize("change", ["label", "subject", "scan", "order"])
+def test_data_that_moved_and_changed_are_refused(
+    table: Path, tmp_path: Path, change: str, cache_kept: bool
+) -> None:
+    shutil.copytree(table.parent, tmp_path / "data")
+    spec, files, _ = begun(tmp_path / "data" / "table.csv", tmp_path)
+    other = tmp_path / "other" / "table.csv"
+    (tmp_path / "data").rename(other.parent)
+    if not cache_kept:
+        shutil.rmtree(tmp_path / "cache")
+    head, *rows = other.read_text().splitlines()
+    first, last = rows[0].split(","), rows[-1].split(",")
+    if change == "label":
+        subject = first[2]
+        rows = [
+            ",".join((path, str(1 - int(label)), who))
+            if who == subject
+            else f"{path},{label},{who}"
+            for path, label, who in (row.split(",") for row in rows)
+        ]
+    elif change == "subject":
+        rows[0] = ",".join((first[0], first[1], "someone-else"))
+    elif change == "scan":
+        shutil.copy(other.parent / last[0], other.parent / first[0])
+    else:
+        rows.reverse()
+    other.write_text("\n".join([head, *rows]) + "\n")
+    with pytest.raises(SpecError, match="not the data that the study began with"):
+        prepare_study(
+            spec.model_copy(update={"data": str(other)}), files, resume=True, notes=quiet()
+        )
+
+
+def test_other_versions_than_those_a_study_began_with_are_told() -> None:
+    now = _versions()
+    assert _other_versions(now) is None
+    assert _other_versions({}) is None, "studies of earlier versions may not have recorded them"
+    told = _other_versions(now | {"torch": "1.0", "python": "2.7"})
+    assert told is not None
+    assert f"torch 1.0, here {now['torch']}; python 2.7, here {now['python']}" in told

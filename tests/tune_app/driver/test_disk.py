@@ -19,6 +19,8 @@ from trainables.checkpoints import (
     TrialFiles,
     is_disk_full,
     load_state,
+    naming_a_full_disk,
+    replacing,
     save_state,
     when_there_is_room,
     write_json,
@@ -26,7 +28,7 @@ from trainables.checkpoints import (
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
-from trainables.data.volumes import prepare_cohort
+from trainables.data.volumes import new_folder, prepare_cohort
 from trainables.finetune import EpochResult, finetune
 from trainables.saved_run import open_inputs, saved_run
 from tune_app.driver.disk import file_sizes, make_room, plan_budget
@@ -302,3 +304,19 @@ def test_a_trial_sweeps_what_trials_write_and_leaves_alone_what_its_driver_is_wr
 
     assert list(saved_run(build_config({}), files, no_epochs)) == []
     assert (driver.exists(), trial.exists()) == (True, False)
+
+
+def test_what_does_not_fit_on_a_full_disk_is_named(small_disk: Path) -> None:
+    much = bytes(20 * 2**20)
+    with pytest.raises(OSError) as told, replacing(small_disk / "report.html") as temporary:
+        temporary.write_bytes(much)
+    assert told.value.filename == str(small_disk / "report.html")
+    with pytest.raises(OSError) as told, new_folder(small_disk / "model") as folder:
+        (folder / "network.safetensors").write_bytes(much)
+    assert told.value.filename == str(small_disk / "model")
+    with pytest.raises(OSError) as told, naming_a_full_disk(small_disk / "scores.csv"):
+        (small_disk / "scores.csv.partial").write_bytes(much)
+    assert told.value.filename == str(small_disk / "scores.csv")
+    with pytest.raises(FileNotFoundError) as other, naming_a_full_disk(small_disk):
+        (small_disk / "missing").read_bytes()
+    assert other.value.filename == str(small_disk / "missing")

@@ -1,9 +1,12 @@
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 
 from tune_app.driver.ray_scheduler import StudyScheduler
+from tune_app.driver.tune_repairs import lost_processes_told_once
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 
@@ -160,3 +163,35 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_
     }
     replayed = Policy(PolicySpec(halving=False), 12)
     assert replayed.replay(rows, {name: {"epochs": 12} for name in epochs}) == decisions
+
+
+@pytest.mark.ray
+def test_a_process_that_cannot_be_made_ready_costs_its_next_trial_one_failure(
+    tmp_path, monkeypatch
+):
+    """Its folder is gone, as when something clears /tmp: Tune by itself ends that trial, and starts no further one."""
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+    from ray import tune
+
+    def trial(config):
+        tune.report({"epoch": 1, "val_auc": 0.7})
+        if config["trial"] == "00000":
+            shutil.rmtree(Path.cwd())
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        with lost_processes_told_once():
+            result = tune.run(
+                trial,
+                config={"trial": tune.grid_search(["00000", "00001", "00002"])},
+                storage_path=str(tmp_path),
+                reuse_actors=True,
+                max_failures=1,
+                verbose=0,
+                raise_on_failed_trial=False,
+            )
+    finally:
+        ray.shutdown()
+    assert [trial.status for trial in result.trials] == ["TERMINATED"] * 3
+    assert max(trial.num_failures for trial in result.trials) <= 1

@@ -701,7 +701,7 @@ def test_a_closed_recorder_leaves_no_thread(tmp_path: Path) -> None:
         ("trials/abc/trial.json", WHOLE | {"trial": "abc"}, "trial 'abc' has no number for a name"),
         (
             "epochs.jsonl",
-            {"trial": "00000", "epoch": 1},
+            {"trial": "00000", "epoch": 1, "val_auc": 0.5},
             "has rows of trial 00000, but .*trial.json is not there",
         ),
         ("epochs.jsonl", {"trial": "../../x", "epoch": 1}, "must be the id of a trial"),

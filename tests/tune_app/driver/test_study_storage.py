@@ -12,6 +12,7 @@ from rich.console import Console
 from sqlalchemy.pool import NullPool
 
 from search_spaces.written import space_from
+from trainables.checkpoints import save_state
 from trainables.objective import objective_value
 from tune_app.driver.display import Display
 from tune_app.driver.optuna_database import (
@@ -27,6 +28,8 @@ from tune_app.driver.recorder import Recorder
 from tune_app.driver.searcher import OptunaSearcher
 from tune_app.driver.session import StudySession
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles, append_line
+from tune_app.study.rows import read_rows
+from tune_app.study.spec import build_spec
 
 SPACE = space_from({"search": {"dropout": {"low": 0.0, "high": 0.8}}})
 
@@ -196,6 +199,8 @@ def test_records_that_are_newer_than_the_rows_are_reopened_and_told(
     assert recorder.records["00001"]["state"] == "running"
     assert session.searcher.suggest("x")["trial"] == "00001"
     assert "trials 00001 are reopened: they are recorded as finished" in notes[0]
+    there = {(row["trial"], row["epoch"]) for row in read_rows(files.epochs)}
+    assert {(row["trial"], row["epoch"]) for row in read_rows(files.decisions)} == there
     again = StudySession(spec, "none", Recorder(spec, files), shown())
     again.begin()
     assert again.searcher.suggest("x")["trial"] == "00001"
@@ -221,6 +226,29 @@ def test_a_folder_that_was_moved_or_replaced_stops_the_driver(
         with pytest.raises(FileNotFoundError):  # a late row does not make a second study either
             append_line(StudyFiles(root).epochs, {"trial": "00000", "epoch": 1})
         assert not root.exists()
+
+
+def test_nothing_is_written_where_the_folder_was_and_what_fails_there_is_told(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "study"
+    files = StudyFiles(root)
+    trial = files.trial("00000")
+    trial.folder.mkdir(parents=True)
+    spec = build_spec({"data": "t.csv", "config": {"epochs": 4}})
+    recorder, place = Recorder(spec, files), StudyPlace(root)
+    recorder.began("00000", {}, None)
+    recorder.flush()
+    root.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        save_state(trial.checkpoint, {}, trial.folder)
+    with pytest.raises(StudyMovedError, match="medtune resume FOLDER"), place.blamed():
+        recorder.ended("00000", "failed", "a reason")
+    assert not root.exists()
+    recorder.close()
+    (tmp_path / "moved").rename(root)
+    with pytest.raises(FileNotFoundError), place.blamed():
+        (root / "missing").read_text()
 
 
 def test_a_database_that_was_removed_is_told_at_the_end(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 import functools
 import itertools
+import logging
+import subprocess
+import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from trainables.checkpoints import TrialFiles
 from trainables.ray_trainable import SignOfLife
@@ -18,6 +23,7 @@ from tune_app.driver.watchdog import (
     StalledError,
     Watchdog,
     moved,
+    own_ray_watched,
     placing,
     reason_of,
     watch_tune,
@@ -220,3 +226,63 @@ def test_no_actor_is_held_once_its_trial_has_ended(
     assert held() is not None
     trial.temporary_state.ray_actor, trial.status = None, "TERMINATED"
     assert held() is None
+
+
+def test_a_ray_whose_files_were_removed_ends_the_study_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.0)
+    socket = tmp_path / "raylet"
+    socket.touch()
+    node = SimpleNamespace(raylet_socket_name=str(socket), all_processes={})
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    looks = [
+        watch_tune(
+            lambda name: TrialFiles(tmp_path),
+            lambda name: 1,
+            [],
+            say=lambda text: None,
+            deadline_s=9.0,
+            local=local,
+        )
+        for local in (True, False)
+    ]
+    for look in looks:
+        look([])
+    socket.unlink()
+    with pytest.raises(StalledError, match=r"Ray's files were removed .* `medtune resume`"):
+        looks[0]([])
+    looks[1]([])
+
+
+def test_the_end_of_rays_control_process_is_told_at_once_with_the_command_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray's library ends the driver a minute later, in its own words."""
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("medtune.study"), "propagate", True)
+    server = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / "raylet").touch()
+    node = SimpleNamespace(
+        raylet_socket_name=str(tmp_path / "raylet"),
+        all_processes={"gcs_server": [SimpleNamespace(process=server)]},
+    )
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    look = watch_tune(
+        lambda name: TrialFiles(tmp_path),
+        lambda name: 1,
+        [],
+        say=lambda text: None,
+        deadline_s=9.0,
+        local=True,
+    )
+    with own_ray_watched("studies/first"):
+        look([])
+        assert not caplog.records
+        server.kill()
+        deadline = time.monotonic() + 60
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "`medtune resume studies/first` continues" in caplog.records[0].getMessage()
+    with pytest.raises(StalledError, match="has lost its control process: `medtune resume`"):
+        look([])

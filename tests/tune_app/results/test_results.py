@@ -363,7 +363,7 @@ def test_a_study_loads_at_any_moment_of_its_writing(write_study: WriteStudy) -> 
         ('{"trial":"00000","epoch":1.5}', "epoch 1.5: must be a whole number from 1"),
         ('{"trial":"00000","epoch":0}', "epoch 0: must be a whole number from 1"),
         ('{"trial":"00000"}', "epoch None: must be a whole number from 1"),
-        ('{"trial":"00000","epoch":3}', "trial 00000 epoch 3 again, first in line"),
+        ('{"trial":"00000","epoch":3,"val_auc":null}', "trial 00000 epoch 3 again, first in line"),
         ('{"trial":"00000","epoch":9,"val_auc":"high"}', "val_auc is 'high', must be a number"),
         ('{"trial":"00000","epoch":9,"val_auc":true}', "val_auc is True, must be a number"),
         ('{"trial":"00000","epoch":9,"updates":2.5}', "updates is 2.5, must be a whole number"),
@@ -372,6 +372,22 @@ def test_a_study_loads_at_any_moment_of_its_writing(write_study: WriteStudy) -> 
         ('{"trial":"00000","epoch":9,"val_auc":Infinity}', "Infinity is no score"),
         ('{"trial":"00000","epoch":9,"val_auc":1e999}', "val_auc is inf, must be a number"),
         ('{"trial":"00000","epoch":9,"extra":{"deep":1}}', "extra is a dict, must be one value"),
+        (
+            '{"trial":"00000","epoch":9,"val_auc":1e308}',
+            "val_auc is 1e+308, must be between 0 and 1",
+        ),
+        ('{"trial":"00000","epoch":9,"val_auc":-0.2}', "val_auc is -0.2, must be between 0 and 1"),
+        (
+            '{"trial":"00000","epoch":9,"val_auc_raw":2}',
+            "val_auc_raw is 2, must be between 0 and 1",
+        ),
+        (
+            '{"trial":"00000","epoch":9,"epoch_s":-1.0}',
+            "epoch_s is -1.0, must be between 0 and 1e+40",
+        ),
+        ('{"trial":"00000","epoch":9,"train_loss":1e300}', "train_loss is 1e+300, must be between"),
+        ('{"trial":"00000","epoch":9,"time":1e300}', "time is 1e+300, must be between 0 and 1e+11"),
+        ('{"trial":"00000","epoch":9}', "has no val_auc"),
         ('{"trial":"00000","epoch":9}{"trial":"00000","epoch":10}', "not a JSON row"),
         ("\x00\x00\x00", "not a JSON row"),
         ("[" * 100_000, "not a JSON row"),
@@ -399,6 +415,22 @@ def test_a_damaged_line_is_named_and_skipped_only_on_request(
     assert "skipped as damaged" in skipped.notes[0]
     with pytest.raises(StudyDamageError):
         read_rows(files.epochs)
+
+
+def test_rows_out_of_order_are_damage_with_both_lines(write_study: WriteStudy) -> None:
+    root = write_study(trials=2, epochs=4)
+    files = StudyFiles(root)
+    lines = files.epochs.read_bytes().splitlines(keepends=True)
+    of_one = [n for n, line in enumerate(lines) if json.loads(line)["trial"] == "00000"]
+    first, second = of_one[1:3]
+    lines[first], lines[second] = lines[second], lines[first]
+    files.epochs.write_bytes(b"".join(lines))
+    with pytest.raises(StudyDamageError) as told:
+        load_study(root)
+    assert told.value.problems == [
+        f"{files.epochs}:{second + 1}: trial 00000 epoch 2 after its epoch 3 in line {first + 1}: out of order"
+    ]
+    assert len(load_study(root, on_damage="skip").epochs) == len(lines) - 1
 
 
 def test_all_damage_is_told_together(write_study: WriteStudy) -> None:
@@ -452,7 +484,14 @@ def test_metrics_of_another_version_are_kept_after_the_known_ones(write_study: W
     root = write_study(trials=1, epochs=2, policy=False)
     append_line(
         StudyFiles(root).epochs,
-        {"trial": "00000", "epoch": 3, "zeta": 1.5, "alpha": "text", "nothing": None},
+        {
+            "trial": "00000",
+            "epoch": 3,
+            "val_auc": 0.7,
+            "zeta": 1.5,
+            "alpha": "text",
+            "nothing": None,
+        },
     )
     epochs = load_study(root).epochs
     assert list(epochs.columns) == [*EPOCH_COLUMNS, "alpha", "nothing", "zeta"]

@@ -725,6 +725,7 @@ def test_a_viewer_gets_what_came_while_it_was_away_and_then_what_comes(
         "trial": "00002",
         "epoch": 90,
         "time": time.time(),
+        "val_auc": None,
         "val_auc_raw": 0.75,
         "val_auc_ema": None,
         "drw_active": True,

@@ -135,6 +135,7 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
         "trial": "00002",
         "epoch": 90,
         "time": time.time(),
+        "val_auc": None,
         "val_auc_raw": 0.75,
         "val_auc_ema": None,
     }

@@ -145,9 +145,9 @@ def raised(error: Exception) -> None:
 
 def test_what_the_storage_has_goes_before_what_lies_in_the_folder(bucket: str) -> None:
     with mirrored(bucket) as files:
-        append_line(files.epochs, {"trial": "00000", "epoch": 1})
+        append_line(files.epochs, {"trial": "00000", "epoch": 1, "val_auc": 0.5})
         folder = files.root
-    append_line(StudyFiles(folder).epochs, {"trial": "00000", "epoch": 2})
+    append_line(StudyFiles(folder).epochs, {"trial": "00000", "epoch": 2, "val_auc": 0.5})
     with mirrored(bucket) as files:
         assert files.root == folder
         assert files.epochs.read_text().count("\n") == 1
