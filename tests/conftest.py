@@ -25,10 +25,13 @@ ADRENAL = Path(__file__).parents[2] / "shared" / "data" / "adrenalmnist3d"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real clusters and browsers may be tried once more, and the summary counts it: Ray gives a node 30 seconds to
-    start, fixed in its code, and a busy machine misses that."""
+    """Tests that wait for other processes or for a service's threads may be tried once more, and the summary counts it.
+
+    Ray gives a node 30 seconds to start, fixed in its code, and a busy machine misses that. No other test may.
+    """
     for item in items:
-        if item.get_closest_marker("ray") or item.path.stem.endswith("_browser"):
+        waits = any(item.get_closest_marker(name) for name in ("ray", "slow"))
+        if waits or item.path.stem.endswith("_browser") or item.path.parent.name == "serve":
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
