@@ -20,6 +20,7 @@ from trainables.data.storage import absolute
 from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.diagnosis import diagnose
 from trainables.finetune import finetune
+from trainables.objective import best_epoch, objective_value
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
 from trainables.step import choose_precision
@@ -89,7 +90,7 @@ def train_once(
         rows.append(row)
         console.print(epoch_line(row, config.epochs))
     verdict = diagnose(rows, config)
-    summary = _good_end(rows) if verdict == NO_FAULT else verdict.summary
+    summary = sound_end(rows) if verdict == NO_FAULT else verdict.summary
     console.print(f"\n{summary}", soft_wrap=True, markup=False)
     if verdict.advice:
         console.print(verdict.advice, soft_wrap=True, markup=False)
@@ -98,15 +99,16 @@ def train_once(
     return 0
 
 
-def _good_end(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The result of a run without a fault."""
-    scored = [
-        row for row in rows if row["val_auc"] is not None and row["val_auc"] == row["val_auc"]
-    ]
-    if not scored:
+def sound_end(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the result of a run without a fault: of the epoch whose weights are kept, and not of a lucky one."""
+    kept = best_epoch(rows)
+    if kept is None:
         return "no fault found, and no validation AUC"
-    best = max(scored, key=lambda row: float(row["val_auc"]))
-    return f"no fault found; best validation AUC {best['val_auc']:.3f}, in epoch {best['epoch']} of {len(rows)}"
+    value = objective_value(rows)
+    return (
+        f"no fault found; validation AUC {value:.3f}, the best median of 3 epochs; the weights of epoch {kept} of "
+        f"{len(rows)} are kept"
+    )
 
 
 def with_what_the_table_gives(

@@ -659,7 +659,6 @@ def test_a_run_of_medtune_train_is_exported_and_predicts(cohort: Path, tmp_path:
         ],
     )
     assert trained.exit_code == 0, trained.output
-    assert "no fault found; best validation AUC" in trained.output or "epoch" in trained.output
     began = json.loads((folder / "config.json").read_text())
     assert began["spacing_mm"] is not None, "a new run has the common spacing"
     scan = sorted((cohort / "volumes").iterdir())[0]
