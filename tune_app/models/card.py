@@ -281,7 +281,7 @@ def _limits(info: ModelInfo) -> list[str]:
         "## Limits",
         "",
         f"- The rarest class has {min(of_classes)} validation {unit}: the intervals above are as wide as that makes them (for an AUC "
-        "in at least 93 of 100 cases with 1 to 20 {unit}, where scores are spread alike in the classes), and do not cover "
+        f"in at least 93 of 100 cases with 1 to 20 {unit}, where scores are spread alike in the classes), and do not cover "
         "other scanners, sites or populations.",
         "- A volume of something else entirely (another organ, another modality) is scored like any other.",
         "- Maps of `--explain` show where a layer found evidence, coarsely; they do not show that it is right.",

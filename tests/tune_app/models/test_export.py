@@ -159,6 +159,7 @@ def test_the_card_counts_people_not_volumes(
     assert told is None or few[0].startswith(told)
     rarest = "12 validation volumes" if of_classes is None else f"{min(of_classes)} validation subj"
     assert f"The rarest class has {rarest}" in card
+    assert f"with 1 to 20 {'volumes' if of_classes is None else 'subjects'}, where" in card
 
 
 def test_validation_csv_has_the_scores_and_nobodys_name(
