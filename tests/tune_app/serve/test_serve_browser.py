@@ -268,6 +268,15 @@ def test_curves_are_zoomed_smoothed_and_reset(browser: Browser, service: Service
     pixels = "return document.querySelector('.canvas canvas').toDataURL()"
     wait(browser, f"{pixels} !== arguments[0]", before)
     assert "pick=" not in browser.current_url, "a drag picks nothing"
+    drag(
+        browser, LEFT, (0.5, 0.02), (0.54, 0.9)
+    )  # between two epochs: the lines cross, without a point of theirs
+    blue = (
+        "const c = document.querySelector('.canvas canvas');"
+        "const { data } = c.getContext('2d').getImageData(c.width * 0.3, 0, c.width * 0.4, c.height);"
+        "return data.filter((value, i) => i % 4 === 2 && value - data[i - 2] > 40 && data[i + 1] > 100).length"
+    )
+    wait(browser, f"{blue} > 200")
     click(browser, "#unzoom")
     wait(browser, f"{pixels} === arguments[0]", before)
     slider = "const s = document.querySelector('#smoothing'); s.value = 0.8; s.dispatchEvent(new Event('input'))"

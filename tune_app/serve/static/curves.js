@@ -239,6 +239,8 @@ export class Panel {
     const values = this.values(line);
     let open = false;
     for (let i = from; i < values.length; i += 1) {
+      if (line.x[i + 1] < this.left) continue; // what lies outside a zoomed panel costs as much as what it shows
+      if (line.x[i - 1] > this.right) break;
       const value = values[i];
       if (value === null || value === undefined) { open = false; continue; }
       const x = this.px(line.x[i]), y = this.py(value);
