@@ -26,6 +26,7 @@ BUFFER = 4 * 2**20
 """Bytes that one request brings where an object is read as a stream."""
 
 
+CHECKPOINT = TrialFiles(Path()).checkpoint.name
 OUTAGE_S = 600.0
 """Seconds for which a trial, and a driver at its end, try again what object storage has not answered."""
 
@@ -398,6 +399,20 @@ class TrialStore:
             if path.is_file() and self._sent.get(path) != (stamp := _stamp(path)):
                 self.remote.put(self.prefix + path.name, path)
                 self._sent[path] = stamp
+
+
+def kept_since_asked(remote: Remote, trials: Iterable[str]) -> bool:
+    """Whether a study's storage has a checkpoint of each of these trials that is as new as HURRY; not while nothing answers.
+
+    A checkpoint in the trial's own folder does not count: the machine is taken away with it.
+    """
+    try:
+        if (asked := remote.stamp(HURRY)) is None:
+            return False
+        found = [remote.stamp(f"trials/{trial}/{CHECKPOINT}") for trial in trials]
+    except StorageError:
+        return False
+    return all(one is not None and one[1] >= asked[1] for one in found)
 
 
 def _stays_below(name: str) -> bool:

@@ -236,12 +236,11 @@ def _run_locked(
             refuse_what_cannot_run(spec, ranks=plan.ranks, gpu=plan.gpus_per_rank > 0)
         _record(spec, files, url, ready, resources, resume=resume)
         recorder = Recorder(spec, files)
-        display = Display(
+        with Display(
             console, num_trials=spec.num_trials, epochs=base.epochs, on_epoch=on_epoch
-        )
-        with display:
+        ) as display:
             session = StudySession(
-                spec, ready.identity, recorder, display, budget, notifier, loggers
+                spec, ready.identity, recorder, display, budget, notifier, loggers, storage=url
             )
             setting = TrialSetting(
                 study=absolute(files.root),
@@ -278,8 +277,7 @@ def _run_locked(
         ended_early = 0
     if ended_early:
         _print_without_epochs(files, notes)
-        return Outcome(ended_early, states)
-    return Outcome(FAILED_TRIALS if states.get("failed") else DONE, states)
+    return Outcome(ended_early or (FAILED_TRIALS if states.get("failed") else DONE), states)
 
 
 def _print_time_is_over(states: Mapping[str, int], place: str | Path, notes: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import ray
 from ray import tune
 
-from trainables.data.storage import absolute
+from trainables.data.storage import Remote, absolute, kept_since_asked
 from trainables.objective import OBJECTIVES, objective_value
 from trainables.own_folder import is_own, mark_own
 from trainables.ray_trainable import FATAL
@@ -52,6 +52,8 @@ from tune_app.study.surrogate import shipped_prior
 
 log = logging.getLogger("medtune.study")
 
+LOOK_S = 1.0
+"""Seconds between two looks for checkpoints in object storage."""
 RAY_FILES = "what Ray Tune writes of one session of a study"
 """Mark of the folders that hold it."""
 
@@ -68,7 +70,12 @@ class StudySession:
         budget: Budget | None = None,
         notifier: Notifier | None = None,
         loggers: Loggers | None = None,
+        storage: str | None = None,
     ) -> None:
+        """`storage`: URL of a study in object storage, which trials send their checkpoints to."""
+        self.remote = None if storage is None else Remote(storage)
+        self.looked: float | None = None
+        """When object storage was last asked for checkpoints, on the monotonic clock."""
         self.spec, self.cohort, self.files = spec, cohort, recorder.files
         self.recorder, self.display, self.budget = recorder, display, budget
         self.loggers = loggers or Loggers(())
@@ -162,14 +169,20 @@ class StudySession:
         return 0
 
     def saved(self) -> bool:
-        """Whether every running trial has written a checkpoint since it was asked to."""
+        """Whether every running trial has written a checkpoint since it was asked to, and sent it where the study is."""
         try:
             asked = self.files.hurry.stat().st_mtime_ns
         except FileNotFoundError:
             return True
-        for trial, record in self.recorder.records.items():
-            if record["state"] in ENDED:
-                continue
+        records = self.recorder.records.items()
+        running = [trial for trial, record in records if record["state"] not in ENDED]
+        if self.remote is not None:
+            now = time.monotonic()
+            if self.looked is not None and now - self.looked < LOOK_S:
+                return False
+            self.looked = now
+            return kept_since_asked(self.remote, running)
+        for trial in running:
             try:
                 if self.files.trial(trial).checkpoint.stat().st_mtime_ns < asked:
                     return False

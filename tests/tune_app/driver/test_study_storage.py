@@ -12,7 +12,8 @@ from rich.console import Console
 from sqlalchemy.pool import NullPool
 
 from search_spaces.written import space_from
-from trainables.checkpoints import save_state
+from trainables.checkpoints import HURRY, save_state
+from trainables.data.storage import Remote, TrialStore
 from trainables.objective import objective_value
 from tune_app.driver.display import Display
 from tune_app.driver.optuna_database import (
@@ -204,6 +205,24 @@ def test_records_that_are_newer_than_the_rows_are_reopened_and_told(
     again = StudySession(spec, "none", Recorder(spec, files), shown())
     again.begin()
     assert again.searcher.suggest("x")["trial"] == "00001"
+
+
+def test_a_driver_waits_for_checkpoints_where_its_study_is(
+    write_study: Callable[..., Path], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune_app.driver.session.LOOK_S", 0.0)
+    files = StudyFiles(write_study(variants={"a": {}, "b": {"s": 9}}, epochs=6, unfinished=1))
+    spec, trial = files.read_spec(), files.trial("00001")
+    here = StudySession(spec, "none", Recorder(spec, files), shown())
+    there = StudySession(spec, "none", Recorder(spec, files), shown(), storage=bucket)
+    assert here.saved() is there.saved() is True, "nothing was asked"
+    files.hurry.touch()
+    Remote(bucket).write(HURRY, b"{}")
+    assert here.saved() is there.saved() is False
+    trial.checkpoint.write_bytes(b"weights")
+    assert (here.saved(), there.saved()) == (True, False)
+    TrialStore(bucket, "00001", trial).keep()
+    assert there.saved()
 
 
 # A folder that is moved while its driver runs ----------------------------------------------------------------------------

@@ -17,7 +17,14 @@ import study_runs
 from object_storage import put_folder
 
 from trainables.checkpoints import HURRY, TrialFiles
-from trainables.data.storage import Remote, StorageError, TrialStore, bucket_of, url_of
+from trainables.data.storage import (
+    Remote,
+    StorageError,
+    TrialStore,
+    bucket_of,
+    kept_since_asked,
+    url_of,
+)
 from trainables.own_folder import MARKER
 from tune_app.cluster.doctor import diagnose_machine
 from tune_app.results.loading import load_study
@@ -137,6 +144,28 @@ def test_trials_of_other_nodes_find_in_the_storage_that_they_must_hurry(
     monkeypatch.setattr(store, "remote", Remote(bucket))
     monkeypatch.setattr(store.remote, "stamp", lambda name: raised(StorageError("no answer")))
     assert not store.hurries()
+
+
+def test_a_checkpoint_counts_as_saved_when_it_is_in_the_storage_and_new(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once counted when the trial had written it to its own folder: the driver ended before it was sent."""
+    remote, files = Remote(bucket), TrialFiles(tmp_path / "node")
+    files.folder.mkdir()
+    files.checkpoint.write_bytes(b"weights")
+    assert not kept_since_asked(remote, ["00000"]), "nothing was asked"
+    remote.write(HURRY, b"{}")
+    assert not kept_since_asked(remote, ["00000"])
+    TrialStore(bucket, "00000", files).keep()
+    assert kept_since_asked(remote, ["00000"])
+    assert not kept_since_asked(remote, ["00000", "00001"])
+    stamps = {HURRY: (2, 7_000), "trials/00000/checkpoint.pt": (7, 6_999)}
+    monkeypatch.setattr(remote, "stamp", stamps.get)
+    assert not kept_since_asked(remote, ["00000"]), "an earlier one"
+    stamps["trials/00000/checkpoint.pt"] = (7, 7_000)
+    assert kept_since_asked(remote, ["00000"])
+    monkeypatch.setattr(remote, "stamp", lambda name: raised(StorageError("no answer")))
+    assert not kept_since_asked(remote, ["00000"])
 
 
 def raised(error: Exception) -> None:
