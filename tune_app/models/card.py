@@ -3,6 +3,7 @@
 from trainables.config import FineTuneConfig
 from trainables.data.folds import few_of_a_class
 from trainables.data.visible import visible
+from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from tune_app.models.folder import (
     SPACING_FACTOR,
     Decides,
@@ -120,8 +121,7 @@ def _chosen(info: ModelInfo) -> list[str]:
         )
         return lines
     lines += [
-        "The weights are the running average over training (EMA), of the epoch with the best 3-epoch median of "
-        "validation AUC.",
+        _which_weights(info),
         "",
         "| trial | epoch | validated on | seed | AUC at export | AUC in the study | verdict |",
         "|---|---|---|---|---|---|---|",
@@ -132,6 +132,22 @@ def _chosen(info: ModelInfo) -> list[str]:
             f"({one.precision}) | {one.verdict or '-'} |"
         )
     return lines
+
+
+def _which_weights(info: ModelInfo) -> str:
+    of = info.members[0].weights
+    kept = OBJECTIVES.get(info.choice.objective, OBJECTIVES[DEFAULT_OBJECTIVE])
+    if (
+        kept.weights != of
+    ):  # a study of format 1 keeps the averaged weights whatever its objective is
+        kept = OBJECTIVES[DEFAULT_OBJECTIVE]
+    words = {
+        "ema": "the running average over training (EMA)",
+        "raw": "the network's own, without averaging over training",
+    }[of]
+    return (
+        f"The weights are {words}, of the epoch that stands for the run's objective: {kept.title}."
+    )
 
 
 def _worth(info: ModelInfo) -> list[str]:

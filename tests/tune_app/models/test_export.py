@@ -162,6 +162,35 @@ def test_the_card_counts_people_not_volumes(
     assert f"with 1 to 20 {'volumes' if of_classes is None else 'subjects'}, where" in card
 
 
+@pytest.mark.parametrize(
+    ("objective", "weights", "told"),
+    [
+        ("best_median3", "ema", "running average over training (EMA), of the epoch"),
+        ("last_raw", "raw", "own, without averaging over training, of the epoch"),
+        ("last_raw", "ema", "best 3-epoch median of validation AUC."),  # format 1
+        ("last_raw", "raw", "objective: last epoch, weights not averaged."),
+    ],
+)
+def test_the_card_says_which_weights_of_which_epoch_these_are(
+    exported_model: Path, objective: str, weights: str, told: str
+) -> None:
+    """It said EMA and the best median of every model, also where the objective is of the raw network."""
+    info = info_of(exported_model)
+    (member,) = info.members
+    changed = info.model_copy(
+        update={
+            "members": (member.model_copy(update={"weights": weights}),),
+            "choice": info.choice.model_copy(update={"objective": objective}),
+        }
+    )
+    [line] = [
+        line
+        for line in export.model_card(changed, [build_config()]).splitlines()
+        if line.startswith("The weights are ")
+    ]
+    assert told in line
+
+
 def test_validation_csv_has_the_scores_and_nobodys_name(
     trained_study: Path, exported_model: Path
 ) -> None:
