@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainables.checkpoints import replacing
 from trainables.data.scans import Recipe, ScanHeader, read_header, read_scan
 from trainables.network.model import Classifier
+from tune_app.models.folder import times
 from tune_app.models.model import Model, Prediction
 
 Array = npt.NDArray[Any]
@@ -132,16 +133,21 @@ class Explainer:
             notes.append(
                 f"{self.asked} has a single cell, and its map would be the same everywhere: {self.layer} is used"
             )
-        shape = self.model.recipe.volume_shape
-        counts = [cells(network, shape, self.layer) for network in self.model.networks]
-        coarse = min(counts, key=min)
+        coarse = self._coarsest(self.layer)
         if min(coarse) >= 3:
             return notes
-        advice = "" if self.layer == LAYERS[-1] else "; --explain-layer layer3 or lower has more"
+        lower = ((one, self._coarsest(one)) for one in LAYERS[LAYERS.index(self.layer) + 1 :])
+        finer = next(((one, found) for one, found in lower if min(found) > min(coarse)), None)
+        advice = f"; --explain-layer {finer[0]} has {times(finer[1])}" if finer else ""
         return [
             *notes,
-            f"{self.layer} has {'x'.join(map(str, coarse))} cells: its map can hardly locate anything{advice}",
+            f"{self.layer} has {times(coarse)} cells: its map can hardly locate anything{advice}",
         ]
+
+    def _coarsest(self, layer: str) -> tuple[int, ...]:
+        """The fewest cells that a map of this layer has in any of the model's networks."""
+        shape = self.model.recipe.volume_shape
+        return min((cells(network, shape, layer) for network in self.model.networks), key=min)
 
     def __call__(self, prediction: Prediction) -> str:
         """Write map and picture of a scored prediction; returns the map's path.

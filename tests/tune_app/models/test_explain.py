@@ -277,7 +277,10 @@ def test_explanations_are_written_for_every_scored_file(
     )
     assert code == 1
     assert any("layer4 has a single cell" in line and "layer2 is used" in line for line in said)
-    assert any("layer2 has 2x2x2 cells" in line and "--explain-layer" in line for line in said)
+    assert any(
+        "layer2 has 2x2x2 cells" in line and "; --explain-layer layer1 has 4x4x4" in line
+        for line in said
+    )
     assert {path.name for path in maps.iterdir()} == {
         "scan_cam.nii.gz",
         "scan_cam.png",
