@@ -1,6 +1,7 @@
 import json
 import math
-import shutil
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,9 @@ def test_a_process_that_cannot_be_made_ready_costs_its_next_trial_one_failure(
     def trial(config):
         tune.report({"epoch": 1, "val_auc": 0.7})
         if config["trial"] == "00000":
-            shutil.rmtree(Path.cwd())
+            folder = tempfile.mkdtemp()
+            os.chdir(folder)
+            Path(folder).rmdir()
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
