@@ -165,7 +165,7 @@ def choose_spacing(spec: StudySpec, manifest: Manifest, notes: Any) -> dict[str,
     _, found = with_common_spacing(build_config(spec.shared), manifest)
     assert found is not None
     for line in found.lines():
-        notes.print(line, soft_wrap=True, markup=False)
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
     return {"spacing_mm": found.every_mm}
 
 
@@ -207,7 +207,7 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
     manifest = _read_table(spec, base, files, resume=resume)
     check_folds(spec, manifest)
     for line in thin_folds(manifest, base):
-        notes.print(line, soft_wrap=True, markup=False)
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
     chosen = (
         {} if resume else choose_spacing(spec, manifest, notes) | choose_classes(spec, manifest)
     )
@@ -226,7 +226,7 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
         notes.print(
             f"preprocessing: up to {cohorts.most} further ways to prepare the volumes, each when it is first needed, "
             f"{bytes_text(cohorts.bytes(volumes))} in {first.parent} at most",
-            soft_wrap=True,
+            soft_wrap=not notes.is_terminal,
         )
     return Prepared(spec, base, first, cohorts.bytes(volumes), written, identity)
 

@@ -57,8 +57,9 @@ class Display:
         self._refresh()
 
     def note(self, text: str) -> None:
-        """Print a note above the table."""
-        self.console.print(f"note: {text}", markup=False, soft_wrap=True)
+        """Print a note above the table; a terminal shows whole words, a file whole lines."""
+        soft_wrap = not self.console.is_terminal
+        self.console.print(f"note: {text}", markup=False, soft_wrap=soft_wrap)
 
     def began(self, trial: str, variant: str | None) -> None:
         self.trials.setdefault(trial, {"trial": trial, "objective": None})

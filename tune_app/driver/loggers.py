@@ -174,7 +174,7 @@ OWN_RUN = "medtune.run"
 """MLflow's tag of a run: the study's mark and the trial. Studies of one name share an experiment on a server."""
 
 KIND_OF_EXPERIMENT = ("mlflow.experimentKind", "custom_model_development")
-"""With this tag MLflow's page opens with the table of runs, without it with traces of language models."""
+"""Tag of an experiment: a page of MLflow that reads it shows runs, not traces of language models."""
 
 
 class MLflow:

@@ -89,6 +89,10 @@ class LoggedNotes:
     def __init__(self, console: Any) -> None:
         self._console = console
 
+    @property
+    def is_terminal(self) -> bool:
+        return bool(self._console.is_terminal)
+
     def print(self, text: object, **options: Any) -> None:
         log.info("%s", text)
         self._console.print(text, **options)
@@ -259,7 +263,7 @@ def _run_locked(
             )
             standing = sharing.standing(plan.gpus_per_rank)
             shared = f", {standing.text}" if standing is not None else ""
-            notes.print("\n".join(plan_lines(plan, shared)), soft_wrap=True)
+            notes.print("\n".join(plan_lines(plan, shared)), soft_wrap=not notes.is_terminal)
             if not resume:
                 _print_forecast(
                     spec, session, plan, packing, local=own_ray is not None, notes=notes
@@ -293,7 +297,7 @@ def _print_without_epochs(files: StudyFiles, notes: Any) -> None:
     if not (files.epochs.exists() and files.epochs.stat().st_size):
         notes.print(
             "interrupted before the first epoch had ended: no trial has a score yet, and all that was prepared is kept",
-            soft_wrap=True,
+            soft_wrap=not notes.is_terminal,
         )
 
 
@@ -460,7 +464,7 @@ def _packed(
         told = str(error).strip().splitlines()[-1]
         log.warning("one trial per GPU: how many fit could not be measured: %s", told)
         return spec.model_copy(update={"gpus_per_trial": 1.0}), None
-    notes.print(packing.text, soft_wrap=True)
+    notes.print(packing.text, soft_wrap=not notes.is_terminal)
     return spec.model_copy(update={"gpus_per_trial": 1 / packing.number}), packing
 
 
@@ -482,7 +486,7 @@ def _print_forecast(
     elif local and not plan.gpus_per_rank and spec.hours is None:
         told = forecast_on_cpus(spec, concurrent=concurrent, epochs=epochs)
     for line in told.lines() if told is not None else []:
-        notes.print(line, soft_wrap=True, markup=False)
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
 
 
 # A session -------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def train_once(
     ]
     notes.print(f"volumes: {', '.join(sizes)}; {precision.name}: {precision.reason}")
     for line in thin_folds(manifest, config):
-        notes.print(line, soft_wrap=True, markup=False)
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
     if config.drw_start_epoch > config.epochs and config.loss != "cross_entropy":
         notes.print(
             f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}"
@@ -91,9 +91,9 @@ def train_once(
         console.print(epoch_line(row, config.epochs))
     verdict = diagnose(rows, config)
     summary = sound_end(rows) if verdict == NO_FAULT else verdict.summary
-    console.print(f"\n{summary}", soft_wrap=True, markup=False)
+    console.print(f"\n{summary}", soft_wrap=not console.is_terminal, markup=False)
     if verdict.advice:
-        console.print(verdict.advice, soft_wrap=True, markup=False)
+        console.print(verdict.advice, soft_wrap=not console.is_terminal, markup=False)
     notes.print(f"checkpoint, averaged weights and config: {folder}", soft_wrap=True)
     notes.print(f"next: medtune export {quote(str(folder))} --out MODEL", soft_wrap=True)
     return 0
@@ -123,5 +123,5 @@ def with_what_the_table_gives(
         return config.model_copy(update={"spacing_mm": began.spacing_mm})
     config, found = with_common_spacing(config, manifest)
     for line in found.lines() if found else []:
-        notes.print(line, soft_wrap=True, markup=False)
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
     return config
