@@ -111,7 +111,7 @@ class Study:
         rows = rows[(rows["state"] != "failed") & rows[column].notna()]
         if rows.empty:
             raise ValueError(
-                f"{self.path}: no trial has a {column} yet{' that passes the filter' if where else ''}"
+                f"{self.path}: no trial has a value of {column} yet{' that passes the filter' if where else ''}"
             )
         axes = map(self.axis, self.searched)
         return rows.iloc[ranking(rows, column, axes, smaller=smaller_is_better(column))[0]]

@@ -609,7 +609,9 @@ def test_the_best_trial_by_any_metric_among_those_asked_for(a_search: Path) -> N
     linear = study.best(where="head == linear")
     assert linear["head"] == "linear"
     assert linear["objective"] == ended.loc[ended["head"] == "linear", "objective"].max()
-    with pytest.raises(ValueError, match="no trial has a objective yet that passes the filter"):
+    with pytest.raises(
+        ValueError, match="no trial has a value of objective yet that passes the filter"
+    ):
         study.best(where="val_auc > 1")
 
 
