@@ -32,10 +32,10 @@ class Clock:
         self.seconds = {"best.pt": 0.5, "checkpoint.pt": 2.0}
         real = checkpoints.save_state
 
-        def save_state(path: Path, state: Mapping[str, Any]) -> None:
+        def save_state(path: Path, state: Mapping[str, Any], within: Path | None = None) -> None:
             self.now += self.seconds[path.name]
             self.written.append((path.name, self.now))
-            real(path, state)
+            real(path, state, within)
 
         monkeypatch.setattr(module, "save_state", save_state)
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
@@ -110,11 +110,11 @@ def test_time_spent_waiting_for_room_does_not_put_off_the_next_checkpoint(
     clock = Clock(monkeypatch)
     fast, full = module.save_state, [True]
 
-    def sometimes_full(path: Path, state: Mapping[str, Any]) -> None:
+    def sometimes_full(path: Path, state: Mapping[str, Any], within: Path | None = None) -> None:
         if path.name == "checkpoint.pt" and full:
             full.pop()
             raise OSError(errno.ENOSPC, "no room")
-        fast(path, state)
+        fast(path, state, within)
 
     def sleep(_: float) -> None:
         clock.now += 3600.0
@@ -133,13 +133,13 @@ class SlowDisk:
         self.first = True
         fast = module.save_state
 
-        def save_state(path: Path, state: Mapping[str, Any]) -> None:
+        def save_state(path: Path, state: Mapping[str, Any], within: Path | None = None) -> None:
             if path.name == "best.pt" and not self.first:
                 assert self.through.wait(30)
                 if error is not None:
                     raise error
             self.first = False
-            fast(path, state)
+            fast(path, state, within)
 
         monkeypatch.setattr(module, "save_state", save_state)
 

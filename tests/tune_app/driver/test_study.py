@@ -143,9 +143,9 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
 
         whole = getattr(saved_run.save_state, "whole", saved_run.save_state)
 
-        def slow(path: Path, state: dict[str, Any]) -> None:
+        def slow(path: Path, state: dict[str, Any], within: Path | None = None) -> None:
             time.sleep(4.0 if path.name == "best.pt" and state["epoch"] == 3 else 0.0)
-            whole(path, state)
+            whole(path, state, within)
 
         slow.whole = whole  # type: ignore[attr-defined]
         saved_run.save_state = slow
@@ -195,10 +195,10 @@ def test_failed_trials_go_on_when_they_are_asked_to(
 
         whole = saved_run.save_state
 
-        def lost(path: Path, state: dict[str, Any]) -> None:
+        def lost(path: Path, state: dict[str, Any], within: Path | None = None) -> None:
             if state["epoch"] == 3 and trial["trial"] != "00001" and not mended.exists():
                 raise OSError(errno.ESTALE, "Stale file handle")
-            whole(path, state)
+            whole(path, state, within)
             if path.name == "checkpoint.pt" and trial["trial"] == "00000":
                 with saved.open("a") as file:
                     print(state["epoch"], file=file)
