@@ -81,7 +81,7 @@ def foreign_format(head: bytes) -> Foreign | None:
         )
     if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
         return Foreign(
-            "the header of a NIfTI in two files (.hdr, .img)",
+            "half of a .hdr and .img pair, a NIfTI in two files",
             "write it as one, for example with nibabel: `nib.save(nib.load(OLD), NEW)`, NEW ending in .nii.gz",
         )
     if head[:4] in (struct.pack("<i", 348), struct.pack(">i", 348)) and head[344:348] == b"\0" * 4:

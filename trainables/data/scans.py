@@ -421,9 +421,8 @@ def _fields(block: bytes) -> tuple[Any, int]:
             return fields, length
         if foreign := foreign_format(block):
             raise _Refused(str(foreign))
-        pair = ", which is half of a .hdr and .img pair" if found[:2] == b"ni" else ""
         raise _Refused(
-            f"magic {found!r}{pair}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz"
+            f"magic {found!r}: a single NIfTI file has {magic.decode()!r}; convert it to .nii.gz"
         )
     if foreign := foreign_format(block):
         raise _Refused(str(foreign))

@@ -3,15 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from trainables.config import as_scalar
-
-if TYPE_CHECKING:
-    pass
-
 
 SMALLER_IS_BETTER = (
     "loss",
