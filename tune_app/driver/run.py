@@ -56,6 +56,7 @@ from tune_app.study.files import (
     OPTUNA_STUDY,
     StudyFiles,
     default_cache,
+    job_name,
     mend_last_line,
     refuse_other_bytes,
     resumed_spec,
@@ -160,6 +161,16 @@ def run_study(
             return outcome
     finally:
         gc.collect()  # Tune's trials, callbacks and actors hold each other, and Python may leave them for hours
+
+
+def named_trainable(setting: TrialSetting, place: str) -> Callable[[dict[str, Any]], None]:
+    """Return the function that runs a trial, named after the study: Ray's pages show that name for its processes and tasks.
+
+    They cannot show the trial, as trials follow each other in one process and Ray takes a process's name when it starts.
+    """
+    trainable = partial(run_trial, setting=setting)
+    trainable.__dict__["__name__"] = job_name(place)
+    return trainable
 
 
 @contextmanager
@@ -270,9 +281,8 @@ def _run_locked(
                 )
             with _nothing_left_of(() if resume else made):
                 session.begin(retry_failed=retry_failed)
-            ended_early = session.run(
-                partial(run_trial, setting=setting), plan, local=own_ray is not None
-            )
+            trainable = named_trainable(setting, url or str(files.root))
+            ended_early = session.run(trainable, plan, local=own_ray is not None)
         states = recorder.states()
         if own_ray is not None:
             own_ray.keep = bool(states.get("failed"))

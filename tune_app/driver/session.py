@@ -137,7 +137,7 @@ class StudySession:
                 scheduler=self.scheduler(),
                 num_samples=-1,
                 max_concurrent_trials=plan.concurrent,
-                trial_name_creator=trial_name,  # what Ray's own pages show
+                trial_name_creator=trial_name,  # in Ray's own messages
                 trial_dirname_creator=trial_name,
                 reuse_actors=True,
             ),

@@ -5,9 +5,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle, tune
+from ray.tune.trainable.function_trainable import wrap_function
 
+from trainables.ray_trainable import TrialSetting
 from tune_app.driver.ray_scheduler import StudyScheduler
+from tune_app.driver.run import named_trainable
 from tune_app.driver.tune_repairs import lost_processes_told_once
+from tune_app.study.files import job_name
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 
@@ -198,3 +203,12 @@ def test_a_process_that_cannot_be_made_ready_costs_its_next_trial_one_failure(
         ray.shutdown()
     assert [trial.status for trial in result.trials] == ["TERMINATED"] * 3
     assert max(trial.num_failures for trial in result.trials) <= 1
+
+
+def test_rays_pages_show_the_study_as_the_name_of_its_trials_processes(tmp_path):
+    setting = TrialSetting(study=str(tmp_path), table="", cohort="")
+    trainable = named_trainable(setting, "/studies/caf\udce9 [red]/=first")
+    actor = wrap_function(tune.with_resources(trainable, {"CPU": 1}))
+    assert repr(actor.__new__(actor)) == job_name("/studies/caf\udce9 [red]/=first")
+    assert repr(actor.__new__(actor)).startswith("medtune-first-")
+    assert cloudpickle.loads(cloudpickle.dumps(trainable)).keywords == {"setting": setting}
