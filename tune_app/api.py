@@ -8,6 +8,7 @@ Nothing heavy is loaded before a function that needs it is called: `load_study` 
 function raises the errors of the command of its name, as exceptions with one line per problem.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,12 @@ def _run(
     from trainables.machine.this_machine import settle_user
 
     settle_user()  # before Ray is loaded
+    from tune_app.compare.share import is_under_way
+
+    shares = spec.kind == "search" and spec.confirm_share > 0
+    if shares and not how.get("retry_failed") and is_under_way(folder):
+        _confirm_within_share(folder, on_epoch, quiet, address)  # the search has had its budget
+        return load_study(folder)
     from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
 
     console = Console(file=sys.stderr, highlight=False, quiet=quiet)
@@ -200,24 +207,23 @@ def _run(
     ended = outcome.exit_code in (DONE, FAILED_TRIALS)
     if ended:
         add_report(spec, folder)
-    study = load_study(folder)
-    if ended and study.spec.kind == "search" and study.spec.confirm_share:
-        _confirm_within_share(study, on_epoch, quiet, address)
-    return study
+    if ended and shares:
+        _confirm_within_share(folder, on_epoch, quiet, address)
+    return load_study(folder)
 
 
 def _confirm_within_share(
-    search: "Study", on_epoch: OnEpoch | None, quiet: bool, address: str | None
+    folder: Path, on_epoch: OnEpoch | None, quiet: bool, address: str | None
 ) -> None:
     """Run the confirmation that the search's `confirm_share` pays for, into its folder."""
-    from tune_app.compare.share import confirmation_for_share
+    from tune_app.compare.share import confirmation_to_run
     from tune_app.study.files import StudyFiles
 
-    files = StudyFiles(StudyFiles(search.path).confirmation)
-    begun = files.spec.exists()
-    spec = files.read_spec() if begun else confirmation_for_share(search)[0]
+    spec, notes = confirmation_to_run(folder)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     if spec is not None:
-        _run(spec, files.root, on_epoch, quiet, address, resume=begun)
+        _run(spec, StudyFiles(folder).confirmation, on_epoch, quiet, address, go_on=True)
 
 
 def add_report(spec: "StudySpec", folder: Path) -> None:

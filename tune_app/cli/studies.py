@@ -243,7 +243,13 @@ def _resume(
     if asked.hours is not None:
         spec = spec.model_copy(update={"hours": asked.hours, "gpu_hours": None})
     _run_and_tell(
-        spec, study, address=address, resume=True, retry_failed=retry_failed, notify=notify
+        spec,
+        study,
+        address=address,
+        resume=True,
+        retry_failed=retry_failed,
+        notify=notify,
+        extend=asked.hours is not None,
     )
 
 
@@ -373,22 +379,32 @@ def _run_and_tell(
     go_on: bool = False,
     retry_failed: bool = False,
     notify: str | None = None,
+    extend: bool = False,
 ) -> None:
+    """Run or continue a study here, or send it elsewhere, and end with its exit code.
+
+    A search whose confirmation is under way has had its budget: only `extend` and `retry_failed` continue it.
+    """
     if elsewhere.get() is not None:
         from tune_app.study.spec import refuse_what_cannot_run
 
         refuse_what_cannot_run(spec)
         _send(spec, root, retry_failed=retry_failed, notify=notify)
-    code = _run_here(
-        spec,
-        root,
-        address=address,
-        resume=resume,
-        go_on=go_on,
-        retry_failed=retry_failed,
-        notify=notify,
-    )
-    if spec.kind == "search" and spec.confirm_share and not _interrupted(code):
+    from tune_app.compare.share import is_under_way
+
+    shares = spec.kind == "search" and spec.confirm_share > 0
+    code = 0
+    if not shares or extend or retry_failed or not is_under_way(root):
+        code = _run_here(
+            spec,
+            root,
+            address=address,
+            resume=resume,
+            go_on=go_on,
+            retry_failed=retry_failed,
+            notify=notify,
+        )
+    if shares and not _interrupted(code):
         code = max(code, _confirm_within_share(root, address=address, notify=notify))
     raise typer.Exit(code)
 
@@ -401,25 +417,16 @@ def _interrupted(code: int) -> bool:
 
 def _confirm_within_share(root: Path, *, address: str | None, notify: str | None) -> int:
     """Run the confirmation that a search's `confirm_share` pays for, or continue it; returns its exit code."""
-    from tune_app.compare.share import confirmation_for_share
-    from tune_app.results.loading import load_study
-    from tune_app.study.errors import SpecError
+    from tune_app.compare.share import confirmation_to_run
     from tune_app.study.files import StudyFiles
 
-    files = StudyFiles(StudyFiles(root).confirmation)
-    if files.spec.exists():
-        spec = files.read_spec()
-    else:
-        try:
-            planned, notes = confirmation_for_share(load_study(root))
-        except SpecError as error:
-            planned, notes = None, [f"not confirmed: {error}"]
-        for note in notes:
-            err.print(f"note: {note}", soft_wrap=True, markup=False)
-        if planned is None:
-            return 0
-        spec = planned
-    return _run_here(spec, files.root, address=address, go_on=True, notify=notify)
+    spec, notes = confirmation_to_run(root)
+    for note in notes:
+        err.print(f"note: {note}", soft_wrap=True, markup=False)
+    if spec is None:
+        return 0
+    folder = StudyFiles(root).confirmation
+    return _run_here(spec, folder, address=address, go_on=True, notify=notify)
 
 
 def _run_here(

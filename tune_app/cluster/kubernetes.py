@@ -149,6 +149,8 @@ def _check_seen(spec: StudySpec | Asked, study: str, cluster: Cluster) -> None:
         asked |= {"data": spec.data, "pretrained_path": shared.get("pretrained_path")}
     elif isinstance(spec, AskedConfirmation):
         asked["the search"] = spec.search
+    else:
+        asked["data"] = spec.fields.get("data")
     hidden = [
         f"{what} {path}: no pod sees it; put it below {cluster.mount} (--mount names another folder)"
         for what, path in asked.items()

@@ -133,8 +133,8 @@ def refuse_other_settings(asked: StudySpec | Asked, job: str, metadata: Mapping[
         differ = [f"it is a study of kind {_kind(there)}, {_kind(asked)} was asked for"]
     elif isinstance(there, StudySpec) and isinstance(asked, StudySpec):
         differ = differing_fields(there, asked, StudySpec.model_fields)
-    elif isinstance(there, StudySpec):  # a plan of an earlier version
-        return
+    elif isinstance(there, StudySpec) or isinstance(asked, StudySpec):
+        return  # one of them is a whole plan, as earlier versions sent: only the job can compare them
     else:
         one, other = there.model_dump(), asked.model_dump()
         differ = [

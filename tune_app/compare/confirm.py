@@ -86,17 +86,16 @@ class Candidates:
     """Trials that were passed over, and why."""
 
 
-def choose_candidates(search: Study, top: int) -> Candidates:
+def choose_candidates(search: Study, top: int, *, defaults: bool = True) -> Candidates:
     """Return the best `top` configurations of a search: whole, sound runs, each configuration once.
 
-    Left out: trials that were stopped or failed, those that collapsed, and the documented and default settings, which
-    a confirmation runs anyway. Raises SpecError when nothing is left.
+    Left out: trials that were stopped or failed, those that collapsed, and the documented and (with `defaults`) the default
+    settings, which a confirmation runs anyway. Raises SpecError when nothing is left.
     """
     epochs = search.spec.epochs
-    known = {
-        setting_key(search.spec, documented_after(epochs)): "the documented settings",
-        setting_key(search.spec, all_fixes(epochs)): "the default settings",
-    }
+    known = {setting_key(search.spec, documented_after(epochs)): "the documented settings"}
+    if defaults:
+        known[setting_key(search.spec, all_fixes(epochs))] = "the default settings"
     trials = search.ranked
     whole = trials[(trials["state"] == "completed") & trials["objective"].notna()]
     sound = whole[~whole["verdict"].isin(COLLAPSES)]
@@ -162,11 +161,11 @@ def confirmation_spec(
 ) -> tuple[StudySpec, list[str]]:
     """Return the study that confirms `search`, and notes for the user.
 
-    Variants: the documented settings, with `defaults` the defaults, and the best `top` configurations. Seeds are `seeds` new ones, since
-    a run repeated with the seed it was chosen by would repeat its luck. `fields` go before the search's own. Raises
-    SpecError when `search` is none, is running or has nothing to confirm, and ManifestError for the table.
+    Variants: the documented settings, with `defaults` the defaults, and the best `top` configurations. Seeds are `seeds`
+    new ones, since a run repeated with the seed it was chosen by would repeat its luck. `fields` go before the search's
+    own. Raises SpecError when `search` is none, is running or has nothing to confirm, and ManifestError for the table.
     """
-    chosen = candidates_to_run(search, top, seeds)
+    chosen = candidates_to_run(search, top, seeds, defaults=defaults)
     spec = search.spec
     config = shared_config(spec)
     shared = build_config(config)
@@ -210,7 +209,7 @@ def _few_unseen(seen: int, folds: tuple[int, ...]) -> str:
     )
 
 
-def candidates_to_run(search: Study, top: int, seeds: int) -> Candidates:
+def candidates_to_run(search: Study, top: int, seeds: int, *, defaults: bool = True) -> Candidates:
     """Return the candidates of a confirmation, all checks made that need no table. Raises SpecError."""
     spec = search.spec
     if spec.kind != "search":
@@ -225,7 +224,7 @@ def candidates_to_run(search: Study, top: int, seeds: int) -> Candidates:
         if value < 1
     ]:
         raise SpecError(problems)
-    return choose_candidates(search, top)
+    return choose_candidates(search, top, defaults=defaults)
 
 
 def same_plan(files: StudyFiles, spec: StudySpec) -> None:

@@ -32,7 +32,7 @@ class Together:
     auc: dict[str, float]
     """Mean over folds and seeds, with `low` and `high` of the 95 % interval over folds and the `p` of zero."""
     gain: dict[str, float]
-    """The same of the difference from the first member, which the search would have taken alone."""
+    """The same of the difference from the first member alone: the best of the search, unless it has no runs here."""
 
 
 def shrunken_means(values: pd.DataFrame, cut_into: int) -> pd.Series:
@@ -91,13 +91,14 @@ def candidates_together(study: Study, scores: ValidationScores) -> Together | No
     found: dict[tuple[int, int], tuple[float, float]] = {}
     for fold, seed in sorted({(fold, seed) for _, fold, seed in runs if fold in folds}):
         others = [other for other in folds if other != fold]
-        parts = [_calibrated(scores, runs, name, fold, seed, others) for name in members]
+        rows = scores.rows_of(
+            [runs[name, fold, seed] for name in members if (name, fold, seed) in runs]
+        )
+        parts = [_calibrated(scores, runs, name, (fold, seed), others, rows) for name in members]
         if len(parts) > 1 and all(part is not None for part in parts):
-            first = scores.runs[runs[members[0], fold, seed]]
-            labels = scores.labels[first.rows]
             mean = np.mean([part for part in parts if part is not None], axis=0)
-            ensemble = auc_interval(ranking_scores(mean, scale=1.0), labels).auc
-            found[fold, seed] = (ensemble, auc_interval(first.scores, labels).auc)
+            ensemble = auc_interval(ranking_scores(mean, scale=1.0), scores.labels[rows]).auc
+            found[fold, seed] = (ensemble, scores.auc(runs[members[0], fold, seed], rows))
     if len({fold for fold, _ in found}) < 2:
         return None
     index = pd.MultiIndex.from_tuples(list(found), names=["fold", "seed"])
@@ -115,19 +116,21 @@ def _calibrated(
     scores: ValidationScores,
     runs: dict[tuple[str, int, int], str],
     name: str,
-    fold: int,
-    seed: int,
+    at: tuple[int, int],
     others: Sequence[int],
+    rows: Array,
 ) -> Array | None:
-    """Log-odds (N, C) of a variant's run on its fold under a calibration fitted on the variant's runs of other folds."""
+    """Log-odds (N, C) of `rows` by a variant's run `at` a fold and seed, calibrated on its runs of the `others`."""
+    fold, seed = at
     own = runs.get((name, fold, seed))
+    on_rows = None if own is None else scores.on(own, rows)
     fitted_on = [runs[name, other, seed] for other in others if (name, other, seed) in runs]
-    if own is None or not fitted_on:
+    if on_rows is None or not fitted_on:
         return None
     z_NC = np.concatenate([_logits(scores.runs[trial].scores) for trial in fitted_on])
     labels = np.concatenate([scores.labels[scores.runs[trial].rows] for trial in fitted_on])
     fit: Calibration = fit_calibration(z_NC, labels)
-    return fit.logits(_logits(scores.runs[own].scores))
+    return fit.logits(_logits(on_rows))
 
 
 def _logits(scores: Array) -> Array:

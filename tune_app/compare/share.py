@@ -1,9 +1,14 @@
 """The confirmation that a share of a search's budget pays for: `confirm_share` of a study."""
 
+from pathlib import Path
 from shlex import quote
 
-from tune_app.compare.confirm import confirmation_spec
+from trainables.data.storage import url_of
+from tune_app.compare.confirm import confirmation_spec, unfinished
+from tune_app.results.loading import load_study
 from tune_app.results.study import Study
+from tune_app.study.errors import SpecError
+from tune_app.study.files import StudyFiles
 from tune_app.study.spec import StudySpec
 
 FEWEST_RUNS = 4
@@ -21,6 +26,28 @@ def whole_runs(search: Study) -> int:
     share, spec = search.spec.confirm_share, search.spec
     spent = float(search.trials_full["epochs_run"].sum())
     return int(share / (1 - share) * spent / spec.epochs + 1e-9)
+
+
+def is_under_way(root: Path) -> bool:
+    """Whether the confirmation of the search in `root` has started and not ended: the search then has had its budget."""
+    files = StudyFiles(StudyFiles(root).confirmation)
+    return url_of(root) is None and files.spec.is_file() and unfinished(load_study(files.root)) > 0
+
+
+def confirmation_to_run(root: Path) -> tuple[StudySpec | None, list[str]]:
+    """Return the confirmation of the search in `root` to run or to continue, None where there is none, and notes.
+
+    One that has started keeps its plan.
+    """
+    if (url := url_of(root)) is not None:
+        return None, [f"not confirmed: {url} is in object storage; `medtune confirm {url}` does it"]
+    files = StudyFiles(StudyFiles(root).confirmation)
+    if files.spec.is_file():
+        return files.read_spec(), []
+    try:
+        return confirmation_for_share(load_study(root))
+    except SpecError as error:
+        return None, [f"not confirmed: {error}"]
 
 
 def confirmation_for_share(search: Study) -> tuple[StudySpec | None, list[str]]:

@@ -259,9 +259,9 @@ def _same_data(
     there = files.read()
     recorded, before = str(there.get("cohort")), str(there["spec"].get("data"))
     identity = str(there.get(FIRST_COHORT) or recorded)
-    if recorded == first.name:
+    if recorded == first.name and before == spec.data:
         return {}, identity
-    if not is_moved(recorded, first, before, spec.data):
+    if recorded != first.name and not is_moved(recorded, first, before, spec.data):
         raise SpecError(
             f"{spec.data}: not the data that the study began with (cohort {recorded}, now {first.name}): files, labels or "
             "subjects differ, or their order: start a new study, or name the table of the same data with --data"

@@ -162,7 +162,7 @@ def remove_abandoned(place: Path) -> None:
         folder = lock.parent
         try:
             young = time.time() - lock.stat().st_mtime < YOUNG_S
-            if young or folder.stat().st_uid != os.getuid() or is_held(lock):
+            if young or folder.lstat().st_uid != os.getuid() or is_held(lock):
                 continue
             mark = (folder / MARKER).read_text(encoding="utf-8")
             if mark.startswith(MARK) and remove_own(folder, mark):

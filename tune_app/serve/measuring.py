@@ -143,6 +143,7 @@ class Measurements:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
+                    errors="backslashreplace",
                     pass_fds=(lock,),
                     env=os.environ | search_variables() | self._environment,
                 )

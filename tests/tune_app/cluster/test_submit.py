@@ -406,6 +406,9 @@ def test_every_form_of_a_job_holds_what_was_asked_for() -> None:
     search = AskedConfirmation(search="/home/me/first", top=1, seeds=1)
     with pytest.raises(SpecError, match="the search /home/me/first: no pod sees it"):
         kuberay_manifest(search, "/shared/second", Cluster())
+    moved = AskedResumption(fields={"data": "/home/me/table.csv"})
+    with pytest.raises(SpecError, match=r"data /home/me/table\.csv: no pod sees it"):
+        kuberay_manifest(moved, "/shared/second", Cluster())
 
 
 # Where the job server is -----------------------------------------------------------------------------------------------
@@ -608,6 +611,8 @@ def test_a_running_job_with_another_plan_is_told() -> None:
         refuse_other_settings(other, "job-1", sent.metadata)
     with pytest.raises(SpecError, match="a study of kind ablation, search was asked for"):
         refuse_other_settings(a_spec(), "job-1", sent.metadata)
+    whole = a_spec(kind="ablation", planned=[{"variant": "a", "overrides": {}}])
+    refuse_other_settings(whole, "job-1", sent.metadata)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,22 @@
 """The confirmation that a share of a search's budget pays for."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from tune_app.compare.share import confirmation_for_share, whole_runs
+from search_spaces.fixes import all_fixes
+from tune_app.compare.share import (
+    confirmation_for_share,
+    confirmation_to_run,
+    is_under_way,
+    whole_runs,
+)
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 
@@ -77,3 +86,46 @@ def test_a_share_that_is_too_small_says_what_it_is_worth(
     assert (
         "a share of 0.1 is worth 1 whole runs, and 4 are the fewest; `medtune confirm" in notes[0]
     )
+
+
+def test_the_best_trial_may_have_the_default_settings(
+    a_search: Callable[[float, int], Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`medtune confirm` runs the defaults anyway; here nothing else would run them."""
+    search = a_search(0.5, 24)
+    best = str(search.ranked["trial"].iloc[0])
+    record = Study.record
+
+    def recorded(study: Study, trial: str) -> dict[str, Any]:
+        found = record(study, trial)
+        return found | {"overrides": all_fixes(6)} if trial == best else found
+
+    monkeypatch.setattr(Study, "record", recorded)
+    spec, _ = confirmation_for_share(search)
+    assert spec is not None
+    assert {trial.variant for trial in spec.planned} == {"documented", f"trial-{best}"}
+
+
+def test_a_confirmation_that_has_started_keeps_its_plan(write_study: WriteStudy) -> None:
+    root = write_study("search", trials=4, epochs=3)
+    assert not is_under_way(root)
+    variants = {"documented": {}, "trial-00001": {"s": 12.0}}
+    options = {"kind": "confirmation", "variants": variants, "seeds": 1, "folds": 2, "epochs": 3}
+    there = write_study("confirmation", **options)
+    shutil.move(there, root / "confirmation")
+    spec, notes = confirmation_to_run(root)
+    assert spec is not None
+    assert ({trial.variant for trial in spec.planned}, notes) == (set(variants), [])
+    assert not is_under_way(root), "every run has ended"
+    trials = sorted((root / "confirmation" / "trials").iterdir())
+    shutil.rmtree(trials[-1])
+    rows = (root / "confirmation" / "epochs.jsonl").read_text().splitlines(keepends=True)
+    kept = [row for row in rows if json.loads(row)["trial"] != trials[-1].name]
+    (root / "confirmation" / "epochs.jsonl").write_text("".join(kept))
+    assert is_under_way(root)
+
+
+def test_a_search_in_object_storage_is_not_confirmed_and_says_how() -> None:
+    spec, notes = confirmation_to_run(Path("s3://bucket/studies/first"))
+    assert spec is None
+    assert "`medtune confirm s3://bucket/studies/first` does it" in notes[0]

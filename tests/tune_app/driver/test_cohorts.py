@@ -354,6 +354,20 @@ def test_data_that_moved_are_taken_where_they_are_the_same(
     assert (again.identity, again.recorded) == (name, {}), "it begins no other study"
 
 
+def test_a_table_that_moved_alone_is_recorded(table: Path, tmp_path: Path) -> None:
+    """Its paths are absolute: the volumes are where they were, and the cohort is the same."""
+    head, *rows = table.read_text().splitlines()
+    absolute = [f"{table.parent / row.partition(',')[0]},{row.partition(',')[2]}" for row in rows]
+    (tmp_path / "first.csv").write_text("\n".join([head, *absolute]) + "\n")
+    spec, files, name = begun(tmp_path / "first.csv", tmp_path)
+    (tmp_path / "first.csv").rename(tmp_path / "second.csv")
+    moved = spec.model_copy(update={"data": str(tmp_path / "second.csv")})
+    found = prepare_study(moved, files, resume=True, notes=quiet())
+    assert found.identity == name == found.cohort.name
+    files.write({**files.read(), **found.recorded})
+    assert files.read_spec() == moved
+
+
 @pytest.mark.parametrize("cache_kept", [True, False])
 @pytest.mark.parametrize("change", ["label", "subject", "scan", "order"])
 def test_data_that_moved_and_changed_are_refused(

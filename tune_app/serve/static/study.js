@@ -312,7 +312,7 @@ export function studyView(id, query) {
     later = setTimeout(() => { if (each.visible && !closed) freshen("importance"); }, 400);
   }
 
-  // Those further down, one by one: paper gets all of them. A driver at work is left in peace.
+  // Those further down, one by one: paper gets all of them. None while a driver runs, which they would slow down.
   async function drawRest() {
     for (const [name, each] of figures) if (!closed && !each.at) await freshen(name);
   }
