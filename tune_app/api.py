@@ -192,10 +192,9 @@ def _run(
     from trainables.machine.this_machine import settle_user
 
     settle_user()  # before Ray is loaded
-    from tune_app.compare.share import is_under_way
+    from tune_app.compare.share import is_under_way, keeps_share
 
-    shares = spec.kind == "search" and spec.confirm_share > 0
-    if shares and not how.get("retry_failed") and is_under_way(folder):
+    if not how.get("retry_failed") and is_under_way(spec, folder):
         _confirm_within_share(folder, on_epoch, quiet, address)  # the search has had its budget
         return load_study(folder)
     from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
@@ -207,7 +206,7 @@ def _run(
     ended = outcome.exit_code in (DONE, FAILED_TRIALS)
     if ended:
         add_report(spec, folder)
-    if ended and shares:
+    if ended and keeps_share(spec):
         _confirm_within_share(folder, on_epoch, quiet, address)
     return load_study(folder)
 

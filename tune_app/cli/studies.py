@@ -390,11 +390,10 @@ def _run_and_tell(
 
         refuse_what_cannot_run(spec)
         _send(spec, root, retry_failed=retry_failed, notify=notify)
-    from tune_app.compare.share import is_under_way
+    from tune_app.compare.share import is_under_way, keeps_share
 
-    shares = spec.kind == "search" and spec.confirm_share > 0
     code = 0
-    if not shares or extend or retry_failed or not is_under_way(root):
+    if extend or retry_failed or not is_under_way(spec, root):
         code = _run_here(
             spec,
             root,
@@ -404,7 +403,7 @@ def _run_and_tell(
             retry_failed=retry_failed,
             notify=notify,
         )
-    if shares and not _interrupted(code):
+    if keeps_share(spec) and not _interrupted(code):
         code = max(code, _confirm_within_share(root, address=address, notify=notify))
     raise typer.Exit(code)
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from trainables.metrics import auc_interval, ranking_scores
 from tune_app.compare.seen_rows import ValidationScores, whole_unseen_folds
-from tune_app.results.calibration import Array, Calibration, fit_calibration
+from tune_app.results.calibration import Array, fit_calibration
 from tune_app.results.effects import interval_over_folds
 from tune_app.results.study import Study
 
@@ -129,8 +129,7 @@ def _calibrated(
         return None
     z_NC = np.concatenate([_logits(scores.runs[trial].scores) for trial in fitted_on])
     labels = np.concatenate([scores.labels[scores.runs[trial].rows] for trial in fitted_on])
-    fit: Calibration = fit_calibration(z_NC, labels)
-    return fit.logits(_logits(on_rows))
+    return fit_calibration(z_NC, labels).logits(_logits(on_rows))
 
 
 def _logits(scores: Array) -> Array:

@@ -28,8 +28,18 @@ def whole_runs(search: Study) -> int:
     return int(share / (1 - share) * spent / spec.epochs + 1e-9)
 
 
-def is_under_way(root: Path) -> bool:
-    """Whether the confirmation of the search in `root` has started and not ended: the search then has had its budget."""
+def keeps_share(spec: StudySpec) -> bool:
+    """Whether a part of the study's budget is for its confirmation."""
+    return spec.kind == "search" and spec.confirm_share > 0
+
+
+def is_under_way(spec: StudySpec, root: Path) -> bool:
+    """Whether a confirmation within the share of the search in `root` has started and not ended.
+
+    The search then has had its budget.
+    """
+    if not keeps_share(spec):
+        return False
     files = StudyFiles(StudyFiles(root).confirmation)
     return url_of(root) is None and files.spec.is_file() and unfinished(load_study(files.root)) > 0
 

@@ -256,6 +256,7 @@ def confirmation_within(study: Study) -> Study | None:
         return None
 
 
+@once_per_study
 def confirmation_lines(study: Study) -> list[str]:
     """Return a confirmation's result in words, first the winner or that there is none; no words before it has started."""
     try:

@@ -108,7 +108,8 @@ def test_the_best_trial_may_have_the_default_settings(
 
 def test_a_confirmation_that_has_started_keeps_its_plan(write_study: WriteStudy) -> None:
     root = write_study("search", trials=4, epochs=3)
-    assert not is_under_way(root)
+    shared = load_study(root).spec.model_copy(update={"confirm_share": 0.5})
+    assert not is_under_way(shared, root)
     variants = {"documented": {}, "trial-00001": {"s": 12.0}}
     options = {"kind": "confirmation", "variants": variants, "seeds": 1, "folds": 2, "epochs": 3}
     there = write_study("confirmation", **options)
@@ -116,13 +117,13 @@ def test_a_confirmation_that_has_started_keeps_its_plan(write_study: WriteStudy)
     spec, notes = confirmation_to_run(root)
     assert spec is not None
     assert ({trial.variant for trial in spec.planned}, notes) == (set(variants), [])
-    assert not is_under_way(root), "every run has ended"
+    assert not is_under_way(shared, root), "every run has ended"
     trials = sorted((root / "confirmation" / "trials").iterdir())
     shutil.rmtree(trials[-1])
     rows = (root / "confirmation" / "epochs.jsonl").read_text().splitlines(keepends=True)
     kept = [row for row in rows if json.loads(row)["trial"] != trials[-1].name]
     (root / "confirmation" / "epochs.jsonl").write_text("".join(kept))
-    assert is_under_way(root)
+    assert is_under_way(shared, root)
 
 
 def test_a_search_in_object_storage_is_not_confirmed_and_says_how() -> None:
