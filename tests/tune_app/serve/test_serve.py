@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 
 from trainables.data.storage import DATA_ROOTS, data_roots
 from tune_app.results.loading import load_study
-from tune_app.serve import change_routes, live
+from tune_app.serve import change_routes, keeping, live
 from tune_app.serve.access import (
     GLOBAL_TRIES,
     MOST_ADDRESSES,
@@ -377,11 +377,10 @@ def test_a_study_does_not_begin_while_it_is_moved_or_deleted(
 ) -> None:
     """Not by hand and not by the queue; and two tabs that delete the same study get an answer each."""
     root, met = tmp_path / "first", []
-    moving = change_routes.hide
 
     def hide(path: Path) -> Path:
         met.append(is_held(StudyFiles(path).lock))
-        return moving(path)
+        return keeping.hide(path)
 
     monkeypatch.setattr(change_routes, "hide", hide)
     told = {"name": "first"}
@@ -789,7 +788,7 @@ def test_cookies_of_other_services_do_not_log_the_browser_out(
 ) -> None:
     value = Access(TOKEN).new_session()
     cookie = (others % f"medtune_8321={value}").encode()
-    assert client.get("/api/session", headers={"cookie": cookie}).json()["logged_in"]
+    assert client.get("/api/session", headers={b"cookie": cookie}).json()["logged_in"]
 
 
 def test_a_session_ends_on_the_server_and_stays_ended(client: TestClient, tmp_path: Path) -> None:
@@ -1049,10 +1048,9 @@ def test_a_driver_started_by_hand_has_the_machine_too(tmp_path: Path, own_cache:
     waiting = an_unrunnable_study(tmp_path / "waiting")
     queue = StudyQueue(tmp_path / "queue.json", lambda: [waiting, tmp_path / "by hand"])
     queue.add(waiting)
-    with FileLock(
-        StudyFiles(tmp_path / "by hand").lock.parent.mkdir()
-        or StudyFiles(tmp_path / "by hand").lock
-    ):
+    lock = StudyFiles(tmp_path / "by hand").lock
+    lock.parent.mkdir()
+    with FileLock(lock):
         assert not queue.advance()
     assert queue.stop(waiting) == "removed"
     with pytest.raises(QueueError, match="is not waiting and not running"):

@@ -23,7 +23,7 @@ from tune_app.serve.app import build_app
 from tune_app.serve.replica import Replica
 from tune_app.serve.server import serve
 from tune_app.study import mirror as storage
-from tune_app.study.copies import fetch_study, opened
+from tune_app.study.copies import LEASE, fetch_study, opened
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.mirror import mirrored
@@ -122,7 +122,7 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
     files = StudyFiles(write_study("live", trials=3, epochs=6, unfinished=1))
     put_folder(f"{bucket}/live", files.root)
     remote = Remote(f"{bucket}/live")
-    remote.write(storage.LEASE, json.dumps({"driver": "another-host 1 x", "beat": 1}).encode())
+    remote.write(LEASE, json.dumps({"driver": "another-host 1 x", "beat": 1}).encode())
     listings: list[float] = []
     whole = Remote.listing
 
@@ -170,9 +170,13 @@ def test_rows_come_while_the_driver_writes_and_viewers_cost_no_listings(
             client.get("/api/studies")
             client.get("/api/studies/live")
         assert len(listings) <= (time.monotonic() - began) / 0.5 + 2
-        curves = lambda: client.get("/api/studies/live/curves").json()["trials"]["00002"]["epoch"]  # noqa: E731
-        wait_for(lambda: curves()[-1] == 90)
-        remote.delete(storage.LEASE)
+
+        def last_epoch() -> int:
+            curves = client.get("/api/studies/live/curves").json()["trials"]
+            return int(curves["00002"]["epoch"][-1])
+
+        wait_for(lambda: last_epoch() == 90)
+        remote.delete(LEASE)
         wait_for(lambda: listed(client)["live"]["state"] == "interrupted")
 
 
@@ -186,7 +190,7 @@ def test_a_driver_that_gives_no_sign_of_life_is_not_shown_as_running(
 
     def beat() -> None:
         remote.write(
-            storage.LEASE, json.dumps({"driver": "another-host 1 x", "beat": next(beats)}).encode()
+            LEASE, json.dumps({"driver": "another-host 1 x", "beat": next(beats)}).encode()
         )
 
     beat()
@@ -270,7 +274,7 @@ def test_a_study_is_started_in_the_bucket_and_one_that_cannot_begin_says_why(
         assert f"study: {bucket}/new" in said
         assert any("no such file" in line for line in said)
         assert not any("Traceback" in line for line in said)
-    assert Remote(f"{bucket}/new").read(storage.LEASE) is None
+    assert Remote(f"{bucket}/new").read(LEASE) is None
     with service(bucket) as client:
         assert listed(client)["new"]["state"] == "unstarted", "a service that starts again knows it"
 
@@ -286,7 +290,7 @@ def test_storage_that_goes_away_is_told_on_the_page_and_comes_back(
             monkeypatch.setenv(name, value)
         url = "s3://studies/gone"
         put_folder(f"{url}/study", root)
-        Remote(f"{url}/study").write(storage.LEASE, b'{"driver": "another-host 1 x"}')
+        Remote(f"{url}/study").write(LEASE, b'{"driver": "another-host 1 x"}')
         with service(url) as client:
             wait_for(lambda: listed(client).get("study", {}).get("state") == "running")
             running.close()
