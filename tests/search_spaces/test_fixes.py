@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from search_spaces.fixes import (
@@ -25,7 +27,7 @@ DOCUMENT = {
 }
 
 
-def test_the_fixes_say_what_the_document_says():
+def test_the_fixes_say_what_the_document_says() -> None:
     documented = [fix for fix in FIXES if fix.documented]
     assert len(documented) == 6
     before = {name: value for fix in documented for name, value in fix.before.items()}
@@ -37,7 +39,7 @@ def test_the_fixes_say_what_the_document_says():
     assert [fix.key for fix in FIXES if not fix.documented] == ["ema-warmup", "cosine-head"]
 
 
-def test_after_is_the_default_unless_the_fix_is_optional():
+def test_after_is_the_default_unless_the_fix_is_optional() -> None:
     for fix in FIXES:
         for name, value in fix.after.items():
             default = FineTuneConfig.model_fields[name].default
@@ -46,13 +48,13 @@ def test_after_is_the_default_unless_the_fix_is_optional():
             assert type(fix.before[name]) is type(default), f"{fix.key}: {name}"
 
 
-def test_no_two_fixes_touch_the_same_hyperparameter():
+def test_no_two_fixes_touch_the_same_hyperparameter() -> None:
     touched = [name for fix in FIXES for name in fix.before]
     assert len(touched) == len(set(touched))
     assert len({fix.key for fix in FIXES}) == len(FIXES) == 8
 
 
-def test_the_named_settings_build_the_configs_they_name():
+def test_the_named_settings_build_the_configs_they_name() -> None:
     assert build_config(all_fixes()) == build_config(), "all fixes are the defaults"
     original = build_config(baseline())
     for name, (before, _) in DOCUMENT.items():
@@ -69,7 +71,7 @@ def test_the_named_settings_build_the_configs_they_name():
     assert recommended.freeze_backbone_epochs == 0
 
 
-def test_a_single_fix_changes_only_what_it_names():
+def test_a_single_fix_changes_only_what_it_names() -> None:
     for fix in FIXES:
         changed = with_fixes([fix.key])
         assert {name for name, value in changed.items() if value != baseline()[name]} == set(
@@ -77,13 +79,14 @@ def test_a_single_fix_changes_only_what_it_names():
         )
 
 
-def test_epochs_keep_their_share_of_a_shorter_run():
+def test_epochs_keep_their_share_of_a_shorter_run() -> None:
     assert with_fixes((), 60) == baseline()
     assert (with_fixes((), 120)["drw_start_epoch"], all_fixes(120)["drw_start_epoch"]) == (29, 49)
     assert (with_fixes((), 8)["drw_start_epoch"], all_fixes(8)["drw_start_epoch"]) == (3, 4)
     assert with_fixes(["gradual-unfreezing"], 8)["freeze_backbone_epochs"] == 1
     for epochs in range(4, 200):
-        before, after = baseline(epochs)["drw_start_epoch"], all_fixes(epochs)["drw_start_epoch"]
+        before: Any = baseline(epochs)["drw_start_epoch"]
+        after: Any = all_fixes(epochs)["drw_start_epoch"]
         assert before < after <= epochs, "the fix would change nothing"
         for settings in (
             baseline(epochs),
@@ -94,14 +97,14 @@ def test_epochs_keep_their_share_of_a_shorter_run():
             build_config({**settings, "epochs": epochs})
 
 
-def test_an_unknown_fix_is_named_with_those_there_are():
+def test_an_unknown_fix_is_named_with_those_there_are() -> None:
     with pytest.raises(
         ValueError, match=r"unknown fixes 'cosine', 'ema': there are differential-lr, .*cosine-head"
     ):
         with_fixes(["ema", "cosine", "looser-clip"])
 
 
-def test_the_share_of_initial_weights_that_the_reason_quotes_is_right():
+def test_the_share_of_initial_weights_that_the_reason_quotes_is_right() -> None:
     updates = 60 * 14
     why = next(fix.why for fix in FIXES if fix.key == "faster-ema")
     assert f"{0.999**updates:.0%}".replace("%", " %") in why
@@ -109,7 +112,7 @@ def test_the_share_of_initial_weights_that_the_reason_quotes_is_right():
     assert DOCUMENT_EPOCHS == 60
 
 
-def test_the_table_has_a_line_a_fix_with_its_values():
+def test_the_table_has_a_line_a_fix_with_its_values() -> None:
     rows, lines = fix_rows(), fixes_markdown().splitlines()
     assert [row.key for row in rows] == [fix.key for fix in FIXES]
     assert lines[:2] == ["| Fix | Before | After | Why | Source |", "|---|---|---|---|---|"]
@@ -129,5 +132,5 @@ def test_the_table_has_a_line_a_fix_with_its_values():
     [(2e-4, "2e-4"), (1.5e-4, "1.5e-4"), (0.001, "0.001"), (20.0, "20"), (0, "0"), (0.0, "0"), (True, "yes"),
      (None, "none"), ("cosine", "cosine"), (2e6, "2e6"), (-1e-5, "-1e-5"), ((96, 96, 64), "(96, 96, 64)")],
 )  # fmt: skip
-def test_values_are_shown_as_people_write_them(value, text):
+def test_values_are_shown_as_people_write_them(value: Any, text: str) -> None:
     assert shown(value) == text

@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from search_spaces.space import (
     NOT_SEARCHED,
     READ_ONLY_WHEN,
     Parameter,
+    Space,
     SpaceError,
     is_read,
 )
@@ -22,7 +24,7 @@ from trainables.config import PREPROCESSING, FineTuneConfig, build_config
 from trainables.data.scans import Recipe
 
 
-def values_of(distribution):
+def values_of(distribution: Any) -> st.SearchStrategy[Any]:
     """Everything the distribution can produce, its ends often."""
     if isinstance(distribution, CategoricalDistribution):
         return st.sampled_from(distribution.choices)
@@ -32,7 +34,7 @@ def values_of(distribution):
     return st.floats(distribution.low, distribution.high)
 
 
-def samples_of(space):
+def samples_of(space: Space) -> st.SearchStrategy[dict[str, Any]]:
     """A value for every parameter, read or not."""
     return st.fixed_dictionaries(
         {name: values_of(p.distribution) for name, p in space.parameters.items()}
@@ -41,7 +43,9 @@ def samples_of(space):
 
 @pytest.mark.parametrize("name", SPACES)
 @given(data=st.data(), epochs=st.integers(1, 200))
-def test_every_sample_of_every_space_builds_a_valid_config(name, data, epochs):
+def test_every_sample_of_every_space_builds_a_valid_config(
+    name: str, data: st.DataObject, epochs: int
+) -> None:
     space = SPACES[name]
     drawn = data.draw(samples_of(space))
     sample = space.sample(lambda parameter: drawn[parameter.name], epochs)
@@ -57,7 +61,9 @@ def test_every_sample_of_every_space_builds_a_valid_config(name, data, epochs):
 
 @pytest.mark.parametrize("name", SPACES)
 @given(data=st.data(), epochs=st.integers(1, 200))
-def test_overrides_lead_back_to_a_sample_that_gives_them(name, data, epochs):
+def test_overrides_lead_back_to_a_sample_that_gives_them(
+    name: str, data: st.DataObject, epochs: int
+) -> None:
     space = SPACES[name]
     drawn = data.draw(samples_of(space))
     overrides = space.sample_to_overrides(drawn, epochs)
@@ -78,7 +84,9 @@ def test_overrides_lead_back_to_a_sample_that_gives_them(name, data, epochs):
         ("narrow", False, True),
     ],
 )
-def test_the_documented_settings_are_points_of_the_spaces_around_them(space, before, after):
+def test_the_documented_settings_are_points_of_the_spaces_around_them(
+    space: str, before: bool, after: bool
+) -> None:
     points, left_out = warm_start_points(SPACES[space], 60)
     assert ("before" in points, "after" in points) == (before, after)
     if before:
@@ -92,7 +100,7 @@ def test_the_documented_settings_are_points_of_the_spaces_around_them(space, bef
         assert "max_m=0.3 is not in 0.15 to 0.25" in left_out["before"]
 
 
-def test_the_collapse_space_holds_the_documents_settings_exactly():
+def test_the_collapse_space_holds_the_documents_settings_exactly() -> None:
     space = SPACES["collapse"]
     points, left_out = warm_start_points(space, 60)
     for name, settings in (("before", baseline()), ("after", documented_after())):
@@ -101,7 +109,7 @@ def test_the_collapse_space_holds_the_documents_settings_exactly():
     assert left_out == {"defaults": ["the same point as 'after' in this space"]}
 
 
-def test_warm_starts_keep_their_share_of_a_shorter_run():
+def test_warm_starts_keep_their_share_of_a_shorter_run() -> None:
     space = SPACES["documented"]
     points = warm_start_points(space, 8).points
     assert points == warm_start_points(space, 60).points
@@ -120,7 +128,7 @@ def test_warm_starts_keep_their_share_of_a_shorter_run():
     }
 
 
-def test_warm_starts_are_asked_for_by_name():
+def test_warm_starts_are_asked_for_by_name() -> None:
     assert list(warm_start_points(SPACES["wide"], 60, ["defaults"]).points) == ["defaults"]
     assert (
         build_config(
@@ -136,7 +144,7 @@ def test_warm_starts_are_asked_for_by_name():
         warm_start_points(SPACES["wide"], 60, ["best"])
 
 
-def test_a_setting_outside_the_space_is_refused_with_every_reason():
+def test_a_setting_outside_the_space_is_refused_with_every_reason() -> None:
     sample, reasons = SPACES["documented"].overrides_to_sample(
         {**baseline(), "max_m": 0.9, "depth": 10, "seed": 7}, 60
     )
@@ -156,11 +164,11 @@ def test_a_setting_outside_the_space_is_refused_with_every_reason():
     ]
 
 
-def test_what_nothing_reads_is_not_sampled():
+def test_what_nothing_reads_is_not_sampled() -> None:
     space, asked = SPACES["wide"], []
     settings = {"loss": "focal", "head": "linear", "freeze_backbone_share": 0.0}
 
-    def suggest(parameter):
+    def suggest(parameter: Parameter) -> Any:
         asked.append(parameter.name)
         return settings.get(parameter.name, parameter.ends[0])
 
@@ -175,7 +183,7 @@ def test_what_nothing_reads_is_not_sampled():
     )
 
 
-def test_spaces_say_which_parameters_every_sample_has():
+def test_spaces_say_which_parameters_every_sample_has() -> None:
     assert not SPACES["documented"].conditional
     assert set(SPACES["wide"].parameters) - set(SPACES["wide"].unconditional) == {
         "max_m",
@@ -185,7 +193,7 @@ def test_spaces_say_which_parameters_every_sample_has():
     }
 
 
-def test_a_sample_with_missing_or_unknown_parameters_is_a_mistake():
+def test_a_sample_with_missing_or_unknown_parameters_is_a_mistake() -> None:
     space = SPACES["narrow"]
     sample = warm_start_points(space, 60).points["after"]
     with pytest.raises(ValueError, match=r"has no parameter lr: it has max_m"):
@@ -195,7 +203,7 @@ def test_a_sample_with_missing_or_unknown_parameters_is_a_mistake():
         space.sample_to_overrides(sample, 60)
 
 
-def test_what_the_user_sets_is_no_longer_searched():
+def test_what_the_user_sets_is_no_longer_searched() -> None:
     space = space_from(
         "wide", {"loss": "focal", "head": "linear", "backbone_lr": 3e-4, "epochs": 8}
     )
@@ -218,7 +226,7 @@ def test_what_the_user_sets_is_no_longer_searched():
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_a_space_written_out_reads_back_as_itself(name):
+def test_a_space_written_out_reads_back_as_itself(name: str) -> None:
     space = SPACES[name]
     assert space_from(yaml.safe_load(yaml.safe_dump(space.to_mapping(), sort_keys=False))) == space
     held = space.within({"dropout": 0.1, "volume_shape": "32,32,16"})
@@ -226,7 +234,7 @@ def test_a_space_written_out_reads_back_as_itself(name):
     assert pickle.loads(pickle.dumps(space.to_mapping())) == space.to_mapping()
 
 
-def test_the_description_tells_searched_retuned_and_fixed():
+def test_the_description_tells_searched_retuned_and_fixed() -> None:
     rows = {row.name: row for row in SPACES["documented"].describe()}
     assert rows["one_minus_ema_decay"][:5] == (
         "searched",
@@ -254,7 +262,7 @@ def test_the_description_tells_searched_retuned_and_fixed():
         assert {name for fix in FIXES for name in fix.before} <= described | decided
 
 
-def test_rates_and_one_minus_decay_are_searched_on_a_log_scale():
+def test_rates_and_one_minus_decay_are_searched_on_a_log_scale() -> None:
     for space in SPACES.values():
         for name in ("backbone_lr", "classifier_lr", "one_minus_ema_decay"):
             if name in space.parameters or space.name != "preprocessing":
@@ -280,7 +288,7 @@ notes: [a note]
 """
 
 
-def test_a_space_of_ones_own_is_read_from_a_study_file():
+def test_a_space_of_ones_own_is_read_from_a_study_file() -> None:
     space = space_from(yaml.safe_load(OWN))
     distributions = {name: p.distribution for name, p in space.parameters.items()}
     assert distributions["head"] == CategoricalDistribution(("cosine", "linear"))
@@ -352,13 +360,15 @@ def test_a_space_of_ones_own_is_read_from_a_study_file():
         ("{search: {freeze_backbone_epochs: {low: 0, high: 90}}}", ["freeze_backbone_epochs=90 must be at most epochs=60"]),
     ],
 )  # fmt: skip
-def test_a_space_that_cannot_be_searched_says_what_is_wrong(written, problems):
+def test_a_space_that_cannot_be_searched_says_what_is_wrong(
+    written: str, problems: list[str]
+) -> None:
     with pytest.raises(SpaceError) as error:
         space_from(yaml.safe_load(written))
     assert error.value.problems == problems
 
 
-def test_all_problems_of_a_space_are_told_together():
+def test_all_problems_of_a_space_are_told_together() -> None:
     written = "{search: {dropout: {low: 0, high: 1.5}, s: {low: 3, high: 1}, lr: [1, 2]}, fixed: {depth: 51}}"
     with pytest.raises(SpaceError) as error:
         space_from(yaml.safe_load(written))
@@ -371,7 +381,7 @@ def test_all_problems_of_a_space_are_told_together():
     assert pickle.loads(pickle.dumps(error.value)).problems == error.value.problems
 
 
-def test_a_length_can_be_too_short_for_a_space():
+def test_a_length_can_be_too_short_for_a_space() -> None:
     space = space_from({"search": {"freeze_backbone_epochs": {"low": 0, "high": 20}}})
     assert space.problems(20) == []
     assert space.problems(10) == ["freeze_backbone_epochs=20 must be at most epochs=10"]
@@ -379,7 +389,7 @@ def test_a_length_can_be_too_short_for_a_space():
         space_from({"search": {"freeze_backbone_epochs": {"low": 0, "high": 20}}}, {"epochs": 10})
 
 
-def test_the_tables_name_real_hyperparameters():
+def test_the_tables_name_real_hyperparameters() -> None:
     fields = set(FineTuneConfig.model_fields)
     assert (
         set(READ_ONLY_WHEN) | set(NOT_SEARCHED) | {d.hyperparameter for d in DERIVED.values()}
@@ -394,13 +404,13 @@ def test_the_tables_name_real_hyperparameters():
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.995, 0.999, 0.9999, 0.0])
-def test_decays_come_back_as_they_were_written(decay):
+def test_decays_come_back_as_they_were_written(decay: float) -> None:
     derived = DERIVED["one_minus_ema_decay"]
     assert derived.decode(derived.encode({"ema_decay": decay}), {}) == decay
 
 
 @pytest.mark.parametrize("epochs", [1, 7, 60, 200])
-def test_the_share_before_reweighting_covers_every_start(epochs):
+def test_the_share_before_reweighting_covers_every_start(epochs: int) -> None:
     derived = DERIVED["drw_start_share"]
     for start in range(1, epochs + 2):
         share = derived.encode({"drw_start_epoch": start, "epochs": epochs})
@@ -409,7 +419,7 @@ def test_the_share_before_reweighting_covers_every_start(epochs):
     assert derived.decode(1.0, {"epochs": epochs}) == epochs + 1, "never"
 
 
-def test_the_classifier_rate_can_be_searched_as_a_ratio():
+def test_the_classifier_rate_can_be_searched_as_a_ratio() -> None:
     space = space_from(
         {
             "search": {
@@ -440,11 +450,13 @@ def test_the_classifier_rate_can_be_searched_as_a_ratio():
         (CategoricalDistribution(("a", None)), ["a", None], ["b", 0]),
     ],
 )
-def test_a_parameter_knows_what_it_can_produce(distribution, inside, outside):
+def test_a_parameter_knows_what_it_can_produce(
+    distribution: Any, inside: list[float | bool | str | None], outside: list[Any]
+) -> None:
     parameter = Parameter("x", distribution)
     assert [parameter.holds(value) for value in inside] == [True] * len(inside)
     assert [parameter.holds(value) for value in outside] == [False] * len(outside)
 
 
-def test_the_fields_that_preprocessing_has_are_those_of_a_recipe():
+def test_the_fields_that_preprocessing_has_are_those_of_a_recipe() -> None:
     assert tuple(field.name for field in fields(Recipe)) == PREPROCESSING

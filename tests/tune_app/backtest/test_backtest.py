@@ -1,14 +1,16 @@
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from tune_app.backtest.curves import Curve, CurveError, Truth
+from tune_app.backtest.curves import Curve, CurveError, Kind, Truth
 from tune_app.backtest.replay import POLICIES, RAY, RayAsha, backtest, backtest_studies, replay
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.cli.app import app
@@ -16,7 +18,7 @@ from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import RAY_ASHA, PolicySpec
 
 
-def curve(trial, values, **columns):
+def curve(trial: str, values: Sequence[float | None], **columns: Sequence[Any]) -> Curve:
     rows = [{"epoch": epoch, "val_auc": value} for epoch, value in enumerate(values, start=1)]
     for name, column in columns.items():
         for row, value in zip(rows, column, strict=True):
@@ -24,11 +26,11 @@ def curve(trial, values, **columns):
     return Curve(trial, rows, {"epochs": len(values), "drw_start_epoch": 1000})
 
 
-def rise(top, epochs=12):
+def rise(top: float, epochs: int = 12) -> list[float]:
     return [top - 0.3 * 0.6**epoch for epoch in range(epochs)]
 
 
-def test_epochs_arrive_as_workers_finish_them():
+def test_epochs_arrive_as_workers_finish_them() -> None:
     curves = [
         curve("slow", [0.5] * 2, epoch_s=[3.0, 3.0]),
         curve("fast", [0.5] * 3, epoch_s=[1.0, 1.0, 1.0]),
@@ -36,8 +38,8 @@ def test_epochs_arrive_as_workers_finish_them():
     ]
     arrivals = []
 
-    def note(c, row):
-        arrivals.append((c.trial, row["epoch"]))
+    def note(curve: Curve, row: Mapping[str, Any]) -> bool:
+        arrivals.append((curve.trial, row["epoch"]))
         return False
 
     outcome = replay(curves, note, workers=2)
@@ -54,13 +56,13 @@ def test_epochs_arrive_as_workers_finish_them():
     assert (outcome.epochs, outcome.stopped, outcome.makespan) == ([2, 3, 2], [False] * 3, 7.5)
 
 
-def test_a_worker_whose_trial_is_stopped_takes_the_next_one():
+def test_a_worker_whose_trial_is_stopped_takes_the_next_one() -> None:
     curves = [curve(name, [0.5] * 4) for name in "abc"]
     arrivals = []
 
-    def stop_at_two(c, row):
-        arrivals.append((c.trial, row["epoch"]))
-        return row["epoch"] == 2 and c.trial != "c"
+    def stop_at_two(curve: Curve, row: Mapping[str, Any]) -> bool:
+        arrivals.append((curve.trial, row["epoch"]))
+        return row["epoch"] == 2 and curve.trial != "c"
 
     outcome = replay(curves, stop_at_two, workers=1)
     assert arrivals == [
@@ -80,7 +82,7 @@ def test_a_worker_whose_trial_is_stopped_takes_the_next_one():
     )
 
 
-def test_more_workers_than_trials_and_trials_without_rows_are_fine():
+def test_more_workers_than_trials_and_trials_without_rows_are_fine() -> None:
     outcome = replay(
         [curve("a", [0.5]), curve("none", []), curve("b", [0.5] * 2)],
         lambda c, row: False,
@@ -91,7 +93,7 @@ def test_more_workers_than_trials_and_trials_without_rows_are_fine():
         replay([], lambda c, row: False, workers=0)
 
 
-def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
+def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves() -> None:
     # best is a late one that halving ends; it finds good instead
     best = curve("best", [0.5] * 6 + [0.9] * 6, epoch_s=[3600.0] * 12)
     good = curve("good", [0.8] * 12, epoch_s=[3600.0] * 12)
@@ -122,17 +124,17 @@ def test_what_was_spent_found_and_lost_is_worked_out_from_the_curves():
     assert halved.auc_lost == pytest.approx(0.1)
     assert (halved.gpu_hours, halved.gpu_hours_saved, halved.makespan_hours) == (18, 18, 18)
     assert halved.top_stopped == 1  # poor had nothing to gain
-    assert math.isnan(halved.true_auc_lost)
+    assert np.isnan(halved.true_auc_lost)
 
 
-def test_gpu_time_is_not_told_where_epochs_have_no_duration():
+def test_gpu_time_is_not_told_where_epochs_have_no_duration() -> None:
     table = backtest(
         [curve("a", rise(0.8)), curve("b", rise(0.7), epoch_s=[1.0] * 12)], {"all": None}
     )
     assert table[["gpu_hours", "gpu_hours_saved", "makespan_hours"]].isna().all(axis=None)
 
 
-def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered():
+def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered() -> None:
     long_dip = rise(0.85) + [0.5] * 4 + [0.93] * 8
     lost = rise(0.85) + [0.5] * 12
     table = backtest(
@@ -144,7 +146,7 @@ def test_a_stop_by_diagnosis_is_wrong_if_the_recorded_run_recovered():
     assert math.isnan(row.caught_share)
 
 
-def test_a_collapse_counts_as_caught_from_its_true_onset_on():
+def test_a_collapse_counts_as_caught_from_its_true_onset_on() -> None:
     late = Curve(
         "late",
         curve("", rise(0.85) + [0.5] * 12).rows,
@@ -162,9 +164,13 @@ def test_a_collapse_counts_as_caught_from_its_true_onset_on():
     assert (row.wrongly_stopped, row.wrong_share, row.healthy_stopped_share) == (0, 0, 0)
 
 
-def test_a_sound_run_that_a_diagnosis_stops_counts_among_sound_runs_alone():
+def test_a_sound_run_that_a_diagnosis_stops_counts_among_sound_runs_alone() -> None:
     fallen = curve("", rise(0.85) + [0.5] * 12).rows
-    kinds = {"dipping": fallen, "healthy": curve("", rise(0.85, 24)).rows, "noisy": fallen}
+    kinds: dict[Kind, list[dict[str, Any]]] = {
+        "dipping": fallen,
+        "healthy": curve("", rise(0.85, 24)).rows,
+        "noisy": fallen,
+    }
     curves = [
         Curve(kind, rows, {}, Truth(kind, None, tuple([0.8] * 24))) for kind, rows in kinds.items()
     ]
@@ -176,7 +182,7 @@ def test_a_sound_run_that_a_diagnosis_stops_counts_among_sound_runs_alone():
     )
 
 
-def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay():
+def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay() -> None:
     curves = [
         c
         for c in generate_curves(60, epochs=30, seed=4)
@@ -191,7 +197,7 @@ def test_rays_own_scheduler_and_our_policy_without_additions_agree_in_a_replay()
     assert table.iloc[0].equals(table.iloc[1])
 
 
-def test_studies_and_folders_of_curves_come_out_side_by_side(tmp_path):
+def test_studies_and_folders_of_curves_come_out_side_by_side(tmp_path: Path) -> None:
     study = tmp_path / "a study"
     study.mkdir()
     rows = [
@@ -217,7 +223,7 @@ def test_studies_and_folders_of_curves_come_out_side_by_side(tmp_path):
         backtest_studies([])
 
 
-def test_curves_that_cannot_be_compared_are_refused():
+def test_curves_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ValueError, match="no curves"):
         backtest([])
     with pytest.raises(ValueError, match="trial a is there more than once"):
@@ -232,7 +238,7 @@ STUDIES = 3
 
 
 @pytest.fixture(scope="module")
-def compared():
+def compared() -> pd.DataFrame:
     """500 runs of 60 epochs, 50 positive and 200 negative validation volumes, three studies; seeds the rules never saw."""
     tables = []
     for seed in range(900, 900 + STUDIES):
@@ -245,7 +251,9 @@ def compared():
 
 
 @pytest.mark.slow
-def test_collapsing_runs_are_stopped_in_time_and_healthy_ones_are_not(compared):
+def test_collapsing_runs_are_stopped_in_time_and_healthy_ones_are_not(
+    compared: pd.DataFrame,
+) -> None:
     only = compared.loc["diagnosis only"]
     assert np.average(only.caught_share, weights=only.collapsed) >= 0.98
     assert only.collapsed.sum() > 250
@@ -255,7 +263,7 @@ def test_collapsing_runs_are_stopped_in_time_and_healthy_ones_are_not(compared):
 
 
 @pytest.mark.slow
-def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_collapse_rule():
+def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_collapse_rule() -> None:
     stopped = total = 0
     for seed in range(950, 952):
         curves = generate_curves(
@@ -268,7 +276,9 @@ def test_at_most_one_in_a_hundred_healthy_or_dipping_runs_is_stopped_by_the_coll
 
 
 @pytest.mark.slow
-def test_the_default_policy_spends_about_half_and_finds_what_rays_asha_misses(compared):
+def test_the_default_policy_spends_about_half_and_finds_what_rays_asha_misses(
+    compared: pd.DataFrame,
+) -> None:
     ours, rays = compared.loc["medtune default"], compared.loc["Ray ASHA as shipped"]
     assert (ours.epochs_share <= 0.6).all()
     assert ours.auc_lost.mean() <= 0.005
@@ -287,7 +297,9 @@ SHOWN = {
 
 
 @pytest.mark.slow
-def test_the_command_that_the_document_quotes_gives_its_figures_and_they_hold_what_they_promise():
+def test_the_command_that_the_document_quotes_gives_its_figures_and_they_hold_what_they_promise() -> (
+    None
+):
     done = CliRunner().invoke(app, ["backtest", "--generate", "500", "--format", "json"])
     assert done.exit_code == 0, done.output
     found = pd.DataFrame(json.loads(done.stdout)).set_index("policy")
@@ -318,8 +330,8 @@ def test_the_command_that_the_document_quotes_gives_its_figures_and_they_hold_wh
         ], name
 
 
-def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path):
-    def backtest_command(*words):
+def test_what_cannot_be_compared_is_told_in_a_line_on_the_command_line(tmp_path: Path) -> None:
+    def backtest_command(*words: object) -> Result:
         return CliRunner().invoke(app, ["backtest", *map(str, words)], env={"COLUMNS": "100"})
 
     assert backtest_command().exit_code == 2

@@ -9,7 +9,7 @@ from tune_app.study.template import study_file
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_study_file_of_a_preset_gives_the_same_study_as_the_option(name):
+def test_the_study_file_of_a_preset_gives_the_same_study_as_the_option(name: str) -> None:
     fields = {"data": "/t.csv", "space": "documented"}
     by_option = build_spec(with_preset(name, fields))
     by_file = build_spec(yaml.safe_load(study_file(data="/t.csv", preset=name)))
@@ -17,7 +17,7 @@ def test_the_study_file_of_a_preset_gives_the_same_study_as_the_option(name):
     assert by_option.epochs == PRESETS[name]["config"]["epochs"]
 
 
-def test_what_is_given_wins_field_by_field():
+def test_what_is_given_wins_field_by_field() -> None:
     fields = with_preset("laptop", {"trials": 3, "config": {"epochs": 5}})
     assert fields["trials"] == 3
     assert fields["config"]["epochs"] == 5
@@ -25,7 +25,7 @@ def test_what_is_given_wins_field_by_field():
     assert PRESETS["laptop"]["config"]["epochs"] == 12
 
 
-def test_the_line_names_every_field():
+def test_the_line_names_every_field() -> None:
     line = preset_line("laptop")
     for name in ("trials=12", "gpus_per_trial=0", "depth=10", "volume_shape=32", "epochs=12"):
         assert name in line

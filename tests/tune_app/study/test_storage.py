@@ -29,7 +29,7 @@ from trainables.own_folder import MARKER
 from tune_app.cluster.doctor import diagnose_machine
 from tune_app.results.loading import load_study
 from tune_app.study import mirror as storage
-from tune_app.study.copies import fetch_study, opened
+from tune_app.study.copies import LEASE, fetch_study, opened
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, append_line
 from tune_app.study.mirror import BusyError, Mirror, drop_unrecorded, mirrored
@@ -122,7 +122,7 @@ def test_a_study_has_one_driver_and_a_dead_one_is_followed(
     living = Mirror(Remote(bucket), StudyFiles(Path("unused")))
     living.take()
     dead.release()
-    assert Remote(bucket).names() == [storage.LEASE], "it is not the dead one's any more"
+    assert Remote(bucket).names() == [LEASE], "it is not the dead one's any more"
     living.release()
 
 
@@ -314,7 +314,7 @@ def test_a_study_in_a_bucket_is_killed_and_resumed_on_another_machine(
     assert {"study.json", "study.db", "trials/00000/checkpoint.pt", "trials/00001/best.pt"} <= set(
         remote.names()
     )
-    assert storage.LEASE not in remote.names()
+    assert LEASE not in remote.names()
 
     fetch_study(bucket, tmp_path / "copy")
     copy = load_study(tmp_path / "copy")
@@ -365,7 +365,7 @@ def test_a_study_of_data_in_a_bucket_runs_where_nothing_of_it_lies_and_is_stoppe
     study = load_study(url)
     assert study.spec.data == f"{bucket}/cohort/table.csv"
     trials = study.trials_full.set_index("trial")
-    assert trials.loc["00000", ["state", "stopped_by"]].tolist() == ["stopped", "requested"]
+    assert list(trials.loc["00000", ["state", "stopped_by"]]) == ["stopped", "requested"]
     assert trials.loc["00001", "state"] in ("completed", "stopped")
     for trial, rows in study.epochs.groupby("trial"):
         assert list(rows["epoch"]) == list(range(1, len(rows) + 1)), trial
