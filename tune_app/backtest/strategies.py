@@ -28,7 +28,8 @@ from tune_app.backtest.replay import RayAsha
 from tune_app.backtest.tables import Table, learn_prior
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
-from tune_app.study.surrogate import Prior, Surrogate, shipped_prior
+from tune_app.study.prior import Prior, shipped_prior
+from tune_app.study.surrogate import Surrogate
 from tune_app.study.tied import nearly_tied
 
 Floats = npt.NDArray[np.float64]

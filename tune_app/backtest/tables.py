@@ -19,6 +19,7 @@ from scipy.stats import rankdata
 from search_spaces.spaces import SPACES
 from trainables.objective import RunningValue
 from tune_app.backtest.curves import CurveError
+from tune_app.study.prior import Floats, Prior
 from tune_app.study.surrogate import (
     HIGH_RATE,
     LOW_RATE,
@@ -26,11 +27,8 @@ from tune_app.study.surrogate import (
     RATE_LENGTH,
     RATE_SD,
     Axis,
-    Prior,
     logit,
 )
-
-Floats = npt.NDArray[np.float64]
 
 HIDDEN = ("hold_auc", "hold_scores", "val_scores")
 """Columns that no strategy is shown."""

@@ -12,7 +12,8 @@ its winner on the same rows that it chose by; so all winners, and the documented
 with new seeds and on other folds, and compared by that.
 
 Searches run one after the other on all GPUs, or, of `at_once` repetitions at a time, all together: each repetition on one
-GPU, which its sides share, so that none has it better than the others.
+GPU, which its sides share, so that none has it better than the others. Repetitions of an earlier result are kept: a
+comparison can be made in several sittings.
 """
 
 import json
@@ -21,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -53,6 +55,7 @@ from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
+from tune_app.study.prior import Prior, prior_text
 
 SIDES = ("random", "plain", "medtune")
 MANY = 10_000
@@ -78,15 +81,22 @@ def bench_efficiency(
     folds: str = "all",
     seeds: int = 1,
     sides: Iterable[str] = SIDES,
+    prior: Prior | None = None,
+    earlier: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
     record: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Return {"machine", "seconds", ..., "searches": [...], "documented": [AUC of each confirming run]}.
+    """Return {"machine", "seconds", ..., "searches": [...], "documented": [AUC of each confirming run], "paired": [...]}.
 
     A search: side, repetition, seconds, trials, epochs (trained in all), claimed (its winner's own value), overrides, and
     after the confirmation `confirmed`, the best 3-epoch median of validation AUC of each run of its winner. `record` is given
-    the result so far after each search. Writes below `folder`; raises SpecError for unknown sides, and for a budget in
-    which a side has not come to a single score.
+    the result so far after each search. `paired`: medtune's gain over each other side, by repetition. `prior`: of medtune's
+    model in place of the shipped one, which a cohort that it was learned from must not be compared with. `earlier`: a result
+    of the same comparison, whose repetitions are not searched again. Empty `folds` confirm nothing yet; a later call confirms
+    all that is not.
+
+    Writes below `folder`; raises SpecError for unknown sides, for an `earlier` result of another comparison, and for a budget
+    in which a side has not come to a single score.
     """
     asked = list(dict.fromkeys(sides))
     if unknown := sorted(set(asked) - set(SIDES)):
@@ -113,15 +123,84 @@ def bench_efficiency(
         "at_once": at_once,
         "folds": folds,
         "seeds": seeds,
+        "prior": True if prior is None else prior.provenance,
         "searches": [],
         "documented": [],
     }
-    searched = _Searches(result, common, str(prepared), folder, asked, seconds, say, record)
-    _in_waves(searched.search, asked, repetitions, at_once)
-    _confirm(result, table, folder, common, folds, seeds)
+    there = _go_on(result, earlier, asked)
+    place = Path(tempfile.mkdtemp(prefix="sitting-", dir=folder))
+    searched = _Searches(result, common, prior, str(prepared), place, asked, seconds, say, record)
+    missing = [number for number in range(repetitions) if number not in there]
+    _in_waves(searched.search, asked, missing, at_once)
+    if folds:
+        _confirm(result, table, place, common)
+    result["paired"] = paired_gains(result["searches"])
     finite: dict[str, Any] = without_nonfinite(result)
     record(finite)
     return finite
+
+
+OF_A_SITTING = ("machine", "cache", "at_once", "folds", "paired", "searches", "documented")
+"""Entries of a result that may differ between sittings of one comparison, or that they add to."""
+
+
+def _go_on(result: dict[str, Any], earlier: Mapping[str, Any] | None, sides: list[str]) -> set[int]:
+    """Put the whole repetitions of `earlier` into `result`; returns their numbers."""
+    if earlier is None:
+        return set()
+    asked = json.loads(json.dumps(result))
+    differ = [
+        f"{name} {earlier.get(name)!r}, here {value!r}"
+        for name, value in asked.items()
+        if name not in OF_A_SITTING and earlier.get(name) != value
+    ]
+    if differ:
+        raise SpecError(["the earlier result is of another comparison:", *differ])
+    sides_of: dict[int, set[str]] = {}
+    for search in earlier["searches"]:
+        sides_of.setdefault(search["repetition"], set()).add(search["side"])
+    there = {number for number, found in sides_of.items() if found >= set(sides)}
+    result["searches"] = [s for s in earlier["searches"] if s["repetition"] in there]
+    result["documented"] = list(earlier["documented"])
+    return there
+
+
+def paired_gains(searches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return medtune's mean gain over each other side, with Student's 95 % interval over repetitions: {"over", "pairs",
+    "won", "mean", "low", "high"}; the sides of a repetition share its seed and its time. A single pair has no interval.
+    """
+    from scipy.stats import ttest_1samp
+
+    reached = {
+        (search["side"], search["repetition"]): float(np.mean(search["confirmed"]))
+        for search in searches
+        if search["confirmed"]
+    }
+    gains = []
+    for other in SIDES[:-1]:
+        differences = [
+            value - reached[other, repetition]
+            for (side, repetition), value in sorted(reached.items())
+            if side == "medtune" and (other, repetition) in reached
+        ]
+        if not differences:
+            continue
+        low = high = math.nan
+        if len(differences) > 1:
+            low, high = map(float, ttest_1samp(differences, 0.0).confidence_interval())
+        won = float(np.mean([(gain > 0) + 0.5 * (gain == 0) for gain in differences]))
+        mean = float(np.mean(differences))
+        gains.append(
+            {
+                "over": other,
+                "pairs": len(differences),
+                "won": won,
+                "mean": mean,
+                "low": low,
+                "high": high,
+            }
+        )
+    return gains
 
 
 @dataclass
@@ -130,6 +209,7 @@ class _Searches:
 
     result: dict[str, Any]
     common: dict[str, Any]
+    prior: Prior | None
     cohort: str
     folder: Path
     sides: list[str]
@@ -145,7 +225,9 @@ class _Searches:
                 {**self.common, "cohort": self.cohort}, place, self.seconds, repetition, environment
             )
         else:
-            found = _study(side, self.common, place, self.seconds, repetition, environment)
+            found = _study(
+                side, self.common, place, self.seconds, repetition, environment, self.prior
+            )
         with self.keeping:
             self.result["searches"].append(
                 {"side": side, "repetition": repetition, **found, "confirmed": []}
@@ -163,24 +245,27 @@ class _Searches:
 def _in_waves(
     search: Callable[[str, int, Mapping[str, str] | None], None],
     sides: list[str],
-    repetitions: int,
+    repetitions: list[int],
     at_once: int | None,
 ) -> None:
-    """Search with every side, `at_once` repetitions of all sides at a time on GPUs of their own, or one after the other."""
+    """Search with every side, `at_once` repetitions of all sides at a time on GPUs of their own, or one after the other.
+
+    A search that fails leaves the others alone: its error is raised at the end.
+    """
+    failed: list[BaseException] = []
     together = at_once or 1
     gpus = _visible_gpus() if at_once else []
-    for first in range(0, repetitions, together):
+    for first in range(0, len(repetitions), together):
         wave = [
-            (side, number)
-            for number in range(first, min(first + together, repetitions))
-            for side in sides
+            (side, number) for number in repetitions[first : first + together] for side in sides
         ]
         with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
             begun = [
                 pool.submit(search, side, number, _sharing(gpus, number)) for side, number in wave
             ]
-        for one in begun:
-            one.result()
+        failed += [error for one in begun if (error := one.exception()) is not None]
+    if failed:
+        raise failed[0]
 
 
 def _disk_gib(config: FineTuneConfig, at_a_time: int | None) -> float | None:
@@ -223,6 +308,7 @@ def _study(
     seconds: float,
     repetition: int,
     environment: Mapping[str, str] | None,
+    prior: Prior | None,
 ) -> dict[str, Any]:
     """Run a study of ours until its time is over."""
     fields: dict[str, Any] = {**common, "trials": MANY, "seed": repetition}
@@ -235,6 +321,9 @@ def _study(
             "policy": {"halving": False, "actions": ignored},
         }
     place.mkdir(parents=True)
+    if side == "medtune" and prior is not None:
+        (place / "prior.json").write_text(prior_text(prior))
+        fields["prior"] = "prior.json"
     (place / "study.yaml").write_text(
         yaml.safe_dump({k: v for k, v in fields.items() if v is not None})
     )
@@ -440,30 +529,35 @@ def _confirm(
     table: Path,
     folder: Path,
     common: Mapping[str, Any],
-    folds: str,
-    seeds: int,
 ) -> None:
-    """Run all winners and the documented settings with the same new seeds on the same folds; fill in the values they reach.
+    """Run all winners that were not with the same new seeds on the same folds; fill in the values they reach.
+
+    The documented settings are one of them.
 
     `max_concurrent` is of the searches: here nothing is timed.
     """
     from tune_app.driver.run import run_study
 
     config = {name: value for name, value in common["config"].items() if name not in DECIDED}
-    chosen: dict[str, dict[str, Scalar]] = {"documented": documented_after(config["epochs"])}
-    chosen |= {
-        f"{search['side']}-{search['repetition']}": search["overrides"]
+    new = {
+        f"{search['side']}-{search['repetition']}": search
         for search in result["searches"]
+        if not search["confirmed"]
     }
+    chosen: dict[str, dict[str, Scalar]] = {
+        name: search["overrides"] for name, search in new.items()
+    }
+    if not result["documented"]:
+        chosen = {"documented": documented_after(config["epochs"]), **chosen}
     spec = ablation_spec(
         table,
         {
             name: {k: v for k, v in overrides.items() if k not in config and k not in DECIDED}
             for name, overrides in chosen.items()
         },
-        seeds=seeds,
+        seeds=result["seeds"],
         first_seed=CONFIRMING_SEED,
-        folds=folds,
+        folds=result["folds"],
         config=config,
         **{name: common[name] for name in ("gpus_per_trial", "cache") if common[name] is not None},
     )
@@ -479,9 +573,10 @@ def _confirm(
             float(value) for value in confirmed.trials_full.loc[of_variant, "objective"].dropna()
         ]
 
-    result["documented"] = values("documented")
-    for search in result["searches"]:
-        search["confirmed"] = values(f"{search['side']}-{search['repetition']}")
+    if "documented" in chosen:
+        result["documented"] = values("documented")
+    for name, search in new.items():
+        search["confirmed"] = values(name)
 
 
 def efficiency_table(result: Mapping[str, Any]) -> Table:
@@ -506,6 +601,20 @@ def efficiency_table(result: Mapping[str, Any]) -> Table:
             "documented", "-", "-", "-", "-", "-", _range([float(np.mean(result["documented"]))])
         )
     return table
+
+
+def gain_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return a line for each side that medtune is compared with, in thousandths of AUC."""
+    return [
+        f"medtune over {gain['over']}: {1000 * gain['mean']:+.0f} thousandths "
+        + (
+            ""
+            if gain["low"] is None
+            else f"[{1000 * gain['low']:+.0f}, {1000 * gain['high']:+.0f}] "
+        )
+        + f"in {gain['pairs']} pairs, {gain['won']:.0%} won"
+        for gain in result["paired"]
+    ]
 
 
 def _range(values: list[float]) -> str:

@@ -1,6 +1,7 @@
 """`medtune bench`: speed, measured on this machine (`serve` is in `tune_app.cli.serve`)."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -314,7 +315,8 @@ def bench_efficiency_command(
         str, typer.Option("--sides", help="Some of random, plain, medtune.")
     ] = "random,plain,medtune",
     folds: Annotated[
-        str, typer.Option("--folds", help="Of the confirmation: all, numbers, or own.")
+        str,
+        typer.Option("--folds", help="Of the confirmation: all, numbers, or own; empty: none yet."),
     ] = "all",
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="Of the confirmation, on each fold.")
@@ -323,16 +325,28 @@ def bench_efficiency_command(
         float | None, typer.Option("--gpus-per-trial", help="On all sides.")
     ] = None,
     max_concurrent: ConcurrentOption = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            "--prior",
+            help="File that `bench prior` wrote, for medtune's side: the shipped prior has seen AdrenalMNIST3D.",
+        ),
+    ] = None,
     settings: SetOption = None,
     folder: Annotated[
         Path | None, typer.Option("--work", help="Folder to keep all studies in.")
     ] = None,
-    out_file: ResultOption = None,
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", help="JSON file of everything measured; it continues where it is."),
+    ] = None,
 ) -> None:
     """Compare random search, plain Ray Tune and medtune in the same time: their winners are run again."""
     import tempfile
 
-    from tune_app.bench.efficiency import bench_efficiency, efficiency_table
+    from trainables.data.json_files import read_json
+    from tune_app.bench.efficiency import bench_efficiency, efficiency_table, gain_lines
+    from tune_app.study.prior import prior_of_file
 
     with tempfile.TemporaryDirectory() as temporary:
         result = bench_efficiency(
@@ -349,10 +363,14 @@ def bench_efficiency_command(
             folds=folds,
             seeds=seeds,
             sides=sides.split(","),
+            prior=prior_of_file(prior) if prior else None,
+            earlier=read_json(out_file) if out_file and out_file.exists() else None,
             say=to_stderr,
             record=_recorder(out_file),
         )
     out.print(efficiency_table(result))
+    for line in gain_lines(result):
+        out.print(line)
 
 
 def _recorder(file: Path | None) -> Callable[[dict[str, Any]], object]:
@@ -481,8 +499,6 @@ def bench_record_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Record whole learning curves of random configurations, for `bench strategies` and for priors."""
-    import math
-
     from search_spaces.written import space_from
     from tune_app.bench.record import record_curves
     from tune_app.models.model import choose_device
@@ -507,6 +523,27 @@ def bench_record_command(
     )
     runs = table["trial"].nunique() if len(table) else 0
     out.print(f"{out_file}: {runs} runs, {len(table)} epochs", soft_wrap=True)
+
+
+@bench_app.command("prior")
+def bench_prior_command(
+    tables: Annotated[
+        list[Path],
+        typer.Argument(help="Parquet tables of whole curves, as `bench record` writes them."),
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="JSON file for `prior:` in study files.")],
+) -> None:
+    """Learn the effect of `backbone_lr` from recorded cohorts, for searches on another."""
+    from tune_app.backtest.tables import learn_prior, read_table
+    from tune_app.study.prior import prior_text
+
+    prior = learn_prior([read_table(path) for path in tables])
+    out_file.write_text(prior_text(prior), encoding="utf-8")
+    best = prior.log_rate[max(range(len(prior.lift)), key=prior.lift.__getitem__)]
+    out.print(
+        f"{out_file}: from {'; '.join(prior.provenance['learned_from'])}; best at a rate of {math.exp(best):.2g}",
+        soft_wrap=True,
+    )
 
 
 @bench_app.command("strategies")

@@ -46,10 +46,10 @@ from tune_app.driver.optuna_database import (
     sqlite_url,
 )
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles
+from tune_app.study.prior import Prior
 from tune_app.study.surrogate import (
     CANDIDATES,
     RATE,
-    Prior,
     Surrogate,
     axes_of,
     draw,

@@ -48,7 +48,6 @@ from tune_app.study.policy_spec import watching_only
 from tune_app.study.requests import TrialRequests, answered_requests
 from tune_app.study.rows import ENDED, read_rows
 from tune_app.study.spec import StudySpec
-from tune_app.study.surrogate import shipped_prior
 
 log = logging.getLogger("medtune.study")
 
@@ -286,7 +285,7 @@ class StudySession:
             metric=OBJECTIVES[self.spec.objective].column,
             storage=self.spec.storage or self.files.database,
             sampler=self.spec.sampler,
-            prior=shipped_prior() if self.spec.uses_prior else None,
+            prior=self.spec.used_prior,
             seed=self.spec.seed,
             warm_start=self.spec.warm_start,
             warm_start_from=self.spec.warm_start_from,

@@ -29,6 +29,7 @@ from trainables.data.storage import absolute, is_url
 from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
 from tune_app.study.policy_spec import FORMER_DEFAULTS, POLICIES, PolicySpec
+from tune_app.study.prior import Prior, prior_of_fields, prior_of_file, shipped_prior
 from tune_app.study.yaml_text import YamlError, load_yaml
 
 
@@ -78,9 +79,10 @@ class StudySpec(BaseModel):
     """Objective that gives the value of a trial; all objectives are maximised."""
     sampler: Literal["model", "tpe", "random", "qmc", "gp"] = "model"
     """How the next trial is chosen: model is medtune's own, the others are Optuna's."""
-    prior: bool = True
+    prior: bool | Prior = True
     """Whether the model starts from the effect of `backbone_lr` in recorded runs of other cohorts. It holds for runs from
-    random weights with Adam, and is left out in all others."""
+    random weights with Adam, and is left out in all others. A file that `medtune bench prior` wrote takes its place; the study
+    keeps its content."""
     warm_start: tuple[str, ...] | None = ()
     """Points tried first: any of `before`, `after`, `defaults`. None: all that are in the space."""
     warm_start_from: tuple[str, ...] = ()
@@ -138,6 +140,18 @@ class StudySpec(BaseModel):
                 )
             return POLICIES[value]
         return value
+
+    @field_validator("prior", mode="before")
+    @classmethod
+    def _read_prior(cls, value: object) -> object:
+        """The content of a file, so that a study holds all that it decides by."""
+        if isinstance(value, str | Path):
+            return prior_of_file(value)
+        if isinstance(value, Mapping):
+            return prior_of_fields(value)
+        if isinstance(value, bool | Prior):
+            return value
+        raise ValueError(f"{value!r}: true, false, or a file that `medtune bench prior` wrote")
 
     @field_validator("cache")
     @classmethod
@@ -219,11 +233,15 @@ class StudySpec(BaseModel):
         return build_config({**self.shared, **overrides})
 
     @property
-    def uses_prior(self) -> bool:
-        """Whether the model starts from the shipped prior."""
+    def used_prior(self) -> Prior | None:
+        """The prior that the model starts from: one of the user's own, or the shipped one where that holds."""
+        if self.sampler != "model" or self.prior is False:
+            return None
+        if self.prior is not True:
+            return self.prior
         config = build_config(self.config)
         holds = config.pretrained_path is None and config.optimizer == "adam"
-        return self.prior and self.sampler == "model" and holds
+        return shipped_prior() if holds else None
 
     def resolved_space(self) -> Space:
         """The space as an object; only searches have one."""
@@ -336,7 +354,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
     return absolute_paths(fields, path.parent)
 
 
-PATHS = ("data", "cache", "confirms", "pretrained_path")
+PATHS = ("data", "cache", "confirms", "pretrained_path", "prior")
 """Fields of a study, or of a trial's config, that hold one path."""
 
 
@@ -344,6 +362,8 @@ def paths_in(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return every path in the fields of a study, with its field: in its config, its written-out space and its plan as well."""
     found: list[tuple[str, str]] = []
     for name, value in fields.items():
+        if name == "prior" and not isinstance(value, str):
+            continue  # read already
         if name in (*PATHS, "warm_start_from"):
             found += [(name, text) for text in _texts(value)]
         elif isinstance(value, Mapping):

@@ -9,11 +9,9 @@ parameters together. Its mean is the effect of `backbone_lr` on other cohorts (`
 numpy only: the driver and the back-test of strategies both choose with it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,8 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from search_spaces.space import Parameter, Space
 from trainables.config import Scalar
+from tune_app.study.prior import Floats, Prior
 
-Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 RATE = "backbone_lr"
@@ -63,43 +61,6 @@ MOST_OBSERVED = 256
 
 CANDIDATES = 64
 """Random points among which the next trial is chosen; as many as the recorded tables had left, on which that was tested."""
-
-
-@dataclass(frozen=True)
-class Prior:
-    """The effect of the backbone's learning rate on other cohorts."""
-
-    log_rate: tuple[float, ...]
-    """Natural logarithms of rates, ascending."""
-    lift: tuple[float, ...]
-    """Logits of AUC above the mean of all rates; constant beyond both ends."""
-    provenance: Mapping[str, Any]
-    """Which recorded curves it was learned from, and how."""
-
-    def __call__(self, log_rates: Floats) -> Floats:
-        """Return the expected lift (n,) at natural logarithms of rates (n,)."""
-        return np.interp(log_rates, self.log_rate, self.lift)
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Return what `read_prior` reads."""
-        return {
-            "provenance": dict(self.provenance),
-            "log_rate": list(self.log_rate),
-            "lift": list(self.lift),
-        }
-
-
-def read_prior(text: str) -> Prior:
-    """Return the prior that is written as JSON in `text`."""
-    found = json.loads(text)
-    return Prior(tuple(found["log_rate"]), tuple(found["lift"]), found["provenance"])
-
-
-def shipped_prior() -> Prior:
-    """Return the prior in `prior.json`. It holds for runs from random weights with Adam."""
-    return read_prior(
-        resources.files(__package__).joinpath("prior.json").read_text(encoding="utf-8")
-    )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from tune_app.backtest.strategies import (
 from tune_app.backtest.tables import learn_prior, read_table
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
-from tune_app.study.surrogate import shipped_prior
+from tune_app.study.prior import shipped_prior
 from tune_app.study.tied import nearly_tied
 
 EPOCHS = 9

@@ -10,13 +10,14 @@ import optuna
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import ttest_rel
 from torch import Tensor
 
 from trainables import step as step_module
 from trainables.augment import augment_batch
 from trainables.config import build_config
 from tune_app.bench import efficiency as bench_efficiency_module
-from tune_app.bench.efficiency import bench_efficiency, efficiency_table
+from tune_app.bench.efficiency import bench_efficiency, efficiency_table, gain_lines
 from tune_app.bench.overhead import bench_overhead, overhead_table
 from tune_app.bench.ranks import bench_ranks, ranks_table
 from tune_app.bench.results import bench_results, results_line, results_table_of
@@ -213,7 +214,7 @@ def test_what_the_same_time_buys_is_judged_by_runs_of_its_own(
         assert 0 <= search["claimed"] <= 1
         assert {"max_m", "s", "ema_decay"} <= set(search["overrides"])
     assert len(result["documented"]) == 2, "one run on each fold"
-    confirming = load_study(tmp_path / "work" / "confirm")
+    confirming = load_study(next((tmp_path / "work").glob("sitting-*/confirm")))
     assert set(confirming.trials_full["seed"]) == {1000}
     assert set(confirming.trials_full["variant"]) == {
         "documented",
@@ -249,7 +250,7 @@ def test_repetitions_are_shared_out_over_the_visible_gpus(
     monkeypatch.setattr(
         module,
         "_study",
-        lambda side, c, p, s, number, environment: found(environment, side, number),
+        lambda side, c, p, s, number, environment, prior: found(environment, side, number),
     )
     monkeypatch.setattr(
         module, "_plain", lambda c, p, s, number, environment: found(environment, "plain", number)
@@ -273,6 +274,63 @@ def test_repetitions_are_shared_out_over_the_visible_gpus(
     assert sorted(seen[6:]) == [("medtune", 3, "6"), ("plain", 3, "6")]
     order = [(search["repetition"], search["side"]) for search in result["searches"]]
     assert order == [(number, side) for number in range(4) for side in ("plain", "medtune")]
+
+
+def test_a_comparison_goes_on_where_an_earlier_sitting_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that failed is made again, one that was not confirmed is confirmed, and no other is."""
+    searched: list[tuple[str, int]] = []
+    confirmed: list[str] = []
+
+    def found(side: str, number: int) -> dict[str, Any]:
+        searched.append((side, number))
+        if (side, number) == ("plain", 1) and searched.count(("plain", 1)) == 1:
+            raise SpecError("plain Ray Tune ended with 1")
+        return {"seconds": 1.0, "trials": 1, "epochs": 1, "claimed": 0.5, "overrides": {}}
+
+    def confirm(result: dict[str, Any], *_: Any) -> None:
+        for search in result["searches"]:
+            if not search["confirmed"]:
+                confirmed.append(f"{search['side']}-{search['repetition']}")
+                better = 0.02 if search["side"] == "medtune" else 0.0
+                search["confirmed"] = [0.8 + better + 0.01 * search["repetition"] * (better > 0)]
+
+    module = bench_efficiency_module
+    monkeypatch.setattr(module, "_study", lambda side, c, p, s, number, *_: found(side, number))
+    monkeypatch.setattr(module, "_plain", lambda c, p, s, number, e: found("plain", number))
+    monkeypatch.setattr(module, "_confirm", confirm)
+    table = write_cohort(tmp_path / "c", subjects=12, side=(14, 18))
+    kept: list[dict[str, Any]] = []
+
+    def sitting(**changed: Any) -> dict[str, Any]:
+        asked: dict[str, Any] = {
+            "seconds": 1, "repetitions": 2, "sides": ["plain", "medtune"],
+            "config": {"volume_shape": 16, "num_folds": 2},
+        }  # fmt: skip
+        earlier = json.loads(json.dumps(kept[-1])) if kept else None
+        return bench_efficiency(
+            table, tmp_path / "work", earlier=earlier, record=kept.append, **asked | changed
+        )
+
+    with pytest.raises(SpecError, match="plain Ray Tune ended with 1"):
+        sitting(folds="")
+    assert searched == [("plain", 0), ("medtune", 0), ("plain", 1), ("medtune", 1)]
+    result = sitting(folds="")
+    assert searched[4:] == [("plain", 1), ("medtune", 1)]
+    assert (result["paired"], confirmed) == ([], [])
+    result = sitting(repetitions=3)
+    assert searched[6:] == [("plain", 2), ("medtune", 2)]
+    assert sorted(confirmed) == [f"{s}-{n}" for s in ("medtune", "plain") for n in range(3)]
+    (gain,) = result["paired"]
+    wanted = ttest_rel([0.82, 0.83, 0.84], [0.8, 0.8, 0.8]).confidence_interval()
+    assert (gain["over"], gain["pairs"], gain["won"]) == ("plain", 3, 1.0)
+    assert (gain["mean"], gain["low"], gain["high"]) == pytest.approx((0.03, *wanted))
+    assert gain_lines(result) == [
+        "medtune over plain: +30 thousandths [+5, +55] in 3 pairs, 100% won"
+    ]
+    with pytest.raises(SpecError, match=r"of another comparison:[\s\S]*seconds 1, here 2"):
+        sitting(seconds=2)
 
 
 def test_a_side_is_known_or_the_search_is_not_begun(tmp_path: Path) -> None:

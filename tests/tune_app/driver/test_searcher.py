@@ -27,7 +27,7 @@ from trainables.objective import objective_value
 from tune_app.driver.optuna_database import STUDY_NAME, SearchError, sqlite_url
 from tune_app.driver.searcher import OptunaSearcher, trial_name
 from tune_app.study import surrogate
-from tune_app.study.surrogate import shipped_prior
+from tune_app.study.prior import shipped_prior
 
 ROOT = Path(__file__).parents[3]
 EPOCHS = 4

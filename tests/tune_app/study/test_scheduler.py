@@ -18,6 +18,7 @@ from tune_app.study.policy_spec import (
     PolicySpec,
     read_policy,
 )
+from tune_app.study.prior import shipped_prior
 from tune_app.study.spec import build_spec, recorded_spec
 
 PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}
@@ -435,12 +436,12 @@ def test_a_study_of_an_earlier_version_decides_as_it_would_have():
     fields = {"data": "/data/table.csv", "config": {"epochs": 60}}
     new = build_spec(fields)
     assert (new.sampler, new.warm_start, Policy(new.policy, 60).rungs) == ("model", (), [20, 60])
-    assert new.uses_prior
+    assert new.used_prior == shipped_prior()
     policy = {"halving": True, "grace_epochs": None, "compared": "best_median3"}
     old = recorded_spec({**fields, "policy": policy})
     assert (old.sampler, old.warm_start, old.policy.finalists) == ("tpe", None, 3)
     assert (old.policy.drw_guard_epochs, Policy(old.policy, 60).rungs) == (5, [6, 12, 24, 48])
-    assert not old.uses_prior
+    assert old.used_prior is None
     assert old.policy.judge_from == 0
     assert recorded_spec(new.model_dump(mode="json")) == new
 
@@ -468,6 +469,8 @@ def test_a_policy_of_an_unknown_name_is_told_with_those_there_are():
     [({}, True), ({"pretrained_path": "/weights.pth"}, False), ({"optimizer": "sgd"}, False)],
 )
 def test_the_prior_is_used_where_it_holds(config, uses):
-    assert build_spec({"data": "/data/table.csv", "config": config}).uses_prior is uses
-    assert not build_spec({"data": "/data/table.csv", "config": config, "prior": False}).uses_prior
-    assert not build_spec({"data": "/t.csv", "config": config, "sampler": "tpe"}).uses_prior
+    assert (
+        build_spec({"data": "/data/table.csv", "config": config}).used_prior is None
+    ) is not uses
+    for fields in ({"prior": False}, {"sampler": "tpe"}):
+        assert build_spec({"data": "/t.csv", "config": config, **fields}).used_prior is None

@@ -7,16 +7,14 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
 from search_spaces.spaces import SPACES
 from tune_app.study import surrogate as model
+from tune_app.study.prior import Prior, prior_text, read_prior, shipped_prior
 from tune_app.study.surrogate import (
     Axis,
-    Prior,
     Surrogate,
     axes_of,
     draw,
     logit,
     observed,
-    read_prior,
-    shipped_prior,
 )
 
 
@@ -206,6 +204,4 @@ def test_the_shipped_prior_names_its_source_and_is_best_where_runs_were():
     assert len(prior.provenance["learned_from"]) >= 4
     lift = prior(np.log([2e-5, 1e-4, 2.5e-4]))
     assert lift[0] < lift[1] < lift[2]
-    import json
-
-    assert read_prior(json.dumps(prior.to_mapping())) == prior
+    assert read_prior(prior_text(prior)) == prior
