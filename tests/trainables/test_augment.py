@@ -1,4 +1,6 @@
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trainables.augment import affine_batch, augment_batch, flip_batch
 
 
-def smooth_volume(shape=(12, 20, 15), seed=0) -> Tensor:
+def smooth_volume(shape: tuple[int, int, int] = (12, 20, 15), seed: int = 0) -> Tensor:
     """(1, 1, D, H, W), smooth enough that interpolation in other orders differs little."""
     noise = np.random.default_rng(seed).normal(size=shape)
     return torch.from_numpy(gaussian_filter(noise, 1.5)).float()[None, None]
@@ -24,7 +26,7 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def unchanged(num: int = 1) -> dict[str, Tensor]:
+def unchanged(num: int = 1) -> dict[str, Any]:
     return {
         "angles_B3": torch.zeros(num, 3),
         "scale_B": torch.ones(num),
@@ -32,15 +34,18 @@ def unchanged(num: int = 1) -> dict[str, Tensor]:
     }
 
 
-def scipy_affine(volume: Tensor, angles, scale, shift, spacing=(1.0, 1.0, 1.0)) -> np.ndarray:
+def scipy_affine(
+    volume: Tensor,
+    angles: Sequence[float],
+    scale: float,
+    shift: Sequence[float],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> np.ndarray:
     """The same change in float64, in millimetres: read each output voxel at R^-1 (x - shift) / scale."""
     array = volume[0, 0].double().numpy()
-    sides, spacing = np.array(array.shape), np.array(spacing)
+    sides, size = np.array(array.shape), np.array(spacing)
     matrix = (
-        np.diag(1 / spacing)
-        @ Rotation.from_euler("XYZ", angles).as_matrix().T
-        @ np.diag(spacing)
-        / scale
+        np.diag(1 / size) @ Rotation.from_euler("XYZ", angles).as_matrix().T @ np.diag(size) / scale
     )
     center = (sides - 1) / 2
     offset = center - matrix @ (center + np.array(shift) * sides)
@@ -62,7 +67,12 @@ def scipy_affine(volume: Tensor, angles, scale, shift, spacing=(1.0, 1.0, 1.0)) 
     ],
 )
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.8, 0.8)])
-def test_the_affine_is_that_of_scipy_on_a_volume_that_is_no_cube(angles, scale, shift, spacing):
+def test_the_affine_is_that_of_scipy_on_a_volume_that_is_no_cube(
+    angles: tuple[float, float, float],
+    scale: float,
+    shift: tuple[float, float, float],
+    spacing: tuple[float, float, float],
+) -> None:
     volume = smooth_volume()
     ours = affine_batch(
         volume,
@@ -79,7 +89,7 @@ def test_the_affine_is_that_of_scipy_on_a_volume_that_is_no_cube(angles, scale, 
 @pytest.mark.parametrize(
     "angles", [(0.3, 0.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.0, 0.3), (0.2, -0.15, 0.25)]
 )
-def test_a_rotation_is_that_of_monai(angles):
+def test_a_rotation_is_that_of_monai(angles: tuple[float, float, float]) -> None:
     volume = smooth_volume()
     ours = affine_batch(volume, **unchanged() | {"angles_B3": torch.tensor([angles])})
     # MONAI's matrix is the one it reads with: the rotation back
@@ -89,7 +99,9 @@ def test_a_rotation_is_that_of_monai(angles):
 
 
 @pytest.mark.parametrize(("axis", "plane"), [(0, (1, 2)), (1, (2, 0)), (2, (0, 1))])
-def test_a_positive_quarter_turn_leads_each_axis_to_the_next(axis, plane):
+def test_a_positive_quarter_turn_leads_each_axis_to_the_next(
+    axis: int, plane: tuple[int, int]
+) -> None:
     volume = torch.randn(1, 1, 9, 9, 9)
     angles = torch.zeros(1, 3)
     angles[0, axis] = math.pi / 2
@@ -98,7 +110,7 @@ def test_a_positive_quarter_turn_leads_each_axis_to_the_next(axis, plane):
     torch.testing.assert_close(ours, turned, atol=1e-4, rtol=0)
 
 
-def test_a_shift_of_whole_voxels_moves_content_to_higher_indices_and_continues_the_border():
+def test_a_shift_of_whole_voxels_moves_content_to_higher_indices_and_continues_the_border() -> None:
     volume = torch.randn(1, 1, 8, 10, 4)
     ours = affine_batch(volume, **unchanged() | {"shift_B3": torch.tensor([[2 / 8, -3 / 10, 0.0]])})
     torch.testing.assert_close(ours[:, :, 2:, :7], volume[:, :, :6, 3:], atol=1e-5, rtol=0)
@@ -107,14 +119,14 @@ def test_a_shift_of_whole_voxels_moves_content_to_higher_indices_and_continues_t
     )
 
 
-def test_a_scale_above_one_magnifies():
+def test_a_scale_above_one_magnifies() -> None:
     volume = torch.zeros(1, 1, 20, 20, 20)
     volume[:, :, 8:12, 8:12, 8:12] = 1
     ours = affine_batch(volume, **unchanged() | {"scale_B": torch.tensor([1.5])})
     assert ours.sum().item() == pytest.approx(1.5**3 * volume.sum().item(), rel=0.05)
 
 
-def test_each_volume_has_its_own_affine_and_channels_move_together():
+def test_each_volume_has_its_own_affine_and_channels_move_together() -> None:
     volumes = torch.cat([smooth_volume(seed=0), smooth_volume(seed=1)])
     volumes = torch.cat([volumes, 2 * volumes], dim=1)
     angles = torch.tensor([[0.2, 0.1, 0.0], [-0.1, 0.0, 0.3]])
@@ -125,7 +137,7 @@ def test_each_volume_has_its_own_affine_and_channels_move_together():
     torch.testing.assert_close(both[:, 1], 2 * both[:, 0])
 
 
-def test_coordinates_are_float32_under_autocast_and_for_half_precision_volumes():
+def test_coordinates_are_float32_under_autocast_and_for_half_precision_volumes() -> None:
     volumes = torch.randn(2, 1, 16, 20, 12).half()
     plain = augment_batch(volumes, strength=1.0, flip_axes="x", generator=generator(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -139,7 +151,7 @@ def test_coordinates_are_float32_under_autocast_and_for_half_precision_volumes()
 # Flips
 
 
-def test_flips_are_exact_and_each_letter_is_its_axis():
+def test_flips_are_exact_and_each_letter_is_its_axis() -> None:
     volumes = torch.randn(2, 1, 3, 4, 5)
     flipped = torch.tensor([[True, True, True], [False, False, False]])
     for letters, axes in (
@@ -155,7 +167,7 @@ def test_flips_are_exact_and_each_letter_is_its_axis():
         assert torch.equal(ours[1], volumes[1])
 
 
-def test_at_strength_zero_only_flips_are_left_and_they_take_half_of_the_volumes():
+def test_at_strength_zero_only_flips_are_left_and_they_take_half_of_the_volumes() -> None:
     volumes = torch.randn(400, 1, 2, 3, 2)
     ours = augment_batch(volumes, strength=0.0, flip_axes="y", generator=generator(3))
     same = (ours == volumes).flatten(1).all(1)
@@ -164,7 +176,7 @@ def test_at_strength_zero_only_flips_are_left_and_they_take_half_of_the_volumes(
     assert 150 < mirrored.sum() < 250
 
 
-def test_axes_are_flipped_independently_of_each_other():
+def test_axes_are_flipped_independently_of_each_other() -> None:
     volumes = torch.arange(8.0).view(1, 1, 2, 2, 2).expand(400, -1, -1, -1, -1)
     ours = augment_batch(volumes, strength=0.0, flip_axes="xyz", generator=generator(3))
     corners, counts = ours[:, 0, 0, 0, 0].unique(return_counts=True)
@@ -172,7 +184,7 @@ def test_axes_are_flipped_independently_of_each_other():
     assert counts.min() > 25
 
 
-def test_flips_do_not_depend_on_the_strength():
+def test_flips_do_not_depend_on_the_strength() -> None:
     volumes = torch.zeros(32, 1, 8, 8, 8)
     volumes[:, :, 4:] = 100.0
     only = augment_batch(volumes, strength=0.0, flip_axes="x", generator=generator(1))
@@ -180,7 +192,7 @@ def test_flips_do_not_depend_on_the_strength():
     assert torch.equal(only[:, 0, 7].mean((1, 2)) > 50, both[:, 0, 7].mean((1, 2)) > 50)
 
 
-def test_an_unknown_axis_is_refused():
+def test_an_unknown_axis_is_refused() -> None:
     with pytest.raises(ValueError, match="flip_axes='w': letters of x, y, z"):
         augment_batch(
             torch.zeros(1, 1, 2, 2, 2), strength=0.0, flip_axes="w", generator=generator(0)
@@ -190,7 +202,7 @@ def test_an_unknown_axis_is_refused():
 # All of it
 
 
-def test_switched_off_it_returns_the_batch_itself_and_draws_nothing():
+def test_switched_off_it_returns_the_batch_itself_and_draws_nothing() -> None:
     volumes = torch.randn(2, 1, 4, 4, 4)
     source = generator(0)
     before = source.get_state()
@@ -198,7 +210,7 @@ def test_switched_off_it_returns_the_batch_itself_and_draws_nothing():
     assert torch.equal(source.get_state(), before)
 
 
-def test_a_step_is_repeated_from_its_seed_alone_and_steps_differ():
+def test_a_step_is_repeated_from_its_seed_alone_and_steps_differ() -> None:
     volumes = torch.randn(3, 2, 10, 12, 8)
     original = volumes.clone()
     first = augment_batch(volumes, strength=1.0, flip_axes="xyz", generator=generator(7, 3, 11))
@@ -213,7 +225,7 @@ def test_a_step_is_repeated_from_its_seed_alone_and_steps_differ():
         )
 
 
-def test_volumes_of_a_batch_are_changed_differently():
+def test_volumes_of_a_batch_are_changed_differently() -> None:
     volumes = smooth_volume().expand(4, -1, -1, -1, -1)
     ours = augment_batch(volumes, strength=1.0, flip_axes="", generator=generator(0))
     assert ours.shape == volumes.shape
@@ -221,7 +233,7 @@ def test_volumes_of_a_batch_are_changed_differently():
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
-def test_intensity_and_noise_keep_to_their_ranges_and_use_them(strength):
+def test_intensity_and_noise_keep_to_their_ranges_and_use_them(strength: float) -> None:
     ones = torch.ones(300, 1, 6, 6, 6)  # resampling changes nothing here
     ours = augment_batch(ones, strength=strength, flip_axes="", generator=generator(0))
     gains, sigmas = ours.mean((1, 2, 3, 4)) - 1, ours.std((1, 2, 3, 4))
@@ -234,7 +246,7 @@ def test_intensity_and_noise_keep_to_their_ranges_and_use_them(strength):
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0])
-def test_shifts_and_scales_keep_to_their_ranges(strength):
+def test_shifts_and_scales_keep_to_their_ranges(strength: float) -> None:
     # Three ramps as channels: after the affine, their values around the center are where the center was read
     side = 21
     axis = torch.arange(side, dtype=torch.float32) - side // 2
@@ -274,7 +286,7 @@ def test_shifts_and_scales_keep_to_their_ranges(strength):
     assert 0.04 * strength * side < read_at < bound
 
 
-def test_it_reads_nothing_back_to_the_host():
+def test_it_reads_nothing_back_to_the_host() -> None:
     with FakeTensorMode():  # tensors without values: whatever looks at one raises
         volumes = torch.zeros(4, 1, 8, 9, 10)
         ours = augment_batch(volumes, strength=1.0, flip_axes="xyz", generator=torch.Generator())
@@ -283,10 +295,10 @@ def test_it_reads_nothing_back_to_the_host():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: captures a CUDA graph")
-def test_captured_augmentation_equals_the_eager_one_for_each_seed():
+def test_captured_augmentation_equals_the_eager_one_for_each_seed() -> None:
     volumes = torch.randn(6, 1, 32, 40, 24, device="cuda").half()
     source = torch.Generator("cuda")
-    options = {"strength": 1.0, "flip_axes": "xyz", "generator": source}
+    options: dict[str, Any] = {"strength": 1.0, "flip_axes": "xyz", "generator": source}
     augment_batch(volumes, **options)
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(source)
@@ -302,9 +314,12 @@ def test_captured_augmentation_equals_the_eager_one_for_each_seed():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: compares devices")
-def test_the_affine_is_the_same_on_the_gpu_under_autocast_and_tf32():
+def test_the_affine_is_the_same_on_the_gpu_under_autocast_and_tf32() -> None:
     volume = smooth_volume((48, 64, 32))
-    options = {"angles_B3": torch.tensor([[0.2, -0.3, 0.25]]), "scale_B": torch.tensor([0.9])}
+    options: dict[str, Any] = {
+        "angles_B3": torch.tensor([[0.2, -0.3, 0.25]]),
+        "scale_B": torch.tensor([0.9]),
+    }
     options["shift_B3"] = torch.tensor([[-0.05, 0.03, 0.01]])
     expected = affine_batch(volume, **options)
     before = torch.get_float32_matmul_precision()

@@ -110,7 +110,7 @@ def test_nothing_begins_that_cannot_run(tmp_path: Path) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=8, side=(14, 18))
     settings = {"volume_shape": 16, "batch_size": 1, "depth": 10, "width": 0.125, "num_folds": 2}
     search = build_spec({"data": str(table), "config": settings, "cache": str(tmp_path / "cache")})
-    variants = {"one": {"batch_size": 1}, "two": {"batch_size": 2}}
+    variants: dict[str, Any] = {"one": {"batch_size": 1}, "two": {"batch_size": 2}}
     ablation = ablation_spec(
         table,
         variants,

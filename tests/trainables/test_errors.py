@@ -22,7 +22,7 @@ LISTING = [
 
 
 @pytest.mark.parametrize(("module", "name"), LISTING)
-def test_errors_keep_their_problems_when_pickled(module, name):
+def test_errors_keep_their_problems_when_pickled(module: str, name: str) -> None:
     error = getattr(import_module(module), name)(["ab", "c"])
     assert isinstance(error, ProblemsError)
     copy = pickle.loads(pickle.dumps(error))
@@ -31,6 +31,6 @@ def test_errors_keep_their_problems_when_pickled(module, name):
     assert str(copy) == str(error) == "ab\nc"
 
 
-def test_one_problem_may_be_given_as_text():
+def test_one_problem_may_be_given_as_text() -> None:
     error = pickle.loads(pickle.dumps(ProblemsError("ab")))
     assert (error.problems, str(error)) == (["ab"], "ab")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections import deque
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def split_of(cohort: Cohort, *, every: int = 3) -> Split:
     return Split(np.setdiff1d(rows, val), val, rows[:0])
 
 
-def measured(result: EpochResult) -> dict[str, object]:
+def measured(result: EpochResult) -> dict[str, Any]:
     """The row without what depends on the clock; NaN as text, so that rows compare."""
     kept = {key: value for key, value in result.metrics.items() if key not in TIMES}
     return {
@@ -156,7 +157,11 @@ def test_an_epoch_equals_the_plain_loop(optimizer: str) -> None:
     ours = dict(run.network.named_parameters())
     for name, value in reference.named_parameters():
         torch.testing.assert_close(
-            ours[name], value, rtol=2e-3, atol=3e-6, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name],
+            value,
+            rtol=2e-3,
+            atol=3e-6,
+            msg=lambda text, name=name: f"{name}: {text}",  # type: ignore[misc]
         )
 
 
@@ -206,6 +211,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit() -> None:
     next(first)
     saved = io.BytesIO()
     torch.save(next(first).state(), saved)
+    assert isinstance(first, Generator)
     first.close()
     torch.manual_seed(999)  # whatever the process did in between
     torch.rand(7)
@@ -489,7 +495,7 @@ BEFORE = {
 }
 
 
-def collapse_run(**averaging: object) -> tuple[FineTuneConfig, list[dict[str, object]]]:
+def collapse_run(**averaging: object) -> tuple[FineTuneConfig, list[dict[str, Any]]]:
     cohort = ball_cohort(120, positive=36, side=20)
     config = build_config(BEFORE | averaging)
     return config, [
@@ -531,7 +537,7 @@ GPU_RUN = {
 
 
 def gpu_trajectory(
-    settings: dict[str, object], *, graphs: bool, at_once: int | None = None
+    settings: dict[str, Any], *, graphs: bool, at_once: int | None = None
 ) -> tuple[np.ndarray, Run]:
     """Losses of all steps: 6 full ones and a partial one an epoch; stages thaw in epoch 2, DRW begins in epoch 3."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -555,7 +561,7 @@ def test_captured_steps_equal_eager_ones_through_thawing_reweighting_and_partial
     optimizer: str, amp: str, tolerance: float
 ) -> None:
     """Same draws, so the same losses; rounding differs by the order of atomic sums and grows with the steps."""
-    settings: dict[str, object] = {"optimizer": optimizer, "amp": amp}
+    settings: dict[str, Any] = {"optimizer": optimizer, "amp": amp}
     eager, _ = gpu_trajectory(settings, graphs=False)
     captured, run = gpu_trajectory(settings, graphs=True)
     assert run.step.graph is not None
@@ -569,7 +575,7 @@ def test_captured_steps_equal_eager_ones_through_thawing_reweighting_and_partial
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_micro_batches_together_equal_one_after_the_other_on_a_gpu() -> None:
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "amp": "off",
         "dropout": 0.0,
         "augmentation_strength": 0,

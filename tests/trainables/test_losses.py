@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,15 @@ from trainables.losses import class_weights, drw_active, ldam_margins, logit_sca
 LOSSES = ("ldam", "cross_entropy", "focal")
 
 
-def float64_losses(logits, labels, *, loss, margins=None, s, focal_gamma=2.0) -> np.ndarray:
+def float64_losses(
+    logits: np.ndarray,
+    labels: Any,
+    *,
+    loss: str,
+    margins: Any = None,
+    s: float,
+    focal_gamma: float = 2.0,
+) -> np.ndarray:
     """The published formulas, sample by sample."""
     losses = []
     for z, y in zip(np.asarray(logits, np.float64), labels, strict=True):
@@ -29,7 +39,9 @@ def float64_losses(logits, labels, *, loss, margins=None, s, focal_gamma=2.0) ->
 
 @pytest.mark.parametrize("counts", [[180, 20], [20, 180], [7, 7], [1, 1000], [300, 40, 5]])
 @pytest.mark.parametrize("max_m", [0.2, 0.3, 0.5])
-def test_margins_are_the_fourth_root_law_with_the_largest_margin_at_the_rarest_class(counts, max_m):
+def test_margins_are_the_fourth_root_law_with_the_largest_margin_at_the_rarest_class(
+    counts: list[int], max_m: float
+) -> None:
     powers = [n**-0.25 for n in counts]
     expected = [max_m * power / max(powers) for power in powers]
     margins = ldam_margins(counts, max_m)
@@ -39,7 +51,7 @@ def test_margins_are_the_fourth_root_law_with_the_largest_margin_at_the_rarest_c
     assert margins[int(np.argmin(counts))] == margins.max()
 
 
-def test_a_worked_margin():
+def test_a_worked_margin() -> None:
     # 9 times as many samples: a margin smaller by the fourth root of 9, which is the root of 3
     np.testing.assert_allclose(ldam_margins([180, 20], 0.3), [0.3 / math.sqrt(3), 0.3], rtol=1e-6)
 
@@ -53,18 +65,24 @@ def test_a_worked_margin():
         ([50, 50], 0.9999, [1.0, 1.0]),
     ],
 )
-def test_class_weights_have_their_worked_values(counts, beta, expected):
+def test_class_weights_have_their_worked_values(
+    counts: list[int], beta: float, expected: list[float]
+) -> None:
     """As published they sum to the number of classes."""
     published = class_weights(counts, beta, mean_over="classes")
     np.testing.assert_allclose(published, expected, atol=6e-4)
     np.testing.assert_allclose(
-        class_weights(counts, beta), expected / np.average(expected, weights=counts), rtol=6e-3
+        class_weights(counts, beta),
+        np.array(expected) / np.average(expected, weights=counts),
+        rtol=6e-3,
     )
 
 
 @pytest.mark.parametrize("counts", [[180, 20], [3, 900, 41], [1, 1, 1, 5]])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.9999, 1 - 1e-12])
-def test_class_weights_follow_the_effective_number_and_have_mean_1_over_the_samples(counts, beta):
+def test_class_weights_follow_the_effective_number_and_have_mean_1_over_the_samples(
+    counts: list[int], beta: float
+) -> None:
     weights, published = (
         class_weights(counts, beta),
         class_weights(counts, beta, mean_over="classes"),
@@ -83,13 +101,13 @@ def test_class_weights_follow_the_effective_number_and_have_mean_1_over_the_samp
 @pytest.mark.parametrize(
     "make", [lambda n: ldam_margins(n, 0.2), lambda n: class_weights(n, 0.9999)]
 )
-def test_a_class_without_a_training_sample_is_an_error(make):
+def test_a_class_without_a_training_sample_is_an_error(make: Callable[[list[int]], object]) -> None:
     with pytest.raises(ValueError, match=r"\[12, 0, 3\]: class 1 has no training sample"):
         make([12, 0, 3])
 
 
 @pytest.mark.parametrize("beta", [1.0, -0.1, math.nan])
-def test_a_beta_outside_its_range_is_an_error(beta):
+def test_a_beta_outside_its_range_is_an_error(beta: float) -> None:
     with pytest.raises(ValueError, match="0 <= beta < 1"):
         class_weights([3, 4], beta)
 
@@ -98,7 +116,9 @@ def test_a_beta_outside_its_range_is_an_error(beta):
     ("epoch", "start", "active"),
     [(1, 1, True), (24, 25, False), (25, 25, True), (60, 25, True), (60, 61, False)],
 )
-def test_deferred_weights_begin_in_the_named_epoch_counted_from_one(epoch, start, active):
+def test_deferred_weights_begin_in_the_named_epoch_counted_from_one(
+    epoch: int, start: int, active: bool
+) -> None:
     assert drw_active(epoch, start) is active
 
 
@@ -113,7 +133,7 @@ def test_deferred_weights_begin_in_the_named_epoch_counted_from_one(epoch, start
         ("focal", "linear", 1.0),
     ],
 )
-def test_logits_are_scaled_under_ldam_and_under_cosines(loss, head, scale):
+def test_logits_are_scaled_under_ldam_and_under_cosines(loss: str, head: str, scale: float) -> None:
     assert logit_scale(loss, head, 15.0) == scale
 
 
@@ -123,12 +143,12 @@ def test_logits_are_scaled_under_ldam_and_under_cosines(loss, head, scale):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("num_classes", [2, 5])
 @pytest.mark.parametrize("s", [1.0, 20.0])
-def test_losses_equal_the_float64_formula(loss, num_classes, s):
+def test_losses_equal_the_float64_formula(loss: str, num_classes: int, s: float) -> None:
     random = np.random.default_rng(0)
     logits = random.uniform(-1, 1, (64, num_classes)).astype(np.float32)
     labels = random.integers(0, num_classes, 64)
     margins = ldam_margins(random.integers(1, 300, num_classes), 0.3)
-    options = {"loss": loss, "s": s, "focal_gamma": 2.0}
+    options: dict[str, Any] = {"loss": loss, "s": s, "focal_gamma": 2.0}
     ours = sample_losses(
         torch.from_numpy(logits), torch.from_numpy(labels), margins=margins, **options
     )
@@ -141,7 +161,7 @@ def test_losses_equal_the_float64_formula(loss, num_classes, s):
     )
 
 
-def test_a_worked_ldam_loss():
+def test_a_worked_ldam_loss() -> None:
     # cosines .5 and .1, label 0, margin .2, s 15: log(1 + exp(15 * (.1 - (.5 - .2))))
     loss = sample_losses(
         torch.tensor([[0.5, 0.1]]),
@@ -153,7 +173,7 @@ def test_a_worked_ldam_loss():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-3.0)), rel=1e-5)
 
 
-def test_focal_loss_with_gamma_zero_is_cross_entropy():
+def test_focal_loss_with_gamma_zero_is_cross_entropy() -> None:
     logits, labels = torch.randn(32, 3), torch.randint(3, (32,))
     focal = sample_losses(logits, labels, loss="focal", s=2.0, focal_gamma=0.0)
     torch.testing.assert_close(focal, F.cross_entropy(2 * logits, labels, reduction="none"))
@@ -161,18 +181,21 @@ def test_focal_loss_with_gamma_zero_is_cross_entropy():
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("gap", [0.0, 8.0, 20.0, 1e4])
-def test_focal_loss_and_gradient_stay_finite_when_the_probability_rounds_to_one(gamma, gap):
+def test_focal_loss_and_gradient_stay_finite_when_the_probability_rounds_to_one(
+    gamma: float, gap: float
+) -> None:
     logits = torch.tensor([[gap, 0.0], [-gap, 0.0]], requires_grad=True)
     losses = sample_losses(logits, torch.tensor([0, 0]), loss="focal", s=1.0, focal_gamma=gamma)
     losses.sum().backward()
     assert torch.isfinite(losses).all()
+    assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_all_arithmetic_is_float32_whatever_arrives_and_whatever_autocast_says(loss):
+def test_all_arithmetic_is_float32_whatever_arrives_and_whatever_autocast_says(loss: str) -> None:
     logits, labels = torch.randn(16, 2).bfloat16(), torch.randint(2, (16,))
-    options = {"loss": loss, "margins": ldam_margins([9, 1], 0.3), "s": 15.0}
+    options: dict[str, Any] = {"loss": loss, "margins": ldam_margins([9, 1], 0.3), "s": 15.0}
     expected = sample_losses(logits.float(), labels, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = sample_losses(logits, labels, **options)
@@ -182,7 +205,9 @@ def test_all_arithmetic_is_float32_whatever_arrives_and_whatever_autocast_says(l
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_logit_that_is_not_finite_makes_only_its_own_loss_not_finite(loss, bad):
+def test_a_logit_that_is_not_finite_makes_only_its_own_loss_not_finite(
+    loss: str, bad: float
+) -> None:
     logits = torch.zeros(3, 2)
     logits[1, 0] = bad
     losses = sample_losses(
@@ -191,7 +216,7 @@ def test_a_logit_that_is_not_finite_makes_only_its_own_loss_not_finite(loss, bad
     assert torch.isfinite(losses).tolist() == [True, False, True]
 
 
-def test_an_unknown_loss_and_ldam_without_margins_say_what_to_do():
+def test_an_unknown_loss_and_ldam_without_margins_say_what_to_do() -> None:
     logits, labels = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match=r"'hinge'.*'ldam', 'cross_entropy' or 'focal'"):
         sample_losses(logits, labels, loss="hinge", s=1.0)
@@ -215,14 +240,15 @@ def step_gradient(
         part = (weights[y] * losses).sum() / len(labels)
         part.backward()
         total += part.detach()
-    return total, torch.cat([p.grad.flatten() for p in network.parameters()])
+    gradients = [p.grad for p in network.parameters()]
+    return total, torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sizes", [[6, 6], [1] * 12, [11, 1], [1, 2, 3, 6], [5, 5, 2], [10, 2]])
 def test_the_weighted_loss_of_a_step_is_the_same_however_it_is_split_into_micro_batches(
-    loss, sizes
-):
+    loss: str, sizes: list[int]
+) -> None:
     torch.manual_seed(0)
     inputs, labels = (
         torch.randn(12, 8),
@@ -235,7 +261,7 @@ def test_the_weighted_loss_of_a_step_is_the_same_however_it_is_split_into_micro_
     torch.testing.assert_close(split_gradient, whole_gradient, atol=1e-6, rtol=1e-6)
 
 
-def test_a_micro_batch_of_one_class_keeps_its_weight_where_a_weighted_mean_loses_it():
+def test_a_micro_batch_of_one_class_keeps_its_weight_where_a_weighted_mean_loses_it() -> None:
     logits, labels = torch.randn(6, 2), torch.ones(6, dtype=torch.long)
     weights = class_weights([180, 20], 0.9999)
     plain = F.cross_entropy(logits, labels)
@@ -248,20 +274,21 @@ def test_a_micro_batch_of_one_class_keeps_its_weight_where_a_weighted_mean_loses
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_read_nothing_back_to_the_host(loss):
+def test_losses_read_nothing_back_to_the_host(loss: str) -> None:
     # tensors of the meta device have no values: whatever looks at one raises
     logits = torch.zeros(6, 2, device="meta", requires_grad=True)
     labels = torch.zeros(6, dtype=torch.long, device="meta")
     margins, weights = torch.zeros(2, device="meta"), torch.ones(2, device="meta")
     losses = sample_losses(logits, labels, loss=loss, margins=margins, s=15.0)
     (weights[labels] * losses).sum().backward()
+    assert logits.grad is not None
     assert logits.grad.shape == (6, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: captures a CUDA graph")
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_captured_loss_follows_class_weights_overwritten_in_place(loss):
+def test_a_captured_loss_follows_class_weights_overwritten_in_place(loss: str) -> None:
     logits = torch.randn(12, 2, device="cuda", dtype=torch.float16, requires_grad=True)
     labels = torch.randint(2, (12,), device="cuda")
     margins, weights = ldam_margins([9, 3], 0.2).cuda(), torch.ones(2, device="cuda")

@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("decimals", [None, 1, 0])
 @pytest.mark.parametrize("seed", range(4))
-def test_two_class_metrics_equal_those_of_scikit_learn(seed, decimals):
+def test_two_class_metrics_equal_those_of_scikit_learn(seed: int, decimals: int | None) -> None:
     logits, labels = cohort(seed=seed, decimals=decimals)
     scale = 3.7
     ours = score_metrics(logits, labels, scale=scale)
@@ -65,7 +66,7 @@ def test_two_class_metrics_equal_those_of_scikit_learn(seed, decimals):
 
 
 @pytest.mark.parametrize("classes", [3, 5])
-def test_metrics_of_more_classes_equal_those_of_scikit_learn(classes):
+def test_metrics_of_more_classes_equal_those_of_scikit_learn(classes: int) -> None:
     logits, labels = cohort(200, classes, seed=classes)
     scale = 2.0
     ours = score_metrics(logits, labels, scale=scale)
@@ -92,7 +93,9 @@ def test_metrics_of_more_classes_equal_those_of_scikit_learn(classes):
         lambda rows: 0 < sum(label for _, label in rows) < len(rows)
     )
 )
-def test_ranking_metrics_equal_scikit_learn_on_any_scores_with_ties(rows):
+def test_ranking_metrics_equal_scikit_learn_on_any_scores_with_ties(
+    rows: list[tuple[int, bool]],
+) -> None:
     scores, labels = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
     ours = score_metrics(np.stack([0 * scores, scores], axis=1), labels, scale=1.0)
     assert ours["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
@@ -111,7 +114,7 @@ def test_ranking_metrics_equal_scikit_learn_on_any_scores_with_ties(rows):
         assert ours["auc_low"] < ours["auc"] < ours["auc_high"]
 
 
-def test_calibration_error_is_the_weighted_gap_in_fifteen_bins():
+def test_calibration_error_is_the_weighted_gap_in_fifteen_bins() -> None:
     logits, labels = cohort(300, 3, seed=5)
     p = softmax(logits.astype(np.float64))
     confidence, correct = p.max(axis=1), p.argmax(axis=1) == labels
@@ -123,7 +126,7 @@ def test_calibration_error_is_the_weighted_gap_in_fifteen_bins():
     assert score_metrics(logits, labels, scale=1.0)["ece"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_worked_values_of_a_small_cohort():
+def test_worked_values_of_a_small_cohort() -> None:
     # scores -2, -1, -1, 1, 3 with labels 0, 0, 1, 0, 1: pairs 2/2, 1.5/2 ... of six: (0.5 + 1 + 0 + 3) / 6
     logits = np.array([[0, -2], [0, -1], [0, -1], [0, 1], [0, 3]], dtype=np.float32)
     ours = score_metrics(logits, [0, 0, 1, 0, 1], scale=1.0)
@@ -139,8 +142,8 @@ def test_worked_values_of_a_small_cohort():
 
 @pytest.mark.parametrize(("negatives", "sensitivity"), [(9, 0.0), (10, 0.5), (19, 0.5), (20, 1.0)])
 def test_ninety_per_cent_specificity_allows_one_false_positive_in_ten_and_includes_the_limit(
-    negatives, sensitivity
-):
+    negatives: int, sensitivity: float
+) -> None:
     # ranked from the top: negative, positive, negative, positive, and the other negatives below
     scores = np.array([5, 3, *np.linspace(-1, -2, negatives - 2), 4, 2])
     labels = np.repeat([0, 1], [negatives, 2])
@@ -148,7 +151,7 @@ def test_ninety_per_cent_specificity_allows_one_false_positive_in_ten_and_includ
     assert ours["sensitivity_at_90_specificity"] == sensitivity
 
 
-def test_of_equally_good_thresholds_the_one_nearest_to_argmax_is_taken():
+def test_of_equally_good_thresholds_the_one_nearest_to_argmax_is_taken() -> None:
     logits = np.array([[0, -9], [0, -6], [0, -5], [0, 4]], dtype=np.float32)
     # -6 (positive) and 4 (positive) around -5 and -9 (negatives): cutting at -7.5 or at -0.5 is equally good
     assert score_metrics(logits, [0, 1, 0, 1], scale=1.0)["threshold"] == pytest.approx(-0.5)
@@ -157,12 +160,12 @@ def test_of_equally_good_thresholds_the_one_nearest_to_argmax_is_taken():
 # The interval
 
 
-def interval_by_formula(scores, labels, z=1.959964):
-    """The score interval from all pairs, its ends by a root finder."""
+def interval_by_formula(scores: np.ndarray, labels: np.ndarray, z: float = 1.959964) -> list[float]:
+    """The AUC and its score interval from all pairs, its ends by a root finder."""
     v10, v01, auc = delong_by_pairs(scores, labels)
     rarer, other = sorted((len(v10), len(v01)))
 
-    def expected(t):
+    def expected(t: float) -> float:
         q1, q2 = t / (2 - t) - t * t, 2 * t * t / (1 + t) - t * t
         spread = t * (1 - t) + (other - 1) * max(q1, q2) + (rarer - 1) * min(q1, q2)
         return spread / (rarer * other)
@@ -185,7 +188,9 @@ def interval_by_formula(scores, labels, z=1.959964):
 
 @pytest.mark.parametrize("decimals", [None, 0])
 @pytest.mark.parametrize("count", [24, 90])
-def test_the_interval_holds_what_its_own_expected_error_reconciles_with_the_auc(decimals, count):
+def test_the_interval_holds_what_its_own_expected_error_reconciles_with_the_auc(
+    decimals: int | None, count: int
+) -> None:
     logits, labels = cohort(count, seed=3, decimals=decimals)
     scores = ranking_scores(logits, scale=1.0)
     ours = auc_interval(scores, labels)
@@ -197,7 +202,7 @@ def test_the_interval_holds_what_its_own_expected_error_reconciles_with_the_auc(
 
 @pytest.mark.parametrize("positives", [1, 2, 3, 5, 10, 20])
 @pytest.mark.parametrize("auc", [0.5, 0.8, 0.98])
-def test_the_interval_holds_the_true_auc_with_few_positives(positives, auc):
+def test_the_interval_holds_the_true_auc_with_few_positives(positives: int, auc: float) -> None:
     """DeLong's on the AUC's own scale does in 77 % of the cases with 2 positives at an AUC of .5."""
     random = np.random.default_rng(positives)
     labels = np.repeat([0, 1], [40, positives])
@@ -210,7 +215,7 @@ def test_the_interval_holds_the_true_auc_with_few_positives(positives, auc):
     assert hits >= binom.ppf(0.001, draws, 0.93)
 
 
-def test_positives_and_negatives_and_the_order_change_places():
+def test_positives_and_negatives_and_the_order_change_places() -> None:
     logits, labels = cohort(40, seed=5)
     scores = ranking_scores(logits, scale=1.0)
     ours = auc_interval(scores, labels)
@@ -222,7 +227,7 @@ def test_positives_and_negatives_and_the_order_change_places():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_interval_agrees_with_a_bootstrap(classes):
+def test_the_interval_agrees_with_a_bootstrap(classes: int) -> None:
     logits, labels = cohort(300, classes, seed=7, signal=0.8)
     scores = ranking_scores(logits, scale=1.0)
     random = np.random.default_rng(0)
@@ -237,7 +242,7 @@ def test_the_interval_agrees_with_a_bootstrap(classes):
     )
 
 
-def test_two_classes_given_as_one_against_the_rest_have_the_same_interval():
+def test_two_classes_given_as_one_against_the_rest_have_the_same_interval() -> None:
     logits, labels = cohort(80, seed=2)
     scores = ranking_scores(logits, scale=1.0)
     np.testing.assert_allclose(
@@ -247,7 +252,7 @@ def test_two_classes_given_as_one_against_the_rest_have_the_same_interval():
     )
 
 
-def test_the_interval_holds_the_true_auc_about_95_times_in_a_hundred():
+def test_the_interval_holds_the_true_auc_about_95_times_in_a_hundred() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1], [80, 20])
     shift = 1.1902  # of two unit normals with AUC .8
@@ -258,7 +263,7 @@ def test_the_interval_holds_the_true_auc_about_95_times_in_a_hundred():
     assert 930 <= hits <= 985
 
 
-def test_shuffled_labels_have_an_auc_of_one_half_within_the_interval():
+def test_shuffled_labels_have_an_auc_of_one_half_within_the_interval() -> None:
     logits, labels = cohort(150, seed=11, signal=2.0)
     random = np.random.default_rng(0)
     hits = 0
@@ -272,12 +277,16 @@ def test_shuffled_labels_have_an_auc_of_one_half_within_the_interval():
     ("auc", "positives", "negatives", "error"),
     [(0.72, 4, 36, 0.151), (0.72, 10, 30, 0.101), (0.72, 20, 80, 0.069), (0.72, 50, 200, 0.044)],
 )
-def test_the_error_to_expect_has_its_published_values(auc, positives, negatives, error):
+def test_the_error_to_expect_has_its_published_values(
+    auc: float, positives: int, negatives: int, error: float
+) -> None:
     assert hanley_mcneil_error(auc, positives, negatives) == pytest.approx(error, abs=6e-4)
 
 
 @pytest.mark.parametrize(("positives", "negatives"), [(1, 1), (1, 30), (4, 36), (50, 200)])
-def test_perfect_separation_and_equal_scores_have_an_interval_of_some_width(positives, negatives):
+def test_perfect_separation_and_equal_scores_have_an_interval_of_some_width(
+    positives: int, negatives: int
+) -> None:
     labels = np.repeat([0, 1], [negatives, positives])
     perfect = auc_interval(labels.astype(float), labels)
     assert perfect.auc == perfect.high == 1
@@ -291,7 +300,7 @@ def test_perfect_separation_and_equal_scores_have_an_interval_of_some_width(posi
     assert constant.high > 0.54
 
 
-def test_perfect_separation_of_three_classes_is_as_uncertain_as_they_are_in_the_mean():
+def test_perfect_separation_of_three_classes_is_as_uncertain_as_they_are_in_the_mean() -> None:
     labels = np.repeat([0, 1, 2], [30, 20, 4])
     ours = auc_interval(np.eye(3)[labels] + np.linspace(0, 0.1, 54)[:, None], labels)
     assert ours.auc == ours.high == 1
@@ -305,7 +314,9 @@ def test_perfect_separation_of_three_classes_is_as_uncertain_as_they_are_in_the_
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rows", [[3], slice(None)])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_scores_that_are_not_finite_never_become_a_number(bad, rows, classes):
+def test_scores_that_are_not_finite_never_become_a_number(
+    bad: float, rows: Any, classes: int
+) -> None:
     logits, labels = cohort(50, classes)
     logits[rows, 0] = bad
     ours = score_metrics(logits, labels, scale=15.0)
@@ -316,7 +327,9 @@ def test_scores_that_are_not_finite_never_become_a_number(bad, rows, classes):
 
 
 @pytest.mark.parametrize(("classes", "present"), [(2, [0]), (2, [1]), (3, [0, 2])])
-def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(classes, present):
+def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(
+    classes: int, present: list[int]
+) -> None:
     logits, _ = cohort(40, classes)
     labels = np.resize(present, 40)
     ours = score_metrics(logits, labels, scale=1.0)
@@ -326,7 +339,7 @@ def test_without_a_class_every_ranking_metric_is_nan_and_the_others_stay(classes
     assert math.isnan(auc_interval(ranking_scores(logits, scale=1.0), labels).auc)
 
 
-def test_no_samples_have_no_metrics():
+def test_no_samples_have_no_metrics() -> None:
     assert all(
         math.isnan(value) for value in score_metrics(np.zeros((0, 2)), [], scale=1.0).values()
     )
@@ -343,7 +356,9 @@ def test_no_samples_have_no_metrics():
         (np.zeros(3), [0, 1, 0], "C >= 2"),
     ],
 )
-def test_input_that_does_not_fit_is_named(logits, labels, message):
+def test_input_that_does_not_fit_is_named(
+    logits: np.ndarray, labels: list[float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         score_metrics(logits, labels, scale=1.0)
 
@@ -352,7 +367,9 @@ def test_input_that_does_not_fit_is_named(logits, labels, message):
 
 
 @pytest.mark.parametrize("shift", [150.0, -150.0, 0.0])
-def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_is_the_same(shift):
+def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_is_the_same(
+    shift: float,
+) -> None:
     logits, labels = cohort(200, seed=4, signal=1.0)
     healthy = score_metrics(logits, labels, scale=1.0)
     saturated_logits = logits * np.float32(20 if shift else 200)
@@ -370,7 +387,7 @@ def test_the_auc_from_probabilities_falls_where_logits_saturate_and_the_ranking_
         assert saturated["auc"] - saturated["auc_probability"] > 0.05
 
 
-def test_a_healthy_cosine_head_raises_no_alarm():
+def test_a_healthy_cosine_head_raises_no_alarm() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1], [80, 20])
     cosine = np.clip(0.3 * (2 * labels - 1) + 0.15 * random.normal(size=100), -0.4, 0.4)
@@ -379,7 +396,7 @@ def test_a_healthy_cosine_head_raises_no_alarm():
     assert ours["auc"] - ours["auc_probability"] < 0.002
 
 
-def test_the_saturation_alarm_of_more_classes_falls_too():
+def test_the_saturation_alarm_of_more_classes_falls_too() -> None:
     logits, labels = cohort(200, 3, seed=4)
     logits = logits * np.float32(20) + np.array([300, 0, 0], np.float32)
     ours = score_metrics(logits, labels, scale=1.0)
@@ -387,7 +404,7 @@ def test_the_saturation_alarm_of_more_classes_falls_too():
     assert ours["auc_probability"] < 0.55
 
 
-def test_ranking_does_not_depend_on_the_scale_of_two_class_logits_however_large():
+def test_ranking_does_not_depend_on_the_scale_of_two_class_logits_however_large() -> None:
     logits, labels = cohort(100, seed=9)
     small = score_metrics(logits, labels, scale=1e-6)
     large = score_metrics(logits, labels, scale=1e30)
@@ -398,7 +415,7 @@ def test_ranking_does_not_depend_on_the_scale_of_two_class_logits_however_large(
 
 
 @pytest.mark.parametrize("scale", [15.0, 13.371, 1e-3])
-def test_equal_logit_differences_are_ties_at_any_scale(scale):
+def test_equal_logit_differences_are_ties_at_any_scale(scale: float) -> None:
     logits = np.random.default_rng(0).integers(-40, 40, (200, 2)).astype(np.float32) / 8
     tied = np.unique(logits[:, 1] - logits[:, 0])
     assert len(np.unique(ranking_scores(logits, scale=scale))) == len(tied)
@@ -407,16 +424,16 @@ def test_equal_logit_differences_are_ties_at_any_scale(scale):
 # Input
 
 
-def test_tensors_of_any_type_arrays_and_lists_give_the_same_metrics():
-    logits, labels = cohort(60, decimals=1)
-    logits = torch.from_numpy(logits).bfloat16()
+def test_tensors_of_any_type_arrays_and_lists_give_the_same_metrics() -> None:
+    values, labels = cohort(60, decimals=1)
+    logits = torch.from_numpy(values).bfloat16()
     expected = score_metrics(logits.float().numpy(), labels, scale=2.0)
     for variant in (logits, logits.double().requires_grad_(), logits.tolist()):
         ours = score_metrics(variant, torch.from_numpy(labels), scale=2.0)
         np.testing.assert_equal(ours, expected)
 
 
-def test_metrics_load_no_torch():
+def test_metrics_load_no_torch() -> None:
     code = (
         "import sys, trainables.metrics; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )

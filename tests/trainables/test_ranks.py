@@ -19,9 +19,9 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.multiprocessing.spawn import start_processes
 
 from trainables import ranks
 from trainables.config import FineTuneConfig, build_config
@@ -31,7 +31,7 @@ from trainables.data.volumes import prepare_cohort
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
 from trainables.network.model import Classifier
-from trainables.rank_actors import _Rank, rank_processes
+from trainables.rank_actors import Position, _Rank, rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
 from tune_app.synthetic import write_cohort
@@ -63,7 +63,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def run_rank(
-    rank: int, world: int, config: FineTuneConfig, table: str, cohort: str, meeting: str, out: str
+    rank: int, world: int, config: FineTuneConfig, table: Path, cohort: str, meeting: str, out: str
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
@@ -108,7 +108,7 @@ def test_ranks_equal_one_on_the_same_global_batch(
     world: int, subjects: int, tmp_path: Path
 ) -> None:
     """Micro-batches of 3 over all ranks, and over one with as many accumulation steps: a partial last step included."""
-    table = str(write_cohort(tmp_path / "c", subjects=subjects, side=(14, 18)))
+    table = write_cohort(tmp_path / "c", subjects=subjects, side=(14, 18))
     each = 2 if world == 2 else 1
     alone = build_config(SETTINGS | {"gradient_accumulation_steps": each * world})
     shared = build_config(SETTINGS | {"gradient_accumulation_steps": each})
@@ -119,7 +119,7 @@ def test_ranks_equal_one_on_the_same_global_batch(
     assert len(split.train) % (3 * each * world), "shards must be uneven"
     assert len(split.val) % world, "the last validation volumes must be padded for some ranks"
     *_, one = finetune(alone, data, split)
-    mp.start_processes(
+    start_processes(
         run_rank,
         (world, shared, table, cohort, str(tmp_path / "meeting"), str(tmp_path)),
         nprocs=world,
@@ -202,7 +202,7 @@ def sum_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 
 def test_gradients_are_the_sum_over_ranks_whatever_the_buckets(tmp_path: Path) -> None:
     """Over the last micro-batch only, with frozen parameters left out and thawed ones in."""
-    mp.start_processes(
+    start_processes(
         sum_gradients, (2, str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="spawn"
     )
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["0.done", "1.done"]
@@ -222,6 +222,11 @@ class Convolutions(torch.nn.Sequential):
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     torch.manual_seed(0)
@@ -232,7 +237,7 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
     wrapped(
         volumes
     ).square().sum().backward()  # the oracle: its hook divides by the ranks, a power of two
-    halves = [parameter.grad.clone() for parameter in wrapped.parameters()]
+    halves = [gradient_of(parameter).clone() for parameter in wrapped.parameters()]
     del wrapped  # as its group's last owner it would wait, holding the interpreter, for a thread that needs that, too
     gc.collect()
     whole = copy.deepcopy(network)
@@ -246,18 +251,19 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
         summing.remove()
         rounded = 0
         for ours, half, full in zip(network.parameters(), halves, whole.parameters(), strict=True):
-            assert ours.grad.dtype == torch.float32
-            assert ours.grad.stride() == ours.stride()
+            summed = gradient_of(ours)
+            assert summed.dtype == torch.float32
+            assert summed.stride() == ours.stride()
             if ours.dim() == 5:
-                torch.testing.assert_close(ours.grad, world * half, rtol=0, atol=1e-6)
-                rounded += not torch.equal(ours.grad, full.grad)
+                torch.testing.assert_close(summed, world * half, rtol=0, atol=1e-6)
+                rounded += not torch.equal(summed, gradient_of(full))
             else:
-                assert torch.equal(ours.grad, full.grad)
+                assert torch.equal(summed, gradient_of(full))
         assert rounded == 2
     network.zero_grad()
     with GradientSum(network.parameters(), convolutions_as=torch.float16).over(last=True):
         (network(volumes).square().sum() * (1e6 if rank else 1.0)).backward()
-    assert not all(parameter.grad.isfinite().all() for parameter in network.parameters()), (
+    assert not all(gradient_of(parameter).isfinite().all() for parameter in network.parameters()), (
         "too large: seen on every rank"
     )
     Path(out, f"{rank}.done").touch()
@@ -266,7 +272,7 @@ def sum_half_gradients(rank: int, world: int, meeting: str, out: str) -> None:
 
 def test_gradients_of_convolutions_may_travel_as_fp16(tmp_path: Path) -> None:
     """As torch's own fp16 hook adds them up; all others as they are, and each in its parameter's order of memory."""
-    mp.start_processes(
+    start_processes(
         sum_half_gradients,
         (2, str(tmp_path / "meeting"), str(tmp_path)),
         nprocs=2,
@@ -319,7 +325,7 @@ def test_two_gpus_equal_one_on_the_same_global_batch_captured_or_not(tmp_path: P
     )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     *_, one = finetune(alone, *open_inputs(alone, *inputs), device="cuda")
-    mp.start_processes(
+    start_processes(
         nccl_run,
         (2, shared, inputs, str(tmp_path / "meeting"), str(tmp_path)),
         nprocs=2,
@@ -489,13 +495,13 @@ def test_the_rank_that_is_behind_is_named_and_all_of_them_where_none_is(
     others: list[tuple[int, int]], named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0, after step 4 of epoch 2, is no more to blame for waiting than the one it waits for."""
-    monkeypatch.setattr(ranks.ray.util, "get_node_ip_address", lambda: "n0")
-    monkeypatch.setattr(ranks.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "n0")
+    monkeypatch.setattr(ray, "get", lambda answer, timeout: answer)
     actors = [
         SimpleNamespace(where=SimpleNamespace(remote=lambda run, answer=(*at, f"n{rank}"): answer))
         for rank, at in enumerate(others, 1)
     ]
-    leader = SimpleNamespace(position=ranks.Position(2, 4))
+    leader = SimpleNamespace(position=Position(2, 4))
     said = ranks._who_hangs(leader, SimpleNamespace(actors=actors, runs=1), 60.0)  # type: ignore[arg-type]
     assert said == f"{named}: no step ended for 60 s"
 
@@ -507,7 +513,7 @@ def test_a_rank_that_has_not_begun_a_run_does_not_stand_where_the_last_one_ended
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "n1")
     rank = _Rank()
     assert rank.where() == (0, 0, "n1")
-    rank.position, rank.begun = ranks.Position(4, 12), 1
+    rank.position, rank.begun = Position(4, 12), 1
     assert rank.where(1) == (4, 12, "n1")
     assert rank.where(2) == (0, 0, "n1")
 
@@ -527,7 +533,8 @@ def test_an_error_of_rank_0_while_it_stops_is_told_and_its_process_given_up(
     monkeypatch.setattr(ranks.log, "propagate", True)
     store: Any = SimpleNamespace(set=lambda *_: None)
     leader = ranks._Leader(None, ranks.Place(0, 1, 1, "here", 0), store, None, None)  # type: ignore[arg-type]
-    assert leader.results.get(timeout=10) == "an epoch"
+    result: Any = leader.results.get(timeout=10)
+    assert result == "an epoch"
     leader.stop()
     assert not ranks._all_ended(leader, [])
     assert "illegal memory access" in caplog.text

@@ -16,7 +16,7 @@ from trainables.subject_auc import (
 )
 
 
-def test_the_paired_comparison_is_delongs_with_few_degrees_of_freedom():
+def test_the_paired_comparison_is_delongs_with_few_degrees_of_freedom() -> None:
     labels = np.repeat([0, 1], [60, 25])
     random = np.random.default_rng(1)
     a = random.normal(size=85) + labels
@@ -41,7 +41,7 @@ def test_the_paired_comparison_is_delongs_with_few_degrees_of_freedom():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_paired_interval_agrees_with_a_bootstrap(classes):
+def test_the_paired_interval_agrees_with_a_bootstrap(classes: int) -> None:
     logits, labels = cohort(250, classes, seed=8)
     random = np.random.default_rng(0)
     a = ranking_scores(logits, scale=1.0)
@@ -55,7 +55,7 @@ def test_the_paired_interval_agrees_with_a_bootstrap(classes):
     assert (ours.high - ours.low) / (2 * 1.96) == pytest.approx(np.std(draws), rel=0.12)
 
 
-def test_the_paired_test_rejects_as_often_as_it_says():
+def test_the_paired_test_rejects_as_often_as_it_says() -> None:
     labels = np.repeat([0, 1], [80, 30])
     random = np.random.default_rng(2)
     rejected = 0
@@ -66,7 +66,7 @@ def test_the_paired_test_rejects_as_often_as_it_says():
     assert 0.03 <= rejected / 600 <= 0.075
 
 
-def test_equal_scores_do_not_differ_and_too_few_samples_cannot_tell():
+def test_equal_scores_do_not_differ_and_too_few_samples_cannot_tell() -> None:
     logits, labels = cohort(60)
     scores = ranking_scores(logits, scale=1.0)
     same = compare_auc(scores, 3 * scores, labels)
@@ -80,13 +80,13 @@ def test_equal_scores_do_not_differ_and_too_few_samples_cannot_tell():
     assert math.isnan(single.p)
 
 
-def test_scores_of_different_samples_are_refused():
+def test_scores_of_different_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="same samples"):
         compare_auc([0.0, 1.0], [0.0, 1.0, 2.0], [0, 1])
 
 
 @pytest.mark.parametrize(("positives", "least"), [(3, 0.9), (5, 0.92), (12, 0.92)])
-def test_the_paired_interval_covers_with_few_positives(positives, least):
+def test_the_paired_interval_covers_with_few_positives(positives: int, least: float) -> None:
     """The normal one: .880, .917 and .930."""
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1], [40, positives])
@@ -99,7 +99,9 @@ def test_the_paired_interval_covers_with_few_positives(positives, least):
     assert covered / 400 >= least
 
 
-def of_subjects(random: np.random.Generator, people: int, volumes: int, shift: float):
+def of_subjects(
+    random: np.random.Generator, people: int, volumes: int, shift: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores, labels and subjects of `volumes` nearly equal volumes a subject."""
     labels = np.repeat(np.arange(people) % 3 == 0, volumes).astype(int)
     own = np.repeat(random.normal(size=people), volumes)
@@ -107,7 +109,7 @@ def of_subjects(random: np.random.Generator, people: int, volumes: int, shift: f
     return scores, labels, np.repeat(np.arange(people), volumes)
 
 
-def test_volumes_of_one_subject_do_not_make_an_interval_narrower():
+def test_volumes_of_one_subject_do_not_make_an_interval_narrower() -> None:
     """Oracle: the AUC's spread over new draws of the subjects."""
     random = np.random.default_rng(0)
     aucs, widths, taken_for_independent = [], [], []
@@ -123,7 +125,7 @@ def test_volumes_of_one_subject_do_not_make_an_interval_narrower():
     assert np.mean(taken_for_independent) < 0.6 * spread
 
 
-def test_two_models_on_volumes_of_the_same_subjects_differ_as_often_as_chance_says():
+def test_two_models_on_volumes_of_the_same_subjects_differ_as_often_as_chance_says() -> None:
     random = np.random.default_rng(0)
     apart = {True: 0, False: 0}
     for _ in range(400):
@@ -136,7 +138,7 @@ def test_two_models_on_volumes_of_the_same_subjects_differ_as_often_as_chance_sa
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_the_metrics_over_subjects_differ_in_the_interval_alone(classes):
+def test_the_metrics_over_subjects_differ_in_the_interval_alone(classes: int) -> None:
     logits, labels = cohort(120, classes, seed=1)
     alone = score_metrics_over_subjects(logits, labels, np.arange(120), scale=2.0)
     assert alone == pytest.approx(score_metrics(logits, labels, scale=2.0), rel=0, nan_ok=True)
@@ -148,13 +150,15 @@ def test_the_metrics_over_subjects_differ_in_the_interval_alone(classes):
     assert found["auc_high"] - found["auc_low"] > 1.5 * (plain["auc_high"] - plain["auc_low"])
 
 
-def test_subjects_are_counted_by_class():
+def test_subjects_are_counted_by_class() -> None:
     labels, subjects = np.array([0, 0, 1, 1, 1, 2]), np.array(["a", "b", "b", "c", "c", "d"])
     assert subjects_of_classes(labels, subjects, 4) == [2, 2, 1, 0]
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_two_models_without_finite_scores_or_without_a_class_have_no_difference(classes):
+def test_two_models_without_finite_scores_or_without_a_class_have_no_difference(
+    classes: int,
+) -> None:
     good, labels = cohort(50, classes)
     bad = good.copy()
     bad[3, 0] = math.nan

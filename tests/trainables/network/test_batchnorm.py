@@ -37,20 +37,19 @@ def compare(
     theirs.load_state_dict(ours.state_dict())
     ours, theirs = ours.to(device).train(), theirs.to(device).double().train()
     ours.groups = groups
-    like = {"dtype": dtype, "device": device}
     x = (
         (3 + 2 * torch.randn(shape))
-        .to(**like)
+        .to(device, dtype)
         .contiguous(memory_format=torch.channels_last_3d)
         .requires_grad_()
     )
     r = (
         torch.randn(shape)
-        .to(**like)
+        .to(device, dtype)
         .contiguous(memory_format=torch.channels_last_3d)
         .requires_grad_()
     )
-    dy = torch.randn(shape).to(**like)
+    dy = torch.randn(shape).to(device, dtype)
     x64, r64 = x.detach().double().requires_grad_(), r.detach().double().requires_grad_()
     out = norm_act(ours, x, r if residual else None, relu=relu)
     expected = reference(theirs, x64, r64 if residual else None, groups, relu)
@@ -66,6 +65,7 @@ def compare(
         assert right is not None
         assert (mine.double() - right).norm() <= error * right.norm()
     assert out.dtype == dtype
+    assert ours.num_batches_tracked is not None
     assert int(ours.num_batches_tracked) == groups
 
 
@@ -144,6 +144,7 @@ def test_the_max_pool_equals_torchs(shape: tuple[int, ...], dtype: torch.dtype) 
     dy = torch.randn_like(ours)
     ours.backward(dy)
     theirs.backward(dy.double())
+    assert x.grad is not None
     torch.testing.assert_close(
         x.grad.double(), x64.grad, rtol=1e-3, atol=1e-2 if dtype is torch.float16 else 1e-6
     )

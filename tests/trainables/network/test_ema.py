@@ -1,5 +1,6 @@
 import copy
 import io
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def train_step(network: nn.Module, step: int) -> None:
     network(torch.randn(3, 1, 4, 4, 4, generator=generator) + step)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -57,18 +58,18 @@ def assert_equal_bits(network: nn.Module, expected: dict[str, Tensor]) -> None:
         (10**6, 0.995),
     ],
 )
-def test_the_decay_warms_up_to_its_final_value(update, decay):
+def test_the_decay_warms_up_to_its_final_value(update: int, decay: float) -> None:
     weight = averaging_weight(torch.tensor(update), decay=0.995, warmup=True)
     assert 1 - weight.item() == pytest.approx(decay, abs=1e-12)
 
 
-def test_without_warmup_the_decay_is_constant():
+def test_without_warmup_the_decay_is_constant() -> None:
     assert averaging_weight(torch.tensor(0), decay=0.995, warmup=False).item() == pytest.approx(
         0.005, abs=1e-15
     )
 
 
-def test_the_average_with_warmup_is_the_hand_computed_sequence():
+def test_the_average_with_warmup_is_the_hand_computed_sequence() -> None:
     network = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(network.weight, 7.0)
     average = AveragedWeights(network, decay=0.9, warmup=True)
@@ -79,25 +80,25 @@ def test_the_average_with_warmup_is_the_hand_computed_sequence():
         average.update(network)
         decay = min(0.9, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * value
-        assert average.network.weight.item() == pytest.approx(expected, abs=1e-12)
+        assert average.network.get_parameter("weight").item() == pytest.approx(expected, abs=1e-12)
     assert average.updates == 200
 
 
 @pytest.mark.parametrize(("decay", "share"), [(0.999, 0.43), (0.995, 0.015)])
 def test_without_warmup_the_initial_weights_keep_their_known_share_after_sixty_epochs_of_14_updates(
-    decay, share
-):
+    decay: float, share: float
+) -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.ones_(network.weight)
     average = AveragedWeights(network, decay=decay, warmup=False)
     nn.init.zeros_(network.weight)
     for _ in range(60 * 14):
         average.update(network)
-    assert average.network.weight.item() == pytest.approx(share, abs=0.002)
+    assert average.network.get_parameter("weight").item() == pytest.approx(share, abs=0.002)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.995])
-def test_without_warmup_the_average_is_that_of_torch(decay):
+def test_without_warmup_the_average_is_that_of_torch(decay: float) -> None:
     network = small_network()
     average = AveragedWeights(network, decay=decay, warmup=False)
     oracle = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
@@ -116,7 +117,7 @@ def test_without_warmup_the_average_is_that_of_torch(decay):
 # Buffers
 
 
-def test_batchnorm_statistics_are_averaged_like_weights_and_counts_are_copied():
+def test_batchnorm_statistics_are_averaged_like_weights_and_counts_are_copied() -> None:
     network = small_network()
     before = tensors(network)
     average = AveragedWeights(network, decay=0.5, warmup=False, buffers="averaged")
@@ -128,7 +129,7 @@ def test_batchnorm_statistics_are_averaged_like_weights_and_counts_are_copied():
     assert state["1.num_batches_tracked"] == 1
 
 
-def test_copied_buffers_are_those_of_the_network_while_weights_are_averaged():
+def test_copied_buffers_are_those_of_the_network_while_weights_are_averaged() -> None:
     network = small_network()
     average = AveragedWeights(network, decay=0.999, warmup=False, buffers="copied")
     train_step(network, 1)
@@ -142,7 +143,7 @@ def test_copied_buffers_are_those_of_the_network_while_weights_are_averaged():
 # The averaged network
 
 
-def test_the_average_is_an_own_network_in_eval_mode_without_gradients():
+def test_the_average_is_an_own_network_in_eval_mode_without_gradients() -> None:
     network = small_network()
     network[0].weight.requires_grad_(False)  # a frozen stage is averaged all the same
     before = tensors(network)
@@ -153,11 +154,11 @@ def test_the_average_is_an_own_network_in_eval_mode_without_gradients():
     assert network.training
     assert not any(module.training for module in average.network.modules())
     assert not any(parameter.requires_grad for parameter in average.network.parameters())
-    assert network[5].weight.requires_grad
-    assert not torch.equal(average.network[0].weight, before["0.weight"])
+    assert network.get_parameter("5.weight").requires_grad
+    assert not torch.equal(average.network.get_parameter("0.weight"), before["0.weight"])
 
 
-def test_decay_zero_gives_the_raw_network_bit_for_bit():
+def test_decay_zero_gives_the_raw_network_bit_for_bit() -> None:
     network = small_network()
     average = AveragedWeights(network, decay=0.0)
     for step in range(3):
@@ -167,7 +168,9 @@ def test_decay_zero_gives_the_raw_network_bit_for_bit():
 
 
 @pytest.mark.parametrize("buffers", ["averaged", "copied"])
-def test_a_skipped_step_leaves_average_and_count_alone(buffers):
+def test_a_skipped_step_leaves_average_and_count_alone(
+    buffers: Literal["averaged", "copied"],
+) -> None:
     network = small_network()
     average = AveragedWeights(network, decay=0.9, buffers=buffers)
     train_step(network, 0)
@@ -175,7 +178,7 @@ def test_a_skipped_step_leaves_average_and_count_alone(buffers):
     before = tensors(average.network)
     train_step(network, 1)
     with torch.no_grad():
-        network[0].weight[0] = torch.nan  # not even NaN comes through
+        network.get_parameter("0.weight")[0] = torch.nan  # not even NaN comes through
     average.update(network, skip=torch.tensor([1.0]))
     assert average.updates == 1
     state = average.network.state_dict()
@@ -183,10 +186,10 @@ def test_a_skipped_step_leaves_average_and_count_alone(buffers):
     if buffers == "averaged":
         assert torch.equal(state["1.running_mean"], before["1.running_mean"])
     else:
-        assert torch.equal(state["1.running_mean"], network[1].running_mean)
+        assert torch.equal(state["1.running_mean"], network.get_buffer("1.running_mean"))
 
 
-def test_a_step_not_skipped_on_the_device_is_a_plain_step():
+def test_a_step_not_skipped_on_the_device_is_a_plain_step() -> None:
     network = small_network()
     one, other = AveragedWeights(network, decay=0.9), AveragedWeights(network, decay=0.9)
     for step in range(4):
@@ -197,7 +200,7 @@ def test_a_step_not_skipped_on_the_device_is_a_plain_step():
     assert one.updates == other.updates == 4
 
 
-def test_a_restored_average_goes_on_bit_for_bit():
+def test_a_restored_average_goes_on_bit_for_bit() -> None:
     network = small_network()
     average = AveragedWeights(network, decay=0.995)
     for step in range(5):
@@ -216,20 +219,20 @@ def test_a_restored_average_goes_on_bit_for_bit():
     assert_equal_bits(restored.network, tensors(average.network))
 
 
-def test_a_state_of_another_network_is_refused():
+def test_a_state_of_another_network_is_refused() -> None:
     average = AveragedWeights(small_network(), decay=0.9)
     with pytest.raises(RuntimeError, match=r"0\.weight"):
         average.load_state_dict(AveragedWeights(nn.Linear(2, 2), decay=0.9).state_dict())
 
 
-def test_a_wrapped_network_is_refused_instead_of_averaging_by_position():
+def test_a_wrapped_network_is_refused_instead_of_averaging_by_position() -> None:
     network = small_network()
     average = AveragedWeights(network, decay=0.9)
     with pytest.raises(ValueError, match=r"DataParallel does not have the tensors.*bare module"):
         average.update(nn.DataParallel(network))
 
 
-def test_half_precision_weights_are_refused_because_their_average_would_stand_still():
+def test_half_precision_weights_are_refused_because_their_average_would_stand_still() -> None:
     one = torch.ones((), dtype=torch.bfloat16)
     assert torch.lerp(one, one + 0.1, 0.001) == one  # the trap: 30 ulps away, and no step
     with pytest.raises(ValueError, match=r"0\.weight is torch\.bfloat16: only float32"):
@@ -239,7 +242,7 @@ def test_half_precision_weights_are_refused_because_their_average_would_stand_st
 @pytest.mark.parametrize(
     "options", [{"decay": 1.0}, {"decay": -0.1}, {"decay": 0.9, "buffers": "kept"}]
 )
-def test_options_outside_their_range_are_refused(options):
+def test_options_outside_their_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be"):
         AveragedWeights(small_network(), **options)
 
@@ -247,7 +250,9 @@ def test_options_outside_their_range_are_refused(options):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: captures a CUDA graph")
 @pytest.mark.parametrize("buffers", ["averaged", "copied"])
-def test_a_captured_update_equals_the_one_on_the_cpu(buffers):
+def test_a_captured_update_equals_the_one_on_the_cpu(
+    buffers: Literal["averaged", "copied"],
+) -> None:
     network = small_network()
     oracle = AveragedWeights(network, decay=0.9, buffers=buffers)
     mirror = copy.deepcopy(network).cuda()
@@ -261,7 +266,9 @@ def test_a_captured_update_equals_the_one_on_the_cpu(buffers):
         train_step(network, step)
         mirror.load_state_dict(network.state_dict())
         if step % 5 == 0:
-            mirror[1].running_mean.fill_(torch.nan)  # of a skipped step: must not come through
+            mirror.get_buffer("1.running_mean").fill_(
+                torch.nan
+            )  # of a skipped step: must not come through
         skip.fill_(step % 5 == 0)
         oracle.update(network, skip=torch.tensor(float(step % 5 == 0)))
         graph.replay()

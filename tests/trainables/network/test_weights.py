@@ -7,7 +7,9 @@ import stat
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -30,7 +32,7 @@ from trainables.network.weights import (
 README = Path(__file__).parents[3] / "pretrained" / "README.md"
 
 
-def build(depth=10, **changes) -> Classifier:
+def build(depth: int = 10, **changes: Any) -> Classifier:
     settings = {
         **{"width": 0.125, "geometry": "strided", "head": "cosine", "num_classes": 2},
         **{"in_channels": 1, "dropout": 0.0},
@@ -38,7 +40,7 @@ def build(depth=10, **changes) -> Classifier:
     return build_network(depth=depth, **{**settings, **changes})
 
 
-def backbone_weights(depth=10, **changes) -> dict[str, torch.Tensor]:
+def backbone_weights(depth: int = 10, **changes: Any) -> dict[str, torch.Tensor]:
     """A backbone's state dict with its own value in every tensor, BatchNorm statistics and counters included."""
     torch.manual_seed(1)
     state = build(depth, **changes).backbone.state_dict()
@@ -52,7 +54,7 @@ def as_released(state: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
     return {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
 
 
-def write(folder: Path, checkpoint: object, name="file.pth", *, legacy=True) -> Path:
+def write(folder: Path, checkpoint: object, name: str = "file.pth", *, legacy: bool = True) -> Path:
     """Legacy is the format of torch before 1.6, in which the released files are."""
     path = folder / name
     torch.save(checkpoint, path, _use_new_zipfile_serialization=not legacy)
@@ -80,14 +82,16 @@ def refusal(path: Path, network: Classifier | None = None) -> str:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("geometry", ["strided", "dilated"])
-def test_a_file_of_every_depth_loads_in_full_into_both_geometries(tmp_path, depth, geometry):
+def test_a_file_of_every_depth_loads_in_full_into_both_geometries(
+    tmp_path: Path, depth: int, geometry: str
+) -> None:
     width = 1 / 32
     state = backbone_weights(depth, width=width)
     network = build(depth, width=width, geometry=geometry)
-    head = network.head.weight.clone()
+    head = network.head.get_parameter("weight").clone()
     report = load_pretrained(network, write(tmp_path, as_released(state)))
     assert_holds(network, state)
-    assert torch.equal(network.head.weight, head)
+    assert torch.equal(network.head.get_parameter("weight"), head)
     assert (report.depth, report.geometry, report.width) == (depth, geometry, width)
     assert report.shortcuts == ("A" if depth in (18, 34) else "B")
     assert report.missing == ("head.weight",)
@@ -98,7 +102,7 @@ def test_a_file_of_every_depth_loads_in_full_into_both_geometries(tmp_path, dept
     )
 
 
-def test_a_released_resnet_50_has_318_entries_and_46_155_072_parameters(tmp_path):
+def test_a_released_resnet_50_has_318_entries_and_46_155_072_parameters(tmp_path: Path) -> None:
     with torch.device("meta"):
         names = build(50, width=1.0).backbone.state_dict()
     assert len(names) == 318
@@ -121,7 +125,7 @@ WRAPPINGS = {
         "state_dict": {f"encoder.{name}": tensor for name, tensor in state.items()}
     },
     **{
-        name: lambda state, name=name: {
+        name: lambda state, name=name: {  # type: ignore[misc]
             name: state,
             "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": []},
             "epoch": 7,
@@ -144,7 +148,7 @@ WRAPPINGS = {
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.parametrize("legacy", [True, False])
-def test_every_wrapping_loads_in_full(tmp_path, wrapping, legacy):
+def test_every_wrapping_loads_in_full(tmp_path: Path, wrapping: str, legacy: bool) -> None:
     state = backbone_weights()
     network = build()
     report = load_pretrained(network, write(tmp_path, WRAPPINGS[wrapping](state), legacy=legacy))
@@ -152,14 +156,14 @@ def test_every_wrapping_loads_in_full(tmp_path, wrapping, legacy):
     assert len(report.loaded) == len(state)
 
 
-def test_two_networks_in_one_state_dict_are_named(tmp_path):
+def test_two_networks_in_one_state_dict_are_named(tmp_path: Path) -> None:
     state = backbone_weights()
     both = {f"{name}.{key}": one for name in ("student", "teacher") for key, one in state.items()}
     with pytest.raises(WeightsError, match=r"holds networks under student\., teacher\.: save one"):
         load_pretrained(build(), write(tmp_path, both))
 
 
-def test_safetensors_load_too(tmp_path):
+def test_safetensors_load_too(tmp_path: Path) -> None:
     state = backbone_weights(18)
     save_file(state, tmp_path / "file.safetensors")
     network = build(18)
@@ -167,7 +171,7 @@ def test_safetensors_load_too(tmp_path):
     assert_holds(network, state)
 
 
-def test_a_file_without_counters_loads_and_says_so(tmp_path):
+def test_a_file_without_counters_loads_and_says_so(tmp_path: Path) -> None:
     state = {
         name: tensor
         for name, tensor in backbone_weights().items()
@@ -182,7 +186,7 @@ def test_a_file_without_counters_loads_and_says_so(tmp_path):
     assert torch.equal(network.backbone.bn1.running_var, state["bn1.running_var"])
 
 
-def test_heads_for_other_tasks_are_left_out_and_named(tmp_path):
+def test_heads_for_other_tasks_are_left_out_and_named(tmp_path: Path) -> None:
     state = backbone_weights()
     heads = {
         "conv_seg.0.weight": torch.ones(64, 32, 2, 2, 2),
@@ -198,16 +202,16 @@ def test_heads_for_other_tasks_are_left_out_and_named(tmp_path):
     assert any("4: module.conv_seg.0.weight" in line for line in report.lines())
 
 
-def test_a_whole_classifier_gives_its_backbone_and_not_its_head(tmp_path):
+def test_a_whole_classifier_gives_its_backbone_and_not_its_head(tmp_path: Path) -> None:
     source, network = build(10, geometry="dilated"), build(10)
-    head = network.head.weight.clone()
+    head = network.head.get_parameter("weight").clone()
     report = load_pretrained(network, write(tmp_path, source.state_dict(), legacy=False))
     assert_holds(network, source.backbone.state_dict())
-    assert torch.equal(network.head.weight, head)
+    assert torch.equal(network.head.get_parameter("weight"), head)
     assert report.ignored == ("head.weight",)
 
 
-def test_half_precision_files_are_read_into_float32(tmp_path):
+def test_half_precision_files_are_read_into_float32(tmp_path: Path) -> None:
     state = {
         name: t.half() if t.is_floating_point() else t for name, t in backbone_weights().items()
     }
@@ -217,7 +221,7 @@ def test_half_precision_files_are_read_into_float32(tmp_path):
     assert torch.equal(network.backbone.conv1.weight, state["conv1.weight"].float())
 
 
-def test_more_channels_and_other_widths_load_where_the_run_has_them_too(tmp_path):
+def test_more_channels_and_other_widths_load_where_the_run_has_them_too(tmp_path: Path) -> None:
     state = backbone_weights(10, in_channels=3, width=0.3)
     path = write(tmp_path, as_released(state))
     network = build(10, in_channels=3, width=0.3)
@@ -231,7 +235,7 @@ def test_more_channels_and_other_widths_load_where_the_run_has_them_too(tmp_path
 # Refused files, with the reason
 
 
-def test_a_wrong_depth_names_the_depth_the_file_looks_like(tmp_path):
+def test_a_wrong_depth_names_the_depth_the_file_looks_like(tmp_path: Path) -> None:
     path = write(tmp_path, as_released(backbone_weights(18)))
     text = refusal(path, build(50))
     assert (
@@ -241,13 +245,13 @@ def test_a_wrong_depth_names_the_depth_the_file_looks_like(tmp_path):
     assert inspect_weights(path).depth == 18
 
 
-def test_34_and_50_have_as_many_blocks_and_are_told_apart(tmp_path):
+def test_34_and_50_have_as_many_blocks_and_are_told_apart(tmp_path: Path) -> None:
     path = write(tmp_path, as_released(backbone_weights(34)))
     assert "looks like ResNet-34 (basic blocks 3+4+6+3" in refusal(path, build(50))
     assert inspect_weights(path).depth == 34
 
 
-def test_a_depth_that_was_never_released_is_said_to_be_none(tmp_path):
+def test_a_depth_that_was_never_released_is_said_to_be_none(tmp_path: Path) -> None:
     state = {
         name: tensor
         for name, tensor in backbone_weights(18).items()
@@ -259,17 +263,17 @@ def test_a_depth_that_was_never_released_is_said_to_be_none(tmp_path):
         inspect_weights(path)
 
 
-def test_a_stem_of_three_channels_is_refused(tmp_path):
+def test_a_stem_of_three_channels_is_refused(tmp_path: Path) -> None:
     text = refusal(write(tmp_path, as_released(backbone_weights(10, in_channels=3))))
     assert "stem takes 3 channel(s), the run has in_channels=1: set in_channels=3, or" in text
 
 
-def test_another_width_is_refused(tmp_path):
+def test_another_width_is_refused(tmp_path: Path) -> None:
     text = refusal(write(tmp_path, as_released(backbone_weights(10, width=0.25))))
     assert "has width 0.25, the run has width=0.125" in text
 
 
-def test_biases_in_shortcuts_are_refused(tmp_path):
+def test_biases_in_shortcuts_are_refused(tmp_path: Path) -> None:
     state = backbone_weights()
     for layer in ("layer2", "layer3", "layer4"):
         state[f"{layer}.0.downsample.0.bias"] = torch.zeros(16)
@@ -280,7 +284,9 @@ def test_biases_in_shortcuts_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "has", "wants"), [(18, "B", "A"), (10, "A", "B")])
-def test_the_other_kind_of_shortcut_is_refused(tmp_path, depth, has, wants):
+def test_the_other_kind_of_shortcut_is_refused(
+    tmp_path: Path, depth: int, has: str, wants: str
+) -> None:
     state = backbone_weights(depth)
     if has == "A":
         state = {name: tensor for name, tensor in state.items() if ".downsample." not in name}
@@ -294,10 +300,12 @@ def test_the_other_kind_of_shortcut_is_refused(tmp_path, depth, has, wants):
         inspect_weights(path)
 
 
-def test_all_that_is_wrong_with_the_network_is_told_together(tmp_path):
+def test_all_that_is_wrong_with_the_network_is_told_together(tmp_path: Path) -> None:
     text = refusal(write(tmp_path, as_released(backbone_weights(50, in_channels=3, width=0.25))))
     assert [
-        re.search(r"looks like|stem takes|has width", line)[0] for line in text.splitlines()
+        found[0]
+        for line in text.splitlines()
+        if (found := re.search(r"looks like|stem takes|has width|$", line))
     ] == [
         "looks like",
         "stem takes",
@@ -308,7 +316,7 @@ def test_all_that_is_wrong_with_the_network_is_told_together(tmp_path):
 @pytest.mark.parametrize(
     "name", ["conv1.weight", "layer3.0.bn1.running_mean", "layer4.0.conv1.weight"]
 )
-def test_a_missing_entry_of_the_backbone_ends_the_load(tmp_path, name):
+def test_a_missing_entry_of_the_backbone_ends_the_load(tmp_path: Path, name: str) -> None:
     state = backbone_weights()
     del state[name]
     path = write(tmp_path, as_released(state))
@@ -317,7 +325,7 @@ def test_a_missing_entry_of_the_backbone_ends_the_load(tmp_path, name):
         inspect_weights(path)
 
 
-def test_entries_left_over_shapes_types_and_values_are_told_together(tmp_path):
+def test_entries_left_over_shapes_types_and_values_are_told_together(tmp_path: Path) -> None:
     state = backbone_weights()
     state["layer1.0.attention.weight"] = torch.ones(3)
     state["layer2.0.conv2.weight"] = torch.ones(16, 16, 1, 1, 1)
@@ -335,7 +343,7 @@ def test_entries_left_over_shapes_types_and_values_are_told_together(tmp_path):
     assert len(text.splitlines()) == 4
 
 
-def test_a_file_of_which_nothing_matches_is_refused(tmp_path):
+def test_a_file_of_which_nothing_matches_is_refused(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         {"state_dict": {f"features.{number}.weight": torch.ones(1) for number in range(6)}},
@@ -345,7 +353,7 @@ def test_a_file_of_which_nothing_matches_is_refused(tmp_path):
     assert "and 2 more" in text
 
 
-def test_two_networks_in_one_file_are_refused(tmp_path):
+def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:
     state = backbone_weights()
     path = write(
         tmp_path, {**state, **{f"module.{name}": tensor for name, tensor in state.items()}}
@@ -353,7 +361,7 @@ def test_two_networks_in_one_file_are_refused(tmp_path):
     assert "conv1.weight and module.conv1.weight are both conv1.weight" in refusal(path)
 
 
-def test_weights_of_a_2d_network_are_refused(tmp_path):
+def test_weights_of_a_2d_network_are_refused(tmp_path: Path) -> None:
     state = backbone_weights()
     state["conv1.weight"] = torch.ones(8, 1, 7, 7)
     assert "weights of a 2D network; MedicalNet's are 3D" in refusal(write(tmp_path, state))
@@ -374,20 +382,22 @@ NO_WEIGHTS = {
 }
 
 
-def test_two_networks_under_names_of_their_own_are_refused_with_what_to_save(tmp_path):
+def test_two_networks_under_names_of_their_own_are_refused_with_what_to_save(
+    tmp_path: Path,
+) -> None:
     state = backbone_weights()
     text = refusal(write(tmp_path, {"model": state, "ema": state}))
     assert "holds weights under model, ema: save the one to start from" in text
 
 
-def test_a_numpy_number_next_to_the_weights_is_named(tmp_path):
+def test_a_numpy_number_next_to_the_weights_is_named(tmp_path: Path) -> None:
     checkpoint = {"state_dict": backbone_weights(), "best_auc": np.float64(0.9)}
     text = refusal(write(tmp_path, checkpoint, legacy=False))
     assert "holds a NumPy number, numpy" in text
     assert "save only the weights" in text
 
 
-def test_flipped_bits_in_the_weights_are_found_by_the_files_own_checksum(tmp_path):
+def test_flipped_bits_in_the_weights_are_found_by_the_files_own_checksum(tmp_path: Path) -> None:
     """torch loads such a file without a word."""
     path = write(tmp_path, as_released(backbone_weights()), legacy=False)
     whole = bytearray(path.read_bytes())
@@ -398,7 +408,7 @@ def test_flipped_bits_in_the_weights_are_found_by_the_files_own_checksum(tmp_pat
 
 
 @pytest.mark.parametrize("case", NO_WEIGHTS)
-def test_a_file_without_weights_says_what_it_holds(tmp_path, case):
+def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, case: str) -> None:
     checkpoint, message = NO_WEIGHTS[case]
     assert message in refusal(write(tmp_path, checkpoint))
 
@@ -422,13 +432,13 @@ NO_CHECKPOINT = {
 
 
 @pytest.mark.parametrize("case", NO_CHECKPOINT)
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, case):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, case: str) -> None:
     content, message = NO_CHECKPOINT[case]
     (tmp_path / "file.pth").write_bytes(content)
     assert message in refusal(tmp_path / "file.pth")
 
 
-def test_the_archive_of_all_files_is_to_be_unpacked(tmp_path):
+def test_the_archive_of_all_files_is_to_be_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.pth", "w") as archive:
         archive.writestr("pretrain/resnet_50.pth", b"x" * 99)
     assert "a zip archive and not a checkpoint: unpack it (pretrain/resnet_50.pth)" in refusal(
@@ -438,7 +448,7 @@ def test_the_archive_of_all_files_is_to_be_unpacked(tmp_path):
 
 @pytest.mark.parametrize("kind", ["legacy", "zip", "safetensors"])
 @pytest.mark.parametrize("kept", [0.999, 0.6, 0.05, 0.005])
-def test_a_truncated_file_is_refused_as_such(tmp_path, kind, kept):
+def test_a_truncated_file_is_refused_as_such(tmp_path: Path, kind: str, kept: float) -> None:
     state, path = backbone_weights(), tmp_path / "resnet_10.pth"
     if kind == "safetensors":
         save_file(state, path)
@@ -455,7 +465,7 @@ def test_a_truncated_file_is_refused_as_such(tmp_path, kind, kept):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [True, False])
-def test_altered_files_never_end_in_another_error(tmp_path, legacy):
+def test_altered_files_never_end_in_another_error(tmp_path: Path, legacy: bool) -> None:
     path = write(
         tmp_path, {"state_dict": {"conv1.weight": torch.ones(2, 1, 1, 1, 1)}}, legacy=legacy
     )
@@ -476,12 +486,14 @@ class RunsCode:
     def __init__(self, touched: Path) -> None:
         self.touched = touched
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, (f"touch {self.touched}",))
 
 
 @pytest.mark.parametrize("kind", ["legacy", "zip", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, kind):
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, kind: str
+) -> None:
     touched, path = tmp_path / "ran", tmp_path / "file.pth"
     checkpoint = {**as_released(backbone_weights()), "extra": RunsCode(touched)}
     if kind == "pickle":
@@ -496,12 +508,12 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, kind
     assert touched.exists()  # the trap itself works
 
 
-def test_a_folder_is_refused_and_what_is_in_it_named(tmp_path):
+def test_a_folder_is_refused_and_what_is_in_it_named(tmp_path: Path) -> None:
     write(tmp_path, {}, "resnet_50.pth")
     assert "is a folder: name the file in it, resnet_50.pth" in refusal(tmp_path)
 
 
-def test_an_unreadable_file_is_refused(tmp_path):
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, as_released(backbone_weights()))
     path.chmod(0)
     if os.access(path, os.R_OK):
@@ -510,7 +522,7 @@ def test_an_unreadable_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_a_missing_file_says_which_released_file_to_put_there(tmp_path, depth):
+def test_a_missing_file_says_which_released_file_to_put_there(tmp_path: Path, depth: int) -> None:
     text = refusal(tmp_path / "weights" / "mine.pth", build(depth, width=1 / 64))
     assert "no such file: put " in text
     names = [name for name, official in OFFICIAL_FILES.items() if official.depth == depth]
@@ -520,7 +532,7 @@ def test_a_missing_file_says_which_released_file_to_put_there(tmp_path, depth):
     assert f"medtune weights fetch resnet_{depth}`" in text
 
 
-def test_a_missing_released_file_is_asked_for_by_its_own_name(tmp_path):
+def test_a_missing_released_file_is_asked_for_by_its_own_name(tmp_path: Path) -> None:
     text = refusal(tmp_path / "resnet_50_23dataset.pth", build(10))
     assert "download resnet_50_23dataset.pth (184,885,051 bytes, sha256 ff48a622" in text
     assert "medtune weights fetch resnet_50_23dataset`" in text
@@ -528,7 +540,7 @@ def test_a_missing_released_file_is_asked_for_by_its_own_name(tmp_path):
         inspect_weights(tmp_path / "mine.pth")
 
 
-def test_errors_survive_pickling():
+def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(WeightsError("one\ntwo")))
     assert str(error) == "one\ntwo"
 
@@ -536,7 +548,7 @@ def test_errors_survive_pickling():
 # The report
 
 
-def test_the_report_is_readable_and_names_the_bytes(tmp_path):
+def test_the_report_is_readable_and_names_the_bytes(tmp_path: Path) -> None:
     path = write(tmp_path, as_released(backbone_weights(18)), "resnet_18.pth")
     lines = inspect_weights(path).lines()
     rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
@@ -562,7 +574,9 @@ def test_the_report_is_readable_and_names_the_bytes(tmp_path):
     assert len({line.index(line.split(maxsplit=1)[1]) for line in lines}) == 1
 
 
-def test_a_released_file_is_known_by_its_bytes_under_any_name(tmp_path, monkeypatch):
+def test_a_released_file_is_known_by_its_bytes_under_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, as_released(backbone_weights()), "renamed.pth")
     report = inspect_weights(path)
     assert report.origin == "none of the released files"
@@ -573,7 +587,7 @@ def test_a_released_file_is_known_by_its_bytes_under_any_name(tmp_path, monkeypa
     )
 
 
-def test_the_readme_lists_every_released_file_as_the_code_knows_it():
+def test_the_readme_lists_every_released_file_as_the_code_knows_it() -> None:
     rows = {
         row.split("|")[1].strip(" `"): row
         for row in README.read_text().splitlines()
@@ -593,8 +607,11 @@ def test_the_readme_lists_every_released_file_as_the_code_knows_it():
 
 
 @pytest.mark.parametrize("geometry", ["strided", "dilated"])
-def test_what_is_saved_is_in_medicalnets_format_and_loads_again(tmp_path, geometry):
-    source = build(18, geometry=geometry).to(memory_format=torch.channels_last_3d)
+def test_what_is_saved_is_in_medicalnets_format_and_loads_again(
+    tmp_path: Path, geometry: str
+) -> None:
+    source = build(18, geometry=geometry)
+    source.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     path = tmp_path / "new folder" / "resnet_18.pth"
     save_medicalnet(source.backbone, path)
     checkpoint = torch.load(path, weights_only=True)
@@ -608,11 +625,13 @@ def test_what_is_saved_is_in_medicalnets_format_and_loads_again(tmp_path, geomet
     assert [file.name for file in path.parent.iterdir()] == ["resnet_18.pth"]
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "resnet_10.pth"
     path.write_bytes(b"old")
 
-    def full_disk(checkpoint, target):
+    def full_disk(checkpoint: object, target: IO[bytes]) -> None:
         target.write(b"half")
         raise OSError(28, "No space left on device")
 
@@ -628,7 +647,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[weights.OfficialFile, list[tuple[str, str]]]]:
     """A hub of our own on a local port that serves one file as huggingface.co does; yields that file's official
     entry and the list of requests."""
     path = write(tmp_path, as_released(backbone_weights()), "served")
@@ -640,7 +661,7 @@ def hub(tmp_path, monkeypatch):
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self):
+        def do_HEAD(self) -> bool:
             requests.append((self.command, self.path))
             found = self.path == f"/{official.repository}/resolve/main/{official.name}"
             self.send_response(200 if found else 404)
@@ -650,11 +671,11 @@ def hub(tmp_path, monkeypatch):
             self.end_headers()
             return found
 
-        def do_GET(self):
+        def do_GET(self) -> None:
             if self.do_HEAD():
                 self.wfile.write(content)
 
-        def log_message(self, *arguments):
+        def log_message(self, *arguments: object) -> None:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -677,7 +698,9 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["resnet10", "resnet_10.pth", "ResNet-10", "medicalnet_resnet10"])
-def test_a_file_is_fetched_verified_and_not_fetched_twice(tmp_path, hub, name):
+def test_a_file_is_fetched_verified_and_not_fetched_twice(
+    tmp_path: Path, hub: tuple[weights.OfficialFile, list[tuple[str, str]]], name: str
+) -> None:
     _, requests = hub
     folder = tmp_path / "pretrained"
     path = fetch(name, folder)
@@ -691,7 +714,11 @@ def test_a_file_is_fetched_verified_and_not_fetched_twice(tmp_path, hub, name):
     assert len(requests) == seen
 
 
-def test_other_bytes_than_the_released_ones_are_not_kept(tmp_path, hub, monkeypatch):
+def test_other_bytes_than_the_released_ones_are_not_kept(
+    tmp_path: Path,
+    hub: tuple[weights.OfficialFile, list[tuple[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     official, _ = hub
     wrong = weights.OfficialFile(official.name, official.size_bytes, "0" * 64)
     monkeypatch.setitem(OFFICIAL_FILES, official.name, wrong)
@@ -702,7 +729,7 @@ def test_other_bytes_than_the_released_ones_are_not_kept(tmp_path, hub, monkeypa
     assert list((tmp_path / "pretrained").iterdir()) == []
 
 
-def test_another_file_of_that_name_is_not_overwritten(tmp_path):
+def test_another_file_of_that_name_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "resnet_50.pth").write_bytes(b"mine")
     with pytest.raises(
         WeightsError, match=r"resnet_50\.pth: is there already and is not the released file"
@@ -712,7 +739,9 @@ def test_another_file_of_that_name_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("why", ["offline", "refused"])
-def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch, caplog, why):
+def test_without_a_network_it_says_which_file_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", why == "offline")
@@ -733,7 +762,7 @@ def test_without_a_network_it_says_which_file_to_put_where(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["resnet51", "resnet101_23dataset", "vgg16"])
-def test_an_unknown_name_lists_the_released_files(tmp_path, name):
+def test_an_unknown_name_lists_the_released_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         WeightsError, match=rf"'{name}' is none of the released files: resnet_10\.pth, .*resnet_200"
     ):
