@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -21,11 +22,11 @@ MAY_IMPORT_RAY = {
 HEAVY = ("torch", "ray", "monai")
 
 
-def name_of(path):
+def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(tree):
+def imports_of(tree: ast.AST) -> set[str]:
     """Every module that is named in an import below `tree`."""
     found = set()
     for node in ast.walk(tree):
@@ -33,13 +34,14 @@ def imports_of(tree):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: relative import; write the whole name"
+            assert node.module is not None
             found.add(node.module)
             if (ROOT / node.module.replace(".", "/")).is_dir():
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def own(module):
+def own(module: str) -> bool:
     return module.split(".")[0] in PACKAGES
 
 
@@ -50,7 +52,7 @@ TREES = {
 IMPORTS = {name: imports_of(tree) for name, tree in TREES.items()}
 
 
-def test_the_modules_are_seen():
+def test_the_modules_are_seen() -> None:
     missing = {"search_spaces.fixes", "search_spaces.ablations", "search_spaces.spaces", "trainables.config", "trainables.finetune",
                "trainables.ranks", "trainables.ray_trainable", "tune_app.cli", "tune_app.driver.run", "tune_app.driver.searcher",
                "tune_app.results.study"} - set(IMPORTS)  # fmt: skip
@@ -58,10 +60,10 @@ def test_the_modules_are_seen():
 
 
 @pytest.mark.parametrize("module", IMPORTS)
-def test_imports_point_one_way(module):
+def test_imports_point_one_way(module: str) -> None:
     """tune_app -> search_spaces -> trainables.config, and nothing back."""
     package = module.split(".")[0]
-    allowed = {
+    allowed: Callable[[str], bool] = {
         "tune_app": lambda name: True,
         "search_spaces": lambda name: (
             name.split(".")[0] == "search_spaces"
@@ -73,7 +75,7 @@ def test_imports_point_one_way(module):
     assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
-def test_search_spaces_need_nothing_but_optunas_distributions():
+def test_search_spaces_need_nothing_but_optunas_distributions() -> None:
     for module in (name for name in IMPORTS if name.startswith("search_spaces")):
         foreign = {
             name
@@ -84,7 +86,7 @@ def test_search_spaces_need_nothing_but_optunas_distributions():
 
 
 @pytest.mark.parametrize("module", [name for name in IMPORTS if name.startswith("trainables")])
-def test_training_does_not_know_ray(module):
+def test_training_does_not_know_ray(module: str) -> None:
     if module not in MAY_IMPORT_RAY:
         wrong = {
             name
@@ -94,7 +96,7 @@ def test_training_does_not_know_ray(module):
         assert not wrong, f"{module} imports {sorted(wrong)}: only {sorted(MAY_IMPORT_RAY)} may"
 
 
-ROOMS = (
+ROOMS: tuple[tuple[set[str], set[str]], ...] = (
     ({"study"}, set()),
     ({"driver", "backtest", "results"}, {"study"}),
     ({"cluster"}, {"study", "driver"}),
@@ -110,7 +112,7 @@ ROOMS = (
 @pytest.mark.parametrize(
     ("room", "below"), [(room, below) for rooms, below in ROOMS for room in sorted(rooms)]
 )
-def test_rooms_import_what_lies_below_them(room, below):
+def test_rooms_import_what_lies_below_them(room: str, below: set[str]) -> None:
     """Imports inside functions and those for type checkers count as well."""
     seen = {name for name in IMPORTS if name.startswith(f"tune_app.{room}.")}
     assert seen, f"no module in tune_app/{room}"
@@ -124,12 +126,12 @@ def test_rooms_import_what_lies_below_them(room, below):
     assert not wrong, f"the room `{room}` may import {sorted(below)} only: {sorted(wrong)}"
 
 
-def test_the_config_imports_nothing_of_ours_but_its_error():
+def test_the_config_imports_nothing_of_ours_but_its_error() -> None:
     allowed = {"trainables", "trainables.errors"}
     assert {name for name in IMPORTS["trainables.config"] if own(name)} <= allowed
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_no_module_imports_itself_in_a_circle() -> None:
     """Not even by an import inside a function, or for type checkers only."""
     graph = {
         name: {n for n in targets if n in TREES and not f"{name}.".startswith(f"{n}.")}
@@ -139,9 +141,9 @@ def test_no_module_imports_itself_in_a_circle():
     assert len(tuple(order)) == len(TREES)
 
 
-def test_no_function_has_80_lines_or_more():
+def test_no_function_has_80_lines_or_more() -> None:
     functions = [
-        (f"{name}:{node.name}", node.end_lineno - node.lineno)
+        (f"{name}:{node.name}", (node.end_lineno or 0) - node.lineno)
         for name, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -151,12 +153,12 @@ def test_no_function_has_80_lines_or_more():
     assert not long
 
 
-def test_no_folder_holds_more_files_than_one_finds_ones_way_in():
+def test_no_folder_holds_more_files_than_one_finds_ones_way_in() -> None:
     folders = Counter(path.parent for path in MODULES)
     assert folders.most_common(1)[0][1] <= 26
 
 
-def loaded_by(code, *arguments):
+def loaded_by(code: str, *arguments: str) -> list[str]:
     """Run `code` in a fresh interpreter, and return which of the heavy packages it has loaded at its end."""
     report = f"\nimport sys; print('LOADED', *(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run(
@@ -179,18 +181,18 @@ LIGHT = [
 
 
 @pytest.mark.parametrize("module", LIGHT)
-def test_a_laptop_without_torch_and_ray_can_import(module):
+def test_a_laptop_without_torch_and_ray_can_import(module: str) -> None:
     if module not in IMPORTS:
         pytest.fail(f"{module} is not there")
     assert loaded_by(f"import {module}") == []
 
 
-def test_a_driver_starts_without_torch():
+def test_a_driver_starts_without_torch() -> None:
     """Its trials train, in processes of their own: MONAI and torch would cost it five seconds of start-up."""
     assert loaded_by("import tune_app.driver.run") == ["ray"]
 
 
-def test_the_command_line_shows_its_help_without_torch_and_ray():
+def test_the_command_line_shows_its_help_without_torch_and_ray() -> None:
     if "tune_app.cli" not in IMPORTS:
         pytest.fail("tune_app.cli is not there")
     code = """

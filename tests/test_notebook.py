@@ -28,7 +28,7 @@ def run_cell(source: str, names: dict[str, Any]) -> Any:
     return eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), names)
 
 
-def test_it_imports_what_the_package_offers_and_holds_no_output():
+def test_it_imports_what_the_package_offers_and_holds_no_output() -> None:
     content = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert all(not cell.get("outputs") for cell in content["cells"])
     imported = {
@@ -44,7 +44,9 @@ def test_it_imports_what_the_package_offers_and_holds_no_output():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_cell_runs(tmp_path, monkeypatch, capsys):
+def test_every_cell_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     shown = [run_cell(source, names) for source in code_cells()]

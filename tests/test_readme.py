@@ -19,7 +19,7 @@ COMMAND = re.compile(r"\bmedtune((?: +[a-z][a-z-]*)+)((?:\\\n|[^\n`])*)")
 """A command and its subcommands, then the rest of the line or code span; a backslash at the end of a line continues it."""
 
 
-def code_in(text):
+def code_in(text: str) -> list[str]:
     """Code blocks and code spans of Markdown: prose may put any word after the name."""
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     return [
@@ -30,7 +30,7 @@ def code_in(text):
     ]
 
 
-def problems_of(text):
+def problems_of(text: str) -> list[str]:
     """One line for each command or option in the code of `text` that the command line does not have.
 
     The words after `--` form a second command: `medtune submit -- run study.yaml`.
@@ -64,7 +64,7 @@ def problems_of(text):
     return found
 
 
-def test_the_table_of_fixes_is_the_one_in_the_code():
+def test_the_table_of_fixes_is_the_one_in_the_code() -> None:
     between = re.findall(
         r"<!-- fixes:begin -->\n(.*?)<!-- fixes:end -->",
         DOCUMENTS["docs/fixes.md"],
@@ -76,12 +76,12 @@ def test_the_table_of_fixes_is_the_one_in_the_code():
     assert DOCUMENTS["docs/fixes.md"].count("(`") >= len(FIXES)
 
 
-def test_the_documents_are_seen():
+def test_the_documents_are_seen() -> None:
     assert len(DOCUMENTS) > 10
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_command_and_option_that_is_named_exists(name):
+def test_every_command_and_option_that_is_named_exists(name: str) -> None:
     assert problems_of(DOCUMENTS[name]) == []
 
 
@@ -99,16 +99,16 @@ def test_every_command_and_option_that_is_named_exists(name):
         ("medtune is a program --with options", []),
     ],
 )
-def test_a_command_that_does_not_exist_would_be_noticed(text, problems):
+def test_a_command_that_does_not_exist_would_be_noticed(text: str, problems: list[str]) -> None:
     assert problems_of(text) == problems
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_that_a_document_shows_or_links_are_there(name):
+def test_files_that_a_document_shows_or_links_are_there(name: str) -> None:
     named = re.findall(r"\]\(([^)#\s]+)", DOCUMENTS[name])
     here = (ROOT / name).parent
     assert [path for path in named if "://" not in path and not (here / path).exists()] == []
 
 
-def test_the_readme_shows_the_collapse():
+def test_the_readme_shows_the_collapse() -> None:
     assert "](docs/collapse.svg)" in DOCUMENTS["README.md"]

@@ -98,9 +98,8 @@ def test_parquet_and_csv_give_the_same_rows(write_table: Write, tmp_path: Path) 
         [f"{row},train" if n < 4 else f"{row},val" for n, row in enumerate(GOOD)],
         "path,label,subject,split",
     )
-    frame = pd.read_csv(table).assign(
-        label=lambda rows: rows["label"].astype(float), extra=[{"a": [1]}] * 8
-    )
+    extra: list[Any] = [{"a": [1]}] * 8
+    frame = pd.read_csv(table).assign(label=lambda rows: rows["label"].astype(float), extra=extra)
     frame.to_parquet(tmp_path / "table.parquet")
     frame.to_parquet(tmp_path / "misnamed.csv")
     for other in ("table.parquet", "misnamed.csv"):
@@ -562,7 +561,7 @@ def tables(draw: Any) -> pd.DataFrame:
 @given(rows=tables(), num_folds=st.integers(2, 5), classes=st.integers(2, 3))
 def test_no_subject_is_ever_on_two_sides(rows: pd.DataFrame, num_folds: int, classes: int) -> None:
     rows = rows.assign(label=rows["label"] % classes)
-    manifest = Manifest(Path("/table.csv"), rows, classes)
+    manifest = Manifest("/table.csv", rows, classes)
     pool = rows[rows["split"] != "test"]
     enough = all(
         pool[pool["label"] == label]["subject"].nunique() >= num_folds for label in range(classes)
@@ -597,7 +596,9 @@ def test_the_import_of_adrenalmnist_keeps_its_official_counts(
         ]
     )
     rows.columns = pd.Index(["path", "label", "subject", "split"])
-    manifest = Manifest(tmp_path, rows.assign(fold=pd.Series([None] * len(rows), dtype="Int64")), 2)
+    manifest = Manifest(
+        str(tmp_path), rows.assign(fold=pd.Series([None] * len(rows), dtype="Int64")), 2
+    )
     train, val, test = cut(manifest)
     assert [np.bincount(rows["label"][part]).tolist() for part in (train, val, test)] == [
         [929, 259],

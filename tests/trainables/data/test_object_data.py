@@ -161,10 +161,8 @@ def test_a_node_without_the_cohort_makes_it_from_the_objects(
 def test_an_object_that_is_written_while_it_is_read_is_refused(
     url: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = volumes.read_scan
-
     def late(path: Path | str, in_channels: int = 1) -> object:
-        scan = real(path, in_channels)
+        scan = read_scan(path, in_channels)
         if str(path).endswith("/2.nii.gz"):
             Remote(bucket).write("scans/2.nii.gz", b"another")
         return scan

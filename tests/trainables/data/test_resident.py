@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_a_cohort_that_was_written_again_is_read_again(folder: Path) -> None:
 
 def test_volumes_in_memory_are_never_taken_for_others() -> None:
     def cohort(value: float) -> Cohort:
-        volumes = np.full((3, 1, 8, 8, 8), value, dtype=np.float16)
+        volumes: Any = np.full((3, 1, 8, 8, 8), value, dtype=np.float16)
         recipe = Recipe.from_config(build_config({"volume_shape": 8}))
         return Cohort(
             Path(),

@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,8 +19,8 @@ from trainables.data.table_making import JoinOptions, join_table, read_sheet, wr
 
 
 @pytest.fixture
-def scan_at(tmp_path):
-    def write(*names):
+def scan_at(tmp_path: Path) -> Callable[..., Path]:
+    def write(*names: str) -> Path:
         for name in names:
             path = tmp_path / "scans" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +30,7 @@ def scan_at(tmp_path):
     return write
 
 
-def sheet_at(path, rows):
+def sheet_at(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
     if path.suffix == ".xlsx":
         book = openpyxl.Workbook()
         for row in rows:
@@ -53,7 +56,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "xlsx", "json"])
-def test_every_kind_of_sheet_gives_the_same_table_and_it_can_be_read(scan_at, tmp_path, kind):
+def test_every_kind_of_sheet_gives_the_same_table_and_it_can_be_read(
+    scan_at: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
     scans = scan_at("a.nii.gz", "b.nii.gz", "sub/c.nii.gz", "d.nii.gz")
     labels = sheet_at(tmp_path / f"labels.{kind}", ROWS)
     joined = join_table(scans, labels, JoinOptions())
@@ -85,7 +90,9 @@ def test_every_kind_of_sheet_gives_the_same_table_and_it_can_be_read(scan_at, tm
     ],
     ids=["bids", "nnunet", "numbers", "folders", "case"],
 )
-def test_ids_match_scans_in_the_layouts_that_people_have(scan_at, tmp_path, names, ids):
+def test_ids_match_scans_in_the_layouts_that_people_have(
+    scan_at: Callable[..., Path], tmp_path: Path, names: list[str], ids: list[str]
+) -> None:
     scans = scan_at(*[name.lower() if name == "A.NII.GZ" else name for name in names])
     if "A.NII.GZ" in names:
         (scans / "a.nii.gz").rename(scans / "A.NII.GZ")
@@ -94,7 +101,9 @@ def test_ids_match_scans_in_the_layouts_that_people_have(scan_at, tmp_path, name
     assert [row["label"] for row in joined.rows] == ["0", "1"]
 
 
-def test_scans_without_labels_and_labels_without_scans_are_reported(scan_at, tmp_path):
+def test_scans_without_labels_and_labels_without_scans_are_reported(
+    scan_at: Callable[..., Path], tmp_path: Path
+) -> None:
     scans = scan_at("a.nii.gz", "b.nii.gz", "c.nii.gz", "x.nii.gz")
     rows = [["scan", "label"], ["a", "0"], ["b", "1"], ["c", ""], ["gone", "1"]]
     labels = sheet_at(tmp_path / "l.csv", rows)
@@ -115,7 +124,13 @@ def test_scans_without_labels_and_labels_without_scans_are_reported(scan_at, tmp
         (["II", "I", "III"], {"classes": {"I": 0, "II": 0, "III": 1}}, ["0", "0", "1"]),
     ],
 )
-def test_words_and_numbers_become_classes(scan_at, tmp_path, labels, options, expected):
+def test_words_and_numbers_become_classes(
+    scan_at: Callable[..., Path],
+    tmp_path: Path,
+    labels: list[str],
+    options: dict[str, Any],
+    expected: list[str],
+) -> None:
     scans = scan_at("a.nii", "b.nii", "c.nii")
     sheet = sheet_at(tmp_path / "l.csv", [["scan", "label"], *zip("abc", labels, strict=True)])
     joined = join_table(scans, sheet, JoinOptions(one_subject_per_scan=True, **options))
@@ -141,15 +156,21 @@ def test_words_and_numbers_become_classes(scan_at, tmp_path, labels, options, ex
     ],
 )
 def test_what_cannot_be_joined_is_refused_with_the_reason(
-    scan_at, tmp_path, rows, options, message
-):
+    scan_at: Callable[..., Path],
+    tmp_path: Path,
+    rows: list[list[str]],
+    options: dict[str, Any],
+    message: str,
+) -> None:
     scans = scan_at("a.nii", "b.nii")
     options = {"one_subject_per_scan": True} | options
     with pytest.raises(ManifestError, match=message):
         join_table(scans, sheet_at(tmp_path / "l.csv", rows), JoinOptions(**options))
 
 
-def test_a_subject_pattern_groups_scans_and_must_be_found_in_all(scan_at, tmp_path):
+def test_a_subject_pattern_groups_scans_and_must_be_found_in_all(
+    scan_at: Callable[..., Path], tmp_path: Path
+) -> None:
     scans = scan_at("anna_1.nii", "anna_2.nii", "bert_1.nii")
     rows = [["scan", "label"], ["anna_1", "0"], ["anna_2", "0"], ["bert_1", "1"]]
     sheet = sheet_at(tmp_path / "l.csv", rows)
@@ -159,7 +180,7 @@ def test_a_subject_pattern_groups_scans_and_must_be_found_in_all(scan_at, tmp_pa
         join_table(scans, sheet, JoinOptions(subject=r"^(anna)"))
 
 
-def test_a_datalist_of_monai_keeps_its_split(scan_at, tmp_path):
+def test_a_datalist_of_monai_keeps_its_split(scan_at: Callable[..., Path], tmp_path: Path) -> None:
     scans = scan_at("a.nii", "b.nii", "c.nii", "d.nii")
     lists = {"training": "ab", "validation": "cd"}
     content = {
@@ -172,14 +193,14 @@ def test_a_datalist_of_monai_keeps_its_split(scan_at, tmp_path):
     assert [row["split"] for row in joined.rows] == ["train", "train", "val", "val"]
 
 
-def test_segmentation_labels_are_not_taken_for_classes(tmp_path):
+def test_segmentation_labels_are_not_taken_for_classes(tmp_path: Path) -> None:
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps({"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}))
     with pytest.raises(ManifestError, match="segmentation files"):
         read_sheet(path)
 
 
-def test_a_folder_of_another_format_says_how_to_convert(tmp_path):
+def test_a_folder_of_another_format_says_how_to_convert(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "a.nrrd").write_bytes(b"NRRD0004")
     (tmp_path / "scans" / "IM0001").write_bytes(bytes(128) + b"DICM")
@@ -188,7 +209,9 @@ def test_a_folder_of_another_format_says_how_to_convert(tmp_path):
         join_table(tmp_path / "scans", sheet, JoinOptions())
 
 
-def test_linked_folders_are_followed_and_loops_end(scan_at, tmp_path):
+def test_linked_folders_are_followed_and_loops_end(
+    scan_at: Callable[..., Path], tmp_path: Path
+) -> None:
     scans = scan_at("a.nii")
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -200,7 +223,7 @@ def test_linked_folders_are_followed_and_loops_end(scan_at, tmp_path):
     assert [row["path"].split("/")[-1] for row in joined.rows] == ["a.nii", "b.nii"]
 
 
-def test_an_existing_table_is_kept(scan_at, tmp_path):
+def test_an_existing_table_is_kept(scan_at: Callable[..., Path], tmp_path: Path) -> None:
     scans = scan_at("a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz")
     joined = join_table(scans, sheet_at(tmp_path / "l.csv", ROWS), JoinOptions())
     (tmp_path / "table.csv").write_text("precious")
@@ -209,7 +232,7 @@ def test_an_existing_table_is_kept(scan_at, tmp_path):
     assert (tmp_path / "table.csv").read_text() == "precious"
 
 
-def test_a_pipe_or_a_thousand_brackets_are_no_label_sheet(tmp_path):
+def test_a_pipe_or_a_thousand_brackets_are_no_label_sheet(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "labels.csv")
     with pytest.raises(ManifestError, match="a regular file is needed"):
         read_sheet(tmp_path / "labels.csv")

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ from trainables.config import build_config
 from trainables.data import threads, volumes
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.medmnist import import_medmnist
-from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, read_scan
+from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, prepare_scan, read_scan
 from trainables.data.volumes import (
     CohortError,
     VolumesRefused,
@@ -70,11 +72,10 @@ def cache(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, as they are."""
     names: list[str] = []
-    real = volumes.read_scan
 
     def count(path: Path, in_channels: int = 1) -> Scan:
         names.append(Path(path).name)
-        return real(path, in_channels)
+        return read_scan(path, in_channels)
 
     monkeypatch.setattr(volumes, "read_scan", count)
     return names
@@ -163,13 +164,13 @@ def test_the_number_of_workers_changes_no_byte(table: Path, tmp_path: Path) -> N
 def test_a_rerun_decodes_nothing_and_reads_no_file_again(
     table: Path, cache: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, now = read_manifest(table), volumes.time.time_ns
+    manifest, now = read_manifest(table), time.time_ns
     monkeypatch.setattr(
-        volumes.time, "time_ns", lambda: now() + 10**10
+        time, "time_ns", lambda: now() + 10**10
     )  # the files have been lying there for a while
     folder = prepare_cohort(manifest, recipe(), cache)
     assert len(decoded) == 6
-    monkeypatch.setattr(volumes.hashlib, "file_digest", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
     assert prepare_cohort(manifest, recipe(), cache) == folder
     assert len(decoded) == 6
 
@@ -248,12 +249,10 @@ def test_all_bad_files_are_told_together_and_nothing_is_left(table: Path, cache:
 def test_a_file_that_changes_while_it_is_read_is_refused(
     table: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = volumes.prepare_scan
-
     def touching(found: Scan, how: Recipe, path: Path) -> np.ndarray:
         if path.name == "2.nii.gz":
             path.write_bytes(path.read_bytes() + b"\0")
-        return real(found, how, path)
+        return prepare_scan(found, how, path)
 
     monkeypatch.setattr(volumes, "prepare_scan", touching)
     with pytest.raises(CohortError, match=r"2\.nii\.gz: changed while it was being read"):
@@ -263,7 +262,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_too_small_a_disk_is_told_before_anything_is_decoded(
     table: Path, cache: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volumes.shutil, "disk_usage", lambda path: SimpleNamespace(free=2048))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2048))
     with pytest.raises(
         CohortError, match=r"the cohort needs 48 KiB, 2 KiB are free: free some room"
     ):
@@ -457,7 +456,7 @@ def test_ctrl_c_ends_a_preparation_and_leaves_nothing(
 ) -> None:
     """The second file is held until what waits behind it has been dropped: small files decode faster than Ctrl-C acts."""
     dropped = threading.Event()
-    read = volumes.read_scan
+    read: Callable[[Path, int], Scan] = vars(volumes)["read_scan"]  # the one that counts
 
     class Pool(ThreadPoolExecutor):
         def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -630,5 +629,5 @@ def test_a_folder_appears_whole_or_not_at_all_and_a_dead_writers_is_swept(tmp_pa
 
 def test_a_manifest_is_all_that_a_cohort_needs(table: Path, cache: Path) -> None:
     rows = pd.DataFrame({"path": [str(table.parent / "0.nii.gz")], "label": [1], "subject": ["s"]})
-    cohort = open_cohort(prepare_cohort(Manifest(table, rows, 2), recipe(), cache))
+    cohort = open_cohort(prepare_cohort(Manifest(str(table), rows, 2), recipe(), cache))
     assert cohort.labels.tolist() == [1]

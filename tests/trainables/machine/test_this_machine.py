@@ -208,7 +208,7 @@ def test_a_lock_with_flock_is_the_kernels(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_peak_of_memory_is_this_process_own_and_not_that_of_the_one_that_started_it():
+def test_the_peak_of_memory_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
     """getrusage carries the peak over to a new process."""
     held = np.ones(2**26)  # 0.5 GiB
     code = "from trainables.machine.this_machine import peak_resident_gib as peak; print(peak())"

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from tune_app.backtest.strategies import (
     RandomSearch,
     RayAshaSearch,
     Seen,
+    Strategy,
     StrategyError,
     TopK,
     compare,
@@ -31,7 +34,7 @@ from tune_app.backtest.strategies import (
     simulate,
     strategies_text,
 )
-from tune_app.backtest.tables import learn_prior, read_table
+from tune_app.backtest.tables import Table, learn_prior, read_table
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.prior import shipped_prior
@@ -40,7 +43,7 @@ from tune_app.study.tied import nearly_tied
 EPOCHS = 9
 
 
-def write(path, trials=24, seed=0, best=2e-4, **columns):
+def write(path: Path, trials: int = 24, seed: int = 0, best: float = 2e-4, **columns: Any) -> Path:
     """A table in which the rate decides: the held-out AUC is the validation AUC without its noise."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -68,27 +71,25 @@ def write(path, trials=24, seed=0, best=2e-4, **columns):
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     return read_table(write(tmp_path_factory.mktemp("tables") / "one_table.parquet"))
 
 
-def test_a_table_is_what_the_objective_makes_of_its_rows(table):
+def test_a_table_is_what_the_objective_makes_of_its_rows(table: Table) -> None:
     assert (table.cohort, table.size, table.epochs) == ("one", 24, EPOCHS)
     for trial in range(0, 24, 5):
         for epochs in range(1, EPOCHS + 1):
             rows = table.rows[trial][:epochs]
             assert table.value[trial, epochs - 1] == objective_value(rows)
             deployed = best_epoch(rows)
-            truth = (
-                0.5 + (table.truth[trial, -1] - 0.5) * 0
-            )  # the hold-out curve is known in closed form
+            assert deployed is not None
             rate = table.samples[trial]["backbone_lr"]
             level = 0.85 - 0.06 * abs(math.log(rate / 2e-4))
-            truth = 0.5 + (level - 0.5) * (1 - math.exp(-deployed / 3))
+            truth = 0.5 + (level - 0.5) * (1 - math.exp(-deployed / 3))  # known in closed form
             assert table.truth[trial, epochs - 1] == pytest.approx(truth)
 
 
-def test_no_strategy_is_shown_what_it_is_judged_by(table):
+def test_no_strategy_is_shown_what_it_is_judged_by(table: Table) -> None:
     seen = Seen(table, np.random.default_rng(0))
     seen.done[:] = 4
     curve = seen.curve(3)
@@ -100,7 +101,7 @@ def test_no_strategy_is_shown_what_it_is_judged_by(table):
     }
 
 
-def test_random_search_finds_what_the_table_says_exactly(table):
+def test_random_search_finds_what_the_table_says_exactly(table: Table) -> None:
     """The expected held-out AUC of the best of k by validation, over all subsets of k: exact by order statistics."""
     order = np.argsort(table.value[:, -1])
     truth = table.truth[order, -1]
@@ -114,11 +115,11 @@ def test_random_search_finds_what_the_table_says_exactly(table):
     assert chance.sum() == pytest.approx(1)
 
 
-def test_rays_asha_stops_what_it_stops_in_the_replay_of_curves(table):
+def test_rays_asha_stops_what_it_stops_in_the_replay_of_curves(table: Table) -> None:
     seen = []
 
     class Spied(RayAshaSearch):
-        def __init__(self, view, budget):
+        def __init__(self, view: Seen, budget: float) -> None:
             super().__init__(view, budget)
             self.order = list(reversed(self._order))
             seen.append((view, self.order))
@@ -134,10 +135,10 @@ def test_rays_asha_stops_what_it_stops_in_the_replay_of_curves(table):
     assert any(expected.stopped)
 
 
-def test_top_k_trains_each_a_little_and_the_best_to_their_end(table):
+def test_top_k_trains_each_a_little_and_the_best_to_their_end(table: Table) -> None:
     seen = []
 
-    def factory(view, budget):
+    def factory(view: Seen, budget: float) -> Strategy:
         seen.append(view)
         return TopK(view, budget, first=2, kept=3)
 
@@ -154,10 +155,10 @@ def test_top_k_trains_each_a_little_and_the_best_to_their_end(table):
     )
 
 
-def test_a_budget_is_spent_and_no_more(table):
+def test_a_budget_is_spent_and_no_more(table: Table) -> None:
     seen = []
 
-    def factory(view, budget):
+    def factory(view: Seen, budget: float) -> Strategy:
         seen.append(view)
         return RandomSearch(view)
 
@@ -165,12 +166,12 @@ def test_a_budget_is_spent_and_no_more(table):
     assert seen[0].done.sum() == 5 * EPOCHS
 
 
-def test_a_budget_in_seconds_buys_fewer_runs_where_starting_costs(table):
+def test_a_budget_in_seconds_buys_fewer_runs_where_starting_costs(table: Table) -> None:
     spent = []
     for start in (0.0, 9.0):
-        views = []
+        views: list[Seen] = []
 
-        def factory(view, budget, views=views):
+        def factory(view: Seen, budget: float, views: list[Seen] = views) -> Strategy:
             views.append(view)
             return RandomSearch(view)
 
@@ -180,7 +181,7 @@ def test_a_budget_in_seconds_buys_fewer_runs_where_starting_costs(table):
     assert 0.3 < spent[1] / spent[0] < 9.9 / 18.9  # and what runs when time is over is lost
 
 
-def test_the_model_beats_random_where_the_rate_decides(table, tmp_path):
+def test_the_model_beats_random_where_the_rate_decides(table: Table, tmp_path: Path) -> None:
     other = read_table(write(tmp_path / "other_table.parquet", seed=9, best=2.5e-4))
     prior = prior_for(table, [table, other])
     assert prior == learn_prior([other])
@@ -193,11 +194,11 @@ def test_the_model_beats_random_where_the_rate_decides(table, tmp_path):
     assert np.mean(gain) > 2 * np.std(gain) / 40**0.5
 
 
-def test_without_another_cohort_the_shipped_prior_is_used(table):
+def test_without_another_cohort_the_shipped_prior_is_used(table: Table) -> None:
     assert prior_for(table, [table]) == shipped_prior()
 
 
-def test_a_prior_finds_where_the_rate_is_best(tmp_path):
+def test_a_prior_finds_where_the_rate_is_best(tmp_path: Path) -> None:
     for best in (5e-5, 2e-4):
         table = read_table(write(tmp_path / "a_table.parquet", trials=60, best=best))
         prior = learn_prior([table])
@@ -206,7 +207,7 @@ def test_a_prior_finds_where_the_rate_is_best(tmp_path):
         assert found == pytest.approx(best, rel=0.35)
 
 
-def test_all_strategies_replay_alike_and_say_so_in_a_table(table):
+def test_all_strategies_replay_alike_and_say_so_in_a_table(table: Table) -> None:
     result = compare([table], replays=4, resamples=3)
     again = compare([table], replays=4, resamples=3)
     pd.testing.assert_frame_equal(result, again)
@@ -220,7 +221,7 @@ def test_all_strategies_replay_alike_and_say_so_in_a_table(table):
     assert "| random | 0." in text
 
 
-def test_unknown_strategies_are_named():
+def test_unknown_strategies_are_named() -> None:
     assert [entry.name for entry in entries_named(["medtune"])] == ["random", "medtune"]
     with pytest.raises(StrategyError, match="no strategy asha: there are random"):
         entries_named(["asha"])
@@ -233,14 +234,16 @@ def test_unknown_strategies_are_named():
         (lambda frame: frame[(frame["trial"] != "00003") | (frame["epoch"] < 5)], "trial 00003"),
     ],
 )
-def test_a_table_that_cannot_be_replayed_is_refused(tmp_path, change, named):
+def test_a_table_that_cannot_be_replayed_is_refused(
+    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], named: str
+) -> None:
     path = write(tmp_path / "a_table.parquet")
     change(pd.read_parquet(path)).to_parquet(path)
     with pytest.raises(CurveError, match=named):
         read_table(path)
 
 
-def test_of_several_folds_the_first_run_counts(tmp_path):
+def test_of_several_folds_the_first_run_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a_table.parquet", trials=4)
     frame = pd.read_parquet(path).assign(configuration=lambda f: f["trial"].astype(int), fold=0)
     second = frame.assign(fold=2, trial=frame["trial"] + "-fold2-seed0", val_auc=0.1)
@@ -256,14 +259,14 @@ CURVES = Path(__file__).parents[4] / "shared" / "data" / "curves"
 @pytest.mark.skipif(
     not CURVES.is_dir(), reason=f"{CURVES} is missing: recorded curves of real runs"
 )
-def test_on_real_curves_the_shipped_prior_is_what_they_teach():
+def test_on_real_curves_the_shipped_prior_is_what_they_teach() -> None:
     tables = [read_table(path) for path in sorted(CURVES.glob("*.parquet"))]
     assert len(tables) >= 4
     known = [t for t in tables if t.name in "".join(shipped_prior().provenance["learned_from"])]
     assert learn_prior(known) == shipped_prior()
 
 
-def test_a_replay_stops_what_the_policy_itself_stops(table):
+def test_a_replay_stops_what_the_policy_itself_stops(table: Table) -> None:
     """The diagnosis is found once for a table: the outcome is that of the policy asked row by row."""
     rows = [[dict(row) for row in rows] for rows in table.rows]
     for trial in range(0, table.size, 3):  # every third is not finite any more
@@ -276,7 +279,7 @@ def test_a_replay_stops_what_the_policy_itself_stops(table):
     views, searches = [], []
 
     class Spied(MedtuneSearch):
-        def __init__(self, view, budget):
+        def __init__(self, view: Seen, budget: float) -> None:
             super().__init__(view, budget, policy=policy, ill=diagnosed(ill, policy))
             self.order = list(reversed(self._order))
             views.append(view)
@@ -296,7 +299,7 @@ def test_a_replay_stops_what_the_policy_itself_stops(table):
     assert [done for _, done in curves] == expected.epochs
 
 
-def with_scores(path, trials=6):
+def with_scores(path: Path, trials: int = 6) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """A table with scores of 40 validation and 60 held-out volumes; the runs' errors are independent."""
     rng = np.random.default_rng(5)
     labels = {"0": np.arange(40) % 4 == 0, "1": np.arange(60) % 4 == 0}
@@ -318,7 +321,7 @@ def with_scores(path, trials=6):
     return frame, labels
 
 
-def test_runs_together_are_worth_the_mean_of_their_calibrated_log_odds(tmp_path):
+def test_runs_together_are_worth_the_mean_of_their_calibrated_log_odds(tmp_path: Path) -> None:
     frame, labels = with_scores(tmp_path / "one_table.parquet")
     table = read_table(tmp_path / "one_table.parquet")
     assert table.scored is not None
@@ -342,10 +345,13 @@ def test_runs_together_are_worth_the_mean_of_their_calibrated_log_odds(tmp_path)
                 table.truth[trial, epochs - 1], abs=1e-9
             )
     part = table.part(np.array([4, 1]))
+    assert part.scored is not None
     assert part.scored.auc([(0, 0), (1, 3)]) == table.scored.auc([(4, 0), (1, 3)])
 
 
-def test_tied_runs_are_deployed_together_where_the_table_has_scores(tmp_path, table):
+def test_tied_runs_are_deployed_together_where_the_table_has_scores(
+    tmp_path: Path, table: Table
+) -> None:
     with_scores(tmp_path / "one_table.parquet")
     scored = read_table(tmp_path / "one_table.parquet")
     worth = {
@@ -356,6 +362,7 @@ def test_tied_runs_are_deployed_together_where_the_table_has_scores(tmp_path, ta
     }
     values = scored.value[:, -1]
     near = nearly_tied(values)
+    assert scored.scored is not None
     whole = scored.scored.auc((int(i), int(scored.deployed[i, -1])) for i in near)
     assert worth[True] == [whole] * 3
     assert worth[False] == [scored.truth[np.argmax(values), -1]] * 3

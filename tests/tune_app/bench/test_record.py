@@ -74,9 +74,8 @@ def test_a_stopped_recording_continues_and_ends_with_the_same_table(
     again = pd.read_parquet(tmp_path / "parts.parquet")
     assert len(again) == 8
     assert again.attrs["labels"].keys() == {"0", "1", "2"}
-    for (
-        row
-    ) in again.itertuples():  # the scores that are kept are those that the AUCs were computed from
+    row: Any  # the scores that are kept are those that the AUCs were computed from
+    for row in again.itertuples():
         assert row.hold_auc == pytest.approx(
             roc_auc_score(again.attrs["labels"]["1"], read_scores(row.hold_scores))
         )

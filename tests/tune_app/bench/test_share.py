@@ -46,7 +46,7 @@ def test_processes_are_measured_in_turns_and_under_mps(gpu: None) -> None:
     for (_, number), row in rows.items():
         assert row["volumes_per_s"] > 0
         # All of them train for as long as one of them at least
-        assert row["volumes_per_s"] <= number * SMALL["volumes"] / row["epoch_s"] * 1.001  # type: ignore[operator]
+        assert row["volumes_per_s"] <= number * SMALL["volumes"] / row["epoch_s"] * 1.001
     table = text_of(share_table(result))
     assert "x turns" in table
     assert f"{rows['mps', 2]['volumes_per_s']:.0f}" in table

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +19,7 @@ from tune_app.study.spec import build_spec, read_study_file
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(tmp_path: Path) -> Path:
     """Eight scans of 16 voxels; row 3 is small, row 6 large, row 5 (class 0) has a flat histogram."""
     rng = np.random.default_rng(0)
     lines = ["path,label,subject,class"]
@@ -38,15 +39,15 @@ def table(tmp_path):
     return path
 
 
-def articles(text):
+def articles(text: str) -> list[tuple[int, list[str]]]:
     found = re.findall(r"<article.*?</article>", text, flags=re.DOTALL)
     return [
-        (int(re.search(r"row (\d+)", one)[1]), re.findall(r'class="why">(.*?)<', one))
+        (int(re.findall(r"row (\d+)", one)[0]), re.findall(r'class="why">(.*?)<', one))
         for one in found
     ]
 
 
-def test_odd_volumes_come_first_in_their_class_with_the_reason(table, tmp_path):
+def test_odd_volumes_come_first_in_their_class_with_the_reason(table: Path, tmp_path: Path) -> None:
     config = build_config({"volume_shape": 20, "spacing_mm": 1.0})
     path = tmp_path / "view.html"
     write_cohort_view(read_manifest(table), config, path, per_class=3, class_names=("a & b", "c"))
@@ -65,7 +66,7 @@ def test_odd_volumes_come_first_in_their_class_with_the_reason(table, tmp_path):
         assert odd == sorted(odd, reverse=True)
 
 
-def test_names_are_escaped_and_the_page_needs_no_network(table, tmp_path):
+def test_names_are_escaped_and_the_page_needs_no_network(table: Path, tmp_path: Path) -> None:
     path = tmp_path / "view.html"
     write_cohort_view(
         read_manifest(table), build_config({"volume_shape": 16}), path, class_names=("a & b", "<i>")
@@ -80,7 +81,7 @@ def test_names_are_escaped_and_the_page_needs_no_network(table, tmp_path):
     assert "<script" not in text
 
 
-def test_the_pictures_are_the_middle_of_the_prepared_volume(table, tmp_path):
+def test_the_pictures_are_the_middle_of_the_prepared_volume(table: Path, tmp_path: Path) -> None:
     """A bright corner plane at the patient's left, back and feet: on the right and at the bottom of every picture."""
     voxels = np.random.default_rng(0).normal(0, 1, size=(16, 16, 16)).astype(np.float32)
     voxels[0], voxels[:, 0], voxels[:, :, 0] = 50, 50, 50
@@ -103,7 +104,7 @@ def test_the_pictures_are_the_middle_of_the_prepared_volume(table, tmp_path):
         assert grey[:-1, :-1].mean() < 60
 
 
-def test_a_uniform_histogram_is_flatter_than_a_peaked_one():
+def test_a_uniform_histogram_is_flatter_than_a_peaked_one() -> None:
     rng = np.random.default_rng(0)
     flat, peaked = (
         flatness(rng.uniform(size=(20, 20, 20))),
@@ -114,7 +115,7 @@ def test_a_uniform_histogram_is_flatter_than_a_peaked_one():
     assert flatness(np.ones((4, 4, 4))) == 0
 
 
-def test_the_command_writes_the_page_and_names_each_setting(table):
+def test_the_command_writes_the_page_and_names_each_setting(table: Path) -> None:
     done = CliRunner().invoke(app, ["data", "view", str(table)])
     assert done.exit_code == 0, done.output
     assert table.with_suffix(".html").is_file()
@@ -122,7 +123,9 @@ def test_the_command_writes_the_page_and_names_each_setting(table):
         assert f"recommended {name}: " in done.stdout
 
 
-def test_init_writes_what_suits_the_table_and_the_file_is_a_study(table, tmp_path):
+def test_init_writes_what_suits_the_table_and_the_file_is_a_study(
+    table: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "study.yaml"
     done = CliRunner().invoke(app, ["init", str(path), "--data", "table.csv"])
     assert done.exit_code == 0, done.output
@@ -136,7 +139,9 @@ def test_init_writes_what_suits_the_table_and_the_file_is_a_study(table, tmp_pat
     ("options", "kept"),
     [(["--preset", "laptop"], {"spacing_mm", "intensity"}), (["--space", "preprocessing"], set())],
 )
-def test_a_preset_and_a_space_go_before_what_is_recommended(table, tmp_path, options, kept):
+def test_a_preset_and_a_space_go_before_what_is_recommended(
+    table: Path, tmp_path: Path, options: list[str], kept: set[str]
+) -> None:
     path = tmp_path / "study.yaml"
     done = CliRunner().invoke(app, ["init", str(path), "--data", "table.csv", *options])
     assert done.exit_code == 0, done.output

@@ -65,7 +65,7 @@ def test_a_search_is_told_in_two_sentences_with_its_numbers(search: Study) -> No
 
 
 def test_the_documents_settings_are_told_beside_the_best_when_they_were_run(search: Study) -> None:
-    before = search.trials_full.set_index("trial").loc["00000", "objective"]
+    before = search.trials_full.set_index("trial")["objective"]["00000"]
     assert (
         f"{before:.3f} for the original settings that this project started from"
         in findings.summary(search)[1]

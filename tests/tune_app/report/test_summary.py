@@ -1,6 +1,7 @@
 """The summary on the console at the end of a search: the runs that tie with the best are named as an ensemble."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from tune_app.models.export import choose
@@ -10,7 +11,9 @@ from tune_app.study.files import StudyFiles
 from tune_app.study.tied import TIED_AUC, TIED_RUNS
 
 
-def test_the_tied_runs_with_weights_are_named_and_are_those_that_the_export_takes(write_study):
+def test_the_tied_runs_with_weights_are_named_and_are_those_that_the_export_takes(
+    write_study: Callable[..., Path],
+) -> None:
     root = write_study("many", trials=24, epochs=20, seed=1)
     assert tied_runs(load_study(root)) == []  # no weights were kept
     files = StudyFiles(root)
@@ -33,7 +36,7 @@ def test_the_tied_runs_with_weights_are_named_and_are_those_that_the_export_take
     assert f"medtune export {root} --ensemble {len(near)} --out model" in text
 
 
-def test_a_study_of_variants_has_no_ties(write_study):
+def test_a_study_of_variants_has_no_ties(write_study: Callable[..., Path]) -> None:
     root = write_study("ablation", {"a": {}, "b": {"s": 20.0}}, seeds=2, epochs=6)
     for folder in StudyFiles(root).trials.iterdir():
         (folder / "best.pt").write_bytes(b"")
@@ -41,14 +44,14 @@ def test_a_study_of_variants_has_no_ties(write_study):
     assert tied_runs(load_study(root)) == []
 
 
-def test_an_objective_that_is_no_auc_has_no_ties(write_study):
+def test_an_objective_that_is_no_auc_has_no_ties(write_study: Callable[..., Path]) -> None:
     root = write_study(trials=6, epochs=6, spec={"objective": "best_median3_balanced_accuracy"})
     for folder in StudyFiles(root).trials.iterdir():
         (folder / "best.pt").write_bytes(b"")
     assert tied_runs(load_study(root)) == []
 
 
-def test_the_next_commands_can_be_copied_whatever_the_folder_is_called():
+def test_the_next_commands_can_be_copied_whatever_the_folder_is_called() -> None:
     root = Path("/studies/our first/it's one")
     commands = [line.partition(" medtune ")[2] for line in place_lines(root) + next_lines(root)]
     asked = [shlex.split(command.partition("   ")[0]) for command in commands if command]

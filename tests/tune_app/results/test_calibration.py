@@ -74,7 +74,7 @@ def test_cross_fits_judge_every_row_once_and_part_no_subject() -> None:
     rng = np.random.default_rng(3)
     groups = np.sort(rng.integers(0, 40, 90)).astype(str)
     labels = (np.unique(groups, return_inverse=True)[1] < 12).astype(np.int64)
-    judged = []
+    judged: list[int] = []
     for fit, judge in cross_fits(labels, groups):
         assert not set(groups[fit]) & set(groups[judge])
         assert set(labels[fit]) == {0, 1}

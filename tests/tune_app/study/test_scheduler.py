@@ -3,13 +3,16 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
 
 from trainables.diagnosis import VERDICTS
 from tune_app.study.errors import SpecError
-from tune_app.study.policy import Policy, rung_cutoff, rung_epochs
+from tune_app.study.policy import Decision, Policy, rung_cutoff, rung_epochs
 from tune_app.study.policy_spec import (
     DEFAULT_ACTIONS,
     POLICIES,
@@ -25,7 +28,7 @@ PLAIN = {"epochs": 10**6, "drw_start_epoch": 10**6}
 SILENT = dict.fromkeys(VERDICTS, "ignore")
 
 
-def halving(**fields):
+def halving(**fields: Any) -> PolicySpec:
     """A policy of halving alone: first rung 2, then 4, 8, ..."""
     fields = {
         "grace_epochs": 2,
@@ -38,7 +41,14 @@ def halving(**fields):
     return PolicySpec(**fields)
 
 
-def feed(policy, trial, values, config=PLAIN, first=1, **columns):
+def feed(
+    policy: Policy,
+    trial: str,
+    values: Sequence[float | None],
+    config: dict[str, Any] | None = PLAIN,
+    first: int = 1,
+    **columns: Sequence[Any],
+) -> list[Decision]:
     """Report one trial's epochs until it is stopped; returns the decisions."""
     decisions = []
     for epoch, value in enumerate(values, start=first):
@@ -51,7 +61,7 @@ def feed(policy, trial, values, config=PLAIN, first=1, **columns):
 
 
 class RaysTrial:
-    def __init__(self, trial_id):
+    def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
 
 
@@ -60,7 +70,9 @@ class RaysTrial:
     ("grace", "factor", "epochs"),
     [(1, 4, 60), (1, 3, 30), (5, 2, 60), (3, 2.5, 40), (2, 3, 2), (4, 4, 16), (1, 1.5, 20)],
 )
-def test_with_our_additions_off_every_decision_is_rays_own(mode, grace, factor, epochs):
+def test_with_our_additions_off_every_decision_is_rays_own(
+    mode: Literal["max", "min"], grace: int, factor: float, epochs: int
+) -> None:
     """Oracle: Ray's ASHAScheduler on the same sequences: interleaved trials, ties, epochs left out."""
     from ray.tune.schedulers import ASHAScheduler
 
@@ -98,14 +110,14 @@ def test_with_our_additions_off_every_decision_is_rays_own(mode, grace, factor, 
     assert compared > stopped
 
 
-def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with():
+def test_the_shipped_defaults_of_rays_asha_are_those_we_compare_with() -> None:
     from ray.tune.schedulers import ASHAScheduler
 
     ray = ASHAScheduler(max_t=60)
     assert [rung for rung, _ in ray._brackets[0]._rungs][::-1] == Policy(RAY_ASHA, 60).rungs
 
 
-def test_deciding_loads_neither_ray_nor_torch():
+def test_deciding_loads_neither_ray_nor_torch() -> None:
     code = "import sys, tune_app.study.policy, trainables.objective; print([m for m in ('ray', 'torch', 'pandas') if m in sys.modules])"
     assert (
         subprocess.run(
@@ -115,7 +127,7 @@ def test_deciding_loads_neither_ray_nor_torch():
     )
 
 
-def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
+def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch() -> None:
     assert rung_epochs(6, 60, 2) == [6, 12, 24, 48]
     assert rung_epochs(1, 64, 4) == [1, 4, 16, 64]
     assert rung_epochs(60, 60, 2) == [60]
@@ -128,7 +140,7 @@ def test_rungs_lie_at_the_grace_epochs_times_powers_up_to_the_last_epoch():
     assert Policy(PolicySpec(grace_epochs=30), 10).rungs == [10]
 
 
-def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes():
+def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes() -> None:
     policy = Policy(halving(), 60)
     good = feed(policy, "a", [0.9, 0.9, 0.9, 0.9])
     assert [(d.reason, d.rung) for d in good] == [
@@ -144,7 +156,7 @@ def test_only_rows_at_a_rung_are_compared_and_the_first_arrival_passes():
     assert "rank 2 of 2 at rung 2" in bad[-1].summary
 
 
-def test_a_rung_stops_none_before_enough_have_arrived_and_counts_them_all():
+def test_a_rung_stops_none_before_enough_have_arrived_and_counts_them_all() -> None:
     policy = Policy(halving(judge_from=3), 60)
     assert feed(policy, "a", [0.9, 0.9])[-1].reason == "rung"
     worse = feed(policy, "b", [0.9, 0.8])[-1]
@@ -157,13 +169,13 @@ def test_a_rung_stops_none_before_enough_have_arrived_and_counts_them_all():
     ("compared", "value"),
     [("current", 0.6), ("best", 0.95), ("smoothed", 0.6), ("best_median3", 0.7)],
 )
-def test_a_rung_compares_the_chosen_value(compared, value):
+def test_a_rung_compares_the_chosen_value(compared: str, value: float) -> None:
     policy = Policy(halving(grace_epochs=6, compared=compared), 60)
     assert feed(policy, "a", [0.95, 0.7, 0.7, 0.5, 0.6, 0.6])[-1].value == value
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_ranks_last_at_its_rung(missing):
+def test_what_is_not_finite_ranks_last_at_its_rung(missing: float | None) -> None:
     policy = Policy(halving(compared="current"), 60)
     first = feed(policy, "nan first", [0.9, missing])
     assert (first[-1].action, first[-1].value) == ("continue", None)  # nothing to compare with
@@ -173,12 +185,12 @@ def test_what_is_not_finite_ranks_last_at_its_rung(missing):
     assert (last.action, last.reason, last.rank, last.arrived) == ("stop", "halving", 2, 4)
 
 
-def test_a_missing_value_is_best_or_median_of_what_was_there_before():
+def test_a_missing_value_is_best_or_median_of_what_was_there_before() -> None:
     policy = Policy(halving(compared="best"), 60)
     assert feed(policy, "a", [0.9, None])[-1].value == 0.9
 
 
-def test_the_cutoff_is_rays_percentile_and_never_between_a_number_and_none():
+def test_the_cutoff_is_rays_percentile_and_never_between_a_number_and_none() -> None:
     assert rung_cutoff([], 4) is None
     assert rung_cutoff([0.1, 0.2, 0.3, 0.4, 0.5], 4) == pytest.approx(0.4)
     assert rung_cutoff([-math.inf, -math.inf, 0.5], 2) == -math.inf
@@ -186,7 +198,7 @@ def test_the_cutoff_is_rays_percentile_and_never_between_a_number_and_none():
     assert rung_cutoff([-math.inf, 0.5], 2) == -math.inf
 
 
-def test_no_rung_falls_into_the_epochs_after_the_class_weights_began():
+def test_no_rung_falls_into_the_epochs_after_the_class_weights_began() -> None:
     policy = Policy(halving(grace_epochs=8, drw_guard_epochs=3), 60)
     feed(policy, "a", [0.9] * 16)
     config = {"epochs": 60, "drw_start_epoch": 7}
@@ -204,7 +216,7 @@ def test_no_rung_falls_into_the_epochs_after_the_class_weights_began():
     assert feed(without, "b", fallen, config)[-1].epoch == 8
 
 
-def test_the_rows_know_better_than_the_config_when_the_class_weights_began():
+def test_the_rows_know_better_than_the_config_when_the_class_weights_began() -> None:
     policy = Policy(halving(drw_guard_epochs=3), 60)
     late = [False] * 3 + [True] * 9
     decisions = feed(policy, "a", [0.9] * 12, {"drw_start_epoch": 2}, drw_active=late)
@@ -213,13 +225,15 @@ def test_the_rows_know_better_than_the_config_when_the_class_weights_began():
     assert not [d for d in always if d.reason == "drw_guard"]
 
 
-def test_the_default_start_of_class_weights_counts_where_the_overrides_are_silent_and_not_for_unknown_curves():
+def test_the_default_start_of_class_weights_counts_where_the_overrides_are_silent_and_not_for_unknown_curves() -> (
+    None
+):
     spec = halving(grace_epochs=26, drw_guard_epochs=3)
     assert feed(Policy(spec, 60), "a", [0.9] * 26, {})[-1].reason == "drw_guard"
     assert feed(Policy(spec, 60), "a", [0.9] * 26, None)[-1].reason == "rung"
 
 
-def test_finalists_train_to_the_end_whatever_their_rung_says():
+def test_finalists_train_to_the_end_whatever_their_rung_says() -> None:
     spec = {"grace_epochs": 2, "reduction_factor": 4, "compared": "best"}
     plain, policy = Policy(halving(**spec), 60), Policy(halving(**spec, finalists=2), 60)
     for kind in (plain, policy):
@@ -235,7 +249,7 @@ def test_finalists_train_to_the_end_whatever_their_rung_says():
 RISE = [0.6, 0.7, 0.78, 0.82, 0.84, 0.85, 0.85, 0.86]
 
 
-def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when():
+def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when() -> None:
     policy = Policy(PolicySpec(halving=False), 60)
     decisions = feed(policy, "a", RISE + [0.5] * 10)
     last = decisions[-1]
@@ -251,7 +265,7 @@ def test_a_collapsing_trial_is_stopped_with_its_verdict_and_since_when():
     assert policy.stopped() == {"a": last}
 
 
-def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent():
+def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent() -> None:
     curve = RISE + [0.5] * 6
     assert feed(Policy(PolicySpec(halving=False, actions={"collapsed": "stop"}), 60), "a", curve)[
         -1
@@ -265,7 +279,7 @@ def test_each_verdict_can_be_told_to_stop_to_warn_or_to_be_silent():
     assert {(d.reason, d.warning) for d in silent} == {("between_rungs", False)}
 
 
-def test_what_is_not_settled_is_told_and_not_stopped():
+def test_what_is_not_settled_is_told_and_not_stopped() -> None:
     policy = Policy(PolicySpec(halving=False), 60)
     decisions = []
     for epoch in range(1, 31):
@@ -275,7 +289,7 @@ def test_what_is_not_settled_is_told_and_not_stopped():
     assert [d.epoch for d in decisions if d.reason == "diagnosis"] == [22]
 
 
-def test_the_last_epoch_is_completed_and_only_a_run_that_would_go_on_is_stopped():
+def test_the_last_epoch_is_completed_and_only_a_run_that_would_go_on_is_stopped() -> None:
     spec = PolicySpec(halving=False)
     own_end = feed(Policy(spec, 5), "a", [0.7] * 5, {"epochs": 5})[-1]
     assert (own_end.reason, own_end.action) == ("completed", "continue")
@@ -287,7 +301,7 @@ def test_the_last_epoch_is_completed_and_only_a_run_that_would_go_on_is_stopped(
     assert len(capped) == 3
 
 
-def test_rows_reported_again_change_nothing():
+def test_rows_reported_again_change_nothing() -> None:
     policy, once = Policy(PolicySpec(), 20), Policy(PolicySpec(), 20)
     curves = {"a": RISE + [0.86] * 6, "b": [0.5] * 14, "c": RISE + [0.4] * 6}
     first = [
@@ -311,7 +325,7 @@ def test_rows_reported_again_change_nothing():
     assert [d for d in again if d.reason != "stopped_before"] == first
 
 
-def test_a_stopped_trial_that_reports_on_is_stopped_again():
+def test_a_stopped_trial_that_reports_on_is_stopped_again() -> None:
     policy = Policy(halving(), 60)
     feed(policy, "a", [0.9] * 2)
     ended = feed(policy, "b", [0.5] * 2)[-1]
@@ -319,13 +333,15 @@ def test_a_stopped_trial_that_reports_on_is_stopped_again():
     assert (again.action, again.reason, again.summary) == ("stop", "stopped_before", ended.summary)
 
 
-def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_killed(tmp_path):
+def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_killed(
+    tmp_path: Path,
+) -> None:
     """The state is a function of the rows on disk: every restart begins with a fresh policy and the file."""
     rng = random.Random(3)
     configs = {
         f"{n:05d}": {"epochs": 40, "drw_start_epoch": rng.choice([5, 12, 40])} for n in range(40)
     }
-    arrivals = []
+    arrivals: list[dict[str, Any]] = []
     running = dict.fromkeys(configs, 0)
     while running:
         trial = rng.choice(list(running))
@@ -366,7 +382,7 @@ def test_a_search_killed_at_random_moments_and_replayed_decides_as_one_never_kil
     assert decided == expected
 
 
-def test_a_decision_is_a_flat_row_of_json_with_what_it_was_based_on():
+def test_a_decision_is_a_flat_row_of_json_with_what_it_was_based_on() -> None:
     policy = Policy(halving(), 60)
     feed(policy, "a", [0.9] * 2)
     row = feed(policy, "b", [0.5] * 2)[-1].as_row()
@@ -381,7 +397,7 @@ def test_a_decision_is_a_flat_row_of_json_with_what_it_was_based_on():
     )
 
 
-def test_the_policy_of_a_study_file_is_checked_and_completed():
+def test_the_policy_of_a_study_file_is_checked_and_completed() -> None:
     assert PolicySpec(actions={"collapsed": "warn"}).actions == {
         **DEFAULT_ACTIONS,
         "collapsed": "warn",
@@ -404,7 +420,7 @@ def test_the_policy_of_a_study_file_is_checked_and_completed():
         Policy(PolicySpec(), 0)
 
 
-def test_a_policy_file_tells_each_violation_in_our_own_words(tmp_path):
+def test_a_policy_file_tells_each_violation_in_our_own_words(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("grace_epochs: 0\nactions: {no_fault: stop}\n")
     with pytest.raises(PolicyError) as told:
@@ -431,7 +447,7 @@ def test_rungs_compare_what_the_objective_is_of() -> None:
     assert stopped == {"best_median3": {"b", "c", "d"}, "best_median3_raw": {"a", "b", "c"}}
 
 
-def test_a_study_of_an_earlier_version_decides_as_it_would_have():
+def test_a_study_of_an_earlier_version_decides_as_it_would_have() -> None:
     """Its study.json holds the policy in full, without the field that later replaced a fixed tenth."""
     fields = {"data": "/data/table.csv", "config": {"epochs": 60}}
     new = build_spec(fields)
@@ -446,7 +462,7 @@ def test_a_study_of_an_earlier_version_decides_as_it_would_have():
     assert recorded_spec(new.model_dump(mode="json")) == new
 
 
-def test_a_rung_of_a_study_from_before_judge_from_does_not_begin_to_wait():
+def test_a_rung_of_a_study_from_before_judge_from_does_not_begin_to_wait() -> None:
     fields = build_spec({"data": "/data/table.csv"}).model_dump(mode="json")
     assert fields["policy"].pop("judge_from") == 4
     old = recorded_spec(fields)
@@ -455,11 +471,11 @@ def test_a_rung_of_a_study_from_before_judge_from_does_not_begin_to_wait():
 
 
 @pytest.mark.parametrize(("name", "policy"), POLICIES.items())
-def test_a_study_file_may_name_its_policy(name, policy):
+def test_a_study_file_may_name_its_policy(name: str, policy: PolicySpec) -> None:
     assert build_spec({"data": "/data/table.csv", "policy": name}).policy == policy
 
 
-def test_a_policy_of_an_unknown_name_is_told_with_those_there_are():
+def test_a_policy_of_an_unknown_name_is_told_with_those_there_are() -> None:
     with pytest.raises(SpecError, match="unknown policy 'asha': one of medtune, ray_asha"):
         build_spec({"data": "/data/table.csv", "policy": "asha"})
 
@@ -468,7 +484,7 @@ def test_a_policy_of_an_unknown_name_is_told_with_those_there_are():
     ("config", "uses"),
     [({}, True), ({"pretrained_path": "/weights.pth"}, False), ({"optimizer": "sgd"}, False)],
 )
-def test_the_prior_is_used_where_it_holds(config, uses):
+def test_the_prior_is_used_where_it_holds(config: dict[str, Any], uses: bool) -> None:
     assert (
         build_spec({"data": "/data/table.csv", "config": config}).used_prior is None
     ) is not uses

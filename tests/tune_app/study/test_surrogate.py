@@ -1,5 +1,7 @@
 """The search's model: the process against scikit-learn's, the prior, and the choices."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -18,13 +20,13 @@ from tune_app.study.surrogate import (
 )
 
 
-def points(count, seed=0, space="documented"):
+def points(count: int, seed: int = 0, space: str = "documented") -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     chosen = SPACES[space]
     return [chosen.sample(lambda p: draw(p, rng), 30) for _ in range(count)]
 
 
-def test_the_posterior_is_scikit_learns():
+def test_the_posterior_is_scikit_learns() -> None:
     samples = points(30)
     ours = Surrogate(axes_of(SPACES["documented"]), samples, None)
     columns = [
@@ -56,7 +58,7 @@ def test_the_posterior_is_scikit_learns():
     np.testing.assert_allclose(found[1], covariance, atol=1e-6)
 
 
-def test_before_anything_has_ended_the_prior_decides():
+def test_before_anything_has_ended_the_prior_decides() -> None:
     prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-0.3, 0.3, -0.3), {})
     samples = points(200)
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
@@ -70,14 +72,14 @@ def test_before_anything_has_ended_the_prior_decides():
     assert len(set(chosen)) > 3  # a draw, not an argument of the maximum
 
 
-def test_exploration_begins_with_what_has_ended_and_the_cohorts_level_is_no_part_of_it():
+def test_exploration_begins_with_what_has_ended_and_the_cohorts_level_is_no_part_of_it() -> None:
     prior = Prior((np.log(1e-5), np.log(1e-4), np.log(1e-3)), (-0.3, 0.3, -0.3), {})
     samples = points(200)
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
     expected = model.LEVEL + surrogate.prior_mean
     none, free = np.array([], dtype=int), np.arange(12, 200)
 
-    def chosen(ended, process=surrogate):
+    def chosen(ended: int, process: Surrogate = surrogate) -> list[Any]:
         """By 40 streams, where the trials that ended are worth exactly the expected value."""
         seen = np.arange(ended)
         auc = 1 / (1 + np.exp(-expected[seen]))
@@ -90,7 +92,7 @@ def test_exploration_begins_with_what_has_ended_and_the_cohorts_level_is_no_part
     assert chosen(0, unknown) == chosen(0)
 
 
-def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model():
+def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model() -> None:
     prior = Prior((np.log(2e-5), np.log(5e-4)), (-3.0, 3.0), {})
     samples = points(400)
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, prior)
@@ -98,7 +100,7 @@ def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model():
     free = np.arange(20, 400)
     middle = np.median(rates[free])
 
-    def above(ended, running):
+    def above(ended: int, running: int) -> float:
         """Share of 60 draws with a rate over the median."""
         seen, going = np.arange(ended), np.arange(ended, ended + running)
         auc = np.full(ended, 0.75)
@@ -106,7 +108,7 @@ def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model():
             surrogate.choose(seen, auc, np.ones(ended), going, free, np.random.default_rng(i))
             for i in range(60)
         ]
-        return np.mean(rates[drawn] > middle)
+        return float(np.mean(rates[drawn] > middle))
 
     for ended, running in ((0, 0), (0, 2), (1, 3), (4, 2), (8, 4)):
         assert above(ended, running) == 1
@@ -114,7 +116,7 @@ def test_two_of_the_first_eight_trials_ask_neither_the_prior_nor_the_model():
         assert 0.3 < above(ended, running) < 0.7
 
 
-def test_the_process_is_fitted_to_a_bounded_and_reproducible_choice_of_trials():
+def test_the_process_is_fitted_to_a_bounded_and_reproducible_choice_of_trials() -> None:
     rng = np.random.default_rng(0)
     for count in (0, 1, model.MOST_OBSERVED):
         assert observed(rng.uniform(size=count)).tolist() == list(range(count))
@@ -130,7 +132,7 @@ def test_the_process_is_fitted_to_a_bounded_and_reproducible_choice_of_trials():
     assert auc[kept].min() == auc.min()
 
 
-def test_a_prior_that_is_wrong_is_overruled_by_what_ends():
+def test_a_prior_that_is_wrong_is_overruled_by_what_ends() -> None:
     prior = Prior((np.log(2e-5), np.log(5e-4)), (0.5, -0.5), {})
     samples = points(200)
     rates = np.log([s["backbone_lr"] for s in samples])
@@ -145,7 +147,7 @@ def test_a_prior_that_is_wrong_is_overruled_by_what_ends():
     assert np.median(rates[chosen]) > np.median(rates[free])
 
 
-def test_running_trials_are_not_asked_for_again():
+def test_running_trials_are_not_asked_for_again() -> None:
     samples = points(1) * 5 + points(40, seed=1)
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, None)
     _, alone = surrogate.posterior(
@@ -157,7 +159,7 @@ def test_running_trials_are_not_asked_for_again():
     assert beside[0, 0] < 0.01 < alone[0, 0]
 
 
-def test_a_stopped_trial_says_less_than_one_that_ended():
+def test_a_stopped_trial_says_less_than_one_that_ended() -> None:
     samples = points(1) * 2
     surrogate = Surrogate(axes_of(SPACES["documented"]), samples, None)
     means = []
@@ -169,7 +171,7 @@ def test_a_stopped_trial_says_less_than_one_that_ended():
     assert means[0] < means[1] < model.LEVEL
 
 
-def test_conditional_and_categorical_parameters_have_a_place():
+def test_conditional_and_categorical_parameters_have_a_place() -> None:
     axes = axes_of(SPACES["wide"])
     samples = points(50, space="wide")
     surrogate = Surrogate(axes, samples, shipped_prior())
@@ -181,11 +183,13 @@ def test_conditional_and_categorical_parameters_have_a_place():
     assert Axis("s", 5, 40, log=True).scaled([5, None, 40]).ravel().tolist() == [0.0, 0.5, 1.0]
 
 
-def test_draws_are_uniform_on_the_scale_that_is_searched():
+def test_draws_are_uniform_on_the_scale_that_is_searched() -> None:
     rng = np.random.default_rng(0)
     parameters = SPACES["wide"].parameters
-    rates = np.log([draw(parameters["backbone_lr"], rng) for _ in range(4000)])
-    low, high = (np.log(float(end)) for end in parameters["backbone_lr"].ends)
+    drawn: list[Any] = [draw(parameters["backbone_lr"], rng) for _ in range(4000)]
+    rates = np.log(drawn)
+    ends: tuple[Any, ...] = parameters["backbone_lr"].ends
+    low, high = np.log(ends)
     assert low <= rates.min()
     assert rates.max() <= high
     assert np.mean(rates) == pytest.approx((low + high) / 2, abs=0.1)
@@ -199,7 +203,7 @@ def test_draws_are_uniform_on_the_scale_that_is_searched():
     assert {draw(parameters["unfreeze_stage_epochs"], rng) for _ in range(200)} == {0, 1, 2, 3}
 
 
-def test_the_shipped_prior_names_its_source_and_is_best_where_runs_were():
+def test_the_shipped_prior_names_its_source_and_is_best_where_runs_were() -> None:
     prior = shipped_prior()
     assert len(prior.provenance["learned_from"]) >= 4
     lift = prior(np.log([2e-5, 1e-4, 2.5e-4]))
