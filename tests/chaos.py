@@ -404,7 +404,7 @@ def epochs_lost(study: Path) -> int:
     """
     files = StudyFiles(study)
     reported = rows_by_trial(files)
-    saved = {}
+    saved: dict[str, int] = {}
     for trial in reported:
         try:
             saved[trial] = load_state(files.trial(trial).checkpoint)["epoch"]
@@ -445,9 +445,7 @@ def check(root: Path, result: Round) -> list[str]:
     record = optuna.load_study(study_name=None, storage=f"sqlite:///{files.database}")
     states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
     names = {"completed": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
-    if states != (
-        told := {row.trial: names.get(row.state) for row in study.trials_full.itertuples()}
-    ):
+    if states != (told := study.trials_full.set_index("trial")["state"].map(names).to_dict()):
         problems.append(f"Optuna says {states}, the records {told}")
 
     policy = Policy(spec.policy, spec.epochs)

@@ -4,7 +4,12 @@ import numpy as np
 
 
 def cohort(
-    num=120, classes=2, *, seed=0, signal=1.0, decimals=None
+    num: int = 120,
+    classes: int = 2,
+    *,
+    seed: int = 0,
+    signal: float = 1.0,
+    decimals: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Float32 logits and labels; with few decimals there are ties."""
     random = np.random.default_rng(seed)

@@ -43,7 +43,12 @@ def a_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def an_ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The document's five variants over three folds and two seeds; reduced LDAM matters, and so do all fixes together."""
-    chosen = {"baseline": {}, "only-reduced-ldam": {}, "only-delayed-drw": {}, "combined": {}}
+    chosen: dict[str, dict[str, Any]] = {
+        "baseline": {},
+        "only-reduced-ldam": {},
+        "only-delayed-drw": {},
+        "combined": {},
+    }
     root = tmp_path_factory.mktemp("studies") / "an ablation"
     effect = {"only-reduced-ldam": 0.03, "combined": 0.06}
     return make_study(
@@ -368,9 +373,11 @@ def trained_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"spec": spec.model_dump(mode="json"), "cohort": cohort_folder.name, "created": CREATED}
     )
     recorder = Recorder(spec, files, clock=lambda: CREATED)
-    for number, overrides in enumerate(
-        [{"s": 12.0}, {"head": "linear", "seed": 1, "fold": 1, "dropout": 0.0}]
-    ):
+    trials: list[dict[str, Any]] = [
+        {"s": 12.0},
+        {"head": "linear", "seed": 1, "fold": 1, "dropout": 0.0},
+    ]
+    for number, overrides in enumerate(trials):
         trial = f"{number:05d}"
         config = build_config({**TINY, **overrides})
         cohort, split = open_inputs(config, table, cohort_folder)

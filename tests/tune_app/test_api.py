@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +13,14 @@ from tune_app.demo import SMALL
 from tune_app.synthetic import write_cohort
 
 
-def test_importing_it_loads_neither_torch_nor_ray_nor_pandas():
+def test_importing_it_loads_neither_torch_nor_ray_nor_pandas() -> None:
     code = "import tune_app, sys; print(sorted({'torch', 'ray', 'pandas'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", tune_app.__all__)
-def test_every_function_is_documented_and_no_submodule_hides_it(name):
+def test_every_function_is_documented_and_no_submodule_hides_it(name: str) -> None:
     function = getattr(tune_app, name)
     assert inspect.isfunction(function)
     assert inspect.getdoc(function)
@@ -27,7 +28,7 @@ def test_every_function_is_documented_and_no_submodule_hides_it(name):
     assert getattr(tune_app, name) is function
 
 
-def test_a_field_that_does_not_exist_is_refused_before_anything_is_written(tmp_path):
+def test_a_field_that_does_not_exist_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ProblemsError, match="trails"):
         tune_app.search(tmp_path / "t.csv", tmp_path / "study", trails=3)
     assert not (tmp_path / "study").exists()
@@ -36,7 +37,7 @@ def test_a_field_that_does_not_exist_is_refused_before_anything_is_written(tmp_p
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_from_a_table_to_predictions(tmp_path):
+def test_from_a_table_to_predictions(tmp_path: Path) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=18)
     seen = []
     study = tune_app.search(

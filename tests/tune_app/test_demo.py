@@ -1,6 +1,8 @@
 """The demo and the sample cohort: the files written, and that the commands printed for them are commands."""
 
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,12 +18,14 @@ from tune_app.study.spec import build_spec, read_study_file
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SUBJECTS", 20)
     monkeypatch.setattr(demo, "CONFIRMED_ON", (1,))
 
 
-def test_the_sample_is_a_cohort_and_a_study_file_with_the_default_policy(small, tmp_path):
+def test_the_sample_is_a_cohort_and_a_study_file_with_the_default_policy(
+    small: None, tmp_path: Path
+) -> None:
     path = demo.write_sample(tmp_path / "a sample")
     spec = build_spec(read_study_file(path))
     assert spec.policy == PolicySpec()
@@ -32,7 +36,7 @@ def test_the_sample_is_a_cohort_and_a_study_file_with_the_default_policy(small, 
         demo.write_sample(tmp_path / "a sample")
 
 
-def test_what_is_printed_next_are_commands_with_options_that_exist(tmp_path):
+def test_what_is_printed_next_are_commands_with_options_that_exist(tmp_path: Path) -> None:
     commands = demo.next_commands(tmp_path / "a sample")
     assert [shlex.split(line)[:2] for line in commands] == [
         ["medtune", "run"],
@@ -41,14 +45,15 @@ def test_what_is_printed_next_are_commands_with_options_that_exist(tmp_path):
     ]
     for line in commands:
         _, name, *arguments = shlex.split(line)
-        context = get_command(app).commands[name].make_context(name, arguments)
+        group: Any = get_command(app)
+        context = group.commands[name].make_context(name, arguments)
         assert any(str(tmp_path / "a sample") in str(value) for value in context.params.values())
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_demo_searches_confirms_and_reports(small, tmp_path):
+def test_the_demo_searches_confirms_and_reports(small: None, tmp_path: Path) -> None:
     results = Console(width=100, record=True, quiet=False)
     code = demo.run_demo(
         tmp_path / "d", trials=2, epochs=3, console=Console(quiet=True), results=results

@@ -78,7 +78,7 @@ def test_a_study_folder_of_such_a_name_is_listed_with_the_others(
     assert sorted(found) == [r"caf\udce9", "plain"]
     assert found[r"caf\udce9"] == tmp_path / LATIN
     answer = JSONResponse({"name": LATIN, "ids": sorted(found)})
-    assert json.loads(answer.body)["name"] == LATIN
+    assert json.loads(bytes(answer.body))["name"] == LATIN
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from search_spaces.spaces import SPACES
 from trainables.config import ConfigError, FineTuneConfig
 from tune_app.cli import app as cli
-from tune_app.cli import common as cli_common
 from tune_app.cli import studies
 from tune_app.cli.common import parse_settings
 from tune_app.study.spec import StudySpec
@@ -264,7 +264,7 @@ def test_data_and_config_go_to_stdout_so_that_pipes_work(tmp_path: Path) -> None
 def test_tables_keep_within_80_columns(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "out", cli_common.Console(highlight=False, width=80))
+    monkeypatch.setattr(cli, "out", Console(highlight=False, width=80))
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,9 @@ main()
         (["demo", "--out", "first"], "demo: writing"),
     ],
 )
-def test_a_line_comes_before_ray_and_torch_are_loaded(tmp_path, arguments, first):
+def test_a_line_comes_before_ray_and_torch_are_loaded(
+    tmp_path: Path, arguments: list[str], first: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE, *arguments], cwd=tmp_path, capture_output=True, text=True
     )
@@ -37,11 +40,11 @@ def test_a_line_comes_before_ray_and_torch_are_loaded(tmp_path, arguments, first
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_an_interruption_before_the_first_trial_is_said_in_words(
-    tmp_path, monkeypatch, capsys, begun
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: bool
+) -> None:
     import tune_app.driver.run
 
-    def interrupted(spec, root, **_):
+    def interrupted(spec: object, root: Path, **_: object) -> None:
         root.mkdir()
         if begun:
             (root / "epochs.jsonl").write_text("{}\n")

@@ -21,6 +21,7 @@ from trainables.data.table_file import ManifestError
 from tune_app.cli import app as cli
 from tune_app.cli import cluster as cli_cluster
 from tune_app.cli import studies as cli_studies
+from tune_app.cli.common import err
 from tune_app.cluster.jobs import Jobs, JobServerError, is_loopback, job_server
 from tune_app.cluster.kubernetes import Cluster, kuberay_manifest
 from tune_app.cluster.slurm import Allocation, slurm_script
@@ -637,7 +638,7 @@ def test_the_log_of_a_failed_job_is_shown_once(
     code: int | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(cli_cluster.err, "print", lambda text, **_: said.append(text))
+    monkeypatch.setattr(err, "print", lambda text, **_: said.append(text))
     message = "Job entrypoint failed, last available logs: a line" if code else "never started"
     job = SimpleNamespace(
         status=SimpleNamespace(value="FAILED"), driver_exit_code=code, message=message

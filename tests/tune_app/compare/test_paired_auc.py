@@ -56,7 +56,7 @@ def test_what_cannot_be_known_has_no_interval(labels: Any, seeds: int) -> None:
 
 def test_equal_scores_differ_by_nothing() -> None:
     labels = classes(5, 20)
-    scores = np.random.default_rng(4).normal(size=(2, 25))
+    scores = list(np.random.default_rng(4).normal(size=(2, 25)))
     split = PairedSplit(labels, np.arange(25), scores, scores)
     assert paired_difference([split]) == (0.0, 0.0, 0.0)
 

@@ -43,7 +43,8 @@ class LogOdds(nn.Module):
         others = [
             torch.cat([z[:, :c], z[:, c + 1 :]], dim=1).logsumexp(dim=1) for c in range(z.shape[1])
         ]
-        return z - torch.stack(others, dim=1)
+        margins: torch.Tensor = z - torch.stack(others, dim=1)
+        return margins
 
 
 @pytest.mark.parametrize("layer", ["layer4", "layer2"])
@@ -115,7 +116,7 @@ def test_cells_are_those_the_layer_has(geometry: str, layer: str) -> None:
     assert cells(network, shape, layer) == seen[0].shape[2:]
 
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "whole, isotropic": {"volume_shape": 20},
     "finer, cropped": {"volume_shape": 16, "spacing_mm": 0.7},
     "coarser, padded": {"volume_shape": "24,20,16", "spacing_mm": 1.9},

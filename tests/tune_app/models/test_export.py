@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import build_network
 from trainables.subject_auc import score_metrics_over_subjects, subject_interval
-from tune_app.models import evaluation, export, onnx
+from tune_app.models import evaluation, export
+from tune_app.models.card import model_card
 from tune_app.models.evaluation import ExportError, evaluate, judge, wilson
 from tune_app.models.export import choose, export_model
 from tune_app.models.folder import Measured, ModelError, ModelFiles, ModelInfo
@@ -153,7 +155,7 @@ def test_the_card_counts_people_not_volumes(
     changed = info.validation.model_copy(
         update={"volumes": 24, "classes": (12, 12), "class_subjects": of_classes}
     )
-    card = export.model_card(info.model_copy(update={"validation": changed}), [build_config()])
+    card = model_card(info.model_copy(update={"validation": changed}), [build_config()])
     few = [line for line in card.splitlines() if line.startswith("- **Few ")]
     assert len(few) == (told is not None)
     assert told is None or few[0].startswith(told)
@@ -185,7 +187,7 @@ def test_the_card_says_which_weights_of_which_epoch_these_are(
     )
     [line] = [
         line
-        for line in export.model_card(changed, [build_config()]).splitlines()
+        for line in model_card(changed, [build_config()]).splitlines()
         if line.startswith("The weights are ")
     ]
     assert told in line
@@ -333,7 +335,7 @@ def test_a_table_that_moved_is_found_where_it_is_named(
 def test_an_ensemble_of_named_trials_is_theirs_in_that_order(
     trained_study: Path, tmp_path: Path
 ) -> None:
-    asked = {"trial": "1", "along": ["00000", "1"]}
+    asked: dict[str, Any] = {"trial": "1", "along": ["00000", "1"]}
     info = export_model(trained_study, tmp_path / "model", device=CPU, say=quiet, **asked)
     assert [member.trial for member in info.members] == ["00001", "00000"]
     assert info.kind == "ensemble"
@@ -559,7 +561,7 @@ def test_the_card_says_what_went_wrong_in_the_run_also_if_it_healed(
     info = info_of(exported_model)
     (member,) = info.members
     member = member.model_copy(update={"verdict": verdict, "verdict_summary": summary})
-    card = export.model_card(info.model_copy(update={"members": (member,)}), [build_config()])
+    card = model_card(info.model_copy(update={"members": (member,)}), [build_config()])
     lines = [
         line
         for line in card.splitlines()
@@ -579,7 +581,7 @@ def test_the_card_says_when_the_calibration_makes_it_worse(
     info = info.model_copy(
         update={"validation": info.validation.model_copy(update={"metrics": metrics})}
     )
-    card = " ".join(export.model_card(info, [build_config()]).split())
+    card = " ".join(model_card(info, [build_config()]).split())
     assert (
         "It did not help here**: fitted on the other subjects, it takes the Brier score from 0.210 to 0.240"
         in card
@@ -587,7 +589,7 @@ def test_the_card_says_when_the_calibration_makes_it_worse(
 
 
 def test_names_in_the_card_cannot_become_markup(exported_model: Path) -> None:
-    info, card_of = info_of(exported_model), export.model_card
+    info, card_of = info_of(exported_model), model_card
     choice = info.choice.model_copy(
         update={"study": "a`b|<script>", "how": "the *best* [of](http://x) <b>"}
     )
@@ -623,7 +625,7 @@ def test_scores_that_know_nothing_are_shown_up_by_the_unseen_rows(
         for z, labels, subjects in (noise(seed=s) for s in range(12))
     ]
     fitted, unseen = (
-        [one[name].value for one in found]
+        np.array([one[name].value for one in found], dtype=float)
         for name in ("balanced_accuracy", "balanced_accuracy_unseen")
     )
     assert np.mean(fitted) > 0.58, "the threshold was chosen on these very volumes"
@@ -637,6 +639,9 @@ def test_intervals_hold_their_values() -> None:
     with_interval = [one for one in measured.values() if one.interval]
     assert len(with_interval) == 12
     for one in with_interval:
+        assert one.value is not None
+        assert one.low is not None
+        assert one.high is not None
         assert one.low <= one.value <= one.high
 
 
@@ -697,7 +702,7 @@ def test_a_share_of_volumes_that_repeat_their_subject_is_one_of_the_subjects() -
 def test_onnx_without_its_packages_says_how_to_install_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(onnx.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(
         ExportError,
         match=r"--onnx needs onnx, onnxscript, onnxruntime: pip install 'medtune\[onnx\]'",

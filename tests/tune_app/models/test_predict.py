@@ -158,11 +158,11 @@ def test_files_that_cannot_be_read_are_told_apart(
 
 
 def test_scores_that_are_not_finite_are_a_problem_and_no_number(model: Model, cohort: Path) -> None:
-    network = model.networks[0]
-    before = network.head.weight.clone()
-    network.head.weight.fill_(float("nan"))
+    weight = model.networks[0].get_parameter("head.weight")
+    before = weight.clone()
+    weight.fill_(float("nan"))
     (found,) = predict(model, find_scans([cohort], 2)[:1])
-    network.head.weight.copy_(before)
+    weight.copy_(before)
     assert found.scored is None
     assert found.problem is not None
     assert "not finite" in found.problem
@@ -291,8 +291,8 @@ def test_a_gpu_gives_the_scores_of_the_cpu(exported_ensemble: Path) -> None:
     scores = [load_model(exported_ensemble, device) for device in ("cpu", "cuda")]
     cpu, cuda = (model.predict(model.logits(volumes)) for model in scores)
     np.testing.assert_allclose(cuda.log_odds_BC, cpu.log_odds_BC, atol=1e-4)
-    cams = [explain(model, volumes[0], 1, layer="layer1") for model in scores]
-    np.testing.assert_allclose(*cams, atol=1e-3)
+    ours, theirs = (explain(model, volumes[0], 1, layer="layer1") for model in scores)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_nothing_is_unpickled(
@@ -341,9 +341,9 @@ def test_a_table_may_have_the_names_of_the_models_classes_as_labels(tmp_path: Pa
         lines.append(f"{name}.nii,{label}")
     table = tmp_path / "t.csv"
     table.write_text("\n".join(lines) + "\n")
-    names = ModelInfo.model_construct(class_names=("benign", "malignant/likely")).class_numbers
+    info = ModelInfo.model_construct(class_names=("benign", "malignant/likely"))  # type: ignore[call-arg]
     said: list[str] = []
-    found = find_scans([table], 2, said.append, names)
+    found = find_scans([table], 2, said.append, info.class_numbers)
     assert [one.label for one in found] == [0, 1, 0, None, None]
     (note,) = said
     assert "1 labels are not evaluated, the first is 'other': classes are 0 to 1, or benign" in note
