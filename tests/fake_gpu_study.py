@@ -21,6 +21,8 @@ def trial_on_fake_gpu(trial: dict[str, Any], setting: Any) -> None:
     """Run a trial that was given a share of the GPU."""
     from trainables import ray_trainable, saved_run
 
+    patched: Any = ray_trainable
+
     whole = getattr(saved_run.saved_run, "whole", saved_run.saved_run)
 
     @functools.wraps(whole)
@@ -35,9 +37,9 @@ def trial_on_fake_gpu(trial: dict[str, Any], setting: Any) -> None:
     with_fault.whole = whole  # type: ignore[attr-defined]
     saved_run.SAVING_PAUSE = 0  # a checkpoint each epoch
     saved_run.saved_run = with_fault
-    ray_trainable.device_of = lambda setting: "cpu"
-    ray_trainable.wait_for_device_memory = lambda share: None
-    ray_trainable.gpu_is_lost = lambda: isinstance(sys.exc_info()[1], FaultError)
+    patched.device_of = lambda setting: "cpu"
+    patched.wait_for_device_memory = lambda share: None
+    patched.gpu_is_lost = lambda: isinstance(sys.exc_info()[1], FaultError)
     ray_trainable.run_trial(trial, setting)
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     from tune_app.driver import run
 
     ray.init = functools.partial(ray.init, num_gpus=1)
-    run.run_trial = trial_on_fake_gpu
+    vars(run)["run_trial"] = trial_on_fake_gpu
     command_line()
 
 

@@ -85,7 +85,7 @@ def check_whole(root: Path, *, trials: int, epochs: int) -> None:
     record = optuna.load_study(study_name=None, storage=f"sqlite:///{StudyFiles(root).database}")
     states = {f"{trial.number:05d}": trial.state.name for trial in record.trials}
     expected = {"completed": "COMPLETE", "stopped": "PRUNED"}
-    assert states == {row.trial: expected[row.state] for row in study.trials_full.itertuples()}
+    assert states == study.trials_full.set_index("trial")["state"].map(expected).to_dict()
 
 
 def processes(text: str, of: psutil.Process | None = None) -> list[psutil.Process]:

@@ -407,6 +407,11 @@ def written(content: bytes) -> Callable[[Path], None]:
     return write
 
 
+def saved_list(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    torch.save([1], path)
+
+
 def model(change: Callable[[Path], Any]) -> Callable[[Path], list[Any]]:
     def make(folder: Path) -> list[Any]:
         (folder / "model").mkdir()
@@ -469,7 +474,7 @@ CHECKPOINTS = [
     ),
     Case(
         "one that holds a list",
-        resumed_from(lambda p: (written(b"")(p), torch.save([1], p))),
+        resumed_from(saved_list),
         "remove it to start again",
     ),
     Case("no model", lambda folder: ["predict", folder / "none", folder], "none"),

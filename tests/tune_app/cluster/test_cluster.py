@@ -103,7 +103,7 @@ def test_a_plan_is_made_where_table_and_search_are(
     cluster: Cluster, bucket: str, write_study: WriteStudy, tmp_path: Path
 ) -> None:
     """They are in a bucket that the submitting machine cannot reach, and the head can."""
-    hidden = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    hidden: dict[str, Any] = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     put_folder(f"{bucket}/cohort", cluster.table.parent)
     table = f"{bucket}/cohort/table.csv"
     variants = tmp_path / "variants.yaml"
@@ -139,7 +139,8 @@ def test_a_plan_is_made_where_table_and_search_are(
 def test_without_the_clusters_token_nothing_is_sent(
     cluster: Cluster, token: dict[str, str], message: str
 ) -> None:
-    env = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_MODE": "token" if token else "disabled", **token}
+    mode = "token" if token else "disabled"
+    env: dict[str, Any] = {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_MODE": mode, **token}
     asked = [
         "submit",
         "--no-pip",

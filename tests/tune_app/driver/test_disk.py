@@ -104,7 +104,7 @@ def test_every_kind_of_write_knows_a_full_disk_and_leaves_what_was_there(small_d
     write_json(small_disk / "a.json", {"x": 1})
     append_line(small_disk / "a.jsonl", {"x": 1})
     fill(small_disk)
-    writes = {
+    writes: dict[str, Callable[[Path], object]] = {
         "a.pt": lambda path: save_state(path, {"x": torch.zeros(1_000_000)}),
         "a.json": lambda path: write_json(path, {"x": "x" * 100_000}),
         "a.jsonl": lambda path: append_line(path, {"x": "x" * 100_000}),
@@ -212,7 +212,7 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     table = write_cohort(tmp_path / "cohort", subjects=14, side=(14, 18))
     settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
     root = small_disk / "study"
-    places = ["--data", table, "--out", root, "--cache", tmp_path / "cache"]
+    places: list[str | Path] = ["--data", table, "--out", root, "--cache", tmp_path / "cache"]
     said = tmp_path / "said.txt"
     with said.open("w") as output:
         study = subprocess.Popen(
@@ -264,7 +264,7 @@ def test_what_nothing_goes_on_from_goes_first_and_the_best_and_the_running_stay(
 ) -> None:
     files = StudyFiles(tmp_path)
     mib = 2**20
-    records = [
+    records: list[dict[str, Any]] = [
         {"trial": f"{i:05d}", "state": "running" if i == 5 else "completed", "objective": value}
         for i, value in enumerate([0.5, 0.9, None, 0.7, 0.8, 0.6])
     ]

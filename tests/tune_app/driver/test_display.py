@@ -11,7 +11,7 @@ NOTE = "the interval of an AUC is wide where few volumes of a class validate, an
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_note_is_wrapped_between_words_on_a_terminal_alone(terminal):
+def test_a_note_is_wrapped_between_words_on_a_terminal_alone(terminal: bool) -> None:
     file = io.StringIO()
     console = Console(
         file=file, width=40, force_terminal=terminal, no_color=True, legacy_windows=False

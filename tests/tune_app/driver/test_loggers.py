@@ -3,7 +3,9 @@
 import json
 import logging
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browsing import wait_for
@@ -30,7 +32,7 @@ RECORD = {"trial": "00000", "state": "stopped", "verdict": "ema_lag", "objective
           "verdict_summary": "never caught up", "reason": "diagnosis", "variant": None}  # fmt: skip
 
 
-def ran(logger):
+def ran(logger: Any) -> None:
     loggers = Loggers([logger])
     loggers.began("00000", SETTINGS | OF_DATA)
     for row in ROWS:
@@ -39,7 +41,7 @@ def ran(logger):
     loggers.close()
 
 
-def summaries(folder: Path):
+def summaries(folder: Path) -> list[tuple[str, int, Any]]:
     """All summary values of the event files: TensorFlow's records are length, checksum, data, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
@@ -54,7 +56,9 @@ def summaries(folder: Path):
     return found
 
 
-def test_tensorboard_has_a_run_of_study_and_trial_with_metrics_and_hyperparameters(tmp_path):
+def test_tensorboard_has_a_run_of_study_and_trial_with_metrics_and_hyperparameters(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "first"
     ran(TensorBoard(root))
     found = summaries(root / "tensorboard" / "first" / "00000")
@@ -74,7 +78,7 @@ def test_tensorboard_has_a_run_of_study_and_trial_with_metrics_and_hyperparamete
     assert b"classes" not in hparams
 
 
-def test_tensorboards_own_reader_finds_the_runs_and_their_hyperparameters(tmp_path):
+def test_tensorboards_own_reader_finds_the_runs_and_their_hyperparameters(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
     from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
@@ -91,16 +95,18 @@ def test_tensorboards_own_reader_finds_the_runs_and_their_hyperparameters(tmp_pa
     assert started.hparams["verdict"].string_value == "ema_lag"
 
 
-def test_the_metrics_that_are_compared_are_columns_of_a_study():
+def test_the_metrics_that_are_compared_are_columns_of_a_study() -> None:
     assert set(COMPARED) <= set(EPOCH_COLUMNS)
 
 
-def test_a_logger_that_raises_is_left_out_and_the_others_go_on(tmp_path, caplog):
+def test_a_logger_that_raises_is_left_out_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         calls = 0
 
-        def __getattr__(self, name):
-            def fail(*_):
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def fail(*_: object) -> None:
                 type(self).calls += 1
                 raise ConnectionError("token=1234")
 
@@ -117,7 +123,7 @@ def test_a_logger_that_raises_is_left_out_and_the_others_go_on(tmp_path, caplog)
     assert summaries(tmp_path / "first" / "tensorboard" / "first" / "00000")
 
 
-def test_only_finite_numbers_are_metrics():
+def test_only_finite_numbers_are_metrics() -> None:
     row = {
         "trial": "00000",
         "epoch": 3,
@@ -131,8 +137,8 @@ def test_only_finite_numbers_are_metrics():
 
 
 def test_mlflow_has_a_run_per_trial_with_the_verdict_as_tag_and_the_report_as_artifact(
-    tmp_path, monkeypatch
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from mlflow.tracking import MlflowClient
 
@@ -161,7 +167,9 @@ def test_mlflow_has_a_run_per_trial_with_the_verdict_as_tag_and_the_report_as_ar
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_a_session_that_continues_writes_to_the_same_mlflow_run(tmp_path, monkeypatch):
+def test_a_session_that_continues_writes_to_the_same_mlflow_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "first"
@@ -173,7 +181,9 @@ def test_a_session_that_continues_writes_to_the_same_mlflow_run(tmp_path, monkey
     assert len(logger.client.search_runs([logger.experiment])) == 1
 
 
-def test_studies_of_one_name_have_runs_of_their_own_on_a_server(tmp_path, monkeypatch):
+def test_studies_of_one_name_have_runs_of_their_own_on_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/server.db")
     monkeypatch.setenv("MLFLOW_ARTIFACT_ROOT", str(tmp_path / "artifacts"))
@@ -186,7 +196,7 @@ def test_studies_of_one_name_have_runs_of_their_own_on_a_server(tmp_path, monkey
     assert len(logger.client.search_runs([logger.experiment])) == 2
 
 
-def test_a_studys_mark_is_its_own_and_stays_when_it_is_moved(tmp_path):
+def test_a_studys_mark_is_its_own_and_stays_when_it_is_moved(tmp_path: Path) -> None:
     for name, created in (("a", 1.5), ("b", 2.5)):
         (tmp_path / name).mkdir()
         StudyFiles(tmp_path / name).write(
@@ -199,8 +209,8 @@ def test_a_studys_mark_is_its_own_and_stays_when_it_is_moved(tmp_path):
 
 
 def test_weights_and_biases_has_a_run_of_study_and_trial_that_its_own_reader_reads(
-    tmp_path, monkeypatch, capfd
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     root = tmp_path / "our first"
@@ -218,7 +228,7 @@ def test_weights_and_biases_has_a_run_of_study_and_trial_that_its_own_reader_rea
     assert [row.get("train_loss") for row in rows] == [2.0, 1.5]
 
 
-def wandb_run(path: Path):
+def wandb_run(path: Path) -> tuple[Any, list[dict[str, Any]]]:
     """The run and the rows of an offline file, which another process may still be writing."""
     records = wait_for(lambda: ended_records(path), f"the end of {path}")
     (run,) = [record.run for record in records if record.HasField("run")]
@@ -233,7 +243,7 @@ def wandb_run(path: Path):
     return run, rows
 
 
-def ended_records(path: Path):
+def ended_records(path: Path) -> list[Any] | None:
     """The records of LevelDB's log, each checksum, length and kind before its bytes; None before the last one is there."""
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -19,11 +20,11 @@ HEALTHY = {"trial": "00005", "state": "completed", "reason": None, "verdict": "h
 
 
 @pytest.fixture(autouse=True)
-def no_target_of_the_machine(monkeypatch):
+def no_target_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(notify.VARIABLE, raising=False)
 
 
-def test_a_command_gets_the_message_in_its_environment_and_as_json(tmp_path):
+def test_a_command_gets_the_message_in_its_environment_and_as_json(tmp_path: Path) -> None:
     code = (
         "import json, os, sys; told = {k: v for k, v in os.environ.items() if k.startswith('MEDTUNE_')};"
         "told['stdin'] = json.load(sys.stdin); open(sys.argv[1], 'w').write(json.dumps(told))"
@@ -45,17 +46,17 @@ def test_a_command_gets_the_message_in_its_environment_and_as_json(tmp_path):
     }
 
 
-def test_an_address_gets_the_same_in_a_post():
+def test_an_address_gets_the_same_in_a_post() -> None:
     got = []
 
     class Server(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
+        def do_POST(self) -> None:
             size = int(self.headers["Content-Length"])
             got.append((self.headers["Content-Type"], json.loads(self.rfile.read(size))))
             self.send_response(204)
             self.end_headers()
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
@@ -71,7 +72,9 @@ def test_an_address_gets_the_same_in_a_post():
     assert message["states"] == {"completed": 3}
 
 
-def test_only_the_first_collapse_and_the_first_failure_are_sent(monkeypatch):
+def test_only_the_first_collapse_and_the_first_failure_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sent = []
     monkeypatch.setattr(
         Notifier, "send", lambda self, event, text, trial=None: sent.append((event, trial))
@@ -91,7 +94,9 @@ def test_only_the_first_collapse_and_the_first_failure_are_sent(monkeypatch):
 @pytest.mark.parametrize(
     "target", ["exit 3", "no-such-command-at-all", "http://127.0.0.1:9/token-1234"]
 )
-def test_a_message_that_cannot_be_delivered_is_logged_without_the_address(target, caplog):
+def test_a_message_that_cannot_be_delivered_is_logged_without_the_address(
+    target: str, caplog: pytest.LogCaptureFixture
+) -> None:
     notifier = Notifier(target, "s")
     with caplog.at_level(logging.WARNING):
         notifier.send("end", "text")
@@ -101,7 +106,7 @@ def test_a_message_that_cannot_be_delivered_is_logged_without_the_address(target
     assert "1234" not in caplog.text
 
 
-def test_a_command_that_hangs_is_left_alone_at_the_end(monkeypatch):
+def test_a_command_that_hangs_is_left_alone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notify, "CLOSING_S", 0.0)
     monkeypatch.setattr(notify, "DEADLINE_S", 0.5)
     notifier = Notifier("sleep 60", "s")
@@ -112,12 +117,12 @@ def test_a_command_that_hangs_is_left_alone_at_the_end(monkeypatch):
     assert not notifier._threads[0].is_alive(), "it was ended after its deadline"
 
 
-def test_another_kind_of_address_is_refused_before_the_study_begins():
+def test_another_kind_of_address_is_refused_before_the_study_begins() -> None:
     with pytest.raises(SpecError, match="ftp://"):
         Notifier("ftp://example.org/x", "s")
 
 
-def test_the_environment_names_it_where_no_option_does(monkeypatch):
+def test_the_environment_names_it_where_no_option_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(notify.VARIABLE, "true")
     assert Notifier(None, "s").target == "true"
     assert Notifier("false", "s").target == "false"

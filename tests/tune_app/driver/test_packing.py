@@ -11,7 +11,8 @@ import ray
 
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
-from trainables.data.volumes import Recipe, prepare_cohort
+from trainables.data.scans import Recipe
+from trainables.data.volumes import prepare_cohort
 from trainables.ray_trainable import wait_for_device_memory
 from tune_app.driver import packing
 from tune_app.driver.packing import (

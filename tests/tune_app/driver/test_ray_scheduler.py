@@ -3,6 +3,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray import cloudpickle, tune
@@ -18,11 +19,13 @@ from tune_app.study.policy_spec import PolicySpec
 
 
 class RaysTrial:
-    def __init__(self, name, **overrides):
+    def __init__(self, name: str, **overrides: Any) -> None:
         self.config = {"trial": name, "overrides": overrides}
 
 
-def scheduler(spec, events, epochs=60, **options):
+def scheduler(
+    spec: PolicySpec, events: list[Any], epochs: int = 60, **options: Any
+) -> StudyScheduler:
     return StudyScheduler(
         Policy(spec, epochs),
         record=lambda row: events.append(("row", row)),
@@ -31,8 +34,8 @@ def scheduler(spec, events, epochs=60, **options):
     )
 
 
-def test_a_row_is_recorded_before_it_is_decided_on_and_without_what_ray_adds():
-    events = []
+def test_a_row_is_recorded_before_it_is_decided_on_and_without_what_ray_adds() -> None:
+    events: list[Any] = []
     result = {"epoch": 1, "val_auc": 0.7, "train_loss": math.nan, "epoch_s": 2.0}
     rays = {
         "trial_id": "x_1",
@@ -66,8 +69,10 @@ def test_a_row_is_recorded_before_it_is_decided_on_and_without_what_ray_adds():
     assert (decision.trial, decision.epoch) == ("00007", 1)
 
 
-def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_trial_stays_stopped():
-    events = []
+def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_trial_stays_stopped() -> (
+    None
+):
+    events: list[Any] = []
     ray = scheduler(PolicySpec(halving=False), events)
     curve = [0.6, 0.7, 0.8, 0.85, 0.85, 0.85, 0.5, 0.5, 0.5]
     answers = [
@@ -85,8 +90,8 @@ def test_epochs_reported_again_are_neither_recorded_nor_logged_and_a_stopped_tri
     assert len(events) == 18
 
 
-def test_the_studys_own_settings_count_behind_the_trials():
-    events = []
+def test_the_studys_own_settings_count_behind_the_trials() -> None:
+    events: list[Any] = []
     spec = PolicySpec(grace_epochs=5, drw_guard_epochs=5)
     ray = scheduler(spec, events, base={"drw_start_epoch": 5, "epochs": 8})
     for name, overrides in (("00000", {}), ("00001", {"drw_start_epoch": 40})):
@@ -100,8 +105,9 @@ def test_the_studys_own_settings_count_behind_the_trials():
     ]
 
 
-def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was():
-    rows, decisions = [], []
+def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was() -> None:
+    rows: list[Any] = []
+    decisions: list[Any] = []
     spec = PolicySpec(grace_epochs=2, judge_from=0, finalists=3)
     killed = scheduler(spec, [], 20)
     killed._record, killed._log = rows.append, decisions.append
@@ -110,7 +116,7 @@ def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was()
             killed.on_trial_result(None, RaysTrial(name), {"epoch": epoch, "val_auc": value})
     replayed = Policy(spec, 20)
     replayed.replay(json.loads(json.dumps(rows)), {"00000": {}, "00001": {}})
-    events = []
+    events: list[Any] = []
     fresh = scheduler(spec, events, 20)
     fresh.policy = replayed
     assert (
@@ -124,17 +130,20 @@ def test_a_fresh_start_from_a_replayed_policy_goes_on_where_the_killed_one_was()
 
 
 @pytest.mark.ray
-def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_path, monkeypatch):
+def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
     import ray
     from ray import tune
 
-    def trial(config):
+    def trial(config: dict[str, Any]) -> None:
         for epoch in range(1, 13):
             collapsed = config["overrides"]["collapses"] and epoch > 6
             tune.report({"epoch": epoch, "val_auc": 0.5 if collapsed else 0.8 + 0.001 * epoch})
 
-    rows, decisions = [], []
+    rows: list[Any] = []
+    decisions: list[Any] = []
     policy = Policy(PolicySpec(halving=False), 12)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
@@ -173,14 +182,14 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(tmp_
 
 @pytest.mark.ray
 def test_a_process_that_cannot_be_made_ready_costs_its_next_trial_one_failure(
-    tmp_path, monkeypatch
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its folder is gone, as when something clears /tmp: Tune by itself ends that trial, and starts no further one."""
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
     import ray
     from ray import tune
 
-    def trial(config):
+    def trial(config: dict[str, Any]) -> None:
         tune.report({"epoch": 1, "val_auc": 0.7})
         if config["trial"] == "00000":
             folder = tempfile.mkdtemp()
@@ -205,7 +214,7 @@ def test_a_process_that_cannot_be_made_ready_costs_its_next_trial_one_failure(
     assert max(trial.num_failures for trial in result.trials) <= 1
 
 
-def test_rays_pages_show_the_study_as_the_name_of_its_trials_processes(tmp_path):
+def test_rays_pages_show_the_study_as_the_name_of_its_trials_processes(tmp_path: Path) -> None:
     setting = TrialSetting(study=str(tmp_path), table="", cohort="")
     trainable = named_trainable(setting, "/studies/caf\udce9 [red]/=first")
     actor = wrap_function(tune.with_resources(trainable, {"CPU": 1}))

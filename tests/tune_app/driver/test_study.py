@@ -141,14 +141,15 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         from trainables import saved_run
         from trainables.ray_trainable import run_trial
 
-        whole = getattr(saved_run.save_state, "whole", saved_run.save_state)
+        patched: Any = saved_run
+        whole = getattr(patched.save_state, "whole", patched.save_state)
 
         def slow(path: Path, state: dict[str, Any], within: Path | None = None) -> None:
             time.sleep(4.0 if path.name == "best.pt" and state["epoch"] == 3 else 0.0)
             whole(path, state, within)
 
         slow.whole = whole  # type: ignore[attr-defined]
-        saved_run.save_state = slow
+        patched.save_state = slow
         saved_run.SAVING_PAUSE = (
             10**9
         )  # no checkpoint at the third epoch, which would wait for best.pt
@@ -157,7 +158,8 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
     monkeypatch.setattr("tune_app.driver.run.run_trial", trial_with_a_slow_disk)
     monkeypatch.setattr(watchdog, "LOOK_S", 0.5)
     monkeypatch.setattr(watchdog, "Watchdog", functools.partial(watchdog.Watchdog, quiet_s=1.0))
-    notes = Console(file=io.StringIO(), width=1000)
+    text = io.StringIO()
+    notes = Console(file=text, width=1000)
     given = {
         "data": str(table), "trials": 3, "cache": str(tmp_path / "cache"), "max_concurrent": 1, "sampler": "random",
         "config": SMALL | {"epochs": 500}, "policy": {"max_epochs": 3},
@@ -167,7 +169,7 @@ def test_a_stopped_trial_may_write_for_longer_than_ray_waits_for_it(
         build_spec(given), tmp_path / "study", console=Console(quiet=True), notes=notes
     )
     assert outcome.states == {"stopped": 3}
-    told = notes.file.getvalue()
+    told = text.getvalue()
     assert "trial 00001: has waited for the trial before it in its process for" in told
     assert (
         f"its process has not ended trial 00000, whose last files may still be on their way to {tmp_path}"
@@ -193,7 +195,8 @@ def test_failed_trials_go_on_when_they_are_asked_to(
         from trainables import saved_run
         from trainables.ray_trainable import run_trial
 
-        whole = saved_run.save_state
+        patched: Any = saved_run
+        whole = patched.save_state
 
         def lost(path: Path, state: dict[str, Any], within: Path | None = None) -> None:
             if state["epoch"] == 3 and trial["trial"] != "00001" and not mended.exists():
@@ -204,11 +207,11 @@ def test_failed_trials_go_on_when_they_are_asked_to(
                     print(state["epoch"], file=file)
 
         saved_run.SAVING_PAUSE = 0  # every epoch, however short
-        saved_run.save_state = lost
+        patched.save_state = lost
         try:
             run_trial(trial, setting)
         finally:
-            saved_run.save_state = whole
+            patched.save_state = whole
 
     monkeypatch.setattr("tune_app.driver.run.run_trial", trial_on_a_lost_share)
     given = {
@@ -228,10 +231,11 @@ def test_failed_trials_go_on_when_they_are_asked_to(
     assert rows_of(root) == before
 
     mended.touch()
-    told = Console(file=io.StringIO(), width=1000)
+    text = io.StringIO()
+    told = Console(file=text, width=1000)
     done = run_study(spec, root, console=told, notes=quiet, resume=True, retry_failed=True)
     assert (done.exit_code, done.states) == (0, {"completed": 3})
-    assert "failed before, to continue from their checkpoints: 00000, 00002" in told.file.getvalue()
+    assert "failed before, to continue from their checkpoints: 00000, 00002" in text.getvalue()
     check_whole(root, trials=3, epochs=4)
     assert rows_of(root)[: len(before)] == before
     assert files.trial("00001").record.read_bytes() == whole_one
@@ -653,6 +657,7 @@ def test_the_earlier_signal_has_a_time_of_its_own_and_the_later_one_shortens_it(
         deadlines = []
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
             signal.raise_signal(number)
+            assert interrupt.deadline is not None
             deadlines.append(interrupt.deadline)
     assert deadlines[1] < deadlines[0] - 3000
     assert deadlines[2] == deadlines[1]

@@ -161,13 +161,15 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
         def none_left(*_: object) -> None:
             raise MemoryError("none left")
 
-        before = saved_run.open_inputs
+        patched: Any = saved_run
+        ranked: Any = ranks
+        before = patched.open_inputs
         if trial["trial"] == "00000":
-            ranks.open_inputs = saved_run.open_inputs = none_left
+            ranked.open_inputs = patched.open_inputs = none_left
         try:
             run_trial(trial, setting)
         finally:
-            saved_run.open_inputs = (
+            patched.open_inputs = (
                 before  # a process of one rank serves the next trial; that of several must not
             )
 

@@ -16,7 +16,15 @@ from tune_app.cluster.submit import build_submission, build_task
 from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
-TRAPS = ("copy.py", "random.py", "torch.py", "numpy.py", "pandas.py", "monai/__init__.py", "ray.py")
+TRAPS: tuple[str, ...] = (
+    "copy.py",
+    "random.py",
+    "torch.py",
+    "numpy.py",
+    "pandas.py",
+    "monai/__init__.py",
+    "ray.py",
+)
 TRAPS += ("tempfile.py", "json.py", "trainables/__init__.py", "tune_app/__init__.py")
 TRAP = """
 import os, sys
