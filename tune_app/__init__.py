@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if sys.argv[:1] == ["-m"]:
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     # `python -m tune_app...` has the current folder first: before anything else is imported, a copy.py there must not be
     # taken for Python's. Where our packages are found through it alone, it stays, as the last place.
     _here = sys.path.pop(0)

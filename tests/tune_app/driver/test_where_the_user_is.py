@@ -167,3 +167,18 @@ def test_a_study_in_such_a_folder_runs_to_its_end(trapped: Path, tmp_path: Path)
     finished(study)
     assert not (tmp_path / "executed").exists()
     check_whole(trapped / "study", trials=1, epochs=1)
+
+
+def test_the_first_folder_of_the_users_own_search_path_stays_first(tmp_path: Path) -> None:
+    """Under -P, as our own processes run, no current folder stands before it."""
+    (tmp_path / "typer.py").write_text("print('the first folder'); raise SystemExit")
+    for command in (python("-m", "tune_app.cli"), [sys.executable, "-m", "tune_app.cli"]):
+        path = os.pathsep.join([str(tmp_path), str(SOURCE)])
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == "the first folder\n", done.stderr
