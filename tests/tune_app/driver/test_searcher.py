@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -48,13 +49,13 @@ MIXED = space_from(
 
 
 def make(folder, space=TINY, **settings):
-    settings = {
+    arguments: dict[str, Any] = {
         "epochs": EPOCHS,
         "num_trials": 12,
         "objective": objective_value,
         "warm_start": (),
     } | settings
-    return OptunaSearcher(space, storage=Path(folder) / "study.db", **settings)
+    return OptunaSearcher(space, storage=Path(folder) / "study.db", **arguments)
 
 
 def read(folder):
@@ -366,7 +367,7 @@ def drive(searcher, training, concurrency, budget):
 
     Raises KilledError when `budget` events have happened; a trial is stopped at epoch 2 if it is below 0.6 there.
     """
-    running = {}
+    running: dict[str, Any] = {}
 
     def event():
         nonlocal budget
@@ -411,7 +412,7 @@ def drive(searcher, training, concurrency, budget):
 
 def reopened(folder, training, space, **settings):
     """A searcher as the driver makes it at each start."""
-    rows = {}
+    rows: dict[int, list[Any]] = {}
     for line in training.rows:
         rows.setdefault(int(line["trial"]), []).append(line)
     searcher = make(folder, space, rows=rows, **settings)
@@ -937,7 +938,7 @@ def test_the_model_asks_for_the_same_after_a_restart(tmp_path, monkeypatch, most
     """Where it is fitted to all trials that have ended, and where there are more than it is fitted to."""
     monkeypatch.setattr(surrogate, "MOST_OBSERVED", most)
     prior = shipped_prior()
-    asked = {}
+    asked: dict[str, list[Any]] = {}
     for name, restarts in (("whole", ()), ("killed", (4, 9))):
         (tmp_path / name).mkdir()
         searcher = make(tmp_path / name, MIXED, sampler="model", num_trials=14, prior=prior)

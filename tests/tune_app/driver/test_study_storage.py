@@ -36,7 +36,12 @@ SPACE = space_from({"search": {"dropout": {"low": 0.0, "high": 0.8}}})
 
 
 def searcher(storage: Any, **settings: Any) -> OptunaSearcher:
-    usual = {"epochs": 4, "num_trials": 3, "objective": objective_value, "warm_start": ()}
+    usual: dict[str, Any] = {
+        "epochs": 4,
+        "num_trials": 3,
+        "objective": objective_value,
+        "warm_start": (),
+    }
     return OptunaSearcher(SPACE, storage=storage, **(usual | settings))
 
 
@@ -52,7 +57,10 @@ def run(search: OptunaSearcher, name: str, values: list[float]) -> str:
 
 def trials_of(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
     storage = optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool})
-    return optuna.load_study(study_name=name, storage=storage).trials
+    found: list[optuna.trial.FrozenTrial] = optuna.load_study(
+        study_name=name, storage=storage
+    ).trials
+    return found
 
 
 # Several studies in one storage ---------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def test_records_that_are_newer_than_the_rows_are_reopened_and_told(
     assert recorder.records["00001"]["state"] == "completed"
     display = shown()
     notes: list[str] = []
-    display.note = notes.append  # type: ignore[method-assign]
+    display.note = notes.append  # type: ignore[assignment, method-assign]
     session = StudySession(spec, "none", recorder, display)
     session.begin()
     assert recorder.records["00001"]["state"] == "running"
