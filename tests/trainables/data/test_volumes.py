@@ -345,11 +345,16 @@ def test_a_damaged_cohort_is_never_read_and_made_again(
     assert open_cohort(folder).volumes.shape == (6, 1, 16, 16, 16)
 
 
-def test_a_damaged_record_of_hashes_is_made_again(table: Path, cache: Path) -> None:
+def test_a_damaged_record_of_hashes_is_made_again(
+    table: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.mkdir()
+    manifest, now = read_manifest(table), time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # the files are not new
     for content in ("{", "[1]", '{"/x": 3}'):
         (cache / "hashes.json").write_text(content)
-        open_cohort(prepare_cohort(read_manifest(table), recipe(), cache))
+        open_cohort(prepare_cohort(manifest, recipe(), cache))
+        assert set(manifest.rows["path"]) <= json.loads((cache / "hashes.json").read_text()).keys()
 
 
 BUILDER = """
