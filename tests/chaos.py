@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ import psutil
 import yaml
 from cluster_runs import make_cluster
 from object_storage import BUCKET, s3_server
+from study_runs import LEADER, RANK
 
 from trainables.checkpoints import load_state
 from tune_app.results.loading import load_study
@@ -71,8 +73,8 @@ CLEAR_S = 60.0
 
 VICTIMS: dict[str, Callable[[list[str]], bool]] = {
     "driver": lambda words: "tune_app.cli" in words,
-    "actor": lambda words: "ImplicitFunc" in words[0],
-    "rank": lambda words: words[0].startswith("ray::_Rank"),
+    "actor": lambda words: bool(re.search("ImplicitFunc|" + LEADER, words[0])),
+    "rank": lambda words: bool(re.search(RANK, words[0])),
     "raylet": lambda words: words[0].endswith("/raylet"),
 }
 """Kind of process to kill -> whether a command line belongs to such a process."""

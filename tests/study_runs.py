@@ -1,6 +1,7 @@
 """How several test modules run studies: the real command in a separate process, waited for, and its results checked."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -88,13 +89,17 @@ def check_whole(root: Path, *, trials: int, epochs: int) -> None:
     assert states == study.trials_full.set_index("trial")["state"].map(expected).to_dict()
 
 
+LEADER, RANK = r"^ray::\d{5} of [^,]*$", r"^ray::(_Rank|.*, rank \d)"
+"""Titles of the processes of a trial's rank 0, and of its other ranks."""
+
+
 def processes(text: str, of: psutil.Process | None = None) -> list[psutil.Process]:
-    """Living processes below `of` (this one) whose command line holds `text`, such as an actor's `ray::_Rank`."""
+    """Living processes below `of` (this one) in whose command line the pattern `text` is found, such as RANK."""
     found = []
     for process in (of or psutil.Process()).children(recursive=True):
         try:
             alive = process.status() != psutil.STATUS_ZOMBIE and any(
-                text in part for part in process.cmdline()
+                re.search(text, part) for part in process.cmdline()
             )
         except psutil.NoSuchProcess:
             continue

@@ -70,6 +70,8 @@ class RankWork:
     gpu: bool = False
     threads: int = 1
     rules: int = RULES
+    name: str = ""
+    """The run's name in Ray's dashboard."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -111,7 +113,9 @@ def gang(
     remembered = None if resume is None else ray.put(dict(resume))
     places = [Place(rank, world, processes.runs, store.host, store.port) for rank in range(world)]
     futures = {
-        actor.run.remote(follow, work, place, remembered): place.rank
+        actor.run.options(name=work.name and f"{work.name}, rank {place.rank}").remote(
+            follow, work, place, remembered
+        ): place.rank
         for actor, place in zip(processes.actors, places[1:], strict=True)
     }
     leader = _Leader(work, places[0], store, resume, heartbeat)

@@ -21,6 +21,7 @@ from trainables import mps
 from trainables.checkpoints import HURRY, LogFile, TrialFiles
 from trainables.config import RULES, ConfigError, FineTuneConfig, build_config
 from trainables.data.storage import TrialStore, patient
+from trainables.data.visible import visible
 from trainables.kernel_cache import keep_kernels
 from trainables.machine.this_machine import settle_user
 from trainables.objective import DEFAULT_OBJECTIVE
@@ -73,6 +74,11 @@ class TrialSetting:
     """Whose epoch's weights a trial keeps in best.pt."""
     rules: int = RULES
     """Those the study began with: see `trainables.config.RULES`."""
+
+
+def shown_name(trial: str, study: str) -> str:
+    """Return the name of a trial's tasks and processes in Ray's dashboard, `top` and `nvidia-smi`: `00003 of first`."""
+    return f"{trial} of {visible(study.rstrip('/').rpartition('/')[2])}"
 
 
 def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
@@ -305,6 +311,7 @@ def _run(
             gpu=setting.gpus_per_rank > 0,
             threads=setting.threads,
             rules=setting.rules,
+            name=shown_name(trial["trial"], setting.storage or setting.study),
         )
         epochs = lambda resume: gang(  # noqa: E731
             work,

@@ -164,10 +164,7 @@ def run_study(
 
 
 def named_trainable(setting: TrialSetting, place: str) -> Callable[[dict[str, Any]], None]:
-    """Return the function that runs a trial, named after the study: Ray's pages show that name for its processes and tasks.
-
-    They cannot show the trial, as trials follow each other in one process and Ray takes a process's name when it starts.
-    """
+    """Return the function that runs a trial, named after the study: Ray's dashboard shows that name for its actors."""
     trainable = partial(run_trial, setting=setting)
     trainable.__dict__["__name__"] = job_name(place)
     return trainable

@@ -18,7 +18,7 @@ from ray import tune
 from trainables.data.storage import Remote, absolute, kept_since_asked
 from trainables.objective import OBJECTIVES, objective_value
 from trainables.own_folder import is_own, mark_own
-from trainables.ray_trainable import FATAL
+from trainables.ray_trainable import FATAL, shown_name
 from tune_app.driver.disk import Budget, make_room
 from tune_app.driver.display import Display
 from tune_app.driver.loggers import Loggers
@@ -40,7 +40,7 @@ from tune_app.driver.stopping import (
     saving_s,
 )
 from tune_app.driver.time_budget import TimeBudget
-from tune_app.driver.tune_repairs import lost_processes_told_once
+from tune_app.driver.tune_repairs import lost_processes_told_once, processes_named
 from tune_app.driver.watchdog import own_ray_watched, watch_tune
 from tune_app.study.files import OPTUNA_STUDY, StudyFiles, kept_by
 from tune_app.study.policy import Policy, stop_reason
@@ -123,7 +123,7 @@ class StudySession:
             # A gang ends itself first, and can name the rank that hangs.
             deadline_s=self.spec.rank_deadline_s * (1 if plan.ranks == 1 else 2),
         )
-        searcher = self.searcher
+        searcher, study = self.searcher, self.notifier.study
         name = time.strftime("%Y%m%d-%H%M%S")
         if not is_own(self.files.ray / name, RAY_FILES):
             mark_own(self.files.ray / name, RAY_FILES)
@@ -153,7 +153,8 @@ class StudySession:
                 with (
                     self.interrupt,
                     lost_processes_told_once(),
-                    own_ray_watched(self.notifier.study),
+                    processes_named(lambda trial: shown_name(trial_name(trial), study)),
+                    own_ray_watched(study),
                 ):
                     tuner.fit()
             except Preempted:

@@ -1,6 +1,6 @@
 """What Ray and Ray Tune get wrong in a search, mended in their own objects for as long as one runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,44 @@ def lost_processes_told_once() -> Iterator[None]:
         yield
     finally:
         TuneController._trial_task_failure = tell
+
+
+@contextmanager
+def processes_named(name: Callable[[Trial], str]) -> Iterator[None]:
+    """Have Ray show `name(trial)` while a process works on that trial: as the name of its tasks, and as its title.
+
+    Tune gives its calls no name (`TuneController._schedule_trial_task`, as of Ray 2.60), and Ray then shows the names of a
+    class and a method. Ray asks a process for its own name only once, and trials follow each other in one process.
+    """
+    schedule = TuneController._schedule_trial_task
+
+    def schedule_named(controller: TuneController, trial: Trial, *args: Any, **options: Any) -> Any:
+        live = controller._actor_manager._live_actors_to_ray_actors_resources
+        tracked = controller._trial_to_actor[trial]
+        if tracked not in live:  # lost: Tune schedules nothing
+            return schedule(controller, trial, *args, **options)
+        actor, resources = live[tracked]
+        live[tracked] = _NamedCalls(actor, name(trial)), resources
+        try:
+            return schedule(controller, trial, *args, **options)
+        finally:
+            live[tracked] = actor, resources
+
+    TuneController._schedule_trial_task = schedule_named
+    try:
+        yield
+    finally:
+        TuneController._schedule_trial_task = schedule
+
+
+class _NamedCalls:
+    """An actor whose methods are called under a name."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self._actor, self._name = actor, name
+
+    def __getattr__(self, method: str) -> Any:
+        return getattr(self._actor, method).options(name=self._name)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import wait_for
 from ray import cloudpickle, tune
 from ray.tune.trainable.function_trainable import wrap_function
 
-from trainables.ray_trainable import TrialSetting
-from tune_app.driver.ray_scheduler import StudyScheduler
+from trainables.ray_trainable import TrialSetting, shown_name
+from tune_app.driver.ray_scheduler import StudyScheduler, trial_name
 from tune_app.driver.run import named_trainable
-from tune_app.driver.tune_repairs import lost_processes_told_once
+from tune_app.driver.tune_repairs import lost_processes_told_once, processes_named
 from tune_app.study.files import job_name
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
@@ -178,6 +179,47 @@ def test_a_real_search_stops_what_collapses_and_ends_with_every_row_on_disk(
     }
     replayed = Policy(PolicySpec(halving=False), 12)
     assert replayed.replay(rows, {name: {"epochs": 12} for name in epochs}) == decisions
+
+
+@pytest.mark.ray
+def test_rays_dashboard_shows_which_trial_a_process_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process runs both trials. Ray is asked over the dashboard's own HTTP API, as its pages and `ray list tasks` do."""
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+    from ray import tune
+    from ray.util.state import list_tasks
+
+    def trial(config: dict[str, Any]) -> None:
+        import psutil
+
+        tune.report({"epoch": 1, "title": psutil.Process().cmdline()[0]})
+
+    rays = ray.init(
+        num_cpus=1, include_dashboard=True, log_to_driver=False, configure_logging=False
+    )
+    asked = {"address": f"http://{rays.dashboard_url}", "limit": 1000}
+    try:
+        with processes_named(lambda trial: shown_name(trial_name(trial), "/studies/a caf\udce9/")):
+            result = tune.run(
+                trial,
+                config={"trial": tune.grid_search(["00000", "00001"])},
+                storage_path=str(tmp_path),
+                reuse_actors=True,
+                verbose=0,
+            )
+        names = ["00000 of a caf\\udce9", "00001 of a caf\\udce9"]
+        rows = [trial.last_result for trial in result.trials]
+        assert [row["title"] for row in rows] == [f"ray::{name}" for name in names]
+        assert rows[0]["pid"] == rows[1]["pid"]
+        shown = {(name, rows[0]["pid"]) for name in names}
+        wait_for(
+            lambda: shown <= {(task.name, task.worker_pid) for task in list_tasks(**asked)},
+            str(shown),
+        )
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.ray

@@ -12,8 +12,11 @@ import pytest
 import ray
 import torch
 from ray._private.state import actors
+from ray.util.state import list_tasks
 from rich.console import Console
 from study_runs import (
+    LEADER,
+    RANK,
     SMALL,
     TINY,
     check_whole,
@@ -88,13 +91,20 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(
         }
     )
     quiet = Console(quiet=True)
-    ray.init(num_cpus=2, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
+    rays = ray.init(
+        num_cpus=2, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR"
+    )
     try:
         outcome = run_study(spec, tmp_path / "study", console=quiet, notes=quiet)
         assert outcome.states == {"stopped": STOPPED_TRIALS}
+        if dashboard:
+            names = {f"{trial:05d} of study" for trial in range(STOPPED_TRIALS)}
+            names |= {f"{trial}, rank 1" for trial in names}
+            asked = {"address": f"http://{rays.dashboard_url}", "limit": 1000}
+            wait_until(lambda: names <= {task.name for task in list_tasks(**asked)}, "names")
         free = wait_until(lambda: ray.available_resources().get("CPU") == 2.0, "all CPUs free")
         assert free < 5
-        wait_until(lambda: not processes("ray::_Rank"), "ranks gone")
+        wait_until(lambda: not processes(RANK), "ranks gone")
         groups = ray.util.placement_group_table().values()
         assert {group["state"] for group in groups} <= {"REMOVED"}
         assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
@@ -130,7 +140,7 @@ def test_a_lost_rank_costs_the_trials_beside_it_nothing(table: Path, tmp_path: P
         wait_until(
             lambda: len({row["trial"] for row in rows_of(root)}) == 4, "an epoch of each trial", 300
         )
-        os.kill(processes("ray::_Rank")[0].pid, signal.SIGKILL)
+        os.kill(processes(RANK)[0].pid, signal.SIGKILL)
 
     quiet = Console(quiet=True)
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -265,7 +275,7 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["ray::_Rank", "ray::ImplicitFunc"])
+@pytest.mark.parametrize("lost", [RANK, LEADER], ids=["rank", "leader"])
 def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
     table: Path, tmp_path: Path, lost: str
 ) -> None:
@@ -287,7 +297,7 @@ def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
     wait_for_rows(process, root, 3)
     driver = psutil.Process(process.pid)
     (victim,) = processes(lost, driver)
-    ranks = processes("ray::_Rank", driver)
+    ranks = processes(RANK, driver)
     os.kill(victim.pid, signal.SIGKILL)
     wait_until(
         lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks),
@@ -297,13 +307,13 @@ def test_a_trial_that_loses_a_rank_or_its_actor_goes_on_from_its_checkpoint(
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert re.search(
-        rf"trial 00000: rank {int(lost == 'ray::_Rank')} on node [\d.]+ died: ",
+        rf"trial 00000: rank {int(lost == RANK)} on node [\d.]+ died: ",
         " ".join(err.split()),
     )
     check_whole(root, trials=1, epochs=15)
     (trial,) = load_study(root).trials_full.to_dict("records")
     assert trial["failures"] == 1
-    if lost == "ray::_Rank":
+    if lost == RANK:
         said = StudyFiles(root).trial("00000").log.read_text()
         assert "rank 1 on node" in said
         assert "died" in said
