@@ -1,6 +1,7 @@
-"""`medtune bench storage`: the time that a study's trials take to be written, in our Optuna database and in Optuna's own.
+"""`medtune bench storage`: the time that a study's trials take to be written, in its database and in Optuna's storages.
 
-All three write the same trials: seven parameters, a value an epoch, the end with its reason. They take turns.
+The database is Optuna's `RDBStorage` with a write-ahead log; "rdb" is the same without one. All three write the same
+trials: seven parameters, a value per epoch, the end with its reason. They take turns.
 """
 
 import statistics

@@ -2,22 +2,20 @@
 
 import contextlib
 import functools
-import json
 import logging
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from optuna.study import StudyDirection
-from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 
 from trainables.checkpoints import when_there_is_room
@@ -92,17 +90,14 @@ def _with_room(method: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(method)
     def patient(self: "Database", *arguments: Any) -> None:
-        errors = (sqlalchemy.exc.OperationalError, OSError)
+        errors = (StorageInternalError, OSError)
         when_there_is_room(lambda: method(self, *arguments), Path(self.name), errors=errors)
 
     return patient
 
 
 class Database:
-    """The study in its database, each change one transaction.
-
-    Reads, and the schema with its checks, are Optuna's. Trials are written through Optuna's own table models, because
-    its storage takes some thirty statements for a trial of seven parameters where five do.
+    """The study in its database, written through Optuna's `RDBStorage`: a trial, or a value of it, is one transaction.
 
     SQLite gets a write-ahead log: a commit then survives a killed process without waiting for the disk, and readers
     never block the search. A power cut may cost the last trials, never the file.
@@ -120,25 +115,23 @@ class Database:
             raise SearchError(f"no earlier study here: {self._path} is missing")
         self._storage = self._open(url)
         self.study_name = name if name is not None else self._only_study()
-        try:
-            self._study = int(self._storage.get_study_id_from_name(self.study_name))
-        except KeyError:
-            if not own:
-                raise SearchError(f"{self.name} holds no study {self.study_name!r}") from None
-            with quiet_optuna():
-                self._study = int(
-                    self._storage.create_new_study([StudyDirection.MAXIMIZE], self.study_name)
-                )
+        self._copy_name = f"{self.study_name} (being rewritten)"
+        if own:
+            self._take_copy()
+        elif self._id_of(self._copy_name) is not None:
+            raise SearchError(
+                f"{self.name}: study {self.study_name!r} is being rewritten: resume it first"
+            )
+        found = self._id_of(self.study_name)
+        if found is None and not own:
+            raise SearchError(f"{self.name} holds no study {self.study_name!r}")
+        self._study = self._new(self.study_name) if found is None else found
         self.source = source_of(url, self.study_name)
         self.attrs: dict[str, Any] = self._storage.get_study_user_attrs(self._study)
         """The study's user attributes."""
         self.found: list[FrozenTrial] = self._storage.get_all_trials(self._study)
         """All trials it held when it was opened, by number."""
-        self._ids = {trial.number: trial._trial_id for trial in self.found}
-        trials = models.TrialModel.__table__
-        self._last = sqlalchemy.select(sqlalchemy.func.max(trials.c.number)).where(
-            trials.c.study_id == self._study
-        )
+        self._ids: dict[int, int] = {}
 
     def _only_study(self) -> str:
         names = sorted(
@@ -156,9 +149,11 @@ class Database:
     @_with_room
     def describe(self, study: str | None, objective: str) -> None:
         """Write what optuna-dashboard shows: the objective's name for the values, and the study's folder."""
-        self._storage.set_study_system_attr(self._study, _SYSTEM_ATTR_METRIC_NAMES, [objective])
+        with quiet_optuna():
+            shown = optuna.load_study(study_name=self.study_name, storage=self._storage)
+            shown.set_metric_names([objective])
         if study is not None:
-            self._storage.set_study_user_attr(self._study, "study", study)
+            shown.set_user_attr("study", study)
 
     @_with_room
     def set_attr(self, key: str, value: Any) -> None:
@@ -168,94 +163,90 @@ class Database:
 
     @_with_room
     def create(self, trial: FrozenTrial, number: int) -> None:
-        """Write a trial with all it has. Raises SearchError if the study does not end at the number before."""
-        row = models.TrialModel(
-            study_id=self._study,
-            number=number,
-            state=trial.state,
-            datetime_start=trial.datetime_start,
-            datetime_complete=trial.datetime_complete,
-        )
-        with self._storage.engine.begin() as db:
-            if (found := db.scalar(self._last)) != (number - 1 if number else None):
-                raise SearchError(
-                    f"{self.name}: another process adds trials to this study (the last is {found}, this one was to be "
-                    f"{number}); end one of the two, and resume"
-                )
-            trial_id = db.execute(
-                _insertion(models.TrialModel), _columns(row)
-            ).inserted_primary_key[0]
-            parameters = [
-                {
-                    "param_name": name,
-                    "param_value": trial.distributions[name].to_internal_repr(value),
-                    "distribution_json": optuna.distributions.distribution_to_json(
-                        trial.distributions[name]
-                    ),
-                }
-                for name, value in trial.params.items()
-            ]
-            _insert(db, models.TrialParamModel, trial_id, parameters)
-            _insert(db, models.TrialUserAttributeModel, trial_id, _attributes(trial.user_attrs))
-            _insert(db, models.TrialSystemAttributeModel, trial_id, _attributes(trial.system_attrs))
-            _insert(
-                db, models.TrialIntermediateValueModel, trial_id, _steps(trial.intermediate_values)
+        """Write a trial with all it has. Raises SearchError if the study has this number already."""
+        with contextlib.suppress(KeyError):
+            self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
+            raise SearchError(
+                f"{self.name}: another process adds trials to this study (it has a trial {number}, the next one here); "
+                "end one of the two, and resume"
             )
-            _insert(db, models.TrialValueModel, trial_id, _values(trial.value))
-        self._ids[number] = trial_id
+        self._ids[number] = self._storage.create_new_trial(self._study, trial)
 
     @_with_room
     def report(self, number: int, step: int, value: float) -> None:
-        """Write an intermediate value; a finite one, of a step that has none."""
-        with self._storage.engine.begin() as db:
-            _insert(
-                db, models.TrialIntermediateValueModel, self._ids[number], _steps({step: value})
-            )
+        """Write an intermediate value."""
+        self._storage.set_trial_intermediate_value(self._trial(number), step, value)
 
     @_with_room
     def finish(
         self, number: int, state: TrialState, value: float | None, reason: str | None
     ) -> None:
-        """Write how a running trial ended."""
-        trial_id = self._ids[number]
-        row = models.TrialModel(state=state, datetime_complete=datetime.now())
-        with self._storage.engine.begin() as db:
-            trials = models.TrialModel.__table__
-            db.execute(
-                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(_columns(row))
-            )
-            _insert(db, models.TrialValueModel, trial_id, _values(value))
-            _insert(
-                db,
-                models.TrialUserAttributeModel,
-                trial_id,
-                _attributes({REASON: reason} if reason else {}),
-            )
+        """Write how a running trial ended; its `reason` first, as nothing is written to one that has ended.
+
+        A driver killed in between leaves a running trial with a reason, which its next end replaces.
+        """
+        trial = self._trial(number)
+        if reason is not None:
+            self._storage.set_trial_user_attr(trial, REASON, reason)
+        self._storage.set_trial_state_values(trial, state, None if value is None else [value])
 
     @_with_room
-    def reopen(self, number: int, last_epoch: int | None = None) -> None:
-        """Have a trial that has ended run again, which Optuna itself refuses; of its curve, keep up to `last_epoch`."""
-        trial_id = self._ids[number]
-        values, steps = (
-            models.TrialValueModel.__table__,
-            models.TrialIntermediateValueModel.__table__,
-        )
-        trials, attributes = models.TrialModel.__table__, models.TrialUserAttributeModel.__table__
-        running = {"state": TrialState.RUNNING, "datetime_complete": None}
-        with self._storage.engine.begin() as db:
-            db.execute(
-                sqlalchemy.update(trials).where(trials.c.trial_id == trial_id).values(running)
+    def rewrite(self) -> None:
+        """Write the study again, with the trials of `found` as they are now: Optuna reopens none that has ended.
+
+        Wherever the driver is killed, the study is whole under its own name or under that of its copy.
+        """
+        self._take_copy()
+        copy = self._new(self._copy_name)
+        for trial in self.found:
+            self._storage.create_new_trial(copy, trial)
+        for key, value in self._storage.get_study_system_attrs(self._study).items():
+            self._storage.set_study_system_attr(copy, key, value)
+        attrs = self._storage.get_study_user_attrs(self._study)
+        for key in sorted(attrs, key=SEARCH.__eq__):  # SEARCH last: the copy is whole
+            self._storage.set_study_user_attr(copy, key, attrs[key])
+        self._take_copy()
+        self._study = self._storage.get_study_id_from_name(self.study_name)
+        self._ids.clear()
+
+    @_with_room
+    def _take_copy(self) -> None:
+        """Put the copy, where there is one, in the place of the study if it is whole."""
+        copy = self._id_of(self._copy_name)
+        if copy is None:
+            return
+        if SEARCH in self._storage.get_study_user_attrs(copy):
+            if (replaced := self._id_of(self.study_name)) is not None:
+                self._storage.delete_study(replaced)
+            with quiet_optuna():
+                optuna.copy_study(
+                    from_study_name=self._copy_name,
+                    from_storage=self._storage,
+                    to_storage=self._storage,
+                    to_study_name=self.study_name,
+                )
+        self._storage.delete_study(copy)
+
+    def _new(self, name: str) -> int:
+        with quiet_optuna():
+            return int(self._storage.create_new_study([StudyDirection.MAXIMIZE], name))
+
+    def _id_of(self, name: str) -> int | None:
+        try:
+            return int(self._storage.get_study_id_from_name(name))
+        except KeyError:
+            return None
+
+    def _trial(self, number: int) -> int:
+        if number not in self._ids:
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(
+                self._study, number
             )
-            reason = (attributes.c.trial_id == trial_id) & (attributes.c.key == REASON)
-            db.execute(sqlalchemy.delete(attributes).where(reason))
-            db.execute(sqlalchemy.delete(values).where(values.c.trial_id == trial_id))
-            if last_epoch is not None:
-                later = (steps.c.trial_id == trial_id) & (steps.c.step > last_epoch)
-                db.execute(sqlalchemy.delete(steps).where(later))
+        return self._ids[number]
 
     def close(self) -> None:
         self._storage.remove_session()
-        self._storage.engine.dispose()
+        self._engine.dispose()
         if self._path is not None and self._own and self._path.is_file():
             # Another reader keeps the file in WAL mode, which every reader understands.
             with (
@@ -265,25 +256,25 @@ class Database:
                 db.execute("PRAGMA journal_mode=DELETE")
 
     def _open(self, url: str) -> RDBStorage:
-        if self._path is None:
-            try:
-                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-            except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-                raise SearchError(
-                    f"storage {self.name} cannot be opened: {_one_line(error)}"
-                ) from error
+        """Return Optuna's storage, on connections of our own engine, which `close` can end."""
         try:
-            if self._own:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                _choose_journal(self._path)
-            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}})
-        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
+            if self._path is None:
+                self._engine = sqlalchemy.create_engine(url, pool_pre_ping=True)
+            else:
+                if self._own:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    _choose_journal(self._path)
+                self._engine = sqlalchemy.create_engine(
+                    url, connect_args={"timeout": LOCK_TIMEOUT_S}
+                )
+                sqlalchemy.event.listen(self._engine, "connect", _without_waiting_for_the_disk)
+            return RDBStorage(url, engine_kwargs={"pool": self._engine.pool})
+        except (
+            OSError, ImportError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, StorageInternalError
+        ) as error:  # fmt: skip
             raise SearchError(
-                f"{self._path} cannot be opened as an Optuna study: {_one_line(error)}{_advice(error)}"
+                f"{self.name} cannot be opened as an Optuna study: {_one_line(error)}{_advice(error)}"
             ) from error
-        storage.engine.dispose()  # the next connection is the first that the listener sees
-        sqlalchemy.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
-        return storage
 
 
 def _choose_journal(path: Path) -> None:
@@ -320,45 +311,6 @@ def _advice(error: Exception) -> str:
     return ""
 
 
-def _columns(row: Any) -> dict[str, Any]:
-    """What Optuna's own model would write, by column: times are not stored as they are given."""
-    mapper: Any = sqlalchemy.inspect(type(row))
-    values = {
-        attribute.columns[0].name: getattr(row, attribute.key) for attribute in mapper.column_attrs
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _insert(
-    db: sqlalchemy.Connection, model: Any, trial_id: int, rows: list[dict[str, Any]]
-) -> None:
-    if rows:
-        db.execute(_insertion(model), [{"trial_id": trial_id, **row} for row in rows])
-
-
-@functools.cache
-def _insertion(model: Any) -> sqlalchemy.Insert:
-    """Made once: that costs as much as to execute it."""
-    return sqlalchemy.insert(model.__table__)
-
-
-def _attributes(attributes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"key": key, "value_json": json.dumps(value)} for key, value in attributes.items()]
-
-
-def _steps(values: Mapping[int, float]) -> list[dict[str, Any]]:
-    finite = models.TrialIntermediateValueModel.TrialIntermediateValueType.FINITE
-    return [
-        {"step": step, "intermediate_value": value, "intermediate_value_type": finite}
-        for step, value in values.items()
-    ]
-
-
-def _values(value: float | None) -> list[dict[str, Any]]:
-    finite = models.TrialValueModel.TrialValueType.FINITE
-    return [] if value is None else [{"objective": 0, "value": value, "value_type": finite}]
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -369,10 +321,12 @@ def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Optuna announces each new study on stderr."""
+    """Optuna announces each new study on stderr, and warns of its newer functions."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from ray.tune import TuneError
 
 from trainables.data.storage import absolute
@@ -33,7 +33,7 @@ class StudyPlace:
         """Raise StudyMovedError where the block fails because the folder was moved or removed meanwhile."""
         try:
             yield
-        except (OSError, sqlalchemy.exc.SQLAlchemyError, TuneError):
+        except (OSError, StorageInternalError, TuneError):
             self.check()
             raise
 

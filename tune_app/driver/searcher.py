@@ -7,15 +7,11 @@ that have been asked for, so that a killed search is taken up by opening it agai
 - A trial is in the database before Ray hears of it, with its parameters, in one transaction.
 - The sampler's draw for trial n depends on the seed, n and the trials it knows, never on how often the search was
   started: each trial has its own random stream.
-- Each change goes to an in-memory study first, which the sampler reads, and to the database at once. Behind Optuna's
-  own database storage a trial costs three times as much: it is read back after each write, and each parameter is looked
-  up and written separately.
+- Each change goes to an in-memory study first, which the sampler reads, and to the database at once.
 """
 
-import contextlib
 import json
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -339,7 +335,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             sample = self._modelled(number)
             self._memory.create_new_trial(self._memory_study, self._running(sample))
         else:
-            with _no_experimental_warnings():
+            with quiet_optuna():
                 self._study.sampler = self._sampler(number)
             trial = self._study.ask()
             sample = self._space.sample(lambda parameter: _suggest(trial, parameter), self._epochs)
@@ -471,6 +467,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         told = self._study.tell(
             number, value if state == TrialState.COMPLETE else None, state=state
         )
+        if (
+            REASON in self._trial(number).user_attrs
+        ):  # of an end that a killed driver began to write
+            reason = reason or ""
         self._database.finish(number, state, told.value, reason)
 
     def _load(
@@ -480,15 +480,10 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         ended: Collection[int] | None,
     ) -> None:
         """Fill memory from the database, and take up trials that a killed search left, and those to be tried again."""
-        for trial in self._database.found:
-            if trial.number in retry and trial.state == TrialState.FAIL:
-                self._database.reopen(trial.number)
-                trial.state, trial.datetime_complete = TrialState.RUNNING, None
-                trial.user_attrs = {
-                    key: value for key, value in trial.user_attrs.items() if key != REASON
-                }
-            if ended is not None and trial.number not in ended and self._reopen(trial, rows):
-                self.reopened.append(trial.number)
+        found = self._database.found
+        if [trial for trial in found if self._reopen(trial, rows, retry, ended)]:
+            self._database.rewrite()
+        for trial in found:
             if trial.state == TrialState.WAITING:
                 raise SearchError(
                     f"{self._database.name}: trial {trial.number} was queued by another program; this search queues its "
@@ -505,12 +500,26 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             for row in rows.get(number, ()):
                 self._keep(number, row)
 
-    def _reopen(self, trial: FrozenTrial, rows: Mapping[int, Sequence[Row]]) -> bool:
-        """Whether the trial, which has not ended by its rows, had to be reopened in the database, and is."""
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or _FROM in trial.user_attrs:
+    def _reopen(
+        self,
+        trial: FrozenTrial,
+        rows: Mapping[int, Sequence[Row]],
+        retry: Collection[int],
+        ended: Collection[int] | None,
+    ) -> bool:
+        """Whether the trial has ended by the database alone, or is to be tried again; it is then made a running one."""
+        if trial.number in retry and trial.state == TrialState.FAIL:
+            last = self._epochs
+        elif (
+            ended is not None
+            and trial.number not in ended
+            and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            and _FROM not in trial.user_attrs
+        ):
+            last = max((int(row["epoch"]) for row in rows.get(trial.number, ())), default=0)
+            self.reopened.append(trial.number)
+        else:
             return False
-        last = max((int(row["epoch"]) for row in rows.get(trial.number, ())), default=0)
-        self._database.reopen(trial.number, last)
         trial.state, trial.datetime_complete, trial.value = TrialState.RUNNING, None, None
         trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key != REASON}
         trial.intermediate_values = {
@@ -681,13 +690,6 @@ def _finite(value: Any) -> float | None:
     """The number, or None for a value that is no score: NaN, infinities, null and everything that is no number."""
     number = as_number(value)
     return number if math.isfinite(number) else None
-
-
-@contextlib.contextmanager
-def _no_experimental_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 def _without_words(part: Any) -> Any:

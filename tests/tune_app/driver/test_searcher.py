@@ -6,7 +6,7 @@ import random
 import sqlite3
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 import pytest
 import ray.cloudpickle
+import sqlalchemy
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.concurrency_limiter import ConcurrencyLimiter
@@ -25,7 +26,7 @@ from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
 from trainables.config import build_config
 from trainables.objective import objective_value
-from tune_app.driver.optuna_database import STUDY_NAME, SearchError, sqlite_url
+from tune_app.driver.optuna_database import STUDY_NAME, Database, SearchError, sqlite_url
 from tune_app.driver.searcher import OptunaSearcher, trial_name
 from tune_app.study import surrogate
 from tune_app.study.prior import shipped_prior
@@ -144,34 +145,6 @@ def test_memory_and_database_hold_the_same_study(tmp_path):
     for ours, theirs in zip(in_memory, on_disk, strict=True):
         for name in ("number", "state", "values", "params", "distributions", "intermediate_values"):
             assert getattr(ours, name) == getattr(theirs, name)
-
-
-def test_a_trial_reads_the_same_as_one_that_optuna_wrote(tmp_path):
-    searcher = make(tmp_path, MIXED)
-    searcher.suggest("a")
-    run(searcher, "a", [0.5, 0.6, 0.7, 0.8])
-    (ours,) = read(tmp_path).trials
-    storage = optuna.storages.RDBStorage(sqlite_url(tmp_path / "optuna.db"))
-    study = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "theirs")
-    running = optuna.trial.create_trial(
-        state=TrialState.RUNNING,
-        params=ours.params,
-        distributions=ours.distributions,
-        user_attrs=ours.user_attrs,
-    )
-    number = storage.create_new_trial(study, running)
-    for step, value in ours.intermediate_values.items():
-        storage.set_trial_intermediate_value(number, step, value)
-    storage.set_trial_state_values(number, TrialState.COMPLETE, ours.values)
-    theirs = storage.get_trial(number)
-    differ = {"_trial_id", "_datetime_start", "datetime_complete"}
-    assert {k: v for k, v in vars(ours).items() if k not in differ} == {
-        k: v for k, v in vars(theirs).items() if k not in differ
-    }
-    for time in (ours.datetime_start, ours.datetime_complete):
-        assert abs(datetime.now() - time) < timedelta(minutes=2), (
-            "in the reader's own time zone, as Optuna has it"
-        )
 
 
 def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path):
@@ -523,6 +496,88 @@ def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@contextmanager
+def killed_at_write(count):
+    """Let `count` transactions that write come through, and fail the next before it is committed, as a kill does."""
+    writes, left = set(), count
+
+    def statement(connection, cursor, text, *_):
+        if text.startswith(("INSERT", "UPDATE", "DELETE")):
+            writes.add(connection)
+
+    def commit(connection):
+        nonlocal left
+        if connection in writes:
+            writes.remove(connection)
+            left -= 1
+            if left < 0:
+                raise KilledError
+
+    listeners = [("before_cursor_execute", statement), ("commit", commit)]
+    for event, listener in listeners:
+        sqlalchemy.event.listen(sqlalchemy.Engine, event, listener)
+    try:
+        yield
+    finally:
+        for event, listener in listeners:
+            sqlalchemy.event.remove(sqlalchemy.Engine, event, listener)
+
+
+def test_a_retry_killed_at_any_write_loses_no_trial_and_touches_no_other_study(tmp_path):
+    settings = {"num_trials": 2, "identity": {"objective": "auc"}}
+    first = make(tmp_path, **settings)
+    for name, failed in (("a", True), ("b", False)):
+        first.suggest(name)
+        run(first, name, [0.6, 0.7, 0.8, 0.9], error=failed)
+    first.close()
+    url = sqlite_url(tmp_path / "study.db")
+    other = optuna.create_study(storage=url, study_name="someone's")
+    other.enqueue_trial({"x": 1})
+    failed, complete = read(tmp_path).trials
+    content, kills, states = (tmp_path / "study.db").read_bytes(), 0, set()
+    while True:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        (folder / "study.db").write_bytes(content)
+        try:
+            with killed_at_write(kills):
+                make(folder, **settings, retry=[0]).close()
+            break
+        except KilledError:
+            kills += 1
+        half = sqlite_url(folder / "study.db")
+        if len(optuna.get_all_study_names(half)) == 3:
+            with pytest.raises(SearchError, match="being rewritten: resume it first"):
+                Database(half, own=False)
+        make(folder, **settings).close()
+        assert sorted(optuna.get_all_study_names(half)) == [STUDY_NAME, "someone's"]
+        one, two = read(folder).trials
+        states.add(one.state)
+        assert (one.params, one.intermediate_values) == (failed.params, failed.intermediate_values)
+        assert ("reason" in one.user_attrs) == (one.state == TrialState.FAIL)
+        assert vars(two) | {"_trial_id": 0} == vars(complete) | {"_trial_id": 0}
+        (waiting,) = optuna.load_study(storage=half, study_name="someone's").trials
+        assert waiting.state == TrialState.WAITING
+    assert kills >= 10
+    assert read(folder).metric_names == ["auc"]
+    assert read(folder).user_attrs == read(tmp_path).user_attrs | {"study": folder.name}
+    assert states == {TrialState.FAIL, TrialState.RUNNING}
+
+
+def test_a_reason_whose_trial_went_on_is_replaced_at_its_end(tmp_path):
+    killed = make(tmp_path, failure="fatal")
+    killed.suggest("a")
+    with killed_at_write(1), pytest.raises(KilledError):
+        killed.on_trial_complete("a", {"epoch": 0, "fatal": "out of memory"})
+    (trial,) = read(tmp_path).trials
+    assert (trial.state, trial.user_attrs["reason"]) == (TrialState.RUNNING, "out of memory")
+    again = make(tmp_path, failure="fatal")
+    again.suggest("a")
+    run(again, "a", [0.6] * EPOCHS)
+    (trial,) = read(tmp_path).trials
+    assert (trial.state, trial.user_attrs["reason"]) == (TrialState.COMPLETE, "")
+
+
 def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path):
     first = make(tmp_path)
     suggestion = first.suggest("a")
@@ -821,7 +876,7 @@ def test_a_reader_does_not_stop_the_search(tmp_path):
         ("study.db", "storage 'study.db' is no database URL: write sqlite:///FILE"),
         (
             "postgresql://me:secret@127.0.0.1:1/db",
-            r"storage postgresql://me:\*\*\*@127.0.0.1:1/db cannot be opened",
+            r"^postgresql://me:\*\*\*@127.0.0.1:1/db cannot be opened as an Optuna study",
         ),
     ],
 )
