@@ -513,13 +513,13 @@ def killed_at_write(count):
             if left < 0:
                 raise KilledError
 
-    listeners = [("before_cursor_execute", statement), ("commit", commit)]
-    for event, listener in listeners:
+    listeners: dict[str, Any] = {"before_cursor_execute": statement, "commit": commit}
+    for event, listener in listeners.items():
         sqlalchemy.event.listen(sqlalchemy.Engine, event, listener)
     try:
         yield
     finally:
-        for event, listener in listeners:
+        for event, listener in listeners.items():
             sqlalchemy.event.remove(sqlalchemy.Engine, event, listener)
 
 
