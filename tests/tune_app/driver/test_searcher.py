@@ -6,6 +6,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from ray.tune.search.concurrency_limiter import ConcurrencyLimiter
 from sqlalchemy.pool import NullPool
 
 from search_spaces.fixes import all_fixes, baseline
-from search_spaces.space import SpaceError
+from search_spaces.space import Space, SpaceError
 from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
 from trainables.config import build_config
 from trainables.objective import objective_value
 from tune_app.driver.optuna_database import STUDY_NAME, Database, SearchError, sqlite_url
-from tune_app.driver.searcher import OptunaSearcher, trial_name
+from tune_app.driver.searcher import EndState, OptunaSearcher, trial_name
 from tune_app.study import surrogate
 from tune_app.study.prior import shipped_prior
 
@@ -49,7 +50,7 @@ MIXED = space_from(
 )
 
 
-def make(folder, space=TINY, **settings):
+def make(folder: str | Path, space: Space = TINY, **settings: Any) -> OptunaSearcher:
     arguments: dict[str, Any] = {
         "epochs": EPOCHS,
         "num_trials": 12,
@@ -59,7 +60,7 @@ def make(folder, space=TINY, **settings):
     return OptunaSearcher(space, storage=Path(folder) / "study.db", **arguments)
 
 
-def read(folder):
+def read(folder: Path) -> optuna.Study:
     """The study as any other program reads it."""
     url = sqlite_url(Path(folder) / "study.db")
     storage = optuna.storages.RDBStorage(
@@ -68,11 +69,17 @@ def read(folder):
     return optuna.load_study(study_name=STUDY_NAME, storage=storage)
 
 
-def row(epoch, value):
+def suggested(searcher: OptunaSearcher, name: str) -> dict[str, Any]:
+    suggestion = searcher.suggest(name)
+    assert isinstance(suggestion, dict), suggestion
+    return suggestion
+
+
+def row(epoch: int, value: float) -> dict[str, Any]:
     return {"epoch": epoch, "val_auc": value, "training_iteration": 99}
 
 
-def run(searcher, name, values, **end):
+def run(searcher: OptunaSearcher, name: str, values: Sequence[float], **end: Any) -> None:
     """Report `values` epoch by epoch and end the trial as Ray does: the result it ends with comes with its end only."""
     results = [row(epoch, value) for epoch, value in enumerate(values, 1)]
     for result in results[:-1]:
@@ -83,7 +90,7 @@ def run(searcher, name, values, **end):
 # ---- states and values ----
 
 
-def test_optuna_reads_each_end_as_what_it_was(tmp_path):
+def test_optuna_reads_each_end_as_what_it_was(tmp_path: Path) -> None:
     searcher = make(tmp_path)
     curves = {
         "complete": [0.6, 0.7, 0.9, 0.7],
@@ -94,7 +101,7 @@ def test_optuna_reads_each_end_as_what_it_was(tmp_path):
         "infinite": [math.inf, 0.6, 0.5, 0.6],
         "gone before it began": [],
     }
-    handed_out = {name: searcher.suggest(name) for name in curves}
+    handed_out = {name: suggested(searcher, name) for name in curves}
     for name, values in curves.items():
         run(searcher, name, values, **({"error": True} if name == "failed" else {}))
 
@@ -130,7 +137,7 @@ def test_optuna_reads_each_end_as_what_it_was(tmp_path):
     assert len(read(tmp_path).trials_dataframe()) == len(curves)
 
 
-def test_memory_and_database_hold_the_same_study(tmp_path):
+def test_memory_and_database_hold_the_same_study(tmp_path: Path) -> None:
     searcher = make(tmp_path, MIXED)
     for number in range(12):
         searcher.suggest(str(number))
@@ -147,7 +154,7 @@ def test_memory_and_database_hold_the_same_study(tmp_path):
             assert getattr(ours, name) == getattr(theirs, name)
 
 
-def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path):
+def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path: Path) -> None:
     searcher = make(tmp_path)
     searcher.suggest("a")
     searcher.on_trial_result("a", row(1, 0.6))
@@ -167,7 +174,7 @@ def test_an_epoch_counts_once_and_a_trial_ends_once(tmp_path):
     assert trial.intermediate_values == {1: 0.6, 2: 0.7, 3: 0.8, 4: 0.8}
 
 
-def test_reasons_are_kept_with_the_trial(tmp_path):
+def test_reasons_are_kept_with_the_trial(tmp_path: Path) -> None:
     searcher = make(tmp_path, failure="fatal")
     for name in "abc":
         searcher.suggest(name)
@@ -185,7 +192,7 @@ def test_reasons_are_kept_with_the_trial(tmp_path):
     assert "reason" not in fine.user_attrs
 
 
-def test_the_study_ends_at_its_number_of_trials_failed_ones_included(tmp_path):
+def test_the_study_ends_at_its_number_of_trials_failed_ones_included(tmp_path: Path) -> None:
     searcher = make(tmp_path, num_trials=3)
     for name in "abc":
         searcher.suggest(name)
@@ -193,13 +200,13 @@ def test_the_study_ends_at_its_number_of_trials_failed_ones_included(tmp_path):
     assert searcher.suggest("d") == Searcher.FINISHED
     assert make(tmp_path, num_trials=3).suggest("e") == Searcher.FINISHED
     more = make(tmp_path, num_trials=4)
-    assert more.suggest("e")["trial"] == "00003", (
+    assert suggested(more, "e")["trial"] == "00003", (
         "more trials may be asked for later; failed ones are not tried again"
     )
     assert more.suggest("f") == Searcher.FINISHED
 
 
-def test_a_failed_trial_may_be_tried_again(tmp_path):
+def test_a_failed_trial_may_be_tried_again(tmp_path: Path) -> None:
     first = make(tmp_path, num_trials=3)
     suggested = [first.suggest(name) for name in "abc"]
     run(first, "a", [0.6, 0.7], error=True)
@@ -240,7 +247,7 @@ def test_a_failed_trial_may_be_tried_again(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("space", [TINY, MIXED], ids=["plain", "conditional"])
-def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path, space):
+def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path: Path, space: Space) -> None:
     searcher = make(tmp_path, space, sampler="tpe", num_trials=40, seed=3)
     rng = random.Random(0)
     for number in range(30):
@@ -266,10 +273,10 @@ def test_tpe_draws_what_optunas_own_sampler_draws(tmp_path, space):
 @pytest.mark.parametrize(
     "space", [TINY, MIXED, SPACES["wide"]], ids=["plain", "conditional", "wide"]
 )
-def test_every_sampler_draws_valid_configs(tmp_path, sampler, space):
+def test_every_sampler_draws_valid_configs(tmp_path: Path, sampler: str, space: Space) -> None:
     searcher = make(tmp_path, space, sampler=sampler, num_trials=14)
     for number in range(14):
-        build_config(searcher.suggest(str(number))["overrides"])
+        build_config(suggested(searcher, str(number))["overrides"])
         run(searcher, str(number), [0.5 + 0.01 * number] * EPOCHS)
     trials = read(tmp_path).trials
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
@@ -282,8 +289,8 @@ def test_every_sampler_draws_valid_configs(tmp_path, sampler, space):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
-def test_a_seed_repeats_a_search_and_another_does_not(tmp_path, sampler):
-    def drawn(folder, seed):
+def test_a_seed_repeats_a_search_and_another_does_not(tmp_path: Path, sampler: str) -> None:
+    def drawn(folder: str, seed: int) -> list[dict[str, Any]]:
         searcher = make(tmp_path / folder, MIXED, sampler=sampler, seed=seed)
         for number in range(12):
             searcher.suggest(str(number))
@@ -295,7 +302,7 @@ def test_a_seed_repeats_a_search_and_another_does_not(tmp_path, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["random", "qmc"])
-def test_a_restarted_search_never_draws_the_same_again(tmp_path, sampler):
+def test_a_restarted_search_never_draws_the_same_again(tmp_path: Path, sampler: str) -> None:
     for number in range(8):
         searcher = make(tmp_path / "often", sampler=sampler, seed=1)
         searcher.suggest(str(number))
@@ -321,11 +328,11 @@ def test_a_restarted_search_never_draws_the_same_again(tmp_path, sampler):
 class Training:
     """Trials that train: the curve follows from the overrides, and progress survives the search as checkpoints do."""
 
-    def __init__(self):
-        self.done = {}
-        self.rows = []  # as epochs.jsonl has them
+    def __init__(self) -> None:
+        self.done: dict[str, int] = {}
+        self.rows: list[dict[str, Any]] = []  # as epochs.jsonl has them
 
-    def value(self, overrides, epoch):
+    def value(self, overrides: dict[str, Any], epoch: int) -> float:
         digest = hashlib.sha256(repr((sorted(overrides.items()), epoch)).encode()).digest()
         value = 0.5 + digest[0] / 600 - overrides["dropout"] / 4 + epoch / 100
         return math.nan if digest[1] < 12 else value
@@ -335,14 +342,14 @@ class KilledError(Exception):
     pass
 
 
-def drive(searcher, training, concurrency, budget):
+def drive(searcher: OptunaSearcher, training: Training, concurrency: int, budget: int) -> None:
     """One session: Ray's events in an order that depends on the trials alone, so that any two searches compare.
 
     Raises KilledError when `budget` events have happened; a trial is stopped at epoch 2 if it is below 0.6 there.
     """
     running: dict[str, Any] = {}
 
-    def event():
+    def event() -> None:
         nonlocal budget
         budget -= 1
         if budget < 0:
@@ -383,7 +390,7 @@ def drive(searcher, training, concurrency, budget):
         event()
 
 
-def reopened(folder, training, space, **settings):
+def reopened(folder: Path, training: Training, space: Space, **settings: Any) -> OptunaSearcher:
     """A searcher as the driver makes it at each start."""
     rows: dict[int, list[Any]] = {}
     for line in training.rows:
@@ -394,6 +401,7 @@ def reopened(folder, training, space, **settings):
         if (last["epoch"] == 2 and not last["val_auc"] >= 0.6) or last["epoch"] == EPOCHS:
             # The policy, replayed over the rows, had ended it.
             failed = number % 11 == 10
+            state: EndState
             state = "failed" if failed else "completed" if last["epoch"] == EPOCHS else "stopped"
             searcher.settle(number, state, objective_value(rows[number]), rows[number])
     return searcher
@@ -405,8 +413,8 @@ def reopened(folder, training, space, **settings):
     ids=["tpe", "tpe conditional", "qmc conditional"],
 )
 def test_a_search_killed_at_random_moments_makes_the_decisions_of_one_never_killed(
-    tmp_path, sampler, space
-):
+    tmp_path: Path, sampler: str, space: Space
+) -> None:
     settings = {"sampler": sampler, "num_trials": 24, "seed": 5, "warm_start": None}
     whole = Training()
     drive(make(tmp_path / "whole", space, **settings), whole, 3, 10**6)
@@ -475,7 +483,7 @@ print(session)
 """
 
 
-def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
+def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "handed-out"
     code = KILLED_FOR_REAL.format(
         tests=str(Path(__file__).parent), folder=str(tmp_path), log=str(log)
@@ -497,15 +505,15 @@ def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path):
 
 
 @contextmanager
-def killed_at_write(count):
+def killed_at_write(count: int) -> Iterator[None]:
     """Let `count` transactions that write come through, and fail the next before it is committed, as a kill does."""
     writes, left = set(), count
 
-    def statement(connection, cursor, text, *_):
+    def statement(connection: sqlalchemy.Connection, cursor: object, text: str, *_: object) -> None:
         if text.startswith(("INSERT", "UPDATE", "DELETE")):
             writes.add(connection)
 
-    def commit(connection):
+    def commit(connection: sqlalchemy.Connection) -> None:
         nonlocal left
         if connection in writes:
             writes.remove(connection)
@@ -523,8 +531,10 @@ def killed_at_write(count):
             sqlalchemy.event.remove(sqlalchemy.Engine, event, listener)
 
 
-def test_a_retry_killed_at_any_write_loses_no_trial_and_touches_no_other_study(tmp_path):
-    settings = {"num_trials": 2, "identity": {"objective": "auc"}}
+def test_a_retry_killed_at_any_write_loses_no_trial_and_touches_no_other_study(
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {"num_trials": 2, "identity": {"objective": "auc"}}
     first = make(tmp_path, **settings)
     for name, failed in (("a", True), ("b", False)):
         first.suggest(name)
@@ -564,7 +574,7 @@ def test_a_retry_killed_at_any_write_loses_no_trial_and_touches_no_other_study(t
     assert states == {TrialState.FAIL, TrialState.RUNNING}
 
 
-def test_a_reason_whose_trial_went_on_is_replaced_at_its_end(tmp_path):
+def test_a_reason_whose_trial_went_on_is_replaced_at_its_end(tmp_path: Path) -> None:
     killed = make(tmp_path, failure="fatal")
     killed.suggest("a")
     with killed_at_write(1), pytest.raises(KilledError):
@@ -578,7 +588,7 @@ def test_a_reason_whose_trial_went_on_is_replaced_at_its_end(tmp_path):
     assert (trial.state, trial.user_attrs["reason"]) == (TrialState.COMPLETE, "")
 
 
-def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path):
+def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path: Path) -> None:
     first = make(tmp_path)
     suggestion = first.suggest("a")
     first.suggest("b")
@@ -586,16 +596,16 @@ def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path):
     for result in rows[:2]:
         first.on_trial_result("a", result)
     second = make(tmp_path, rows={0: rows})  # the third row was written, but not reported
-    assert second.left_running == (0, 1)
+    assert list(second.left_running) == [0, 1]
     assert second.suggest("x") == suggestion
-    assert second.left_running == (1,)
+    assert list(second.left_running) == [1]
     second.on_trial_complete("x", row(4, 0.8))
     trial = read(tmp_path).trials[0]
     assert trial.value == objective_value([*rows, row(4, 0.8)])
     assert trial.intermediate_values == {1: 0.6, 3: 0.8, 4: 0.8}
 
 
-def test_rows_lost_with_the_power_are_taken_from_the_study(tmp_path):
+def test_rows_lost_with_the_power_are_taken_from_the_study(tmp_path: Path) -> None:
     first = make(tmp_path)
     first.suggest("a")
     for epoch in (1, 2, 3):
@@ -606,7 +616,7 @@ def test_rows_lost_with_the_power_are_taken_from_the_study(tmp_path):
     assert read(tmp_path).trials[0].value == 0.9
 
 
-def test_trials_known_to_have_ended_are_settled(tmp_path):
+def test_trials_known_to_have_ended_are_settled(tmp_path: Path) -> None:
     first = make(tmp_path)
     for name in "abcde":
         first.suggest(name)
@@ -640,10 +650,10 @@ def test_trials_known_to_have_ended_are_settled(tmp_path):
 # ---- warm starts ----
 
 
-def test_warm_starts_are_asked_for_once_ever(tmp_path):
+def test_warm_starts_are_asked_for_once_ever(tmp_path: Path) -> None:
     space = SPACES["collapse"]
     first = make(tmp_path, space, warm_start=None, epochs=60)
-    before = first.suggest("a")
+    before = suggested(first, "a")
     assert build_config(before["overrides"]) == build_config(baseline())
     # Killed here: `before` is running, `after` was never asked for.
     second = make(tmp_path, space, warm_start=None, epochs=60)
@@ -657,9 +667,9 @@ def test_warm_starts_are_asked_for_once_ever(tmp_path):
     assert third.warm_start_left_out == {"defaults": ["the same point as 'after' in this space"]}
 
 
-def test_warm_starts_are_the_documented_settings_by_default(tmp_path):
+def test_warm_starts_are_the_documented_settings_by_default(tmp_path: Path) -> None:
     searcher = make(tmp_path, SPACES["documented"], warm_start=None, epochs=60)
-    before, after, drawn = (searcher.suggest(name)["overrides"] for name in "abc")
+    before, after, drawn = (suggested(searcher, name)["overrides"] for name in "abc")
     assert {
         **baseline(),
         "head": "cosine",
@@ -670,7 +680,7 @@ def test_warm_starts_are_the_documented_settings_by_default(tmp_path):
     assert drawn != after
 
 
-def test_a_warm_start_asked_for_by_name_must_lie_in_the_space(tmp_path):
+def test_a_warm_start_asked_for_by_name_must_lie_in_the_space(tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=r"warm start 'before': max_m=0.3 is not in 0.15 to 0.25"):
         make(tmp_path, SPACES["narrow"], warm_start=["before"])
     assert make(tmp_path, SPACES["narrow"], warm_start=None).warm_start_left_out["before"]
@@ -679,7 +689,7 @@ def test_a_warm_start_asked_for_by_name_must_lie_in_the_space(tmp_path):
 # ---- earlier studies ----
 
 
-def earlier(folder, space=TINY, **settings):
+def earlier(folder: Path, space: Space = TINY, **settings: Any) -> Path:
     searcher = make(folder, space, num_trials=6, **settings)
     for number, values in enumerate(
         [[0.5] * 4, [0.9, 0.8], [0.7] * 4, [math.nan], [0.4], [0.6] * 4]
@@ -690,12 +700,12 @@ def earlier(folder, space=TINY, **settings):
     return folder
 
 
-def test_finished_trials_of_an_earlier_study_are_taken_over_once(tmp_path):
+def test_finished_trials_of_an_earlier_study_are_taken_over_once(tmp_path: Path) -> None:
     folder = earlier(tmp_path / "earlier")
     searcher = make(tmp_path / "new", warm_start_from=[folder], num_trials=3)
     assert searcher.taken_over == (4, {"no finite value": 1})
     expected = [t for t in read(folder).trials if t.number in (0, 1, 2, 5)]
-    assert searcher.suggest("a")["trial"] == "00004", "numbering continues after them"
+    assert suggested(searcher, "a")["trial"] == "00004", "numbering continues after them"
     for name in "bc":
         searcher.suggest(name)
     assert searcher.suggest("d") == Searcher.FINISHED, "they do not count as trials of this study"
@@ -713,7 +723,7 @@ def test_finished_trials_of_an_earlier_study_are_taken_over_once(tmp_path):
     assert len(read(tmp_path / "new").trials) == 7
 
 
-def test_a_start_killed_while_taking_over_does_not_double(tmp_path):
+def test_a_start_killed_while_taking_over_does_not_double(tmp_path: Path) -> None:
     folder = earlier(tmp_path / "earlier")
     new = make(tmp_path / "new", warm_start_from=[folder])
     new._database.set_attr("taken over", [])  # as if it had been killed before the study was marked
@@ -745,8 +755,8 @@ def test_a_start_killed_while_taking_over_does_not_double(tmp_path):
     ],
 )
 def test_earlier_trials_that_could_not_be_of_this_study_are_left_out(
-    tmp_path, space, settings, reason
-):
+    tmp_path: Path, space: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
     folder = earlier(tmp_path / "earlier", identity={"cohort": "a"})
     searcher = make(
         tmp_path / "new",
@@ -758,7 +768,7 @@ def test_earlier_trials_that_could_not_be_of_this_study_are_left_out(
     assert read(tmp_path / "new").trials == []
 
 
-def test_another_space_with_the_same_meaning_takes_trials_over(tmp_path):
+def test_another_space_with_the_same_meaning_takes_trials_over(tmp_path: Path) -> None:
     folder = earlier(
         tmp_path / "earlier", space_from({"search": {"ema_decay": {"low": 0.9, "high": 0.999}}})
     )
@@ -770,7 +780,7 @@ def test_another_space_with_the_same_meaning_takes_trials_over(tmp_path):
     assert searcher.study.trials[0].params["s"] == 15, "the default, which the earlier study held"
 
 
-def test_an_earlier_study_is_only_read(tmp_path):
+def test_an_earlier_study_is_only_read(tmp_path: Path) -> None:
     folder = earlier(tmp_path / "earlier")
     content = (folder / "study.db").read_bytes()
     folder.chmod(0o500)
@@ -782,7 +792,7 @@ def test_an_earlier_study_is_only_read(tmp_path):
     assert (folder / "study.db").read_bytes() == content
 
 
-def test_an_earlier_study_must_be_there_and_another_one(tmp_path):
+def test_an_earlier_study_must_be_there_and_another_one(tmp_path: Path) -> None:
     with pytest.raises(SearchError, match=r"no earlier study here: .*nowhere/study.db is missing"):
         make(tmp_path, warm_start_from=[tmp_path / "nowhere"])
     with pytest.raises(SearchError, match="cannot be warm-started from itself"):
@@ -796,7 +806,7 @@ def test_an_earlier_study_must_be_there_and_another_one(tmp_path):
 # ---- the database ----
 
 
-def test_a_study_is_only_continued_by_its_own_search(tmp_path):
+def test_a_study_is_only_continued_by_its_own_search(tmp_path: Path) -> None:
     make(tmp_path, identity={"cohort": "a"}).suggest("a")
     make(tmp_path, identity={"cohort": "a"}, sampler="random", seed=9, num_trials=50)
     for changed in ({"space": MIXED}, {"epochs": 5}, {"identity": {"cohort": "b"}}):
@@ -806,7 +816,7 @@ def test_a_study_is_only_continued_by_its_own_search(tmp_path):
             make(tmp_path, **{"identity": {"cohort": "a"}} | changed)
 
 
-def test_a_space_whose_texts_another_version_words_otherwise_is_the_same(tmp_path):
+def test_a_space_whose_texts_another_version_words_otherwise_is_the_same(tmp_path: Path) -> None:
     worded = TINY.to_mapping() | {"title": "as an earlier version had it", "notes": ["a note"]}
     worded["search"] = {name: {**axis, "why": "so"} for name, axis in worded["search"].items()}
     make(tmp_path, space=space_from(worded)).suggest("a")
@@ -816,7 +826,7 @@ def test_a_space_whose_texts_another_version_words_otherwise_is_the_same(tmp_pat
         make(tmp_path, space=space_from(wider))
 
 
-def test_trials_of_other_programs_are_refused(tmp_path):
+def test_trials_of_other_programs_are_refused(tmp_path: Path) -> None:
     make(tmp_path)
     study = read(tmp_path)
     study.enqueue_trial({"dropout": 0.1})
@@ -829,7 +839,7 @@ def test_trials_of_other_programs_are_refused(tmp_path):
         )
 
 
-def test_two_drivers_on_one_study_are_noticed(tmp_path):
+def test_two_drivers_on_one_study_are_noticed(tmp_path: Path) -> None:
     one, two = make(tmp_path), make(tmp_path)
     one.suggest("a")
     with pytest.raises(SearchError, match="another process adds trials to this study"):
@@ -837,7 +847,7 @@ def test_two_drivers_on_one_study_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a b#c", "50 %", "what?", "{x}", "ü", "it's;--"])
-def test_folders_may_have_any_name(tmp_path, name):
+def test_folders_may_have_any_name(tmp_path: Path, name: str) -> None:
     searcher = make(tmp_path / name)
     searcher.suggest("a")
     searcher.close()
@@ -846,7 +856,7 @@ def test_folders_may_have_any_name(tmp_path, name):
     assert make(tmp_path / "new", warm_start_from=[tmp_path / name]).taken_over.added == 0
 
 
-def test_a_closed_study_is_one_plain_file_and_an_open_one_can_be_read(tmp_path):
+def test_a_closed_study_is_one_plain_file_and_an_open_one_can_be_read(tmp_path: Path) -> None:
     searcher = make(tmp_path)
     searcher.suggest("a")
     assert len(read(tmp_path).trials) == 1
@@ -857,7 +867,7 @@ def test_a_closed_study_is_one_plain_file_and_an_open_one_can_be_read(tmp_path):
         assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
-def test_a_reader_does_not_stop_the_search(tmp_path):
+def test_a_reader_does_not_stop_the_search(tmp_path: Path) -> None:
     searcher = make(tmp_path)
     searcher.suggest("a")
     with sqlite3.connect(tmp_path / "study.db") as reader:
@@ -880,13 +890,15 @@ def test_a_reader_does_not_stop_the_search(tmp_path):
         ),
     ],
 )
-def test_a_storage_that_cannot_be_opened_is_named_without_its_password(storage, message):
+def test_a_storage_that_cannot_be_opened_is_named_without_its_password(
+    storage: str, message: str
+) -> None:
     with pytest.raises(SearchError, match=message) as error:
         OptunaSearcher(TINY, epochs=4, num_trials=1, objective=objective_value, storage=storage)
     assert "secret" not in str(error.value)
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path):
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_text(
         "no database, but some text that is long enough to be read as one " * 3
     )
@@ -896,7 +908,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
         make(tmp_path)
 
 
-def test_a_space_that_does_not_fit_the_length_is_refused(tmp_path):
+def test_a_space_that_does_not_fit_the_length_is_refused(tmp_path: Path) -> None:
     space = space_from({"search": {"freeze_backbone_epochs": {"low": 0, "high": 20}}})
     with pytest.raises(SpaceError, match="freeze_backbone_epochs=20 must be at most epochs=4"):
         make(tmp_path, space)
@@ -906,7 +918,9 @@ def test_a_space_that_does_not_fit_the_length_is_refused(tmp_path):
         make(tmp_path, sampler="cmaes")
 
 
-def test_optuna_says_nothing_on_the_console(tmp_path, capfd):
+def test_optuna_says_nothing_on_the_console(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     searcher = make(tmp_path, MIXED, sampler="gp")
     for number in range(12):
         searcher.suggest(str(number))
@@ -917,7 +931,7 @@ def test_optuna_says_nothing_on_the_console(tmp_path, capfd):
 # ---- under Ray ----
 
 
-def test_tune_can_pickle_and_limit_it(tmp_path):
+def test_tune_can_pickle_and_limit_it(tmp_path: Path) -> None:
     searcher = make(tmp_path, objective=lambda rows: rows[-1]["val_auc"])
     ray.cloudpickle.dumps(searcher)
     limited = ConcurrencyLimiter(searcher, max_concurrent=1)
@@ -931,10 +945,10 @@ def test_tune_can_pickle_and_limit_it(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_path):
+def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_path: Path) -> None:
     from ray import tune
 
-    def train(config):
+    def train(config: dict[str, Any]) -> None:
         number = int(config["trial"])
         for epoch in range(1, EPOCHS + 1):
             if number == 3 and epoch == 2:
@@ -974,13 +988,13 @@ def test_ray_runs_a_search_with_stopped_and_failed_trials_and_resumes_it(tmp_pat
     assert [trial.value for trial in trials[4:]] == [0.54, 0.55]
 
 
-def test_the_model_learns_from_trials_that_were_stopped(tmp_path):
+def test_the_model_learns_from_trials_that_were_stopped(tmp_path: Path) -> None:
     """Low rates are stopped early with poor values: the next samples avoid them."""
     space = SPACES["documented"]
     searcher = make(tmp_path, space, sampler="model", num_trials=30, seed=1)
     rates = []
     for number in range(30):
-        rate = searcher.suggest(str(number))["overrides"]["backbone_lr"]
+        rate = suggested(searcher, str(number))["overrides"]["backbone_lr"]
         rates.append(rate)
         good = rate > 1.5e-4
         run(searcher, str(number), [0.85] * EPOCHS if good else [0.55] * 2)
@@ -989,7 +1003,9 @@ def test_the_model_learns_from_trials_that_were_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("most", [256, 8])
-def test_the_model_asks_for_the_same_after_a_restart(tmp_path, monkeypatch, most):
+def test_the_model_asks_for_the_same_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     """Where it is fitted to all trials that have ended, and where there are more than it is fitted to."""
     monkeypatch.setattr(surrogate, "MOST_OBSERVED", most)
     prior = shipped_prior()
@@ -1002,19 +1018,19 @@ def test_the_model_asks_for_the_same_after_a_restart(tmp_path, monkeypatch, most
             if number in restarts:
                 searcher.close()
                 searcher = make(tmp_path / name, MIXED, sampler="model", num_trials=14, prior=prior)
-            asked[name].append(searcher.suggest(str(number))["overrides"])
+            asked[name].append(suggested(searcher, str(number))["overrides"])
             run(searcher, str(number), [0.6 + 0.02 * number] * (EPOCHS if number % 3 else 2))
         searcher.close()
     assert asked["whole"] == asked["killed"]
 
 
-def test_a_prior_moves_the_first_draws(tmp_path):
+def test_a_prior_moves_the_first_draws(tmp_path: Path) -> None:
     space = SPACES["documented"]
     rates = {}
     for name, prior in (("with", shipped_prior()), ("without", None)):
         (tmp_path / name).mkdir()
         searcher = make(tmp_path / name, space, sampler="model", prior=prior, num_trials=12)
-        rates[name] = [searcher.suggest(str(n))["overrides"]["backbone_lr"] for n in range(12)]
+        rates[name] = [suggested(searcher, str(n))["overrides"]["backbone_lr"] for n in range(12)]
         assert any("prior: false" in note for note in searcher.notes) == (prior is not None)
     assert np.median(rates["with"]) > np.median(rates["without"])
     modelled = [rate for n, rate in enumerate(rates["with"]) if n not in surrogate.UNMODELLED]
