@@ -568,10 +568,9 @@ def _confirm(
     _drop_weights(confirmed)
 
     def values(variant: str) -> list[float]:
-        of_variant = confirmed.trials_full["variant"] == variant
-        return [
-            float(value) for value in confirmed.trials_full.loc[of_variant, "objective"].dropna()
-        ]
+        trials = confirmed.trials_full
+        whole = (trials["variant"] == variant) & (trials["state"] == "completed")
+        return [float(value) for value in trials.loc[whole, "objective"].dropna()]
 
     if "documented" in chosen:
         result["documented"] = values("documented")
