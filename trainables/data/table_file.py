@@ -40,6 +40,19 @@ class Record:
     width: int
 
 
+NO_TABLES = {
+    "looks like a spreadsheet: export it as CSV": (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"),
+    "is UTF-16 text: save it as UTF-8": (b"\xff\xfe", b"\xfe\xff"),
+    "is compressed: CSV or Parquet is needed; unpack it (`gunzip` for .gz)": (
+        b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd",
+    ),
+    "is a Feather (Arrow) file: CSV or Parquet is needed (`to_parquet` in pandas)": (
+        b"ARROW1", b"FEA1",
+    ),
+}  # fmt: skip
+"""What a file is that cannot be read as a table, and what to do -> how such files begin."""
+
+
 def table_bytes(table: Path) -> bytes:
     """Return the table's content, of a file or a URL. Raises ManifestError."""
     try:
@@ -91,15 +104,11 @@ def read_records(table: Path) -> tuple[list[str], list[Record]]:
 
 
 def _csv(table: str, content: bytes) -> tuple[list[str], list[Record]]:
-    kind = None
-    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        kind = "looks like a spreadsheet: export it as CSV"
-    elif content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        kind = "is UTF-16 text: save it as UTF-8"
-    elif b"\0" in content:
-        kind = "is a binary file: CSV or Parquet is needed"
-    if kind:
-        raise ManifestError(f"table {table}: {kind}")
+    for kind, starts in NO_TABLES.items():
+        if content.startswith(starts):
+            raise ManifestError(f"table {table}: {kind}")
+    if b"\0" in content:
+        raise ManifestError(f"table {table}: is a binary file: CSV or Parquet is needed")
     try:
         lines = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         columns = next((names for cells in lines if (names := _trimmed(cells, 0))), None)

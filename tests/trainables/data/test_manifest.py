@@ -1,6 +1,7 @@
 """Tables: every problem of every row at once; splits that no subject straddles."""
 
 import contextlib
+import gzip
 import os
 import pickle
 import re
@@ -259,6 +260,11 @@ def test_a_missing_column_hides_no_problem_of_the_others(write_table: Write) -> 
         (b"path,label,subject\n", "no rows; a row a volume is needed"),
         (b"path,label,subject\n\n,,\n", "no rows"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a binary file: CSV or Parquet is needed"),
+        (
+            gzip.compress(b"path,label,subject\n"),
+            "is compressed: CSV or Parquet is needed; unpack it",
+        ),
+        (b"ARROW1\0\0", "is a Feather (Arrow) file: CSV or Parquet is needed"),
         (b"PK\x03\x04\x14\0\x06\0", "looks like a spreadsheet: export it as CSV"),
         ("path,label".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (b"path,label,subject\na,0,M\xfcller\n", "line 2 is not UTF-8 text"),
