@@ -65,18 +65,27 @@ def search(
 def resume(
     study: "str | Path | Study",
     *,
+    data: str | Path | None = None,
     retry_failed: bool = False,
     on_epoch: OnEpoch | None = None,
     quiet: bool = False,
     address: str | None = None,
 ) -> "Study":
-    """Continue a study that was interrupted or killed, and return it. Arguments as of `search`."""
+    """Continue a study that was interrupted or killed, and return it. Arguments as of `search`.
+
+    data: table of the study's data where they have moved. Raises SpecError where its volumes, labels, subjects, splits or
+    folds are not those that the study began with, or their order differs; study.json names it otherwise.
+    """
+    from trainables.data.storage import absolute
     from tune_app.study.files import StudyFiles
+    from tune_app.study.spec import build_spec
 
     folder = _folder(study)
     files = StudyFiles(folder)
     files.require()
     spec = files.read_spec()
+    if data is not None:
+        spec = build_spec({**spec.model_dump(mode="json"), "data": absolute(data)})
     return _run(spec, folder, on_epoch, quiet, address, resume=True, retry_failed=retry_failed)
 
 

@@ -52,7 +52,13 @@ def test_from_a_table_to_predictions(tmp_path: Path) -> None:
     )
     assert sorted(seen) == sorted(zip(study.epochs["trial"], study.epochs["epoch"], strict=True))
     assert len(study.trials_full) == 2
-    again = tune_app.resume(study, quiet=True)
+    table = (tmp_path / "cohort").rename(tmp_path / "moved") / table.name
+    head, *rows = table.read_text().splitlines()
+    (table.parent / "other.csv").write_text("\n".join([head, *reversed(rows)]))
+    with pytest.raises(ProblemsError, match="not the data that the study began with"):
+        tune_app.resume(study, data=table.parent / "other.csv", quiet=True)
+    again = tune_app.resume(study, data=table, quiet=True)
+    assert again.spec.data == str(table)
     assert len(again.epochs) == len(study.epochs), "nothing was left to do"
     assert tune_app.write_report(study).read_text().startswith("<!doctype html>")
     info = tune_app.export(study, tmp_path / "model", device="cpu")

@@ -23,6 +23,7 @@ from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, bytes_text
 from trainables.data.spacing import with_common_spacing
 from trainables.data.table_file import ManifestError
+from trainables.data.visible import visible
 from trainables.data.volumes import (
     VolumesRefused,
     cohort_like,
@@ -37,6 +38,7 @@ from tune_app.study.files import (
     CHOSEN,
     EACH_RECIPE,
     FIRST_COHORT,
+    PLACED,
     PREPARES,
     StudyFiles,
     default_cache,
@@ -215,9 +217,10 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
         spec = build_spec({**spec.model_dump(mode="json"), "config": {**spec.config, **chosen}})
         base = build_config(spec.shared)
     first = prepare_cohort(manifest, Recipe.from_config(base), Path(spec.cache or default_cache()))
-    written, identity = {PREPARES: EACH_RECIPE, CHOSEN: chosen}, first.name
+    written: dict[str, Any] = {PREPARES: EACH_RECIPE, CHOSEN: chosen, PLACED: placement(manifest)}
+    identity = first.name
     if resume:
-        written, identity = _same_data(spec, files, first, notes)
+        written, identity = _same_data(spec, files, first, manifest, notes)
     cohorts, volumes = plan_cohorts(spec), len(manifest.rows)
     check_room(cohorts, first, volumes)
     if spec.kind != "search":
@@ -249,31 +252,73 @@ def _read_table(
         ) from None
 
 
+def placement(manifest: Manifest) -> dict[str, list[Any]]:
+    """Return the columns `split` and `fold` as study.json holds them, None where a cell is empty; no column that is empty."""
+    columns = {name: manifest.rows[name].astype(object) for name in ("split", "fold")}
+    return {
+        name: rows.where(rows.notna(), None).tolist()
+        for name, rows in columns.items()
+        if rows.notna().any()
+    }
+
+
 def _same_data(
-    spec: StudySpec, files: StudyFiles, first: Path, notes: Any
+    spec: StudySpec, files: StudyFiles, first: Path, manifest: Manifest, notes: Any
 ) -> tuple[dict[str, Any], str]:
     """Return what changes in study.json, and the name of the cohort with which the study began.
 
-    Raises SpecError where `first` does not hold its data.
+    Raises SpecError where `first` does not hold its data, or the table `manifest` has other splits or folds.
     """
     there = files.read()
     recorded, before = str(there.get("cohort")), str(there["spec"].get("data"))
     identity = str(there.get(FIRST_COHORT) or recorded)
     if recorded == first.name and before == spec.data:
-        return {}, identity
+        return _same_placement(there, manifest, spec.data), identity
     if recorded != first.name and not is_moved(recorded, first, before, spec.data):
         raise SpecError(
             f"{spec.data}: not the data that the study began with (cohort {recorded}, now {first.name}): files, labels or "
             "subjects differ, or their order: start a new study, or name the table of the same data with --data"
         )
+    placed = _same_placement(there, manifest, spec.data)
+    compared = "volumes, labels and subjects" if placed else "volumes, labels, subjects and folds"
     notes.print(
-        f"data: {spec.data} holds the volumes, labels and subjects that the study began with ({before}); study.json names it "
+        f"data: {spec.data} holds the {compared} that the study began with ({before}); study.json names it "
         "from now on",
         soft_wrap=True,
         markup=False,
     )
     moved = {**there["spec"], "data": spec.data}
-    return {"spec": moved, "cohort": first.name, FIRST_COHORT: identity}, identity
+    return {"spec": moved, "cohort": first.name, FIRST_COHORT: identity, **placed}, identity
+
+
+def _same_placement(there: Mapping[str, Any], manifest: Manifest, table: str) -> dict[str, Any]:
+    """Return what a study of an earlier version, which has not recorded its splits and folds, adds to study.json; else nothing.
+
+    Raises SpecError that names the volumes whose split or fold differs from what the study recorded.
+    """
+    now, then = placement(manifest), there.get(PLACED)
+    if then is None:
+        return {PLACED: now}
+    empty = [None] * len(manifest.rows)
+    differ = [
+        f"{path}: {name} {_cell(arrived)}, the study has {_cell(expected)}"
+        for name in ("split", "fold")
+        for path, arrived, expected in zip(
+            manifest.rows["path"], now.get(name, empty), then.get(name, empty), strict=True
+        )
+        if arrived != expected
+    ]
+    if differ:
+        more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise SpecError(
+            f"{table}: splits or folds differ from those that the study began with: "
+            f"{'; '.join(map(visible, differ[:3]))}{more}: restore the columns split and fold, or start a new study"
+        )
+    return {}
+
+
+def _cell(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 # Before the study begins -----------------------------------------------------------------------------------------------

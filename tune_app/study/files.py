@@ -38,6 +38,9 @@ EACH_RECIPE = "each recipe"
 CHOSEN = "chosen"
 """Key of study.json with the entries that the study itself added to its `config` at its start, such as the spacing."""
 
+PLACED = "placed"
+"""Key of study.json for the columns `split` and `fold` of the table, where it has them; earlier versions have no such key."""
+
 FIRST_COHORT = "first_cohort"
 """Key of study.json for the name of the cohort with which a study began, where its data have moved since."""
 

@@ -1,6 +1,7 @@
 """Preprocessing that differs between trials: each way to prepare volumes has a separate cohort, or is refused."""
 
 import io
+import itertools
 import json
 import shutil
 from collections import namedtuple
@@ -32,7 +33,7 @@ from tune_app.driver.disk import plan_budget
 from tune_app.driver.run import _other_versions, _versions, run_study
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
-from tune_app.study.files import CHOSEN, EACH_RECIPE, PREPARES, StudyFiles, resumed_spec
+from tune_app.study.files import CHOSEN, EACH_RECIPE, PLACED, PREPARES, StudyFiles, resumed_spec
 from tune_app.study.spec import StudySpec, build_spec
 from tune_app.synthetic import write_cohort
 
@@ -345,7 +346,7 @@ def test_data_that_moved_are_taken_where_they_are_the_same(
     notes = quiet()
     found = prepare_study(moved, files, resume=True, notes=notes)
     assert found.identity == name != found.cohort.name
-    assert "holds the volumes, labels and subjects that the study began with" in (
+    assert "holds the volumes, labels, subjects and folds that the study began with" in (
         notes.file.getvalue()  # type: ignore[attr-defined]
     )
     files.write({**files.read(), **found.recorded})
@@ -400,6 +401,49 @@ def test_data_that_moved_and_changed_are_refused(
         prepare_study(
             spec.model_copy(update={"data": str(other)}), files, resume=True, notes=quiet()
         )
+
+
+PLACES = {"split": ["train", "val", "test"], "fold": ["0", "1", "2"]}
+
+
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("name", PLACES)
+def test_other_splits_and_folds_than_the_study_began_with_are_refused(
+    table: Path, tmp_path: Path, name: str, moved: bool
+) -> None:
+    shutil.copytree(table.parent, tmp_path / "data")
+    file = tmp_path / "data" / "table.csv"
+    head, *rows = file.read_text().splitlines()
+    place: dict[str, str] = {}
+    for label in "01":  # the subjects of a class in turn, so that each place has both
+        subjects = dict.fromkeys(row.split(",")[2] for row in rows if row.split(",")[1] == label)
+        place |= dict(zip(subjects, itertools.cycle(PLACES[name]), strict=False))
+    placed = [f"{row},{place[row.split(',')[2]]}" for row in rows]
+    file.write_text("\n".join([f"{head},{name}", *placed]) + "\n")
+    spec, files, _ = begun(file, tmp_path)
+    prepare_study(spec, files, resume=True, notes=quiet())
+    if moved:
+        (tmp_path / "data").rename(tmp_path / "elsewhere")
+        file = tmp_path / "elsewhere" / "table.csv"
+        spec = spec.model_copy(update={"data": str(file)})
+        prepare_study(spec, files, resume=True, notes=quiet())
+    ((path, _, subject), *_) = (row.split(",") for row in rows)
+    given, other = PLACES[name][0], PLACES[name][2]
+    changed = [
+        f"{row.rpartition(',')[0]},{other}" if row.split(",")[2] == subject else row
+        for row in placed
+    ]
+    file.write_text("\n".join([f"{head},{name}", *changed]) + "\n")
+    with pytest.raises(SpecError) as refused:
+        prepare_study(spec, files, resume=True, notes=quiet())
+    assert f"{path}: {name} {other}, the study has {given}" in str(refused.value)
+    file.write_text("\n".join([head, *rows]) + "\n")
+    with pytest.raises(SpecError, match=f"{name} none, the study has {given}.*; and .* more"):
+        prepare_study(spec, files, resume=True, notes=quiet())
+    before = files.read()
+    del before[PLACED]  # of an earlier version: what the table has now is recorded
+    files.write(before)
+    assert prepare_study(spec, files, resume=True, notes=quiet()).recorded[PLACED] == {}
 
 
 def test_other_versions_than_those_a_study_began_with_are_told() -> None:
