@@ -12,6 +12,7 @@ import pytest
 from scipy.special import comb
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
 
 from trainables.objective import best_epoch, objective_value
 from tune_app.backtest.curves import CurveError
@@ -35,9 +36,10 @@ from tune_app.backtest.strategies import (
     strategies_text,
 )
 from tune_app.backtest.tables import Table, learn_prior, read_table
+from tune_app.cli.app import app
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
-from tune_app.study.prior import shipped_prior
+from tune_app.study.prior import prior_of_file, shipped_prior
 from tune_app.study.tied import nearly_tied
 
 EPOCHS = 9
@@ -205,6 +207,15 @@ def test_a_prior_finds_where_the_rate_is_best(tmp_path: Path) -> None:
         rates = np.log(np.geomspace(2e-5, 5e-4, 200))
         found = float(np.exp(rates[np.argmax(prior(rates))]))
         assert found == pytest.approx(best, rel=0.35)
+
+
+def test_a_prior_is_written_for_study_files(tmp_path: Path) -> None:
+    table, out = write(tmp_path / "a_table.parquet", trials=30, best=5e-5), tmp_path / "own.json"
+    done = CliRunner().invoke(app, ["bench", "prior", str(table), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert prior_of_file(out) == learn_prior([read_table(table)])
+    assert "from a_table: 30 runs" in done.output
+    assert "best at a rate of" in done.output
 
 
 def test_all_strategies_replay_alike_and_say_so_in_a_table(table: Table) -> None:

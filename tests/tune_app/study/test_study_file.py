@@ -1,6 +1,7 @@
 """The study file: `medtune init` writes every field with its meaning, and the values are the defaults."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from trainables.config import FineTuneConfig, build_config
 from tune_app.cli.app import app
 from tune_app.study.errors import SpecError
 from tune_app.study.policy_spec import PolicySpec
-from tune_app.study.spec import StudySpec, absolute_paths, build_spec, read_study_file
+from tune_app.study.prior import Prior, prior_text
+from tune_app.study.spec import (
+    StudySpec,
+    absolute_paths,
+    build_spec,
+    paths_in,
+    read_study_file,
+    recorded_spec,
+)
 from tune_app.study.template import study_file, write_study_file
 
 
@@ -41,6 +50,49 @@ def test_every_hyperparameter_can_be_set_by_removing_its_sign() -> None:
     config = yaml.safe_load(text)["config"]
     assert set(config) == set(FineTuneConfig.model_fields)
     assert build_config(config) == build_config({})
+
+
+def test_a_study_keeps_the_prior_that_its_file_names(tmp_path: Path) -> None:
+    """Wherever it continues: the file may be gone, or changed, by then."""
+    own = Prior((-10.0, -8.0), (-0.5, 0.5), {"learned_from": ["ours"]})
+    (tmp_path / "own.json").write_text(prior_text(own))
+    (tmp_path / "study.yaml").write_text("data: t.csv\nprior: own.json\nconfig: {optimizer: sgd}\n")
+    fields = read_study_file(tmp_path / "study.yaml")
+    assert ("prior", str(tmp_path / "own.json")) in paths_in(fields)
+    spec = build_spec(fields)
+    (tmp_path / "own.json").unlink()
+    kept = recorded_spec(json.loads(spec.model_dump_json()))
+    assert kept == spec
+    assert kept.used_prior == own  # of the user's own choice: for any optimiser
+    assert kept.model_copy(update={"sampler": "tpe"}).used_prior is None
+    assert [name for name, _ in paths_in(spec.model_dump())] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"\x89PNG", "holds no prior ('utf-8' codec"),
+        (b"{", "holds no prior (Invalid JSON"),
+        (b'{"log_rate": [-8, -9], "lift": [0, 1], "provenance": {}}', "not in ascending order"),
+        (b'{"log_rate": [-9, -8], "lift": [0], "provenance": {}}', "2 rates and 1 lifts"),
+        (b'{"log_rate": [], "lift": [], "provenance": {}}', "0 rates and 0 lifts"),
+        (b'{"log_rate": [-9, 1e999], "lift": [0, 1], "provenance": {}}', "finite"),
+        (b'{"lift": [0], "provenance": {}}', "log_rate: Field required"),
+    ],
+)
+def test_a_file_that_holds_no_prior_is_named(
+    tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SpecError) as refused:
+        build_spec({"data": "t.csv", "prior": str(path)})
+    (problem,) = refused.value.problems
+    assert problem.startswith(f"prior: {path} ")
+    assert told in problem
+    assert problem.endswith("`medtune bench prior TABLE... --out FILE` writes one")
 
 
 def test_what_is_set_in_the_file_is_what_the_study_has_and_paths_start_at_the_file(
