@@ -6,6 +6,7 @@ names that they have in the study.
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -275,8 +276,9 @@ class WeightsAndBiases:
             )
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # the console is the study's
         offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
-        if not offline and not wandb.api.api_key:
+        if not offline and not _is_logged_in(wandb):
             raise SpecError("log=wandb: not logged in: `wandb login`, or WANDB_MODE=offline")
         self.name, self.root = root.absolute().name, root
         self._wandb: Any = wandb
@@ -319,3 +321,10 @@ class WeightsAndBiases:
             dir=str(self.root),
             settings=self._wandb.Settings(silent=True, console="off"),
         )
+
+
+def _is_logged_in(wandb: Any) -> bool:
+    """Whether W&B has a key, without asking for one; its server is not asked."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # of versions whose `login` always asks

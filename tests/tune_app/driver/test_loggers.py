@@ -20,6 +20,7 @@ from tune_app.driver.loggers import (
     study_mark,
 )
 from tune_app.study.columns import EPOCH_COLUMNS
+from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 
 SETTINGS = {"backbone_lr": 1e-4, "head": "cosine", "ema_warmup": True}
@@ -226,6 +227,18 @@ def test_weights_and_biases_has_a_run_of_study_and_trial_that_its_own_reader_rea
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config.items() >= (SETTINGS | OF_DATA).items()
     assert [row.get("train_loss") for row in rows] == [2.0, 1.5]
+
+
+def test_weights_and_biases_without_a_key_is_refused_before_the_study_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(SpecError, match="not logged in: `wandb login`, or WANDB_MODE=offline"):
+        WeightsAndBiases(tmp_path)
+    assert "wandb" not in "".join(capfd.readouterr()), "the console is the study's"
 
 
 def wandb_run(path: Path) -> tuple[Any, list[dict[str, Any]]]:
