@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from trainables.checkpoints import write_json
 from tune_app.cli.app import app
 from tune_app.report import findings
+from tune_app.report.cautions import cautions
+from tune_app.report.checklist import checklist
 from tune_app.report.page import write_report
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
@@ -295,7 +297,7 @@ def same_stops(readers: Readers) -> None:
 
 def same_checklist(readers: Readers) -> None:
     """A fall from .819 to .764 within .07 is no decline, and no increase either."""
-    checks = {check.text: check for check in findings.checklist(readers.study)}
+    checks = {check.text: check for check in checklist(readers.study)}
     rows = readers.report.table("success indicators") + readers.report.table("warning signs")
     assert len(rows) == len(checks)
     for row in rows:
@@ -313,6 +315,6 @@ def no_edge_at_a_natural_bound(readers: Readers) -> None:
     """No stage of the backbone can be frozen for less than 0 epochs: there is no wider range to search."""
     assert readers.study.best()["freeze_backbone_epochs"] == 0
     told = [caution["title"] for caution in readers.page["cautions"]]
-    assert told == [caution.title for caution in findings.cautions(readers.study)]
+    assert told == [caution.title for caution in cautions(readers.study)]
     assert "The best freeze_backbone_epochs is at the edge of its range" not in told
     assert "freeze_backbone_epochs is at the edge" not in readers.report.text

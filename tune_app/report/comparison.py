@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
+from tune_app.report.cautions import Caution
 from tune_app.report.parts import Cell, Head, Page, Row, Table, written_at
 from tune_app.results.study import Study
 from tune_app.results.text import duration
@@ -87,29 +88,29 @@ def _verdict_of_two(pair: Sequence[tuple[str, Study]]) -> str:
     return f"{told}; they spent {len(first.epochs)} and {len(second.epochs)} epochs."
 
 
-def _doubts(pair: Sequence[tuple[str, Study]]) -> Iterable[findings.Caution]:
+def _doubts(pair: Sequence[tuple[str, Study]]) -> Iterable[Caution]:
     (_, first), (_, second) = pair
     if first.spec.objective != second.spec.objective:
-        yield findings.Caution(
+        yield Caution(
             "The objectives differ",
             f"{first.spec.objective} and {second.spec.objective}: their values do not compare.",
             "Compare a metric both have, in `medtune results`.",
         )
     if first.info.get("cohort") != second.info.get("cohort") or first.spec.data != second.spec.data:
-        yield findings.Caution(
+        yield Caution(
             "The data differ",
             f"{first.spec.data} and {second.spec.data}: a difference may be one of the data.",
             "Run both on the same table and recipe.",
         )
     folds = [sorted(set(study.trials_full["fold"].dropna())) for _, study in pair]
     if folds[0] != folds[1]:
-        yield findings.Caution(
+        yield Caution(
             "The folds differ",
             " against ".join(", ".join(map(str, each)) or "none" for each in folds) + ".",
             "Run both on the same folds.",
         )
     if first.spec.epochs != second.spec.epochs:
-        yield findings.Caution(
+        yield Caution(
             "Trials are of different length",
             f"{first.spec.epochs} and {second.spec.epochs} epochs.",
             "Compare by epochs spent, below.",

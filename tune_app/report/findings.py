@@ -1,4 +1,4 @@
-"""A study's dataframes -> words and small tables: question and finding, reasons for doubt, stopped trials and why.
+"""A study's dataframes -> words and small tables: question and finding, noise, stopped trials and why.
 
 Pure, and without a page: the report prints these, and so can a terminal. Differences between trials are held against
 the noise of the best one's AUC, taken from its interval. Two trials are scored on the same volumes, so their errors go
@@ -6,14 +6,11 @@ together: their difference is taken to have the noise of one of them (a correlat
 """
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from shlex import quote
 from statistics import NormalDist
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,29 +19,20 @@ import pandas as pd
 from search_spaces.fixes import baseline, documented_after
 from search_spaces.space import NOT_SEARCHED
 from trainables.config import FineTuneConfig, as_scalar, build_config
-from trainables.data.folds import few_of_a_class, few_of_the_rarest
 from trainables.data.json_files import read_json
-from trainables.diagnosis import GAP, LOSS_SPIKE_FACTOR, WITHOUT_FAULT, class_sizes, expected_error
+from trainables.diagnosis import class_sizes, expected_error
 from trainables.objective import OBJECTIVES
-from tune_app.compare.ablation import ADJUSTED_LEVEL, comparisons
+from tune_app.compare.ablation import comparisons
 from tune_app.compare.confirm import judge, judged_lines
 from tune_app.compare.test_record import score_lines
-from tune_app.results.effects import COLLAPSES
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
-from tune_app.results.tables import came_back
-from tune_app.results.text import format_value, printable
+from tune_app.results.text import format_value
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import ENDED, STATES
 
 Found = TypeVar("Found")
-
-EDGE = 0.04
-"""Share of an axis at either end that counts as its edge."""
-
-DOCUMENTED_AUC = 0.70
-"""The document's own line: an AUC that does not get beyond it is a warning sign."""
 
 
 def once_per_study(find: Callable[[Study], Found]) -> Callable[[Study], Found]:
@@ -58,33 +46,6 @@ def once_per_study(find: Callable[[Study], Found]) -> Callable[[Study], Found]:
         return known[study]
 
     return found
-
-
-@dataclass(frozen=True)
-class Caution:
-    """Something about a study that its numbers alone do not show."""
-
-    title: str
-    text: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """One of the document's success indicators or warning signs, looked for in a trial."""
-
-    kind: Literal["success", "warning"]
-    text: str
-    """As the document words it."""
-    present: bool | None
-    """None: the data are not enough to decide."""
-    evidence: str
-    among: str
-    """In how many of all trials it is present."""
-
-    @property
-    def good(self) -> bool | None:
-        return None if self.present is None else self.present == (self.kind == "success")
 
 
 # In two sentences ------------------------------------------------------------------------------------------------------
@@ -144,7 +105,7 @@ def _subjects_behind(last: pd.DataFrame) -> str:
     )
 
 
-def _sizes(trial: Mapping[Any, Any] | pd.Series) -> tuple[int | None, int | None, str]:
+def sizes(trial: Mapping[Any, Any] | pd.Series) -> tuple[int | None, int | None, str]:
     """`class_sizes` of a trial's best epoch."""
     names = [f"val_{sign}{end}" for sign in ("positive", "negative") for end in ("", "_subjects")]
     row = {name: trial[f"best_{name}"] for name in names}
@@ -229,7 +190,9 @@ def _effects_sentence(table: pd.DataFrame) -> str:
     sentence = f"Against {reference}, " + (
         "; ".join(told) if told else "no difference stands out from chance"
     )
-    return sentence + (f"; for {_and(unclear)} the data do not decide" if unclear and told else "")
+    return sentence + (
+        f"; for {listed(unclear)} the data do not decide" if unclear and told else ""
+    )
 
 
 @once_per_study
@@ -282,7 +245,7 @@ def _range(row: Mapping[Any, Any]) -> str:
     return f"95 % interval {row['low']:+.3f} to {row['high']:+.3f}"
 
 
-def _and(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -294,7 +257,7 @@ def standard_error(trial: Mapping[Any, Any] | pd.Series) -> float:
     low, high, auc = trial["best_val_auc_low"], trial["best_val_auc_high"], trial["best_val_auc"]
     if math.isfinite(low) and math.isfinite(high) and high > low:
         return float(high - low) / 3.92
-    positive, negative, _ = _sizes(trial)
+    positive, negative, _ = sizes(trial)
     if math.isfinite(auc) and positive and negative:
         return expected_error(float(auc), positive, negative)
     return math.nan
@@ -500,485 +463,3 @@ def stops(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).sort_values(
         "epochs_spared", ascending=False, ignore_index=True
     )
-
-
-# What to distrust ------------------------------------------------------------------------------------------------------
-
-
-@once_per_study
-def cautions(study: Study) -> list[Caution]:
-    """Return the reasons for caution before trusting the study, gravest first."""
-    if not study.scored:
-        return list(_about_the_files(study))
-    return [
-        *_about_the_files(study),
-        *_about_the_best(study),
-        *_about_what_healed(study),
-        *_about_the_search(study),
-        *_about_the_variants(study),
-    ]
-
-
-def _about_the_files(study: Study) -> Iterator[Caution]:
-    states = study.trials_full["state"].value_counts()
-    if study.running:
-        yield Caution(
-            "The study is still running",
-            f"{states.get('running', 0)} trials run at this moment; everything below is as of the last row.",
-            "Write the report again later, or let `medtune report --watch` do it.",
-        )
-    if states.get("interrupted", 0):
-        yield Caution(
-            "The study was interrupted",
-            f"{states['interrupted']} trials have not ended, and no driver is at work on them.",
-            f"`medtune resume {quote(study.place)}` continues where they stopped.",
-        )
-    if states.get("failed", 0):
-        failed = study.trials_full[study.trials_full["state"] == "failed"]
-        said = next((str(text) for text in failed["error"].dropna()), "no error recorded")
-        yield Caution(
-            f"{len(failed)} of {len(study.trials_full)} trials failed",
-            f"{_and(failed['trial'].tolist()[:5])}: {printable(said)[:300]}",
-            f"Each trial's trial.log has the traceback; `medtune resume {quote(study.place)} --retry-failed` continues them.",
-        )
-    if study.damage:
-        yield Caution(
-            "The study's files are damaged",
-            "; ".join(study.damage[:5]),
-            "Damaged parts were left out.",
-        )
-
-
-def _about_the_best(study: Study) -> Iterator[Caution]:
-    best = leading(study)
-    if not pd.isna(best["verdict"]) and best["verdict"] not in WITHOUT_FAULT:
-        advice = "" if pd.isna(best["advice"]) else str(best["advice"])
-        yield Caution(
-            f"The best trial itself ({best['trial']}) is diagnosed {best['verdict']}",
-            sentence(str(best["verdict_summary"])),
-            sentence(advice),
-        )
-    if (few := _few(best)) is not None:
-        yield Caution("The validation fold is very small", sentence(few), "")
-    raw, averaged = best["best_val_auc_raw"], best["best_val_auc_ema"]
-    half = 1.96 * standard_error(best)
-    if (
-        math.isfinite(half)
-        and math.isfinite(raw)
-        and math.isfinite(averaged)
-        and raw - averaged > half
-    ):
-        yield Caution(
-            "The weights that would be deployed are worse than the raw ones",
-            f"In epoch {best['best_epoch']} of trial {best['trial']} the raw weights reach {raw:.3f}, the averaged ones "
-            f"{averaged:.3f}.",
-            "Lower ema_decay, or see that ema_warmup is on and ema_buffers is averaged.",
-        )
-
-
-def _few(best: pd.Series) -> str | None:
-    positive, negative, unit = _sizes(best)
-    if best["num_classes"] == 2 and positive is not None and negative is not None:
-        return few_of_a_class([negative, positive], unit)
-    rarest = best["best_val_rarest_subjects"]
-    return None if pd.isna(rarest) else few_of_the_rarest(int(rarest))
-
-
-def _about_what_healed(study: Study) -> Iterator[Caution]:
-    healed = study.trials_full[came_back(study.trials_full)]
-    if healed.empty:
-        return
-    worst = healed.sort_values("healed_epochs").iloc[-1]
-    among = ", the best among them" if leading(study)["trial"] in set(healed["trial"]) else ""
-    yield Caution(
-        f"{len(healed)} of {len(study.trials_full)} trials collapsed for a time and came back{among}",
-        f"Trial {worst['trial']} for {worst['healed_epochs']} epochs: {worst['verdict_summary']}. The best epochs, by which "
-        "trials are compared, do not show it.",
-        "" if pd.isna(worst["advice"]) else sentence(str(worst["advice"])),
-    )
-
-
-def _about_the_search(study: Study) -> Iterator[Caution]:
-    if study.spec.kind != "search":
-        return
-    best = study.best()
-    rivals, half = rivals_within_noise(study)
-    counts = ""
-    positive, negative, unit = _sizes(best)
-    if positive is not None:
-        counts = f" on {positive} positive and {negative} negative {unit}"
-    if rivals:
-        yield Caution(
-            "Noise is larger than the differences",
-            f"{rivals} other trials lie within {half:.3f} of the best one, which is what chance alone explains{counts}: "
-            "which of them leads is luck.",
-            "Go by the confirmation, not by this order."
-            if StudyFiles(StudyFiles(study.path).confirmation).spec.is_file()
-            else f"`medtune confirm {quote(study.place)} --top {min(rivals + 1, 5)}` runs them over all folds and several "
-            "seeds.",
-        )
-    scored = int(
-        (study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")).sum()
-    )
-    optimism = luck(half / 1.96, scored)
-    if optimism > 0.01 and scored >= 10:
-        yield Caution(
-            "The validation fold was used often",
-            f"The best of {scored} equal trials would look up to {optimism:.3f} better than it is, because one fold "
-            f"chose among all of them; so read {best['objective']:.3f} as an upper bound.",
-            "Confirm on other folds, and keep the test split for the very end (`medtune confirm --test`).",
-        )
-    for name in study.searched:
-        yield from _about_an_edge(study, best, name)
-    came_to_nothing = study.trials_full["verdict"].isin(COLLAPSES)
-    if came_to_nothing.mean() > 0.5:
-        yield Caution(
-            f"{came_to_nothing.sum()} of {len(study.trials_full)} trials came to nothing",
-            ", ".join(
-                f"{verdict} {n}"
-                for verdict, n in study.trials_full.loc[came_to_nothing, "verdict"]
-                .value_counts()
-                .items()
-            ),
-            "Training fails in most of the space: move it, or hold what the diagnoses blame.",
-        )
-
-
-def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution]:
-    axis = study.axis(name)
-    place = axis.places(best.to_frame().T)[0]
-    if axis.kind == "choice" or not axis.ranged or not math.isfinite(place):
-        return
-    share = axis.share(float(place))
-    if EDGE < share < 1 - EDGE:
-        return
-    top = study.trials_full[study.trials_full["state"] != "failed"].nlargest(5, "objective")
-    near = [axis.share(float(other)) for other in axis.places(top)]
-    together = sum(other < 0.2 if share <= EDGE else other > 0.8 for other in near)
-    ahead = (top["objective"] == best["objective"]).sum() == 1
-    if (
-        together < 2 and not ahead
-    ):  # one of several that are equally good, and the others lie elsewhere
-        return
-    end = "lower" if share <= EDGE else "upper"
-    if _is_natural_bound(name, best[name], end):
-        return
-    yield Caution(
-        f"The best {name} is at the edge of its range",
-        f"{format_value(name, best[name])} in {axis.text(axis.low)} to {axis.text(axis.high)}, at the {end} end, as do "
-        f"{together} of the 5 best trials: the optimum may lie outside.",
-        f"Search again with a wider range of {name}.",
-    )
-
-
-def _is_natural_bound(name: str, value: Any, end: str) -> bool:
-    """Whether no configuration may go beyond the value: a wider range of the hyperparameter does not exist."""
-    bounds = [
-        getattr(rule, kind)
-        for rule in FineTuneConfig.model_fields[name].metadata
-        for kind in (("ge", "gt") if end == "lower" else ("le", "lt"))
-        if hasattr(rule, kind)
-    ]
-    return any(math.isclose(float(value), float(bound), abs_tol=1e-12) for bound in bounds)
-
-
-def _about_the_variants(study: Study) -> Iterator[Caution]:
-    tables = effects_tables(study)
-    if not tables:
-        return
-    others = pd.concat([table[table["variant"] != table.attrs["baseline"]] for table in tables])
-    wanted = others["runs"].max()
-    short = others.loc[others["pairs"] < wanted, "variant"].tolist()
-    if short and study.spec.kind == "ablation":
-        yield Caution(
-            "Not every run has a partner",
-            f"{_and(short)}: fewer pairs than runs, for runs that failed or have not ended.",
-            f"`medtune resume {quote(study.place)}` completes them.",
-        )
-    if tables[0].attrs["folds"] < 2:
-        yield Caution(
-            "All runs share one fold",
-            "The intervals show how much seeds matter on this fold, and nothing about other subjects.",
-            "Run over several folds.",
-        )
-    unsure = others.loc[
-        others["call"].isin(["better", "worse"]) & (others["p_holm"] >= ADJUSTED_LEVEL), "variant"
-    ].tolist()
-    if unsure:
-        yield Caution(
-            "Several comparisons, and some were bound to stand out",
-            f"{_and(unsure)}: beyond chance when looked at alone, not as one of {len(others)} (Holm).",
-            "Treat them as a reason to run more seeds and folds, not as a result.",
-        )
-    if not others["call"].isin(["better", "worse"]).any():
-        yield Caution(
-            "The data do not distinguish the variants",
-            f"Every interval holds zero, at {others['pairs'].max()} pairs.",
-            "More seeds and folds narrow the intervals; a difference that stays within them does not matter here.",
-        )
-
-
-# The document's checklist ----------------------------------------------------------------------------------------------
-
-
-@once_per_study
-def checklist(study: Study) -> list[Check]:
-    """Return the document's five success indicators and four warning signs, looked for in the leading trial.
-
-    `among` counts the trials that show it, of those where it can be decided.
-    """
-    best = leading(study)
-    places = study.epochs.groupby("trial", observed=True).indices
-    columns = {
-        name: study.epochs[name].to_numpy("float64", na_value=math.nan) for name in _CHECKED_COLUMNS
-    }
-    shown: dict[str, list[bool]] = {text: [] for _, text, _ in _CHECKS}
-    evidence: dict[str, tuple[bool | None, str]] = dict.fromkeys(
-        shown, (None, "its epochs are missing")
-    )
-    for trial in study.trials_full.to_dict("records"):
-        if trial["trial"] not in places:
-            continue
-        own = places[trial["trial"]]
-        curves = _Curves(trial, {name: values[own] for name, values in columns.items()})
-        for _, text, look in _CHECKS:
-            present, told = look(curves)
-            if present is not None:
-                shown[text].append(present)
-            if trial["trial"] == best["trial"]:
-                evidence[text] = present, told
-    return [
-        Check(
-            kind,
-            text,
-            *evidence[text],
-            f"{sum(shown[text])} of {len(shown[text])} trials" if shown[text] else "no trial",
-        )
-        for kind, text, _ in _CHECKS
-    ]
-
-
-class _Curves:
-    """One trial's columns as arrays over its epochs, and what several checks need of them."""
-
-    def __init__(self, trial: Mapping[Any, Any], columns: Mapping[str, np.ndarray]) -> None:
-        self.trial = trial
-        self.columns = columns
-        self.epoch = columns["epoch"].astype("int64")
-        self.loss = columns["train_loss"]
-        self.active = columns["drw_active"] == 1
-        started = np.flatnonzero(self.active)
-        self.drw_epoch = int(self.epoch[started[0]]) if len(started) else None
-        self.median = _median3(columns["val_auc"])
-        half = 1.96 * standard_error(trial)
-        self.slack = half if math.isfinite(half) else 0.05
-        self.worst_jump = self._worst_jump()
-
-    def phases(self) -> list[np.ndarray]:
-        """Places before and from the start of DRW on: the loss is on another scale in each."""
-        return [
-            places
-            for places in (np.flatnonzero(~self.active), np.flatnonzero(self.active))
-            if len(places)
-        ]
-
-    def _worst_jump(self) -> tuple[float, int]:
-        """The largest loss against the median of up to five epochs before, and its epoch."""
-        worst = (0.0, 0)
-        for places in self.phases():
-            losses = self.loss[places].tolist()
-            for i in range(3, len(losses)):
-                usual = statistics.median(losses[max(0, i - 5) : i])
-                if usual > 0 and losses[i] > worst[0] * usual:
-                    worst = (losses[i] / usual, int(self.epoch[places[i]]))
-        return worst
-
-
-def _median3(values: np.ndarray) -> np.ndarray:
-    """Medians of three epochs in a row, one for each epoch from the third on."""
-    if len(values) < 3:
-        return np.full(0, math.nan)
-    return np.asarray(np.median(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0))
-
-
-def _smooth_loss(curves: _Curves) -> tuple[bool | None, str]:
-    if len(curves.loss) < 4 or not np.isfinite(curves.loss).all():
-        return (
-            (None, "fewer than 4 epochs")
-            if np.isfinite(curves.loss).all()
-            else (False, "the loss is not finite")
-        )
-    falls, told = True, []
-    for places, when in zip(
-        curves.phases(), ("before the class weights", "with them"), strict=False
-    ):
-        if len(places) >= 4:
-            loss = curves.loss[places]
-            falls &= bool(np.median(loss[-3:]) <= np.median(loss[:3]) * 1.02)
-            told.append(
-                f"{loss[0]:.3g} to {loss[-1]:.3g} {when if len(curves.phases()) > 1 else 'in all'}"
-            )
-    jump, epoch = curves.worst_jump
-    told.append(f"largest step {jump:.2f} times the epochs before, in epoch {epoch}")
-    return falls and jump < 1.5, "loss " + "; ".join(told)
-
-
-def _auc_rises(curves: _Curves) -> tuple[bool | None, str]:
-    median = curves.median[np.isfinite(curves.median)]
-    if len(median) < 4:
-        return None, "fewer than 6 epochs with an AUC"
-    first, best, last = float(median[0]), float(median.max()), float(median[-1])
-    told = f"3-epoch median {first:.3f} at first, {best:.3f} at best, {last:.3f} at the end"
-    if best - last > curves.slack:
-        return False, told
-    if last - first > curves.slack:
-        return True, told
-    return None, f"{told}: {_no_change(curves)}"
-
-
-def _no_change(curves: _Curves) -> str:
-    return f"no change beyond noise (± {curves.slack:.3f})"
-
-
-def _no_collapse(curves: _Curves) -> tuple[bool | None, str]:
-    verdict = curves.trial["verdict"]
-    if pd.isna(verdict):
-        return None, "not diagnosed"
-    healed = curves.trial["healed_epochs"]
-    if verdict in COLLAPSES or (not pd.isna(healed) and healed > 0):
-        return False, str(curves.trial["verdict_summary"])
-    if len(curves.median) < 2:
-        return None, "fewer than 4 epochs"
-    falls = np.maximum.accumulate(curves.median) - curves.median
-    if not np.isfinite(falls).any():
-        return None, "no AUC"
-    at = int(np.nanargmax(falls))
-    return (
-        True,
-        f"largest fall of the 3-epoch median {falls[at]:.3f}, by epoch {curves.epoch[at + 2]}",
-    )
-
-
-def _rates_differ(curves: _Curves) -> tuple[bool | None, str]:
-    backbone, head = curves.columns["lr_backbone"], curves.columns["lr_classifier"]
-    both = (backbone > 0) & (head > 0)
-    if not both.any():
-        return None, "no learning rates recorded"
-    holds = bool((backbone[both] < head[both]).all())
-    ratio = float(np.median(head[both] / backbone[both]))
-    return holds, (
-        f"{format_value('backbone_lr', curves.trial['backbone_lr'])} and "
-        f"{format_value('classifier_lr', curves.trial['classifier_lr'])} at their peak; ratio {ratio:.3g} over "
-        f"all {int(both.sum())} epochs"
-    )
-
-
-def _drw_starts(curves: _Curves) -> tuple[bool | None, str]:
-    asked = int(curves.trial["drw_start_epoch"])
-    document = documented_after(int(curves.trial["epochs"]))["drw_start_epoch"]
-    scaled = f"; the recommended 25 of 60 is {document} here" if document != 25 else ""
-    if curves.drw_epoch is None:
-        ran = int(curves.epoch[-1])
-        if asked > ran:
-            return None, f"due in epoch {asked}, the run ended after {ran}{scaled}"
-        return False, f"due in epoch {asked}, never active in {ran} epochs{scaled}"
-    return (
-        curves.drw_epoch == asked,
-        f"active from epoch {curves.drw_epoch}, asked for {asked}{scaled}",
-    )
-
-
-def _spikes_or_nan(curves: _Curves) -> tuple[bool | None, str]:
-    nans = int((~np.isfinite(curves.loss)).sum())
-    skipped = float(np.nansum(curves.columns["skipped_updates"]))
-    nonfinite = int(
-        (
-            np.nan_to_num(
-                np.fmax(curves.columns["val_nonfinite_raw"], curves.columns["val_nonfinite_ema"])
-            )
-            > 0
-        ).sum()
-    )
-    jump, epoch = curves.worst_jump
-    told = "losses and scores finite in every epoch"
-    if nans or nonfinite:
-        told = f"epochs whose loss is not finite: {nans}, whose scores: {nonfinite}"
-    told += f"; {skipped:g} updates skipped"
-    if jump:
-        told += (
-            f", largest jump {jump:.2f} times in epoch {epoch} (a spike is {LOSS_SPIKE_FACTOR:g})"
-        )
-    return nans > 0 or nonfinite > 0 or jump >= LOSS_SPIKE_FACTOR, told
-
-
-def _falls_after_drw(curves: _Curves) -> tuple[bool | None, str]:
-    if curves.drw_epoch is None:
-        return None, "no class weights in this run"
-    before = (curves.epoch < curves.drw_epoch) & (curves.epoch >= curves.drw_epoch - 3)
-    after = (curves.epoch >= curves.drw_epoch + 2) & (curves.epoch < curves.drw_epoch + 10)
-    if before.sum() < 2 or after.sum() < 3:
-        return None, f"too few epochs around their start in epoch {curves.drw_epoch}"
-    told, fell, declined = [], False, False
-    for name, words in (("val_auc", "AUC"), ("val_balanced_accuracy_ema", "balanced accuracy")):
-        values = curves.columns[name]
-        with np.errstate(invalid="ignore"):
-            first, then = float(np.median(values[before])), float(np.median(values[after]))
-        if math.isfinite(first) and math.isfinite(then):
-            fell |= first - then > curves.slack
-            declined |= first > then
-            told.append(f"{words} {first:.3f} before, {then:.3f} after")
-    if not told:
-        return None, "no scores around their start"
-    if declined and not fell:
-        return None, f"{'; '.join(told)}: {_no_change(curves)}"
-    return fell, "; ".join(told)
-
-
-def _stays_low(curves: _Curves) -> tuple[bool | None, str]:
-    finite = curves.median[np.isfinite(curves.median)]
-    if not len(finite):
-        return None, "fewer than 3 epochs with an AUC"
-    return bool(finite.max() <= DOCUMENTED_AUC), f"best 3-epoch median {finite.max():.3f}"
-
-
-def _wide_gap(curves: _Curves) -> tuple[bool | None, str]:
-    if pd.isna(curves.trial["best_epoch"]):
-        return None, "no best epoch"
-    at = curves.epoch == curves.trial["best_epoch"]
-    train, validation = (
-        float(curves.columns["train_auc"][at][0]),
-        float(curves.columns["val_auc_raw"][at][0]),
-    )
-    if not math.isfinite(train) or not math.isfinite(validation):
-        return None, "no training AUC was measured"
-    told = f"training {train:.3f}, validation {validation:.3f} (raw weights, epoch {curves.trial['best_epoch']})"
-    return train - validation > GAP, told
-
-
-_CHECKED_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "drw_active",
-    "val_auc",
-    "lr_backbone",
-    "lr_classifier",
-    "skipped_updates",
-    "val_nonfinite_raw",
-    "val_nonfinite_ema",
-    "val_balanced_accuracy_ema",
-    "val_auc_raw",
-    "train_auc",
-)
-
-_CHECKS: tuple[tuple[Literal["success", "warning"], str, Any], ...] = (
-    ("success", "Loss decreases smoothly (no spikes)", _smooth_loss),
-    ("success", "Validation AUC increases steadily", _auc_rises),
-    ("success", "No sudden metric collapses", _no_collapse),
-    ("success", "Backbone LR < classifier LR", _rates_differ),
-    ("success", "DRW activates at its epoch", _drw_starts),
-    ("warning", "Loss spikes or NaN values", _spikes_or_nan),
-    ("warning", "Validation metrics decreasing after DRW activation", _falls_after_drw),
-    ("warning", "AUC not improving beyond 0.70", _stays_low),
-    ("warning", "Large gap between train and validation metrics", _wide_gap),
-)
-"""Kind, the document's words, and how it is looked for."""

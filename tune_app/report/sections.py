@@ -12,6 +12,8 @@ from trainables.config import FineTuneConfig
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import effect_lines
 from tune_app.report import figures, findings
+from tune_app.report.cautions import cautions
+from tune_app.report.checklist import checklist
 from tune_app.report.parts import Cell, Head, Page, Row, Table, written_at
 from tune_app.results.study import Study
 from tune_app.results.tables import results_table
@@ -45,10 +47,10 @@ def study_page(study: Study, refresh_s: float | None) -> Page:
         _footer(study),
         refresh_s=refresh_s,
     )
-    cautions = findings.cautions(study)
-    if cautions:
+    doubts = cautions(study)
+    if doubts:
         section = page.section("cautions", "Before you trust this")
-        section.parts.append({"kind": "cautions", "cautions": cautions})
+        section.parts.append({"kind": "cautions", "cautions": doubts})
     scored = study.scored
     if study.spec.kind != "search":
         _variants(page, study)
@@ -171,10 +173,9 @@ def _checklist(page: Page, study: Study) -> None:
         f"{best['trial']}{which}; the last column counts the trials that show it.",
         style="faint",
     )
-    checks = findings.checklist(study)
     for kind, title in (("success", "Success indicators"), ("warning", "Warning signs")):
         rows = []
-        for check in (check for check in checks if check.kind == kind):
+        for check in (check for check in checklist(study) if check.kind == kind):
             told = {None: "unclear", True: "yes", False: "no"}[check.present]
             sign = {None: "?", True: "✓", False: "!"}[check.good]
             mark = {None: "open", True: "good", False: "bad"}[check.good]

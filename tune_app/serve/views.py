@@ -21,6 +21,7 @@ from trainables.config import FineTuneConfig
 from trainables.data.visible import visible
 from trainables.objective import OBJECTIVES
 from tune_app.report import figures, findings
+from tune_app.report.cautions import cautions
 from tune_app.results.study import Study
 from tune_app.results.tables import faulty, results_table
 from tune_app.results.text import duration, format_value, plain, printable
@@ -120,7 +121,7 @@ def overview(study: Study) -> dict[str, Any]:
         "asked": asked,
         "found": found,
         "full_epochs": study.spec.epochs,
-        "cautions": [vars(caution) for caution in findings.cautions(study)],
+        "cautions": [vars(caution) for caution in cautions(study)],
         "rungs": list(study.rungs),
         "searched": list(study.searched),
         "notes": list(study.notes),

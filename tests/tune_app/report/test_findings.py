@@ -10,6 +10,8 @@ import pytest
 
 from trainables.diagnosis import expected_error
 from tune_app.report import findings
+from tune_app.report.cautions import cautions
+from tune_app.report.checklist import Check, checklist
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.results.ties import ranking
@@ -42,8 +44,8 @@ def rewrite(root: Path, change: Callable[[dict[str, Any]], None]) -> Study:
     return load_study(root)
 
 
-def check(study: Study, words: str) -> findings.Check:
-    return next(check for check in findings.checklist(study) if words in check.text)
+def check(study: Study, words: str) -> Check:
+    return next(check for check in checklist(study) if words in check.text)
 
 
 # Sentences -------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def test_a_study_without_scores_says_so(write_study: WriteStudy) -> None:
 
     study = rewrite(write_study(trials=2, epochs=3, policy=False), lose)
     assert findings.summary(study)[1] == "Nothing yet: 2 trials have started and none has a score."
-    assert findings.cautions(study) == []
+    assert cautions(study) == []
 
 
 def test_a_confirmation_names_a_winner_only_if_the_data_do(write_study: WriteStudy) -> None:
@@ -143,11 +145,11 @@ def test_rivals_are_the_trials_within_noise(search: Study) -> None:
 
 
 def test_noise_repeated_use_and_failures_are_cautioned_about(search: Study) -> None:
-    titles = [caution.title for caution in findings.cautions(search)]
+    titles = [caution.title for caution in cautions(search)]
     assert titles[0] == "1 of 20 trials failed"
     assert "Noise is larger than the differences" in titles
     assert "The validation fold was used often" in titles
-    for caution in findings.cautions(search):
+    for caution in cautions(search):
         assert caution.text
         assert caution.remedy
 
@@ -164,7 +166,7 @@ def test_an_optimum_at_the_edge_of_its_range_is_cautioned_about(write_study: Wri
         record["objective"] = 0.99 if number == 3 else 0.8
         path.write_text(json.dumps(record))
         path.with_name("config.json").write_text(json.dumps(config))
-    told = {caution.title: caution.text for caution in findings.cautions(load_study(root))}
+    told = {caution.title: caution.text for caution in cautions(load_study(root))}
     text = told["The best max_m is at the edge of its range"]
     assert "0.051 in 0.05 to 0.5, at the lower end, as do 1 of the 5 best trials" in text
 
@@ -177,7 +179,7 @@ def test_an_edge_among_equally_good_trials_elsewhere_is_no_caution(write_study: 
             json.dumps({**config, "max_m": 0.05 if number == 0 else 0.3})
         )
         path.write_text(json.dumps({**json.loads(path.read_text()), "objective": 1.0}))
-    assert not [c for c in findings.cautions(load_study(root)) if "max_m" in c.title]
+    assert not [c for c in cautions(load_study(root)) if "max_m" in c.title]
 
 
 def test_people_are_counted_where_the_validation_fold_is_small(write_study: WriteStudy) -> None:
@@ -186,13 +188,13 @@ def test_people_are_counted_where_the_validation_fold_is_small(write_study: Writ
 
     root = write_study(trials=6, epochs=4, policy=False)
     title = "The validation fold is very small"
-    assert title not in [caution.title for caution in findings.cautions(load_study(root))]
+    assert title not in [caution.title for caution in cautions(load_study(root))]
     study = rewrite(root, with_people)
-    [told] = [caution for caution in findings.cautions(study) if caution.title == title]
+    [told] = [caution for caution in cautions(study) if caution.title == title]
     assert told.text.startswith("Only 4 subjects of class 1 to validate on: with fewer than 5")
     asked = findings.summary(study)[0]
     assert "28 positive and 70 negative validation volumes of 4 and 30 subjects" in asked
-    [noise] = [one for one in findings.cautions(study) if one.title.startswith("Noise is larger")]
+    [noise] = [one for one in cautions(study) if one.title.startswith("Noise is larger")]
     assert "on 4 positive and 30 negative subjects" in noise.text
     best = study.best().copy()
     best[["best_val_auc_low", "best_val_auc_high"]] = math.nan
@@ -203,7 +205,7 @@ def test_people_are_counted_where_the_validation_fold_is_small(write_study: Writ
 def test_of_three_classes_the_rarest_is_told_by_its_people(write_study: WriteStudy) -> None:
     root = write_study(trials=4, epochs=4, policy=False, spec={"config": {**THREE, "epochs": 4}})
     study = rewrite(root, lambda row: row.update({"val_rarest_subjects": 1}))
-    [told] = [one for one in findings.cautions(study) if "very small" in one.title]
+    [told] = [one for one in cautions(study) if "very small" in one.title]
     assert told.text.startswith("Only 1 subject of the rarest class to validate on")
 
 
@@ -211,7 +213,7 @@ def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(
     write_study: WriteStudy,
 ) -> None:
     root = write_study(trials=4, epochs=10, unfinished=1, policy=False)
-    titles = [caution.title for caution in findings.cautions(load_study(root))]
+    titles = [caution.title for caution in cautions(load_study(root))]
     assert "The study was interrupted" in titles
     best = load_study(root).best()["trial"]
     path = root / "trials" / best / "trial.json"
@@ -220,7 +222,7 @@ def test_an_interrupted_study_and_a_sick_best_trial_are_cautioned_about(
             {**json.loads(path.read_text()), "verdict": "saturated", "verdict_summary": "all tied"}
         )
     )
-    titles = [caution.title for caution in findings.cautions(load_study(root))]
+    titles = [caution.title for caution in cautions(load_study(root))]
     assert f"The best trial itself ({best}) is diagnosed saturated" in titles
 
 
@@ -228,7 +230,7 @@ def test_collapses_that_healed_are_cautioned_about(write_study: WriteStudy) -> N
     """Objective and verdict are of the best and of the last epochs: neither shows an average that was lost in between."""
     root = write_study(trials=4, epochs=10, policy=False, seed=2)
     study = load_study(root)
-    assert not [caution for caution in findings.cautions(study) if "came back" in caution.title]
+    assert not [caution for caution in cautions(study) if "came back" in caution.title]
     best = study.best()["trial"]
     record = {
         "healed_epochs": 20,
@@ -241,7 +243,7 @@ def test_collapses_that_healed_are_cautioned_about(write_study: WriteStudy) -> N
         )
     )
     study = load_study(root)
-    [told] = [caution for caution in findings.cautions(study) if "came back" in caution.title]
+    [told] = [caution for caution in cautions(study) if "came back" in caution.title]
     assert told.title == "1 of 4 trials collapsed for a time and came back, the best among them"
     assert (
         f"Trial {best} for 20 epochs: nothing found; healed: ema_lag in epochs 37 to 56. "
@@ -255,7 +257,7 @@ def test_commands_in_remedies_can_be_pasted(write_study: WriteStudy) -> None:
     study = load_study(
         write_study("name with 'quotes' & blanks", trials=4, epochs=10, unfinished=1, policy=False)
     )
-    remedy = next(c.remedy for c in findings.cautions(study) if "interrupted" in c.title)
+    remedy = next(c.remedy for c in cautions(study) if "interrupted" in c.title)
     import shlex
 
     assert shlex.split(remedy.split("`")[1]) == ["medtune", "resume", str(study.path)]
@@ -266,7 +268,7 @@ def test_an_ablation_on_one_fold_or_with_lost_runs_is_cautioned_about(
 ) -> None:
     variants = {"baseline": {}, "other": {"max_m": 0.3}}
     study = load_study(write_study(variants=variants, seeds=3, epochs=4, failed=(1,)))
-    titles = [caution.title for caution in findings.cautions(study)]
+    titles = [caution.title for caution in cautions(study)]
     assert "Not every run has a partner" in titles
     assert "All runs share one fold" in titles
 
@@ -332,7 +334,7 @@ def test_the_configuration_lists_what_fixes_touch_and_marks_what_differs(search:
 
 
 def test_the_checklist_has_the_documents_indicators_and_signs_with_evidence(search: Study) -> None:
-    checks = findings.checklist(search)
+    checks = checklist(search)
     assert [check.kind for check in checks] == ["success"] * 5 + ["warning"] * 4
     assert all(check.evidence and check.among for check in checks)
     good = [check.text for check in checks if check.good]
@@ -420,7 +422,7 @@ def test_rates_drw_start_level_and_gap_are_read_from_the_rows(write_study: Write
 
 def test_what_cannot_be_told_is_not_claimed(write_study: WriteStudy) -> None:
     study = load_study(write_study(trials=1, epochs=2, policy=False))
-    checks = {check.text: check for check in findings.checklist(study)}
+    checks = {check.text: check for check in checklist(study)}
     assert checks["Validation AUC increases steadily"].present is None
     assert checks["Validation metrics decreasing after DRW activation"].present is None
     assert checks["Validation AUC increases steadily"].good is None
@@ -477,7 +479,7 @@ def test_a_natural_bound_is_no_edge_of_a_range(write_study: WriteStudy) -> None:
         path.with_name("config.json").write_text(json.dumps(config))
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"objective": 0.99 if best else 0.8}))
-    titles = [caution.title for caution in findings.cautions(load_study(root))]
+    titles = [caution.title for caution in cautions(load_study(root))]
     assert "The best max_m is at the edge of its range" in titles
     assert not [title for title in titles if "dropout" in title], "no dropout is below 0"
 
