@@ -141,7 +141,6 @@ def _sampling_grid(
             [rotation[j][i] * (extent[j] / extent[i]) for i in (2, 1, 0)], dim=1
         )
         parts.append(position_Bs[:, :, None] * (columns_B3 / scale_B[:, None])[:, None, :])
-    slices = (
-        parts[0][:, :, None] + parts[1][:, None]
-    )  # the small sum first: the whole grid is written only once
+    # the small sum first: the whole grid is written only once
+    slices = parts[0][:, :, None] + parts[1][:, None]
     return slices[:, :, :, None] + parts[2][:, None, None]

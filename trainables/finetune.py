@@ -67,7 +67,7 @@ from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
 from trainables.machine.this_machine import peak_resident_gib
 from trainables.network.model import STAGES, Classifier, configured_network, train_mode
-from trainables.network.weights import LoadReport, load_pretrained
+from trainables.network.weights import load_pretrained
 from trainables.schedule import Schedule, seed_of
 from trainables.step import Ranks, TrainingStep
 from trainables.validation import Validation
@@ -164,9 +164,8 @@ class Run:
         # Drawn on the GPU: a ResNet-50's weights take a CPU half a second, between any two trials.
         with device if device.type == "cuda" else nullcontext():
             network = configured_network(config)
-        self.load_report: LoadReport | None = None
         if config.pretrained_path is not None:
-            self.load_report = load_pretrained(network, config.pretrained_path)
+            load_pretrained(network, config.pretrained_path)
         self.network: Classifier = _place(network, device)
         if config.sync_batchnorm and self.ranks.world > 1:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)

@@ -172,9 +172,8 @@ def visible_gpus() -> list[Gpu]:
     visible = os.environ.get(VISIBLE)
     if visible is None:
         return gpus
-    wanted = [name.strip() for name in visible.split(",") if name.strip()]
     found = []
-    for name in wanted:
+    for name in filter(None, map(str.strip, visible.split(","))):
         match = [gpu for gpu in gpus if name == gpu.index or gpu.uuid.startswith(name)]
         if len(match) != 1:
             break  # as CUDA does: what follows an unknown name is not seen

@@ -243,9 +243,8 @@ def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:
     where = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("ip:")), "unknown"
     )
-    reason = (
-        lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
-    )  # Ray's page of guesses
+    # Ray's page of guesses
+    reason = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
     return RankError(f"rank {rank} on node {where} died: {reason}")
 
 

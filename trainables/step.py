@@ -205,9 +205,8 @@ class TrainingStep:
         if set_trainable(self.network, self.schedule.stages(epoch)):
             self.forget_graph()
         if self.world > 1 and self.gradient_sum is None:
-            half = (
-                torch.float16 if self.precision.dtype is torch.float16 else None
-            )  # bf16 is too coarse to add up in
+            # bf16 is too coarse to add up in
+            half = torch.float16 if self.precision.dtype is torch.float16 else None
             self.gradient_sum = GradientSum(self.network.parameters(), convolutions_as=half)
         self.order_rows = order
         with self.on_own_stream():

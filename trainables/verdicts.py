@@ -200,9 +200,8 @@ class EmaLag(Rule):
         raw, raw_error, ema, ema_error = course.raw, course.raw_error, course.ema, course.ema_error
         lags = False
         both = "val_auc_raw" in row and ("val_auc_ema" in row or "val_auc" in row)
-        if (
-            both and math.isfinite(raw) and course.epoch > 2
-        ):  # an average lags by one or two epochs anyway
+        # an average lags by one or two epochs anyway
+        if both and math.isfinite(raw) and course.epoch > 2:
             if not math.isfinite(ema):
                 lags = True
             else:

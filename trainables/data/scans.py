@@ -180,9 +180,8 @@ def resample(scan: Scan, recipe: Recipe) -> np.ndarray:
         zip(scan.spacing_mm, spacing_mm, recipe.volume_shape, strict=True), 1
     ):
         ratio = min(max(new_mm / old_mm, 1e-9), 1e9)  # beyond, nothing but overflow is different
-        if (
-            abs(ratio - 1) < 1e-4
-        ):  # headers hold float32: over 500 voxels this shifts by a twentieth of one at most
+        # headers hold float32: over 500 voxels this shifts by a twentieth of one at most
+        if abs(ratio - 1) < 1e-4:
             start = max(0, voxels.shape[axis] // 2 - wanted // 2)
             voxels = voxels[(slice(None),) * axis + (slice(start, start + wanted),)]
         else:

@@ -25,7 +25,6 @@ from trainables.objective import (
     objective_value,
 )
 from tune_app.backtest.curves import SOUND, Curve, CurveError, read_curves
-from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.policy import Decision, Policy
 from tune_app.study.policy_spec import PolicySpec
 
@@ -175,34 +174,6 @@ def backtest_studies(
         tables.append(table)
     if not tables:
         raise ValueError("no studies named: give folders of studies or of curve files")
-    return pd.concat(tables, ignore_index=True)
-
-
-def backtest_generated(
-    policies: Mapping[str, Compared] | None = None,
-    *,
-    seeds: Iterable[int] = range(8),
-    sizes: Iterable[tuple[int, int]] = ((20, 80), (50, 200)),
-    trials: int = 500,
-    epochs: int = 60,
-    workers: int = 8,
-) -> pd.DataFrame:
-    """Return `backtest` of generated studies, one for each seed and size (positive and negative validation volumes).
-
-    First columns `positives`, `negatives` and `seed`. Numbers in docstrings and README come from here.
-    """
-    tables = []
-    for seed in seeds:
-        for positives, negatives in sizes:
-            curves = generate_curves(
-                trials, epochs=epochs, seed=seed, positives=positives, negatives=negatives
-            )
-            table = backtest(curves, policies, workers=workers)
-            tables.append(
-                pd.DataFrame(
-                    {"positives": positives, "negatives": negatives, "seed": seed}, table.index
-                ).join(table)
-            )
     return pd.concat(tables, ignore_index=True)
 
 

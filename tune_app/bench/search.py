@@ -198,17 +198,10 @@ def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[st
 def search_table(result: Mapping[str, Any]) -> Table:
     """Return the results of the sides as a Rich table."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "side",
-        "trials",
-        "seconds",
-        "trials/hour",
-        "epochs",
-        "s an epoch",
-        "AUC at first rung",
-        "best AUC",
-    ):
-        table.add_column(name, justify="left" if name == "side" else "right")
+    table.add_column("side")
+    numbers = "trials, seconds, trials/hour, epochs, s an epoch, AUC at first rung, best AUC"
+    for name in numbers.split(", "):
+        table.add_column(name, justify="right")
     for side in SIDES:
         if (row := result[side]) is not None:
             table.add_row(

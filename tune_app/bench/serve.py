@@ -56,9 +56,8 @@ def write_generated_study(root: Path, *, trials: int, epochs: int) -> StudyFiles
             "state": state,
         }
         record |= {"started": time.time(), "gpus": 0.0, "failures": 0}
-        if (
-            state == "completed"
-        ):  # with the fields a driver writes at a trial's end, or each would be diagnosed at each reading
+        # with the fields a driver writes at a trial's end, or each would be diagnosed at each reading
+        if state == "completed":
             record |= {
                 "ended": time.time(),
                 "verdict": "healthy",

@@ -75,9 +75,8 @@ def diagnose_cluster(
         if not ray.is_initialized():
             package = Path(folder) / "medtune.zip"
             package.write_bytes(pack_code(Path(__file__).parents[2]))
-            in_job = (
-                "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-            )  # a job's code is on every node already
+            # a job's code is on every node already
+            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             join(address, runtime_env=None if in_job else {"working_dir": str(package)}, **options)
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]

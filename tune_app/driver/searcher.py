@@ -467,9 +467,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         told = self._study.tell(
             number, value if state == TrialState.COMPLETE else None, state=state
         )
-        if (
-            REASON in self._trial(number).user_attrs
-        ):  # of an end that a killed driver began to write
+        # of an end that a killed driver began to write
+        if REASON in self._trial(number).user_attrs:
             reason = reason or ""
         self._database.finish(number, state, told.value, reason)
 
@@ -667,16 +666,9 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
     value: Scalar
     if isinstance(distribution, CategoricalDistribution):
         value = trial.suggest_categorical(parameter.name, distribution.choices)
-    elif isinstance(distribution, IntDistribution):
-        value = trial.suggest_int(
-            parameter.name,
-            distribution.low,
-            distribution.high,
-            step=distribution.step,
-            log=distribution.log,
-        )
     else:
-        value = trial.suggest_float(
+        whole = isinstance(distribution, IntDistribution)
+        value = (trial.suggest_int if whole else trial.suggest_float)(
             parameter.name,
             distribution.low,
             distribution.high,

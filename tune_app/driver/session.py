@@ -323,9 +323,8 @@ class StudySession:
         decided, failed = self.policy.stopped(), searcher.failed()
         for trial, record in list(self.recorder.records.items()):
             rows = self.recorder.rows.get(trial, [])
-            if (
-                record["state"] not in ENDED and int(trial) in failed
-            ):  # Tune calls the searcher first
+            # Tune calls the searcher first
+            if record["state"] not in ENDED and int(trial) in failed:
                 record = self.recorder.ended(
                     trial, "failed", failed[int(trial)], error=failed[int(trial)]
                 )

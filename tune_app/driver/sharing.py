@@ -1,7 +1,6 @@
 """How trials that share a GPU share it, settled and printed before the first of them starts."""
 
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 import ray
@@ -27,12 +26,7 @@ class GpuSharing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._holding.close()
 
     def standing(self, gpus_per_rank: float) -> mps.Standing | None:

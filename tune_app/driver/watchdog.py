@@ -101,9 +101,8 @@ class Watchdog:
         """Take in what all trials that have not ended show now."""
         now = self._clock()
         missed = now - self._last - 2 * LOOK_S
-        if (
-            missed > 0
-        ):  # this process itself stood still: suspended, or waiting for room; trials are not to blame
+        # this process itself stood still: suspended, or waiting for room; trials are not to blame
+        if missed > 0:
             for quiet in self._quiet.values():
                 quiet.since, quiet.said = quiet.since + missed, quiet.said + missed
         self._last = now

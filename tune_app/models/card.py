@@ -137,9 +137,8 @@ def _chosen(info: ModelInfo) -> list[str]:
 def _which_weights(info: ModelInfo) -> str:
     of = info.members[0].weights
     kept = OBJECTIVES.get(info.choice.objective, OBJECTIVES[DEFAULT_OBJECTIVE])
-    if (
-        kept.weights != of
-    ):  # a study of format 1 keeps the averaged weights whatever its objective is
+    # a study of format 1 keeps the averaged weights whatever its objective is
+    if kept.weights != of:
         kept = OBJECTIVES[DEFAULT_OBJECTIVE]
     words = {
         "ema": "the running average over training (EMA)",

@@ -138,9 +138,8 @@ def _trained(
         np.concatenate([rows[labels == c][:RETRAIN_WATCHED] for c in range(config.num_classes)])
     )
     split = Split(rows, few, np.empty(0, dtype=np.int64))
-    if (
-        work.checkpoint.exists()
-    ):  # rows of an earlier call are handed out before the run compares itself with them
+    # rows of an earlier call are handed out before the run compares itself with them
+    if work.checkpoint.exists():
         left = load_state(work.checkpoint)
         if left["config_hash"] != config.hash() or not np.array_equal(
             left["train_rows"].numpy(), rows

@@ -193,9 +193,8 @@ def _about_an_edge(study: Study, best: pd.Series, name: str) -> Iterator[Caution
     near = [axis.share(float(other)) for other in axis.places(top)]
     together = sum(other < 0.2 if share <= EDGE else other > 0.8 for other in near)
     ahead = (top["objective"] == best["objective"]).sum() == 1
-    if (
-        together < 2 and not ahead
-    ):  # one of several that are equally good, and the others lie elsewhere
+    # one of several that are equally good, and the others lie elsewhere
+    if together < 2 and not ahead:
         return
     end = "lower" if share <= EDGE else "upper"
     if _is_natural_bound(name, best[name], end):

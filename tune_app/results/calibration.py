@@ -64,9 +64,8 @@ def fit_calibration(z_NC: Array, labels_N: Array) -> Calibration:
     targets[np.arange(count), labels] += counts[labels]
     targets /= (counts[labels] + classes)[:, None]
     z = z - z.mean(axis=1, keepdims=True)
-    spread = (
-        float(np.abs(z).max()) or 1.0
-    )  # logits of a saturated network reach hundreds: the search wants about 1
+    # logits of a saturated network reach hundreds: the search wants about 1
+    spread = float(np.abs(z).max()) or 1.0
     z = z / spread
 
     def cross_entropy(parameters: Array) -> tuple[float, Array]:

@@ -173,9 +173,8 @@ def interval_over_folds(values: pd.Series, cut_into: int) -> dict[str, float]:
         return {"mean": mean, **_NO_INTERVAL}
     from scipy.stats import t
 
-    overlap = (
-        1 / (max(cut_into, n) - 1) if several else 0.0
-    )  # volumes validated on over volumes trained on
+    # volumes validated on over volumes trained on
+    overlap = 1 / (max(cut_into, n) - 1) if several else 0.0
     spread = float(units.std(ddof=1))
     if spread < 1e-9:  # rounding; the steps of an AUC are 1e-4 and larger
         none = not np.any(np.abs(units) > 1e-9)

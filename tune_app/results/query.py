@@ -1,5 +1,6 @@
 """Columns, filters and sort orders that users write."""
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -77,6 +78,9 @@ _TOKEN = re.compile(r"""\s*(?:(<=|>=|==|!=|[<>=~(),])|"([^"]*)"|'([^']*)'|([^\s<
 
 
 _OPERATORS = ("<", "<=", ">", ">=", "==", "=", "!=", "~")
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
 
 
 class _Condition:
@@ -202,16 +206,8 @@ class _Condition:
                 .fillna(False)
                 .astype(bool)
             )
-        compare: dict[str, Callable[[Any, Any], Any]] = {
-            "<": lambda a, b: a < b,
-            "<=": lambda a, b: a <= b,
-            ">": lambda a, b: a > b,
-            ">=": lambda a, b: a >= b,
-            "==": lambda a, b: a == b,
-            "!=": lambda a, b: a != b,
-        }
         try:
-            result = compare[sign](column, other)
+            result = _COMPARE[sign](column, other)
         except TypeError:
             raise QueryError(
                 f"condition {self.text!r}: {left[1]} and {right[1]} do not compare"

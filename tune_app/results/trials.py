@@ -97,9 +97,8 @@ def trials_table(
     whole = pd.concat(
         [table.astype(dtypes), *places, at_rungs.astype("float64")], axis=1
     ).reset_index(drop=True)
-    return (
-        whole.copy()
-    )  # in one piece: a frame of a hundred blocks is slow, and pandas complains at each new column
+    # in one piece: a frame of a hundred blocks is slow, and pandas complains at each new column
+    return whole.copy()
 
 
 def _trial_row(

@@ -72,9 +72,8 @@ class Feeds:
         queue: asyncio.Queue[bytes | None] = asyncio.Queue(MOST_WAITING)
         self.viewers += 1
         feed.viewers.add(queue)
-        upto = (
-            feed.start()
-        )  # no await between this and the line above: everything later is in the queue
+        # no await between this and the line above: everything later is in the queue
+        upto = feed.start()
         try:
             yield b"retry: 2000\n\n"
             while seen < upto:
@@ -149,9 +148,8 @@ class _Feed:
                 OSError
             ):  # a file removed, or a disk gone for the moment: the next look may show which
                 self._send_rows()
-            if (
-                self._reading is None or self._reading.done()
-            ):  # reading a large study takes seconds: rows continue meanwhile
+            # reading a large study takes seconds: rows continue meanwhile
+            if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._send_overview())
             await asyncio.sleep(EVERY_S)
 

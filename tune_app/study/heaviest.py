@@ -18,9 +18,8 @@ def heaviest(spec: StudySpec) -> FineTuneConfig:
                 choice = parameter.distribution
                 given[parameter.name] += getattr(choice, "choices", None) or [choice.high]
     for trial in spec.planned:
-        for name in HEAVIER:
-            if name in trial.overrides:
-                given[name].append(trial.overrides[name])
+        for name in given.keys() & trial.overrides.keys():
+            given[name].append(trial.overrides[name])
     return build_config(
         {**spec.shared, **{name: max(values) for name, values in given.items() if values}}
     )

@@ -1,9 +1,7 @@
 """Sizes of a search for the machines that people have: a few fields of a study file, each of them shown."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-PresetName = Literal["laptop", "gpu", "cluster"]
+from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     "laptop": {
