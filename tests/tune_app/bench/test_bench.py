@@ -230,7 +230,6 @@ def test_a_search_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
     log = tmp_path / "log"
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert 1 <= bench_efficiency_module._until(1.0, sleeping, log) < 30
-    assert "KeyboardInterrupt" in log.read_text()
     with pytest.raises(SpecError, match="the search ended with 3 before its time was over: see"):
         bench_efficiency_module._until(60.0, [sys.executable, "-c", "raise SystemExit(3)"], log)
 
