@@ -45,7 +45,7 @@ def search(
     notify: str | None = None,
     **fields: Any,
 ) -> "Study":
-    """Run a search over the table `data` in the folder `out`, and return it.
+    """Run a search over the table `data`, a file or a URL, in the folder `out`, and return it.
 
     space: name of a search space, or one written out as in a study file. config: hyperparameters that are not searched
     (`epochs`, `volume_shape`, ...). fields: any other field of a study file (`gpus_per_trial`, `seed`, `policy`, ...).
@@ -55,9 +55,10 @@ def search(
     continues, and returns it. `on_epoch` is called in this process; an exception that it raises ends the search, which can be
     resumed. Raises SpecError, ManifestError, VolumeError, StudyBusyError.
     """
+    from trainables.data.storage import absolute
     from tune_app.study.spec import build_spec
 
-    given = {"data": str(Path(data).absolute()), "space": space, "trials": trials}
+    given = {"data": absolute(data), "space": space, "trials": trials}
     spec = build_spec({**fields, **given, "config": dict(config or {})})
     return _run(spec, Path(out), on_epoch, quiet, address, go_on=resume, notify=notify)
 

@@ -34,6 +34,14 @@ def test_a_field_that_does_not_exist_is_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "study").exists()
 
 
+def test_a_table_in_object_storage_is_named_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(tune_app.api, "_run", lambda spec, *_, **__: asked.append(spec.data))
+    for data in ("s3://bucket/table.csv", "table.csv"):
+        tune_app.search(data, "s3://bucket/study")
+    assert asked == ["s3://bucket/table.csv", str(Path("table.csv").absolute())]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
