@@ -154,6 +154,10 @@ def _go_on(result: dict[str, Any], earlier: Mapping[str, Any] | None, sides: lis
         for name, value in asked.items()
         if name not in OF_A_SITTING and earlier.get(name) != value
     ]
+    if any(search["confirmed"] for search in earlier["searches"]):
+        result["folds"] = result["folds"] or earlier["folds"]
+        if result["folds"] != earlier["folds"]:
+            differ.append(f"folds {earlier['folds']!r}, here {result['folds']!r}")
     if differ:
         raise SpecError(["the earlier result is of another comparison:", *differ])
     sides_of: dict[int, set[str]] = {}
@@ -569,8 +573,10 @@ def _confirm(
 
     def values(variant: str) -> list[float]:
         trials = confirmed.trials_full
-        whole = (trials["variant"] == variant) & (trials["state"] == "completed")
-        return [float(value) for value in trials.loc[whole, "objective"].dropna()]
+        runs = trials[trials["variant"] == variant]
+        if not (runs["state"] == "completed").all():
+            return []  # a part of its folds is no mean to compare; a later call confirms it
+        return [float(value) for value in runs["objective"].dropna()]
 
     if "documented" in chosen:
         result["documented"] = values("documented")

@@ -26,6 +26,9 @@ log = logging.getLogger("medtune.study")
 STUDY_NAME = "medtune"
 """Name of every study that an earlier version wrote, in its own file or a shared storage."""
 
+BEING_REWRITTEN = " (being rewritten)"
+"""End of the name of a copy that is to take a study's place."""
+
 SEARCH = "search"
 """Study attribute of this program: the settings that the values of its trials depend on."""
 
@@ -115,7 +118,7 @@ class Database:
             raise SearchError(f"no earlier study here: {self._path} is missing")
         self._storage = self._open(url)
         self.study_name = name if name is not None else self._only_study()
-        self._copy_name = f"{self.study_name} (being rewritten)"
+        self._copy_name = self.study_name + BEING_REWRITTEN
         if own:
             self._take_copy()
         elif self._id_of(self._copy_name) is not None:
@@ -135,9 +138,11 @@ class Database:
 
     def _only_study(self) -> str:
         names = sorted(
-            study.study_name
-            for study in self._storage.get_all_studies()
-            if study.study_name.partition("-")[0] == STUDY_NAME or SEARCH in study.user_attrs
+            {
+                study.study_name.removesuffix(BEING_REWRITTEN)
+                for study in self._storage.get_all_studies()
+                if study.study_name.partition("-")[0] == STUDY_NAME or SEARCH in study.user_attrs
+            }
         )
         if len(names) != 1:
             held = ", ".join(names) or "none"
@@ -256,21 +261,23 @@ class Database:
                 db.execute("PRAGMA journal_mode=DELETE")
 
     def _open(self, url: str) -> RDBStorage:
-        """Return Optuna's storage, on connections of our own engine, which `close` can end."""
+        """Return Optuna's storage, on connections that `close` can end."""
         try:
-            if self._path is None:
-                self._engine = sqlalchemy.create_engine(url, pool_pre_ping=True)
-            else:
-                if self._own:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                    _choose_journal(self._path)
-                self._engine = sqlalchemy.create_engine(
-                    url, connect_args={"timeout": LOCK_TIMEOUT_S}
-                )
-                sqlalchemy.event.listen(self._engine, "connect", _without_waiting_for_the_disk)
+            if (
+                self._path is None
+            ):  # Optuna sets this argument for MySQL, which refuses it next to a pool
+                storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+                self._engine = storage.engine
+                return storage
+            if self._own:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _choose_journal(self._path)
+            self._engine = sqlalchemy.create_engine(url, connect_args={"timeout": LOCK_TIMEOUT_S})
+            sqlalchemy.event.listen(self._engine, "connect", _without_waiting_for_the_disk)
             return RDBStorage(url, engine_kwargs={"pool": self._engine.pool})
         except (
-            OSError, ImportError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, StorageInternalError
+            OSError, ImportError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, StorageInternalError,
+            RuntimeError,  # written by another version of Optuna
         ) as error:  # fmt: skip
             raise SearchError(
                 f"{self.name} cannot be opened as an Optuna study: {_one_line(error)}{_advice(error)}"
