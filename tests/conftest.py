@@ -35,6 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.flaky(reruns=1))
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Restore the environment after each test: the command line, called within a test, sets variables for its process.
+
+    Tests of other files start processes, and what those find must not depend on which file ran before.
+    """
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def adrenal_archive() -> Path:
     """AdrenalMNIST3D at 28 voxels, as MedMNIST publishes it (licence CC BY 4.0; not part of this repository)."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import random
 import sqlite3
 import subprocess
@@ -148,9 +149,7 @@ def test_a_search_killed_at_random_moments_makes_the_decisions_of_one_never_kill
 
 
 KILLED_FOR_REAL = """
-import os, random, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
+import os, random, signal
 import searches as tests
 
 def child(session):
@@ -185,9 +184,10 @@ print(session)
 
 def test_no_trial_is_lost_or_doubled_when_the_process_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "handed-out"
-    code = KILLED_FOR_REAL.format(tests=str(ROOT / "tests"), folder=str(tmp_path), log=str(log))
+    code = KILLED_FOR_REAL.format(folder=str(tmp_path), log=str(log))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 10

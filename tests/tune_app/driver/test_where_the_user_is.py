@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,17 @@ def test_the_environment_is_as_before_after_a_safe_search(
     assert os.environ["PYTHONPATH"] == ":/a:"
     monkeypatch.delenv("PYTHONPATH")
     assert search_variables().get("PYTHONPATH", "-") != ""
+
+
+def test_safe_searches_of_several_threads_may_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(safe_search())
+    second.enter_context(safe_search())
+    first.close()
+    assert os.environ["PYTHONSAFEPATH"] == "1", "the second block is still open"
+    second.close()
+    assert "PYTHONSAFEPATH" not in os.environ, "the second block began when it was set by the first"
 
 
 def test_every_process_that_we_start_is_safe() -> None:
