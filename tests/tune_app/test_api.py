@@ -1,6 +1,7 @@
 """The Python interface: the same study as the commands give, in two calls, and nothing loaded too early."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +43,16 @@ def test_a_table_in_object_storage_is_named_as_it_is(monkeypatch: pytest.MonkeyP
     assert asked == ["s3://bucket/table.csv", str(Path("table.csv").absolute())]
 
 
+SET_BY_OTHERS = {"PYTHONBREAKPOINT", "RAY_CLIENT_MODE", "KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK"}
+"""What Ray, and the libraries of torch and scikit-learn, leave behind of their own."""
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_from_a_table_to_predictions(tmp_path: Path) -> None:
     table = write_cohort(tmp_path / "cohort", subjects=18)
-    seen = []
+    seen, variables = [], dict(os.environ)
     study = tune_app.search(
         table,
         tmp_path / "study",
@@ -58,6 +63,8 @@ def test_from_a_table_to_predictions(tmp_path: Path) -> None:
         on_epoch=lambda trial, row: seen.append((trial, row["epoch"])),
         quiet=True,
     )
+    changed = {name for name, _ in os.environ.items() ^ variables.items()}
+    assert changed <= SET_BY_OTHERS, "the user's own Ray, after this, is not told what a study's is"
     assert sorted(seen) == sorted(zip(study.epochs["trial"], study.epochs["epoch"], strict=True))
     assert len(study.trials_full) == 2
     table = (tmp_path / "cohort").rename(tmp_path / "moved") / table.name

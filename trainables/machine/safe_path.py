@@ -6,12 +6,10 @@ clone of MONAI there would be run instead of the real one. `-P` and PYTHONSAFEPA
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from pathlib import Path
-from threading import Lock
+
+from trainables.machine.variables import SetWithin
 
 SOURCE = Path(__file__).absolute().parents[2]
 """The folder that holds our packages."""
@@ -48,44 +46,5 @@ def search_variables() -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", **found}
 
 
-@dataclass
-class _Blocks:
-    """How many blocks of `safe_search` are open in this process, and what was set before the first of them."""
-
-    lock: Lock = field(default_factory=Lock)
-    open: int = 0
-    before: dict[str, str | None] = field(default_factory=dict)
-
-
-_blocks = _Blocks()
-
-
-@contextmanager
-def safe_search() -> Iterator[None]:
-    """Let processes that start within the block search as `search_variables` sets it: Ray's and those of multiprocessing.
-
-    Blocks of several threads may overlap: the last one to end restores what was set before the first one began.
-    """
-    with _blocks.lock:
-        found = search_variables()
-        if not _blocks.open:
-            _blocks.before = {
-                name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")
-            }
-        _blocks.open += 1
-        os.environ.update(found)
-    try:
-        yield
-    finally:
-        with _blocks.lock:
-            _blocks.open -= 1
-            if not _blocks.open:
-                _restore(_blocks.before)
-
-
-def _restore(before: dict[str, str | None]) -> None:
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+safe_search = SetWithin(search_variables)
+"""Let processes that start within `with safe_search():` search as `search_variables` says: Ray's and multiprocessing's."""

@@ -25,6 +25,7 @@ from trainables.machine.file_locks import acquire_lock
 from trainables.machine.ray_workers import OwnSearchPath
 from trainables.machine.safe_path import safe_search
 from trainables.machine.this_machine import place_of_sessions, usable_cpus
+from trainables.machine.variables import SetWithin
 from trainables.own_folder import MARKER, mark_own, remove_own
 from tune_app.driver.ray_access import cluster_address, join
 from tune_app.driver.stopping import taken_away_while_ray_starts
@@ -182,16 +183,22 @@ def _cpus() -> dict[str, int]:
     return {"num_cpus": int(given) if of_slurm else usable_cpus()}
 
 
+def _of_ray() -> dict[str, str]:
+    telemetry = "RAY_enable_open_telemetry"  # its exporter's thread outlives each `ray.shutdown`
+    reports = "RAY_USAGE_STATS_ENABLED"  # to Ray's makers
+    return {telemetry: os.environ.get(telemetry, "0"), reports: "0"}
+
+
+_for_ray = SetWithin(_of_ray)
+
+
 def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     """Start a local Ray. By default Ray gives up after 30 s, and a start on a busy machine may take that long."""
     keep_strangers_out()
     options = _cpus() | options
-    os.environ.setdefault(
-        "RAY_enable_open_telemetry", "0"
-    )  # its exporter's thread outlives each `ray.shutdown`
     for left in reversed(range(START_TRIES)):
         try:
-            with agent_on_a_free_port(), safe_search(), taken_away_while_ray_starts():
+            with agent_on_a_free_port(), safe_search(), _for_ray(), taken_away_while_ray_starts():
                 # Without "local" Ray joins a cluster that has a node on this machine.
                 ray.init(
                     "local",
@@ -303,19 +310,20 @@ class _WithoutRaylets:
         return getattr(self._stream, name)
 
 
+_for_tune = SetWithin(
+    lambda: {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that reports its end without memory has no score
+    }
+)
+
+
 @contextmanager
 def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
     """Send what Ray, Optuna and we log to the study's log; of it only our own warnings go to `notes`, too."""
-    os.environ.update(
-        {
-            "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ray's own handler swallows the first Ctrl-C and delays the clean-up
-            "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-            "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # nothing is read back from it
-            "RAY_AIR_NEW_OUTPUT": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",  # a local Ray would report its use to Ray's makers
-            "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that reports its end without memory has no score
-        }
-    )
     handler = LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("ray", "optuna", "medtune")]
@@ -326,7 +334,7 @@ def ray_to_file(path: Path, notes: Any) -> Iterator[None]:
             logger.addHandler(_Told(notes))
         logger.setLevel(logging.INFO if logger.name == "medtune" else logging.WARNING)
     told = cast(TextIO, _WithoutRaylets(sys.stdout)) if sys.stdout is not None else None
-    with warnings.catch_warnings(), redirect_stdout(told):
+    with _for_tune(), warnings.catch_warnings(), redirect_stdout(told):
         warnings.simplefilter("ignore")
         try:
             yield
