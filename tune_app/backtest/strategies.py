@@ -5,7 +5,8 @@ recorded, and a worker that has become free takes the next run that the strategy
 of the epochs that it has paid for, and nothing of the held-out AUC, by which its choice is judged.
 
 The table is the space: a strategy draws among the configurations that are left in it, without replacement, so every replay
-is exact. A model chooses among them, too: nothing is claimed about configurations between them.
+of a recorded table is exact. A model chooses among them, too: nothing is claimed about configurations between them.
+Strategies that propose points of their own replay on the pool of a surrogate (`surrogate_curves`).
 
 A choice is worth the held-out AUC of the weights that would be deployed: those of the epoch that the
 best 3-epoch median stands for, for every strategy alike. A trial that still runs may be chosen.
@@ -25,11 +26,11 @@ import pandas as pd
 from trainables.diagnosis import VERDICTS
 from tune_app.backtest.curves import Curve
 from tune_app.backtest.replay import RayAsha
-from tune_app.backtest.tables import Table, learn_prior
+from tune_app.backtest.tables import CLAIM_FIT, Table, learn_prior
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.prior import Prior, shipped_prior
-from tune_app.study.surrogate import Surrogate
+from tune_app.study.surrogate import CANDIDATES, Surrogate
 from tune_app.study.tied import nearly_tied
 
 Floats = npt.NDArray[np.float64]
@@ -258,14 +259,16 @@ class MedtuneSearch(RandomSearch):
         policy: PolicySpec,
         ill: Mapping[int, int],
         surrogate: Surrogate | None = None,
+        candidates: float = math.inf,
         first: Sequence[int] = (),
     ) -> None:
-        """`ill`: the epoch after which the policy's diagnosis stops a trial, of those it stops."""
+        """`ill`: the epoch after which the policy's diagnosis stops a trial, of those it stops. `candidates`: the number
+        of free configurations that the model chooses among."""
         super().__init__(seen)
         ignored = dict.fromkeys(VERDICTS, "ignore")
         self._policy = Policy(policy.model_copy(update={"actions": ignored}), seen.epochs)
         self._ill = ill
-        self._surrogate = surrogate
+        self._surrogate, self._candidates = surrogate, int(min(candidates, len(seen.state)))
         self._order = [t for t in self._order if t not in first] + list(reversed(first))
 
     def following(self) -> int | None:
@@ -275,6 +278,8 @@ class MedtuneSearch(RandomSearch):
         free = seen.among("free")
         if not len(free):
             return None
+        if len(free) > self._candidates:
+            free = np.sort(seen.rng.choice(free, self._candidates, replace=False))
         ended = seen.among("stopped", "completed")
         share = seen.done[ended] / seen.epochs
         values = seen.values(ended)
@@ -326,8 +331,9 @@ def medtune(
         surrogate = Surrogate(table.axes, table.samples, prior) if model else None
         chosen = policy or PolicySpec()
         ill = diagnosed(table, chosen)
+        candidates = CANDIDATES if table.fit else math.inf  # a pool is a space, as a search has it
         return lambda seen, budget: MedtuneSearch(
-            seen, budget, policy=chosen, ill=ill, surrogate=surrogate
+            seen, budget, policy=chosen, ill=ill, surrogate=surrogate, candidates=candidates
         )
 
     return make
@@ -395,23 +401,25 @@ def compare(
     start_s: float = 0.0,
     unit: Literal["epochs", "seconds"] = "epochs",
     seed: int = 0,
+    taught_by: Sequence[Table] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """Return one row per table, strategy and budget.
 
-    The prior that a model may use on a table is learned from the tables of other cohorts given here; where there
-    are none it is the shipped one.
+    The prior that a model may use on a table is learned from the tables of other cohorts among `taught_by`, by default
+    those compared; where there are none it is the shipped one.
     Columns: `table`, `strategy`, `budget` (whole runs), `auc` (mean held-out AUC of the choice), `gain` over
     random in the same replays with `low` and `high` (95 %, bootstrap over replays), `table_low` and `table_high`
     (95 %, over the table's configurations: each of `resamples` tables drawn with replacement is
     replayed a tenth as often), `won` (share of replays above random; ties count half), `worst` (lowest tenth of `auc`),
-    `reaches` (smallest budget of GRID at which the mean is at least plain Ray Tune's at 24 whole runs; NaN: none).
+    `reaches` (smallest budget of GRID at which the mean is at least plain Ray Tune's at 24 whole runs; NaN: none),
+    `fit_truth` and `fit_value` (the surrogate's out-of-bag rank correlations; NaN for recorded tables).
     """
     result = []
     asked = list(entries)
     for table in tables:
         entries = [entry for entry in asked if table.scored is not None or not entry.together]
-        prior = prior_for(table, tables)
+        prior = prior_for(table, tables if taught_by is None else taught_by)
         budgets = [budget for budget in GRID if budget <= table.size]
         how = {"workers": workers, "start_s": start_s, "unit": unit}
         worth: dict[str, Floats] = {}
@@ -520,6 +528,8 @@ def _rows(
                     "won": float(np.mean(gain > 0) + np.mean(gain == 0) / 2),
                     "worst": np.quantile(mine[:, place], 0.1),
                     "reaches": min(reached, default=math.nan),
+                    "fit_truth": table.fit.truth if table.fit else math.nan,
+                    "fit_value": table.fit.value if table.fit else math.nan,
                 }
             )
     return rows
@@ -540,7 +550,10 @@ def _indices(count: int, draws: int) -> npt.NDArray[np.int64]:
 def strategies_text(result: pd.DataFrame) -> str:
     """Return the comparison as Markdown, a table for each recorded one: AUC of random, and gains in thousandths."""
     parts = []
-    for table, part in result.groupby("table", sort=False):
+    for name, part in result.groupby("table", sort=False):
+        truth, value = part["fit_truth"].iloc[0], part["fit_value"].iloc[0]
+        weak = min(truth, value) < CLAIM_FIT
+        table = f"{name!s} (no claim)" if weak else str(name)
         budgets = list(dict.fromkeys(part["budget"]))
         heads = [
             "strategy",
@@ -556,6 +569,12 @@ def strategies_text(result: pd.DataFrame) -> str:
             reaches = "-" if math.isnan(last["reaches"]) else f"{last['reaches']:g}"
             tail = [f"{last['won']:.0%}", f"{last['worst']:.3f}", reaches]
             lines.append(f"| {strategy} | {' | '.join([*cells, *tail])} |")
+        if not math.isnan(truth):
+            lines.append(
+                f"\nSurrogate of {name}: out-of-bag rank correlation {truth:.2f} with the held-out AUC, {value:.2f} with"
+                f" the objective. "
+                + (f"Below {CLAIM_FIT:g}: nothing is claimed from this table." if weak else "")
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -33,6 +33,9 @@ from tune_app.study.surrogate import (
 HIDDEN = ("hold_auc", "hold_scores", "val_scores")
 """Columns that no strategy is shown."""
 
+CLAIM_FIT = 0.8
+"""Rank correlation of a surrogate with the recorded runs below which nothing is claimed from its curves."""
+
 LOG_PARAMETERS = frozenset(
     parameter.name
     for space in SPACES.values()
@@ -106,6 +109,24 @@ def roc_auc(scores: Floats, labels: Floats) -> float:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Out-of-bag rank correlations of a surrogate of whole curves with the recorded runs."""
+
+    truth: float
+    """Of the held-out AUC of the deployed weights."""
+    value: float
+    """Of the objective."""
+    runs: int
+    """Recorded runs that it was fitted to."""
+    importance: tuple[float, ...]
+    """Share of each encoded column in what it predicts."""
+
+    @property
+    def supports_claims(self) -> bool:
+        return min(self.truth, self.value) >= CLAIM_FIT
+
+
+@dataclass(frozen=True)
 class Table:
     """Whole curves of the configurations of one cohort, one run each."""
 
@@ -123,6 +144,8 @@ class Table:
     """(trials, epochs): the epoch's validation AUC."""
     value: Floats
     """(trials, epochs): the objective by then, the best 3-epoch median."""
+    hold: Floats
+    """(trials, epochs): the epoch's held-out AUC."""
     truth: Floats
     """(trials, epochs): held-out AUC of the weights that the objective would deploy by then."""
     seconds: Floats
@@ -131,6 +154,8 @@ class Table:
     """(trials, epochs): index of the epoch whose weights the objective would deploy by then."""
     scored: Scored | None = None
     """Scores by volume; None where the table does not hold them."""
+    fit: Fit | None = None
+    """How well the surrogate ranks that these curves were drawn from; None for recorded curves."""
 
     @property
     def size(self) -> int:
@@ -161,6 +186,7 @@ class Table:
             rows=picked(self.rows),
             auc=self.auc[chosen],
             value=self.value[chosen],
+            hold=self.hold[chosen],
             truth=self.truth[chosen],
             seconds=self.seconds[chosen],
             deployed=self.deployed[chosen],
@@ -228,7 +254,7 @@ def _table(
     ]
     epochs = len(frame) // count
     auc, hold = grid("val_auc"), grid("hold_auc")
-    value, deployed = _objective(auc)
+    value, deployed = objective_by_epoch(auc)
     return Table(
         name=path.stem,
         cohort=cohort,
@@ -239,6 +265,7 @@ def _table(
         rows=tuple(records[i * epochs : (i + 1) * epochs] for i in range(count)),
         auc=auc,
         value=value,
+        hold=hold,
         truth=np.take_along_axis(hold, deployed, axis=1),
         seconds=grid("epoch_s"),
         deployed=deployed,
@@ -246,7 +273,7 @@ def _table(
     )
 
 
-def _objective(auc: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
+def objective_by_epoch(auc: Floats) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Return the objective by each epoch, and the index of the epoch whose weights it stands for."""
     value, deployed = np.empty_like(auc), np.zeros(auc.shape, dtype=np.int64)
     for trial, curve in enumerate(auc):
