@@ -303,6 +303,13 @@ class Entry:
     """Whether it has to know the budget before it starts, so that each budget needs a separate search."""
     together: bool = False
     """Whether the runs that nearly tie are deployed together; left out on tables without scores."""
+    package: str = ""
+    """The module of another package that it needs. It proposes its own points: left out on recorded tables."""
+
+    def replays_on(self, table: Table) -> bool:
+        return (table.scored is not None or not self.together) and bool(
+            table.fit or not self.package
+        )
 
 
 def _plain(kind: Callable[[Seen, float], Strategy]) -> Callable[[Table, Prior | None], Factory]:
@@ -376,9 +383,9 @@ ENTRIES: tuple[Entry, ...] = (
 PLAIN = "Ray ASHA as shipped"
 
 
-def entries_named(names: Sequence[str]) -> tuple[Entry, ...]:
+def entries_named(names: Sequence[str], entries: Sequence[Entry] = ENTRIES) -> tuple[Entry, ...]:
     """Return random search and the entries of these names; all for none. Raises StrategyError for unknown ones."""
-    known = {entry.name: entry for entry in ENTRIES}
+    known = {entry.name: entry for entry in entries}
     if unknown := [name for name in names if name not in known]:
         raise StrategyError(f"no strategy {', '.join(unknown)}: there are {', '.join(known)}")
     return tuple(known[name] for name in dict.fromkeys(("random", *(names or known))))
@@ -401,13 +408,14 @@ def compare(
     start_s: float = 0.0,
     unit: Literal["epochs", "seconds"] = "epochs",
     seed: int = 0,
+    most: float = math.inf,
     taught_by: Sequence[Table] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> pd.DataFrame:
     """Return one row per table, strategy and budget.
 
     The prior that a model may use on a table is learned from the tables of other cohorts among `taught_by`, by default
-    those compared; where there are none it is the shipped one.
+    those compared; where there are none it is the shipped one. `most`: the largest budget, in whole runs.
     Columns: `table`, `strategy`, `budget` (whole runs), `auc` (mean held-out AUC of the choice), `gain` over
     random in the same replays with `low` and `high` (95 %, bootstrap over replays), `table_low` and `table_high`
     (95 %, over the table's configurations: each of `resamples` tables drawn with replacement is
@@ -418,9 +426,9 @@ def compare(
     result = []
     asked = list(entries)
     for table in tables:
-        entries = [entry for entry in asked if table.scored is not None or not entry.together]
+        entries = [entry for entry in asked if entry.replays_on(table)]
         prior = prior_for(table, tables if taught_by is None else taught_by)
-        budgets = [budget for budget in GRID if budget <= table.size]
+        budgets = [budget for budget in GRID if budget <= min(table.size, most)]
         how = {"workers": workers, "start_s": start_s, "unit": unit}
         worth: dict[str, Floats] = {}
         spread: dict[str, Floats] = {}

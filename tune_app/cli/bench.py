@@ -589,23 +589,29 @@ def bench_strategies_command(
             help="Replay on as many random configurations, their curves from a surrogate of each table; 0: on the tables.",
         ),
     ] = 0,
+    most: Annotated[
+        int, typer.Option("--most", min=3, help="Largest budget, in whole runs; 48 at most.")
+    ] = 48,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV file of all columns.")] = None,
 ) -> None:
     """Replay whole searches over recorded tables: held-out AUC of what each strategy chooses, by budget."""
-    from tune_app.backtest.strategies import Entry, compare, entries_named, medtune, strategies_text
+    from tune_app.backtest.published import entries_to_replay
+    from tune_app.backtest.strategies import Entry, compare, medtune, strategies_text
     from tune_app.backtest.surrogate_curves import CurveSurrogate
     from tune_app.backtest.tables import read_table
     from tune_app.study.policy_spec import read_policy
 
     if unit not in ("epochs", "seconds"):
         raise typer.BadParameter(f"--unit {unit!r}: epochs or seconds")
-    named = entries_named([name.strip() for name in only.split(",") if name.strip()])
+    wanted = [name.strip() for name in only.split(",") if name.strip()]
+    named = entries_to_replay(wanted, on_pools=surrogate > 0, say=to_stderr)
     recorded = [read_table(path) for path in tables]
     result = compare(
         [CurveSurrogate(table).pool(surrogate) for table in recorded] if surrogate else recorded,
         [*named, *(Entry(path.stem, medtune(read_policy(path))) for path in policies or ())],
         replays=replays,
         resamples=0 if surrogate else resamples,
+        most=most,
         taught_by=recorded,
         workers=workers,
         start_s=start,
