@@ -74,7 +74,7 @@ def bench_efficiency(
     repetitions: int = 3,
     at_once: int | None = None,
     epochs: int = 30,
-    space: str = "documented",
+    space: str | Mapping[str, Any] = "documented",
     config: Mapping[str, Any],
     gpus_per_trial: float | None = None,
     max_concurrent: int | None = None,

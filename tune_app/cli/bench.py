@@ -27,6 +27,10 @@ StepsOption = Annotated[int, typer.Option("--steps", min=2, help="Optimiser step
 ResultOption = Annotated[
     Path | None, typer.Option("--out", help="JSON file of everything measured.")
 ]
+BenchSpaceOption = Annotated[
+    str,
+    typer.Option("--space", help="Search space: a name, or a study file whose `space` is used."),
+]
 
 bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help=True)
 
@@ -78,6 +82,16 @@ def bench_train_command(
         print(markdown_table(result))
     else:
         out.print(result_table(result))
+
+
+def _given_space(named: str) -> str | dict[str, Any]:
+    """Return the name of a space, or the space of a study file."""
+    from tune_app.study.spec import read_study_file
+
+    if not named.endswith((".yaml", ".yml")):
+        return named
+    space: str | dict[str, Any] = read_study_file(Path(named)).get("space", "documented")
+    return space
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:
@@ -308,9 +322,7 @@ def bench_efficiency_command(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 30,
-    space: Annotated[
-        str, typer.Option("--space", help="Search space of all sides.")
-    ] = "documented",
+    space: BenchSpaceOption = "documented",
     sides: Annotated[
         str, typer.Option("--sides", help="Some of random, plain, medtune.")
     ] = "random,plain,medtune",
@@ -356,7 +368,7 @@ def bench_efficiency_command(
             repetitions=repetitions,
             at_once=at_once,
             epochs=epochs,
-            space=space,
+            space=_given_space(space),
             config=parse_settings(settings),
             gpus_per_trial=gpus_per_trial,
             max_concurrent=max_concurrent,
@@ -474,9 +486,7 @@ def bench_record_command(
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Configurations drawn at random.")
     ] = 100,
-    space: Annotated[
-        str, typer.Option("--space", help="Search space that is drawn from.")
-    ] = "documented",
+    space: BenchSpaceOption = "documented",
     known: Annotated[
         str, typer.Option("--settings", help="Known settings, recorded first; empty for none.")
     ] = "",
@@ -507,7 +517,7 @@ def bench_record_command(
     table = record_curves(
         data,
         out_file,
-        space=space_from(space, config),
+        space=space_from(_given_space(space), config),
         config=config,
         trials=trials,
         settings=[name for name in known.split(",") if name],

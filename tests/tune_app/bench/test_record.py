@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
 
 from search_spaces.spaces import SPACES
 from search_spaces.written import space_from
@@ -20,6 +21,7 @@ from tune_app.bench.record import (
     read_scores,
     record_curves,
 )
+from tune_app.cli.app import app
 from tune_app.synthetic import write_cohort
 
 TINY: dict[str, Any] = {
@@ -83,6 +85,26 @@ def test_a_stopped_recording_continues_and_ends_with_the_same_table(
             roc_auc_score(again.attrs["labels"][str(row.fold)], read_scores(row.val_scores)),
             abs=0.01,
         )
+
+
+def test_the_space_of_a_study_file_is_drawn_from(cohort: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("space: {search: {backbone_lr: {low: 2.0e-4, high: 3.0e-4, log: true}}}")
+    out = tmp_path / "curves.parquet"
+    words = ["--data", str(cohort), "--out", str(out), "--trials", "3", "--device", "cpu"]
+    sets = [f"{name}={value}" for name, value in {**TINY, "epochs": 1}.items()]
+    words += [word for setting in sets for word in ("--set", setting)]
+    words += ["--cache", str(tmp_path / "cache"), "--space"]
+    done = CliRunner().invoke(app, ["bench", "record", *words, str(study)])
+    assert done.exit_code == 0, done.output
+    table = pd.read_parquet(out)
+    assert table["sample.backbone_lr"].nunique() == 3
+    assert table["sample.backbone_lr"].between(2e-4, 3e-4).all()
+    assert [str(name) for name in table if str(name).startswith("sample.")] == [
+        "sample.backbone_lr"
+    ]
+    missing = CliRunner().invoke(app, ["bench", "record", *words, str(tmp_path / "no.yaml")])
+    assert "no such study file" in str(missing.exception)
 
 
 def test_the_held_out_fold_is_in_no_other_part(cohort: Path) -> None:
