@@ -89,7 +89,7 @@ def check_whole(root: Path, *, trials: int, epochs: int) -> None:
     assert states == study.trials_full.set_index("trial")["state"].map(expected).to_dict()
 
 
-LEADER, RANK = r"^ray::\d{5} of [^,]*$", r"^ray::(_Rank|.*, rank \d)"
+LEADER, RANK = r"^ray::\d{5} of [^,]*$", r"^ray::(Rank|.*, rank \d)"
 """Titles of the processes of a trial's rank 0, and of its other ranks."""
 
 

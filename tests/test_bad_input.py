@@ -838,10 +838,8 @@ def run(
     with pytest.raises(SystemExit) as ended:
         main()
     captured = capsys.readouterr()
-    code = ended.value.code
-    return (
-        code if isinstance(code, int) else 0 if code is None else 1
-    ), captured.out + captured.err
+    code = ended.value.code or 0
+    return code if isinstance(code, int) else 1, captured.out + captured.err
 
 
 # Made-up content -------------------------------------------------------------------------------------------------------

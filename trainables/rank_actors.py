@@ -31,7 +31,7 @@ class Position:
             self.heartbeat(epoch, step)
 
 
-class _Rank:
+class Rank:
     """One rank's process. A second thread answers `where` while the first trains."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class RankProcesses:
                     group, placement_group_bundle_index=rank
                 ),
             }
-            self.actors.append(ray.remote(_Rank).options(max_concurrency=2, **options).remote())
+            self.actors.append(ray.remote(Rank).options(max_concurrency=2, **options).remote())
         self.homes = [actor.where.remote() for actor in self.actors]
         """Where each is, by its own first answer."""
 

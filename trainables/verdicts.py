@@ -292,13 +292,8 @@ class EmaLag(Rule):
         if not self.course.setting["ema_warmup"]:
             changes.append("ema_warmup=true")
         if decay > 0.98 or not changes:
-            lower = (
-                0.995
-                if decay > 0.995
-                else 0.98
-                if decay > 0.98
-                else max(0.0, round(1 - 4 * (1 - decay), 4))
-            )
+            lower = max(0.0, round(1 - 4 * (1 - decay), 4))
+            lower = next((shorter for shorter in (0.995, 0.98) if decay > shorter), lower)
             changes.append(f"ema_decay={lower:g}")
         return "set " + ", ".join(changes)
 

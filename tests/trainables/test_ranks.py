@@ -31,7 +31,7 @@ from trainables.data.volumes import prepare_cohort
 from trainables.finetune import finetune
 from trainables.gradient_sum import GradientSum
 from trainables.network.model import Classifier
-from trainables.rank_actors import Position, _Rank, rank_processes
+from trainables.rank_actors import Position, Rank, rank_processes
 from trainables.ranks import RankError, RankWork, gang, is_out_of_memory
 from trainables.saved_run import open_inputs
 from tune_app.synthetic import write_cohort
@@ -388,7 +388,7 @@ def rank_processes_running() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("ray::_Rank" in part for part in process.cmdline()):
+            if any("ray::Rank" in part for part in process.cmdline()):
                 found.append(process)
     return found
 
@@ -511,7 +511,7 @@ def test_a_rank_that_has_not_begun_a_run_does_not_stand_where_the_last_one_ended
 ) -> None:
     """Or rank 0, which waits for it in the first epoch, would be the one that is behind."""
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "n1")
-    rank = _Rank()
+    rank = Rank()
     assert rank.where() == (0, 0, "n1")
     rank.position, rank.begun = Position(4, 12), 1
     assert rank.where(1) == (4, 12, "n1")

@@ -294,7 +294,9 @@ def config(
 
 
 def _plain(value: object) -> str:
-    return "-" if value is None else (repr(value) if value == "" else str(value))
+    if value is None:
+        return "-"
+    return str(value) if value != "" else repr(value)
 
 
 # Studies ---------------------------------------------------------------------------------------------------------------

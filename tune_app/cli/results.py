@@ -1,5 +1,6 @@
 """Commands that show results."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -196,11 +197,11 @@ def _backtest_table(compared: Any) -> Table:
     for column in compared.columns:
         values = compared[column]
         if column != "policy" and not values.isna().all():
-            told = [
-                "-"
-                if value != value
-                else (f"{value:.3g}" if isinstance(value, float) else str(value))
-                for value in values
-            ]
-            table.add_row(str(column).replace("_", " "), *told)
+            table.add_row(str(column).replace("_", " "), *map(_cell, values))
     return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.3g}"
+    return str(value)

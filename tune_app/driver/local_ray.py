@@ -172,7 +172,7 @@ def remove_abandoned(place: Path) -> None:
             continue
 
 
-def _cpus() -> dict[str, int]:
+def cpus_of_ray() -> dict[str, int]:
     """Options for a Ray that has the CPUs which this process may use, of a machine that may have more.
 
     Ray itself does not know affinities and quotas. Where Slurm does not bind processes to CPUs, only its variables show
@@ -195,7 +195,7 @@ _for_ray = SetWithin(_of_ray)
 def _start_ray(folder: Path, options: dict[str, Any]) -> None:
     """Start a local Ray. By default Ray gives up after 30 s, and a start on a busy machine may take that long."""
     keep_strangers_out()
-    options = _cpus() | options
+    options = cpus_of_ray() | options
     for left in reversed(range(START_TRIES)):
         try:
             with agent_on_a_free_port(), safe_search(), _for_ray(), taken_away_while_ray_starts():

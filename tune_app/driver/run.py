@@ -347,7 +347,7 @@ def _take_up(files: StudyFiles, url: str | None, notes: Any) -> None:
             ", ".join(ahead),
         )
     began_with = files.read().get("versions") if files.spec.exists() else None
-    if (other := _other_versions(began_with or {})) is not None:
+    if (other := other_versions(began_with or {})) is not None:
         notes.print(other, soft_wrap=True, markup=False)
 
 
@@ -377,20 +377,21 @@ def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -
         "spec": spec.model_dump(mode="json"),
         "cohort": cohort,
         "created": time.time(),
-        "versions": _versions(),
+        "versions": own_versions(),
         "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
     }
 
 
-def _versions() -> dict[str, str | None]:
+def own_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that decide a result, and of Python, as study.json keeps them."""
     return {name: installed_version(name) for name in VERSIONS} | {
         "python": platform.python_version()
     }
 
 
-def _other_versions(began_with: Mapping[str, str | None]) -> str | None:
-    """A note where the study began with other versions than it resumes with; None where it did not."""
-    here = _versions()
+def other_versions(began_with: Mapping[str, str | None]) -> str | None:
+    """Return a note where the study began with other versions than it resumes with; None where it did not."""
+    here = own_versions()
     differ = [
         f"{name} {began_with[name]}, here {version}"
         for name, version in here.items()

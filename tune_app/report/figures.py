@@ -589,13 +589,13 @@ def _document_marks(
         after = words == "recommended"
         shapes.append(_vertical(place, INK, "solid" if after else "dash"))
         label = "before, after" if same else {True: "after", False: "before"}[after]
-        leftmost = place == min(other for _, other in marks if math.isfinite(other))
-        side = (
-            {}
-            if same
-            else {"xanchor": "right" if leftmost else "left", "xshift": -2 if leftmost else 2}
-        )
-        notes.append(_note(place, label) | side)
+        note = _note(place, label)
+        if not same:
+            leftmost = place == min(other for _, other in marks if math.isfinite(other))
+            note |= (
+                {"xanchor": "right", "xshift": -2} if leftmost else {"xanchor": "left", "xshift": 2}
+            )
+        notes.append(note)
     return shapes, notes, places
 
 

@@ -130,7 +130,7 @@ def test_a_trial_across_two_nodes_goes_on_when_one_is_cut_off(
     nodes = {node["node_id"]: node["node_ip"] for node in cluster.living()}
     actors = cluster.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
     homes = {one["class_name"]: nodes[one["node_id"]] for one in actors if one["state"] == "ALIVE"}
-    lost = homes["_Rank"]
+    lost = homes["Rank"]
     assert lost != homes["ImplicitFunc"], "the trial spans two nodes"
     network.cut(int(lost.rpartition(".")[2]))
     out, _ = ended(watching)

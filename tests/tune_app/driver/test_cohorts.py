@@ -30,7 +30,7 @@ from tune_app.driver.cohorts import (
     prepare_study,
 )
 from tune_app.driver.disk import plan_budget
-from tune_app.driver.run import _other_versions, _versions, run_study
+from tune_app.driver.run import other_versions, own_versions, run_study
 from tune_app.results.loading import load_study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import CHOSEN, EACH_RECIPE, PLACED, PREPARES, StudyFiles, resumed_spec
@@ -447,9 +447,9 @@ def test_other_splits_and_folds_than_the_study_began_with_are_refused(
 
 
 def test_other_versions_than_those_a_study_began_with_are_told() -> None:
-    now = _versions()
-    assert _other_versions(now) is None
-    assert _other_versions({}) is None, "studies of earlier versions may not have recorded them"
-    told = _other_versions(now | {"torch": "1.0", "python": "2.7"})
+    now = own_versions()
+    assert other_versions(now) is None
+    assert other_versions({}) is None, "studies of earlier versions may not have recorded them"
+    told = other_versions(now | {"torch": "1.0", "python": "2.7"})
     assert told is not None
     assert f"torch 1.0, here {now['torch']}; python 2.7, here {now['python']}" in told

@@ -21,7 +21,7 @@ from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import CohortError, prepare_cohort
-from tune_app.driver.local_ray import _cpus
+from tune_app.driver.local_ray import cpus_of_ray
 from tune_app.driver.optuna_database import Database, SearchError, sqlite_url
 from tune_app.driver.ray_access import AddressError, join
 from tune_app.driver.stopping import (
@@ -89,10 +89,10 @@ def test_a_local_ray_has_the_cpus_that_this_process_may_use(
 ) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr("tune_app.driver.local_ray.usable_cpus", lambda: 3)
-    assert _cpus() == {"num_cpus": 3}
+    assert cpus_of_ray() == {"num_cpus": 3}
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
-    assert _cpus() == {"num_cpus": 7}
+    assert cpus_of_ray() == {"num_cpus": 7}
 
 
 def test_a_driver_is_seen_at_work_without_flock(

@@ -108,7 +108,7 @@ def test_early_stopped_trials_of_two_ranks_leave_nothing_behind(
         groups = ray.util.placement_group_table().values()
         assert {group["state"] for group in groups} <= {"REMOVED"}
         assert {actor["State"] for actor in actors().values()} <= {"DEAD"}
-        assert actor_classes() == ["ImplicitFunc", "_Rank"]
+        assert actor_classes() == ["ImplicitFunc", "Rank"]
     finally:
         ray.shutdown()
     study = load_study(tmp_path / "study")
@@ -198,7 +198,7 @@ def test_a_trial_without_memory_left_costs_the_next_one_no_attempt(
         "out of memory: " + ("rank 0 on node" if ranks > 1 else "none left")
     )
     assert list(trials["failures"][1:]) == [0, 0]
-    assert classes == (["ImplicitFunc"] if ranks == 1 else ["ImplicitFunc"] * 2 + ["_Rank"] * 2), (
+    assert classes == (["ImplicitFunc"] if ranks == 1 else ["ImplicitFunc"] * 2 + ["Rank"] * 2), (
         "no more than it takes"
     )
 
@@ -265,7 +265,7 @@ def test_trials_of_two_gpus_follow_each_other_in_the_same_processes(tmp_path: Pa
             == outcome.states.get("stopped", 0) + outcome.states["completed"]
             == 5
         )
-        assert actor_classes() == ["ImplicitFunc", "_Rank"]
+        assert actor_classes() == ["ImplicitFunc", "Rank"]
         assert wait_until(lambda: ray.available_resources()["GPU"] >= 2.0, "GPUs free") < 5
     finally:
         ray.shutdown()

@@ -38,9 +38,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subjects = rows.groupby("subject")["label"].first()
     held = {0: list(subjects.index[subjects == 0]), 1: list(subjects.index[subjects == 1])}
     test, val = held[0][:4] + held[1][:2], held[0][4:6] + held[1][2:4]
-    rows["split"] = [
-        "test" if s in test else "val" if s in val else "train" for s in rows["subject"]
-    ]
+    splits = dict.fromkeys(test, "test") | dict.fromkeys(val, "val")
+    rows["split"] = rows["subject"].map(splits).fillna("train")
     rows.to_csv(path, index=False)
     return path
 
