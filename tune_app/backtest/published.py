@@ -32,7 +32,7 @@ from tune_app.backtest.tables import Table
 from tune_app.study.prior import Floats, Prior
 
 INSTALL = {
-    "ASHACQR": "pip install --no-deps syne-tune==0.16.0 xgboost-cpu statsmodels patsy formulaic interface_meta dill",
+    "ASHACQR": "pip install --no-deps syne-tune==0.16.0 xgboost-cpu statsmodels patsy formulaic interface_meta dill sortedcontainers",
     "PriorBand": "pip install --no-deps neural-pipeline-search==0.17.0 botorch==0.12.0 gpytorch==1.13 linear_operator"
     " jaxtyping wadler_lindig pyro-ppl pyro-api opt_einsum pymoo ifbo submitit pyre-extensions typing-inspect"
     " multipledispatch 'more-itertools<10' 'portalocker<3' matplotlib contourpy cycler fonttools kiwisolver pyparsing"

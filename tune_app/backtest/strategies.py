@@ -579,7 +579,7 @@ def strategies_text(result: pd.DataFrame) -> str:
             lines.append(f"| {strategy} | {' | '.join([*cells, *tail])} |")
         if not math.isnan(truth):
             lines.append(
-                f"\nSurrogate of {name}: out-of-bag rank correlation {truth:.2f} with the held-out AUC, {value:.2f} with"
+                f"\nSurrogate of {name}: out-of-bag rank correlation {truth:.3f} with the held-out AUC, {value:.3f} with"
                 f" the objective. "
                 + (f"Below {CLAIM_FIT:g}: nothing is claimed from this table." if weak else "")
             )

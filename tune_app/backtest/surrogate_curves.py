@@ -108,10 +108,10 @@ class CurveSurrogate:
     def pool(self, size: int, *, seed: int = 0) -> Table:
         """Return a table of `size` random configurations of the space, after the known settings of the recorded table.
 
-        A curve is the forest's prediction and the out-of-bag residual of a recorded run close by (`donors`), the
-        validation's and the held-out one together: so runs are as noisy as recorded ones, and effects of
-        hyperparameters that the forest misses are noise, too. The durations and the columns from which a diagnosis is
-        made are those of that recorded run.
+        The known settings keep their recorded curves. Any other curve is the forest's prediction and the out-of-bag
+        residual of a recorded run close by (`donors`), the validation's and the held-out one together: so runs are as
+        noisy as recorded ones, and effects of hyperparameters that the forest misses are noise, too. The durations and
+        the columns from which a diagnosis is made are those of that recorded run.
         """
         table, epochs = self.table, self.table.epochs
         space = covered_space(table)
@@ -122,8 +122,10 @@ class CurveSurrogate:
             samples.append(space.sample(suggest, epochs))
         points = encoded(table.axes, samples)
         donors = self.donors(points, np.random.default_rng([self.seed, seed]))
-        residuals = self.curves - self.out_of_bag
-        auc, hold = np.split(expit(self.forest.predict(points) + residuals[donors]), 2, axis=1)
+        donors[: len(known)] = known
+        curves = self.forest.predict(points) + (self.curves - self.out_of_bag)[donors]
+        curves[: len(known)] = self.curves[known]
+        auc, hold = np.split(expit(curves), 2, axis=1)
         value, deployed = objective_by_epoch(auc)
         drawn = [space.sample_to_overrides(sample, epochs) for sample in samples[len(known) :]]
         return replace(
