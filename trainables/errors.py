@@ -1,6 +1,6 @@
 """All problems of a user's input, reported together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ProblemsError(ValueError):
@@ -12,3 +12,8 @@ class ProblemsError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+def those_that_hold(lines: Mapping[str, object]) -> list[str]:
+    """Return the lines whose condition is true, in their order."""
+    return [line for line, holds in lines.items() if holds]

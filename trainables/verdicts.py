@@ -16,6 +16,7 @@ from trainables.course import (
     noise_of,
     number,
 )
+from trainables.errors import those_that_hold
 
 
 class Rule:
@@ -30,6 +31,20 @@ class Rule:
     def found(self) -> Diagnosis | None:
         """Return the diagnosis as of the row at hand, None where the verdict does not apply."""
         raise NotImplementedError
+
+    def divided(self, name: str, by: int) -> str:
+        """Return the change of a hyperparameter to a fraction of its value."""
+        return f"{name}={short(self.course.setting[name] / by)}"
+
+
+def advice_of(changes: Mapping[str, object]) -> str:
+    """Return the advice to make the changes whose condition is true."""
+    return "set " + ", ".join(those_that_hold(changes))
+
+
+def finite(value: float) -> float | str:
+    """Return a score as evidence has it: rounded, or `not finite`."""
+    return round(value, 4) if math.isfinite(value) else "not finite"
 
 
 CONFIRMING_EPOCHS = 3
@@ -78,27 +93,17 @@ class Drop:
 
     def follow(self) -> None:
         """Compare with the best median of the epochs before: call it before the course adds the row."""
-        epoch, auc, error = self.course.epoch, self.course.auc, self.course.error
-        best = self.course.deployed.best
-        drop = best.auc - auc if math.isfinite(auc) else math.inf
+        epoch, best = self.course.epoch, self.course.deployed.best
+        auc = self.course.auc if math.isfinite(self.course.auc) else -math.inf
         if not self.course.learned():
             self.below.count(epoch, False)
             self.unclear.count(epoch, False)
         else:
-            deep = collapse_depth(best.auc)
-            self.noise = noise_of(best.error, error)
-            depth = drop / max(deep, self.noise)
-            if self.scatter < math.inf:
-                sudden = max(SMALLEST_SUDDEN_DROP, deep, SCATTERS * self.scatter)
-                depth = max(
-                    depth,
-                    min(
-                        drop / deep,
-                        (self.usual - auc) / sudden if math.isfinite(auc) else math.inf,
-                    ),
-                )
+            drop, deep = best.auc - auc, collapse_depth(best.auc)
+            self.noise = noise_of(best.error, self.course.error)
+            depth = self._depth(drop, deep, auc)
             # No AUC and one below chance are worth as much as chance: from there a run has come back, or it has not
-            known = max(auc, 0.5) if math.isfinite(auc) else 0.5
+            known = max(auc, 0.5)
             self._lowest = min(self._lowest, known) if self.below.length else known
             returning = known - self._lowest > SHARE_REGAINED * (best.auc - self._lowest)
             # Part of the way back counts for neither side: noise must not hide a collapse, or a recovery become one
@@ -113,6 +118,18 @@ class Drop:
                 self._waited = 0
                 self.below.count(epoch, depth > 1 and not returning)
             self.unclear.count(epoch, drop > deep)
+        self._follow_usual(auc)
+
+    def _depth(self, drop: float, deep: float, auc: float) -> float:
+        """The drop in units of one that is a collapse: below the best AUC, or suddenly below the usual level."""
+        depth = drop / max(deep, self.noise)
+        if math.isinf(self.scatter):
+            return depth
+        sudden = max(SMALLEST_SUDDEN_DROP, deep, SCATTERS * self.scatter)
+        return max(depth, min(drop / deep, (self.usual - auc) / sudden))
+
+    def _follow_usual(self, auc: float) -> None:
+        """Take in an AUC that is not part of a fall as one of the usual ones."""
         if not self.below.length and math.isfinite(auc):
             self._before.append(auc)
             del self._before[:-USUAL_EPOCHS]
@@ -158,19 +175,19 @@ class NonFinite(Rule):
             if math.isfinite(number(row.get(name))):
                 evidence[name] = row[name]
         lost = "scores and training loss are" if loss_lost else "scores are"
-        changes = []
-        if self.course.setting["amp"] == "fp16":
-            changes.append("amp=bf16 (or off)")
-        changes.append(f"backbone_lr={short(self.course.setting['backbone_lr'] / 3)}")
-        changes.append(f"classifier_lr={short(self.course.setting['classifier_lr'] / 3)}")
-        if not 0 < self.course.setting["grad_clip"] <= 1:
-            changes.append("grad_clip=1.0")
+        setting = self.course.setting
+        changes = {
+            "amp=bf16 (or off)": setting["amp"] == "fp16",
+            self.divided("backbone_lr", 3): True,
+            self.divided("classifier_lr", 3): True,
+            "grad_clip=1.0": not 0 < setting["grad_clip"] <= 1,
+        }
         return Diagnosis(
             "non_finite",
             streak.first,
             evidence,
             f"not finite since epoch {streak.first} ({streak.length} epochs): {lost} NaN or infinite, or no update went through",
-            "set " + ", ".join(changes),
+            advice_of(changes),
         )
 
 
@@ -216,46 +233,64 @@ class EmaLag(Rule):
         self._lag.count(course.epoch, lags)
 
     def found(self) -> Diagnosis | None:
-        row, raw, ema = self.course.row, self.course.raw, self.course.ema
-        lag = self._lag
+        raw, ema, lag = self.course.raw, self.course.ema, self._lag
         # A drop of the deployed AUC that is confirmed while the raw weights lead is the average's, too
         fell = self.drop.below.length >= CONFIRMING_EPOCHS
         if lag.length < CONFIRMING_EPOCHS and not (lag.length and fell):
             return self._returns(raw, ema) if fell and not lag.length else None
-        evidence: Evidence = {"auc_raw": round(raw, 4), "epochs": lag.length}
-        if math.isfinite(ema):
-            evidence |= {"auc_ema": round(ema, 4), "lead_of_raw": round(raw - ema, 4)}
-        else:
-            evidence["auc_ema"] = "not finite"
-        best = self.course.deployed.best
-        if self._caught_up:
-            evidence |= {"best_auc": round(best.auc, 4), "best_epoch": best.epoch}
-        decay = float(self.course.setting["ema_decay"])
-        carried = math.nan
-        if self.course.updates and not self.course.setting["ema_warmup"]:
-            carried = decay**self.course.updates
-            evidence["initial_weight"] = round(carried, 4)
-        for name in ("val_logit_gap_ema", "val_auc_probability_ema"):
-            if math.isfinite(number(row.get(name))):
-                evidence[name] = round(float(row[name]), 4)
-
+        carried = self._carried()
         # A non-finite average is not warming up, and one that stays mostly initial weights to the end has no time to
         lost = (
             math.isfinite(carried)
-            and carried ** (self.course.setting["epochs"] / int(row["epoch"])) > CARRIED_TO_THE_END
+            and carried ** (self.course.setting["epochs"] / self.course.epoch) > CARRIED_TO_THE_END
         )
         settled = fell or lost or lag.length >= self._patience or not math.isfinite(ema)
+        return Diagnosis(
+            "ema_lag",
+            lag.first,
+            self._evidence(carried),
+            self._summary(carried, fell=fell, settled=settled),
+            self._quicker_average(),
+            settled,
+        )
+
+    def _summary(self, carried: float, *, fell: bool, settled: bool) -> str:
+        epoch, raw, ema, lag = self.course.epoch, self.course.raw, self.course.ema, self._lag
         read = f"{ema:.3f}" if math.isfinite(ema) else "no finite score"
         what = "fell behind" if self._caught_up or fell else "never caught up with"
         summary = (
-            f"averaged weights {what} the raw ones: {read} against {raw:.3f} at epoch {int(row['epoch'])}, "
+            f"averaged weights {what} the raw ones: {read} against {raw:.3f} at epoch {epoch}, "
             f"apart since epoch {lag.first} ({lag.length} epochs); the raw network is sound"
         )
         if carried > 0.05:
             summary += f", the average still carries {carried:.0%} of the initial weights"
-        if not settled:
-            summary += "; it may still catch up"
-        return Diagnosis("ema_lag", lag.first, evidence, summary, self._quicker_average(), settled)
+        return summary if settled else f"{summary}; it may still catch up"
+
+    def _carried(self) -> float:
+        """The share of the initial weights in the average; NaN where the decay warms up or updates are not counted."""
+        if not self.course.updates or self.course.setting["ema_warmup"]:
+            return math.nan
+        carried: float = self.course.setting["ema_decay"] ** self.course.updates
+        return carried
+
+    def _evidence(self, carried: float) -> Evidence:
+        row, raw, ema = self.course.row, self.course.raw, self.course.ema
+        best = self.course.deployed.best
+        evidence: Evidence = {
+            "auc_raw": round(raw, 4),
+            "epochs": self._lag.length,
+            "auc_ema": finite(ema),
+        }
+        if math.isfinite(ema):
+            evidence["lead_of_raw"] = round(raw - ema, 4)
+        if self._caught_up:
+            evidence |= {"best_auc": round(best.auc, 4), "best_epoch": best.epoch}
+        if math.isfinite(carried):
+            evidence["initial_weight"] = round(carried, 4)
+        for name in ("val_logit_gap_ema", "val_auc_probability_ema"):
+            if math.isfinite(number(row.get(name))):
+                evidence[name] = round(float(row[name]), 4)
+        return evidence
 
     def _returns(self, raw: float, ema: float) -> Diagnosis | None:
         """The average, which fell behind a sound network, is near it again, and still below its earlier level."""
@@ -286,16 +321,15 @@ class EmaLag(Rule):
     def _quicker_average(self) -> str:
         """The advice against an average that stays behind."""
         decay = float(self.course.setting["ema_decay"])
-        changes = []
-        if self.course.setting["ema_buffers"] == "copied":
-            changes.append("ema_buffers=averaged")
-        if not self.course.setting["ema_warmup"]:
-            changes.append("ema_warmup=true")
-        if decay > 0.98 or not changes:
+        lower = 0.995 if decay > 0.995 else 0.98
+        if decay <= 0.98:
             lower = max(0.0, round(1 - 4 * (1 - decay), 4))
-            lower = next((shorter for shorter in (0.995, 0.98) if decay > shorter), lower)
-            changes.append(f"ema_decay={lower:g}")
-        return "set " + ", ".join(changes)
+        changes = {
+            "ema_buffers=averaged": self.course.setting["ema_buffers"] == "copied",
+            "ema_warmup=true": not self.course.setting["ema_warmup"],
+        }
+        changes[f"ema_decay={lower:g}"] = decay > 0.98 or not any(changes.values())
+        return advice_of(changes)
 
 
 DRW_WINDOW = 8
@@ -315,7 +349,7 @@ class Collapsed(Rule):
         evidence: Evidence = {
             "best_auc": round(best.auc, 4),
             "best_epoch": best.epoch,
-            "auc": round(auc, 4) if math.isfinite(auc) else "not finite",
+            "auc": finite(auc),
             "epochs": below.length,
             "noise": round(self.drop.noise, 4),
         }
@@ -336,30 +370,28 @@ class Collapsed(Rule):
         ):
             evidence["drw_start_epoch"] = start
             late = round(0.8 * setting["epochs"])
-            later = late if late > start else start + 10
-            changes = [f"drw_start_epoch={later}"]
-            if setting["drw_beta"] > 0.99:
-                changes.append("drw_beta=0.99")
-            changes.append(f"backbone_lr={short(setting['backbone_lr'] / 2)}")
+            later = {
+                f"drw_start_epoch={late if late > start else start + 10}": True,
+                "drw_beta=0.99": setting["drw_beta"] > 0.99,
+                self.divided("backbone_lr", 2): True,
+            }
             return Diagnosis(
                 "collapsed_after_drw",
                 below.first,
                 evidence,
                 f"{summary}; the deferred weights began at epoch {start}",
-                "set " + ", ".join(changes),
+                advice_of(later),
             )
-        changes = [f"backbone_lr={short(setting['backbone_lr'] / 2)}"]
-        if setting["loss"] == "ldam" and setting["max_m"] > 0.2:
-            changes.append("max_m=0.2")
-        if setting["loss"] == "ldam" and setting["s"] > 15:
-            changes.append("s=15")
-        if setting["ema_buffers"] == "copied":
-            changes.append("ema_buffers=averaged")
-        if not setting["warmup_epochs"]:
-            changes.append("warmup_epochs=3")
-        if not setting["freeze_backbone_epochs"]:
-            changes.append("freeze_backbone_epochs=5")
-        return Diagnosis("collapsed", below.first, evidence, summary, "set " + ", ".join(changes))
+        ldam = setting["loss"] == "ldam"
+        changes = {
+            self.divided("backbone_lr", 2): True,
+            "max_m=0.2": ldam and setting["max_m"] > 0.2,
+            "s=15": ldam and setting["s"] > 15,
+            "ema_buffers=averaged": setting["ema_buffers"] == "copied",
+            "warmup_epochs=3": not setting["warmup_epochs"],
+            "freeze_backbone_epochs=5": not setting["freeze_backbone_epochs"],
+        }
+        return Diagnosis("collapsed", below.first, evidence, summary, advice_of(changes))
 
     def _read(self, drop: float) -> tuple[str, Evidence]:
         """The score in words, and the usual level where the words compare with it."""
@@ -396,47 +428,44 @@ class Saturated(Rule):
         )
 
     def found(self) -> Diagnosis | None:
-        row = self.course.row
-        streak = self._saturated
+        streak, setting = self._saturated, self.course.setting
         if streak.length < 2:
             return None
         evidence: Evidence = {"epochs": streak.length}
-        parts = []
-        for weights in ("raw", "ema"):
-            if not saturates(row, weights):
-                continue
-            logits, probabilities = (
-                number(row.get(f"val_auc_{weights}")),
-                number(row.get(f"val_auc_probability_{weights}")),
-            )
-            tied = number(row.get(f"val_tied_{weights}"))
-            part = []
-            if math.isfinite(probabilities) and math.isfinite(logits):
-                evidence |= {
-                    f"auc_{weights}": round(logits, 4),
-                    f"auc_probability_{weights}": round(probabilities, 4),
-                }
-                part.append(f"AUC {probabilities:.3f} from probabilities, {logits:.3f} from logits")
-            if math.isfinite(tied):
-                evidence[f"tied_{weights}"] = round(tied, 4)
-                part.append(f"{tied:.0%} of scores tied")
-            parts.append(f"{'averaged' if weights == 'ema' else 'raw'} weights: {', '.join(part)}")
-        changes = []
-        if self.course.setting["head"] == "linear":
-            changes.append("head=cosine")
-        if self.course.setting["s"] > 10 and self.course.setting["loss"] == "ldam":
-            changes.append(f"s={short(15 if self.course.setting['s'] > 15 else 10)}")
-        if self.course.setting["ema_buffers"] == "copied":
-            changes.append("ema_buffers=averaged")
-        if not changes:
-            changes.append(f"classifier_lr={short(self.course.setting['classifier_lr'] / 3)}")
+        parts = [
+            f"{name} weights: {self._signs(weights, evidence)}"
+            for weights, name in (("raw", "raw"), ("ema", "averaged"))
+            if saturates(self.course.row, weights)
+        ]
+        changes = {
+            "head=cosine": setting["head"] == "linear",
+            f"s={15 if setting['s'] > 15 else 10}": setting["s"] > 10 and setting["loss"] == "ldam",
+            "ema_buffers=averaged": setting["ema_buffers"] == "copied",
+        }
+        changes[self.divided("classifier_lr", 3)] = not any(changes.values())
         return Diagnosis(
             "saturated",
             streak.first,
             evidence,
             f"scores saturate since epoch {streak.first}: {'; '.join(parts)}",
-            "set " + ", ".join(changes) + "; rank by logits, not by this run's probabilities",
+            f"{advice_of(changes)}; rank by logits, not by this run's probabilities",
         )
+
+    def _signs(self, weights: str, evidence: Evidence) -> str:
+        """The signs that one network's scores are saturated, in words; their numbers are added to `evidence`."""
+        row, signs = self.course.row, []
+        logits, probabilities = (
+            number(row.get(f"val_auc_{of}{weights}")) for of in ("", "probability_")
+        )
+        tied = number(row.get(f"val_tied_{weights}"))
+        if math.isfinite(probabilities) and math.isfinite(logits):
+            evidence[f"auc_{weights}"] = round(logits, 4)
+            evidence[f"auc_probability_{weights}"] = round(probabilities, 4)
+            signs.append(f"AUC {probabilities:.3f} from probabilities, {logits:.3f} from logits")
+        if math.isfinite(tied):
+            evidence[f"tied_{weights}"] = round(tied, 4)
+            signs.append(f"{tied:.0%} of scores tied")
+        return ", ".join(signs)
 
 
 def saturates(row: Mapping[str, Any], weights: str) -> bool:
@@ -490,34 +519,28 @@ class NeverLearned(Rule):
         if best.auc >= CHANCE_BAND or train >= 0.75 or best.auc + 1.96 * best.error > 0.85:
             return None
         evidence: Evidence = {
-            "best_auc": round(best.auc, 4) if math.isfinite(best.auc) else "not finite",
+            "best_auc": finite(best.auc),
             "best_epoch": best.epoch,
             "error": round(best.error, 4),
             "epochs": epoch,
         }
         if math.isfinite(train):
             evidence["train_auc"] = round(train, 4)
-        changes = (
-            []
-            if setting["pretrained_path"] or not setting.known
-            else ["pretrained_path=<a MedicalNet file>"]
-        )
-        changes += [
-            f"backbone_lr={short(setting['backbone_lr'] * 3)}",
-            f"classifier_lr={short(setting['classifier_lr'] * 3)}",
-        ]
+        changes = {
+            "pretrained_path=<a MedicalNet file>": setting.known and not setting["pretrained_path"],
+            f"backbone_lr={short(setting['backbone_lr'] * 3)}": True,
+            f"classifier_lr={short(setting['classifier_lr'] * 3)}": True,
+        }
+        reached = "is no number"
+        if math.isfinite(best.auc):
+            reached = f"{best.auc:.3f} +- {1.96 * best.error:.3f}"
         return Diagnosis(
             "never_learned",
             1,
             evidence,
-            f"not above chance in {epoch} epochs: best 3-epoch median "
-            + (
-                f"{best.auc:.3f} +- {1.96 * best.error:.3f}"
-                if math.isfinite(best.auc)
-                else "is no number"
-            ),
+            f"not above chance in {epoch} epochs: best 3-epoch median {reached}",
             "look at labels, `spacing_mm`, `intensity` and `volume_shape` with `medtune data check` first, which costs no "
-            "training; then set " + ", ".join(changes),
+            f"training; then {advice_of(changes)}",
             settled=trained >= 2 * self._time_to_learn,
         )
 
@@ -559,14 +582,12 @@ class TrainValidationGap(Rule):
             return None
         train = float(row["train_auc"])
         setting = self.course.setting
-        changes = []
-        if setting["dropout"] < 0.5:
-            changes.append("dropout=0.5")
-        if setting["augmentation_strength"] < 1.5:
-            changes.append("augmentation_strength=1.5")
-        changes.append(f"weight_decay={short(max(10 * setting['weight_decay'], 1e-4))}")
-        if not setting["freeze_backbone_epochs"]:
-            changes.append("freeze_backbone_epochs=5")
+        changes = {
+            "dropout=0.5": setting["dropout"] < 0.5,
+            "augmentation_strength=1.5": setting["augmentation_strength"] < 1.5,
+            f"weight_decay={short(max(10 * setting['weight_decay'], 1e-4))}": True,
+            "freeze_backbone_epochs=5": not setting["freeze_backbone_epochs"],
+        }
         return Diagnosis(
             "train_validation_gap",
             gap.first,
@@ -578,7 +599,7 @@ class TrainValidationGap(Rule):
             },
             f"training AUC {train:.3f}, validation AUC {auc:.3f}: over {GAP:g} apart since epoch {gap.first}, "
             f"no better validation median since epoch {best.epoch}",
-            "set " + ", ".join(changes),
+            advice_of(changes),
         )
 
 
@@ -606,11 +627,8 @@ class LossSpike(Rule):
         if not math.isfinite(loss) or (
             len(self._losses) >= 3 and loss > LOSS_SPIKE_FACTOR * usual > 0
         ):
-            self._spike = (
-                (epoch, loss, usual)
-                if self._spike is None or self._epochs_since_spike
-                else self._spike
-            )
+            if self._spike is None or self._epochs_since_spike:
+                self._spike = (epoch, loss, usual)
             self._epochs_since_spike = 0
         else:
             self._epochs_since_spike += 1
@@ -623,7 +641,7 @@ class LossSpike(Rule):
         if self._spike is None:
             return None
         epoch, loss, usual = self._spike
-        evidence: Evidence = {"loss": round(loss, 4) if math.isfinite(loss) else "not finite"}
+        evidence: Evidence = {"loss": finite(loss)}
         if math.isfinite(usual):
             evidence["usual_loss"] = round(usual, 4)
         times = (
@@ -631,18 +649,14 @@ class LossSpike(Rule):
             if math.isfinite(loss)
             else "not finite"
         )
-        changes = [f"backbone_lr={short(self.course.setting['backbone_lr'] / 2)}"]
-        if not 0 < self.course.setting["grad_clip"] <= 1:
-            changes.append("grad_clip=1.0")
-        if not self.course.setting["warmup_epochs"]:
-            changes.append("warmup_epochs=3")
-        return Diagnosis(
-            "loss_spike",
-            epoch,
-            evidence,
-            f"training loss {times} at epoch {epoch}",
-            "set " + ", ".join(changes),
-        )
+        setting = self.course.setting
+        changes = {
+            self.divided("backbone_lr", 2): True,
+            "grad_clip=1.0": not 0 < setting["grad_clip"] <= 1,
+            "warmup_epochs=3": not setting["warmup_epochs"],
+        }
+        summary = f"training loss {times} at epoch {epoch}"
+        return Diagnosis("loss_spike", epoch, evidence, summary, advice_of(changes))
 
 
 class TooNoisy(Rule):

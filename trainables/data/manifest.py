@@ -149,7 +149,7 @@ def checked_rows(
 ) -> tuple[list[Row], list[str]]:
     """All rows, and all problems: of the columns, of each row, and between rows."""
     if problem := _outside(table):
-        raise ManifestError([f"table {url_of(table) or table}: {problem}"])
+        raise ManifestError(f"table {url_of(table) or table}: {problem}")
     columns, records = read_records(table)
     problems = _column_problems(columns)
     if not records:

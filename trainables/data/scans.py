@@ -114,18 +114,13 @@ class Scan:
 # One volume ------------------------------------------------------------------------------------------------------------
 
 
-def load_volume(path: Path | str, recipe: Recipe) -> np.ndarray:
-    """Return the prepared volume of a file: (C, D, H, W) float32, RAS+, of `recipe.volume_shape`.
-
-    Read, resampled, cropped, normalised over the voxels that are left, clipped to +-1000 and only then padded, with
-    the smallest value of the channel: the border looks like background and is not in the statistics.
-    Raises VolumeError.
-    """
-    return prepare_scan(read_scan(path, recipe.in_channels), recipe, path)
-
-
 def prepare_scan(scan: Scan, recipe: Recipe, path: Path | str) -> np.ndarray:
-    """Return `load_volume`'s result for a file that has been read already; `path` is for the messages."""
+    """Return the prepared volume of a scan: (C, D, H, W) float32, RAS+, of `recipe.volume_shape`.
+
+    Resampled, cropped, normalised over the voxels that are left, clipped to +-1000 and only then padded, with the
+    smallest value of the channel: the border looks like background and is not in the statistics.
+    Raises VolumeError, with `path` in its message.
+    """
     with naming(path):
         return _padded(_normalised(resample(scan, recipe), recipe), recipe.volume_shape)
 

@@ -74,7 +74,7 @@ def join_table(scans: Path, labels: Path, options: JoinOptions) -> JoinedTable:
     scans whose subject is unknown.
     """
     if options.subject is not None and options.one_subject_per_scan:
-        raise ManifestError(["--subject and --one-subject-per-scan contradict each other"])
+        raise ManifestError("--subject and --one-subject-per-scan contradict each other")
     found, unread = find_scans(scans, options.pattern)
     if not found:
         raise ManifestError(_nothing_found(scans, options.pattern, unread))
@@ -107,7 +107,7 @@ def write_table(joined: JoinedTable, path: Path, *, force: bool = False) -> None
     Raises ManifestError when there is a file already, without `force`.
     """
     if path.exists() and not force:
-        raise ManifestError([f"{path}: exists already; --force overwrites it"])
+        raise ManifestError(f"{path}: exists already; --force overwrites it")
     columns = ["path", "label", "subject", "class"]
     columns += [name for name in ("split", "fold") if any(name in row for row in joined.rows)]
     folder = _plain(path).parent
@@ -137,7 +137,7 @@ def find_scans(folder: Path, pattern: str = "*") -> tuple[list[Path], list[Found
     Raises ManifestError when `folder` is no folder.
     """
     if not folder.is_dir():
-        raise ManifestError([f"{folder}: no such folder of scans"])
+        raise ManifestError(f"{folder}: no such folder of scans")
     found, _ = scans_below(folder)
     named = [one for one in found if one.problem is None and has_scan_name(one.path.name)]
     scans = sorted(one.path for one in named if one.path.match(pattern))
@@ -163,7 +163,7 @@ def convert_dicom(folder: Path, target: Path) -> list[str]:
     program = shutil.which("dcm2niix")
     if program is None:
         raise ManifestError(
-            [f"{folder}: DICOM is converted by dcm2niix, which is not installed here"]
+            f"{folder}: DICOM is converted by dcm2niix, which is not installed here"
         )
     target.mkdir(parents=True, exist_ok=True)
     command = [program, "-z", "y", "-f", "%i_%s", "-o", str(target), str(folder)]
@@ -171,7 +171,7 @@ def convert_dicom(folder: Path, target: Path) -> list[str]:
     made = len(find_scans(target)[0])
     if done.returncode != 0 or not made:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
-        raise ManifestError([f"{folder}: dcm2niix ended with {done.returncode}: {reason[0]}"])
+        raise ManifestError(f"{folder}: dcm2niix ended with {done.returncode}: {reason[0]}")
     return [f"dcm2niix wrote {made} volumes to {target}"]
 
 
@@ -186,7 +186,7 @@ def read_sheet(path: Path) -> Sheet:
     try:
         content = regular_bytes(path, MAX_TABLE_BYTES)
     except OSError as error:
-        raise ManifestError([f"label sheet {path}: {error.strerror}"]) from None
+        raise ManifestError(f"label sheet {path}: {error.strerror}") from None
     if content.startswith(b"PK\x03\x04"):
         table = _excel(path, content)
     elif content.lstrip()[:1] in (b"{", b"["):
@@ -197,7 +197,7 @@ def read_sheet(path: Path) -> Sheet:
     columns = [str(cell).strip() for cell in header]
     twice = [name for name, count in Counter(columns).items() if count > 1 and name]
     if twice:
-        raise ManifestError([f"label sheet {path}: duplicate column {twice[0]!r}: rename one"])
+        raise ManifestError(f"label sheet {path}: duplicate column {twice[0]!r}: rename one")
     rows = [
         {name: cell for name, cell in zip(columns, cells, strict=False) if name}
         for cells in body
@@ -205,7 +205,7 @@ def read_sheet(path: Path) -> Sheet:
     ]
     names = tuple(name for name in columns if name)
     if not rows:
-        raise ManifestError([f"label sheet {path}: no rows below the header"])
+        raise ManifestError(f"label sheet {path}: no rows below the header")
     return Sheet(names, tuple({name: row.get(name, "") for name in names} for row in rows))
 
 
@@ -214,14 +214,14 @@ def _excel(path: Path, content: bytes) -> list[list[str]]:
         import openpyxl
     except ImportError:
         raise ManifestError(
-            [f"label sheet {path}: Excel needs `pip install openpyxl`, or save the sheet as CSV"]
+            f"label sheet {path}: Excel needs `pip install openpyxl`, or save the sheet as CSV"
         ) from None
     try:
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
         sheet = book.worksheets[0]
         rows = [[_cell(value) for value in row] for row in sheet.iter_rows(values_only=True)]
     except (ValueError, KeyError, OSError, IndexError) as error:
-        raise ManifestError([f"label sheet {path}: not an Excel workbook: {error}"]) from None
+        raise ManifestError(f"label sheet {path}: not an Excel workbook: {error}") from None
     return _from_first_filled(rows)
 
 
@@ -229,7 +229,7 @@ def _text(path: Path, content: bytes) -> list[list[str]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ManifestError([f"label sheet {path}: not UTF-8 text: save it as UTF-8"]) from None
+        raise ManifestError(f"label sheet {path}: not UTF-8 text: save it as UTF-8") from None
     first = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t|", key=first.count)
     try:
@@ -238,7 +238,7 @@ def _text(path: Path, content: bytes) -> list[list[str]]:
             for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         ]
     except csv.Error as error:
-        raise ManifestError([f"label sheet {path}: not a table of text: {error}"]) from None
+        raise ManifestError(f"label sheet {path}: not a table of text: {error}") from None
     return _from_first_filled(rows)
 
 
@@ -251,21 +251,17 @@ def _json(path: Path, content: bytes) -> list[list[str]]:
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise ManifestError([f"label sheet {path}: not JSON: {error}"]) from None
+        raise ManifestError(f"label sheet {path}: not JSON: {error}") from None
     items = value if isinstance(value, list) else _datalist(value)
     if not items or not all(isinstance(item, dict) for item in items):
         raise ManifestError(
-            [
-                f"label sheet {path}: a list of objects is needed, or a MONAI datalist "
-                '({"training": [{"image": ..., "label": ...}]})'
-            ]
+            f"label sheet {path}: a list of objects is needed, or a MONAI datalist "
+            '({"training": [{"image": ..., "label": ...}]})'
         )
     if any(str(item.get("label", "")).lower().endswith((".nii", ".nii.gz")) for item in items):
         raise ManifestError(
-            [
-                f"label sheet {path}: its labels are segmentation files; a class per scan is needed: "
-                "give a sheet with one class per case"
-            ]
+            f"label sheet {path}: its labels are segmentation files; a class per scan is needed: "
+            "give a sheet with one class per case"
         )
     columns = list(dict.fromkeys(str(name) for item in items for name in item))
     return [columns, *([_cell(item.get(name)) for name in columns] for item in items)]
@@ -343,7 +339,7 @@ def _matching(
 ) -> tuple[str, str]:
     """Return the id column and the kind of key that match the most scans; the most specific kind among equals."""
     if asked is not None and asked not in sheet.columns:
-        raise ManifestError([_no_column(asked, "--id", sheet, labels)])
+        raise ManifestError(_no_column(asked, "--id", sheet, labels))
     best = (0, False, "", "")
     for column in [asked] if asked is not None else sheet.columns:
         cells = {_normal(row[column]) for row in sheet.rows if row[column]}
@@ -356,11 +352,9 @@ def _matching(
         where = f"column {asked!r}" if asked is not None else "no column"
         first = [_key("stem", scan, folder) for scan in scans[:3]]
         raise ManifestError(
-            [
-                f"label sheet {labels}: {where} names the scans, which are called "
-                f"{', '.join(first)}, ...; its columns are {', '.join(sheet.columns)}: "
-                "add a column with the file names, and name it with --id"
-            ]
+            f"label sheet {labels}: {where} names the scans, which are called "
+            f"{', '.join(first)}, ...; its columns are {', '.join(sheet.columns)}: "
+            "add a column with the file names, and name it with --id"
         )
     return best[2], best[3]
 
@@ -390,7 +384,7 @@ def _matches(
 def _label_column(sheet: Sheet, asked: str | None, taken: set[str], labels: Path) -> str:
     if asked is not None:
         if asked not in sheet.columns:
-            raise ManifestError([_no_column(asked, "--label", sheet, labels)])
+            raise ManifestError(_no_column(asked, "--label", sheet, labels))
         return asked
     others = [name for name in sheet.columns if name not in taken]
     named = [name for word in LABEL_NAMES for name in others if name.casefold() == word]
@@ -406,7 +400,7 @@ def _label_column(sheet: Sheet, asked: str | None, taken: set[str], labels: Path
         return candidates[0]
     found = f"any of {', '.join(candidates)} could be it" if candidates else "none could be it"
     raise ManifestError(
-        [f"label sheet {labels}: which column is the label? {found}: name it with --label"]
+        f"label sheet {labels}: which column is the label? {found}: name it with --label"
     )
 
 
@@ -430,7 +424,7 @@ def _classes(
     if options.positive is not None:
         if options.positive not in written:
             raise ManifestError(
-                [f"--positive {options.positive!r}: the labels are {', '.join(written[:10])}"]
+                f"--positive {options.positive!r}: the labels are {', '.join(written[:10])}"
             )
         rest = [word for word in written if word != options.positive]
         name = rest[0] if len(rest) == 1 else f"not {options.positive}"
@@ -439,17 +433,13 @@ def _classes(
     measured = [n for n in numbers if n is not None and not n.is_integer()]
     if measured or len(written) > MOST_CLASSES:
         raise ManifestError(
-            [
-                f"label column {column!r}: {len(written)} different values ({', '.join(written[:4])}, "
-                "...) look like a measurement. medtune classifies: choose limits and write a "
-                "column of classes, or name another column with --label"
-            ]
+            f"label column {column!r}: {len(written)} different values ({', '.join(written[:4])}, "
+            "...) look like a measurement. medtune classifies: choose limits and write a "
+            "column of classes, or name another column with --label"
         )
     if len(written) < 2:
         raise ManifestError(
-            [
-                f"label column {column!r}: every scan has {', '.join(written)}: two classes are needed"
-            ]
+            f"label column {column!r}: every scan has {', '.join(written)}: two classes are needed"
         )
     known = [n for n in numbers if n is not None]
     if len(known) == len(written):
@@ -513,16 +503,14 @@ def _subjects(
         ), "subject: every scan is of another person"
     if asked is None:
         raise ManifestError(
-            [
-                "whose scans are these? Scans of one person on both sides of a split make every score "
-                "worthless. Name a column or a pattern of the path with --subject (for example "
-                "--subject '([^_/]+)_[^/]*$'), or state --one-subject-per-scan"
-            ]
+            "whose scans are these? Scans of one person on both sides of a split make every score "
+            "worthless. Name a column or a pattern of the path with --subject (for example "
+            "--subject '([^_/]+)_[^/]*$'), or state --one-subject-per-scan"
         )
     if asked in sheet.columns:
         empty = [scan for scan, row in labelled if not row[asked]]
         if empty:
-            raise ManifestError([f"subject column {asked!r}: empty for {_named(empty, folder)}"])
+            raise ManifestError(f"subject column {asked!r}: empty for {_named(empty, folder)}")
         people = len({row[asked] for _, row in labelled})
         return lambda _, row: row[asked], f"subject: column {asked!r}, {people} subjects"
     return _subjects_by_pattern(asked, labelled, sheet, folder)
@@ -537,18 +525,16 @@ def _subjects_by_pattern(
     try:
         searched = re.compile(pattern)
     except re.error as error:
-        raise ManifestError([f"--subject {pattern!r}: no column, no pattern: {error}"]) from None
+        raise ManifestError(f"--subject {pattern!r}: no column, no pattern: {error}") from None
     if searched.groups != 1:
         raise ManifestError(
-            [
-                f"--subject {pattern!r}: no such column (they are {', '.join(sheet.columns)}), and a "
-                "pattern needs one group in parentheses"
-            ]
+            f"--subject {pattern!r}: no such column (they are {', '.join(sheet.columns)}), and a "
+            "pattern needs one group in parentheses"
         )
     found = {scan: searched.search(scan.relative_to(folder).as_posix()) for scan, _ in labelled}
     without = [scan for scan, match in found.items() if match is None]
     if without:
-        raise ManifestError([f"--subject {pattern!r}: not found in {_named(without, folder)}"])
+        raise ManifestError(f"--subject {pattern!r}: not found in {_named(without, folder)}")
     names = {scan: match[1] for scan, match in found.items() if match is not None}
     people = len(set(names.values()))
     return lambda scan, _: names[scan], f"subject: {pattern!r} in the path, {people} subjects"

@@ -186,7 +186,7 @@ def cohort_like(
     made = prepare_cohort(manifest, recipe, first.parent, progress, workers=workers)
     if cohort_name_like(made, first_recipe) != first.name:
         raise CohortError(
-            [f"{manifest.table}: not the data of the study (cohort {first.name}, here {made.name})"]
+            f"{manifest.table}: not the data of the study (cohort {first.name}, here {made.name})"
         )
     return made
 
@@ -198,7 +198,7 @@ def cohort_name_like(folder: Path, recipe: Recipe) -> str:
         rows = {name: written[name] for name in ("paths", "labels", "subjects")}
         return _cohort_name(written["sha256"], rows, recipe)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CohortError([f"cohort {folder}: damaged ({error}): prepare it again"]) from None
+        raise CohortError(f"cohort {folder}: damaged ({error}): prepare it again") from None
 
 
 def is_moved(recorded: str, made: Path, before: str | Path, table: str | Path) -> bool:
@@ -219,7 +219,7 @@ def is_moved(recorded: str, made: Path, before: str | Path, table: str | Path) -
             return all(was[name] == now[name] for name in ("labels", "subjects"))
         rows = {name: now[name] for name in ("paths", "labels", "subjects")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CohortError([f"cohort {made}: damaged ({error}): prepare it again"]) from None
+        raise CohortError(f"cohort {made}: damaged ({error}): prepare it again") from None
     folder, earlier = Path(absolute(table)).parent, Path(absolute(before)).parent
     rows["paths"] = [
         path if url_of(path) else os.path.normpath(earlier / os.path.relpath(path, folder))

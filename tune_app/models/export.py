@@ -469,10 +469,8 @@ def _refuse_ignored(config: FineTuneConfig, study: Study) -> None:
     ):
         return
     raise ExportError(
-        [
-            f"{study.path}: the version that ran this study recorded the preprocessing of the chosen trial, but trained it "
-            "on the volumes of the study's `config`: run the configuration again in a new study and export that"
-        ]
+        f"{study.path}: the version that ran this study recorded the preprocessing of the chosen trial, but trained it "
+        "on the volumes of the study's `config`: run the configuration again in a new study and export that"
     )
 
 

@@ -21,7 +21,7 @@ from trainables.data.scans import (
     Recipe,
     Scan,
     VolumeError,
-    load_volume,
+    prepare_scan,
     read_header,
     read_scan,
     resample,
@@ -36,6 +36,10 @@ def recipe(**changes: Any) -> Recipe:
 
 def scan(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], seed: int = 0) -> Scan:
     return Scan(np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32), spacing_mm)
+
+
+def prepared(path: Path, recipe: Recipe) -> np.ndarray:
+    return prepare_scan(read_scan(path, recipe.in_channels), recipe, path)
 
 
 # Geometry --------------------------------------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ def test_the_same_object_comes_out_the_same_from_every_orientation(write_scan: W
         path = write_scan()
         turned = nib.orientations.ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
         nib.save(image.as_reoriented(turned), path)
-        volume = load_volume(path, recipe())
+        volume = prepared(path, recipe())
         reference = volume if reference is None else reference
         np.testing.assert_allclose(volume, reference, atol=1e-5)
 
@@ -170,7 +174,7 @@ def test_crop_and_pad_are_monais(
     monai = ResizeWithPadOrCrop(wanted, mode="constant", value=border)(
         read_scan(path).voxels
     ).numpy()
-    np.testing.assert_allclose(load_volume(path, plain), monai / 500, atol=1e-6)
+    np.testing.assert_allclose(prepared(path, plain), monai / 500, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(20, 30, 40), (64, 12, 9), (8, 8, 8)])
@@ -198,7 +202,7 @@ def test_memory_stays_that_of_the_file_however_fine_the_spacing() -> None:
 
 def test_zscore_counts_the_volume_and_not_its_padding(write_scan: Write) -> None:
     path = write_scan(voxels=(16, 16, 6))
-    volume = load_volume(path, recipe(spacing_mm=(1.0, 1.0, 1.0)))
+    volume = prepared(path, recipe(spacing_mm=(1.0, 1.0, 1.0)))
     inside, border = volume[..., 5:11], np.delete(volume, np.s_[5:11], axis=3)
     assert inside.mean() == pytest.approx(0, abs=1e-5)
     assert inside.std() == pytest.approx(1, abs=1e-5)
@@ -208,7 +212,7 @@ def test_zscore_counts_the_volume_and_not_its_padding(write_scan: Write) -> None
 
 def test_zscore_nonzero_counts_voxels_above_zero(write_scan: Write) -> None:
     voxels = np.random.default_rng(0).normal(0, 30, (16, 16, 16))
-    volume = load_volume(write_scan(voxels=voxels), recipe(intensity="zscore_nonzero"))
+    volume = prepared(write_scan(voxels=voxels), recipe(intensity="zscore_nonzero"))
     stored = voxels.astype(np.float32).astype(np.float64)
     np.testing.assert_allclose(
         volume[0], (stored - stored[stored > 0].mean()) / stored[stored > 0].std(), atol=1e-5
@@ -217,7 +221,7 @@ def test_zscore_nonzero_counts_voxels_above_zero(write_scan: Write) -> None:
 
 def test_window_clips_and_scales_to_plus_minus_one(write_scan: Write) -> None:
     voxels = np.linspace(-2000, 2000, 16**3).reshape(16, 16, 16)
-    volume = load_volume(
+    volume = prepared(
         write_scan(voxels=voxels), recipe(intensity="window", window_low=-1000, window_high=400)
     )
     np.testing.assert_allclose(volume[0], (voxels.clip(-1000, 400) + 300) / 700, atol=1e-5)
@@ -225,7 +229,7 @@ def test_window_clips_and_scales_to_plus_minus_one(write_scan: Write) -> None:
 
 def test_each_channel_is_normalised_by_itself(write_scan: Write) -> None:
     voxels = np.random.default_rng(0).normal(size=(16, 16, 10, 2)) * [1, 500] + [0, 9000]
-    volume = load_volume(
+    volume = prepared(
         write_scan(voxels=voxels, axes="LPS"), recipe(in_channels=2, spacing_mm=(1.0, 1.0, 1.0))
     )
     assert volume.shape == (2, 16, 16, 16)
@@ -239,7 +243,7 @@ def test_the_wildest_values_stay_finite_in_float16(write_scan: Write, intensity:
     voxels = np.random.default_rng(0).normal(1, 1e-3, (130, 130, 130))
     voxels[0, 0, 0], voxels[1, 1, 1] = 3e38, -3e38
     path = write_scan("scan.nii", voxels)
-    wild = load_volume(
+    wild = prepared(
         path, recipe(volume_shape=(130, 130, 130), intensity=intensity, window_high=1e38)
     )
     assert np.isfinite(wild.astype(np.float16)).all()
@@ -489,7 +493,7 @@ def test_a_bad_file_is_refused_by_name_with_what_arrived(
     spoil(path)
     tracemalloc.start()
     with pytest.raises(VolumeError) as refusal:
-        load_volume(path, recipe())
+        prepared(path, recipe())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert f"scan {path}: " in str(refusal.value)
@@ -580,7 +584,7 @@ def test_an_intensity_rule_that_leaves_a_constant_is_refused(
 ) -> None:
     path = write_scan(voxels=voxels.reshape(16, 16, 16))
     with pytest.raises(VolumeError, match=message):
-        load_volume(path, recipe(intensity=intensity))
+        prepared(path, recipe(intensity=intensity))
 
 
 def test_a_volume_that_is_constant_where_it_is_cropped_is_refused(write_scan: Write) -> None:
@@ -590,7 +594,7 @@ def test_a_volume_that_is_constant_where_it_is_cropped_is_refused(write_scan: Wr
         VolumeError,
         match="every voxel that counts is 0 where it was cropped, zscore needs several values: drop the row",
     ):
-        load_volume(write_scan(voxels=voxels), recipe(spacing_mm=(1.0, 1.0, 1.0)))
+        prepared(write_scan(voxels=voxels), recipe(spacing_mm=(1.0, 1.0, 1.0)))
 
 
 @settings(
@@ -615,7 +619,7 @@ def test_a_mangled_file_is_read_or_refused_and_nothing_else(
     content = bytes(raw[: max(0, len(raw) - cut)] if cut < 300 else raw)
     path.write_bytes(gzip.compress(content, 1) if zipped else content)
     try:
-        volume = load_volume(path, recipe(volume_shape=(8, 8, 8)))
+        volume = prepared(path, recipe(volume_shape=(8, 8, 8)))
     except VolumeError:
         return
     assert volume.shape == (1, 8, 8, 8)

@@ -8,7 +8,7 @@ import pytest
 
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
-from trainables.data.scans import Recipe, load_volume
+from trainables.data.scans import Recipe, prepare_scan, read_scan
 from trainables.data.spacing import common_spacing, spacing_of_table, with_common_spacing
 
 Write = Callable[..., Path]
@@ -65,7 +65,7 @@ def test_size_is_kept_by_a_common_spacing_and_lost_by_one_for_each_volume(balls:
     assert common.spacing_mm == (1.0, 1.0, 1.0)
 
     def bright(recipe: Recipe) -> list[float]:
-        volumes = [load_volume(path, recipe) for path in manifest.rows["path"]]
+        volumes = [prepare_scan(read_scan(path), recipe, path) for path in manifest.rows["path"]]
         return [float((volume > volume.mean() + volume.std()).mean()) for volume in volumes]
 
     small, large = bright(Recipe.from_config(common))

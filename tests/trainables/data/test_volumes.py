@@ -30,7 +30,7 @@ from trainables.config import build_config
 from trainables.data import threads, volumes
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.medmnist import import_medmnist
-from trainables.data.scans import Recipe, Scan, VolumeError, load_volume, prepare_scan, read_scan
+from trainables.data.scans import Recipe, Scan, VolumeError, prepare_scan, read_scan
 from trainables.data.volumes import (
     CohortError,
     VolumesRefused,
@@ -108,7 +108,9 @@ def test_a_cohort_holds_every_row_of_the_table_in_order(table: Path, cache: Path
     assert cohort.spacings_mm.shape == (6, 3)
     assert cohort.recipe == recipe()
     for path, volume in zip(cohort.paths, cohort.volumes, strict=True):
-        np.testing.assert_array_equal(volume, load_volume(path, recipe()).astype(np.float16))
+        np.testing.assert_array_equal(
+            volume, prepare_scan(read_scan(path), recipe(), path).astype(np.float16)
+        )
     assert temporaries(cache) == []
 
 
@@ -122,7 +124,9 @@ def test_another_recipe_makes_another_cohort_of_the_same_data_once(
     assert made == prepare_cohort(manifest, other, cache) != first
     assert len(decoded) == 12
     for path, volume in zip(open_cohort(made).paths, open_cohort(made).volumes, strict=True):
-        np.testing.assert_array_equal(volume, load_volume(path, other).astype(np.float16))
+        np.testing.assert_array_equal(
+            volume, prepare_scan(read_scan(path), other, path).astype(np.float16)
+        )
     unread = recipe(window_low=0.0)  # no window is applied: the same volumes
     assert cohort_like(manifest, unread, first, recipe()) == first
     assert cohort_like(manifest, other, first, recipe()) == made
@@ -424,7 +428,9 @@ def test_a_builder_killed_midway_leaves_nothing_that_is_read_and_the_next_one_sw
     assert len(decoded) == 6
     assert sorted(cache.glob("[!.]*-*")) == sorted([folder, other])
     for path, volume in zip(open_cohort(folder).paths, open_cohort(folder).volumes, strict=True):
-        np.testing.assert_array_equal(volume, load_volume(path, recipe()).astype(np.float16))
+        np.testing.assert_array_equal(
+            volume, prepare_scan(read_scan(path), recipe(), path).astype(np.float16)
+        )
 
 
 def test_two_processes_at_once_build_a_cohort_once_and_a_living_one_is_not_swept(

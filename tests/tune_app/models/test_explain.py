@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainables.config import build_config
-from trainables.data.scans import Recipe, load_volume, read_header, read_scan
+from trainables.data.scans import Recipe, prepare_scan, read_header, read_scan
 from trainables.network.model import Classifier, build_network
 from tune_app.models.explain import (
     Explainer,
@@ -145,7 +145,9 @@ def test_a_volume_sent_through_and_back_lies_where_it_was(
         )
         header = read_header(scan)
         assert header.shape == (18, 27, 22)
-        back = to_scan_grid((load_volume(scan, made)[0] + 1) / 2 * 41 - 1, header, made)
+        back = to_scan_grid(
+            (prepare_scan(read_scan(scan), made, scan)[0] + 1) / 2 * 41 - 1, header, made
+        )
         truth = read_scan(scan).voxels[0]
         spacing = (
             made.spacing_mm
