@@ -1,10 +1,10 @@
 """Fixes put together into named variants: which of them matter, alone and among the others."""
 
-import difflib
 from collections.abc import Callable
 
 from search_spaces.fixes import DOCUMENT_EPOCHS, FIXES, with_fixes
 from trainables.config import Scalar
+from trainables.errors import did_you_mean
 
 Variants = dict[str, dict[str, Scalar]]
 """Overrides by the name of the variant. Each one writes out the hyperparameters of all fixes, so that tables line up."""
@@ -25,10 +25,8 @@ def variants(name: str, epochs: int = DOCUMENT_EPOCHS) -> Variants:
     Raises ValueError naming the sets there are.
     """
     if name not in VARIANT_SETS:
-        guess = difflib.get_close_matches(name, VARIANT_SETS, n=1)
-        hint = f"; did you mean {guess[0]!r}?" if guess else ""
         raise ValueError(
-            f"unknown set of variants {name!r}: one of {', '.join(VARIANT_SETS)}{hint}"
+            f"unknown set of variants {name!r}: one of {', '.join(VARIANT_SETS)}{did_you_mean(name, VARIANT_SETS)}"
         )
     return VARIANT_SETS[name](epochs)
 

@@ -1,8 +1,7 @@
 """A search space by its name, or as a study file writes it out."""
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from optuna.distributions import (
@@ -16,13 +15,14 @@ from search_spaces.fixes import shown
 from search_spaces.space import DERIVED, NOT_SEARCHED, Parameter, Role, Space, SpaceError, tidy
 from search_spaces.spaces import SPACES
 from trainables.config import (
-    FORMER_NAMES,
     ConfigError,
     FineTuneConfig,
     Scalar,
     as_scalar,
     build_config,
+    unknown_hyperparameter,
 )
+from trainables.errors import did_you_mean
 
 _SPACE_FIELDS = ("name", "title", "base", "search", "retune", "fixed", "notes")
 _RANGE_FIELDS = ("low", "high", "log", "step", "choices", "why")
@@ -48,8 +48,7 @@ def space_from(value: str | Mapping[str, Any], config: Mapping[str, Any] | None 
     elif value in SPACES:
         space = SPACES[value]
     else:
-        guess = difflib.get_close_matches(value, SPACES, n=1)
-        hint = f"; did you mean {guess[0]!r}?" if guess else ""
+        hint = did_you_mean(value, SPACES)
         raise SpaceError(f"unknown space {value!r}: one of {', '.join(SPACES)}{hint}")
     try:
         space = space.within(config or {})
@@ -62,7 +61,7 @@ def space_from(value: str | Mapping[str, Any], config: Mapping[str, Any] | None 
 
 def _written_space(written: Mapping[str, Any]) -> Space:
     problems = [
-        f"unknown field {name!r}{_guess(name, _SPACE_FIELDS)}: a space has {', '.join(_SPACE_FIELDS)}"
+        f"unknown field {name!r}{did_you_mean(name, _SPACE_FIELDS)}: a space has {', '.join(_SPACE_FIELDS)}"
         for name in written
         if name not in _SPACE_FIELDS
     ]
@@ -155,7 +154,7 @@ def _mapping(written: Mapping[str, Any], group: str, problems: list[str]) -> dic
 def _parameter(name: str, entry: Any, role: Role) -> Parameter:
     hyperparameter = DERIVED[name].hyperparameter if name in DERIVED else name
     if hyperparameter not in FineTuneConfig.model_fields:
-        raise SpaceError(_unknown(name))
+        raise SpaceError(unknown_hyperparameter(name, DERIVED))
     if hyperparameter in NOT_SEARCHED:
         raise SpaceError(
             f"{name} is not searched: {NOT_SEARCHED[hyperparameter]}; it may stand under `fixed`"
@@ -167,7 +166,7 @@ def _parameter(name: str, entry: Any, role: Role) -> Parameter:
             f"{name}: {entry!r} is no range: write {{low: .., high: ..}} or a list of choices; one value goes under `fixed`"
         )
     if unknown := [
-        f"{name}: unknown field {key!r}{_guess(key, _RANGE_FIELDS)}"
+        f"{name}: unknown field {key!r}{did_you_mean(key, _RANGE_FIELDS)}"
         for key in entry
         if key not in _RANGE_FIELDS
     ]:
@@ -323,17 +322,3 @@ def _number(value: object) -> float | None:
 def _off(name: str, value: Any) -> Any:
     """YAML reads a bare off as false; where `off` is a choice, it was meant."""
     return "off" if value is False and "off" in _possible(name) else value
-
-
-def _unknown(name: str) -> str:
-    guesses = difflib.get_close_matches(name, [*DERIVED, *FineTuneConfig.model_fields], n=1)
-    guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (
-        guesses[0] if guesses else None
-    )
-    hint = f"did you mean {guess!r}?" if guess else "`medtune config` lists them all"
-    return f"unknown hyperparameter {name!r}; {hint}"
-
-
-def _guess(name: object, known: Iterable[str]) -> str:
-    guesses = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {guesses[0]!r}?" if guesses else ""

@@ -38,50 +38,38 @@ class DiskFullError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class FileIn:
+    """An attribute of a class that names files: the path of the file `name` in the folder that is its attribute `folder`."""
+
+    folder: str
+    name: str
+
+    def __get__(self, files: Any, owner: type) -> Path:
+        return Path(getattr(files, self.folder), self.name)
+
+
+@dataclass(frozen=True)
 class TrialFiles:
     """Names every file of a trial's folder `trials/<id>`; does not load torch or Ray."""
 
     folder: Path
 
-    @property
-    def record(self) -> Path:
-        """trial.json: parameters, state, verdict, times, node; written by the driver."""
-        return self.folder / "trial.json"
-
-    @property
-    def config(self) -> Path:
-        """config.json: the complete FineTuneConfig the trial ran with; written by the trial."""
-        return self.folder / "config.json"
-
-    @property
-    def run(self) -> Path:
-        """run.json: table and cache of a run of `medtune train`, which belongs to no study."""
-        return self.folder / "run.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """checkpoint.pt: everything needed to continue after the last saved epoch, and its rows."""
-        return self.folder / "checkpoint.pt"
-
-    @property
-    def best(self) -> Path:
-        """best.pt: weights of the epoch that stands for the objective so far, of the network that the objective is of."""
-        return self.folder / "best.pt"
-
-    @property
-    def alive(self) -> Path:
-        """alive: touched as steps are done; a time of access of 0 means that the run waits for room on its disk."""
-        return self.folder / "alive"
-
-    @property
-    def apart(self) -> Path:
-        """apart: there after a fault of the GPU under MPS; the trial's next attempts share no server with others."""
-        return self.folder / "apart"
-
-    @property
-    def log(self) -> Path:
-        """trial.log: the output of the trial's process."""
-        return self.folder / "trial.log"
+    record = FileIn("folder", "trial.json")
+    """trial.json: parameters, state, verdict, times, node; written by the driver."""
+    config = FileIn("folder", "config.json")
+    """config.json: the complete FineTuneConfig the trial ran with; written by the trial."""
+    run = FileIn("folder", "run.json")
+    """run.json: table and cache of a run of `medtune train`, which belongs to no study."""
+    checkpoint = FileIn("folder", "checkpoint.pt")
+    """checkpoint.pt: everything needed to continue after the last saved epoch, and its rows."""
+    best = FileIn("folder", "best.pt")
+    """best.pt: weights of the epoch that stands for the objective so far, of the network that the objective is of."""
+    alive = FileIn("folder", "alive")
+    """alive: touched as steps are done; a time of access of 0 means that the run waits for room on its disk."""
+    apart = FileIn("folder", "apart")
+    """apart: there after a fault of the GPU under MPS; the trial's next attempts share no server with others."""
+    log = FileIn("folder", "trial.log")
+    """trial.log: the output of the trial's process."""
 
 
 @contextlib.contextmanager

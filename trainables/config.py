@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from trainables.errors import ProblemsError
+from trainables.errors import ProblemsError, those_that_hold
 
 RULES = 2
 """Version of the rules by which a run computes and a study compares; both keep the rules they started with when resumed.
@@ -254,46 +254,41 @@ class FineTuneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        problems = []
-        if self.depth not in DEPTHS:
-            problems.append(f"depth={self.depth}: MedicalNet has {', '.join(map(str, DEPTHS))}")
-        if min(self.volume_shape) < 8:
-            problems.append(
-                f"volume_shape={self.volume_shape}: every side must be at least 8 voxels"
-            )
-        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
-            problems.append(f"spacing_mm={self.spacing_mm}: every value must be > 0")
-        if self.classes is not None and len(self.class_names) != self.num_classes:
-            problems.append(
-                f"classes={self.classes!r} has {len(self.class_names)} classes, num_classes={self.num_classes}: leave "
-                "num_classes out"
-            )
-        if self.window_low >= self.window_high:
-            problems.append(
-                f"window_low={self.window_low} must be below window_high={self.window_high}"
-            )
-        if set(self.flip_axes) - set("xyz") or len(set(self.flip_axes)) < len(self.flip_axes):
-            problems.append(
-                f"flip_axes={self.flip_axes!r}: letters of x, y, z, each at most once, or empty"
-            )
-        if self.warmup_epochs >= self.epochs:
-            problems.append(
-                f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}"
-            )
-        if self.freeze_backbone_epochs > self.epochs:
-            problems.append(
-                f"freeze_backbone_epochs={self.freeze_backbone_epochs} must be at most epochs={self.epochs}"
-            )
-        if self.unfreeze_stage_epochs and not self.freeze_backbone_epochs:
-            problems.append(
-                f"unfreeze_stage_epochs={self.unfreeze_stage_epochs} needs freeze_backbone_epochs >= 1: nothing is frozen"
-            )
-        if self.fold >= self.num_folds:
-            problems.append(
-                f"fold={self.fold}: there are folds 0 to {self.num_folds - 1}; raise num_folds or lower fold"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = {
+            f"depth={self.depth}: MedicalNet has {', '.join(map(str, DEPTHS))}": (
+                self.depth not in DEPTHS
+            ),
+            f"volume_shape={self.volume_shape}: every side must be at least 8 voxels": (
+                min(self.volume_shape) < 8
+            ),
+            f"spacing_mm={self.spacing_mm}: every value must be > 0": (
+                self.spacing_mm is not None and min(self.spacing_mm) <= 0
+            ),
+            f"classes={self.classes!r} has {len(self.class_names)} classes, num_classes={self.num_classes}: leave "
+            "num_classes out": (
+                self.classes is not None and len(self.class_names) != self.num_classes
+            ),
+            f"window_low={self.window_low} must be below window_high={self.window_high}": (
+                self.window_low >= self.window_high
+            ),
+            f"flip_axes={self.flip_axes!r}: letters of x, y, z, each at most once, or empty": (
+                set(self.flip_axes) - set("xyz") or len(set(self.flip_axes)) < len(self.flip_axes)
+            ),
+            f"warmup_epochs={self.warmup_epochs:g} must be below epochs={self.epochs}": (
+                self.warmup_epochs >= self.epochs
+            ),
+            f"freeze_backbone_epochs={self.freeze_backbone_epochs} must be at most epochs={self.epochs}": (
+                self.freeze_backbone_epochs > self.epochs
+            ),
+            f"unfreeze_stage_epochs={self.unfreeze_stage_epochs} needs freeze_backbone_epochs >= 1: nothing is frozen": (
+                self.unfreeze_stage_epochs and not self.freeze_backbone_epochs
+            ),
+            f"fold={self.fold}: there are folds 0 to {self.num_folds - 1}; raise num_folds or lower fold": (
+                self.fold >= self.num_folds
+            ),
+        }
+        if found := those_that_hold(problems):
+            raise ValueError("\n".join(found))
         return self
 
     @property
@@ -321,7 +316,11 @@ def build_config(overrides: Mapping[str, Any] | None = None) -> FineTuneConfig:
     values outside their range, and values that do not go together.
     """
     overrides = dict(overrides or {})
-    unknown = [_unknown(str(name)) for name in overrides if name not in FineTuneConfig.model_fields]
+    unknown = [
+        unknown_hyperparameter(name)
+        for name in overrides
+        if name not in FineTuneConfig.model_fields
+    ]
     known = {
         name: value for name, value in overrides.items() if name in FineTuneConfig.model_fields
     }
@@ -361,27 +360,25 @@ def cannot_run(config: FineTuneConfig, *, ranks: int | None = None, gpu: bool = 
     `ranks`: how many it has, None where that is not known yet. Apart from `build_config`, since studies and models of
     earlier versions, which did not ask, have to load.
     """
-    problems = []
-    if int(STEM_CHANNELS * config.width) < 1:
-        problems.append(
-            f"width={config.width:g} leaves the stem no channel: it must be at least 1/{STEM_CHANNELS}"
-        )
     shared = config.sync_batchnorm and ranks != 1  # SyncBatchNorm counts the values of all ranks
-    if ranks is not None and ranks > 1 and config.sync_batchnorm and not gpu:
-        problems.append(
-            f"sync_batchnorm=True over {ranks} ranks on the CPU: torch has SyncBatchNorm for GPUs only; leave it out, or "
-            "give each rank a GPU (gpus_per_trial)"
-        )
     stride = LAST_STRIDE[config.geometry]
     positions = math.prod(math.ceil(side / stride) for side in config.volume_shape)
     trains = config.freeze_backbone_epochs < config.epochs
-    if trains and not shared and config.batch_size * positions < 2:
-        shape = as_scalar("volume_shape", config.volume_shape)
-        problems.append(
-            f"batch_size=1 at volume_shape={shape}, geometry={config.geometry}: the last layer has one value per channel in "
-            f"a micro-batch, and BatchNorm needs two: set batch_size to 2 or more, or a side above {stride} voxels"
-        )
-    return problems
+    shape = as_scalar("volume_shape", config.volume_shape)
+    problems = {
+        f"width={config.width:g} leaves the stem no channel: it must be at least 1/{STEM_CHANNELS}": (
+            int(STEM_CHANNELS * config.width) < 1
+        ),
+        f"sync_batchnorm=True over {ranks} ranks on the CPU: torch has SyncBatchNorm for GPUs only; leave it out, or "
+        "give each rank a GPU (gpus_per_trial)": (
+            ranks is not None and ranks > 1 and config.sync_batchnorm and not gpu
+        ),
+        f"batch_size=1 at volume_shape={shape}, geometry={config.geometry}: the last layer has one value per channel in "
+        f"a micro-batch, and BatchNorm needs two: set batch_size to 2 or more, or a side above {stride} voxels": (
+            trains and not shared and config.batch_size * positions < 2
+        ),
+    }
+    return those_that_hold(problems)
 
 
 def problem_lines(errors: Iterable[Mapping[str, Any]], *, below: int = 0) -> list[str]:
@@ -403,9 +400,10 @@ OF_PYDANTIC = "Value error, "
 """What Pydantic puts before a validator's own words."""
 
 
-def _unknown(given: object) -> str:
+def unknown_hyperparameter(given: object, others: Iterable[str] = ()) -> str:
+    """Return the message on a name that is none, with the nearest one of the hyperparameters and of `others`."""
     name = str(given)  # YAML allows any scalar for a key
-    guesses = difflib.get_close_matches(name, FineTuneConfig.model_fields, n=1)
+    guesses = difflib.get_close_matches(name, [*others, *FineTuneConfig.model_fields], n=1)
     guess = FORMER_NAMES.get(name.lower().lstrip("-").replace("-", "_")) or (
         guesses[0] if guesses else None
     )

@@ -1,5 +1,6 @@
 """All problems of a user's input, reported together."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 
 
@@ -17,3 +18,14 @@ class ProblemsError(ValueError):
 def those_that_hold(lines: Mapping[str, object]) -> list[str]:
     """Return the lines whose condition is true, in their order."""
     return [line for line, holds in lines.items() if holds]
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return `; did you mean 'backbone_lr'?` of the known name next to `name`; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error's message without its line ends, 200 characters at most."""
+    return " ".join(str(error).split())[:200]

@@ -163,7 +163,7 @@ def checked_rows(
     if any("path" in row.problems for row in rows) and (link := _link_of(table)):
         problems.append(link)
     problems += _same_files(rows)
-    problems += _split_problems(rows, columns, num_classes)
+    problems += _split_problems(rows, num_classes)
     return rows, problems
 
 
@@ -191,18 +191,17 @@ def _row_problems(rows: list[Row]) -> list[str]:
         for column, problem in row.problems.items()
         if not (measured and column == "label" and row.label_text)
     )
+    return _coded_from_one(rows) + told
+
+
+def _coded_from_one(rows: list[Row]) -> list[str]:
+    """A line on labels that are class numbers but for their beginning at 1."""
     labels = {row.stated_label for row in rows if row.stated_label is not None}
-    if (
-        labels
-        and 0 not in labels
-        and min(labels) == 1
-        and any("label" in row.problems for row in rows)
-    ):
-        told.insert(
-            0,
-            f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label",
-        )
-    return told
+    if not labels or min(labels) != 1 or not any("label" in row.problems for row in rows):
+        return []
+    return [
+        f"labels begin at 1, up to {max(labels)}; classes are counted from 0: subtract 1 from every label"
+    ]
 
 
 def told_together(found: Iterable[tuple[Row, str]]) -> list[str]:
@@ -300,32 +299,30 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _column_problems(columns: list[str]) -> list[str]:
-    words = {word.strip().lower() for column in columns for word in re.split(r"[;\t|]", column)}
+    words = {word.strip().lower() for word in re.split(r"[;\t|]", "|".join(columns))}
     if not any(difflib.get_close_matches(name, words, n=1) for name in COLUMNS):
         # It may be any file, named by mistake or by another user: its content belongs in no message.
         return [
             "the header names none of path, label and subject: is this the table of volumes? Its content is not shown. "
             "Of these columns: " + "; ".join(f"{name} is {what}" for name, what in COLUMNS.items())
         ]
-    problems = []
-    for name, meaning in COLUMNS.items():
-        if name in columns:
-            continue
-        folded = {column.strip().lower(): column for column in columns}
-        near = folded.get(name) or next(iter(difflib.get_close_matches(name, columns, n=1)), None)
-        hint = f" (is it {shown_cell(near)!r}? rename that)" if near else ""
-        found = ", ".join(shown_cell(column) for column in columns[:12]) + (
-            ", ..." if len(columns) > 12 else ""
-        )
-        problems.append(f"no column {name!r}{hint}; the columns are {found}. It is {meaning}")
-        if len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
-            problems[-1] += ". Columns must be separated by commas"
-    twice = [
-        column
+    missing = [_missing_column(name, columns) for name in COLUMNS if name not in columns]
+    return missing + [
+        f"column {column!r} is there twice: remove one"
         for column, count in Counter(columns).items()
         if count > 1 and column in (*COLUMNS, "split", "fold")
     ]
-    return problems + [f"column {column!r} is there twice: remove one" for column in twice]
+
+
+def _missing_column(name: str, columns: list[str]) -> str:
+    folded = {column.strip().lower(): column for column in columns}
+    near = folded.get(name) or next(iter(difflib.get_close_matches(name, columns, n=1)), None)
+    hint = f" (is it {shown_cell(near)!r}? rename that)" if near else ""
+    found = ", ".join(map(shown_cell, columns[:12])) + (", ..." if len(columns) > 12 else "")
+    problem = f"no column {name!r}{hint}; the columns are {found}. It is {COLUMNS[name]}"
+    if len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
+        problem += ". Columns must be separated by commas"
+    return problem
 
 
 def _row(
@@ -343,12 +340,7 @@ def _row(
         if problem:
             row.problems["path"] = problem
     if "label" in values:
-        row.label_text = values["label"]
-        row.label = known.get(row.label_text, whole_number(row.label_text))
-        row.stated_label = row.label
-        if row.label is None or row.label >= num_classes:
-            row.problems["label"] = _label_problem(row.label_text, num_classes, known)
-            row.label = None
+        _read_label(row, values["label"], num_classes, known)
     row.class_name = values.get("class", "")
     if "subject" in values:
         row.subject = values["subject"] or None
@@ -356,25 +348,34 @@ def _row(
             row.problems["subject"] = (
                 "no subject: name the person that the volume shows, as in all of that person's volumes"
             )
-    if values.get("split"):
-        row.split = values["split"] if values["split"] in SPLITS else None
-        if row.split is None:
-            near = difflib.get_close_matches(
-                values["split"].lower(), [*SPLITS, "valid", "training"], n=1
-            )
-            word = {"valid": "val", "training": "train"}.get(near[0], near[0]) if near else None
-            hint = f"; did you mean {word!r}?" if word else ""
-            row.problems["split"] = (
-                f"split {_quoted(values['split'])}: train, val or test is needed{hint}"
-            )
-    if values.get("fold"):
-        row.fold = whole_number(values["fold"])
+    _read_side(row, values.get("split"), values.get("fold"))
+    return row
+
+
+def _read_label(row: Row, text: str, num_classes: int, known: Mapping[str, int]) -> None:
+    row.label_text = text
+    row.label = row.stated_label = known.get(text, whole_number(text))
+    if row.label is None or row.label >= num_classes:
+        row.problems["label"] = _label_problem(text, num_classes, known)
+        row.label = None
+
+
+def _read_side(row: Row, split: str | None, fold: str | None) -> None:
+    """Take in the cells that place a row in the table's own split or folds."""
+    if split in SPLITS:
+        row.split = split
+    elif split:
+        near = difflib.get_close_matches(split.lower(), [*SPLITS, "valid", "training"], n=1)
+        words = [{"valid": "val", "training": "train"}.get(word, word) for word in near]
+        hint = f"; did you mean {words[0]!r}?" if words else ""
+        row.problems["split"] = f"split {_quoted(split)}: train, val or test is needed{hint}"
+    if fold:
+        row.fold = whole_number(fold)
         if row.fold is None or row.fold >= MAX_FOLDS:
             row.problems["fold"] = (
-                f"fold {_quoted(values['fold'])}: a whole number from 0 to {MAX_FOLDS - 1} is needed"
+                f"fold {_quoted(fold)}: a whole number from 0 to {MAX_FOLDS - 1} is needed"
             )
             row.fold = None
-    return row
 
 
 def _label_problem(text: str, num_classes: int, known: Mapping[str, int]) -> str:
@@ -413,6 +414,10 @@ def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     if is_url(folder) and not Path(path).is_absolute():
         root, _, below = folder.partition("://")
         return _object(f"{root}://{posixpath.normpath(f'{below}/{path}')}")
+    return _local_file(path, folder)
+
+
+def _local_file(path: str, folder: str) -> tuple[Path | None, str | None]:
     file = Path(folder or "/") / path
     try:
         mode = file.stat().st_mode
@@ -424,10 +429,8 @@ def place_of(path: str, folder: str) -> tuple[Path | str | None, str | None]:
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a NUL
         return None, f"no file that can be read: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(mode):
-        return (
-            None,
-            f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, a .nii or .nii.gz file is needed",
-        )
+        what = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        return None, f"a {what}, a .nii or .nii.gz file is needed"
     if not os.access(file, os.R_OK):
         return None, "this user may not read it: change its permissions"
     return file, None
@@ -505,48 +508,54 @@ def real_path(file: Path | str) -> str:
     return file if isinstance(file, str) else os.path.realpath(file)
 
 
-def _split_problems(rows: list[Row], columns: list[str], num_classes: int) -> list[str]:
+def _split_problems(rows: list[Row], num_classes: int) -> list[str]:
     """Problems of the table's own split and folds; classes are counted only where every label and split is known."""
-    known = all("split" not in row.problems for row in rows)
-    rows = [row for row in rows if "split" not in row.problems]
-    words = {row.split for row in rows} - {None}
-    sides = [(row, row.split or "no split") for row in rows]
-    problems = []
-    if words & {"train", "val"}:  # `test` alone leaves the others to be folded
-        problems += [
-            f"{row.name}: no split, other rows have one: train, val or test"
-            for row in rows
-            if row.split is None
-        ]
-        sides = [(row, row.split) for row in rows if row.split is not None]
-    problems += _leaks(sides)
+    sound = [row for row in rows if "split" not in row.problems]
+    counted = len(sound) == len(rows) and all(row.label is not None for row in rows)
+    words = {row.split for row in sound} - {None}
+    problems = _side_problems(sound, bool(words & {"train", "val"}))
+    if counted:
+        problems += _class_problems(rows, words, num_classes)
+    pool = [row for row in sound if row.split != "test" and "fold" not in row.problems]
+    return problems + _given_fold_problems(pool, counted, num_classes)
 
-    pool = [row for row in rows if row.split != "test"]
-    counted = known and "label" in columns and all(row.label is not None for row in rows)
-    if counted and "val" in words:
-        for word in ("train", "val"):
-            problems += _absent(
+
+def _side_problems(rows: list[Row], divided: bool) -> list[str]:
+    """Subjects on several sides of the split, and rows without one; `test` alone leaves the others to be folded."""
+    if not divided:
+        return _leaks([(row, row.split or "no split") for row in rows])
+    bare = [
+        f"{row.name}: no split, other rows have one: train, val or test"
+        for row in rows
+        if row.split is None
+    ]
+    return bare + _leaks([(row, row.split) for row in rows if row.split is not None])
+
+
+def _class_problems(rows: list[Row], words: set[str | None], num_classes: int) -> list[str]:
+    if "val" in words:
+        return [
+            problem
+            for word in ("train", "val")
+            for problem in _absent(
                 [row for row in rows if row.split == word], f"split {word!r}", num_classes
             )
-    elif counted:
-        problems += _absent(
-            pool, "the table, less its test rows," if "test" in words else "the table", num_classes
-        )
-    return problems + _given_fold_problems(
-        [row for row in pool if "fold" not in row.problems], counted, num_classes
-    )
+        ]
+    where = "the table, less its test rows," if "test" in words else "the table"
+    return _absent([row for row in rows if row.split != "test"], where, num_classes)
 
 
 def _given_fold_problems(pool: list[Row], counted: bool, num_classes: int) -> list[str]:
-    numbers = sorted({row.fold for row in pool if row.fold is not None})
-    if not numbers:
+    given = [row.fold for row in pool if row.fold is not None]
+    if not given:
         return []
-    bare = [row for row in pool if row.fold is None]
     problems = [
         f"{row.name}: no fold, other rows have one: number it, or make it split=test"
-        for row in bare
+        for row in pool
+        if row.fold is None
     ]
     problems += _leaks([(row, f"fold {row.fold}") for row in pool if row.fold is not None])
+    numbers = sorted(set(given))
     gaps = [str(number) for number in range(numbers[-1]) if number not in numbers]
     if gaps:
         problems.append(
@@ -554,12 +563,18 @@ def _given_fold_problems(pool: list[Row], counted: bool, num_classes: int) -> li
         )
     elif len(numbers) == 1:
         problems.append("every row is in fold 0: two folds or more are needed")
-    elif counted and not bare:
-        for number in numbers:
-            inside = [row for row in pool if row.fold == number]
-            outside = [row for row in pool if row.fold != number]
-            problems += _absent(inside, f"the validation part of fold {number}", num_classes)
-            problems += _absent(outside, f"the training part of fold {number}", num_classes)
+    elif counted and len(given) == len(pool):
+        problems += _fold_class_problems(pool, numbers, num_classes)
+    return problems
+
+
+def _fold_class_problems(pool: list[Row], numbers: list[int], num_classes: int) -> list[str]:
+    problems = []
+    for number in numbers:
+        inside = [row for row in pool if row.fold == number]
+        outside = [row for row in pool if row.fold != number]
+        problems += _absent(inside, f"the validation part of fold {number}", num_classes)
+        problems += _absent(outside, f"the training part of fold {number}", num_classes)
     return problems
 
 

@@ -135,6 +135,12 @@ def read_header(path: Path | str) -> ScanHeader:
         return _header(stream, size, zipped)
 
 
+def raw_header(path: Path | str) -> Any:
+    """Return the header of a .nii or .nii.gz file as nibabel has it, with all its fields. Raises VolumeError."""
+    with naming(path), _opened(path) as (stream, _, _):
+        return _fields(stream.read(HEAD))[0]
+
+
 def read_scan(path: Path | str, in_channels: int = 1) -> Scan:
     """Return the voxels and spacing of a .nii or .nii.gz file; every byte is read, so a cut or damaged file shows.
 

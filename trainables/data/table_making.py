@@ -193,17 +193,13 @@ def read_sheet(path: Path) -> Sheet:
         table = _json(path, content)
     else:
         table = _text(path, content)
-    header, *body = table or [[]]
-    columns = [str(cell).strip() for cell in header]
-    twice = [name for name, count in Counter(columns).items() if count > 1 and name]
+    header, *body = table
+    columns = [cell.strip() for cell in header]
+    twice = [name for name, count in Counter(filter(None, columns)).items() if count > 1]
     if twice:
         raise ManifestError(f"label sheet {path}: duplicate column {twice[0]!r}: rename one")
-    rows = [
-        {name: cell for name, cell in zip(columns, cells, strict=False) if name}
-        for cells in body
-        if any(cells)
-    ]
-    names = tuple(name for name in columns if name)
+    rows = [dict(zip(columns, cells, strict=False)) for cells in body if any(cells)]
+    names = tuple(filter(None, columns))
     if not rows:
         raise ManifestError(f"label sheet {path}: no rows below the header")
     return Sheet(names, tuple({name: row.get(name, "") for name in names} for row in rows))
@@ -244,7 +240,7 @@ def _text(path: Path, content: bytes) -> list[list[str]]:
 
 def _from_first_filled(rows: list[list[str]]) -> list[list[str]]:
     first = next((number for number, row in enumerate(rows) if any(row)), len(rows))
-    return rows[first:]
+    return rows[first:] or [[]]
 
 
 def _json(path: Path, content: bytes) -> list[list[str]]:
@@ -338,10 +334,8 @@ def _matching(
     scans: Sequence[Path], sheet: Sheet, asked: str | None, folder: Path, labels: Path
 ) -> tuple[str, str]:
     """Return the id column and the kind of key that match the most scans; the most specific kind among equals."""
-    if asked is not None and asked not in sheet.columns:
-        raise ManifestError(_no_column(asked, "--id", sheet, labels))
     best = (0, False, "", "")
-    for column in [asked] if asked is not None else sheet.columns:
+    for column in _candidates(asked, "--id", sheet, labels):
         cells = {_normal(row[column]) for row in sheet.rows if row[column]}
         for kind in KEYS:
             keys = {_normal(_key(kind, scan, folder)) for scan in scans}
@@ -382,17 +376,18 @@ def _matches(
 
 
 def _label_column(sheet: Sheet, asked: str | None, taken: set[str], labels: Path) -> str:
+    others = [name for name in _candidates(asked, "--label", sheet, labels) if name not in taken]
     if asked is not None:
-        if asked not in sheet.columns:
-            raise ManifestError(_no_column(asked, "--label", sheet, labels))
         return asked
-    others = [name for name in sheet.columns if name not in taken]
     named = [name for word in LABEL_NAMES for name in others if name.casefold() == word]
-    if named:
-        return named[0]
+    return named[0] if named else _only_class_column(others, sheet, labels)
+
+
+def _only_class_column(columns: Sequence[str], sheet: Sheet, labels: Path) -> str:
+    """The column that alone has as many different values as classes may be. Raises ManifestError for none and several."""
     candidates = [
         name
-        for name in others
+        for name in columns
         if name.casefold() not in (*SUBJECT_NAMES, "split", "fold", "age", "sex", "gender", "site")
         and 2 <= len({row[name] for row in sheet.rows if row[name]}) <= MOST_CLASSES
     ]
@@ -404,11 +399,16 @@ def _label_column(sheet: Sheet, asked: str | None, taken: set[str], labels: Path
     )
 
 
-def _no_column(asked: str, option: str, sheet: Sheet, labels: Path) -> str:
-    return (
-        f"label sheet {labels}: no column {asked!r} for {option}; "
-        f"its columns are {', '.join(sheet.columns)}"
-    )
+def _candidates(asked: str | None, option: str, sheet: Sheet, labels: Path) -> Sequence[str]:
+    """The columns to choose from: the one asked for with `option`, or all. Raises ManifestError for an unknown one."""
+    if asked is None:
+        return sheet.columns
+    if asked not in sheet.columns:
+        raise ManifestError(
+            f"label sheet {labels}: no column {asked!r} for {option}; "
+            f"its columns are {', '.join(sheet.columns)}"
+        )
+    return [asked]
 
 
 # Classes -------------------------------------------------------------------------------------------
@@ -422,16 +422,9 @@ def _classes(
     if options.classes:
         return _mapped_classes(written, column, options.classes)
     if options.positive is not None:
-        if options.positive not in written:
-            raise ManifestError(
-                f"--positive {options.positive!r}: the labels are {', '.join(written[:10])}"
-            )
-        rest = [word for word in written if word != options.positive]
-        name = rest[0] if len(rest) == 1 else f"not {options.positive}"
-        return (name, options.positive), {word: int(word == options.positive) for word in written}
-    numbers = [_number(word) for word in written]
-    measured = [n for n in numbers if n is not None and not n.is_integer()]
-    if measured or len(written) > MOST_CLASSES:
+        return _one_against_rest(written, options.positive)
+    numbers = [number for word in written if (number := _number(word)) is not None]
+    if len(written) > MOST_CLASSES or not all(map(float.is_integer, numbers)):
         raise ManifestError(
             f"label column {column!r}: {len(written)} different values ({', '.join(written[:4])}, "
             "...) look like a measurement. medtune classifies: choose limits and write a "
@@ -441,12 +434,21 @@ def _classes(
         raise ManifestError(
             f"label column {column!r}: every scan has {', '.join(written)}: two classes are needed"
         )
-    known = [n for n in numbers if n is not None]
-    if len(known) == len(written):
+    if len(numbers) == len(written):
         written.sort(key=float)
     else:
         written = words_in_order(written)
     return tuple(written), {word: number for number, word in enumerate(written)}
+
+
+def _one_against_rest(
+    written: Sequence[str], positive: str
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    if positive not in written:
+        raise ManifestError(f"--positive {positive!r}: the labels are {', '.join(written[:10])}")
+    rest = [word for word in written if word != positive]
+    name = rest[0] if len(rest) == 1 else f"not {positive}"
+    return (name, positive), {word: int(word == positive) for word in written}
 
 
 def _mapped_classes(
@@ -492,15 +494,12 @@ def _subjects(
     folder: Path,
 ) -> tuple[Callable[[Path, Mapping[str, str]], str], str]:
     """Return the subject of each scan, as a function of scan and row, and the line on how it is known."""
-    asked = options.subject
-    if asked is None and not options.one_subject_per_scan:
-        asked = _guessed_subject(sheet, id_column, key, labelled)
-        if asked is None and any(_bids_subject(scan, folder) for scan, _ in labelled):
-            asked = r"(sub-[A-Za-z0-9]+)"
     if options.one_subject_per_scan:
-        return lambda scan, _: _key(
-            "path", scan, folder
-        ), "subject: every scan is of another person"
+        told = "subject: every scan is of another person"
+        return lambda scan, _: _key("path", scan, folder), told
+    asked = options.subject
+    if asked is None:
+        asked = _guessed_subject(sheet, id_column, key, labelled, folder)
     if asked is None:
         raise ManifestError(
             "whose scans are these? Scans of one person on both sides of a split make every score "
@@ -510,7 +509,9 @@ def _subjects(
     if asked in sheet.columns:
         empty = [scan for scan, row in labelled if not row[asked]]
         if empty:
-            raise ManifestError(f"subject column {asked!r}: empty for {_named(empty, folder)}")
+            raise ManifestError(
+                f"subject column {asked!r}: empty for {_some(_below(folder, empty))}"
+            )
         people = len({row[asked] for _, row in labelled})
         return lambda _, row: row[asked], f"subject: column {asked!r}, {people} subjects"
     return _subjects_by_pattern(asked, labelled, sheet, folder)
@@ -534,21 +535,29 @@ def _subjects_by_pattern(
     found = {scan: searched.search(scan.relative_to(folder).as_posix()) for scan, _ in labelled}
     without = [scan for scan, match in found.items() if match is None]
     if without:
-        raise ManifestError(f"--subject {pattern!r}: not found in {_named(without, folder)}")
+        raise ManifestError(f"--subject {pattern!r}: not found in {_some(_below(folder, without))}")
     names = {scan: match[1] for scan, match in found.items() if match is not None}
     people = len(set(names.values()))
     return lambda scan, _: names[scan], f"subject: {pattern!r} in the path, {people} subjects"
 
 
 def _guessed_subject(
-    sheet: Sheet, id_column: str, key: str, labelled: Sequence[tuple[Path, Mapping[str, str]]]
+    sheet: Sheet,
+    id_column: str,
+    key: str,
+    labelled: Sequence[tuple[Path, Mapping[str, str]]],
+    folder: Path,
 ) -> str | None:
+    """A column, or a pattern of the path, that looks like the subject; None where there is none."""
     for word in SUBJECT_NAMES:
         for name in sheet.columns:
             if name.casefold() == word and all(row[name] for _, row in labelled):
                 return name
     shared = len({row[id_column] for _, row in labelled}) < len(labelled)
-    return id_column if shared or key in ("bids", "folder") else None
+    if shared or key in ("bids", "folder"):
+        return id_column
+    in_path = any(_bids_subject(scan, folder) for scan, _ in labelled)
+    return r"(sub-[A-Za-z0-9]+)" if in_path else None
 
 
 def _unmatched_lines(
@@ -559,23 +568,19 @@ def _unmatched_lines(
     id_column: str,
     folder: Path,
 ) -> list[str]:
-    lines = []
-    known = {scan for scan, _ in matched}
-    without_row = [scan for scan in scans if scan not in known]
-    if without_row:
-        lines.append(f"{len(without_row)} scans without a row: {_named(without_row, folder)}")
-    kept = {scan for scan, _ in labelled}
-    empty = [scan for scan, _ in matched if scan not in kept]
-    if empty:
-        lines.append(f"{len(empty)} scans with an empty label: {_named(empty, folder)}")
-    used = {row[id_column] for _, row in matched}
-    unused = [row[id_column] for row in sheet.rows if row[id_column] not in used]
-    if unused:
-        shown = ", ".join(unused[:SHOWN]) + (", ..." if len(unused) > SHOWN else "")
-        lines.append(f"{len(unused)} rows without a scan: {shown}")
-    return lines
+    known, kept = dict(matched), dict(labelled)
+    used = {row[id_column] for row in known.values()}
+    groups = {
+        "scans without a row": _below(folder, [scan for scan in scans if scan not in known]),
+        "scans with an empty label": _below(folder, [scan for scan in known if scan not in kept]),
+        "rows without a scan": [row[id_column] for row in sheet.rows if row[id_column] not in used],
+    }
+    return [f"{len(names)} {what}: {_some(names)}" for what, names in groups.items() if names]
 
 
-def _named(scans: Sequence[Path], folder: Path) -> str:
-    shown = [scan.relative_to(folder).as_posix() for scan in scans[:SHOWN]]
-    return ", ".join(shown) + (", ..." if len(scans) > SHOWN else "")
+def _below(folder: Path, scans: Sequence[Path]) -> list[str]:
+    return [scan.relative_to(folder).as_posix() for scan in scans]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -13,7 +13,7 @@ import re
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,9 @@ OFFICIAL_FILES = {
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.", "model.")
 """What wrappers put before the names of a ResNet's entries: taken off, in any order and number."""
 
+COUNTER = ".num_batches_tracked"
+"""End of the name of BatchNorm's count of batches, which files may lack."""
+
 HEADS = ("conv_seg.", "fc.", "head.", "classifier.")
 """Beginnings of the names of a head for some other task: such entries are left out, and reported."""
 
@@ -195,9 +198,8 @@ def load_pretrained(network: Classifier, path: str | Path) -> LoadReport:
     )
     _check_layout(file, wanted)
     report = _account(file, network, network.geometry)
-    backbone = {name: torch.zeros((), dtype=torch.long) for name in network.backbone.state_dict()}
-    backbone |= {name: tensor for name, (_, tensor) in file.entries.items() if name in backbone}
-    network.backbone.load_state_dict(backbone)
+    fresh = {name: torch.zeros((), dtype=torch.long) for name in network.backbone.state_dict()}
+    network.backbone.load_state_dict(fresh | file.tensors_of(fresh))
     return report
 
 
@@ -333,17 +335,12 @@ class _Layout:
     def of(cls, shapes: Mapping[str, torch.Size]) -> "_Layout":
         stem = shapes.get("conv1.weight", torch.Size())
         last = shapes.get("layer4.0.conv1.weight", torch.Size())
-        blocks: dict[str, set[str]] = {f"layer{number}": set() for number in range(1, 5)}
-        for name in shapes:
-            layer, _, rest = name.partition(".")
-            if layer in blocks and rest:
-                blocks[layer].add(rest.partition(".")[0])
         return cls(
             dimensions=len(stem) - 2 if len(stem) >= 3 else None,
             in_channels=stem[1] if len(stem) >= 3 else None,
             planes=last[0] if last else None,
             bottleneck=any(name.startswith("layer") and ".conv3." in name for name in shapes),
-            blocks=tuple(map(len, blocks.values())),
+            blocks=_blocks(shapes),
             convolved_shortcuts=any(".downsample." in name for name in shapes),
             shortcut_biases=tuple(name for name in shapes if name.endswith(".downsample.0.bias")),
         )
@@ -367,6 +364,16 @@ class _Layout:
         return None if self.planes is None else self.planes / PLANES[-1]
 
 
+def _blocks(names: Iterable[str]) -> tuple[int, ...]:
+    """How many blocks each of the layers 1 to 4 has."""
+    blocks: dict[str, set[str]] = {f"layer{number}": set() for number in range(1, 5)}
+    for name in names:
+        layer, _, rest = name.partition(".")
+        if layer in blocks and rest:
+            blocks[layer].add(rest.partition(".")[0])
+    return tuple(map(len, blocks.values()))
+
+
 @dataclass(frozen=True)
 class _File:
     """A file that could be read: its entries by their name in a ResNet, each with its name in the file."""
@@ -385,6 +392,15 @@ class _File:
                 if not name.startswith(HEADS)
             }
         )
+
+    def tensors_of(self, network: Collection[str]) -> dict[str, Tensor]:
+        """The entries that a network with entries of these names has."""
+        return {name: tensor for name, (_, tensor) in self.entries.items() if name in network}
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names in the file of the entries of a head for some other task."""
+        return tuple(file for name, (file, _) in self.entries.items() if name.startswith(HEADS))
 
     def fail(self, *problems: str) -> NoReturn:
         raise WeightsError(f"{self.path}: {problem}" for problem in problems)
@@ -405,23 +421,7 @@ def _read(path: Path, depth: int | None) -> _File:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from error
 
-    tensors: dict[str, Tensor] = {}
-    others: list[str] = []
-    for name, value in _entries(path).items():
-        if isinstance(value, Tensor):
-            tensors[str(name)] = value
-        else:
-            others.append(str(name))
-    if not tensors:
-        raise WeightsError(
-            f"{path}: not a checkpoint of weights: no tensors at its top and no 'state_dict'; it holds "
-            f"{_some(others) or 'nothing'}"
-        )
-    if others:
-        raise WeightsError(
-            f"{path}: has {_count(others)} without a tensor among its weights: {_some(others)}"
-        )
-
+    tensors = _tensors(path)
     prefix = _prefix_of_one(path, tensors)
     entries: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -432,6 +432,23 @@ def _read(path: Path, depth: int | None) -> _File:
             )
         entries[bare] = (name, tensor)
     return _File(path, path.stat().st_size, sha256, entries)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file under their names in it. Raises WeightsError where it holds anything else."""
+    entries = {str(name): value for name, value in _entries(path).items()}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    others = [name for name in entries if name not in tensors]
+    if not tensors:
+        raise WeightsError(
+            f"{path}: not a checkpoint of weights: no tensors at its top and no 'state_dict'; it holds "
+            f"{_some(others) or 'nothing'}"
+        )
+    if others:
+        raise WeightsError(
+            f"{path}: has {_count(others)} without a tensor among its weights: {_some(others)}"
+        )
+    return tensors
 
 
 def _prefix_of_one(path: Path, names: Iterable[str]) -> str:
@@ -493,30 +510,38 @@ def _entries(path: Path) -> Mapping[object, object]:
     except _NotACheckpoint as error:
         raise WeightsError(f"{path}: {error}") from error
     except _DAMAGED as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and found:
-            number = "a NumPy number, " if found[1].startswith("numpy") else ""
-            problem = (
-                f"holds {number}{found[1]} in addition to tensors: loading that would run code, so it was not loaded; save only the "
-                "weights, torch.save({'state_dict': network.state_dict()}, ...), where the file comes from"
-            )
-        elif start.startswith((_ZIP, _LEGACY)) or _is_safetensors(start):
-            official = OFFICIAL_FILES.get(path.name)
-            released = (
-                f" of {official.size_bytes:,} in the released file"
-                if official and official.size_bytes
-                else ""
-            )
-            problem = f"truncated or damaged, {path.stat().st_size:,} bytes{released}: get it again"
-        else:
-            problem = "not a checkpoint: neither torch's format nor safetensors"
-        raise WeightsError(f"{path}: {problem}") from error
+        raise WeightsError(f"{path}: {_damage(path, start, error)}") from error
 
     if not isinstance(checkpoint, Mapping):
         raise WeightsError(
             f"{path}: not a checkpoint of weights: holds a {type(checkpoint).__name__}, not a dict"
         )
     return _unwrapped(path, checkpoint)
+
+
+def _damage(path: Path, start: bytes, error: Exception) -> str:
+    """What is wrong with a file that torch could not read."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and found:
+        number = "a NumPy number, " if found[1].startswith("numpy") else ""
+        return (
+            f"holds {number}{found[1]} in addition to tensors: loading that would run code, so it was not loaded; save only the "
+            "weights, torch.save({'state_dict': network.state_dict()}, ...), where the file comes from"
+        )
+    if not (start.startswith((_ZIP, _LEGACY)) or _is_safetensors(start)):
+        return "not a checkpoint: neither torch's format nor safetensors"
+    official = OFFICIAL_FILES.get(path.name)
+    released = ""
+    if official and official.size_bytes:
+        released = f" of {official.size_bytes:,} in the released file"
+    return f"truncated or damaged, {path.stat().st_size:,} bytes{released}: get it again"
+
+
+def _has_weights(value: object) -> bool:
+    """Whether it is a mapping with a tensor that is no single number."""
+    return isinstance(value, Mapping) and any(
+        isinstance(one, Tensor) and one.dim() for one in value.values()
+    )
 
 
 def _unwrapped(path: Path, checkpoint: Mapping[object, object]) -> Mapping[object, object]:
@@ -526,26 +551,21 @@ def _unwrapped(path: Path, checkpoint: Mapping[object, object]) -> Mapping[objec
     """
     if isinstance(wrapped := checkpoint.get("state_dict"), Mapping):
         return wrapped
-    if any(isinstance(value, Tensor) and value.dim() for value in checkpoint.values()):
+    if _has_weights(checkpoint):
         return checkpoint
     inside = {
         name: value.get("state_dict", value)
         for name, value in checkpoint.items()
         if isinstance(value, Mapping)
     }
-    networks = [
-        name
-        for name, value in inside.items()
-        if isinstance(value, Mapping)
-        and any(isinstance(one, Tensor) and one.dim() for one in value.values())
-    ]
+    networks = {name: value for name, value in inside.items() if _has_weights(value)}
     if len(networks) > 1:
+        names = list(map(str, networks))
         raise WeightsError(
-            f"{path}: holds weights under {', '.join(map(str, networks))}: save the one to start from, "
-            f"torch.save({{'state_dict': torch.load(OLD)['{networks[0]}']}}, NEW)"
+            f"{path}: holds weights under {', '.join(names)}: save the one to start from, "
+            f"torch.save({{'state_dict': torch.load(OLD)['{names[0]}']}}, NEW)"
         )
-    inner = inside[networks[0]] if networks else checkpoint
-    return inner if isinstance(inner, Mapping) else checkpoint
+    return next(iter(networks.values()), checkpoint)
 
 
 class _NotACheckpoint(Exception):
@@ -575,20 +595,40 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and not start.startswith((_ZIP, _LEGACY))
 
 
+def _require_resnet(file: _File) -> None:
+    """Raise WeightsError unless the file has entries of a backbone in three dimensions."""
+    if file.layout.dimensions is None and not any(file.layout.blocks):
+        names = [original for original, _ in file.entries.values()]
+        file.fail(f"has no entry of a ResNet backbone among {_count(names)}: {_some(names)}")
+    if file.layout.dimensions not in (None, 3):
+        file.fail(f"weights of a {file.layout.dimensions}D network; MedicalNet's are 3D")
+
+
 def _check_layout(file: _File, wanted: _Layout | None) -> None:
     """Raise WeightsError with the differences of the network as a whole, before entries are compared one by one.
 
     `wanted` is the run's network; None accepts every depth, width and number of channels.
     """
+    _require_resnet(file)
     layout = file.layout
-    if layout.dimensions is None and not any(layout.blocks):
-        names = [original for original, _ in file.entries.values()]
-        file.fail(f"has no entry of a ResNet backbone among {_count(names)}: {_some(names)}")
-    if layout.dimensions not in (None, 3):
-        file.fail(f"weights of a {layout.dimensions}D network; MedicalNet's are 3D")
+    problems = _block_problems(layout, wanted.depth if wanted else None)
+    if wanted and layout.in_channels not in (None, wanted.in_channels):
+        problems.append(
+            f"its stem takes {layout.in_channels} channel(s), the run has in_channels={wanted.in_channels}: "
+            f"set in_channels={layout.in_channels}, or use a file made for {wanted.in_channels} (the released ones: 1)"
+        )
+    if wanted and layout.width not in (None, wanted.width):
+        problems.append(
+            f"has width {layout.width:g}, the run has width={wanted.width:g}: "
+            f"set width={layout.width:g}, or use another file (the released ones: 1)"
+        )
+    if problems:
+        file.fail(*problems)
 
+
+def _block_problems(layout: _Layout, run: int | None) -> list[str]:
+    """The differences in blocks and shortcuts from the depth of the run, or without one from all that are released."""
     problems = []
-    run = wanted.depth if wanted else None
     if layout.depth is None or run not in (None, layout.depth):
         blocks = "+".join(map(str, layout.blocks))
         looks = f"ResNet-{layout.depth}" if layout.depth else "no released depth"
@@ -608,66 +648,18 @@ def _check_layout(file: _File, wanted: _Layout | None) -> None:
             f"has a bias in {len(layout.shortcut_biases)} shortcuts ({_some(layout.shortcut_biases)}), and MedicalNet's "
             "have none: it was made with MONAI's default; use one made with bias_downsample=False"
         )
-    if wanted and layout.in_channels not in (None, wanted.in_channels):
-        problems.append(
-            f"its stem takes {layout.in_channels} channel(s), the run has in_channels={wanted.in_channels}: "
-            f"set in_channels={layout.in_channels}, or use a file made for {wanted.in_channels} (the released ones: 1)"
-        )
-    if wanted and layout.width is not None and layout.width != wanted.width:
-        problems.append(
-            f"has width {layout.width:g}, the run has width={wanted.width:g}: "
-            f"set width={layout.width:g}, or use another file (the released ones: 1)"
-        )
-    if problems:
-        file.fail(*problems)
+    return problems
 
 
 def _account(file: _File, network: Classifier, geometry: str | None) -> LoadReport:
     """Return where each entry of the file would go in `network`; raise WeightsError with all that does not add up."""
     backbone = network.backbone.state_dict()
-    loaded = [name for name in file.entries if name in backbone]
-    ignored = [original for name, (original, _) in file.entries.items() if name.startswith(HEADS)]
-    unexpected = [
-        original
-        for name, (original, _) in file.entries.items()
-        if name not in backbone and not name.startswith(HEADS)
-    ]
-    absent = [name for name in backbone if name not in file.entries]
-    counters = [name for name in absent if name.endswith(".num_batches_tracked")]
-    lacking = [name for name in absent if name not in counters]
+    loaded = file.tensors_of(backbone)
+    absent = [name for name in backbone if name not in loaded]
+    counters = [name for name in absent if name.endswith(COUNTER)]
+    _check_entries(file, backbone, loaded)
 
-    problems = []
-    if lacking:
-        problems.append(
-            f"lacks {_count(lacking)} of the backbone, and only the head may be new: {_some(lacking)}"
-        )
-    if unexpected:
-        problems.append(
-            f"has {_count(unexpected)} that the network has no place for: {_some(unexpected)}"
-        )
-    reshaped = [
-        f"{name} {tuple(file.entries[name][1].shape)} instead of {tuple(backbone[name].shape)}"
-        for name in loaded
-        if file.entries[name][1].shape != backbone[name].shape
-    ]
-    if reshaped:
-        problems.append(
-            f"has another shape than the network in {_count(reshaped)}: {_some(reshaped)}"
-        )
-    retyped = [
-        f"{name} {file.entries[name][1].dtype}"
-        for name in loaded
-        if backbone[name].is_floating_point() and not file.entries[name][1].is_floating_point()
-    ]
-    if retyped:
-        problems.append(f"has no real numbers in {_count(retyped)}: {_some(retyped)}")
-    broken = [name for name in loaded if not torch.isfinite(file.entries[name][1]).all()]
-    if broken:
-        problems.append(f"has NaN or infinite values in {_count(broken)}: {_some(broken)}")
-    if problems:
-        file.fail(*problems)
-
-    parameters = dict(network.backbone.named_parameters())
+    parameters = file.tensors_of(dict(network.backbone.named_parameters()))
     layout = file.layout
     assert layout.depth is not None
     assert layout.width is not None
@@ -681,16 +673,59 @@ def _account(file: _File, network: Classifier, geometry: str | None) -> LoadRepo
         in_channels=layout.in_channels,
         shortcuts=layout.shortcuts,
         geometry=geometry,
-        parameters=sum(parameters[name].numel() for name in loaded if name in parameters),
+        parameters=sum(map(Tensor.numel, parameters.values())),
         entries=len(file.entries),
-        loaded=tuple(f"backbone.{name}" for name in loaded),
-        missing=tuple(f"head.{name}" for name in network.head.state_dict()),
-        counters=tuple(f"backbone.{name}" for name in counters),
-        ignored=tuple(ignored),
+        loaded=_below("backbone", loaded),
+        missing=_below("head", network.head.state_dict()),
+        counters=_below("backbone", counters),
+        ignored=file.heads,
     )
     assert len(report.loaded) + len(report.ignored) == report.entries
     assert {*report.loaded, *report.counters, *report.missing} == set(network.state_dict())
     return report
+
+
+def _below(module: str, names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}" for name in names)
+
+
+def _check_entries(
+    file: _File, backbone: Mapping[str, Tensor], loaded: Mapping[str, Tensor]
+) -> None:
+    """Raise WeightsError with all entries that only one side has, or whose values the network cannot take."""
+    found = {
+        "lacks {} of the backbone, and only the head may be new": [
+            name for name in backbone if name not in loaded and not name.endswith(COUNTER)
+        ],
+        "has {} that the network has no place for": [
+            original
+            for name, (original, _) in file.entries.items()
+            if name not in backbone and not name.startswith(HEADS)
+        ],
+    }
+    found |= _misfits(loaded, backbone)
+    if problems := [f"{what.format(_count(n))}: {_some(n)}" for what, n in found.items() if n]:
+        file.fail(*problems)
+
+
+def _misfits(loaded: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Entries of both sides whose values the network cannot take, by the problem, with `{}` for their number."""
+    pairs = {name: (given, backbone[name]) for name, given in loaded.items()}
+    return {
+        "has another shape than the network in {}": [
+            f"{name} {tuple(given.shape)} instead of {tuple(own.shape)}"
+            for name, (given, own) in pairs.items()
+            if given.shape != own.shape
+        ],
+        "has no real numbers in {}": [
+            f"{name} {given.dtype}"
+            for name, (given, own) in pairs.items()
+            if own.is_floating_point() and not given.is_floating_point()
+        ],
+        "has NaN or infinite values in {}": [
+            name for name, given in loaded.items() if not torch.isfinite(given).all()
+        ],
+    }
 
 
 def _without_prefixes(name: str) -> str:

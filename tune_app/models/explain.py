@@ -21,7 +21,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from trainables.checkpoints import replacing
-from trainables.data.scans import Recipe, ScanHeader, read_header, read_scan
+from trainables.data.scans import (
+    Recipe,
+    ScanHeader,
+    raw_header,
+    read_header,
+    read_scan,
+    target_spacing,
+)
 from trainables.network.model import Classifier
 from tune_app.models.folder import times
 from tune_app.models.model import Model, Prediction
@@ -190,9 +197,7 @@ def to_scan_grid(map_DHW: Array, header: ScanHeader, recipe: Recipe) -> Array:
     The way back of `trainables.data.scans.resample` and its padding, axis by axis and linear. Voxels that were cropped
     away are 0: the network never saw them.
     """
-    extents_mm = np.multiply(header.shape, header.spacing_mm)
-    fitting = float((extents_mm / recipe.volume_shape).max())
-    spacing_mm = recipe.spacing_mm or (fitting,) * 3
+    spacing_mm = target_spacing(header.shape, header.spacing_mm, recipe)
     result = map_DHW
     for axis, (old, old_mm, new_mm) in enumerate(
         zip(header.shape, header.spacing_mm, spacing_mm, strict=True)
@@ -237,25 +242,12 @@ def write_map(
     may name a person.
     """
     turned = apply_orientation(map_RAS, ornt_transform(RAS, header.orientation))
-    fields = _raw_header(source)
-    kept = (
-        nib.Nifti1Header()
-        if isinstance(fields, nib.Nifti1Header) and not isinstance(fields, nib.Nifti2Header)
-        else nib.Nifti2Header()
-    )
+    fields = raw_header(source)
+    kept = type(fields)()
     kept.set_data_shape(turned.shape)
-    for name in (
-        "qform_code",
-        "sform_code",
-        "quatern_b",
-        "quatern_c",
-        "quatern_d",
-        "qoffset_x",
-        "qoffset_y",
-        "qoffset_z",
-    ):
-        kept[name] = fields[name]
-    for name in ("srow_x", "srow_y", "srow_z"):
+    orientation = [f"quatern_{name}" for name in "bcd"] + [f"qoffset_{name}" for name in "xyz"]
+    rows = [f"srow_{name}" for name in "xyz"]
+    for name in ("qform_code", "sform_code", *orientation, *rows):
         kept[name] = fields[name]
     kept["pixdim"][:4] = fields["pixdim"][:4]
     kept["xyzt_units"] = int(fields["xyzt_units"]) & 7
@@ -265,19 +257,6 @@ def write_map(
     image = image_type(turned, None, header=kept)
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-
-
-def _raw_header(path: Path) -> Any:
-    """The header as nibabel has it, whatever the file is called; `read_header` has checked it before."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as stream:
-        block = stream.read(540)
-    second = (
-        540 in np.frombuffer(block[:4], "<i4").tolist() + np.frombuffer(block[:4], ">i4").tolist()
-    )
-    kind, length = (nib.Nifti2Header, 540) if second else (nib.Nifti1Header, 348)
-    return kind(block[:length], check=False)
 
 
 # The picture -----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.scans import Recipe, read_header
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort, same_volumes
 from trainables.diagnosis import diagnose
+from trainables.errors import one_line
 from trainables.losses import logit_scale
 from trainables.metrics import score_metrics
 from trainables.network.model import Classifier
@@ -372,9 +373,7 @@ def held_out_of(study: Study, config: FineTuneConfig) -> HeldOut | None:
                     },
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(
-            f"{files.test}: damaged ({' '.join(str(error).split())[:200]}); restore it"
-        ) from None
+        raise ExportError(f"{files.test}: damaged ({one_line(error)}); restore it") from None
     return None
 
 
@@ -433,9 +432,7 @@ def read_run(trial: pd.Series) -> _Run:
         TypeError,
         AttributeError,
     ) as error:
-        raise ExportError(
-            f"{path}: damaged or of another version ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise ExportError(f"{path}: damaged or of another version ({one_line(error)})") from None
 
 
 @dataclass(frozen=True, eq=False)

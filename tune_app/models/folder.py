@@ -25,13 +25,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainables.checkpoints import FileIn
 from trainables.config import ConfigError, FineTuneConfig, build_config, problem_lines
 from trainables.data.json_files import parse_json, regular_bytes
 from trainables.data.scans import Recipe
 from trainables.data.visible import visible
 from trainables.data.volumes import new_folder, same_volumes
 from trainables.diagnosis import NO_FAULT, WITHOUT_FAULT
-from trainables.errors import ProblemsError
+from trainables.errors import ProblemsError, one_line
 from tune_app.models.fingerprint import Fingerprint
 from tune_app.results.calibration import Calibration
 
@@ -303,21 +304,10 @@ class ModelFiles:
 
     root: Path
 
-    @property
-    def info(self) -> Path:
-        return self.root / "model.json"
-
-    @property
-    def card(self) -> Path:
-        return self.root / "MODEL_CARD.md"
-
-    @property
-    def validation(self) -> Path:
-        return self.root / "validation.csv"
-
-    @property
-    def sums(self) -> Path:
-        return self.root / "SHA256SUMS"
+    info = FileIn("root", "model.json")
+    card = FileIn("root", "MODEL_CARD.md")
+    validation = FileIn("root", "validation.csv")
+    sums = FileIn("root", "SHA256SUMS")
 
     def weights(self, member: str) -> Path:
         return self.root / member / "model.safetensors"
@@ -413,9 +403,7 @@ def parse_info(folder: Path, contents: dict[str, bytes]) -> tuple[ModelInfo, lis
             [f"model {folder}: config.json: {line}; export it again" for line in error.problems]
         ) from None
     except (ValueError, TypeError) as error:
-        raise ModelError(
-            f"model {folder}: damaged ({' '.join(str(error).split())[:200]}); export it again"
-        ) from None
+        raise ModelError(f"model {folder}: damaged ({one_line(error)}); export it again") from None
     for config in configs:
         if (
             not same_volumes(Recipe.from_config(config), recipe)

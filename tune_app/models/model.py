@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainables.config import FineTuneConfig
 from trainables.data.scans import Recipe
+from trainables.errors import one_line
 from trainables.metrics import ranking_scores
 from trainables.network.model import Classifier, configured_network
 from tune_app.models.folder import (
@@ -126,9 +127,8 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Model:
         try:
             network.load_state_dict(load_tensors(weights_of(member, contents, folder)), strict=True)
         except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {reason}"
+                f"{ModelFiles(folder).weights(member.folder)}: not this network's weights: {one_line(error)}"
             ) from None
         networks.append(on_device(network, device))
     return Model(folder, short_id, info, tuple(networks), device)

@@ -12,6 +12,7 @@ from trainables.config import FineTuneConfig
 from trainables.data.storage import url_of
 from trainables.data.visible import is_unicode
 from trainables.diagnosis import auc_low, diagnose, run_verdict, trial_verdict
+from trainables.errors import one_line
 from trainables.objective import OBJECTIVES
 from tune_app.results.study import Studies, Study
 from tune_app.results.trials import trials_table
@@ -25,7 +26,6 @@ from tune_app.study.rows import (
     is_held,
     is_trial_id,
     json_lines,
-    one_line,
     read_epochs_by_line,
     read_object,
     record_problem,

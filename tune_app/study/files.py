@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainables.checkpoints import HURRY, TrialFiles, without_nonfinite, write_json
+from trainables.checkpoints import HURRY, FileIn, TrialFiles, without_nonfinite, write_json
 from trainables.config import RULES
 from trainables.data.json_files import read_json
 from trainables.data.storage import is_url
@@ -51,83 +51,40 @@ class StudyFiles:
 
     root: Path
 
-    @property
-    def spec(self) -> Path:
-        """study.json: the resolved spec, versions, hardware and the data's fingerprint."""
-        return self.root / "study.json"
-
-    @property
-    def database(self) -> Path:
-        """study.db: the Optuna study, SQLite."""
-        return self.root / "study.db"
-
-    @property
-    def epochs(self) -> Path:
-        """epochs.jsonl: one row a trial and epoch, in the order of arrival."""
-        return self.root / "epochs.jsonl"
-
-    @property
-    def decisions(self) -> Path:
-        """decisions.jsonl: each decision of the stopping policy, with its grounds."""
-        return self.root / "decisions.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """study.log: messages of Ray, Optuna and the driver."""
-        return self.root / "study.log"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the driver while it runs: two drivers on one study would undo each other."""
-        return self.root / ".driver.lock"
-
-    @property
-    def ray(self) -> Path:
-        """What Tune itself writes; nothing is read back from it."""
-        return self.root / "ray"
-
-    @property
-    def trials(self) -> Path:
-        return self.root / "trials"
-
-    @property
-    def confirmation(self) -> Path:
-        """confirmation/: the study that confirms this search's best, where it is not put elsewhere."""
-        return self.root / "confirmation"
-
-    @property
-    def test(self) -> Path:
-        """test.json: every time the test rows were scored for this search, and what came of it."""
-        return self.root / "test.json"
-
-    @property
-    def requests(self) -> Path:
-        """requests/: requests to the driver, a file each; see `tune_app.study.requests`."""
-        return self.root / "requests"
-
-    @property
-    def stop_request(self) -> Path:
-        """requests/study.json: the study is to stop."""
-        return self.requests / "study.json"
-
-    @property
-    def hurry(self) -> Path:
-        """.hurry: the machine is about to be taken away, and trials write a checkpoint after the epoch they are in."""
-        return self.root / HURRY
+    spec = FileIn("root", "study.json")
+    """study.json: the resolved spec, versions, hardware and the data's fingerprint."""
+    database = FileIn("root", "study.db")
+    """study.db: the Optuna study, SQLite."""
+    epochs = FileIn("root", "epochs.jsonl")
+    """epochs.jsonl: one row a trial and epoch, in the order of arrival."""
+    decisions = FileIn("root", "decisions.jsonl")
+    """decisions.jsonl: each decision of the stopping policy, with its grounds."""
+    log = FileIn("root", "study.log")
+    """study.log: messages of Ray, Optuna and the driver."""
+    lock = FileIn("root", ".driver.lock")
+    """Held by the driver while it runs: two drivers on one study would undo each other."""
+    ray = FileIn("root", "ray")
+    """What Tune itself writes; nothing is read back from it."""
+    trials = FileIn("root", "trials")
+    confirmation = FileIn("root", "confirmation")
+    """confirmation/: the study that confirms this search's best, where it is not put elsewhere."""
+    test = FileIn("root", "test.json")
+    """test.json: every time the test rows were scored for this search, and what came of it."""
+    requests = FileIn("root", "requests")
+    """requests/: requests to the driver, a file each; see `tune_app.study.requests`."""
+    stop_request = FileIn("root", "requests/study.json")
+    """requests/study.json: the study is to stop."""
+    hurry = FileIn("root", HURRY)
+    """.hurry: the machine is about to be taken away, and trials write a checkpoint after the epoch they are in."""
 
     def trial_request(self, trial_id: str) -> Path:
         """requests/<trial>.json: the trial is to stop."""
         return self.requests / f"{trial_id}.json"
 
-    @property
-    def asked(self) -> Path:
-        """study.yaml: the study file, where the study was started from the page of `medtune serve`."""
-        return self.root / "study.yaml"
-
-    @property
-    def console(self) -> Path:
-        """console.log: the driver's output, where it was started from the page of `medtune serve`."""
-        return self.root / "console.log"
+    asked = FileIn("root", "study.yaml")
+    """study.yaml: the study file, where the study was started from the page of `medtune serve`."""
+    console = FileIn("root", "console.log")
+    """console.log: the driver's output, where it was started from the page of `medtune serve`."""
 
     def trial(self, trial_id: str) -> TrialFiles:
         return TrialFiles(self.trials / trial_id)

@@ -165,133 +165,87 @@ class Policy:
     def _decide_new(
         self, trial_id: str, trial: "_Trial", epoch: int, row: Mapping[str, Any]
     ) -> Decision:
-        diagnosis = trial.monitor.update(row) if trial.diagnosed else NO_FAULT
-        action = self.spec.actions[diagnosis.verdict]
-        since = diagnosis.epoch
-        if (
-            action == "stop"
-            and diagnosis.settled
-            and epoch < min(self.max_epochs, trial.own_epochs)
-        ):
-            return Decision(
-                trial_id,
-                epoch,
-                "stop",
-                "diagnosis",
-                diagnosis.verdict,
-                since,
-                summary=diagnosis.summary,
-            )
-        warning = (
-            action != "ignore"
-            and diagnosis.verdict != NO_FAULT.verdict
-            and diagnosis.verdict != trial.told
+        found = trial.monitor.update(row) if trial.diagnosed else NO_FAULT
+        wanted = self.spec.actions[found.verdict]
+        warning = wanted != "ignore" and found.verdict not in (NO_FAULT.verdict, trial.told)
+        seen = Decision(
+            trial_id,
+            epoch,
+            "continue",
+            "between_rungs",
+            found.verdict,
+            found.epoch,
+            warning,
+            found.summary,
         )
-        if action != "ignore":
-            trial.told = diagnosis.verdict
+        if wanted == "stop" and found.settled and epoch < min(self.max_epochs, trial.own_epochs):
+            return replace(seen, action="stop", reason="diagnosis", warning=False)
+        if wanted != "ignore":
+            trial.told = found.verdict
         if epoch >= self.max_epochs:
             # A run in its own last epoch ends without a stop, which would kill it before it has written its last files.
             ends: Literal["continue", "stop"] = "continue" if epoch >= trial.own_epochs else "stop"
-            return Decision(
-                trial_id,
-                epoch,
-                ends,
-                "completed",
-                diagnosis.verdict,
-                since,
-                warning,
-                diagnosis.summary,
-            )
-        due = self._rung_due(trial_id, epoch) if self.spec.halving else None
-        if due is None:
-            return Decision(
-                trial_id,
-                epoch,
-                "continue",
-                "between_rungs",
-                diagnosis.verdict,
-                since,
-                warning,
-                diagnosis.summary,
-            )
-        rung, arrivals = due
+            return replace(seen, action=ends, reason="completed")
+        due = self._rung_due(trial_id, epoch)
+        return seen if due is None else self._at_rung(trial, *due, seen)
+
+    def _at_rung(
+        self, trial: "_Trial", rung: float, arrivals: dict[str, float], seen: Decision
+    ) -> Decision:
+        """Compare the row that `seen` is of at its rung, unless the trial is let alone for its class weights."""
+        seen = replace(seen, rung=rung)
         start = trial.drw.epoch
-        if start is not None and epoch < start + self.spec.drw_guard_epochs:
+        if start is not None and seen.epoch < start + self.spec.drw_guard_epochs:
             until = start + self.spec.drw_guard_epochs
             summary = f"rung {rung:g} waits for epoch {until}: class weights began at epoch {start}"
-            return Decision(
-                trial_id,
-                epoch,
-                "continue",
-                "drw_guard",
-                diagnosis.verdict,
-                since,
-                warning,
-                summary,
-                rung=rung,
-            )
-        return self._compare(
-            trial_id, trial, epoch, rung, arrivals, diagnosis.verdict, since, warning
-        )
+            return replace(seen, reason="drw_guard", summary=summary)
+        return self._compare(trial.value, arrivals, seen)
 
     def _rung_due(self, trial_id: str, epoch: int) -> tuple[float, dict[str, float]] | None:
-        for rung, arrivals in self._arrivals:
+        for rung, arrivals in self._arrivals if self.spec.halving else ():
             if epoch >= rung and trial_id not in arrivals:
                 return rung, arrivals
         return None
 
-    def _compare(
-        self,
-        trial_id: str,
-        trial: "_Trial",
-        epoch: int,
-        rung: float,
-        arrivals: dict[str, float],
-        verdict: Verdict,
-        since: int | None,
-        warning: bool,
-    ) -> Decision:
-        value = trial.value
+    def _compare(self, value: float, arrivals: dict[str, float], seen: Decision) -> Decision:
         cutoff = rung_cutoff(list(arrivals.values()), self.spec.reduction_factor)
         better = sum(other > value for other in arrivals.values())
-        arrivals[trial_id] = value
-        finite = math.isfinite(value)
+        arrivals[seen.trial] = value
+        reason: Reason = "rung"
         # Minus infinity is below no cutoff of minus infinity: where any trial has a value, one without ranks last.
-        fails = (
+        if (
             cutoff is not None
             and len(arrivals) >= self.spec.judge_from
-            and (value < cutoff if finite else better > 0)
-        )
-        reason: Reason = "halving" if fails else "rung"
-        if fails and self._is_finalist(trial_id, value):
-            reason = "finalist"
-        shown = (
-            "no finite value"
-            if not finite
-            else f"{self.spec.compared} {self.metric} {self._sign * value:.4f}"
-        )
-        if cutoff is None:
-            summary = f"first at rung {rung:g} with {shown}"
-        else:
-            limit = f"cutoff {self._sign * cutoff:.4f}" if math.isfinite(cutoff) else "no cutoff"
-            summary = f"rank {better + 1} of {len(arrivals)} at rung {rung:g}: {shown}, {limit}"
-        if reason == "finalist":
-            summary += f"; among the {self.spec.finalists} best of all trials so far"
-        return Decision(
-            trial_id,
-            epoch,
-            "stop" if reason == "halving" else "continue",
-            reason,
-            verdict,
-            since,
-            warning,
-            summary,
-            rung=rung,
-            value=self._sign * value if finite else None,
-            cutoff=self._sign * cutoff if cutoff is not None and math.isfinite(cutoff) else None,
+            and (value < cutoff if math.isfinite(value) else better > 0)
+        ):
+            reason = "finalist" if self._is_finalist(seen.trial, value) else "halving"
+        compared = replace(
+            seen,
+            action="stop" if reason == "halving" else "continue",
+            reason=reason,
+            value=self._shown(value),
+            cutoff=self._shown(cutoff),
             rank=better + 1,
             arrived=len(arrivals),
         )
+        return replace(compared, summary=self._comparison(compared))
+
+    def _shown(self, value: float | None) -> float | None:
+        """A compared value with the objective's own sign; None where it is not finite."""
+        return self._sign * value if value is not None and math.isfinite(value) else None
+
+    def _comparison(self, found: Decision) -> str:
+        """The comparison at a rung in words."""
+        shown = "no finite value"
+        if found.value is not None:
+            shown = f"{self.spec.compared} {self.metric} {found.value:.4f}"
+        if found.arrived == 1:
+            return f"first at rung {found.rung:g} with {shown}"
+        limit = "no cutoff" if found.cutoff is None else f"cutoff {found.cutoff:.4f}"
+        text = f"rank {found.rank} of {found.arrived} at rung {found.rung:g}: {shown}, {limit}"
+        if found.reason == "finalist":
+            text += f"; among the {self.spec.finalists} best of all trials so far"
+        return text
 
     def _is_finalist(self, trial_id: str, value: float) -> bool:
         """Whether fewer than `finalists` other trials have a better compared value by now, stopped ones included."""

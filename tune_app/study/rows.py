@@ -10,7 +10,7 @@ from typing import Any
 from filelock import AcquireReturnProxy
 
 from trainables.data.json_files import parse_json, read_json
-from trainables.errors import ProblemsError
+from trainables.errors import ProblemsError, one_line
 from trainables.machine.file_locks import NO_FLOCK, acquire_lock, soft_lock_is_held
 from tune_app.study.columns import ANY_FLOAT32, EPOCH_BOUNDS, EPOCH_COLUMNS
 from tune_app.study.errors import SpecError
@@ -108,10 +108,6 @@ def _constant(word: str) -> float:
     if word == "NaN":
         return math.nan
     raise ValueError(f"{word} is no score")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 MAX_ROWS_BYTES = 2**30

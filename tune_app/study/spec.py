@@ -3,7 +3,6 @@
 No Ray and no torch here: a study can be checked, listed and read on a laptop.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from trainables.config import (
     problem_lines,
 )
 from trainables.data.storage import absolute, is_url
+from trainables.errors import did_you_mean
 from trainables.objective import OBJECTIVES
 from tune_app.study.errors import SpecError
 from tune_app.study.policy_spec import FORMER_DEFAULTS, POLICIES, PolicySpec
@@ -278,20 +278,15 @@ def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     if {"hours", "gpu_hours"} & {name for name, value in fields.items() if value is not None}:
         fields = {"trials": AS_MANY_AS_FIT, **fields}
     fields = _with_classes(fields)
-    unknown = []
-    for name in fields:
-        if name not in StudySpec.model_fields:
-            guess = difflib.get_close_matches(str(name), StudySpec.model_fields, n=1)
-            hint = (
-                f"; did you mean {guess[0]!r}?"
-                if guess
-                else f": one of {', '.join(StudySpec.model_fields)}"
-            )
-            unknown.append(f"unknown field {name!r}{hint}")
+    names = StudySpec.model_fields
+    listed = f": one of {', '.join(names)}"
+    unknown = [
+        f"unknown field {name!r}{did_you_mean(name, names) or listed}"
+        for name in fields
+        if name not in names
+    ]
     try:
-        spec = StudySpec(
-            **{str(name): value for name, value in fields.items() if name in StudySpec.model_fields}
-        )
+        spec = StudySpec(**{str(name): value for name, value in fields.items() if name in names})
     except ValidationError as error:
         raise SpecError([*unknown, *problem_lines(error.errors(include_url=False))]) from None
     if unknown:
