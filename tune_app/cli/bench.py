@@ -596,6 +596,7 @@ def bench_strategies_command(
         typer.Option(
             "--surrogate",
             min=0,
+            max=5000,
             help="Replay on as many random configurations, their curves from a surrogate of each table; 0: on the tables.",
         ),
     ] = 0,
