@@ -507,33 +507,25 @@ def _trials(page: Page, study: Study) -> None:
     heads.append(Head("why it ended early", "text"))
     rows = []
     for row in table.to_dict("records"):
-        cells = []
-        for name in names:
-            value = row[name]
-            if name == "trial":
-                cells.append(Cell(value, "nowrap", pick=value))
-            elif name == "verdict":
-                cells.append(Cell(_verdict(row), "nowrap"))
-            elif name == "best_val_auc" and not pd.isna(value):
-                text = (
-                    f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
-                )
-                cells.append(Cell(text, "number nowrap", value=repr(float(value))))
-            elif isinstance(value, float | int) and not isinstance(value, bool):
-                missing = pd.isna(value)
-                cells.append(
-                    Cell(
-                        format_value(name, value),
-                        "number nowrap",
-                        value="" if missing else repr(float(value)),
-                    )
-                )
-            else:
-                cells.append(Cell(_shown(name, value), "nowrap"))
+        cells = [_trial_cell(name, row) for name in names]
         told = about.loc[row["trial"], ["error", "reason"]].dropna()
         cells.append(Cell(printable(str(told.iloc[0]))[:300] if len(told) else "", "text"))
         rows.append(Row(cells, trial=row["trial"]))
     section.table(Table("all trials", heads, rows), name="all-trials", style="sortable")
+
+
+def _trial_cell(name: str, row: Mapping[Any, Any]) -> Cell:
+    value = row[name]
+    if name == "trial":
+        return Cell(value, "nowrap", pick=value)
+    if name == "verdict":
+        return Cell(_verdict(row), "nowrap")
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return Cell(_shown(name, value), "nowrap")
+    text, missing = format_value(name, value), pd.isna(value)
+    if name == "best_val_auc" and not missing:
+        text = f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+    return Cell(text, "number nowrap", value="" if missing else repr(float(value)))
 
 
 def _environment(page: Page, study: Study) -> None:

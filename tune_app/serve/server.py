@@ -49,19 +49,14 @@ def serve(
     """
     if token is not None and len(token) < LEAST_TOKEN:
         raise SpecError(
-            [
-                f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or omit it"
-            ]
+            f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or omit it"
         )
-    allowed = [each if is_url(each) else str(Path(each).resolve()) for each in data_roots]
-    missing = [each for each in allowed if not is_url(each) and not Path(each).is_dir()]
-    if missing:
-        raise SpecError([f"--data-root {each}: no such folder" for each in missing])
+    allowed = _allowed(data_roots)
     url = url_of(root)
     if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
         schemes = ", ".join(SCHEMES)
         raise SpecError(
-            [f"{root}: name a folder, or a bucket in object storage: {schemes}://bucket/..."]
+            f"{root}: name a folder, or a bucket in object storage: {schemes}://bucket/..."
         )
     replica = Replica(url) if url else None
     root = replica.root if replica else root
@@ -95,6 +90,15 @@ def serve(
         raise QueueError(
             f"{url or root}: another `medtune serve` serves this here; two would start studies twice"
         ) from None
+
+
+def _allowed(data_roots: Sequence[str]) -> list[str]:
+    """Return the roots of data as URLs and absolute folders. Raises SpecError where a folder is not there."""
+    allowed = [each if is_url(each) else str(Path(each).resolve()) for each in data_roots]
+    missing = [each for each in allowed if not is_url(each) and not Path(each).is_dir()]
+    if missing:
+        raise SpecError([f"--data-root {each}: no such folder" for each in missing])
+    return allowed
 
 
 def _shown(host: str) -> str:
