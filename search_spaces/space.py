@@ -171,11 +171,15 @@ class Parameter:
         return DERIVED[self.name].hyperparameter if self.name in DERIVED else self.name
 
     @property
+    def condition(self) -> Condition | None:
+        """When the hyperparameter is read; None for always."""
+        return READ_ONLY_WHEN.get(self.hyperparameter)
+
+    @property
     def reads(self) -> frozenset[str]:
         """The hyperparameters that decide whether it is sampled, or its meaning."""
         derived = DERIVED[self.name].reads if self.name in DERIVED else ()
-        condition = READ_ONLY_WHEN.get(self.hyperparameter)
-        return frozenset((*derived, *(condition.reads if condition else ())))
+        return frozenset((*derived, *(self.condition.reads if self.condition else ())))
 
     def decode(self, value: Scalar, values: Mapping[str, Any]) -> Scalar:
         """Return the hyperparameter's value."""
@@ -278,14 +282,7 @@ class Space:
         return {
             p.name: p.distribution
             for p in self.parameters.values()
-            if not (
-                decided
-                & set(
-                    READ_ONLY_WHEN[p.hyperparameter].reads
-                    if p.hyperparameter in READ_ONLY_WHEN
-                    else ()
-                )
-            )
+            if not (p.condition and decided & set(p.condition.reads))
         }
 
     def sample(self, suggest: Callable[[Parameter], Scalar], epochs: int) -> Sample:
@@ -331,8 +328,8 @@ class Space:
         fixed values elsewhere. Values that no run reads, and seed and fold, may differ.
         """
         try:
-            given = _values(build_config({**self.fixed, "epochs": epochs, **overrides}))
-            held = _values(build_config({**self.fixed, "epochs": epochs}))
+            given = build_config({**self.fixed, "epochs": epochs, **overrides}).model_dump()
+            held = build_config({**self.fixed, "epochs": epochs}).model_dump()
         except ConfigError as error:
             return None, error.problems
         searched = {parameter.hyperparameter for parameter in self.parameters.values()}
@@ -356,12 +353,12 @@ class Space:
         So `--set loss=focal` leaves the margin out of the search as well. Notes name the dropped parameters.
         """
         fixed = {**self.fixed, **config}
-        values = _values(build_config(fixed))
+        values = build_config(fixed).model_dump()
         searched = {p.hyperparameter for p in self.parameters.values()} - set(config)
         kept: dict[str, Parameter] = {}
         notes = list(self.notes)
         for parameter in self.parameters.values():
-            name, condition = parameter.hyperparameter, READ_ONLY_WHEN.get(parameter.hyperparameter)
+            name, condition = parameter.hyperparameter, parameter.condition
             if name in config:
                 notes.append(
                     f"{parameter.name} is not searched: {name} is set to {shown(config[name])}"
@@ -416,7 +413,7 @@ class Space:
     def describe(self) -> list[SpaceRow]:
         """Return one row a parameter, and one for each hyperparameter of a fix, or held on purpose, that stays fixed."""
         before = {**dict.fromkeys(self.fixed), **baseline()}
-        original, usual = _values(build_config(baseline())), _values(build_config({}))
+        original, usual = (build_config(given).model_dump() for given in (baseline(), {}))
         rows = [
             SpaceRow(
                 parameter.role,
@@ -424,9 +421,7 @@ class Space:
                 parameter.range_text(),
                 shown(parameter.encode(original)) if parameter.hyperparameter in baseline() else "",
                 shown(parameter.encode(usual)),
-                READ_ONLY_WHEN[parameter.hyperparameter].text
-                if parameter.hyperparameter in READ_ONLY_WHEN
-                else "",
+                parameter.condition.text if parameter.condition else "",
                 parameter.why,
             )
             for role in get_args(Role)
@@ -490,10 +485,6 @@ def is_read(hyperparameter: str, values: Mapping[str, Any]) -> bool:
     """Whether a run with these values reads the hyperparameter at all."""
     condition = READ_ONLY_WHEN.get(hyperparameter)
     return condition is None or condition.holds(values)
-
-
-def _values(config: FineTuneConfig) -> dict[str, Any]:
-    return config.model_dump()
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 from optuna.distributions import (
@@ -66,13 +67,41 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         if name not in _SPACE_FIELDS
     ]
     base: Space | None = None
-    if (base_name := written.get("base")) is not None:
+    if written.get("base") is not None:
         try:
-            base = space_from(str(base_name))
+            base = space_from(str(written["base"]))
         except SpaceError as error:
             problems += error.problems
 
     own = _own_parameters(written, problems)
+    fixed = _fixed_values(written, problems)
+    problems += [
+        f"{parameter.hyperparameter} is both fixed and decided by {parameter.name}: keep one"
+        for parameter in own.values()
+        if parameter.hyperparameter in fixed
+    ]
+    notes = written.get("notes") or ()
+    if isinstance(notes, str) or not isinstance(notes, Sequence):
+        problems.append(f"notes={notes!r}: a list of sentences")
+        notes = ()
+    space = Space(
+        str(written.get("name") or "custom"),
+        str(written.get("title") or "the user's own space"),
+        own,
+        fixed,
+        tuple(map(str, notes)),
+    )
+    if base is not None:
+        space = _on_top(base.within(fixed), space, own)
+    if not space.parameters and not problems:
+        problems.append("nothing to search: name parameters under `search`, or a `base`")
+    if problems:
+        raise SpaceError(problems + (space.problems() if space.parameters else []))
+    return space
+
+
+def _fixed_values(written: Mapping[str, Any], problems: list[str]) -> dict[str, Scalar]:
+    """Values that are written under `fixed`; where one of them is wrong, none, and their errors go to `problems`."""
     fixed: dict[str, Scalar] = {
         name: _off(name, value) if name in FineTuneConfig.model_fields else value
         for name, value in _mapping(written, "fixed", problems).items()
@@ -81,39 +110,20 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         build_config(fixed)
     except ConfigError as error:
         problems += [f"fixed: {problem}" for problem in error.problems]
-        fixed = {}
-    for parameter in own.values():
-        if parameter.hyperparameter in fixed:
-            problems.append(
-                f"{parameter.hyperparameter} is both fixed and decided by {parameter.name}: keep one"
-            )
+        return {}
+    return fixed
 
-    notes = written.get("notes") or ()
-    if isinstance(notes, str) or not isinstance(notes, Sequence):
-        problems.append(f"notes={notes!r}: a list of sentences")
-        notes = ()
-    parameters = own
-    inherited_notes: tuple[str, ...] = ()
-    if base is not None:
-        base = base.within(fixed)
-        decided = {parameter.hyperparameter for parameter in own.values()}
-        parameters = {
-            name: p for name, p in base.parameters.items() if p.hyperparameter not in decided
-        } | own
-        fixed = {name: value for name, value in base.fixed.items() if name not in decided}
-        inherited_notes = base.notes
-    if not parameters and not problems:
-        problems.append("nothing to search: name parameters under `search`, or a `base`")
-    space = Space(
-        str(written.get("name") or "custom"),
-        str(written.get("title") or "the user's own space"),
-        parameters,
-        fixed,
-        (*inherited_notes, *map(str, notes)),
+
+def _on_top(base: Space, space: Space, own: Mapping[str, Parameter]) -> Space:
+    """Return the base with the parameters `own` of `space`, and the notes of both."""
+    decided = {parameter.hyperparameter for parameter in own.values()}
+    kept = {name: p for name, p in base.parameters.items() if p.hyperparameter not in decided}
+    return replace(
+        space,
+        parameters={**kept, **own},
+        fixed={name: value for name, value in base.fixed.items() if name not in decided},
+        notes=(*base.notes, *space.notes),
     )
-    if problems:
-        raise SpaceError(problems + (space.problems() if parameters else []))
-    return space
 
 
 def _own_parameters(written: Mapping[str, Any], problems: list[str]) -> dict[str, Parameter]:
@@ -185,40 +195,50 @@ def _choices(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     if isinstance(choices, str) or not isinstance(choices, Sequence):
         raise SpaceError([*problems, f"{name}: choices must be a list, not {choices!r}"])
     if len(choices) < 2:
-        raise SpaceError(
-            [
-                *problems,
-                f"{name}: {len(choices)} choices, at least two are needed; one value goes under `fixed`",
-            ]
+        few = (
+            f"{name}: {len(choices)} choices, at least two are needed; one value goes under `fixed`"
         )
-    wanted = _kind(name)
+        raise SpaceError([*problems, few])
     values: list[Scalar] = []
     for choice in choices:
-        value = choice if name in DERIVED else as_scalar(name, _off(name, choice))
-        if wanted in (int, float):
-            number = _number(value)
-            if number is None or (wanted is int and not number.is_integer()):
-                problems.append(
-                    f"{name}: {choice!r} is no {'whole ' if wanted is int else ''}number"
-                )
-                continue
-            value = int(number) if wanted is int else number
-        elif wanted is bool and not isinstance(value, bool):
-            problems.append(f"{name}: {choice!r} is neither true nor false")
+        value, problem = _choice(name, choice)
+        if problem is not None:
+            problems.append(problem)
             continue
-        elif not isinstance(value, str | int | float | bool | None):
-            problems.append(f"{name}: {choice!r} is no single value; write a shape as '96x96x64'")
-            continue
-        if value in values and not any(
-            isinstance(v, bool) != isinstance(value, bool) for v in values if v == value
+        # 0 and 1 equal False and True
+        if any(
+            value == other and isinstance(value, bool) == isinstance(other, bool)
+            for other in values
         ):
             problems.append(f"{name}: {choice!r} is listed twice")
         values.append(value)
-    if name in DERIVED:
-        problems += _outside(name, [value for value in values if isinstance(value, float)])
+    problems += _outside(name, [value for value in values if isinstance(value, float)])
     if problems:
         raise SpaceError(problems)
     return CategoricalDistribution(values)
+
+
+def _choice(name: str, choice: Any) -> tuple[Scalar, str | None]:
+    """Return a choice as the hyperparameter's value, or the problem with it."""
+    wanted = _kind(name)
+    if wanted in (int, float):
+        number, problem = _number_of(name, choice, wanted)
+        return (int(number) if wanted is int else number), problem
+    value = as_scalar(name, _off(name, choice))
+    if wanted is bool and not isinstance(value, bool):
+        return None, f"{name}: {choice!r} is neither true nor false"
+    if not isinstance(value, str | int | float | bool | None):
+        return None, f"{name}: {choice!r} is no single value; write a shape as '96x96x64'"
+    return value, None
+
+
+def _number_of(name: str, given: object, wanted: type, shown: str = "") -> tuple[float, str | None]:
+    """Return the number, and the problem where it is none; `shown`: the given value with its field."""
+    number = _number(given)
+    if number is None or (wanted is int and not number.is_integer()):
+        whole = "whole " if wanted is int else ""
+        return 0.0, f"{name}: {shown or repr(given)} is no {whole}number"
+    return number, None
 
 
 def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
@@ -232,13 +252,11 @@ def _range(name: str, entry: Mapping[str, Any]) -> BaseDistribution:
     for key in ("low", "high", "step"):
         if entry.get(key) is None:
             continue
-        number = _number(entry[key])
-        if number is None or (wanted is int and not number.is_integer()):
-            problems.append(
-                f"{name}: {key}={entry[key]!r} is no {'whole ' if wanted is int else ''}number"
-            )
-        else:
+        number, problem = _number_of(name, entry[key], wanted, f"{key}={entry[key]!r}")
+        if problem is None:
             numbers[key] = number
+        else:
+            problems.append(problem)
     log = entry.get("log") or False
     if not isinstance(log, bool):
         problems.append(f"{name}: log={log!r} is neither true nor false")
@@ -257,21 +275,18 @@ def _wrong_ends(
     name: str, low: float, high: float, step: float | None, *, log: bool
 ) -> Iterator[str]:
     if low > high:
-        yield (f"{name}: low={shown(low)} is above high={shown(high)}")
+        yield f"{name}: low={shown(low)} is above high={shown(high)}"
     if low == high:
-        yield (f"{name}: low and high are both {shown(low)}; one value goes under `fixed`")
+        yield f"{name}: low and high are both {shown(low)}; one value goes under `fixed`"
     if log and low <= 0:
-        yield (f"{name}: low={shown(low)} on a log scale, it must be > 0")
-    if step is not None and log:
-        yield (f"{name}: step does not go with log")
-    if step is not None and step <= 0:
-        yield (f"{name}: step={shown(step)}, it must be > 0")
-    if (
-        step is not None
-        and step > 0
-        and low < high
-        and abs((steps := (high - low) / step) - round(steps)) > 1e-8
-    ):
+        yield f"{name}: low={shown(low)} on a log scale, it must be > 0"
+    if step is None:
+        return
+    if log:
+        yield f"{name}: step does not go with log"
+    if step <= 0:
+        yield f"{name}: step={shown(step)}, it must be > 0"
+    elif low < high and abs((steps := (high - low) / step) - round(steps)) > 1e-8:
         nearest = tidy(low + math.floor(steps) * step)
         yield (
             f"{name}: steps of {shown(step)} from {shown(low)} never reach high={shown(high)}, but {shown(nearest)}"

@@ -66,7 +66,7 @@ from trainables.data.folds import Split
 from trainables.data.resident import Volumes
 from trainables.data.volumes import Cohort
 from trainables.machine.this_machine import peak_resident_gib
-from trainables.network.model import STAGES, Classifier, configured_network, train_mode
+from trainables.network.model import STAGES, Classifier, configured_network
 from trainables.network.weights import load_pretrained
 from trainables.schedule import Schedule, seed_of
 from trainables.step import Ranks, TrainingStep
@@ -220,7 +220,7 @@ class Run:
         seed, rank = self.config.seed, self.ranks.rank
         step, steps = self.step, self.schedule.steps_per_epoch
         step.begin_epoch(self.epoch, self.schedule.order(self.epoch, self.split.train))
-        train_mode(self.network)
+        self.network.train()
         torch.manual_seed(seed_of(seed, self.epoch, rank))
         step.generator.manual_seed(seed_of(seed, self.epoch, rank, 1))
         sums = torch.zeros(2, steps, device=self.device)

@@ -204,14 +204,7 @@ def _watched(
 ) -> Iterator[EpochResult]:
     pending = dict(futures)
     while True:
-        if pending:
-            ended, _ = ray.wait(list(pending), num_returns=1, timeout=0)
-            for future in ended:
-                rank = pending.pop(future)
-                try:
-                    ray.get(future)
-                except ray.exceptions.RayError as error:
-                    raise _rank_error(rank, error) from error
+        _raise_for_failed(pending, 0)
         try:
             result = leader.results.get(timeout=0.2)
         except queue.Empty:
@@ -223,17 +216,21 @@ def _watched(
             return
         if isinstance(result, BaseException):
             # A lost peer ends rank 0's collective too: give the peer's own end a moment to arrive, it is more precise.
-            ended, _ = (
-                ray.wait(list(pending), num_returns=1, timeout=ANSWER_S) if pending else ([], [])
-            )
-            for future in ended:
-                try:
-                    ray.get(future)
-                except ray.exceptions.RayError as error:
-                    raise _rank_error(pending[future], error) from error
+            _raise_for_failed(pending, ANSWER_S)
             raise RankError(_failed(0, ray.util.get_node_ip_address(), result)) from result
         yield result
         leader.go_on()
+
+
+def _raise_for_failed(pending: dict[Any, int], timeout_s: float) -> None:
+    """Raise RankError for a rank that has failed by now, or does within `timeout_s`; those that ended leave `pending`."""
+    ended, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s) if pending else ([], [])
+    for future in ended:
+        rank = pending.pop(future)
+        try:
+            ray.get(future)
+        except ray.exceptions.RayError as error:
+            raise _rank_error(rank, error) from error
 
 
 def _rank_error(rank: int, error: ray.exceptions.RayError) -> RankError:

@@ -12,7 +12,7 @@ from search_spaces.written import space_from
 from trainables.config import STEM_CHANNELS, ConfigError, build_config, cannot_run
 from trainables.data.manifest import read_manifest
 from trainables.losses import sample_losses
-from trainables.network.model import PLANES, configured_network, train_mode
+from trainables.network.model import PLANES, configured_network
 from trainables.objective import OBJECTIVES
 from tune_app.compare.ablation import ablation_spec
 from tune_app.driver.cohorts import check_folds
@@ -30,7 +30,7 @@ def step_on_meta(config: Any) -> str | None:
     try:
         with torch.device("meta"):
             network = configured_network(config)
-            train_mode(network)
+            network.train()
             volumes = torch.empty(config.batch_size, config.in_channels, *config.volume_shape)
             labels = torch.zeros(config.batch_size, dtype=torch.long)
             losses = sample_losses(

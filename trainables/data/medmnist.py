@@ -3,16 +3,10 @@
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainables.data.scans import (
-    write_nifti,
-)
-
-if TYPE_CHECKING:
-    pass
+from trainables.data.scans import write_nifti
 from trainables.data.volumes import CohortError, new_folder
 
 
@@ -47,20 +41,14 @@ def _medmnist_parts(archive: Path, limit: int | None) -> dict[str, tuple[np.ndar
             raise ValueError("one array, not an archive of arrays")
         with arrays:
             for split in ("train", "val", "test"):
-                missing = [
-                    name
-                    for name in (f"{split}_images", f"{split}_labels")
-                    if name not in arrays.files
-                ]
+                names = (f"{split}_images", f"{split}_labels")
+                missing = [name for name in names if name not in arrays.files]
                 if missing:
                     problems.append(
                         f"{archive}: no {' and no '.join(missing)}; it holds {', '.join(arrays.files) or 'nothing'}"
                     )
                     continue
-                images, labels = (
-                    arrays[f"{split}_images"][:limit],
-                    arrays[f"{split}_labels"][:limit],
-                )
+                images, labels = (arrays[name][:limit] for name in names)
                 problem = _medmnist_problem(images, labels)
                 if problem:
                     problems.append(f"{archive}: {split}: {problem}")

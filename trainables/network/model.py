@@ -418,11 +418,6 @@ def set_trainable(network: Classifier, stages: Collection[str]) -> bool:
     return changed
 
 
-def train_mode(network: nn.Module) -> None:
-    """Put a classifier, or a wrapper around one, into training mode: dropout on, and BatchNorm but in frozen stages."""
-    network.train()
-
-
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Autocast would put a float32 product back into half precision. There is none for shapes without values."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -123,23 +123,12 @@ def evaluate(
     values = resampled(np.arange(len(labels_N)))
     low, high = _bootstrap(resampled, subjects_N)
     by_subject = {
-        name: Measured(
-            value=_known(value),
-            low=_known(low[name]),
-            high=_known(high[name]),
-            interval="bootstrap over subjects",
-        )
+        name: _measured(value, low[name], high[name], "bootstrap over subjects")
         for name, value in values.items()
     }
     plain = score_metrics_over_subjects(z_NC, labels_N, subjects_N, scale=scale)
-    metrics = {
-        "auc": Measured(
-            value=_known(plain["auc"]),
-            low=_known(plain["auc_low"]),
-            high=_known(plain["auc_high"]),
-            interval="over subjects" if have_several(subjects_N) else "score",
-        )
-    }
+    kind = "over subjects" if have_several(subjects_N) else "score"
+    metrics = {"auc": _measured(plain["auc"], plain["auc_low"], plain["auc_high"], kind)}
     metrics |= {name: by_subject[name] for name in ("auprc", "sensitivity_at_90_specificity")}
     for name, made in decisions.items():
         metrics[f"balanced_accuracy{name}"] = by_subject[f"balanced_accuracy{name}"]
@@ -153,9 +142,7 @@ def evaluate(
     metrics |= {f"brier{name}": by_subject[f"brier{name}"] for name in calibrated}
     for name, logits in calibrated.items():
         # No interval: a resample repeats volumes, which empties bins, and its errors are all larger than the true one.
-        metrics[f"ece{name}"] = Measured(
-            value=_known(score_metrics(logits, labels_N, scale=1.0)["ece"])
-        )
+        metrics[f"ece{name}"] = _measured(score_metrics(logits, labels_N, scale=1.0)["ece"])
     return Evaluation(
         volumes=len(labels_N),
         subjects=len(np.unique(subjects_N)),
@@ -235,5 +222,9 @@ def _balanced_accuracy(decisions_N: Array, labels_N: Array, classes: int) -> flo
     )
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+def _measured(
+    value: float, low: float = math.nan, high: float = math.nan, interval: str | None = None
+) -> Measured:
+    """A number as a model's folder holds it: None for NaN."""
+    known = [None if math.isnan(one) else float(one) for one in (value, low, high)]
+    return Measured(value=known[0], low=known[1], high=known[2], interval=interval)

@@ -212,9 +212,8 @@ def export_model(
             raise ExportError(
                 f"{root}: one run of `medtune train`: there is nothing to choose from"
             )
-        return _export_single(
-            root, out, data, cache, device=device, onnx=onnx, force=force, say=say
-        )
+        single = _single_run(root, data, cache)
+        return _write_runs(out, *single, device=device, onnx=onnx, force=force, say=say)
     study = load_study(confirmation_of(root) if confirmed else root)
     chosen = choose(study, trial=trial, along=along, confirmed=confirmed, ensemble=ensemble)
     if study.running:
@@ -240,18 +239,10 @@ def is_single_run(root: Path) -> bool:
     return not StudyFiles(root).spec.is_file() and files.config.is_file() and files.best.is_file()
 
 
-def _export_single(
-    root: Path,
-    out: Path,
-    data: Path | None,
-    cache: Path | None,
-    *,
-    device: torch.device,
-    onnx: bool,
-    force: bool,
-    say: Say,
-) -> ModelInfo:
-    """Write the run in `root` as a model: its table and cache are those of the run, unless they are named."""
+def _single_run(
+    root: Path, data: Path | None, cache: Path | None
+) -> tuple[list["_Run"], Manifest, Cohort, dict[str, Any]]:
+    """The run in `root` with its table and cohort, which are the run's unless they are named, and its common fields."""
     files = TrialFiles(root)
     try:
         known = read_json(files.run) if files.run.is_file() else {}
@@ -272,11 +263,8 @@ def _export_single(
             }
         )
     )
-    manifest = read_manifest(
-        Path(table), num_classes=run.config.num_classes, classes=run.config.classes
-    )
     folder = cache or Path(known.get("cache") or default_cache())
-    cohort = open_cohort(prepare_cohort(manifest, Recipe.from_config(run.config), folder))
+    manifest, cohort = _open(run.config, Path(table), folder)
     choice = Choice(
         study=root.resolve().name,
         kind="train",
@@ -285,10 +273,7 @@ def _export_single(
         how="the only run: `medtune train` trained one configuration",
         luck="nothing else was chosen on them",
     )
-    common = common_fields(choice, run.config, None)
-    return _write_runs(
-        out, [run], manifest, cohort, common, device=device, onnx=onnx, force=force, say=say
-    )
+    return [run], manifest, cohort, common_fields(choice, run.config, None)
 
 
 def _write_runs(
@@ -451,11 +436,13 @@ def open_data(
     config: FineTuneConfig, study: Study, data: Path | None, cache: Path | None
 ) -> tuple[Manifest, Cohort]:
     _refuse_ignored(config, study)
-    manifest = read_manifest(
-        data or Path(study.spec.data), num_classes=config.num_classes, classes=config.classes
-    )
     folder = cache or Path(study.spec.cache or default_cache())
-    return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), folder))
+    return _open(config, data or Path(study.spec.data), folder)
+
+
+def _open(config: FineTuneConfig, table: Path, cache: Path) -> tuple[Manifest, Cohort]:
+    manifest = read_manifest(table, num_classes=config.num_classes, classes=config.classes)
+    return manifest, open_cohort(prepare_cohort(manifest, Recipe.from_config(config), cache))
 
 
 def _refuse_ignored(config: FineTuneConfig, study: Study) -> None:

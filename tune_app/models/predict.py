@@ -32,7 +32,7 @@ from trainables.data.scans import (
     read_scan,
 )
 from trainables.data.storage import StorageError, absolute, bucket_of, is_url, url_of
-from trainables.data.table_file import ManifestError, read_records
+from trainables.data.table_file import ManifestError, Record, read_records
 from trainables.data.visible import visible
 from trainables.machine.this_machine import usable_cpus
 from trainables.subject_auc import have_several, subject_interval
@@ -156,27 +156,31 @@ def _of_table(table: Path, labels: _Labels, say: Callable[[str], None]) -> list[
         what = "no rows" if "path" in columns else f"no column 'path'; its columns are {shown}"
         return [Source(named, problem=f"a table with {what}")]
     folder = named.rpartition("/")[0] if is_url(table) else str(table.parent)
-    sources, unknown = [], []
-    for record in records:
-        cells = {name: cell_text(cell) for name, cell in record.cells.items()}
-        if record.width != len(columns):
-            width = f"{record.width} cells, the header has {len(columns)}"
-            sources.append(Source(f"{named} row {record.number}", problem=width))
-            continue
-        place, problem = place_of(cells.get("path", ""), folder)
-        label = labels.number(cells.get("label", ""))
-        if cells.get("label") and label is None:
-            unknown.append(cells["label"])
-        cell = cells.get("path", "")
-        named_by_row = cell if is_url(cell) else os.path.join(folder, cell)  # noqa: PTH118
-        shown = f"{named} row {record.number}" if not cell else str(place or named_by_row)
-        sources.append(Source(shown, label, problem, cells.get("subject") or None))
+    sources = [_of_record(record, len(columns), folder, named, labels) for record in records]
+    labelled = [
+        cell_text(record.cells.get("label")) for record in records if record.width == len(columns)
+    ]
+    unknown = [text for text in labelled if text and labels.number(text) is None]
     if unknown:
         say(
             f"note: {named}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
             f"classes are {labels}"
         )
     return sources
+
+
+def _of_record(record: Record, width: int, folder: str, table: str, labels: _Labels) -> Source:
+    """The source that a table's row names."""
+    where = f"{table} row {record.number}"
+    if record.width != width:
+        return Source(where, problem=f"{record.width} cells, the header has {width}")
+    cells = {name: cell_text(cell) for name, cell in record.cells.items()}
+    path = cells.get("path", "")
+    place, problem = place_of(path, folder)
+    named = path if is_url(path) else os.path.join(folder, path)  # noqa: PTH118
+    label = labels.number(cells.get("label", ""))
+    shown = str(place or named) if path else where
+    return Source(shown, label, problem, cells.get("subject") or None)
 
 
 @dataclass(frozen=True)
@@ -321,8 +325,6 @@ def row(prediction: Prediction, info: ModelInfo, explanation: str | None = None)
         "path": path,
         "note": "; ".join(notes),
         "problem": visible(prediction.problem or ""),
-    }
-    cells |= {
         "subject": source.subject or "",
         "label": "" if source.label is None else str(source.label),
         "explanation": explanation or "",

@@ -1,5 +1,6 @@
 """Rows of a study directory, read and checked line by line."""
 
+import itertools
 import math
 import os
 import re
@@ -172,24 +173,27 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
         or not 1 <= epoch < LARGEST_WHOLE
     ):
         return f"epoch {epoch!r}: must be a whole number from 1"
-    for name, value in row.items():
-        dtype = EPOCH_COLUMNS.get(name, ("", ""))[0]
-        if isinstance(value, dict | list) or name == "arrival":
-            return f"{name} is a {type(value).__name__}, must be one value"
-        wrong = {
-            "float64": isinstance(value, bool | str) or value in (math.inf, -math.inf),
-            "Int64": isinstance(value, bool | str)
-            or (isinstance(value, float) and not value.is_integer())
-            or (isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE),
-            "boolean": not isinstance(value, bool),
-            "string": not isinstance(value, str),
-        }
-        if value is not None and wrong.get(dtype, False):
-            return f"{name} is {value!r}, must be {_DTYPE_WORDS[dtype]}"
-        low, high = EPOCH_BOUNDS.get(name, ANY_FLOAT32)
-        if isinstance(value, int | float) and (value < low or value > high):  # not NaN
-            least, most = (round(end, 3) + 0.0 for end in (low, high))
-            return f"{name} is {value!r:.100}, must be between {least:g} and {most:g}"
+    return next(filter(None, itertools.starmap(_cell_problem, row.items())), None)
+
+
+def _cell_problem(name: str, value: Any) -> str | None:
+    dtype = EPOCH_COLUMNS.get(name, ("", ""))[0]
+    if isinstance(value, dict | list) or name == "arrival":
+        return f"{name} is a {type(value).__name__}, must be one value"
+    wrong = {
+        "float64": isinstance(value, bool | str) or value in (math.inf, -math.inf),
+        "Int64": isinstance(value, bool | str)
+        or (isinstance(value, float) and not value.is_integer())
+        or (isinstance(value, int | float) and abs(value) >= LARGEST_WHOLE),
+        "boolean": not isinstance(value, bool),
+        "string": not isinstance(value, str),
+    }
+    if value is not None and wrong.get(dtype, False):
+        return f"{name} is {value!r}, must be {_DTYPE_WORDS[dtype]}"
+    low, high = EPOCH_BOUNDS.get(name, ANY_FLOAT32)
+    if isinstance(value, int | float) and (value < low or value > high):  # not NaN
+        least, most = (round(end, 3) + 0.0 for end in (low, high))
+        return f"{name} is {value!r:.100}, must be between {least:g} and {most:g}"
     return None
 
 

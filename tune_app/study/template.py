@@ -75,22 +75,22 @@ def study_file(
     values |= given
     advised = {name: one for name, one in (advice or {}).items() if name not in given["config"]}
     lines = [line for part in HEADER for line in _comment(part.format(name=name))]
+    helps = {
+        "space": _as_comment(SPACE_HELP),
+        "data": _as_comment(CLASSES_HELP),
+        "config": _comment(CONFIG_HELP),
+        "objective": [
+            line
+            for each in OBJECTIVES.values()
+            for line in _comment(f"  {each.name}: {each.title}")
+        ],
+    }
     for field in [field for field in values if field not in OF_PLANS]:
-        lines += ["", *_comment(_meaning(StudySpec, field))]
-        if field == "space":
-            lines += [f"# {line}".rstrip() for line in SPACE_HELP.splitlines()]
-        if field == "objective":
-            lines += [
-                line
-                for each in OBJECTIVES.values()
-                for line in _comment(f"  {each.name}: {each.title}")
-            ]
-        if field == "data":
-            lines += [f"# {line}".rstrip() for line in CLASSES_HELP.splitlines()]
+        lines += ["", *_comment(_meaning(StudySpec, field)), *helps.get(field, [])]
         if field == "config":
             settings = given["config"] | {name: value for name, (value, _) in advised.items()}
             reasons = {name: reason for name, (_, reason) in advised.items()}
-            lines += [*_comment(CONFIG_HELP), "config:", *_hyperparameters(settings, reasons)]
+            lines += ["config:", *_hyperparameters(settings, reasons)]
         elif isinstance(values[field], PolicySpec):
             lines += [f"{field}:", *_nested(values[field])]
         else:
@@ -165,6 +165,11 @@ def _entry(field: str, value: Any) -> str:
 
 def _indented(text: str) -> list[str]:
     return textwrap.indent(text, "  ").splitlines()
+
+
+def _as_comment(text: str) -> list[str]:
+    """The text's own lines."""
+    return [f"# {line}".rstrip() for line in text.splitlines()]
 
 
 def _comment(text: str, indent: str = "") -> list[str]:

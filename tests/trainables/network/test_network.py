@@ -27,7 +27,6 @@ from trainables.network.model import (
     set_trainable,
     stage_modules,
     stem_convolution,
-    train_mode,
     trainable_stages,
 )
 
@@ -446,7 +445,7 @@ def test_frozen_stages_stay_bit_identical_through_training_and_the_others_do_not
     set_trainable(network, trained)
     before = {stage: statistics(network, stage) for stage in STAGES}
     for _ in range(2):
-        train_mode(network)
+        network.train()
         network(torch.randn(4, 1, 16, 16, 16)).square().sum().backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -463,7 +462,7 @@ def test_frozen_stages_stay_bit_identical_through_training_and_the_others_do_not
 def test_every_trainable_parameter_gets_a_gradient_and_no_frozen_one(trained: list[str]) -> None:
     network = small(34)
     set_trainable(network, trained)
-    train_mode(network)
+    network.train()
     network(torch.randn(2, 1, 16, 16, 16)).square().sum().backward()
     for stage in STAGES:
         for module in stage_modules(network, stage):
@@ -492,7 +491,7 @@ def test_any_call_of_train_leaves_frozen_batchnorm_alone_through_a_wrapper_too()
     wrapper = nn.Sequential(
         network
     )  # as DistributedDataParallel and torch.compile do, it owns the network
-    for put in (network.train, wrapper.train, lambda: train_mode(wrapper)):
+    for put in (network.train, wrapper.train):
         network.eval()
         put()
         modes = {
@@ -525,7 +524,7 @@ def test_a_change_of_stages_is_told_and_takes_effect_at_once() -> None:
 def test_synchronised_batchnorm_is_frozen_like_any_other() -> None:
     network = nn.SyncBatchNorm.convert_sync_batchnorm(small(10))
     set_trainable(network, ["layer4", "head"])
-    train_mode(network)
+    network.train()
     modes = [layer.training for layer in network.modules() if isinstance(layer, nn.SyncBatchNorm)]
     assert len(modes) == 12
     assert sum(modes) == 3
@@ -558,7 +557,7 @@ def test_the_whole_network_is_one_graph_without_python_that_looks_at_values(
 ) -> None:
     network = small(18, dropout=0.4)
     set_trainable(network, trained)
-    train_mode(network)
+    network.train()
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     volumes = torch.randn(2, 1, 16, 16, 16)
     torch.manual_seed(1)
