@@ -413,7 +413,8 @@ class Space:
     def describe(self) -> list[SpaceRow]:
         """Return one row a parameter, and one for each hyperparameter of a fix, or held on purpose, that stays fixed."""
         before = {**dict.fromkeys(self.fixed), **baseline()}
-        original, usual = (build_config(given).model_dump() for given in (baseline(), {}))
+        original = build_config(baseline()).model_dump()
+        usual = build_config({}).model_dump()
         rows = [
             SpaceRow(
                 parameter.role,

@@ -66,13 +66,7 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         for name in written
         if name not in _SPACE_FIELDS
     ]
-    base: Space | None = None
-    if written.get("base") is not None:
-        try:
-            base = space_from(str(written["base"]))
-        except SpaceError as error:
-            problems += error.problems
-
+    base = _base(written, problems)
     own = _own_parameters(written, problems)
     fixed = _fixed_values(written, problems)
     problems += [
@@ -80,16 +74,13 @@ def _written_space(written: Mapping[str, Any]) -> Space:
         for parameter in own.values()
         if parameter.hyperparameter in fixed
     ]
-    notes = written.get("notes") or ()
-    if isinstance(notes, str) or not isinstance(notes, Sequence):
-        problems.append(f"notes={notes!r}: a list of sentences")
-        notes = ()
+    notes = _notes(written, problems)
     space = Space(
         str(written.get("name") or "custom"),
         str(written.get("title") or "the user's own space"),
         own,
         fixed,
-        tuple(map(str, notes)),
+        notes,
     )
     if base is not None:
         space = _on_top(base.within(fixed), space, own)
@@ -98,6 +89,24 @@ def _written_space(written: Mapping[str, Any]) -> Space:
     if problems:
         raise SpaceError(problems + (space.problems() if space.parameters else []))
     return space
+
+
+def _base(written: Mapping[str, Any], problems: list[str]) -> Space | None:
+    if written.get("base") is None:
+        return None
+    try:
+        return space_from(str(written["base"]))
+    except SpaceError as error:
+        problems += error.problems
+        return None
+
+
+def _notes(written: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    notes = written.get("notes") or ()
+    if isinstance(notes, str) or not isinstance(notes, Sequence):
+        problems.append(f"notes={notes!r}: a list of sentences")
+        return ()
+    return tuple(map(str, notes))
 
 
 def _fixed_values(written: Mapping[str, Any], problems: list[str]) -> dict[str, Scalar]:

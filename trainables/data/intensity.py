@@ -3,7 +3,7 @@
 Inferred from the values alone, since NIfTI has no field for it. It is a guess, and reported as one.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -69,28 +69,33 @@ def intensity_lines(found: Sequence[Intensity], names: Sequence[str], recipe: Re
 
     `names`: what each scan is called in a message.
     """
-    counts = Counter(one.kind for one in found)
+    named: dict[Kind, list[str]] = defaultdict(list)
+    for one, name in zip(found, names, strict=True):
+        named[one.kind].append(name)
+    counts = Counter({kind: len(those) for kind, those in named.items()})
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     low, high = min(one.low for one in found), max(one.high for one in found)
     lines = [f"intensity: values {low:g} to {high:g}; by their values {kinds}; {_done(recipe)}"]
-    masks = [name for one, name in zip(found, names, strict=True) if one.kind == "mask"]
-    if masks:
+    if masks := named["mask"]:
         lines.append(
             f"{len(masks)} of {len(found)} scans hold few whole numbers, as masks do: {_some(masks)}: is it the scan itself?"
         )
     others = [kind for kind in counts if kind not in ("mask", "unknown")]
     if len(others) > 1:
-        rarest = min(others, key=lambda kind: counts[kind])
-        odd = [name for one, name in zip(found, names, strict=True) if one.kind == rarest]
-        lines.append(f"the scans are of several kinds; {rarest}: {_some(odd)}")
+        rarest = min(others, key=counts.__getitem__)
+        lines.append(f"the scans are of several kinds; {rarest}: {_some(named[rarest])}")
     if recipe.intensity == "window":
-        lines += _window_lines(found, names, recipe)
-    if recipe.intensity == "zscore_nonzero" and counts["CT in HU"]:
-        lines.append(
-            f"intensity=zscore_nonzero takes mean and deviation over voxels > 0: in {counts['CT in HU']} scans in HU that "
-            "leaves out air and fat; use intensity=window, or zscore"
-        )
-    return lines
+        return lines + _window_lines(found, names, recipe)
+    return lines + _background_lines(counts["CT in HU"], recipe)
+
+
+def _background_lines(in_hu: int, recipe: Recipe) -> list[str]:
+    if recipe.intensity != "zscore_nonzero" or not in_hu:
+        return []
+    return [
+        f"intensity=zscore_nonzero takes mean and deviation over voxels > 0: in {in_hu} scans in HU that "
+        "leaves out air and fat; use intensity=window, or zscore"
+    ]
 
 
 def _window_lines(found: Sequence[Intensity], names: Sequence[str], recipe: Recipe) -> list[str]:

@@ -556,16 +556,19 @@ def _given_fold_problems(pool: list[Row], counted: bool, num_classes: int) -> li
     ]
     problems += _leaks([(row, f"fold {row.fold}") for row in pool if row.fold is not None])
     numbers = sorted(set(given))
-    gaps = [str(number) for number in range(numbers[-1]) if number not in numbers]
-    if gaps:
-        problems.append(
-            f"no row is in fold {', '.join(gaps)}: folds are numbered from 0 without gaps"
-        )
-    elif len(numbers) == 1:
-        problems.append("every row is in fold 0: two folds or more are needed")
+    if wrong := _numbering_problem(numbers):
+        problems.append(wrong)
     elif counted and len(given) == len(pool):
         problems += _fold_class_problems(pool, numbers, num_classes)
     return problems
+
+
+def _numbering_problem(numbers: list[int]) -> str | None:
+    """The problem with the numbers, ascending, of a table's folds."""
+    gaps = [str(number) for number in range(numbers[-1]) if number not in numbers]
+    if gaps:
+        return f"no row is in fold {', '.join(gaps)}: folds are numbered from 0 without gaps"
+    return "every row is in fold 0: two folds or more are needed" if len(numbers) == 1 else None
 
 
 def _fold_class_problems(pool: list[Row], numbers: list[int], num_classes: int) -> list[str]:

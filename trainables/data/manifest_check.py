@@ -61,16 +61,12 @@ class CheckReport:
             for label, count in sorted(Counter(rows["label"]).items())
         )
         lines = [f"{len(rows)} volumes of {rows['subject'].nunique()} subjects; {classes}"]
-        given = Counter(word for word in rows["split"] if word is not None)
-        if given:
-            lines.append(
-                "split: " + ", ".join(f"{word} {given[word]}" for word in SPLITS if given[word])
-            )
-        folds = Counter(int(fold) for fold in rows["fold"].dropna())
-        if folds:
-            lines.append(
-                "folds: " + ", ".join(f"{fold}: {count}" for fold, count in sorted(folds.items()))
-            )
+        split, folds = Counter(rows["split"].dropna()), Counter(rows["fold"].dropna())
+        parts = {
+            "split": [f"{word} {split[word]}" for word in SPLITS if word in split],
+            "folds": [f"{fold}: {count}" for fold, count in sorted(folds.items())],
+        }
+        lines += [f"{name}: {', '.join(each)}" for name, each in parts.items() if each]
         return lines + self.notices
 
 

@@ -95,10 +95,14 @@ def join_table(scans: Path, labels: Path, options: JoinOptions) -> JoinedTable:
     rows = []
     for scan, row in labelled:
         number = class_of[row[label_column]]
-        extra = {name: row[name] for name in ("split", "fold") if row.get(name)}
         cells = {"path": str(scan), "label": str(number), "subject": subject_of(scan, row)}
-        rows.append(cells | {"class": classes[number]} | extra)
+        rows.append({**cells, "class": classes[number], **_placement(row)})
     return JoinedTable(tuple(rows), classes, tuple(lines))
+
+
+def _placement(row: Mapping[str, str]) -> dict[str, str]:
+    """The cells of a row that place it in a split or fold of the user's own."""
+    return {name: row[name] for name in ("split", "fold") if row.get(name)}
 
 
 def write_table(joined: JoinedTable, path: Path, *, force: bool = False) -> None:
@@ -187,22 +191,23 @@ def read_sheet(path: Path) -> Sheet:
         content = regular_bytes(path, MAX_TABLE_BYTES)
     except OSError as error:
         raise ManifestError(f"label sheet {path}: {error.strerror}") from None
-    if content.startswith(b"PK\x03\x04"):
-        table = _excel(path, content)
-    elif content.lstrip()[:1] in (b"{", b"["):
-        table = _json(path, content)
-    else:
-        table = _text(path, content)
-    header, *body = table
+    header, *body = _table(path, content)
     columns = [cell.strip() for cell in header]
     twice = [name for name, count in Counter(filter(None, columns)).items() if count > 1]
     if twice:
         raise ManifestError(f"label sheet {path}: duplicate column {twice[0]!r}: rename one")
-    rows = [dict(zip(columns, cells, strict=False)) for cells in body if any(cells)]
+    rows = [dict(zip(columns, cells, strict=False)) for cells in filter(any, body)]
     names = tuple(filter(None, columns))
     if not rows:
         raise ManifestError(f"label sheet {path}: no rows below the header")
     return Sheet(names, tuple({name: row.get(name, "") for name in names} for row in rows))
+
+
+def _table(path: Path, content: bytes) -> list[list[str]]:
+    """The cells of a sheet in any of the formats, its header first."""
+    if content.startswith(b"PK\x03\x04"):
+        return _excel(path, content)
+    return _json(path, content) if content.lstrip()[:1] in (b"{", b"[") else _text(path, content)
 
 
 def _excel(path: Path, content: bytes) -> list[list[str]]:
@@ -499,7 +504,9 @@ def _subjects(
         return lambda scan, _: _key("path", scan, folder), told
     asked = options.subject
     if asked is None:
-        asked = _guessed_subject(sheet, id_column, key, labelled, folder)
+        asked = _guessed_subject(sheet, id_column, key, labelled) or _subject_in_path(
+            labelled, folder
+        )
     if asked is None:
         raise ManifestError(
             "whose scans are these? Scans of one person on both sides of a split make every score "
@@ -542,20 +549,20 @@ def _subjects_by_pattern(
 
 
 def _guessed_subject(
-    sheet: Sheet,
-    id_column: str,
-    key: str,
-    labelled: Sequence[tuple[Path, Mapping[str, str]]],
-    folder: Path,
+    sheet: Sheet, id_column: str, key: str, labelled: Sequence[tuple[Path, Mapping[str, str]]]
 ) -> str | None:
-    """A column, or a pattern of the path, that looks like the subject; None where there is none."""
     for word in SUBJECT_NAMES:
         for name in sheet.columns:
             if name.casefold() == word and all(row[name] for _, row in labelled):
                 return name
     shared = len({row[id_column] for _, row in labelled}) < len(labelled)
-    if shared or key in ("bids", "folder"):
-        return id_column
+    return id_column if shared or key in ("bids", "folder") else None
+
+
+def _subject_in_path(
+    labelled: Sequence[tuple[Path, Mapping[str, str]]], folder: Path
+) -> str | None:
+    """The pattern of BIDS' subjects, where paths have them."""
     in_path = any(_bids_subject(scan, folder) for scan, _ in labelled)
     return r"(sub-[A-Za-z0-9]+)" if in_path else None
 

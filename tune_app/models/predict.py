@@ -157,16 +157,20 @@ def _of_table(table: Path, labels: _Labels, say: Callable[[str], None]) -> list[
         return [Source(named, problem=f"a table with {what}")]
     folder = named.rpartition("/")[0] if is_url(table) else str(table.parent)
     sources = [_of_record(record, len(columns), folder, named, labels) for record in records]
-    labelled = [
-        cell_text(record.cells.get("label")) for record in records if record.width == len(columns)
-    ]
-    unknown = [text for text in labelled if text and labels.number(text) is None]
+    _note_unknown_labels(records, len(columns), named, labels, say)
+    return sources
+
+
+def _note_unknown_labels(
+    records: Sequence[Record], width: int, table: str, labels: _Labels, say: Callable[[str], None]
+) -> None:
+    texts = [cell_text(record.cells.get("label")) for record in records if record.width == width]
+    unknown = [text for text in texts if text and labels.number(text) is None]
     if unknown:
         say(
-            f"note: {named}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
+            f"note: {table}: {len(unknown)} labels are not evaluated, the first is {shown_cell(unknown[0])!r}: "
             f"classes are {labels}"
         )
-    return sources
 
 
 def _of_record(record: Record, width: int, folder: str, table: str, labels: _Labels) -> Source:

@@ -41,11 +41,18 @@ def opened(place: str | Path) -> tuple[Path, bool | None]:
         )
     folder = folder_of(url, "seen")
     fresh_own(folder, url)
+    written = listed.pop(LEASE, None)
     # Records before rows, as in a folder: a trial that ends in between must not show an end without its rows.
-    names = [name for name in listed if not name.endswith(LARGE) and name != LEASE]
-    copy_objects(remote, [name for name in names if name.startswith("trials/")], folder)
-    copy_objects(remote, [name for name in names if not name.startswith("trials/")], folder)
-    written = listed.get(LEASE)
+    for of_trials in (True, False):
+        copy_objects(
+            remote,
+            [
+                name
+                for name in listed
+                if not name.endswith(LARGE) and name.startswith("trials/") == of_trials
+            ],
+            folder,
+        )
     return folder, written is not None and (datetime.now(UTC) - written).total_seconds() < FRESH_S
 
 

@@ -275,7 +275,7 @@ AS_MANY_AS_FIT = 10_000
 
 def build_spec(fields: Mapping[str, Any]) -> StudySpec:
     """Return the checked spec; raises SpecError with every violation at once."""
-    if {"hours", "gpu_hours"} & {name for name, value in fields.items() if value is not None}:
+    if fields.get("hours") is not None or fields.get("gpu_hours") is not None:
         fields = {"trials": AS_MANY_AS_FIT, **fields}
     fields = _with_classes(fields)
     names = StudySpec.model_fields
