@@ -15,14 +15,9 @@ def _log(name: str, low: float, high: float, role: Role = "searched", why: str =
 
 
 def _even(
-    name: str,
-    low: float,
-    high: float,
-    role: Role = "searched",
-    why: str = "",
-    step: float | None = None,
+    name: str, low: float, high: float, *, why: str = "", step: float | None = None
 ) -> Parameter:
-    return Parameter(name, FloatDistribution(low, high, step=step), role, why)
+    return Parameter(name, FloatDistribution(low, high, step=step), why=why)
 
 
 def _one_of(name: str, *choices: Scalar, why: str = "") -> Parameter:

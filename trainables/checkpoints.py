@@ -24,6 +24,19 @@ HURRY = ".hurry"
 ROOM_S = 86_400.0
 """How long a run waits for room on a full disk: enough for the user to notice it after a night."""
 
+DAMAGED = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+"""What torch.load was seen to raise on truncated and on altered files, and its kin: it promises nothing."""
+
 Result = TypeVar("Result")
 
 log = logging.getLogger("medtune.disk")
@@ -248,24 +261,13 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    damaged = (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    )
     try:
         if (member := damaged_member(path)) is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {member}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own remarks on pickles it refuses
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except damaged as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise CheckpointError(
             f"{path}: damaged, or no checkpoint ({reason}): remove it to start again"

@@ -44,11 +44,9 @@ class GradientSum:
         self._buckets: list[_Bucket] = []
         filling: dict[tuple[torch.dtype, torch.dtype], _Bucket] = {}
         for place, parameter in enumerate(reversed([p for p in parameters if p.requires_grad])):
-            dtype = (
-                convolutions_as
-                if convolutions_as is not None and parameter.dim() == 5
-                else parameter.dtype
-            )
+            dtype = parameter.dtype
+            if convolutions_as is not None and parameter.dim() == 5:
+                dtype = convolutions_as
             kind = dtype, parameter.dtype
             if kind not in filling or filling[kind].nbytes >= bucket_bytes:
                 filling[kind] = _Bucket(dtype)

@@ -86,11 +86,9 @@ def few_of_a_class(counts: Sequence[int], unit: str = "subjects") -> str | None:
 
 def few_of_the_rarest(count: int) -> str | None:
     """Return the same where only the number of subjects of the rarest class is known."""
-    return (
-        _too_few(f"{_counted(count, 'subjects')} of the rarest class", "subjects")
-        if count < FEWEST
-        else None
-    )
+    if count >= FEWEST:
+        return None
+    return _too_few(f"{_counted(count, 'subjects')} of the rarest class", "subjects")
 
 
 def _counted(count: int, unit: str) -> str:

@@ -38,8 +38,6 @@ def parse_json(content: bytes | str, constant: Callable[[str], Any] | None = Non
         raise ValueError("brackets nested too deeply") from None
 
 
-def read_json(
-    path: Path, limit: int = MAX_JSON_BYTES, constant: Callable[[str], Any] | None = None
-) -> Any:
+def read_json(path: Path, constant: Callable[[str], Any] | None = None) -> Any:
     """Return the value of a JSON file. Raises OSError and ValueError, and nothing else."""
-    return parse_json(regular_bytes(path, limit), constant)
+    return parse_json(regular_bytes(path, MAX_JSON_BYTES), constant)

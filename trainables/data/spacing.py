@@ -78,12 +78,10 @@ def common_spacing(
     )
 
 
-def spacing_of_table(
-    manifest: Manifest, volume_shape: tuple[int, int, int], workers: int | None = None
-) -> CommonSpacing:
+def spacing_of_table(manifest: Manifest, volume_shape: tuple[int, int, int]) -> CommonSpacing:
     """Return the common spacings of a table's files, from their headers. Raises VolumeError for a bad one."""
     paths = [url_of(path) or path for path in manifest.rows["path"]]
-    headers = in_threads(read_header, paths, workers)
+    headers = in_threads(read_header, paths)
     return common_spacing(
         [header.shape for header in headers],
         [header.spacing_mm for header in headers],

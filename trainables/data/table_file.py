@@ -5,7 +5,7 @@ import io
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainables.data.storage import StorageError, bucket_of, url_of
 from trainables.errors import ProblemsError
@@ -59,17 +59,17 @@ def table_bytes(table: Path) -> bytes:
         if (url := url_of(table)) is not None:
             bucket, name = bucket_of(url)
             with bucket.opened(name) as (stream, size):
-                return stream.read() if size <= MAX_TABLE_BYTES else _too_large(url, size)
+                if size > MAX_TABLE_BYTES:
+                    _too_large(url, size)
+                return stream.read()
         found = table.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ManifestError(
                 f"table {table}: a CSV or Parquet file is needed, this is a folder or device"
             )
-        return (
-            table.read_bytes()
-            if found.st_size <= MAX_TABLE_BYTES
-            else _too_large(str(table), found.st_size)
-        )
+        if found.st_size > MAX_TABLE_BYTES:
+            _too_large(str(table), found.st_size)
+        return table.read_bytes()
     except FileNotFoundError:
         what = "file" if url_of(table) is None else "object"
         raise ManifestError(f"table {url_of(table) or table}: no such {what}") from None
@@ -83,7 +83,7 @@ def table_bytes(table: Path) -> bytes:
         ) from None
 
 
-def _too_large(table: str, size: int) -> bytes:
+def _too_large(table: str, size: int) -> NoReturn:
     most = MAX_TABLE_BYTES // 2**20
     raise ManifestError(
         f"table {table}: {size / 2**20:.0f} MiB, at most {most} are read: is it the table?"

@@ -168,8 +168,6 @@ def cohort_like(
     first: Path,
     first_recipe: Recipe,
     progress: Progress | None = None,
-    *,
-    workers: int | None = None,
 ) -> Path:
     """Return the folder of the cohort that `recipe` makes of the data of the cohort `first`, prepared if it is missing.
 
@@ -183,7 +181,7 @@ def cohort_like(
         there = first.parent / cohort_name_like(first, recipe)
         if there.exists():
             return there
-    made = prepare_cohort(manifest, recipe, first.parent, progress, workers=workers)
+    made = prepare_cohort(manifest, recipe, first.parent, progress)
     if cohort_name_like(made, first_recipe) != first.name:
         raise CohortError(
             f"{manifest.table}: not the data of the study (cohort {first.name}, here {made.name})"

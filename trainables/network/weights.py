@@ -13,7 +13,7 @@ import re
 import struct
 import tempfile
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainables.checkpoints import damaged_member, save_state
+from trainables.checkpoints import DAMAGED, damaged_member, save_state
 from trainables.config import FineTuneConfig
 from trainables.errors import ProblemsError
 from trainables.network.model import (
@@ -51,7 +51,7 @@ class OfficialFile:
 
     @property
     def depth(self) -> int:
-        return int(self.name.removesuffix(".pth").split("_")[1])
+        return _depth_of(self.name)
 
     @property
     def datasets(self) -> int:
@@ -64,51 +64,36 @@ class OfficialFile:
         return f"TencentMedicalNet/MedicalNet-Resnet{self.depth}"
 
 
-_RELEASED = {
-    "resnet_10.pth": (
-        57_456_599,
-        "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0",
-    ),
-    "resnet_10_23dataset.pth": (
-        57_456_599,
-        "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605",
-    ),
-    "resnet_18.pth": (
-        131_992_196,
-        "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3",
-    ),
-    "resnet_18_23dataset.pth": (
-        131_992_196,
-        "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4",
-    ),
-    "resnet_34.pth": (
-        253_276_232,
-        "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658",
-    ),
-    "resnet_34_23dataset.pth": (
-        253_276_232,
-        "3ea7188e396774e4ef95b66e5e90a78273bb33f6e58d3d717bf24f5f1aaeaa28",
-    ),
-    "resnet_50.pth": (
-        184_885_051,
-        "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84",
-    ),
-    "resnet_50_23dataset.pth": (
-        184_885_051,
-        "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e",
-    ),
-    "resnet_101.pth": (
-        341_330_267,
-        "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf",
-    ),
-    "resnet_152.pth": (None, "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da"),
-    "resnet_200.pth": (
-        507_146_295,
-        "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8",
-    ),
+def _depth_of(name: str) -> int:
+    return int(name.removesuffix(".pth").split("_")[1])
+
+
+_BYTES = {
+    10: 57_456_599,
+    18: 131_992_196,
+    34: 253_276_232,
+    50: 184_885_051,
+    101: 341_330_267,
+    200: 507_146_295,
+}
+"""Size of the released files of a depth, where it is known."""
+
+_SHA256 = {
+    "resnet_10.pth": "2824951eaef30e115929b89bec72342380b08d14792bda1449974ac849e497c0",
+    "resnet_10_23dataset.pth": "afa8055f3e47f4a18239495d92a7abc587902c69c31c743de2b2784653b72605",
+    "resnet_18.pth": "38b3a17444c5c18a795355a868e6a2d9ce9318054067f5373d337f55c0f61da3",
+    "resnet_18_23dataset.pth": "61224f9317fcce873366deb3703183e92cc47325b726b69691b33536244e10f4",
+    "resnet_34.pth": "977a1be79298602fa35980de9c03789229ad36087fb1f4d9bde468aec653c658",
+    "resnet_34_23dataset.pth": "3ea7188e396774e4ef95b66e5e90a78273bb33f6e58d3d717bf24f5f1aaeaa28",
+    "resnet_50.pth": "5b6189cafbee2f5604a7279b62bc163365aa6a86a377e1dc260a14275cacbd84",
+    "resnet_50_23dataset.pth": "ff48a62219073fb977fd3f4ddfb8dc1367f0ec156c8d6f6c37e205bd683a246e",
+    "resnet_101.pth": "a26bbcf9b2ad35f048b0fa317234c003f171a4d719760e5c4aff9f793654ebcf",
+    "resnet_152.pth": "e96c459f5317ef2cbb898c91575402da2c78b31a31f55c5d28943683fe0626da",
+    "resnet_200.pth": "df58525b0276117169782617a379480d2cbc75230e84e152c603bf22a1fabfa8",
 }
 OFFICIAL_FILES = {
-    name: OfficialFile(name, size, sha256) for name, (size, sha256) in _RELEASED.items()
+    name: OfficialFile(name, _BYTES.get(_depth_of(name)), sha256)
+    for name, sha256 in _SHA256.items()
 }
 """Every released file by name, with the size and sha256 that its repository on huggingface.co states."""
 
@@ -476,20 +461,8 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file begins that torch 1.6 or later wrote, and an earlier one: the released ones are of the earlier."""
 
-_DAMAGED = (
-    *(pickle.UnpicklingError, EOFError, struct.error, zipfile.BadZipFile, SafetensorError),
-    *(
-        RuntimeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-        ArithmeticError,
-        OSError,
-    ),
-)
-"""What torch.load was seen to raise on truncated and on altered files, and its kin: it promises nothing."""
+_DAMAGED = (*DAMAGED, SafetensorError, struct.error, AssertionError, ArithmeticError, OSError)
+"""What reading a file of weights was seen to raise on truncated and on altered files, and its kin."""
 
 
 def _entries(path: Path) -> Mapping[object, object]:
@@ -776,10 +749,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _some(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _count(names: list[str]) -> str:

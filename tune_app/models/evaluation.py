@@ -52,20 +52,16 @@ def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judg
     Threshold and calibration are fitted on these very volumes. Their performance on others is given, too, under
     names that end in `_unseen`: ten times, each on a tenth of the subjects, with both fitted on the others.
     """
-    z_NC, classes = np.asarray(z_NC, dtype=np.float64), z_NC.shape[1]
+    z_NC = np.asarray(z_NC, dtype=np.float64)
     calibration = fit_calibration(scale * z_NC, labels_N)
-    threshold = score_metrics(z_NC, labels_N, scale=scale)["threshold"] if classes == 2 else None
+    threshold = _threshold(z_NC, labels_N, scale)
     log_odds = class_scores(z_NC, scale=scale)
     unseen_z, unseen_decisions = np.full_like(z_NC, np.nan), np.full(len(z_NC), -1)
     for fit, held_out in cross_fits(labels_N, subjects_N):
         unseen_z[held_out] = fit_calibration(scale * z_NC[fit], labels_N[fit]).logits(
             scale * z_NC[held_out]
         )
-        best = (
-            score_metrics(z_NC[fit], labels_N[fit], scale=scale)["threshold"]
-            if classes == 2
-            else None
-        )
+        best = _threshold(z_NC[fit], labels_N[fit], scale)
         unseen_decisions[held_out] = decide(
             log_odds[held_out],
             0.0 if best is not None and math.isnan(best) else best,
@@ -81,6 +77,13 @@ def judge(z_NC: Array, scale: float, labels_N: Array, subjects_N: Array) -> Judg
         unseen=(unseen_z, unseen_decisions) if np.isfinite(unseen_z).all() else None,
     )
     return Judged(threshold, calibration, evaluation)
+
+
+def _threshold(z_NC: Array, labels_N: Array, scale: float) -> float | None:
+    """The log-odds with the best balanced accuracy on these volumes; None with more than two classes."""
+    if z_NC.shape[1] != 2:
+        return None
+    return score_metrics(z_NC, labels_N, scale=scale)["threshold"]
 
 
 def evaluate(

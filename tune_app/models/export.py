@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from shlex import quote
 from typing import Any, Literal
 
@@ -139,19 +138,12 @@ def choose(
     if confirmed:
         epochs = statistics.median(usable["best_epoch"])
         if ensemble is not None:
-            spread = usable.sort_values(["seed", "fold"], kind="stable").head(ensemble)
-            return chosen(
-                spread,
-                f"{how}; {ensemble} of them together, over as many folds as there are",
-                luck,
-                epochs,
-            )
-        return chosen(
-            usable.iloc[[(len(usable) - 1) // 2]],
-            f"{how}; the run in the middle of them",
-            luck,
-            epochs,
-        )
+            rows = usable.sort_values(["seed", "fold"], kind="stable").head(ensemble)
+            how += f"; {ensemble} of them together, over as many folds as there are"
+        else:
+            rows = usable.iloc[[(len(usable) - 1) // 2]]
+            how += "; the run in the middle of them"
+        return chosen(rows, how, luck, epochs)
     if ensemble is not None:
         how = f"of {scored} trials, the best {ensemble} {told}, together"
         luck = f"the trials were chosen on them as the best {ensemble} of {scored}"
@@ -407,16 +399,7 @@ def read_run(trial: pd.Series) -> _Run:
             val=state["val_rows"].numpy(),
             row=state["row"],
         )
-    except (
-        CheckpointError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        UnpicklingError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (CheckpointError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path}: damaged or of another version ({one_line(error)})") from None
 
 

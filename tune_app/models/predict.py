@@ -248,13 +248,13 @@ def _read_ahead(
 
 
 def predict(
-    model: Model, sources: Sequence[Source], *, batch_size: int = 8, workers: int | None = None
+    model: Model, sources: Sequence[Source], *, batch_size: int = 8
 ) -> Iterator[Prediction]:
     """Yield a prediction for each source, in order, as batches get done. A bad file is a prediction with a problem."""
     recipe = model.recipe
     batch: list[tuple[Source, _Read]] = []
     with closing(
-        _read_ahead(sources, model.info, recipe, 2 * batch_size, workers or min(8, usable_cpus()))  # type: ignore[type-var]
+        _read_ahead(sources, model.info, recipe, 2 * batch_size, min(8, usable_cpus()))  # type: ignore[type-var]
     ) as reads:
         for source, read in reads:
             batch.append((source, read))
@@ -371,11 +371,9 @@ class Tally:
 
     def by_subject(self, pool: Pool) -> list[SubjectScore]:
         """Return the scored subjects."""
-        return (
-            pool_subjects(self.subjects, np.stack(self.log_odds), self.labels, pool)
-            if self.log_odds
-            else []
-        )
+        if not self.log_odds:
+            return []
+        return pool_subjects(self.subjects, np.stack(self.log_odds), self.labels, pool)
 
     def lines(self, info: ModelInfo, pool: Pool = "mean") -> list[str]:
         """Return the counts in a sentence, and how well labelled volumes, and subjects, were separated by class."""

@@ -95,9 +95,10 @@ def retrain_model(
             "validates": "nothing: it was trained on every volume",
             "auc": None,
             "calibration": no_calibration(run.config.num_classes),
+            "verdict": None,
+            "verdict_summary": None,
         }
     )
-    member = member.model_copy(update={"verdict": None, "verdict_summary": None})
     network = network_of(run.config, weights, device)
     retrained = ScoredMember(member, run.config, network, source.split, source.logits)
     rows = source.split.val

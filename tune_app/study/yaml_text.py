@@ -60,10 +60,10 @@ def _count(value: Any, known: dict[int, int], inside: set[int]) -> int:
     return known[id(value)]
 
 
-def readable_yaml(*documents: Any, width: int = 100) -> str:
+def readable_yaml(*documents: Any) -> str:
     """Return YAML documents, keys in their order: block text for strings of several lines, no references."""
     return str(
-        yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=width)
+        yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=100)
     )
 
 
