@@ -220,7 +220,6 @@ def _scaled(name: str, value: Scalar, epochs: int) -> Scalar:
     if name == "drw_start_epoch" and isinstance(value, int):
         return drw_start_at((value - 1) / DOCUMENT_EPOCHS, epochs)
     if name == "freeze_backbone_epochs" and isinstance(value, int) and value:
-        return max(
-            1, round(value / DOCUMENT_EPOCHS * epochs)
-        )  # frozen for no epoch would be another variant
+        # Frozen for no epoch would be another variant
+        return max(1, round(value / DOCUMENT_EPOCHS * epochs))
     return value

@@ -266,9 +266,8 @@ class Space:
         decided = {parameter.hyperparameter for parameter in self.parameters.values()}
         late = [p for p in self.parameters.values() if p.reads & decided]
         early = [p for p in self.parameters.values() if not p.reads & decided]
-        object.__setattr__(
-            self, "parameters", {p.name: p for p in (*early, *late)}
-        )  # what decides goes first
+        # What decides goes first
+        object.__setattr__(self, "parameters", {p.name: p for p in (*early, *late)})
 
     @property
     def conditional(self) -> bool:
@@ -398,9 +397,8 @@ class Space:
 
     def never_read(self) -> list[str]:
         """Return one line for each parameter that no sample of the space would read."""
-        epochs = max(
-            self._epochs(None), DOCUMENT_EPOCHS
-        )  # in a run of one epoch, no share of it is a whole epoch
+        # In a run of one epoch, no share of it is a whole epoch
+        epochs = max(self._epochs(None), DOCUMENT_EPOCHS)
         seen: set[str] = set()
         for corner in self._corners():
             seen.update(self.sample(_lookup(corner), epochs))

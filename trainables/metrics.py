@@ -150,9 +150,8 @@ def ranking_scores(logits_NC: "Array", *, scale: float) -> np.ndarray:
     which orders as the probability of class c does but does not round to 0 or 1.
     """
     z_NC = _float64(logits_NC)
-    with np.errstate(
-        invalid="ignore"
-    ):  # infinite minus infinite is NaN, which every metric then is too
+    # Infinite minus infinite is NaN, which every metric then is too
+    with np.errstate(invalid="ignore"):
         if z_NC.shape[1] == 2:
             return scale * (z_NC[:, 1] - z_NC[:, 0])  # scaled last: equal differences stay equal
         z_NC = scale * z_NC
@@ -240,9 +239,8 @@ class _Curve:
         return float(sizes[sizes > 1].sum() / sizes.sum())
 
     def auc(self) -> float:
-        twice = int(
-            (self.pos * (2 * (self.num_neg - self.fp) + self.neg)).sum()
-        )  # integers: exact at 0, 1/2 and 1
+        # Integers: exact at 0, 1/2 and 1
+        twice = int((self.pos * (2 * (self.num_neg - self.fp) + self.neg)).sum())
         return twice / (2 * self.num_pos * self.num_neg)
 
     def placements(self) -> np.ndarray:
@@ -265,15 +263,13 @@ class _Curve:
     def best_threshold(self) -> tuple[float, float]:
         """Best balanced accuracy over all thresholds, and the threshold."""
         youden = self.tp * self.num_neg - self.fp * self.num_pos
-        candidates = np.flatnonzero(
-            youden == youden.max()
-        )  # group 0 calls all positive: never worse than calling none
+        # Group 0 calls all positive: never worse than calling none
+        candidates = np.flatnonzero(youden == youden.max())
         upper = self.values[candidates]
         lower = self.values[np.maximum(candidates - 1, 0)]
         middle = lower + (upper - lower) / 2
-        thresholds = np.where(
-            middle > lower, middle, upper
-        )  # between neighbouring floats there is no middle
+        # Between neighbouring floats there is no middle
+        thresholds = np.where(middle > lower, middle, upper)
         best = int(np.abs(thresholds).argmin())
         value = (1 + youden[candidates[best]] / (self.num_pos * self.num_neg)) / 2
         return float(value), float(thresholds[best])
@@ -386,8 +382,7 @@ def _checked_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _float64(values: "Array") -> np.ndarray:
-    if hasattr(
-        values, "detach"
-    ):  # a torch tensor; bfloat16 has no numpy type, so it is widened first
+    # A torch tensor; bfloat16 has no numpy type, so it is widened first
+    if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     return np.asarray(values, dtype=np.float64)

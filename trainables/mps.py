@@ -295,9 +295,8 @@ def _enter(folder: Path, gpu: Gpu) -> tuple[Path, IO[str]]:
             if not _answers(generation / "pipe"):
                 generation = _start(folder, generation, gpu, alone=alone)
             _await_recovery(generation / "pipe")
-            fcntl.flock(
-                users, fcntl.LOCK_SH
-            )  # before the keeper starts, which ends what no one uses
+            # Before the keeper starts, which ends what no one uses
+            fcntl.flock(users, fcntl.LOCK_SH)
             _start_keeper(folder)
         except BaseException:
             users.close()

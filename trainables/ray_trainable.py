@@ -88,9 +88,8 @@ def run_trial(trial: Mapping[str, Any], setting: TrialSetting) -> None:
     those it knows. An error goes to the trial's log with its traceback, then to Tune, which starts the trial again;
     running out of memory is reported as the trial's end instead, since it would only happen again.
     """
-    os.environ.setdefault(
-        "TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S)
-    )  # read in this process, at its next trial
+    # Read in this process, at its next trial
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(ENDING_S))
     settle_user()
     files = TrialFiles(Path(setting.study) / "trials" / trial["trial"])
     files.folder.mkdir(parents=True, exist_ok=True)
@@ -294,9 +293,8 @@ def _run(
     from trainables.ranks import RankWork, gang
     from trainables.saved_run import Epochs, open_inputs, saved_run
 
-    log.info(
-        "torch and MONAI loaded in %.1f s", time.monotonic() - began
-    )  # 0 in a process that has trained before
+    # 0 in a process that has trained before
+    log.info("torch and MONAI loaded in %.1f s", time.monotonic() - began)
     config = build_config({**setting.base, **trial["overrides"]})
     torch.set_num_threads(setting.threads)
     epochs: Epochs

@@ -132,9 +132,8 @@ def saved_run(
     sweep_temporaries(files.folder, files.config, files.checkpoint, files.best)
     resume = load_state(files.checkpoint) if files.checkpoint.exists() else None
     if resume is not None:
-        check_checkpoint(
-            resume, config
-        )  # before config.json is replaced, and before another run's rows are reported
+        # Before config.json is replaced, and before another run's rows are reported
+        check_checkpoint(resume, config)
     when_there_is_room(
         lambda: write_json(files.config, config.model_dump(mode="json")), files.config, waits=waits
     )

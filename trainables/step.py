@@ -142,9 +142,8 @@ class TrainingStep:
 
         # A captured step reads and writes these tensors, which keep their place for the whole run.
         self.weights_C = torch.ones_like(weights)
-        self.order = torch.zeros(
-            schedule.step_ends[-1], dtype=torch.int64, device=device
-        )  # places in the resident cohort
+        # Places in the resident cohort
+        self.order = torch.zeros(schedule.step_ends[-1], dtype=torch.int64, device=device)
         self.begin = torch.zeros((), dtype=torch.int64, device=device)  # of the step, in the order
         self.loss_sum = torch.zeros((), device=device)
         self.plain_sum = torch.zeros((), device=device)  # of losses without class weights

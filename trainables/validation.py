@@ -69,9 +69,8 @@ class Validation:
         network.eval()
         set_groups(network, 1)
         per_rank = math.ceil(len(rows) / self.step.world)
-        padded = np.resize(
-            rows, per_rank * self.step.world
-        )  # the sampler's duplicates; dropped again below
+        # The sampler's duplicates; dropped again below
+        padded = np.resize(rows, per_rank * self.step.world)
         mine = padded[self.step.rank :: self.step.world]
         size = self.config.validation_batch_size
         if self.step.graphs and len(mine) >= size:
@@ -85,18 +84,16 @@ class Validation:
         if self.step.world > 1:
             gathered = [torch.empty_like(logits) for _ in range(self.step.world)]
             dist.all_gather(gathered, logits)
-            logits = torch.stack(gathered, dim=1).flatten(
-                0, 1
-            )  # row i of rank r is padded[i * world + r]
+            # Row i of rank r is padded[i * world + r]
+            logits = torch.stack(gathered, dim=1).flatten(0, 1)
         return logits[: len(rows)].cpu()
 
     def _captured_logits(self, network: nn.Module, rows: np.ndarray) -> Tensor:
         """Logits of `rows`, each batch one CUDA graph, captured once for a network: its weights are changed in place."""
         assert self.step.stream is not None
         size = self.config.validation_batch_size
-        batches = np.resize(
-            rows, (math.ceil(len(rows) / size), size)
-        )  # the last is filled up from the first
+        # The last is filled up from the first
+        batches = np.resize(rows, (math.ceil(len(rows) / size), size))
         with self.step.on_own_stream():
             places = torch.from_numpy(self.volumes.position[batches]).to(self.device)
             self.index.copy_(places[0])

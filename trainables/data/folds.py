@@ -177,9 +177,8 @@ def _folds_of_sorted(
     labels: tuple[int, ...], subjects: tuple[str, ...], num_folds: int
 ) -> tuple[int, ...]:
     """The folds of rows in their order. Remembered: a thousand rows take half a second, and every trial asks for them."""
-    from sklearn.model_selection import (
-        StratifiedGroupKFold,
-    )  # a second to import, and only needed here
+    # A second to import, and only needed here
+    from sklearn.model_selection import StratifiedGroupKFold
 
     folds = [0] * len(labels)
     folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=FOLD_SEED)

@@ -48,10 +48,8 @@ class VolumeError(ValueError):
         super().__init__(f"scan {path}: {reason}")
 
     def __reduce__(self) -> tuple[type["VolumeError"], tuple[Path | str, str]]:
-        return type(self), (
-            self.path,
-            self.reason,
-        )  # the default would pass the joined text, and Ray pickles errors
+        # The default would pass the joined text, and Ray pickles errors
+        return type(self), (self.path, self.reason)
 
 
 @dataclass(frozen=True)
@@ -219,9 +217,8 @@ def _axis_weights(old: int, wanted: int, ratio: float) -> np.ndarray:
     """Matrix (new, old) that resamples one axis of `old` voxels to voxels `ratio` times as large, at most `wanted`."""
     whole = max(1, round(old / ratio))  # voxels before cropping
     start = max(0, whole // 2 - wanted // 2)  # MONAI's centred crop
-    new = np.arange(min(wanted, whole)) + (
-        start - (whole - 1) / 2
-    )  # from the centre, in new voxels
+    # From the centre, in new voxels
+    new = np.arange(min(wanted, whole)) + (start - (whole - 1) / 2)
     distances = np.arange(old)[None, :] - (new * ratio + (old - 1) / 2)[:, None]
     weights = np.maximum(0, 1 - np.abs(distances) / max(1.0, ratio))
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -481,9 +478,8 @@ def _geometry(fields: Any) -> tuple[list[float], np.ndarray]:
             affine = _from_quaternion(fields)
         else:
             affine = np.asarray(fields.get_best_affine(), dtype=np.float64)
-    unit = {1: 1000.0, 3: 0.001}.get(
-        int(fields["xyzt_units"]) & 7, 1.0
-    )  # metres, micrometres; the rest is mm
+    # Metres, micrometres; the rest is mm
+    unit = {1: 1000.0, 3: 0.001}.get(int(fields["xyzt_units"]) & 7, 1.0)
     with np.errstate(all="ignore"):
         spacing = [float(value) * unit for value in np.sqrt((affine[:3, :3] ** 2).sum(axis=0))]
     if not all(math.isfinite(value) and value > 0 for value in spacing):

@@ -63,9 +63,8 @@ def grad_cam(
     seen: list[Tensor] = []
 
     def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        seen.append(
-            output.detach().requires_grad_()
-        )  # a fresh leaf: nothing below the layer is differentiated
+        # A fresh leaf: nothing below the layer is differentiated
+        seen.append(output.detach().requires_grad_())
         return seen[0]
 
     handle = getattr(network.backbone, layer).register_forward_hook(cut)
@@ -321,9 +320,8 @@ def _panel(
         )
         for part in slices
     )
-    heat = np.stack(
-        [np.clip(3 * seen - part, 0, 1) for part in range(3)], axis=-1
-    )  # black, red, yellow, white
+    # Black, red, yellow, white
+    heat = np.stack([np.clip(3 * seen - part, 0, 1) for part in range(3)], axis=-1)
     mixed = (1 - 0.6 * seen[..., None]) * scan[..., None] + 0.6 * seen[..., None] * heat
     panel = Image.fromarray((255 * mixed.clip(0, 1)).astype(np.uint8), "RGB")
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14)

@@ -53,9 +53,8 @@ def write_onnx(
 
     cpu = torch.device("cpu")
     scaled = _Scaled(network_of(config, weights, cpu), scale).eval()
-    sample = torch.cat([volumes, volumes])[
-        : max(2, len(volumes))
-    ]  # a batch of one would be taken for fixed
+    # A batch of one would be taken for fixed
+    sample = torch.cat([volumes, volumes])[: max(2, len(volumes))]
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)

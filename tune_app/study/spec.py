@@ -126,9 +126,8 @@ class StudySpec(BaseModel):
     @field_validator("config", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
-        return (
-            {} if value is None else value
-        )  # what YAML reads where every line below `config:` is a comment
+        # What YAML reads where every line below `config:` is a comment
+        return {} if value is None else value
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -172,9 +171,8 @@ class StudySpec(BaseModel):
     @field_validator("gpus_per_trial")
     @classmethod
     def _whole_or_fraction(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, float) and not (
-            0 <= value <= 1 or (value > 1 and value.is_integer())
-        ):  # not inf, not NaN
+        # Not inf, not NaN
+        if isinstance(value, float) and not (0 <= value <= 1 or (value > 1 and value.is_integer())):
             raise ValueError(f"{value:g} GPUs a trial: a whole number, or a fraction of one GPU")
         return value
 
@@ -207,9 +205,8 @@ class StudySpec(BaseModel):
                         f"variant {trial.variant}: {problem}" for problem in error.problems
                     ]
         if problems:
-            raise ValueError(
-                "\n".join(dict.fromkeys(problems))
-            )  # a variant has its problem on every fold
+            # A variant has its problem on every fold
+            raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
 
     @property
