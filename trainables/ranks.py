@@ -149,8 +149,8 @@ def _all_ended(leader: "_Leader", futures: list[Any]) -> bool:
     return not going
 
 
-def leave_if_stuck() -> None:
-    """Have this process end LEAVE_S seconds from now if rank 0's run does not end within one second.
+def leave_if_stuck(*, after_s: int = LEAVE_S) -> None:
+    """Have this process end `after_s` seconds from now if rank 0's run does not end within one second.
 
     A collective that waits for a lost rank cannot be interrupted, and keeps the process from ending in good order: on two
     H100s NCCL's kernel kept its GPU busy for 18 s after the other rank was killed, until Ray lost its patience. Call it
@@ -158,7 +158,7 @@ def leave_if_stuck() -> None:
     sooner: a process that ends while Tune makes it ready for the next trial costs that trial an attempt.
     """
     if _Leader.last is not None and wait([_Leader.last], 1.0).not_done:
-        signal.alarm(LEAVE_S)
+        signal.alarm(after_s)
 
 
 def local_gang_rows(work: RankWork, world: int, files: TrialFiles) -> Iterator[dict[str, Any]]:
