@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 from sqlalchemy.pool import NullPool
 
 from search_spaces.space import Space
@@ -47,6 +48,11 @@ def read(folder: Path) -> optuna.Study:
         url, engine_kwargs={"poolclass": NullPool}
     )  # holds no connection open
     return optuna.load_study(study_name=STUDY_NAME, storage=storage)
+
+
+def left_running(searcher: OptunaSearcher) -> list[int]:
+    """The trials that run by a study that has just been opened."""
+    return [trial.number for trial in searcher.study.trials if trial.state == TrialState.RUNNING]
 
 
 def suggested(searcher: OptunaSearcher, name: str) -> dict[str, Any]:

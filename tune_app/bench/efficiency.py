@@ -16,6 +16,7 @@ GPU, which its sides share, so that none has it better than the others. Repetiti
 comparison can be made in several sittings.
 """
 
+import itertools
 import json
 import math
 import os
@@ -25,13 +26,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from rich.console import Console
@@ -47,12 +49,13 @@ from trainables.data.storage import absolute
 from trainables.data.volumes import prepare_cohort
 from trainables.diagnosis import VERDICTS
 from trainables.machine.safe_path import python
-from tune_app.bench.search import machine
+from tune_app.bench.search import machine, plain_searcher
 from tune_app.compare.ablation import DECIDED, ablation_spec
 from tune_app.driver.disk import GIB, Budget, file_sizes
 from tune_app.results.effects import COLLAPSES
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
+from tune_app.results.tables import plain_table
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.prior import Prior, prior_text
@@ -148,6 +151,18 @@ def _go_on(result: dict[str, Any], earlier: Mapping[str, Any] | None, sides: lis
     """Put the whole repetitions of `earlier` into `result`; returns their numbers."""
     if earlier is None:
         return set()
+    _refuse_another(result, earlier)
+    sides_of: dict[int, set[str]] = {}
+    for search in earlier["searches"]:
+        sides_of.setdefault(search["repetition"], set()).add(search["side"])
+    there = {number for number, found in sides_of.items() if found >= set(sides)}
+    result["searches"] = [s for s in earlier["searches"] if s["repetition"] in there]
+    result["documented"] = list(earlier["documented"])
+    return there
+
+
+def _refuse_another(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Raise SpecError for an `earlier` result of another comparison; confirm `result` on the folds of an earlier one."""
     asked = json.loads(json.dumps(result))
     differ = [
         f"{name} {earlier.get(name)!r}, here {value!r}"
@@ -160,13 +175,6 @@ def _go_on(result: dict[str, Any], earlier: Mapping[str, Any] | None, sides: lis
             differ.append(f"folds {earlier['folds']!r}, here {result['folds']!r}")
     if differ:
         raise SpecError(["the earlier result is of another comparison:", *differ])
-    sides_of: dict[int, set[str]] = {}
-    for search in earlier["searches"]:
-        sides_of.setdefault(search["repetition"], set()).add(search["side"])
-    there = {number for number, found in sides_of.items() if found >= set(sides)}
-    result["searches"] = [s for s in earlier["searches"] if s["repetition"] in there]
-    result["documented"] = list(earlier["documented"])
-    return there
 
 
 def paired_gains(searches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -193,17 +201,8 @@ def paired_gains(searches: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(differences) > 1:
             low, high = map(float, ttest_1samp(differences, 0.0).confidence_interval())
         won = float(np.mean([(gain > 0) + 0.5 * (gain == 0) for gain in differences]))
-        mean = float(np.mean(differences))
-        gains.append(
-            {
-                "over": other,
-                "pairs": len(differences),
-                "won": won,
-                "mean": mean,
-                "low": low,
-                "high": high,
-            }
-        )
+        gain = {"over": other, "pairs": len(differences), "won": won}
+        gains.append(gain | {"mean": float(np.mean(differences)), "low": low, "high": high})
     return gains
 
 
@@ -257,15 +256,14 @@ def _in_waves(
     A search that fails leaves the others alone: its error is raised at the end.
     """
     failed: list[BaseException] = []
-    together = at_once or 1
     gpus = _visible_gpus() if at_once else []
+    together = at_once or 1
     for first in range(0, len(repetitions), together):
-        wave = [
-            (side, number) for number in repetitions[first : first + together] for side in sides
-        ]
-        with ThreadPoolExecutor(len(wave) if at_once else 1) as pool:
+        wave = repetitions[first : first + together]
+        with ThreadPoolExecutor(len(wave) * len(sides) if at_once else 1) as pool:
             begun = [
-                pool.submit(search, side, number, _sharing(gpus, number)) for side, number in wave
+                pool.submit(search, side, number, _sharing(gpus, number))
+                for number, side in itertools.product(wave, sides)
             ]
         failed += [error for one in begun if (error := one.exception()) is not None]
     if failed:
@@ -331,13 +329,8 @@ def _study(
     (place / "study.yaml").write_text(
         yaml.safe_dump({k: v for k, v in fields.items() if v is not None})
     )
-    command = [
-        *python("-m", "tune_app.cli"),
-        "run",
-        str(place / "study.yaml"),
-        "--out",
-        str(place / "study"),
-    ]
+    study_yaml, out = str(place / "study.yaml"), str(place / "study")
+    command = python("-m", "tune_app.cli", "run", study_yaml, "--out", out)
     spent = _until(seconds, command, place / "console.log", environment)
     study = load_study(place / "study")
     winner = _winner(study)
@@ -347,7 +340,7 @@ def _study(
         "trials": len(study.trials_full),
         "epochs": len(study.epochs),
         "claimed": float(study.trials_full.set_index("trial")["objective"][winner]),
-        "overrides": {k: v for k, v in study.record(winner)["overrides"].items() if k != "seed"},
+        "overrides": _without(["seed"], study.record(winner)["overrides"]),
     }
 
 
@@ -414,11 +407,8 @@ def _plain(
     began = time.perf_counter()
     with (place / "console.log").open("w") as told:
         until = time.monotonic() + seconds  # of the machine, not of the process
-        command = [
-            *python("-m", "tune_app.bench.efficiency"),
-            str(place / "given.json"),
-            str(until),
-        ]
+        given_json = str(place / "given.json")
+        command = python("-m", "tune_app.bench.efficiency", given_json, str(until))
         done = subprocess.run(
             command,
             stdout=told,
@@ -442,24 +432,16 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import ConcurrencyLimiter
-    from ray.tune.search.optuna import OptunaSearch
 
     from tune_app.driver.local_ray import own_ray
 
     settings = given["config"]
     space = space_from(given["space"], settings)
-    distributions = {
-        parameter.name: parameter.distribution for parameter in space.parameters.values()
-    }
     place = Path(given["place"])
     with own_ray(log_to_driver=False, logging_level="ERROR"):  # tries again, as a study does
-        has_gpu = bool(ray.cluster_resources().get("GPU"))
-        gpus = (given["gpus_per_trial"] or 1.0) if has_gpu else 0.0
-        at_once = (
-            int(ray.cluster_resources()["GPU"] / gpus)
-            if gpus
-            else int(ray.cluster_resources()["CPU"])
-        )
+        resources = ray.cluster_resources()
+        gpus = (given["gpus_per_trial"] or 1.0) if resources.get("GPU") else 0.0
+        at_once = int(resources["GPU"] / gpus if gpus else resources["CPU"])
         at_once = min(at_once, given["max_concurrent"] or at_once)
         reported: list[str] = []
 
@@ -469,7 +451,7 @@ def _run_plain(given: Mapping[str, Any], until: float) -> None:
             ) -> None:
                 reported.append(trial.trial_id)
 
-        searcher = OptunaSearch(distributions, metric="val_auc", mode="max", seed=given["seed"])
+        searcher = plain_searcher(space, given["seed"])
         results = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_plain_trial, given=dict(given)), {"CPU": 1, "GPU": gpus}
@@ -542,62 +524,61 @@ def _confirm(
     """
     from tune_app.driver.run import run_study
 
-    config = {name: value for name, value in common["config"].items() if name not in DECIDED}
+    config = _without(DECIDED, common["config"])
     new = {
         f"{search['side']}-{search['repetition']}": search
         for search in result["searches"]
         if not search["confirmed"]
     }
-    chosen: dict[str, dict[str, Scalar]] = {
-        name: search["overrides"] for name, search in new.items()
-    }
+    chosen: dict[str, dict[str, Scalar]] = {}
     if not result["documented"]:
-        chosen = {"documented": documented_after(config["epochs"]), **chosen}
+        chosen["documented"] = documented_after(config["epochs"])
+    chosen |= {name: search["overrides"] for name, search in new.items()}
+    decided = {*config, *DECIDED}
     spec = ablation_spec(
         table,
-        {
-            name: {k: v for k, v in overrides.items() if k not in config and k not in DECIDED}
-            for name, overrides in chosen.items()
-        },
+        {name: _without(decided, overrides) for name, overrides in chosen.items()},
         seeds=result["seeds"],
         first_seed=CONFIRMING_SEED,
         folds=result["folds"],
         config=config,
-        **{name: common[name] for name in ("gpus_per_trial", "cache") if common[name] is not None},
+        gpus_per_trial=common["gpus_per_trial"],
+        cache=common["cache"],
     )
     with (folder / "confirm.log").open("w") as log:
         console = Console(file=log, width=80)
         run_study(spec, folder / "confirm", console=console, notes=console)
     confirmed = load_study(folder / "confirm")
     _drop_weights(confirmed)
-
-    def values(variant: str) -> list[float]:
-        trials = confirmed.trials_full
-        runs = trials[trials["variant"] == variant]
-        if not (runs["state"] == "completed").all():
-            return []  # a part of its folds is no mean to compare; a later call confirms it
-        return [float(value) for value in runs["objective"].dropna()]
-
     if "documented" in chosen:
-        result["documented"] = values("documented")
+        result["documented"] = _values(confirmed, "documented")
     for name, search in new.items():
-        search["confirmed"] = values(name)
+        search["confirmed"] = _values(confirmed, name)
+
+
+def _without(names: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def _values(confirmed: Study, variant: str) -> list[float]:
+    runs = confirmed.trials_full[confirmed.trials_full["variant"] == variant]
+    if not (runs["state"] == "completed").all():
+        return []  # a part of its folds is no mean to compare; a later call confirms it
+    return [float(value) for value in runs["objective"].dropna()]
 
 
 def efficiency_table(result: Mapping[str, Any]) -> Table:
     """Return what each side's time bought: a row a side, means over its repetitions with the smallest and largest."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("side", "searches", "s each", "trials", "epochs", "claimed", "confirmed"):
-        table.add_column(name, justify="left" if name == "side" else "right")
+    numbers = ("searches", "s each", "trials", "epochs", "claimed", "confirmed")
+    table = plain_table("side", *numbers, text=["side"])
     for side in SIDES:
         rows = [row for row in result["searches"] if row["side"] == side]
         if rows:
+            means = pd.DataFrame(rows)[["seconds", "trials", "epochs"]].mean()
             table.add_row(
                 side,
                 str(len(rows)),
-                f"{np.mean([row['seconds'] for row in rows]):.0f}",
-                f"{np.mean([row['trials'] for row in rows]):.0f}",
-                f"{np.mean([row['epochs'] for row in rows]):.0f}",
+                *(f"{mean:.0f}" for mean in means),
                 _range([row["claimed"] for row in rows]),
                 _range([float(np.mean(row["confirmed"])) for row in rows if row["confirmed"]]),
             )

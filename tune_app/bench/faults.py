@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from trainables import mps
 from tune_app.bench.search import machine
+from tune_app.bench.share import started
 from tune_app.bench.train import BenchError
 
 FAULTS = ("killed", "out of memory", "kernel fault", "server killed", "daemon killed")
@@ -67,11 +67,7 @@ class _Client:
     """A process on the GPU, and its last report."""
 
     def __init__(self, device: str) -> None:
-        context = get_context("spawn")
-        self.end, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(device, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process, self.end = started(_work, device)
         self.pipes = ""
         self.error: str | None = None
         self.reported = 0.0
@@ -156,11 +152,12 @@ def _inflict(fault: str, victim: _Client) -> None:
 
 def _state(client: _Client, began: float) -> dict[str, Any]:
     if client.ended is not None:
-        state = "failed" if client.error else "ended"
-        return {"state": state, "after_s": client.ended - began, "error": client.error}
-    if client.reported >= began + SETTLED_S:
-        return {"state": "continues", "after_s": client.reported - began, "error": client.error}
-    return {"state": "hangs", "after_s": time.time() - began, "error": client.error}
+        state, at = "failed" if client.error else "ended", client.ended
+    elif client.reported >= began + SETTLED_S:
+        state, at = "continues", client.reported
+    else:
+        state, at = "hangs", time.time()
+    return {"state": state, "after_s": at - began, "error": client.error}
 
 
 def _joins_afterwards(device: str, clients: list[_Client]) -> str:

@@ -29,17 +29,17 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 from rich.table import Table
 
 from search_spaces.written import space_from
-from tune_app.bench.search import machine
+from tune_app.bench.search import machine, plain_searcher
 from tune_app.driver.display import Display
 from tune_app.driver.local_ray import own_ray, ray_to_file
 from tune_app.driver.recorder import Recorder
 from tune_app.driver.resources import Plan
 from tune_app.driver.session import Lifecycle, StudySession
+from tune_app.results.tables import plain_table
 from tune_app.study.files import StudyFiles
 from tune_app.study.spec import StudySpec, build_spec
 
@@ -148,10 +148,9 @@ def _result(
 
 def overhead_table(result: dict[str, Any]) -> Table:
     """Return the result of `bench_overhead` as a Rich table: seconds a trial, and of these the driver's CPU time."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("trials")
-    for name in ("medtune", "Ray Tune", "ratio", "stripped", "ratio"):
-        table.add_column(name, justify="right")
+    table = plain_table(
+        "trials", "medtune", "Ray Tune", "ratio", "stripped", "ratio", text=["trials"]
+    )
     size = result["trials"] // len(result["turns"])
     for number, turn in enumerate(result["turns"]):
         table.add_row(
@@ -253,15 +252,8 @@ class _Ours:
         return run
 
     def _spec(self) -> StudySpec:
-        return build_spec(
-            {
-                "data": "none",
-                "space": SPACE,
-                "trials": self.trials,
-                "config": {"epochs": self.epochs},
-                "warm_start": (),
-            }
-        )
+        fields = {"data": "none", "space": SPACE, "trials": self.trials, "warm_start": ()}
+        return build_spec({**fields, "config": {"epochs": self.epochs}})
 
 
 class _Bare:
@@ -277,21 +269,11 @@ class _Bare:
             stripped,
         )
         self.storage = optuna.storages.InMemoryStorage()
-        space = space_from(SPACE, {"epochs": epochs})
-        self.distributions = {
-            parameter.name: parameter.distribution for parameter in space.parameters.values()
-        }
+        self.space = space_from(SPACE, {"epochs": epochs})
 
     def begin(self, count: int) -> Callable[[], _Ends]:
         """Open the study; returns a function that runs `count` more trials and returns when they ended."""
-        searcher = OptunaSearch(
-            self.distributions,
-            metric="val_auc",
-            mode="max",
-            storage=self.storage,
-            study_name="bare",
-            seed=0,
-        )
+        searcher = plain_searcher(self.space, 0, storage=self.storage, study_name="bare")
         ends = _Ends()
         tuner = tune.Tuner(
             tune.with_resources(_trivial_trial(self.epochs), _bundle()),

@@ -106,8 +106,9 @@ def write_made_study(root: Path, curves: list[Curve], epochs: int) -> None:
     others = [name for name, (dtype, _) in METRICS.items() if dtype == "float64"]
     with files.epochs.open("w", encoding="utf-8") as stream:
         for number, curve in enumerate(curves):
-            config = build_config({"epochs": epochs, **(curve.config or {})})
-            given = {name: value for name, value in (curve.config or {}).items() if name in names}
+            drawn = curve.config or {}
+            config = build_config({"epochs": epochs, **drawn})
+            given = {name: value for name, value in drawn.items() if name in names}
             found = diagnose(curve.rows, config)
             write_json(files.trial(curve.trial).config, config.model_dump(mode="json"))
             record = {
@@ -116,20 +117,16 @@ def write_made_study(root: Path, curves: list[Curve], epochs: int) -> None:
                 "variant": None,
                 "overrides": given,
                 "node": "made",
-            }
-            record |= {
                 "state": "completed",
                 "started": CREATED,
                 "ended": CREATED + 60.0 * epochs,
                 "gpus": 1.0,
-            }
-            record |= {
                 "objective": objective_value(curve.rows, DEFAULT_OBJECTIVE),
                 "failures": 0,
                 "error": None,
-            }
-            record |= {"verdict": found.verdict, "verdict_epoch": found.epoch, "reason": None}
-            record |= {
+                "verdict": found.verdict,
+                "verdict_epoch": found.epoch,
+                "reason": None,
                 "verdict_summary": found.summary,
                 "advice": found.advice,
                 "healed_epochs": found.healed_epochs,

@@ -23,12 +23,14 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from search_spaces.space import Space
 from search_spaces.written import space_from
 from trainables import installed_version
 from trainables.checkpoints import without_nonfinite
 from trainables.config import build_config
 from trainables.data.storage import absolute
 from tune_app.results.loading import load_study
+from tune_app.results.tables import plain_table
 from tune_app.study.errors import SpecError
 from tune_app.study.spec import build_spec
 
@@ -197,11 +199,8 @@ def _side(runs: list[list[float]], grace_epochs: int, seconds: float) -> dict[st
 
 def search_table(result: Mapping[str, Any]) -> Table:
     """Return the results of the sides as a Rich table."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("side")
     numbers = "trials, seconds, trials/hour, epochs, s an epoch, AUC at first rung, best AUC"
-    for name in numbers.split(", "):
-        table.add_column(name, justify="right")
+    table = plain_table("side", *numbers.split(", "), text=["side"])
     for side in SIDES:
         if (row := result[side]) is not None:
             table.add_row(
@@ -302,7 +301,6 @@ def _plain(
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
 
     from tune_app.driver.local_ray import own_ray
 
@@ -321,17 +319,13 @@ def _plain(
             runs.append(going[trial.trial_id])
             ended(runs)
 
-    space = space_from(SPACE, settings)
-    distributions = {
-        parameter.name: parameter.distribution for parameter in space.parameters.values()
-    }
     with own_ray(log_to_driver=False, logging_level="ERROR"):
         given = {"table": absolute(table), "settings": dict(settings), "gpu": gpu}
         trainable = tune.with_parameters(_plain_trial, given=given)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"CPU": 1, "GPU": 1 if gpu else 0}),
             tune_config=tune.TuneConfig(
-                search_alg=OptunaSearch(distributions, metric="val_auc", mode="max", seed=seed),
+                search_alg=plain_searcher(space_from(SPACE, settings), seed),
                 scheduler=ASHAScheduler(
                     time_attr="epoch",
                     metric="val_auc",
@@ -352,6 +346,14 @@ def _plain(
         results = tuner.fit()
         assert not results.errors, results.errors
     return runs
+
+
+def plain_searcher(space: Space, seed: int, **how: Any) -> Any:
+    """Return Ray Tune's `OptunaSearch` as shipped, over the distributions of `space`; `how` are more of its arguments."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    distributions = {one.name: one.distribution for one in space.parameters.values()}
+    return OptunaSearch(distributions, metric="val_auc", mode="max", seed=seed, **how)
 
 
 def _plain_trial(drawn: dict[str, Any], given: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainables.checkpoints import write_json
 from trainables.machine.safe_path import python
 from tune_app.backtest.synthetic import generate_curves
 from tune_app.study.files import StudyFiles, append_line
+from tune_app.study.rows import read_rows
 from tune_app.study.spec import build_spec
 from tune_app.synthetic import write_cohort
 
@@ -83,8 +85,7 @@ def bench_serve(
         root = Path(folder) / "studies"
         say(f"writing a study of {trials} trials and {epochs} epochs")
         files = write_generated_study(root / "load", trials=trials, epochs=epochs)
-        process, url = _start(root)
-        try:
+        with _service(root) as (process, url):
             first = _fetch(f"{url}/api/studies/load")
             table = _fetch(f"{url}/api/studies/load/trials")
             curves = _fetch(f"{url}/api/studies/load/curves")
@@ -96,9 +97,6 @@ def bench_serve(
                 started = time.monotonic()
                 watched = asyncio.run(_run(url, files, viewers, seconds))
                 share = (_processor_s(process.pid) - before) / (time.monotonic() - started)
-        finally:
-            process.terminate()
-            process.wait(30)
     latencies = sorted(watched["latencies"])
     return {
         "viewers": viewers,
@@ -119,18 +117,7 @@ def bench_serve(
     }
 
 
-SEARCH = (
-    "--trials",
-    "2",
-    "--epochs",
-    "60",
-    "--max-concurrent",
-    "1",
-    "--gpus-per-trial",
-    "0",
-    "--seed",
-    "0",
-)
+SEARCH = {"trials": 2, "epochs": 60, "max-concurrent": 1, "gpus-per-trial": 0, "seed": 0}
 SMALL = {"depth": 10, "width": 0.125, "volume_shape": 16, "num_folds": 2, "train_auc_volumes": 0}
 """The search that is watched: small trials one at a time, so that every run of it has the same epochs."""
 
@@ -155,23 +142,15 @@ def bench_watched_search(
             "rows_seen": [],
         }
         for turn in range(turns):
-            for watched in (False, True) if turn % 2 == 0 else (True, False):
-                name = f"{turn}-{'watched' if watched else 'alone'}"
+            for watched in (turn % 2 == 1, turn % 2 == 0):
+                how = "watched" if watched else "alone"
+                name = f"{turn}-{how}"
                 files = StudyFiles(studies / name)
-                command = [
-                    *python("-m", "tune_app.cli"),
-                    "run",
-                    "--data",
-                    str(table),
-                    "--out",
-                    str(files.root),
-                ]
-                command += [*SEARCH, "--cache", str(Path(folder) / "cache")]
-                command += [
-                    text for key, value in SMALL.items() for text in ("--set", f"{key}={value}")
-                ]
-                service, url = _start(studies) if watched else (None, "")
-                try:
+                places = {"data": table, "out": files.root, "cache": Path(folder) / "cache"}
+                command = python("-m", "tune_app.cli", "run")
+                command += [f"--{name}={value}" for name, value in (SEARCH | places).items()]
+                command += [f"--set={name}={value}" for name, value in SMALL.items()]
+                with _service(studies) if watched else nullcontext((None, "")) as (_, url):
                     driver = subprocess.Popen(
                         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                     )
@@ -181,14 +160,10 @@ def bench_watched_search(
                         raise RuntimeError(
                             f"the search {name} ended with exit code {driver.returncode}"
                         )
-                finally:
-                    if service is not None:
-                        service.terminate()
-                        service.wait(30)
-                times = [json.loads(line)["time"] for line in files.epochs.read_text().splitlines()]
-                told["watched_s" if watched else "alone_s"].append(times[-1] - times[0])
-                told["rows"].append(len(times))
-                say(f"{name}: {times[-1] - times[0]:.1f} s for {len(times)} epochs")
+                first, *_, last = rows = read_rows(files.epochs)
+                told[f"{how}_s"].append(last["time"] - first["time"])
+                told["rows"].append(len(rows))
+                say(f"{name}: {last['time'] - first['time']:.1f} s for {len(rows)} epochs")
     if len(set(told["rows"])) != 1:
         raise RuntimeError(f"the searches differ in epochs and cannot be compared: {told['rows']}")
     told["ratio"] = statistics.median(told["watched_s"]) / statistics.median(told["alone_s"])
@@ -231,7 +206,9 @@ async def _watch(
     return seen
 
 
-def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:
+@contextmanager
+def _service(root: Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """Run `medtune serve` over the studies in `root` for the block; gives its process and URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -242,11 +219,20 @@ def _start(root: Path) -> tuple["subprocess.Popen[bytes]", str]:
     }
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     url = f"http://127.0.0.1:{port}"
+    try:
+        _await(f"{url}/api/session", process)
+        yield process, url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _await(url: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 120
     while True:
         try:
-            _fetch(f"{url}/api/session")
-            return process, url
+            _fetch(url)
+            return
         except OSError:
             if time.monotonic() > deadline or process.poll() is not None:
                 raise RuntimeError("the service did not start") from None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from trainables.data.folds import Split
 from trainables.data.volumes import Cohort
 from tune_app.bench.search import machine
 from tune_app.bench.train import BenchError, bench_config, made_cohort
+from tune_app.results.tables import plain_table
 
 MODES: dict[str, mps.Mode] = {"turns": "off", "mps": "on"}
 """How processes share the GPU -> their argument to `mps.join`."""
@@ -104,38 +106,41 @@ def _measured(
     mode: str, works: dict[int, _Work], numbers: list[int], epochs: int
 ) -> Iterator[dict[str, Any]]:
     """Rows of one mode; its processes end with the iterator."""
-    context = get_context("spawn")
-    processes, ends = [], []
-    for _ in range(numbers[-1]):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_train, args=(MODES[mode], theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-        ends.append(ours)
+    begun = [started(_train, MODES[mode]) for _ in range(numbers[-1])]
+    ends = [end for _, end in begun]
     try:
-        standing, *_ = [_answer(end) for end in ends]
+        standing, *_ = map(_answer, ends)
         for size, work in works.items():
-            warmed = _all_answer(ends, work)
+            warm_up_s, memory_gib = map(max, zip(*_all_answer(ends, work), strict=True))
             for number in numbers:
-                windows = _all_answer(ends[:number], epochs)
-                seconds = max(end for _, end in windows) - min(begin for begin, _ in windows)
+                begins, stops = zip(*_all_answer(ends[:number], epochs), strict=True)
+                seconds = max(stops) - min(begins)
                 yield {
                     "mode": mode,
                     "standing": standing,
                     "size": size,
                     "at_once": number,
                     "volumes_per_s": number * epochs * len(work.split.train) / seconds,
-                    "epoch_s": sum(end - begin for begin, end in windows) / number / epochs,
-                    "warm_up_s": max(seconds for seconds, _ in warmed),
-                    "memory_gib": max(gib for _, gib in warmed),
+                    "epoch_s": (sum(stops) - sum(begins)) / number / epochs,
+                    "warm_up_s": warm_up_s,
+                    "memory_gib": memory_gib,
                 }
     finally:
         for end in ends:
             end.close()
-        for process in processes:
+        for process, _ in begun:
             process.join(10)
             process.kill()
+
+
+def started(work: Callable[..., None], *arguments: Any) -> tuple[SpawnProcess, Connection]:
+    """Start a process of its own that does `work`, given the `arguments` and its end of a pipe; returns it and our end."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(*arguments, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 def _all_answer(ends: list[Connection], question: Any) -> list[Any]:
@@ -186,24 +191,16 @@ def _train(mode: mps.Mode, asked: Connection) -> None:
 def share_table(result: dict[str, Any]) -> Table:
     """Return the rates as a Rich table: a row for each size and number of processes, a column for each mode."""
     modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
-    table = Table(
-        title=f"volumes/s of all processes together, {result['volumes']} training volumes, batch {result['batch']}",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    for name in ("voxels", "processes", *modes, *(["x turns"] if modes == list(MODES) else [])):
-        table.add_column(name, justify="right")
-    rates = {
-        (row["size"], row["at_once"], row["mode"]): row["volumes_per_s"] for row in result["rows"]
-    }
-    for size, number in dict.fromkeys((size, number) for size, number, _ in rates):
-        of_modes = [rates.get((size, number, mode)) for mode in modes]
-        cells = [
-            str(size),
-            str(number),
-            *("" if rate is None else f"{rate:.0f}" for rate in of_modes),
-        ]
-        if modes == list(MODES) and None not in of_modes:
+    compared = modes == list(MODES)
+    table = plain_table("voxels", "processes", *modes, *["x turns"] * compared)
+    table.title = f"volumes/s of all processes together, {result['volumes']} training volumes, batch {result['batch']}"
+    rates: dict[tuple[int, int], dict[str, float]] = {}
+    for row in result["rows"]:
+        rates.setdefault((row["size"], row["at_once"]), {})[row["mode"]] = row["volumes_per_s"]
+    for (size, number), found in rates.items():
+        of_modes = [found.get(mode) for mode in modes]
+        cells = ["" if cell is None else f"{cell:.0f}" for cell in (size, number, *of_modes)]
+        if compared and None not in of_modes:
             cells.append(f"{of_modes[1] / of_modes[0]:.2f}")  # type: ignore[operator]
         table.add_row(*cells)
     table.caption = "\n".join(dict.fromkeys(row["standing"] for row in result["rows"]))

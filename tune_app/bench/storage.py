@@ -53,9 +53,7 @@ def bench_storage(
 
 def storage_table(result: dict[str, Any]) -> Table:
     """Return seconds a trial, the ratio to ours, and the share of a trial of one minute."""
-    table = plain_table()
-    for head in ("storage", "s a trial", "ratio", "of a minute"):
-        table.add_column(head, justify="left" if head == "storage" else "right")
+    table = plain_table("storage", "s a trial", "ratio", "of a minute", text=["storage"])
     names = {"medtune": "medtune", "rdb": "RDBStorage", "journal": "JournalStorage"}
     own = statistics.median(result["medtune"]) / result["trials"]
     for side, name in names.items():

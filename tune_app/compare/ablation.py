@@ -90,15 +90,24 @@ def choose_folds(manifest: Manifest, asked: str, num_folds: int) -> Folds:
             f"no fold {', '.join(unknown)}: there are {', '.join(map(str, there))} (or all, or own)"
         )
     folds = Folds(numbers, num_folds, cross_validate=has_own)
+    _check_classes(manifest, folds)
+    return folds
+
+
+def _check_classes(manifest: Manifest, folds: Folds) -> None:
     problems: list[str] = []
-    for number in numbers:
+    for number in folds.numbers:
         try:
-            split_rows(manifest, fold=number, num_folds=num_folds, cross_validate=has_own)
+            split_rows(
+                manifest,
+                fold=number,
+                num_folds=folds.num_folds,
+                cross_validate=folds.cross_validate,
+            )
         except ManifestError as error:
             problems += error.problems
     if problems:
         raise ManifestError(list(dict.fromkeys(problems)))
-    return folds
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -252,23 +261,25 @@ def comparisons(study: Study) -> list[pd.DataFrame]:
     that leave a fix out are read against all fixes.
     """
     begun = set(study.trials_full["variant"].dropna())
-    names = [
-        name
-        for name in dict.fromkeys(trial.variant for trial in study.spec.planned)
-        if name in begun
-    ]
+    names = [name for name in planned_variants(study.spec) if name in begun]
     if len(names) < 2:
         return []
+    return [only(study, group).effects(baseline=group[0]) for group in _compared(names)]
+
+
+def _compared(names: list[str]) -> list[list[str]]:
+    """The variants in the groups that are compared, the reference first in each."""
     all_fixes = reference("leave-one-out")
     without = [name for name in names if name.startswith("without-")]
     if all_fixes not in names or not without or names[0] == all_fixes:
-        return [study.effects(baseline=names[0])]
+        return [names]
     rest = [name for name in names if name not in without]
-    groups = [(rest[0], rest)] if len(rest) > 1 else []
-    return [
-        only(study, group).effects(baseline=first)
-        for first, group in [*groups, (all_fixes, [all_fixes, *without])]
-    ]
+    return [*([rest] if len(rest) > 1 else []), [all_fixes, *without]]
+
+
+def planned_variants(spec: StudySpec) -> list[str]:
+    """Return the variants of a plan, in its order."""
+    return list(dict.fromkeys(trial.variant for trial in spec.planned))
 
 
 def only(
@@ -365,41 +376,44 @@ def effect_lines(effects: pd.DataFrame) -> list[str]:
 
 
 def _unclear_lines(unclear: Sequence[Mapping[Any, Any]], reference_name: str) -> list[str]:
+    groups: dict[str, list[Mapping[Any, Any]]] = {}
+    for row in unclear:
+        groups.setdefault(_why_unclear(row), []).append(row)
     lines = []
-    same = [str(row["variant"]) for row in unclear if row["low"] == row["high"] == 0]
-    if same:
-        lines.append(
-            f"{', '.join(same)} and {reference_name} score the same in every pair: no run reads what is changed."
-        )
-    measured = [
-        row for row in unclear if not pd.isna(row["low"]) and str(row["variant"]) not in same
-    ]
-    apart = [row for row in measured if row["low"] > 0 or row["high"] < 0]
-    measured = [row for row in measured if row not in apart]
-    lines += _no_call_lines(apart, reference_name)
-    if measured:
-        names = ", ".join(str(row["variant"]) for row in measured)
-        widest = max((row["high"] - row["low"]) / 2 for row in measured)
-        lines.append(
-            f"The data do not distinguish {names} from {reference_name}: their intervals hold zero, and a difference of less "
-            f"than about {widest:.3f} would not show in so few runs."
-        )
-    alike = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] > 1]
-    if alike:
-        lines.append(
-            f"The data do not distinguish {', '.join(alike)} from {reference_name}: the difference is the same in every fold, "
-            "which leaves no spread to judge it by. Give more seeds or folds."
-        )
-    single = [str(row["variant"]) for row in unclear if pd.isna(row["low"]) and row["pairs"] == 1]
-    if single:
-        lines.append(
-            f"The data do not distinguish {', '.join(single)} from {reference_name}: one pair has no interval. Give more "
-            "seeds or folds."
-        )
-    none = [str(row["variant"]) for row in unclear if not row["pairs"]]
-    if none:
-        lines.append(f"No completed pair yet with {reference_name}: {', '.join(none)}")
+    for why, text in _UNCLEAR.items():
+        if (rows := groups.get(why)) is None:
+            continue
+        if why == "apart":
+            lines += _no_call_lines(rows, reference_name)
+            continue
+        names = ", ".join(str(row["variant"]) for row in rows)
+        widest = max((row["high"] - row["low"]) / 2 for row in rows)
+        lines.append(text.format(names=names, reference=reference_name, widest=widest))
     return lines
+
+
+_UNCLEAR = {
+    "same": "{names} and {reference} score the same in every pair: no run reads what is changed.",
+    "apart": "",
+    "zero": "The data do not distinguish {names} from {reference}: their intervals hold zero, and a difference of less "
+    "than about {widest:.3f} would not show in so few runs.",
+    "alike": "The data do not distinguish {names} from {reference}: the difference is the same in every fold, "
+    "which leaves no spread to judge it by. Give more seeds or folds.",
+    "single": "The data do not distinguish {names} from {reference}: one pair has no interval. Give more "
+    "seeds or folds.",
+    "none": "No completed pair yet with {reference}: {names}",
+}
+"""Why a comparison has no call -> what is printed of those variants, in this order; see `_no_call_lines` for `apart`."""
+
+
+def _why_unclear(row: Mapping[Any, Any]) -> str:
+    if not row["pairs"]:
+        return "none"
+    if pd.isna(row["low"]):
+        return "single" if row["pairs"] == 1 else "alike"
+    if row["low"] == row["high"] == 0:
+        return "same"
+    return "apart" if row["low"] > 0 or row["high"] < 0 else "zero"
 
 
 def _no_call_lines(apart: Sequence[Mapping[Any, Any]], reference_name: str) -> list[str]:
@@ -441,36 +455,39 @@ def last_epoch_lines(study: Study, effects: pd.DataFrame) -> list[str]:
 
 def run_lines(study: Study) -> list[str]:
     """Return what went wrong in the runs, a line a variant, and which runs are in no pair."""
-    lines = []
     trials = study.trials_full
-    for variant in dict.fromkeys(trial.variant for trial in study.spec.planned):
-        own = trials[trials["variant"] == variant]
-        sick = own[faulty(own)]
-        healed = own.loc[came_back(own), "healed_epochs"]
-        if sick.empty and healed.empty:
-            continue
-        told = [f"{len(healed)} for {_range(healed)} epochs, and came back"] if len(healed) else []
-        for verdict, rows in sick.groupby("verdict", observed=True, sort=False):
-            since = rows["since_epoch"].dropna()
-            when = f" (since epoch {_range(since)})" if len(since) else ""
-            told.append(f"{len(rows)} {str(verdict).replace('_', ' ')}{when}")
-        collapsed = int(sick["verdict"].isin(COLLAPSES).sum())
+    told = [
+        f"  {variant}: {found}"
+        for variant in planned_variants(study.spec)
+        if (found := _diagnoses(trials[trials["variant"] == variant]))
+    ]
+    lines = ["Diagnoses:", *told] if told else []
+    if failed := _named(trials[trials["state"] == "failed"]):
+        lines.append(f"failed, and in no pair: {failed}")
+    if empty := _named(trials[(trials["state"] == "completed") & trials["objective"].isna()]):
         lines.append(
-            f"{variant}: {collapsed} of {len(own)} runs collapsed for good; {', '.join(told)}"
-        )
-    lines = ["Diagnoses:", *(f"  {line}" for line in lines)] if lines else []
-    failed = trials[trials["state"] == "failed"]
-    if len(failed):
-        lines.append(
-            f"failed, and in no pair: {', '.join(f'{r.trial} ({r.variant})' for r in failed.itertuples())}"
-        )
-    empty = trials[(trials["state"] == "completed") & trials["objective"].isna()]
-    if len(empty):
-        names = ", ".join(f"{row.trial} ({row.variant})" for row in empty.itertuples())
-        lines.append(
-            f"without a finite score, and in no pair: {names}; their variant is not called better"
+            f"without a finite score, and in no pair: {empty}; their variant is not called better"
         )
     return lines
+
+
+def _named(runs: pd.DataFrame) -> str:
+    return ", ".join(f"{run.trial} ({run.variant})" for run in runs.itertuples())
+
+
+def _diagnoses(own: pd.DataFrame) -> str:
+    """What went wrong in the runs of a variant; an empty text for nothing."""
+    sick = own[faulty(own)]
+    healed = own.loc[came_back(own), "healed_epochs"]
+    if sick.empty and healed.empty:
+        return ""
+    told = [f"{len(healed)} for {_range(healed)} epochs, and came back"] if len(healed) else []
+    for verdict, rows in sick.groupby("verdict", observed=True, sort=False):
+        since = rows["since_epoch"].dropna()
+        when = f" (since epoch {_range(since)})" if len(since) else ""
+        told.append(f"{len(rows)} {str(verdict).replace('_', ' ')}{when}")
+    collapsed = int(sick["verdict"].isin(COLLAPSES).sum())
+    return f"{collapsed} of {len(own)} runs collapsed for good; {', '.join(told)}"
 
 
 def _range(values: pd.Series) -> str:

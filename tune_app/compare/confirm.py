@@ -30,9 +30,10 @@ from tune_app.compare.ablation import (
     difference_text,
     only,
     plan,
+    planned_variants,
     run_lines,
 )
-from tune_app.compare.expected import CANDIDATE, candidates_together, expected_means
+from tune_app.compare.expected import CANDIDATE, Together, candidates_together, expected_means
 from tune_app.compare.paired_auc import PairedSplit, paired_difference
 from tune_app.compare.seen_rows import (
     ValidationScores,
@@ -238,7 +239,7 @@ def same_plan(files: StudyFiles, spec: StudySpec) -> None:
 
 
 def _variants_text(spec: StudySpec) -> str:
-    names = list(dict.fromkeys(trial.variant for trial in spec.planned))
+    names = planned_variants(spec)
     seeds = {trial.overrides["seed"] for trial in spec.planned}
     folds = {trial.overrides["fold"] for trial in spec.planned}
     return f"{', '.join(names)}; {len(folds)} folds x {len(seeds)} seeds"
@@ -307,9 +308,14 @@ def judge(study: Study) -> Confirmation:
     scores = read_scores(study.path)
     if scores is None:
         return _judged_by_subjects(study, unseen or run, None, {}, bool(unseen))
+    return _judged_by_rows(study, run, scores)
+
+
+def _judged_by_rows(study: Study, run: list[int], scores: ValidationScores) -> Confirmation:
+    """By the rows that the search did not choose by; where they do not suffice on any fold of `run`, by all."""
     rows = {fold: scores.rows_of(_trials_of(study, fold)) for fold in run}
     others = {fold: unseen_rows(study.spec, fold, rows[fold]) for fold in run}
-    enough = [fold for fold in run if scores.suffice(others[fold])]
+    enough = _sufficient(scores, others)
     if len(enough) > 1:
         judged = only(study, folds=enough)
         trials = judged.trials_full.assign(
@@ -324,8 +330,12 @@ def judge(study: Study) -> Confirmation:
         return _judged_by_folds(study, replace(judged, trials_full=trials), enough, "rows", count)
     if enough:
         return _judged_by_subjects(study, enough, scores, others, True)
-    whole = [fold for fold in run if scores.suffice(rows[fold])] or run
+    whole = _sufficient(scores, rows) or run
     return _judged_by_subjects(study, whole, scores, rows, False)
+
+
+def _sufficient(scores: ValidationScores, rows: Mapping[int, np.ndarray]) -> list[int]:
+    return [fold for fold, of_fold in rows.items() if scores.suffice(of_fold)]
 
 
 def _trials_of(study: Study, fold: int) -> list[str]:
@@ -338,16 +348,10 @@ def _judged_by_folds(
     study: Study, judged: Study, folds: list[int], basis: Basis, rows: int | None
 ) -> Confirmation:
     """Student's t over two or more folds that the search did not choose by, with correction for the best of several."""
-    compared = judged.effects(baseline=REFERENCE)
-    effects = compared.join(_means(judged), on="variant")
-    effects.attrs = compared.attrs  # a join loses them
+    effects = _effects_with_means(judged)
     finished = unfinished(study) == 0
     sure = effects[(effects["call"] == "better") & (effects["p_holm"] < ADJUSTED_LEVEL)]
-    winner = (
-        str(sure.sort_values("mean", ascending=False)["variant"].iloc[0])
-        if finished and len(sure)
-        else None
-    )
+    winner = _best_mean(sure) if finished else None
     ties: tuple[str, ...] = ()
     if winner is not None:
         against = judged.effects(baseline=winner)
@@ -365,9 +369,7 @@ def _judged_by_subjects(
 ) -> Confirmation:
     """Intervals over the subjects of too few unseen folds: no winner, and no p."""
     judged = only(study, folds=folds)
-    compared = judged.effects(baseline=REFERENCE)
-    effects = compared.join(_means(judged), on="variant")
-    effects.attrs = compared.attrs
+    effects = _effects_with_means(judged)
     effects[["low", "high", "p", "p_holm", "own_low", "own_high"]] = math.nan
     effects["call"] = effects["call"].where(effects["call"].isna(), "cannot tell")
     effects.attrs["how"] = (
@@ -384,11 +386,21 @@ def _judged_by_subjects(
         )
     finished = unfinished(study) == 0
     above = effects[finished & (effects["low"] > 0) & (effects["unscored"] == 0)]
-    ahead = (
-        str(above.sort_values("mean", ascending=False)["variant"].iloc[0]) if len(above) else None
-    )
     count = None if scores is None else sum(len(rows[fold]) for fold in folds)
+    ahead = _best_mean(above)
     return Confirmation(effects, tuple(folds), "subjects", count, unseen, finished, None, ahead, ())
+
+
+def _effects_with_means(judged: Study) -> pd.DataFrame:
+    compared = judged.effects(baseline=REFERENCE)
+    effects = compared.join(_means(judged), on="variant")
+    effects.attrs = compared.attrs  # a join loses them
+    return effects
+
+
+def _best_mean(effects: pd.DataFrame) -> str | None:
+    by_mean = effects.sort_values("mean", ascending=False)["variant"]
+    return str(by_mean.iloc[0]) if len(by_mean) else None
 
 
 def _paired_splits(
@@ -532,18 +544,18 @@ def _expected_lines(study: Study, found: Confirmation) -> list[str]:
         )
     scores = read_scores(study.path)
     together = None if scores is None else candidates_together(study, scores)
-    if together is not None:
-        first = together.members[0]
-        one, *others = (
-            name.removeprefix(CANDIDATE).lstrip("0") or "0" for name in together.members
-        )
-        command = " ".join([f"--trial {one}", *(f"--with {other}" for other in others)])
-        lines += [
-            f"Together, {', '.join(together.members)}: cross-validated AUC {_with_interval(together.auc, '.3f')} on "
-            f"{len(together.folds)} folds, {_with_interval(together.gain, '+.3f')} over {first} alone:",
-            f"      medtune export {quote(study.spec.confirms or 'SEARCH')} {command} --out model",
-        ]
-    return lines
+    return lines if together is None else lines + _together_lines(study.spec, together)
+
+
+def _together_lines(spec: StudySpec, together: Together) -> list[str]:
+    first = together.members[0]
+    one, *others = (name.removeprefix(CANDIDATE).lstrip("0") or "0" for name in together.members)
+    command = " ".join([f"--trial {one}", *(f"--with {other}" for other in others)])
+    return [
+        f"Together, {', '.join(together.members)}: cross-validated AUC {_with_interval(together.auc, '.3f')} on "
+        f"{len(together.folds)} folds, {_with_interval(together.gain, '+.3f')} over {first} alone:",
+        f"      medtune export {quote(spec.confirms or 'SEARCH')} {command} --out model",
+    ]
 
 
 def _with_interval(found: Mapping[str, float], form: str) -> str:

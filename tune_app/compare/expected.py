@@ -89,27 +89,40 @@ def candidates_together(study: Study, scores: ValidationScores) -> Together | No
         if str(trial) in scores.runs
     }
     found: dict[tuple[int, int], tuple[float, float]] = {}
-    for fold, seed in sorted({(fold, seed) for _, fold, seed in runs if fold in folds}):
-        others = [other for other in folds if other != fold]
-        rows = scores.rows_of(
-            [runs[name, fold, seed] for name in members if (name, fold, seed) in runs]
-        )
-        parts = [_calibrated(scores, runs, name, (fold, seed), others, rows) for name in members]
-        if len(parts) > 1 and all(part is not None for part in parts):
-            mean = np.mean([part for part in parts if part is not None], axis=0)
-            ensemble = auc_interval(ranking_scores(mean, scale=1.0), scores.labels[rows]).auc
-            found[fold, seed] = (ensemble, scores.auc(runs[members[0], fold, seed], rows))
-    if len({fold for fold, _ in found}) < 2:
+    for at in sorted({(fold, seed) for _, fold, seed in runs if fold in folds}):
+        if (both := _ensemble_and_first(scores, runs, members, at, folds)) is not None:
+            found[at] = both
+    judged = tuple(sorted({fold for fold, _ in found}))
+    if len(judged) < 2:
         return None
     index = pd.MultiIndex.from_tuples(list(found), names=["fold", "seed"])
     table = pd.DataFrame(list(found.values()), index=index, columns=["ensemble", "first"])
     cut_into = int(trials["num_folds"].max())
     return Together(
         tuple(members),
-        tuple(sorted({fold for fold, _ in found})),
+        judged,
         interval_over_folds(table["ensemble"], cut_into),
         interval_over_folds(table["ensemble"] - table["first"], cut_into),
     )
+
+
+def _ensemble_and_first(
+    scores: ValidationScores,
+    runs: dict[tuple[str, int, int], str],
+    members: list[str],
+    at: tuple[int, int],
+    folds: Sequence[int],
+) -> tuple[float, float] | None:
+    """AUC of the ensemble and of its first member `at` a fold and seed; None where a member cannot be scored there."""
+    others = [other for other in folds if other != at[0]]
+    rows = scores.rows_of([runs[name, *at] for name in members if (name, *at) in runs])
+    parts = [_calibrated(scores, runs, name, at, others, rows) for name in members]
+    scored = [part for part in parts if part is not None]
+    if len(parts) < 2 or len(scored) < len(parts):
+        return None
+    mean = np.mean(scored, axis=0)
+    ensemble = auc_interval(ranking_scores(mean, scale=1.0), scores.labels[rows]).auc
+    return ensemble, scores.auc(runs[members[0], *at], rows)
 
 
 def _calibrated(

@@ -75,16 +75,15 @@ def plan_cohorts(spec: StudySpec) -> Cohorts:
     own = Recipe.from_config(base)
     if spec.kind != "search":
         _refuse_other_data(spec, base)
-        configs = [spec.config_of(trial.overrides) for trial in spec.planned]
-        others = _distinct([Recipe.from_config(config) for config in configs], own)
+        recipes = [Recipe.from_config(spec.config_of(one.overrides)) for one in spec.planned]
+        others = _distinct(recipes, own)
         return Cohorts(tuple(others), len(others))
     parameters = [
         one
         for one in spec.resolved_space().parameters.values()
         if one.hyperparameter in PREPROCESSING
     ]
-    counts = [_count(one) for one in parameters]
-    if any(math.isinf(count) for count in counts) or math.prod(counts) > MOST_LISTED:
+    if math.prod(_count(one) for one in parameters) > MOST_LISTED:
         # The sizes are those of the ends: nothing but the shape decides them, and a shape has choices.
         options: list[list[Any]] = [list(one.ends) for one in parameters]
         return Cohorts(tuple(_distinct(_combined(spec, parameters, options), own)), spec.trials)

@@ -99,14 +99,13 @@ def make_room(
 
     `records` are all trials' trial.json. Of the ended trials the `keep_best` best by objective keep their best.pt.
     """
-    records = list(records)
-    ended = [record for record in records if record["state"] != "running"]
-    running = sum(
-        _size(files.trial(record["trial"]).folder)
-        for record in records
-        if record["state"] == "running"
-    )
-    over = _size(files.root) - running + budget.running + budget.cohorts + LOGS - budget.total
+    over = _size(files.root) + budget.running + budget.cohorts + LOGS - budget.total
+    ended = []
+    for record in records:
+        if record["state"] == "running":
+            over -= _size(files.trial(record["trial"]).folder)
+        else:
+            ended.append(record)
     ended.sort(
         key=lambda record: -math.inf if record.get("objective") is None else record["objective"]
     )

@@ -213,10 +213,11 @@ def measure(spec: StudySpec) -> dict[str, Any]:
     if gpus:
         keep_kernels(Path(spec.cache or default_cache()))
         measured = measure_epochs(config, split, "cuda")
-        at_once, device = len(gpus), gpus[0].name
+        at_once, device, trial_gib = len(gpus), gpus[0].name, None
     else:
         measured = measure_pass(config, spec.cpus_per_rank)
         at_once, device = max(1, usable_cpus() // spec.cpus_per_rank), "CPU"
+        trial_gib = measured.trial_gib(config)
     return {
         "epoch_s": epoch_seconds(config, split, measured),
         "train": len(split.train),
@@ -224,7 +225,7 @@ def measure(spec: StudySpec) -> dict[str, Any]:
         "at_once": at_once,
         "device": device,
         "threads": spec.cpus_per_rank,
-        "trial_gib": None if gpus else measured.trial_gib(config),
+        "trial_gib": trial_gib,
     }
 
 

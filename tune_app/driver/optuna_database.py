@@ -169,13 +169,17 @@ class Database:
     @_with_room
     def create(self, trial: FrozenTrial, number: int) -> None:
         """Write a trial with all it has. Raises SearchError if the study has this number already."""
+        refused = SearchError(
+            f"{self.name}: another process adds trials to this study (it has a trial {number}, the next one here); "
+            "end one of the two, and resume"
+        )
         with contextlib.suppress(KeyError):
             self._storage.get_trial_id_from_study_id_trial_number(self._study, number)
-            raise SearchError(
-                f"{self.name}: another process adds trials to this study (it has a trial {number}, the next one here); "
-                "end one of the two, and resume"
-            )
-        self._ids[number] = self._storage.create_new_trial(self._study, trial)
+            raise refused
+        written = self._storage.create_new_trial(self._study, trial)
+        if self._storage.get_trial_number_from_id(written) != number:
+            raise refused  # both looked before either wrote: a resumed study runs this trial by its later number
+        self._ids[number] = written
 
     @_with_room
     def report(self, number: int, step: int, value: float) -> None:

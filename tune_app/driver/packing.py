@@ -202,12 +202,13 @@ def measure_packing(
         fit = most_that_fit(memory, most) if device == "cuda" else most
         ray.get(loading[:fit], timeout=PROBE_S)
         ray.get([probe.warm_up.remote() for probe in probes[1:fit]], timeout=PROBE_S)
-        for number in [2**power for power in range(fit.bit_length()) if 2**power <= fit]:
+        for power in range(fit.bit_length()):
+            number = 2**power
             windows = ray.get(
                 [probe.measure.remote() for probe in probes[:number]], timeout=PROBE_S
             )
             totals[number] = total_throughput(windows)
-            if len(totals) > 1 and totals[number] < totals[number // 2]:
+            if totals[number] < totals.get(number // 2, 0.0):
                 break
     finally:
         for probe in probes:

@@ -49,11 +49,13 @@ class Plan:
 
     @property
     def text(self) -> str:
-        what = [f"{self.cpus_per_rank * self.ranks} CPU"]
-        if self.gpus_per_rank:
-            what.append(f"{self.gpus_per_rank * self.ranks:g} GPU")
+        what = _taken(self.cpus_per_rank * self.ranks, self.gpus_per_rank * self.ranks)
         over = f" over {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.concurrent} trials at a time, each with {' and '.join(what)}{over}"
+        return f"{self.concurrent} trials at a time, each with {what}{over}"
+
+
+def _taken(cpus: int, gpus: float) -> str:
+    return f"{cpus} CPU" + (f" and {gpus:g} GPU" if gpus else "")
 
 
 def plan_lines(plan: Plan, shared: str) -> list[str]:
@@ -83,10 +85,9 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
 
     Raises SpecError when GPUs and ranks do not go together.
     """
-    wanted = spec.gpus_per_trial
-    assert wanted != "auto", "measured before planning"
-    if wanted is None:
-        wanted = 1.0 if has_gpu else 0.0
+    asked = spec.gpus_per_trial
+    assert asked != "auto", "measured before planning"
+    wanted = float(has_gpu) if asked is None else asked
     ranks = spec.ranks or max(1, int(wanted))
     if wanted > 1 and int(wanted) != ranks:
         raise SpecError(
@@ -96,7 +97,7 @@ def trial_bundle(spec: StudySpec, *, has_gpu: bool) -> list[dict[str, float]]:
         raise SpecError(
             f"ranks={ranks} with gpus_per_trial={wanted:g}: each rank needs its own GPU"
         )
-    gpus = 1.0 if wanted > 1 else float(wanted)
+    gpus = min(1.0, wanted)
     bundle = {"CPU": float(spec.cpus_per_rank), **({"GPU": gpus} if gpus else {})}
     if spec.accelerator_type is not None:
         bundle[ACCELERATOR + spec.accelerator_type] = (
@@ -126,9 +127,7 @@ def plan_resources(spec: StudySpec, resources: Mapping[str, float]) -> Plan:
         # Shares of one GPU do not add up over several: each GPU holds floor(1 / share) trials.
         fits.append(gpus // ranks if per_rank == 1 else int(gpus) * (1 // per_rank))
     if min(fits) < 1:
-        need = f"{spec.cpus_per_rank * ranks} CPU" + (
-            f" and {per_rank * ranks:g} GPU" if per_rank else ""
-        )
+        need = _taken(spec.cpus_per_rank * ranks, per_rank * ranks)
         raise SpecError(
             f"a trial takes {need}, all of Ray has {cpus:g} CPU and {gpus:g} GPU: ask for less, or add a node"
         )

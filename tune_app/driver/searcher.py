@@ -81,6 +81,14 @@ class TakenOver(NamedTuple):
     left_out: dict[str, int]
     """Reasons, each with the number of earlier trials it kept out."""
 
+    def lines(self) -> list[str]:
+        """Return the note for the user; none where there were no earlier trials."""
+        if not self.added and not self.left_out:
+            return []
+        left_out = ", ".join(f"{count} ({reason})" for reason, count in self.left_out.items())
+        more = f"; left out: {left_out}" if left_out else ""
+        return [f"the sampler starts from {self.added} trials of earlier studies{more}"]
+
 
 class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     """Gives Ray Tune the next trial of an Optuna study, and reports its end to the study.
@@ -239,14 +247,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
     # ---- called by the study's driver ----
 
     @property
-    def left_running(self) -> tuple[int, ...]:
-        """Trials that a killed search left running and that `suggest` has not handed out again."""
-        return tuple(self._left)
-
-    @property
     def notes(self) -> list[str]:
         """Notes for the user on how this search starts: points that are not tried, earlier trials taken over."""
-        told = []
+        told: list[str] = []
         if not self._database.found:  # at the first start only
             told = [
                 f"warm start {name!r} is not tried, it lies outside the space: {'; '.join(why)}"
@@ -258,15 +261,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                     f"{RATE} is drawn with a prior from recorded runs of other cohorts; "
                     "`prior: false` in the study file draws without"
                 )
-        if self.taken_over.added or self.taken_over.left_out:
-            left_out = ", ".join(
-                f"{count} ({reason})" for reason, count in self.taken_over.left_out.items()
-            )
-            told.append(
-                f"the sampler starts from {self.taken_over.added} trials of earlier studies"
-                + (f"; left out: {left_out}" if left_out else "")
-            )
-        return told
+        return told + self.taken_over.lines()
 
     @property
     def study(self) -> optuna.Study:
@@ -509,18 +504,13 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         """Whether the trial has ended by the database alone, or is to be tried again; it is then made a running one."""
         if trial.number in retry and trial.state == TrialState.FAIL:
             last = self._epochs
-        elif (
-            ended is not None
-            and trial.number not in ended
-            and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-            and _FROM not in trial.user_attrs
-        ):
+        elif ended is not None and trial.number not in ended and _has_value_of_its_own(trial):
             last = max((int(row["epoch"]) for row in rows.get(trial.number, ())), default=0)
             self.reopened.append(trial.number)
         else:
             return False
         trial.state, trial.datetime_complete, trial.value = TrialState.RUNNING, None, None
-        trial.user_attrs = {key: value for key, value in trial.user_attrs.items() if key != REASON}
+        trial.user_attrs.pop(REASON, None)
         trial.intermediate_values = {
             epoch: value for epoch, value in trial.intermediate_values.items() if epoch <= last
         }
@@ -594,10 +584,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
             if identity.get(key) != self._identity.get(key)
         )
         for trial in earlier.found:
-            if _FROM in trial.user_attrs or trial.state not in (
-                TrialState.COMPLETE,
-                TrialState.PRUNED,
-            ):
+            if not _has_value_of_its_own(trial):
                 continue  # what that study took over itself belongs to the study it came from
             if differing:
                 yield trial, f"another {' and '.join(differing)}"
@@ -676,6 +663,11 @@ def _suggest(trial: optuna.Trial, parameter: Parameter) -> Scalar:
             log=distribution.log,
         )
     return value
+
+
+def _has_value_of_its_own(trial: FrozenTrial) -> bool:
+    """Whether a trial was completed or stopped in its study, which did not take it over from another one."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and _FROM not in trial.user_attrs
 
 
 def _finite(value: Any) -> float | None:

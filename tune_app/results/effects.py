@@ -51,9 +51,8 @@ def effects(trials: pd.DataFrame, metric: str, baseline: str | None) -> pd.DataF
             f"effects compare variants, and these trials have {len(variants)}: "
             "`medtune ablate` and `medtune confirm` make studies with variants"
         )
-    if baseline is None:
-        baseline = next((name for name in NAMES_OF_BASELINE if name in variants), variants[0])
-    elif baseline not in variants:
+    baseline = _baseline(variants) if baseline is None else baseline
+    if baseline not in variants:
         raise ValueError(f"no variant {baseline!r}: one of {', '.join(variants)}")
     column = column_of(trials, metric)
     sign = -1.0 if smaller_is_better(column) else 1.0
@@ -64,20 +63,10 @@ def effects(trials: pd.DataFrame, metric: str, baseline: str | None) -> pd.DataF
     rows = []
     for variant in variants:
         own = trials[trials["variant"] == variant]
-        counts = own["verdict"].value_counts()
-        row: dict[str, Any] = {
-            "variant": variant,
-            "runs": len(own),
-            "collapsed": int(own["verdict"].isin(COLLAPSES).sum()),
-            "healed": int(came_back(own).sum()),
-            "failed": int((own["state"] == "failed").sum()),
-            "unscored": _unscored(own, usable),
-            "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in counts.items())
-            or None,
-        }
+        row: dict[str, Any] = {"variant": variant, **_counts(own, usable)}
         paired = _of_variant(values, variant)
         if variant == baseline:
-            row |= {"value": paired.mean() if len(paired) else math.nan}
+            row |= {"value": paired.mean()}
         else:
             pairs = paired.index.intersection(reference.index)
             row |= _paired(paired.loc[pairs], reference.loc[pairs], sign, cut_into)
@@ -86,7 +75,7 @@ def effects(trials: pd.DataFrame, metric: str, baseline: str | None) -> pd.DataF
     for row, p in zip(rows, holm([row.get("p", math.nan) for row in rows]), strict=True):
         row["p_holm"] = p
     table = pd.DataFrame(rows, columns=list(EFFECT_COLUMNS)).astype(EFFECT_COLUMNS)
-    folds = reference.index.get_level_values("fold").nunique() if len(reference) else 0
+    folds = reference.index.get_level_values("fold").nunique()
     table.attrs |= {"baseline": baseline, "metric": column, "folds": folds}
     table.attrs["how"] = (
         f"differences in {column} from {baseline}, paired over fold and seed ({folds} fold{'s' if folds != 1 else ''}); "
@@ -100,9 +89,21 @@ def effects(trials: pd.DataFrame, metric: str, baseline: str | None) -> pd.DataF
     return table
 
 
-def _unscored(own: pd.DataFrame, usable: pd.DataFrame) -> int:
-    """Runs that have ended and are in no pair: without a finite score, failed, or stopped before their end."""
-    return int((own["state"].isin(ENDED) & ~own.index.isin(usable.index)).sum())
+def _baseline(variants: Sequence[str]) -> str:
+    return next((name for name in NAMES_OF_BASELINE if name in variants), variants[0])
+
+
+def _counts(own: pd.DataFrame, usable: pd.DataFrame) -> dict[str, Any]:
+    """How the runs of a variant ended; `unscored` of them are in no pair: without a finite score, failed, or stopped."""
+    verdicts = own["verdict"].value_counts()
+    return {
+        "runs": len(own),
+        "collapsed": int(own["verdict"].isin(COLLAPSES).sum()),
+        "healed": int(came_back(own).sum()),
+        "failed": int((own["state"] == "failed").sum()),
+        "unscored": int((own["state"].isin(ENDED) & ~own.index.isin(usable.index)).sum()),
+        "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in verdicts.items()) or None,
+    }
 
 
 def _let_no_survivors_win(rows: list[dict[str, Any]], baseline: str) -> None:

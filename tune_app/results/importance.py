@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -35,9 +36,8 @@ class Axis:
         values = trials[self.name]
         if self.kind == "choice":
             order = {text: float(place) for place, text in enumerate(self.choices)}
-            found: np.ndarray = (
-                values.map(self._text).map(order).to_numpy("float64", na_value=math.nan)
-            )
+            texts = values.map(partial(choice_text, self.name))
+            found: np.ndarray = texts.map(order).to_numpy("float64", na_value=math.nan)
         else:
             found = _on_scale(self.kind, values.to_numpy("float64", na_value=math.nan))
         if self.name in READ_ONLY_WHEN:
@@ -52,11 +52,8 @@ class Axis:
         if value is None or value is pd.NA:
             return math.nan
         if self.kind == "choice":
-            return (
-                float(self.choices.index(self._text(value)))
-                if self._text(value) in self.choices
-                else math.nan
-            )
+            text = choice_text(self.name, value)
+            return float(self.choices.index(text)) if text in self.choices else math.nan
         return float(_on_scale(self.kind, np.array([float(value)]))[0])
 
     def text(self, place: float) -> str:
@@ -88,9 +85,6 @@ class Axis:
         """Return how far along the axis `place` lies, from 0 to 1."""
         return (place - self.low) / (self.high - self.low) if self.high > self.low else 0.5
 
-    def _text(self, value: Any) -> str:
-        return "none" if value is None or value is pd.NA else format_value(self.name, value)
-
 
 def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
     """Return the axis of the hyperparameter in column `values`: scale and range of the search space, or of the values.
@@ -101,13 +95,10 @@ def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
     name = str(values.name)
     parameter = _parameter(space, name)
     if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
-        texts = [
-            "none" if choice is None else format_value(name, choice) for choice in parameter.choices
-        ]
-        seen = [
-            text for text in _texts(name, values) if text not in texts
-        ]  # warm starts may lie outside
-        choices = (*texts, *seen)
+        texts = [choice_text(name, choice) for choice in parameter.choices]
+        choices = tuple(
+            dict.fromkeys([*texts, *_texts(name, values)])
+        )  # warm starts may lie outside
         return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices, ranged=True)
     if parameter is None and (
         not pd.api.types.is_numeric_dtype(values.dtype) or values.dtype == "boolean"
@@ -115,17 +106,7 @@ def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
         choices = tuple(_texts(name, values))
         return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices)
     numbers = values.dropna().to_numpy("float64")
-    kind: Literal["even", "log", "one_minus_log"] = "even"
-    if name in ("ema_decay", "drw_beta"):
-        kind = "one_minus_log"
-    elif parameter is not None:
-        kind = "log" if parameter.distribution.log else "even"
-    elif (
-        len(numbers)
-        and (numbers > 0).all()
-        and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30)
-    ):
-        kind = "log"
+    kind = _scale(name, parameter, numbers)
     ends = _ends(parameter, epochs) if parameter is not None else None
     ranged = ends is not None
     places = _on_scale(kind, np.array(ends) if ends is not None else numbers)
@@ -133,6 +114,23 @@ def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
     if not len(places):
         return Axis(name, kind, 0.0, 1.0)
     return Axis(name, kind, float(places.min()), float(places.max()), ranged=ranged)
+
+
+def _scale(
+    name: str, parameter: Parameter | None, numbers: np.ndarray
+) -> Literal["even", "log", "one_minus_log"]:
+    if name in ("ema_decay", "drw_beta"):
+        return "one_minus_log"
+    if parameter is not None:
+        return "log" if parameter.distribution.log else "even"
+    positive = len(numbers) > 0 and (numbers > 0).all()
+    wide = positive and (name.endswith("_lr") or numbers.max() / numbers.min() >= 30)
+    return "log" if wide else "even"
+
+
+def choice_text(name: str, value: Any) -> str:
+    """Return a choice of hyperparameter `name` as text."""
+    return "none" if value is None or value is pd.NA else format_value(name, value)
 
 
 def _round_values(low: float, high: float) -> list[float]:
@@ -189,12 +187,7 @@ def _on_scale(kind: str, values: np.ndarray) -> np.ndarray:
 
 
 def _texts(name: str, values: pd.Series) -> list[str]:
-    return sorted(
-        {
-            "none" if value is pd.NA or value is None else format_value(name, value)
-            for value in values
-        }
-    )
+    return sorted({choice_text(name, value) for value in values})
 
 
 def importance(
@@ -209,7 +202,8 @@ def importance(
     """See `Study.importance`; `axes` are those of the hyperparameters searched."""
     column = column_of(trials, metric)
     rows = trials[trials["state"].isin(["completed", "stopped"]) & trials[column].notna()]
-    names = [name for name in axes if rows[name].nunique(dropna=False) > 1]
+    axes = {name: axis for name, axis in axes.items() if rows[name].nunique(dropna=False) > 1}
+    names = list(axes)
     if len(rows) < 4 or not names:
         raise ValueError(
             f"importance needs four ended trials that differ in something; here are {len(rows)} "
@@ -222,7 +216,7 @@ def importance(
     from optuna.importance import get_param_importances
 
     with _quiet_optuna():
-        temporary = _temporary_study(rows, {name: axes[name] for name in names}, column)
+        temporary = _temporary_study(rows, axes, column)
         evaluators = _evaluators(evaluator, repeats, seed)
         found = pd.DataFrame(
             [get_param_importances(temporary, evaluator=each) for each in evaluators]
@@ -260,7 +254,7 @@ def _temporary_study(rows: pd.DataFrame, axes: Mapping[str, Axis], column: str) 
     values: dict[str, list[Any]] = {}
     for name, axis in axes.items():
         if axis.kind == "choice":
-            values[name] = ["none" if v is pd.NA else format_value(name, v) for v in rows[name]]
+            values[name] = [choice_text(name, v) for v in rows[name]]
             distributions[name] = CategoricalDistribution(axis.choices)
         else:  # read or not: Optuna's evaluators leave out hyperparameters that some trials lack
             places = _on_scale(axis.kind, rows[name].to_numpy("float64"))

@@ -180,9 +180,7 @@ def _read_epochs_fast(content: bytes) -> pd.DataFrame | None:
     }
     given = {name: kinds[dtype] for name, (dtype, _) in EPOCH_COLUMNS.items() if name != "arrival"}
     if not content.strip():
-        return pd.DataFrame(
-            {name: pd.Series(dtype=dtype) for name, (dtype, _) in EPOCH_COLUMNS.items()}
-        )
+        return _empty({name: dtype for name, (dtype, _) in EPOCH_COLUMNS.items()})
     try:
         table = arrow_json.read_json(
             pa.BufferReader(content),
@@ -197,16 +195,24 @@ def _read_epochs_fast(content: bytes) -> pd.DataFrame | None:
     ):
         return None
     frame: pd.DataFrame = table.to_pandas(integer_object_nulls=False)
-    if len(frame) != content.count(b"\n") or frame[["trial", "epoch"]].isna().any(axis=None):
-        return None
-    if (frame["epoch"] < 1).any() or frame.duplicated(["trial", "epoch"]).any():
-        return None
-    if not frame["trial"].drop_duplicates().map(is_trial_id).all():
-        return None
-    if content.count(b'"val_auc":') != len(frame) or not _is_plausible(frame):
+    if not _is_whole(frame, content):
         return None
     frame["arrival"] = np.arange(len(frame))
     return frame
+
+
+def _empty(columns: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(dtype=dtype) for name, dtype in columns.items()})
+
+
+def _is_whole(frame: pd.DataFrame, content: bytes) -> bool:
+    """Whether each line is one epoch of one trial, with a score and plausible numbers."""
+    if len(frame) != content.count(b"\n") or frame[["trial", "epoch"]].isna().any(axis=None):
+        return False
+    if (frame["epoch"] < 1).any() or frame.duplicated(["trial", "epoch"]).any():
+        return False
+    named = bool(frame["trial"].drop_duplicates().map(is_trial_id).all())
+    return named and content.count(b'"val_auc":') == len(frame) and _is_plausible(frame)
 
 
 def _is_plausible(frame: pd.DataFrame) -> bool:
@@ -238,9 +244,7 @@ def _read_decisions(path: Path, damage: list[str], notes: list[str]) -> pd.DataF
         table = pd.DataFrame(rows, columns=list(DECISION_COLUMNS)).astype(DECISION_COLUMNS)
     except (TypeError, ValueError, OverflowError) as error:
         damage.append(f"{path}: a value is not of its kind: {one_line(error)}")
-        return pd.DataFrame(
-            {name: pd.Series(dtype=dtype) for name, dtype in DECISION_COLUMNS.items()}
-        )
+        return _empty(DECISION_COLUMNS)
     table["verdict"] = table["verdict"].map(run_verdict, na_action="ignore").astype("string")
     return table
 

@@ -190,11 +190,7 @@ class _Condition:
             turned = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
             left, sign, right = right, turned.get(sign, sign), left
         column = self.table[left[1]]
-        if (
-            right[0] == "word"
-            and right[1].lower() in ("none", "null", "missing")
-            and sign in ("==", "!=")
-        ):
+        if sign in ("==", "!=") and _is_none(right):
             return column.isna() if sign == "==" else column.notna()
         other = (
             self.table[right[1]] if right[0] == "column" else self._value(left[1], column, right[1])
@@ -241,3 +237,8 @@ class _Condition:
                 f"condition {self.text!r}: {name} is compared with {text!r}, must be {wanted}"
             ) from None
         return as_scalar(name, text)
+
+
+def _is_none(operand: tuple[str, str]) -> bool:
+    kind, what = operand
+    return kind == "word" and what.lower() in ("none", "null", "missing")

@@ -58,9 +58,7 @@ def results_table(
     minus for the largest first; missing values come last. An empty `sort` keeps the order of `trials`. `where` as in `select`. Raises QueryError.
     """
     table = select(trials, where)
-    keys = [sort] if isinstance(sort, str) else list(sort)
-    keys = [key.strip() for key in keys for key in key.split(",") if key.strip()]
-    for key in reversed(keys):  # stable sorts from the last key to the first
+    for key in reversed(_parts(sort)):  # stable sorts from the last key to the first
         column = column_of(table, key.removeprefix("-"))
         table = table.sort_values(
             column, ascending=not key.startswith("-"), kind="stable", na_position="last"
@@ -84,15 +82,9 @@ def _chosen_columns(
     table: pd.DataFrame, searched: Sequence[str], columns: str | Sequence[str] | None
 ) -> list[str]:
     if columns is None:
-        names = [*MAIN_COLUMNS]
-        names = ["study", *names] if "study" in table.columns else names
-        names += [] if "variant" in names and table["variant"].notna().any() else searched
-        empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
-        empty += [] if came_back(table).any() else ["healed_epochs"]
-        return [name for name in names if name not in empty]
-    asked = [columns] if isinstance(columns, str) else list(columns)
+        return _telling_columns(table, searched)
     chosen: list[str] = []
-    for name in (name.strip() for part in asked for name in part.split(",")):
+    for name in _parts(columns):
         if name == "all":
             chosen.extend(table.columns)  # += would add element by element
         elif any(sign in name for sign in "*?["):
@@ -100,15 +92,28 @@ def _chosen_columns(
             if not matching:
                 raise QueryError(f"no column matches {name!r}; `--columns all` shows them all")
             chosen += matching
-        elif name:
+        else:
             chosen.append(column_of(table, name))
     return list(dict.fromkeys(chosen))
 
 
+def _telling_columns(table: pd.DataFrame, searched: Sequence[str]) -> list[str]:
+    """The columns of the narrow table without those that are empty; variants stand for the hyperparameters they set."""
+    names = main_columns(table, () if table["variant"].notna().any() else searched)
+    empty = [name for name in ("variant", "verdict", "since_epoch") if table[name].isna().all()]
+    empty += [] if came_back(table).any() else ["healed_epochs"]
+    return [name for name in names if name not in empty]
+
+
+def _parts(asked: str | Sequence[str]) -> list[str]:
+    """The names in one text or in several, each of which may hold several between commas."""
+    texts = [asked] if isinstance(asked, str) else asked
+    return [name for text in texts for part in text.split(",") if (name := part.strip())]
+
+
 def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.DataFrame:
     """Return the rows of `column_meanings` whose column is named, or fits a pattern; all without any. Raises QueryError."""
-    asked = [columns] if isinstance(columns, str) else list(columns or ())
-    names = [name.strip() for part in asked for name in part.split(",") if name.strip()]
+    names = _parts(columns or ())
     if not names or "all" in names:
         return meanings
     for name in names:
@@ -123,11 +128,17 @@ def matching(meanings: pd.DataFrame, columns: str | Sequence[str] | None) -> pd.
 # Text ------------------------------------------------------------------------------------------------------------------
 
 
-def plain_table() -> Table:
-    """Return an empty Rich table without lines, two blanks between columns: the look of every table of ours."""
-    return Table(
+def plain_table(*headings: str, text: Sequence[str] = ()) -> Table:
+    """Return an empty Rich table without lines, two blanks between columns: the look of every table of ours.
+
+    Columns are numbers, to the right, except those of the headings in `text`.
+    """
+    table = Table(
         box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True
     )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in text else "right")
+    return table
 
 
 def meanings_table(meanings: pd.DataFrame) -> Table:
@@ -155,7 +166,8 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
     not fit is left out from the right and named below the table.
     """
     columns = _merged(table)
-    shown: list[tuple[list[str], list[str], bool]] = []
+    rendered = plain_table()
+    shown: list[list[str]] = []
     left_out: list[str] = []
     room = width
     for position, (names, name, cells, right) in enumerate(columns):
@@ -166,9 +178,7 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
             left_out += names
             continue
         room -= need
-        shown.append((head, cells, right))
-    rendered = plain_table()
-    for head, _, right in shown:
+        shown.append(cells)
         rendered.add_column(
             Text("\n".join(head)),
             justify="right" if right else "left",
@@ -176,8 +186,8 @@ def render_table(table: pd.DataFrame, width: int = 80) -> Table:
             overflow="ellipsis",
             vertical="bottom",
         )
-    for row in range(len(table)):
-        rendered.add_row(*(Text(cells[row]) for _, cells, _ in shown))
+    for row in zip(*shown, strict=True):
+        rendered.add_row(*map(Text, row))
     if left_out:
         named, more = left_out[:NAMED_AT_MOST], len(left_out) - NAMED_AT_MOST
         rest = f" and {more} more (`--meanings` names them)" if more > 0 else ""

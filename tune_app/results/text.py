@@ -36,12 +36,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
 
 def format_value(column: str, value: Any) -> str:
     """Return one value of `column` as short text without control characters."""
-    if (
-        value is None
-        or value is pd.NA
-        or value is pd.NaT
-        or (isinstance(value, float) and math.isnan(value))
-    ):
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         return "-"
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
@@ -52,14 +47,17 @@ def format_value(column: str, value: Any) -> str:
         return printable(value)
     if isinstance(value, list | tuple):
         return ", ".join(format_value(column, one) for one in value)
-    number = float(value)
+    return _number_text(column, float(value))
+
+
+def _number_text(column: str, number: float) -> str:
     if column.endswith("_lr") or "lr_" in column or column == "weight_decay":
         return compact(number)
     if column.endswith("_s"):
         return duration(number)
-    if number == int(number) and not _is_score(column) and abs(number) < 1e15:
-        return str(int(number))
-    return f"{number:.3f}" if _is_score(column) else f"{number:.4g}"
+    if _is_score(column):
+        return f"{number:.3f}"
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else f"{number:.4g}"
 
 
 def _is_score(column: str) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -124,8 +125,8 @@ def _trial_row(
         "objective": _reduced(spec, values) if objective is None else objective,
         "gpus": given.get("gpus"),
         "failures": given.get("failures", 0),
-        "checkpoint": str(paths.checkpoint) if paths.checkpoint.is_file() else None,
-        "best_checkpoint": str(paths.best) if paths.best.is_file() else None,
+        "checkpoint": _there(paths.checkpoint),
+        "best_checkpoint": _there(paths.best),
     }
     row |= {
         name: given.get(name)
@@ -133,6 +134,10 @@ def _trial_row(
     }
     config = given.get("config") or _config_of(spec, given.get("overrides", {}))
     return row | {name: as_scalar(name, config.get(name)) for name in FineTuneConfig.model_fields}
+
+
+def _there(path: Path) -> str | None:
+    return str(path) if path.is_file() else None
 
 
 def _config_of(spec: StudySpec, overrides: Mapping[str, Any]) -> dict[str, Any]:

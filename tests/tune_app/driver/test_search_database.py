@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 from ray.tune.search import Searcher
-from searches import EPOCHS, MIXED, TINY, make, read, run, suggested
+from searches import EPOCHS, MIXED, TINY, left_running, make, read, run, suggested
 
 from search_spaces.space import Space
 from search_spaces.written import space_from
@@ -169,6 +169,23 @@ def test_two_drivers_on_one_study_are_noticed(tmp_path: Path) -> None:
     one.suggest("a")
     with pytest.raises(SearchError, match="another process adds trials to this study"):
         two.suggest("a")
+
+
+def test_two_drivers_that_write_a_trial_at_the_same_moment_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = make(tmp_path), make(tmp_path)
+    write = optuna.storages.RDBStorage.create_new_trial
+
+    def after_the_other(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        one.suggest("a")  # two has looked already, and found no such trial
+        return write(*arguments)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "create_new_trial", after_the_other)
+    with pytest.raises(SearchError, match="another process adds trials to this study"):
+        two.suggest("a")
+    assert left_running(make(tmp_path)) == [0, 1]  # neither is lost
 
 
 @pytest.mark.parametrize("name", ["a b#c", "50 %", "what?", "{x}", "ü", "it's;--"])

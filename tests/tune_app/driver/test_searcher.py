@@ -9,7 +9,7 @@ import ray.cloudpickle
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.concurrency_limiter import ConcurrencyLimiter
-from searches import EPOCHS, MIXED, TINY, make, read, row, run, suggested
+from searches import EPOCHS, MIXED, TINY, left_running, make, read, row, run, suggested
 
 from search_spaces.fixes import all_fixes, baseline
 from search_spaces.space import SpaceError
@@ -156,7 +156,7 @@ def test_a_failed_trial_may_be_tried_again(tmp_path: Path) -> None:
     assert read(tmp_path).trials[0].user_attrs["reason"] == "lost its node"
 
     second = make(tmp_path, num_trials=3, retry=[0, 1])  # one that has not failed stays as it is
-    assert second.left_running == (0,)
+    assert left_running(second) == [0]
     assert second.failed() == {2: "the trial ended with an error"}
     running = read(tmp_path).trials[0]
     assert (running.state.name, running.datetime_complete) == ("RUNNING", None)

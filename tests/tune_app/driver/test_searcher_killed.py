@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
-from searches import EPOCHS, MIXED, TINY, make, read, row, run
+from searches import EPOCHS, MIXED, TINY, left_running, make, read, row, run
 
 from search_spaces.space import Space
 from trainables.objective import objective_value
@@ -98,7 +98,7 @@ def reopened(folder: Path, training: Training, space: Space, **settings: Any) ->
     for line in training.rows:
         rows.setdefault(int(line["trial"]), []).append(line)
     searcher = make(folder, space, rows=rows, **settings)
-    for number in searcher.left_running:
+    for number in left_running(searcher):
         last = rows[number][-1] if number in rows else row(0, 0)
         if (last["epoch"] == 2 and not last["val_auc"] >= 0.6) or last["epoch"] == EPOCHS:
             # The policy, replayed over the rows, had ended it.
@@ -289,14 +289,14 @@ def test_a_reason_whose_trial_went_on_is_replaced_at_its_end(tmp_path: Path) -> 
 def test_a_trial_left_running_comes_back_under_its_name_with_its_rows(tmp_path: Path) -> None:
     first = make(tmp_path)
     suggestion = first.suggest("a")
-    first.suggest("b")
+    other = first.suggest("b")
     rows = [row(1, 0.6), row(2, math.nan), row(3, 0.8)]
     for result in rows[:2]:
         first.on_trial_result("a", result)
     second = make(tmp_path, rows={0: rows})  # the third row was written, but not reported
-    assert list(second.left_running) == [0, 1]
+    assert left_running(second) == [0, 1]
     assert second.suggest("x") == suggestion
-    assert list(second.left_running) == [1]
+    assert second.suggest("y") == other
     second.on_trial_complete("x", row(4, 0.8))
     trial = read(tmp_path).trials[0]
     assert trial.value == objective_value([*rows, row(4, 0.8)])
@@ -335,7 +335,7 @@ def test_trials_known_to_have_ended_are_settled(tmp_path: Path) -> None:
     ]
     assert [trial.value for trial in trials] == [0.7, 0.6, None, None, 0.5]
     assert trials[1].user_attrs["reason"] == "collapsed"
-    assert second.left_running == ()
+    assert left_running(second) == []
     with pytest.raises(
         SearchError, match=r"study.db has no trial 00005, which is recorded as failed"
     ):
