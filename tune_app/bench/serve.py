@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -174,27 +174,14 @@ async def _watch(
     url: str, study: str, driver: "subprocess.Popen[bytes]", viewers: int
 ) -> list[int]:
     """Watch with `viewers` open streams until the driver ends; returns how many rows each of them was sent."""
-    host, port = url.removeprefix("http://").split(":")
     seen = [0] * viewers
 
     async def view(number: int) -> None:
         while True:  # there is no such study before its driver has started it
-            reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
-            writer.write(
-                f"GET /api/studies/{study}/events HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
-            )
-            try:
-                if b" 200 " not in await reader.readline():
-                    await asyncio.sleep(0.5)
-                    continue
-                event = b""
-                while line := await reader.readline():
-                    if line.startswith(b"event: "):
-                        event = line[7:].strip()
-                    elif line.startswith(b"data: ") and event == b"rows":
-                        seen[number] += len(json.loads(line[6:])["rows"])
-            finally:
-                writer.close()
+            async for event, data in _events(url, f"{study}/events"):
+                if event == "rows":
+                    seen[number] += len(json.loads(data)["rows"])
+            await asyncio.sleep(0.5)
 
     tasks = [asyncio.create_task(view(number)) for number in range(viewers)]
     while driver.poll() is None:
@@ -204,6 +191,25 @@ async def _watch(
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return seen
+
+
+async def _events(url: str, stream: str) -> AsyncIterator[tuple[str, bytes]]:
+    """Yield each event that a viewer is sent, and its data: "retry" as the stream begins; none where there is no such study."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
+    writer.write(f"GET /api/studies/{stream} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+    event = ""
+    try:
+        if b" 200 " not in await reader.readline():
+            return
+        while line := await reader.readline():
+            name, _, content = line.partition(b": ")
+            if name == b"event":
+                event = content.decode().strip()
+            elif name in (b"data", b"retry"):
+                yield event if name == b"data" else "retry", content
+    finally:
+        writer.close()
 
 
 @contextmanager
@@ -248,32 +254,19 @@ def _fetch(url: str) -> tuple[float, int]:
 
 async def _run(url: str, files: StudyFiles, viewers: int, seconds: float) -> dict[str, Any]:
     """Write a row every PACE_S for so long while `viewers` look on; returns what each of them saw, and when."""
-    host, port = url.removeprefix("http://").split(":")
-    seen = files.epochs.stat().st_size
+    stream = f"load/events?seen={files.epochs.stat().st_size}"
     latencies: list[float] = []
     written = 0
-    rows = [json.loads(line) for line in files.epochs.read_text().splitlines()[-1:]]
-    last = rows[0]
+    last = json.loads(files.epochs.read_text().splitlines()[-1])
     open_now = asyncio.Semaphore(0)
 
     async def view() -> None:
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
-        writer.write(
-            f"GET /api/studies/load/events?seen={seen} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
-        )
-        event = ""
-        try:
-            while line := await reader.readline():
-                if line.startswith(b"retry:"):
-                    open_now.release()
-                elif line.startswith(b"event: "):
-                    event = line[7:].decode().strip()
-                elif line.startswith(b"data: ") and event == "rows":
-                    arrived = time.time()
-                    for row in json.loads(line[6:])["rows"]:
-                        latencies.append(arrived - times[row[1]])
-        finally:
-            writer.close()
+        async for event, data in _events(url, stream):
+            arrived = time.time()
+            if event == "retry":
+                open_now.release()
+            elif event == "rows":
+                latencies.extend(arrived - times[row[1]] for row in json.loads(data)["rows"])
 
     times: dict[int, float] = {}
     tasks = [asyncio.create_task(view()) for _ in range(viewers)]

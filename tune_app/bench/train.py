@@ -23,9 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import PersistentDataset
-from monai.transforms import (
-    Compose,
-)
+from monai.transforms import Compose
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -36,9 +34,10 @@ from trainables.data.folds import Split
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
 from trainables.data.volumes import Cohort, open_cohort, prepare_cohort
-from trainables.finetune import Run
+from trainables.finetune import Run, peak_memory_gib
 from trainables.network.model import configured_network
 from tune_app.bench.plain_loop import PlainRun, monai_augmentation, monai_preparation
+from tune_app.driver.warm_up import cohort_in_memory
 from tune_app.synthetic import write_cohort
 
 DISTINCT = 32
@@ -272,8 +271,16 @@ def data_table(result: dict[str, Any]) -> Table:
 
 
 def _ours(
-    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device, *, graphs: bool
+    config: FineTuneConfig,
+    cohort: Cohort,
+    split: Split,
+    device: torch.device,
+    *,
+    graphs: bool = True,
+    **changes: Any,
 ) -> dict[str, Any]:
+    """Measure `finetune` with `changes` of the configuration; a deterministic run leaves out graphs itself."""
+    config = config.model_copy(update=changes)
     _reset_peak(device)
     started = time.perf_counter()
     run = Run(config, cohort, split, device, graphs=graphs)
@@ -294,21 +301,11 @@ def _ours(
     }
 
 
-def _deterministic(
-    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
-) -> dict[str, Any]:
-    config = config.model_copy(update={"deterministic": True})
+def _deterministic(*inputs: Any) -> dict[str, Any]:
     try:
-        return _ours(config, cohort, split, device, graphs=True)  # which the run itself leaves out
+        return _ours(*inputs, deterministic=True)
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def _unaugmented(
-    config: FineTuneConfig, cohort: Cohort, split: Split, device: torch.device
-) -> dict[str, Any]:
-    config = config.model_copy(update={"augmentation_strength": 0.0, "flip_axes": ""})
-    return _ours(config, cohort, split, device, graphs=True)
 
 
 # The plain loop --------------------------------------------------------------------------------------------------------
@@ -369,7 +366,7 @@ def _plain(
         if rate > best:
             best, best_loader, best_workers = rate, loader, workers
     assert best_loader is not None
-    peak = _peak(device)
+    peak = peak_memory_gib(device)
     profile = _profile(lambda: epoch(best_loader), len(dataset) // _step_size(config), device)
     return {
         **_rates(best, config, profile),
@@ -382,11 +379,9 @@ def _plain(
 _VARIANTS: dict[str, Callable[[FineTuneConfig, Cohort, Split, torch.device], dict[str, Any]]] = {
     "plain": _plain,
     "plain_augmented": functools.partial(_plain, augmented=True),
-    "eager": lambda config, cohort, split, device: _ours(
-        config, cohort, split, device, graphs=False
-    ),
-    "ours": lambda config, cohort, split, device: _ours(config, cohort, split, device, graphs=True),
-    "unaugmented": _unaugmented,
+    "eager": functools.partial(_ours, graphs=False),
+    "ours": _ours,
+    "unaugmented": functools.partial(_ours, augmentation_strength=0.0, flip_axes=""),
     "deterministic": _deterministic,
 }
 
@@ -402,11 +397,7 @@ def made_cohort(config: FineTuneConfig, train: int) -> tuple[Cohort, Split]:
     )
     volumes = np.resize(distinct.astype(np.float16), (train + val, *distinct.shape[1:]))
     labels = (np.arange(train + val) % 5 == 0).astype(np.int64)
-    text = np.array([str(row) for row in range(train + val)])
-    recipe = Recipe.from_config(config)
-    cohort = Cohort(Path(), volumes, labels, text, tuple(text), np.ones((train + val, 3)), recipe)  # type: ignore[arg-type]
-    rows = np.arange(train + val)
-    return cohort, Split(rows[:train], rows[train:], rows[:0])
+    return cohort_in_memory(volumes, labels, config, train)
 
 
 def _step_size(config: FineTuneConfig) -> int:
@@ -454,12 +445,6 @@ def _wait(device: torch.device) -> None:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> float:
-    from trainables.finetune import peak_memory_gib
-
-    return peak_memory_gib(device)
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

@@ -77,19 +77,17 @@ def candidates_together(study: Study, scores: ValidationScores) -> Together | No
     the variant's scores of the other folds: no score is judged by a fit that saw its label.
     """
     trials = study.trials_full[study.trials_full["state"] == "completed"]
-    members = [
-        name for name in dict.fromkeys(trials["variant"].dropna()) if name.startswith(CANDIDATE)
-    ]
+    variants = trials["variant"].dropna().unique()
+    members = [name for name in variants if name.startswith(CANDIDATE)]
     folds = whole_unseen_folds(study.spec, sorted(set(trials["fold"].dropna().astype(int))))
+    keys = trials[["trial", "variant", "fold", "seed"]].itertuples(index=False)
     runs = {
         (str(variant), int(fold), int(seed)): str(trial)
-        for trial, variant, fold, seed in zip(
-            trials["trial"], trials["variant"], trials["fold"], trials["seed"], strict=True
-        )
+        for trial, variant, fold, seed in keys
         if str(trial) in scores.runs
     }
     found: dict[tuple[int, int], tuple[float, float]] = {}
-    for at in sorted({(fold, seed) for _, fold, seed in runs if fold in folds}):
+    for at in sorted({(fold, seed) for _, fold, seed in runs}):
         if (both := _ensemble_and_first(scores, runs, members, at, folds)) is not None:
             found[at] = both
     judged = tuple(sorted({fold for fold, _ in found}))
@@ -113,7 +111,9 @@ def _ensemble_and_first(
     at: tuple[int, int],
     folds: Sequence[int],
 ) -> tuple[float, float] | None:
-    """AUC of the ensemble and of its first member `at` a fold and seed; None where a member cannot be scored there."""
+    """AUC of the ensemble and of its first member `at` a fold of `folds` and a seed; None where a member has no score."""
+    if at[0] not in folds:
+        return None
     others = [other for other in folds if other != at[0]]
     rows = scores.rows_of([runs[name, *at] for name in members if (name, *at) in runs])
     parts = [_calibrated(scores, runs, name, at, others, rows) for name in members]

@@ -32,6 +32,8 @@ from tune_app.results.study import Study
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles, default_cache
 
+WITH_INTERVAL = ("auc", "auc_low", "auc_high")
+
 REPORTED = (
     "auprc",
     "balanced_accuracy",
@@ -171,15 +173,8 @@ def _score_variant(
         logits, scale = kept_logits(state, cohort.volumes, rows)
         scores = ranking_scores(logits, scale=scale)
         auc = auc_interval(scores, labels).auc
-        runs.append(
-            {
-                "trial": trial["trial"],
-                "fold": trial["fold"],
-                "seed": trial["seed"],
-                "epoch": state["epoch"],
-                "auc": auc,
-            }
-        )
+        of_trial = {name: trial[name] for name in ("trial", "fold", "seed")}
+        runs.append(of_trial | {"epoch": state["epoch"], "auc": auc})
         notes(
             f"{variant}, fold {trial['fold']}, seed {trial['seed']}: scored with epoch {state['epoch']}"
         )
@@ -249,23 +244,16 @@ def _as_record(
         "mean_auc": float(np.mean(values)),
         "lowest_auc": min(values),
         "highest_auc": max(values),
-        "auc": chosen.metrics["auc"],
-        "auc_low": chosen.metrics["auc_low"],
-        "auc_high": chosen.metrics["auc_high"],
+        **{name: chosen.metrics[name] for name in WITH_INTERVAL},
         "metrics": {name: chosen.metrics[name] for name in REPORTED},
     }
     if found.choice != REFERENCE:
         reference = scored[REFERENCE]
         difference = compare_auc(chosen.scores, reference.scores, labels, subjects)
         record["documented"] = {
-            "auc": reference.metrics["auc"],
-            "auc_low": reference.metrics["auc_low"],
-            "auc_high": reference.metrics["auc_high"],
+            **{name: reference.metrics[name] for name in WITH_INTERVAL},
             "mean_auc": float(np.mean([run["auc"] for run in reference.runs])),
-            "difference": difference.difference,
-            "low": difference.low,
-            "high": difference.high,
-            "p": difference.p,
+            **{name: getattr(difference, name) for name in ("difference", "low", "high", "p")},
         }
     cleaned: dict[str, Any] = without_nonfinite(record)
     return cleaned

@@ -33,6 +33,7 @@ from trainables.data.volumes import (
     prepared_bytes,
     same_volumes,
 )
+from tune_app.driver.display import print_lines
 from tune_app.study.errors import SpecError
 from tune_app.study.files import (
     CHOSEN,
@@ -165,8 +166,7 @@ def choose_spacing(spec: StudySpec, manifest: Manifest, notes: Any) -> dict[str,
         return {}
     _, found = with_common_spacing(build_config(spec.shared), manifest)
     assert found is not None
-    for line in found.lines():
-        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
+    print_lines(notes, found.lines())
     return {"spacing_mm": found.every_mm}
 
 
@@ -207,8 +207,7 @@ def prepare_study(spec: StudySpec, files: StudyFiles, *, resume: bool, notes: An
     base = build_config(spec.shared)
     manifest = _read_table(spec, base, files, resume=resume)
     check_folds(spec, manifest)
-    for line in thin_folds(manifest, base):
-        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
+    print_lines(notes, thin_folds(manifest, base))
     chosen = (
         {} if resume else choose_spacing(spec, manifest, notes) | choose_classes(spec, manifest)
     )

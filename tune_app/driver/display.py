@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -17,6 +17,12 @@ SHOWN_ENDED = 8
 log = logging.getLogger("medtune.driver")
 
 STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow", "failed": "red"}
+
+
+def print_lines(notes: Any, lines: Iterable[str]) -> None:
+    """Print each line as it is, broken by a terminal only."""
+    for line in lines:
+        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
 
 
 class Display:

@@ -26,12 +26,11 @@ from trainables import mps
 from trainables.config import FineTuneConfig
 from trainables.data.folds import Split, split_of
 from trainables.data.manifest import read_manifest
-from trainables.data.scans import Recipe
 from trainables.data.table_file import ManifestError
-from trainables.data.volumes import Cohort
 from trainables.kernel_cache import keep_kernels
 from trainables.machine.safe_path import safe_search
 from trainables.machine.this_machine import peak_resident_gib, settle_user, usable_cpus
+from tune_app.driver.warm_up import cohort_in_memory
 from tune_app.study.duration import span, study_s
 from tune_app.study.errors import SpecError
 from tune_app.study.files import default_cache
@@ -240,16 +239,9 @@ def measure_epochs(config: FineTuneConfig, split: Split, device: str) -> Pass:
     train = max(config.num_classes, min(len(split.train), STEPS * step))
     val = max(config.num_classes, min(len(split.val), VALIDATION))
     one = np.random.default_rng(0).standard_normal((config.in_channels, *config.volume_shape))
-    rows = np.arange(train + val)
-    cohort = Cohort(
-        folder=Path(),
-        volumes=np.broadcast_to(one.astype(np.float16), (len(rows), *one.shape)),  # type: ignore[arg-type]
-        labels=rows % config.num_classes,
-        subjects=rows.astype(str),
-        paths=(),
-        spacings_mm=np.ones((len(rows), 3)),
-        recipe=Recipe.from_config(config),
-    )
+    volumes = np.broadcast_to(one.astype(np.float16), (train + val, *one.shape))
+    labels = np.arange(train + val) % config.num_classes
+    cohort, part = cohort_in_memory(volumes, labels, config, train)
     changed = {
         "epochs": EPOCHS,
         "pretrained_path": None,
@@ -259,7 +251,6 @@ def measure_epochs(config: FineTuneConfig, split: Split, device: str) -> Pass:
         "unfreeze_stage_epochs": 0,
     }
     short = config.model_copy(update=changed)
-    part = Split(rows[:train], rows[train:], rows[:0])
     found = [result.metrics for result in finetune(short, cohort, part, device=device)]
     return Pass(
         min(row["train_s"] for row in found) / train,

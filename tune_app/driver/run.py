@@ -36,7 +36,7 @@ from tune_app.driver.cohorts import (
     refuse_preprocessing,
 )
 from tune_app.driver.disk import plan_budget
-from tune_app.driver.display import Display
+from tune_app.driver.display import Display, print_lines
 from tune_app.driver.forecast import forecast_on_cpus, forecast_on_gpus
 from tune_app.driver.local_ray import ray_to_file, ray_to_work_with, would_start_ray
 from tune_app.driver.loggers import Loggers, study_loggers
@@ -313,19 +313,20 @@ def _tidy_up(spec: StudySpec, files: StudyFiles, url: str | None, *, resume: boo
 
     Raises SpecError where the folder is not the study's, or a logger lacks something.
     """
-    if files.spec.exists() and not resume:
+    there = files.spec.exists()
+    if not there:
+        _refuse_other_folders(files.root, spec)
+    elif not resume:
         place = url or files.root
         raise SpecError(
             f"{place}: holds a study already; `medtune resume {quote(str(place))}` continues it"
         )
-    if not files.spec.exists():
-        _refuse_other_folders(files.root, spec)
     own = url is None and spec.kind == "search" and spec.storage is None
     if own and not files.database.exists() and any(files.trials.glob("*/trial.json")):
         raise StudyMovedError(f"{files.database}: is not there: {WITHOUT_DATABASE}")
     # A logger that lacks something must fail before the study has started
     loggers = Loggers(study_loggers(spec, files))
-    if files.spec.exists():  # else the folder is not known to be ours
+    if there:  # else the folder is not known to be ours
         sweep_temporaries(files.root)
     for record in files.trials.glob("*/"):
         sweep_temporaries(record, TrialFiles(record).record)
@@ -493,8 +494,8 @@ def _print_forecast(
         told = forecast_on_gpus(spec, each, concurrent=concurrent, epochs=epochs)
     elif local and not plan.gpus_per_rank and spec.hours is None:
         told = forecast_on_cpus(spec, concurrent=concurrent, epochs=epochs)
-    for line in told.lines() if told is not None else []:
-        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
+    if told is not None:
+        print_lines(notes, told.lines())
 
 
 # A session -------------------------------------------------------------------------------------------------------------

@@ -367,9 +367,9 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         ended = [trial for trial in known if trial.state.is_finished()]
         running = [trial for trial in known if not trial.state.is_finished()]
         rng = np.random.default_rng([self._seed, number])
-        worth = [self._worth(trial) for trial in ended]
-        fitted = observed(np.array([value for value, _ in worth]))
-        ended, worth = [ended[place] for place in fitted], [worth[place] for place in fitted]
+        values, shares = np.array([self._worth(trial) for trial in ended]).reshape(-1, 2).T.copy()
+        fitted = observed(values)
+        ended = [ended[place] for place in fitted]
         suggest = partial(draw, rng=rng)
         candidates = [self._space.sample(suggest, self._epochs) for _ in range(CANDIDATES)]
         samples = [*(trial.params for trial in (*ended, *running)), *candidates]
@@ -378,8 +378,8 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         begin = len(ended) + len(running)
         chosen = surrogate.choose(
             places[: len(ended)],
-            np.array([value for value, _ in worth]),
-            np.array([share for _, share in worth]),
+            values[fitted],
+            shares[fitted],
             places[len(ended) : begin],
             places[begin:],
             rng,

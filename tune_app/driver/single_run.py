@@ -24,6 +24,7 @@ from trainables.objective import best_epoch, objective_value
 from trainables.ranks import RankWork, local_gang_rows
 from trainables.saved_run import saved_run
 from trainables.step import choose_precision
+from tune_app.driver.display import print_lines
 from tune_app.driver.local_ray import keep_strangers_out
 from tune_app.study.epoch_text import HEADER, epoch_line
 
@@ -58,12 +59,9 @@ def train_once(
     if multi_gpu and gpus < 2:
         notes.print(f"--multi_gpu: {gpus} GPUs here, so the run has one rank")
     precision = choose_precision(config.amp, device)
-    sizes = [
-        f"{name} {len(rows)}" for name, rows in (("train", split.train), ("validation", split.val))
-    ]
-    notes.print(f"volumes: {', '.join(sizes)}; {precision.name}: {precision.reason}")
-    for line in thin_folds(manifest, config):
-        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
+    sizes = f"train {len(split.train)}, validation {len(split.val)}"
+    notes.print(f"volumes: {sizes}; {precision.name}: {precision.reason}")
+    print_lines(notes, thin_folds(manifest, config))
     if config.drw_start_epoch > config.epochs and config.loss != "cross_entropy":
         notes.print(
             f"DRW would start in epoch {config.drw_start_epoch}: not within these {config.epochs}"
@@ -89,14 +87,16 @@ def train_once(
             console.print(HEADER)
         rows.append(row)
         console.print(epoch_line(row, config.epochs))
-    verdict = diagnose(rows, config)
-    summary = sound_end(rows) if verdict == NO_FAULT else verdict.summary
-    console.print(f"\n{summary}", soft_wrap=not console.is_terminal, markup=False)
-    if verdict.advice:
-        console.print(verdict.advice, soft_wrap=not console.is_terminal, markup=False)
+    print_lines(console, ["", *_end_lines(rows, config)])
     notes.print(f"checkpoint, averaged weights and config: {folder}", soft_wrap=True)
     notes.print(f"next: medtune export {quote(str(folder))} --out MODEL", soft_wrap=True)
     return 0
+
+
+def _end_lines(rows: Sequence[Mapping[str, Any]], config: FineTuneConfig) -> list[str]:
+    verdict = diagnose(rows, config)
+    summary = sound_end(rows) if verdict == NO_FAULT else verdict.summary
+    return [summary, verdict.advice] if verdict.advice else [summary]
 
 
 def sound_end(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -122,6 +122,5 @@ def with_what_the_table_gives(
     if "spacing_mm" not in config.model_fields_set and began is not None:
         return config.model_copy(update={"spacing_mm": began.spacing_mm})
     config, found = with_common_spacing(config, manifest)
-    for line in found.lines() if found else []:
-        notes.print(line, soft_wrap=not notes.is_terminal, markup=False)
+    print_lines(notes, found.lines() if found else [])
     return config

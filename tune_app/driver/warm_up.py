@@ -13,8 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from trainables import installed_version, mps
 from trainables.config import FineTuneConfig, build_config
+from trainables.data.folds import Split
+from trainables.data.scans import Recipe
+from trainables.data.volumes import Cohort
 from trainables.kernel_cache import keep_kernels, kernel_folder, step_digest
 from trainables.machine.safe_path import python, search_variables
 
@@ -67,11 +72,6 @@ def warm_mark(config: FineTuneConfig, cache: Path, gpu: str) -> Path:
 
 def warm_up(config: FineTuneConfig, *, device: str = "cuda") -> None:
     """Train and validate one epoch of random volumes: whole steps, and a captured one."""
-    import numpy as np
-
-    from trainables.data.folds import Split
-    from trainables.data.scans import Recipe
-    from trainables.data.volumes import Cohort
     from trainables.finetune import finetune
 
     short = config.model_copy(update={"epochs": 1, "pretrained_path": None})
@@ -80,20 +80,27 @@ def warm_up(config: FineTuneConfig, *, device: str = "cuda") -> None:
     rng = np.random.default_rng(0)
     shape = (count, config.in_channels, *config.volume_shape)
     volumes = rng.standard_normal(shape, dtype=np.float32).astype(np.float16)
-    labels = np.arange(count) % config.num_classes
-    names = [str(row) for row in range(count)]
+    cohort, split = cohort_in_memory(volumes, np.arange(count) % config.num_classes, config, train)
+    for _ in finetune(short, cohort, split, device=device):
+        pass
+
+
+def cohort_in_memory(
+    volumes: np.ndarray, labels: np.ndarray, config: FineTuneConfig, train: int
+) -> tuple[Cohort, Split]:
+    """Return `volumes` (N, C, D, H, W), which are of no file, as a cohort of N subjects; the first `train` rows train, the others validate."""
+    rows = np.arange(len(volumes))
+    names = rows.astype(str)
     cohort = Cohort(
         folder=Path(),
-        volumes=volumes,  # type: ignore[arg-type]  # no file
+        volumes=volumes,  # type: ignore[arg-type]
         labels=labels,
-        subjects=np.array(names),
-        paths=tuple(names),
-        spacings_mm=np.ones((count, 3)),
+        subjects=names,
+        paths=tuple(names.tolist()),
+        spacings_mm=np.ones((len(rows), 3)),
         recipe=Recipe.from_config(config),
     )
-    rows = np.arange(count)
-    for _ in finetune(short, cohort, Split(rows[:train], rows[train:], rows[:0]), device=device):
-        pass
+    return cohort, Split(rows[:train], rows[train:], rows[:0])
 
 
 def main(text: str) -> None:
