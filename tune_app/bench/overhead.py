@@ -41,7 +41,7 @@ from tune_app.driver.resources import Plan
 from tune_app.driver.session import Lifecycle, StudySession
 from tune_app.results.tables import plain_table
 from tune_app.study.files import StudyFiles
-from tune_app.study.spec import StudySpec, build_spec
+from tune_app.study.spec import build_spec
 
 SPACE = "documented"
 SIDES = ("medtune", "bare", "stripped")
@@ -213,10 +213,6 @@ def _trivial_trial(epochs: int) -> Callable[[dict[str, Any]], None]:
     return trial
 
 
-def _bundle() -> tune.PlacementGroupFactory:
-    return tune.PlacementGroupFactory([{"CPU": 1.0}])
-
-
 class _Ours:
     """A study that grows by each turn's trials, run as `medtune resume` runs it."""
 
@@ -229,7 +225,8 @@ class _Ours:
     def begin(self, count: int) -> Callable[[], _Ends]:
         """Take up the study; returns a function that runs `count` more trials and returns when they ended."""
         self.trials += count
-        spec = self._spec()
+        fields = {"data": "none", "space": SPACE, "trials": self.trials, "warm_start": ()}
+        spec = build_spec({**fields, "config": {"epochs": self.epochs}})
         self.files.write({"spec": spec.model_dump(mode="json")})
         console = Console(file=(self.files.root / "console.log").open("a"), width=80)
         recorder = Recorder(spec, self.files)
@@ -250,10 +247,6 @@ class _Ours:
             return lifecycle.ends
 
         return run
-
-    def _spec(self) -> StudySpec:
-        fields = {"data": "none", "space": SPACE, "trials": self.trials, "warm_start": ()}
-        return build_spec({**fields, "config": {"epochs": self.epochs}})
 
 
 class _Bare:
@@ -276,7 +269,9 @@ class _Bare:
         searcher = plain_searcher(self.space, 0, storage=self.storage, study_name="bare")
         ends = _Ends()
         tuner = tune.Tuner(
-            tune.with_resources(_trivial_trial(self.epochs), _bundle()),
+            tune.with_resources(
+                _trivial_trial(self.epochs), tune.PlacementGroupFactory([{"CPU": 1.0}])
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=count,

@@ -38,11 +38,6 @@ from trainables.data.scans import Recipe
 from trainables.data.volumes import open_cohort, prepare_cohort
 from tune_app.study.surrogate import draw
 
-SCORES = ("val_scores", "hold_scores")
-"""Columns of bytes: the scores of the averaged weights, little-endian float16, one per volume; see
-`read_scores`. The labels of those volumes, in the same order, are in the table's `attrs["labels"]`,
-by the number of the fold."""
-
 
 class RecordError(ValueError):
     """A recording that cannot be made as asked; the message states the change to make."""
@@ -176,7 +171,11 @@ def record_curves(
 
 
 def read_scores(cell: bytes) -> npt.NDArray[np.float16]:
-    """Return the scores of one epoch, one a volume, in the order of the run's rows."""
+    """Return the scores of one epoch by the averaged weights, one a volume, in the order of the run's rows.
+
+    `cell`: of the column `val_scores` or `hold_scores`, little-endian float16. The labels of those volumes, in the same
+    order, are in the table's `attrs["labels"]`, by the number of the fold.
+    """
     return np.frombuffer(cell, dtype="<f2")
 
 

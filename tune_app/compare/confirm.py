@@ -313,19 +313,15 @@ def judge(study: Study) -> Confirmation:
 
 def _judged_by_rows(study: Study, run: list[int], scores: ValidationScores) -> Confirmation:
     """By the rows that the search did not choose by; where they do not suffice on any fold of `run`, by all."""
-    rows = {fold: scores.rows_of(_trials_of(study, fold)) for fold in run}
+    trials = study.trials_full
+    rows = {fold: scores.rows_of(trials.loc[trials["fold"] == fold, "trial"]) for fold in run}
     others = {fold: unseen_rows(study.spec, fold, rows[fold]) for fold in run}
     enough = _sufficient(scores, others)
     if len(enough) > 1:
         judged = only(study, folds=enough)
-        trials = judged.trials_full.assign(
-            objective=[
-                scores.auc(str(trial), others[int(fold)])
-                for trial, fold in zip(
-                    judged.trials_full["trial"], judged.trials_full["fold"], strict=True
-                )
-            ]
-        )
+        places = judged.trials_full[["trial", "fold"]].itertuples(index=False)
+        aucs = [scores.auc(str(trial), others[int(fold)]) for trial, fold in places]
+        trials = judged.trials_full.assign(objective=aucs)
         count = sum(len(others[fold]) for fold in enough)
         return _judged_by_folds(study, replace(judged, trials_full=trials), enough, "rows", count)
     if enough:
@@ -336,12 +332,6 @@ def _judged_by_rows(study: Study, run: list[int], scores: ValidationScores) -> C
 
 def _sufficient(scores: ValidationScores, rows: Mapping[int, np.ndarray]) -> list[int]:
     return [fold for fold, of_fold in rows.items() if scores.suffice(of_fold)]
-
-
-def _trials_of(study: Study, fold: int) -> list[str]:
-    return [
-        str(trial) for trial in study.trials_full.loc[study.trials_full["fold"] == fold, "trial"]
-    ]
 
 
 def _judged_by_folds(

@@ -283,8 +283,9 @@ class Database:
             OSError, ImportError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, StorageInternalError,
             RuntimeError,  # written by another version of Optuna
         ) as error:  # fmt: skip
+            reason = " ".join(str(error).split())
             raise SearchError(
-                f"{self.name} cannot be opened as an Optuna study: {_one_line(error)}{_advice(error)}"
+                f"{self.name} cannot be opened as an Optuna study: {reason}{_advice(error)}"
             ) from error
 
 
@@ -320,10 +321,6 @@ def _advice(error: Exception) -> str:
             "name a database server with `storage` in the study file"
         )
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:

@@ -72,7 +72,6 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         self._tell_stopped = stopped
         self._fatal = {} if fatal is None else fatal
         self._spent = spent
-        self._stopped = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its arguments, for a restore that is never asked for
@@ -108,7 +107,6 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         if new:
             self._log(decision)
         if decision.stops:
-            self._stopped += 1
             self._tell_stopped(name, stop_reason(decision))
         return str(TrialScheduler.STOP if decision.stops else TrialScheduler.CONTINUE)
 
@@ -128,15 +126,6 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray is not typed
         # ERROR is set before this, not after, where the trial is going to be tried again.
         if trial.status != Trial.ERROR:
             self._failed(trial)
-
-    def debug_string(self) -> str:
-        """Return one line for Ray's own status output."""
-        rungs = (
-            ", ".join(f"{rung:g}" for rung in self.policy.rungs)
-            if self.policy.spec.halving
-            else "none"
-        )
-        return f"medtune policy: {self._stopped} stopped, rungs at epochs {rungs}"
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: epochs.jsonl is the state."""

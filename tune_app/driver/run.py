@@ -367,20 +367,17 @@ def _record(
             files.write({**files.read(), **ready.recorded})
         return
     named = shared_study_name if spec.storage else own_study_name
-    name = named(url or absolute(files.root))
-    described = _description(spec, ready.cohort.name, resources)
-    files.write({**described, **ready.recorded, OPTUNA_STUDY: name})
-
-
-def _description(spec: StudySpec, cohort: str, resources: Mapping[str, float]) -> dict[str, Any]:
-    """What study.json holds."""
-    return {
-        "spec": spec.model_dump(mode="json"),
-        "cohort": cohort,
-        "created": time.time(),
-        "versions": own_versions(),
-        "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
-    }
+    files.write(
+        {
+            "spec": spec.model_dump(mode="json"),
+            "cohort": ready.cohort.name,
+            "created": time.time(),
+            "versions": own_versions(),
+            "hardware": {"host": socket.gethostname(), "resources": dict(resources)},
+            **ready.recorded,
+            OPTUNA_STUDY: named(url or absolute(files.root)),
+        }
+    )
 
 
 def own_versions() -> dict[str, str | None]:

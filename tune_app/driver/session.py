@@ -83,7 +83,7 @@ class StudySession:
         self.ranks = 1
         self.fatal: dict[str, str] = {}
         self.time: TimeBudget | None = None
-        self.interrupt = Interrupt(self.files, self._time_is_over)
+        self.interrupt = Interrupt(self.files, lambda: self.time is not None and self.time.over)
         self.lifecycle = Lifecycle(self)
         self.requests = TrialRequests(self.files)
         self.place = StudyPlace(self.files.root)
@@ -215,9 +215,6 @@ class StudySession:
         if self.spec.kind != "search" or self.spec.storage is not None:
             return None
         return self.files.database
-
-    def _time_is_over(self) -> bool:
-        return self.time is not None and self.time.over
 
     def keep_to_budget(self) -> None:
         """Remove what does not fit the disk budget any more, where there is one."""

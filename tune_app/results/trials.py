@@ -53,10 +53,8 @@ def trials_table(
     kept: KeptBy,
 ) -> pd.DataFrame:
     ids = sorted({*records, *epochs["trial"].unique()}, key=lambda trial: (len(trial), trial))
-    values = {
-        trial: list(rows)
-        for trial, rows in epochs.groupby("trial", observed=True)[_objective_column(spec)]
-    }
+    column = OBJECTIVES[spec.objective].column
+    values = {trial: list(rows) for trial, rows in epochs.groupby("trial", observed=True)[column]}
     rows = [
         _trial_row(files, spec, trial, records.get(trial), values.get(trial, []), running)
         for trial in ids
@@ -151,10 +149,6 @@ def _config_of(spec: StudySpec, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _config_dtype(name: str) -> str:
     annotation = FineTuneConfig.model_fields[name].annotation
     return {int: "Int64", float: "float64", bool: "boolean"}.get(annotation, "string")  # type: ignore[arg-type]
-
-
-def _objective_column(spec: StudySpec) -> str:
-    return OBJECTIVES[spec.objective].column
 
 
 def _reduced(spec: StudySpec, values: list[float]) -> float:
