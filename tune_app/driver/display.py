@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -104,19 +105,11 @@ class Display:
 
     def render(self) -> Group:
         """Return the present content of the terminal."""
-        by_state: dict[str, int] = {}
-        for trial in self.trials.values():
-            by_state[trial["state"]] = by_state.get(trial["state"], 0) + 1
+        by_state = Counter(trial["state"] for trial in self.trials.values())
         counts = ", ".join(f"{number} {state}" for state, number in sorted(by_state.items()))
         table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-        for name, justify in (
-            ("trial", "left"),
-            ("epoch", "right"),
-            ("AUC raw", "right"),
-            ("AUC EMA", "right"),
-        ):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("best", justify="right", no_wrap=True)
+        for name in ("trial", "epoch", "AUC raw", "AUC EMA", "best"):
+            table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
         table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
         running = [trial for trial in self.trials.values() if trial["state"] == "running"]
         ended = sorted(

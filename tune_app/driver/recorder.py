@@ -1,6 +1,7 @@
 """The study directory as its driver writes it; `results` reads it."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,8 @@ from tune_app.study.spec import StudySpec
 RECORDED = {"trial", "overrides", "failures", "objective", "reason"}
 DECIDED = {"trial", "epoch", "action", "reason", "summary"}
 """Keys that a trial's record and a decision must have for a study to resume."""
+DIAGNOSED = ("verdict", "verdict_epoch", "verdict_summary", "advice", "healed_epochs")
+"""In the record of a trial that has ended; None for one without rows."""
 NOT_ENDED = {"state": "running", "ended": None, "reason": None, "error": None}
 """In the record of a trial that runs, or is to resume."""
 
@@ -118,34 +121,33 @@ class Recorder:
         self, trial: str, state: str, reason: str, *, error: str | None = None
     ) -> dict[str, Any]:
         rows = self.rows.get(trial, [])
-        record = self.records[trial]
-        diagnosis = diagnose(rows, self.spec.config_of(record["overrides"])) if rows else None
-        self._write(
-            record
-            | {
-                "state": state,
-                "reason": reason or None,
-                "error": error,
-                "ended": self._clock(),
-                "objective": objective_value(rows, self.spec.objective),
-                "verdict": self._verdict(diagnosis.verdict, state, rows) if diagnosis else None,
-                "verdict_epoch": diagnosis.epoch if diagnosis else None,
-                "verdict_summary": diagnosis.summary if diagnosis else None,
-                "advice": diagnosis.advice if diagnosis else None,
-                "healed_epochs": diagnosis.healed_epochs if diagnosis else None,
-            }
-        )
+        end = {
+            "state": state,
+            "reason": reason or None,
+            "error": error,
+            "ended": self._clock(),
+            "objective": objective_value(rows, self.spec.objective),
+        }
+        self._write(self.records[trial] | end | self._diagnosis(trial, state, rows))
         if state == "failed":
             self.written(trial)  # its reason is nowhere else; other ends follow from rows
         self.rows.pop(trial, None)
         return self.records[trial]
 
-    def _verdict(self, found: str, state: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    def _diagnosis(
+        self, trial: str, state: str, rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        if not rows:
+            return dict.fromkeys(DIAGNOSED)
+        found = diagnose(rows, self.spec.config_of(self.records[trial]["overrides"]))
         best = BestEpoch(self.kept.objective, window_end=self.kept.window_end)
         for row in rows:
             best.update(row)
         kept = next((row for row in rows if row["epoch"] == best.epoch), {})
-        return trial_verdict(found, state, auc_low(kept, OBJECTIVES[self.kept.objective].weights))
+        low = auc_low(kept, OBJECTIVES[self.kept.objective].weights)
+        verdict = trial_verdict(found.verdict, state, low)
+        values = (verdict, found.epoch, found.summary, found.advice, found.healed_epochs)
+        return dict(zip(DIAGNOSED, values, strict=True))
 
     def written(self, trial: str) -> None:
         """Wait until the record of the trial is on disk."""
@@ -163,10 +165,7 @@ class Recorder:
         self._writer.shutdown()
 
     def states(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for record in self.records.values():
-            counts[record["state"]] = counts.get(record["state"], 0) + 1
-        return counts
+        return dict(Counter(record["state"] for record in self.records.values()))
 
     def _write(self, record: dict[str, Any]) -> None:
         """Have the record written. In a thread: waiting for the disk would hold up all other trials."""

@@ -12,7 +12,7 @@ that have been asked for, so that a killed search is taken up by opening it agai
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -551,7 +551,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
         done = list(self._database.attrs.get(_TAKEN_OVER, ()))
         known = {trial.user_attrs.get(_FROM) for trial in self._trials()}
         added = 0
-        left_out: dict[str, int] = {}
+        left_out: Counter[str] = Counter()
         for study in studies:
             url, name = _storage_of(study)
             if name is not None and source_of(url, name) in done:
@@ -565,7 +565,7 @@ class OptunaSearcher(Searcher):  # type: ignore[misc]  # Ray's class is untyped
                 continue
             for trial, reason in self._earlier_trials(earlier):
                 if reason is not None:
-                    left_out[reason] = left_out.get(reason, 0) + 1
+                    left_out[reason] += 1
                 elif trial.user_attrs[_FROM] not in known:  # a killed start may have added some
                     number = self._memory.get_n_trials(self._memory_study)
                     self._memory.create_new_trial(self._memory_study, trial)
