@@ -36,7 +36,7 @@ class Axis:
         values = trials[self.name]
         if self.kind == "choice":
             order = {text: float(place) for place, text in enumerate(self.choices)}
-            texts = values.map(partial(choice_text, self.name))
+            texts = values.map(partial(_choice_text, self.name))
             found: np.ndarray = texts.map(order).to_numpy("float64", na_value=math.nan)
         else:
             found = _on_scale(self.kind, values.to_numpy("float64", na_value=math.nan))
@@ -52,7 +52,7 @@ class Axis:
         if value is None or value is pd.NA:
             return math.nan
         if self.kind == "choice":
-            text = choice_text(self.name, value)
+            text = _choice_text(self.name, value)
             return float(self.choices.index(text)) if text in self.choices else math.nan
         return float(_on_scale(self.kind, np.array([float(value)]))[0])
 
@@ -95,7 +95,7 @@ def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
     name = str(values.name)
     parameter = _parameter(space, name)
     if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
-        texts = [choice_text(name, choice) for choice in parameter.choices]
+        texts = [_choice_text(name, choice) for choice in parameter.choices]
         choices = tuple(
             dict.fromkeys([*texts, *_texts(name, values)])
         )  # warm starts may lie outside
@@ -128,7 +128,7 @@ def _scale(
     return "log" if wide else "even"
 
 
-def choice_text(name: str, value: Any) -> str:
+def _choice_text(name: str, value: Any) -> str:
     """Return a choice of hyperparameter `name` as text."""
     return "none" if value is None or value is pd.NA else format_value(name, value)
 
@@ -187,7 +187,7 @@ def _on_scale(kind: str, values: np.ndarray) -> np.ndarray:
 
 
 def _texts(name: str, values: pd.Series) -> list[str]:
-    return sorted({choice_text(name, value) for value in values})
+    return sorted({_choice_text(name, value) for value in values})
 
 
 def importance(
@@ -254,7 +254,7 @@ def _temporary_study(rows: pd.DataFrame, axes: Mapping[str, Axis], column: str) 
     values: dict[str, list[Any]] = {}
     for name, axis in axes.items():
         if axis.kind == "choice":
-            values[name] = [choice_text(name, v) for v in rows[name]]
+            values[name] = [_choice_text(name, v) for v in rows[name]]
             distributions[name] = CategoricalDistribution(axis.choices)
         else:  # read or not: Optuna's evaluators leave out hyperparameters that some trials lack
             places = _on_scale(axis.kind, rows[name].to_numpy("float64"))
