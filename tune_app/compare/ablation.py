@@ -17,7 +17,7 @@ from rich.text import Text
 
 from search_spaces.ablations import VARIANT_SETS, Variants, reference, variants
 from trainables.config import FineTuneConfig, Scalar, build_config
-from trainables.data.folds import split_rows
+from trainables.data.folds import Split, split_rows
 from trainables.data.manifest import Manifest, read_manifest
 from trainables.data.storage import absolute
 from trainables.data.table_file import ManifestError
@@ -55,6 +55,12 @@ class Folds:
     def overrides(self, fold: int) -> dict[str, Scalar]:
         """Return what puts a trial on `fold`."""
         return {"fold": fold, "cross_validate": self.cross_validate, "num_folds": self.num_folds}
+
+    def split(self, manifest: Manifest, fold: int) -> Split:
+        """Return how `fold` cuts the table. Raises ManifestError where a part lacks a class."""
+        return split_rows(
+            manifest, fold=fold, num_folds=self.num_folds, cross_validate=self.cross_validate
+        )
 
     @property
     def text(self) -> str:
@@ -98,12 +104,7 @@ def _check_classes(manifest: Manifest, folds: Folds) -> None:
     problems: list[str] = []
     for number in folds.numbers:
         try:
-            split_rows(
-                manifest,
-                fold=number,
-                num_folds=folds.num_folds,
-                cross_validate=folds.cross_validate,
-            )
+            folds.split(manifest, number)
         except ManifestError as error:
             problems += error.problems
     if problems:

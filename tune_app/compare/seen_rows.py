@@ -7,11 +7,9 @@ own split cut the same rows differently.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from trainables.data.folds import split_rows
 from trainables.data.json_files import read_json
 from trainables.data.manifest import Manifest
 from trainables.metrics import auc_interval
@@ -31,8 +29,9 @@ def rows_that_chose(search: Study, manifest: Manifest) -> frozenset[int]:
     """Return the rows of the table that any trial of the search was validated on: its winner was chosen by these."""
     cuts = search.trials_full[["fold", "num_folds", "cross_validate"]].dropna().drop_duplicates()
     rows: set[int] = set()
-    for cut in cuts.to_dict("records"):
-        rows |= set(_validated(manifest, cut).tolist())
+    for fold, num_folds, cross_validate in cuts.itertuples(index=False):
+        folds = Folds((int(fold),), int(num_folds), bool(cross_validate))
+        rows |= set(folds.split(manifest, int(fold)).val.tolist())
     return frozenset(rows)
 
 
@@ -40,19 +39,8 @@ def folds_with(rows: Iterable[int], folds: Folds, manifest: Manifest) -> tuple[i
     """Return the folds of a plan that are validated on any of `rows`."""
     wanted = np.fromiter(rows, dtype=np.int64)
     return tuple(
-        fold
-        for fold in folds.numbers
-        if np.isin(_validated(manifest, folds.overrides(fold)), wanted).any()
+        fold for fold in folds.numbers if np.isin(folds.split(manifest, fold).val, wanted).any()
     )
-
-
-def _validated(manifest: Manifest, cut: Mapping[Any, Any]) -> np.ndarray:
-    return split_rows(
-        manifest,
-        fold=int(cut["fold"]),
-        num_folds=int(cut["num_folds"]),
-        cross_validate=bool(cut["cross_validate"]),
-    ).val
 
 
 # Scores of the validation rows, row by row -----------------------------------------------------------------------------

@@ -116,15 +116,15 @@ def score_test(
             f"{spec.data}: the data changed since the confirmation (cohort {study.info.get('cohort')})"
         )
     names = [found.choice] + ([REFERENCE] if found.choice != REFERENCE else [])
-    cohorts = {name: _cohort_of(study, name, manifest, folder) for name in names}
+    cohorts = {name: cohort_of(study, name, manifest, folder) for name in names}
     scored = {name: _score_variant(study, name, cohorts[name], rows, notes) for name in names}
     record = _as_record(study, found, scored, times=len(earlier) + 1)
     write_json(target, {"scored": [*earlier, record]})
     return record
 
 
-def _cohort_of(study: Study, variant: str, manifest: Manifest, first: Path) -> Path:
-    """The variant's own cohort: the runs of a variant that prepares volumes otherwise were trained on another."""
+def cohort_of(study: Study, variant: str, manifest: Manifest, first: Path) -> Path:
+    """Return the folder of the variant's own cohort: the runs of a variant that prepares volumes otherwise were trained on another."""
     config = study.spec.config_of(planned_overrides(study.spec, variant))
     own = Recipe.from_config(build_config(study.spec.config))
     return cohort_like(manifest, Recipe.from_config(config), first, own)

@@ -10,12 +10,12 @@ from trainables.checkpoints import load_state, write_json
 from trainables.config import build_config
 from trainables.data.manifest import read_manifest
 from trainables.data.scans import Recipe
-from trainables.data.volumes import cohort_like, open_cohort, prepare_cohort
+from trainables.data.volumes import open_cohort, prepare_cohort
 from trainables.metrics import ranking_scores
-from tune_app.compare.confirm import planned_overrides, unfinished
+from tune_app.compare.confirm import unfinished
 from tune_app.compare.expected import CANDIDATE
 from tune_app.compare.seen_rows import SCORES_FORMAT, scores_file, whole_unseen_folds
-from tune_app.compare.test_rows import kept_logits
+from tune_app.compare.test_rows import cohort_of, kept_logits
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
 from tune_app.study.files import StudyFiles, default_cache
@@ -67,8 +67,7 @@ def score_validation(
         if not path.is_file():
             notes(f"trial {name}: its weights are gone, so its validation rows are not scored")
             continue
-        config = spec.config_of(planned_overrides(spec, str(trial["variant"])))
-        folder = cohort_like(manifest, Recipe.from_config(config), first, Recipe.from_config(base))
+        folder = cohort_of(study, str(trial["variant"]), manifest, first)
         state = load_state(path)
         rows = state["val_rows"].numpy()
         logits, scale = kept_logits(state, open_cohort(folder).volumes, rows)
