@@ -22,9 +22,8 @@ ROTATION_DEG = 15.0  # about each of the three axes
 SCALE = 0.10  # one factor for all axes: shapes keep their proportions
 SHIFT = 0.05  # of each side
 INTENSITY_SCALE = 0.10
-INTENSITY_SHIFT = (
-    0.10  # in the volumes' unit: standard deviations, or tenths of half an intensity window
-)
+# In the volumes' unit: standard deviations, or tenths of half an intensity window
+INTENSITY_SHIFT = 0.10
 NOISE = 0.05  # largest standard deviation of the noise, same unit
 
 

@@ -94,9 +94,8 @@ def build_optimizer(
         optimizer: torch.optim.Optimizer = without_compiler.SGD(
             groups, momentum=0.9, nesterov=True, **common
         )
-        for (
-            parameter
-        ) in network.parameters():  # torch leaves them unwritten when the first step is skipped
+        # torch leaves them unwritten when the first step is skipped
+        for parameter in network.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif config.optimizer == "adamw":
         optimizer = without_compiler.AdamW(groups, capturable=capturable, **common)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from trainables.data.volumes import Cohort
 
-RESIDENT_SHARE = (
-    0.4  # of the free device memory: the rest is for the networks, their gradients and activations
-)
+RESIDENT_SHARE = 0.4
+"""Of the free device memory: the rest is for the networks, their gradients and activations."""
 
 
 @dataclass(frozen=True)

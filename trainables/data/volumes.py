@@ -41,7 +41,7 @@ from trainables.data.scans import (
 from trainables.data.storage import absolute, url_of
 from trainables.data.threads import Progress, in_threads
 from trainables.errors import ProblemsError
-from trainables.machine.file_locks import acquire_lock
+from trainables.machine.file_locks import acquire_lock, is_alive
 
 if TYPE_CHECKING:
     from trainables.data.manifest import Manifest
@@ -370,9 +370,8 @@ def _build_volumes(
             raise VolumeError(
                 paths[row], "changed while it was being read; prepare again when it is complete"
             )
-        with file.open(
-            "r+b"
-        ) as slots:  # a write, not the map: on a full disk a map ends the process with SIGBUS
+        # A write, not the map: on a full disk a map ends the process with SIGBUS
+        with file.open("r+b") as slots:
             slots.seek(start + row * stride)
             slots.write(volume.astype(np.float16).tobytes())
         return scan.spacing_mm
@@ -518,7 +517,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if (
             left.name == f"{prefix}{process}.tmp"
             and process.isdecimal()
-            and not _is_alive(int(process))
+            and not is_alive(int(process))
         ):
             shutil.rmtree(left, ignore_errors=True)
     temporary = folder.absolute().with_name(f"{prefix}{os.getpid()}.tmp")
@@ -529,13 +528,3 @@ def new_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -59,8 +59,13 @@ def soft_lock_is_held(path: Path) -> bool:
         return False  # left by a flock
     if lines[1].partition("?")[0] != socket.gethostname():
         return True
+    return is_alive(int(lines[0]))
+
+
+def is_alive(process: int) -> bool:
+    """Return whether there is a process of this number, whoever's it is."""
     try:
-        os.kill(int(lines[0]), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):

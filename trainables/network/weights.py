@@ -220,8 +220,8 @@ def inspect_weights(path: str | Path) -> LoadReport:
             geometry="strided",
             head="cosine",
             num_classes=2,
-            in_channels=layout.in_channels
-            or 1,  # entries that a file lacks altogether are reported one by one
+            # Entries that a file lacks altogether are reported one by one
+            in_channels=layout.in_channels or 1,
             dropout=0.0,
         )
     return _account(file, network, None)
@@ -549,9 +549,8 @@ def _load(path: Path, start: bytes) -> object:
     if _is_safetensors(start):
         return load_file(path)
     if start.startswith(_ZIP):
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # its directory is at the end: a truncated one fails here
+        # Its directory is at the end: a truncated one fails here
+        with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
         if not any(member.endswith("data.pkl") for member in members):
             inside = [member for member in members if member.endswith((".pth", ".pt"))]
