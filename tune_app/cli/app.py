@@ -41,6 +41,8 @@ from tune_app.cli.common import (
     err,
     out,
     parse_settings,
+    stated,
+    to_stderr,
     write_any_name,
 )
 from tune_app.cli.data import data_app, weights_app
@@ -99,7 +101,7 @@ def main() -> None:
     write_any_name()
     os.environ.update(search_variables())
     if (homeless := settle_user()) is not None:
-        err.print(f"note: {homeless}", soft_wrap=True, markup=False)
+        to_stderr(f"note: {homeless}")
     try:
         app()
     except KeyboardInterrupt as error:
@@ -109,7 +111,7 @@ def main() -> None:
             raise
         lines = getattr(error, "problems", None) or _told(error).splitlines()
         for line in lines[:MOST_PROBLEMS]:
-            err.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
+            to_stderr(f"error: {line}")
         if len(lines) > MOST_PROBLEMS:
             err.print(f"error: ... and {len(lines) - MOST_PROBLEMS} more problems", style="red")
         sys.exit(1)
@@ -249,11 +251,9 @@ def train(
         "freeze_backbone_epochs": freeze_backbone_epochs,
         "amp": {None: None, True: "fp16", False: "off"}[amp],
     }
-    config = build_config(
-        {k: v for k, v in given.items() if v is not None} | parse_settings(setting)
-    )
+    config = build_config(stated(given) | parse_settings(setting))
     folder = out_folder or Path("studies") / time.strftime("train-%Y%m%d-%H%M%S")
-    err.print(f"run: {folder}", soft_wrap=True, markup=False)  # before torch is loaded
+    to_stderr(f"run: {folder}")  # before torch is loaded
     from tune_app.driver.single_run import train_once
 
     raise typer.Exit(

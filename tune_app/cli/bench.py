@@ -19,11 +19,19 @@ from tune_app.cli.common import (
     out,
     parse_settings,
     to_stderr,
+    to_stdout,
 )
 
 DepthOption = Annotated[int, typer.Option("--depth")]
 WidthOption = Annotated[float, typer.Option("--width", help="Factor on all channels.")]
 StepsOption = Annotated[int, typer.Option("--steps", min=2, help="Optimiser steps an epoch.")]
+SizesOption = Annotated[str, typer.Option("--sizes", help="Voxels a side, separated by commas.")]
+BatchOption = Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")
+]
+EpochsOption = Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")]
+TableOption = Annotated[Path, typer.Option("--data", help="Table of volumes.")]
 ResultOption = Annotated[
     Path | None, typer.Option("--out", help="JSON file of everything measured.")
 ]
@@ -37,9 +45,7 @@ bench_app = typer.Typer(help="Speed, measured on this machine.", no_args_is_help
 
 @bench_app.command("train")
 def bench_train_command(
-    sizes: Annotated[
-        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
-    ] = "64,96,128",
+    sizes: SizesOption = "64,96,128",
     geometries: Annotated[
         str, typer.Option("--geometries", help="strided, dilated or both.")
     ] = "strided,dilated",
@@ -103,9 +109,7 @@ def _whole_numbers(text: str, option: str) -> list[int]:
 
 @bench_app.command("ranks")
 def bench_ranks_command(
-    sizes: Annotated[
-        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
-    ] = "96,128",
+    sizes: SizesOption = "96,128",
     ranks: Annotated[
         str, typer.Option("--ranks", help="GPUs of a run, separated by commas.")
     ] = "1,2",
@@ -146,10 +150,8 @@ def bench_start_command(
             help="Training volumes, separated by commas: with and without a full last step.",
         ),
     ] = "1029,1032",
-    batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
-    at_once: Annotated[
-        int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")
-    ] = 1,
+    batch: BatchOption = "6x2",
+    at_once: ProcessesOption = 1,
     geometry: Annotated[str, typer.Option("--geometry", help="strided or dilated.")] = "strided",
     depth: DepthOption = 50,
     width: WidthOption = 1.0,
@@ -188,15 +190,13 @@ def _one_batch(text: str) -> tuple[int, int]:
 
 @bench_app.command("share")
 def bench_share_command(
-    sizes: Annotated[
-        str, typer.Option("--sizes", help="Voxels a side, separated by commas.")
-    ] = "28,64,96",
+    sizes: SizesOption = "28,64,96",
     at_once: Annotated[
         str, typer.Option("--at-once", help="Processes on the GPU, separated by commas.")
     ] = "1,4,8",
     modes: Annotated[str, typer.Option("--modes", help="turns, mps or both.")] = "turns,mps",
     volumes: Annotated[int, typer.Option("--volumes", min=12, help="Training volumes.")] = 1029,
-    batch: Annotated[str, typer.Option("--batch", help="Batch size x accumulation steps.")] = "6x2",
+    batch: BatchOption = "6x2",
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs that are timed.")] = 2,
     depth: DepthOption = 50,
     width: WidthOption = 1.0,
@@ -256,9 +256,9 @@ def _device_apart(device: str) -> str:
 
 @bench_app.command("search")
 def bench_search_command(
-    data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
+    data: TableOption,
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials on each side.")] = 16,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 27,
+    epochs: EpochsOption = 27,
     grace: Annotated[int, typer.Option("--grace", min=1, help="Epoch of the first rung.")] = 3,
     factor: Annotated[
         float, typer.Option("--factor", help="The best 1/FACTOR of the trials pass a rung.")
@@ -310,7 +310,7 @@ def bench_search_command(
 
 @bench_app.command("efficiency")
 def bench_efficiency_command(
-    data: Annotated[Path, typer.Option("--data", help="Table of volumes.")],
+    data: TableOption,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each search.")] = 120,
     repetitions: Annotated[
         int, typer.Option("--repetitions", min=1, help="Searches of each side.")
@@ -321,7 +321,7 @@ def bench_efficiency_command(
             "--at-once", min=1, help="Repetitions at a time, each on one GPU that its sides share."
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of a full trial.")] = 30,
+    epochs: EpochsOption = 30,
     space: BenchSpaceOption = "documented",
     sides: Annotated[
         str, typer.Option("--sides", help="Some of random, plain, medtune.")
@@ -422,7 +422,7 @@ def bench_results_command(
     with tempfile.TemporaryDirectory() as folder:
         result = bench_results(trials=trials, epochs=epochs, folder=Path(folder), say=to_stderr)
     _recorder(out_file)(result)
-    out.print(results_line(result), soft_wrap=True)
+    to_stdout(results_line(result))
     out.print(results_table_of(result))
 
 
@@ -498,9 +498,7 @@ def bench_record_command(
         int, typer.Option("--hold-fold", help="Fold that no run trains or validates on.")
     ] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    at_once: Annotated[
-        int, typer.Option("--at-once", min=1, help="Processes at a time on the device.")
-    ] = 1,
+    at_once: ProcessesOption = 1,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="No run begins later than this.")
     ] = None,
@@ -532,7 +530,7 @@ def bench_record_command(
         say=to_stderr,
     )
     runs = table["trial"].nunique() if len(table) else 0
-    out.print(f"{out_file}: {runs} runs, {len(table)} epochs", soft_wrap=True)
+    to_stdout(f"{out_file}: {runs} runs, {len(table)} epochs")
 
 
 @bench_app.command("prior")
@@ -550,9 +548,8 @@ def bench_prior_command(
     prior = learn_prior([read_table(path) for path in tables])
     out_file.write_text(prior_text(prior), encoding="utf-8")
     best = prior.log_rate[max(range(len(prior.lift)), key=prior.lift.__getitem__)]
-    out.print(
-        f"{out_file}: from {'; '.join(prior.provenance['learned_from'])}; best at a rate of {math.exp(best):.2g}",
-        soft_wrap=True,
+    to_stdout(
+        f"{out_file}: from {'; '.join(prior.provenance['learned_from'])}; best at a rate of {math.exp(best):.2g}"
     )
 
 

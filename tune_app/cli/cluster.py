@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainables.checkpoints import naming_a_full_disk
-from tune_app.cli.common import CacheOption, elsewhere, err, out
+from tune_app.cli.common import CacheOption, elsewhere, out, to_stderr, to_stdout
 
 app = typer.Typer()
 jobs_app = typer.Typer(
@@ -228,18 +228,14 @@ def _send(
     if running:
         job_id = running[-1].submission_id
         refuse_other_settings(what, job_id, running[-1].metadata or {})
-        err.print(
-            f"{place} is running already, as {job_id}: nothing is sent",
-            soft_wrap=True,
-            markup=False,
-        )
+        to_stderr(f"{place} is running already, as {job_id}: nothing is sent")
     else:
         ids = [job.submission_id for job in earlier]
         submission = build_submission(what, place, earlier=ids, pip=pip, retry_failed=retry_failed)
         job_id = submission.submission_id
-        err.print(f"sending {submission.size_line()} to {jobs.url}", soft_wrap=True, markup=False)
+        to_stderr(f"sending {submission.size_line()} to {jobs.url}")
         jobs.send(submission)
-        err.print(f"job: {job_id}", soft_wrap=True, markup=False)
+        to_stderr(f"job: {job_id}")
     if not follow:
         print(job_id)
         return 0
@@ -250,10 +246,8 @@ def _follow(jobs: Any, job_id: str) -> int:
     try:
         code = int(jobs.follow(job_id, _show))
     except KeyboardInterrupt:
-        err.print(
-            f"\ndetached; the job continues. See it: medtune jobs logs {job_id} --follow; stop it: medtune jobs stop {job_id}",
-            soft_wrap=True,
-            markup=False,
+        to_stderr(
+            f"\ndetached; the job continues. See it: medtune jobs logs {job_id} --follow; stop it: medtune jobs stop {job_id}"
         )
         return 130
     job = jobs.find(job_id)
@@ -261,7 +255,7 @@ def _follow(jobs: Any, job_id: str) -> int:
         # Ray's message of a driver that ran repeats the end of its log, which has been shown.
         ran = job.driver_exit_code is not None
         why = f"exit code {job.driver_exit_code}" if ran else job.message
-        err.print(f"{job_id} {job.status.value.lower()}: {why}", soft_wrap=True, markup=False)
+        to_stderr(f"{job_id} {job.status.value.lower()}: {why}")
     return code
 
 
@@ -276,7 +270,7 @@ def _write_text(path: Path, text: str) -> None:
         return
     with naming_a_full_disk(path):
         path.write_text(text, encoding="utf-8")
-    err.print(str(path), soft_wrap=True, markup=False)
+    to_stderr(str(path))
 
 
 @app.command()
@@ -290,7 +284,7 @@ def fetch(
     from tune_app.study.copies import fetch_study
 
     number = fetch_study(study, folder)
-    out.print(f"{folder}: {number} files", soft_wrap=True, markup=False)
+    to_stdout(f"{folder}: {number} files")
 
 
 # Doctor ----------------------------------------------------------------------------------------------------------------
@@ -437,11 +431,7 @@ def jobs_stop(
 
     jobs = Jobs(address, allow_open=allow_open)
     found = jobs.find(job)
-    out.print(
-        f"{found.submission_id} {jobs.stop(found.submission_id).lower()}",
-        soft_wrap=True,
-        markup=False,
-    )
+    to_stdout(f"{found.submission_id} {jobs.stop(found.submission_id).lower()}")
 
 
 def _row(job: Any) -> dict[str, Any]:

@@ -150,6 +150,11 @@ def stated(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def to_stdout(text: str) -> None:
+    """Print a line as it is: no markup, not broken."""
+    out.print(text, soft_wrap=True, markup=False)
+
+
 def to_stderr(text: str) -> None:
     err.print(
         text, soft_wrap=True, markup=False, style="red" if text.startswith("error:") else None

@@ -16,6 +16,7 @@ from tune_app.cli.common import (
     parse_settings,
     progress_bar,
     to_stderr,
+    to_stdout,
 )
 
 data_app = typer.Typer(
@@ -92,7 +93,7 @@ def data_table(
     if dicom:
         converted = table.parent / f"{table.stem}-nifti"
         for line in convert_dicom(scans, converted):
-            out.print(line, markup=False, soft_wrap=True)
+            to_stdout(line)
         scans = converted
     options = JoinOptions(
         id_column, label_column, subject, one_subject_per_scan, positive, _classes(classes), pattern
@@ -100,8 +101,8 @@ def data_table(
     joined = join_table(scans, labels, options)
     write_table(joined, table, force=force)
     for line in joined.lines:
-        out.print(line, markup=False, soft_wrap=True)
-    out.print(f"{table}: {len(joined.rows)} rows; next: medtune data check {table}", soft_wrap=True)
+        to_stdout(line)
+    to_stdout(f"{table}: {len(joined.rows)} rows; next: medtune data check {table}")
 
 
 def _classes(text: str | None) -> dict[str, int]:
@@ -140,8 +141,8 @@ def data_view(
             progress=progress,
         )
     for one in advice:
-        out.print(f"recommended {one.line}", soft_wrap=True, markup=False)
-    out.print(f"page written: {path}", soft_wrap=True, markup=False)
+        to_stdout(f"recommended {one.line}")
+    to_stdout(f"page written: {path}")
 
 
 @data_app.command("prepare")
@@ -169,7 +170,7 @@ def data_prepare(
     out.print(
         f"{len(volumes)} volumes of {'x'.join(map(str, volumes.shape[2:]))} voxels, {volumes.nbytes / 2**20:.0f} MiB"
     )
-    out.print(str(folder), soft_wrap=True)
+    to_stdout(str(folder))
 
 
 @data_app.command("import")
@@ -184,7 +185,7 @@ def data_import(
     from trainables.data.medmnist import import_medmnist
 
     table = import_medmnist(file, folder, limit=limit)
-    out.print(str(table), soft_wrap=True)
+    to_stdout(str(table))
 
 
 @data_app.command("sample")
@@ -196,13 +197,9 @@ def data_sample(
     from tune_app.demo import SUBJECTS, next_commands, write_sample
 
     write_sample(folder)
-    out.print(
-        f"{folder}: a cohort of {SUBJECTS} subjects in two classes, and study.yaml; next:",
-        soft_wrap=True,
-        markup=False,
-    )
+    to_stdout(f"{folder}: a cohort of {SUBJECTS} subjects in two classes, and study.yaml; next:")
     for command in next_commands(folder):
-        out.print(f"  {command}", soft_wrap=True, markup=False)
+        to_stdout(f"  {command}")
 
 
 # Weights ---------------------------------------------------------------------------------------------------------------
@@ -235,7 +232,7 @@ def weights_fetch(
     from trainables.network.weights import fetch
 
     to_stderr(f"fetching {name}; without a network this ends after half a minute of retries")
-    out.print(str(fetch(name, folder)), soft_wrap=True)
+    to_stdout(str(fetch(name, folder)))
 
 
 @weights_app.command("pretrain")

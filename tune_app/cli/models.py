@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tune_app.cli.common import CacheOption, DeviceOption, out, to_stderr
+from tune_app.cli.common import CacheOption, DeviceOption, to_stderr, to_stdout
 
 app = typer.Typer()
 
@@ -77,7 +77,7 @@ def export(
         say=to_stderr,
     )
     for line in outcome_lines(info, out_folder):
-        out.print(line, soft_wrap=True, markup=False)
+        to_stdout(line)
 
 
 @app.command()
@@ -113,7 +113,7 @@ def retrain(
         say=to_stderr,
     )
     for line in outcome_lines(info, out_folder):
-        out.print(line, soft_wrap=True, markup=False)
+        to_stdout(line)
 
 
 @app.command()

@@ -9,10 +9,7 @@ from rich.table import Table
 
 from trainables.data.visible import visible
 from trainables.objective import DEFAULT_OBJECTIVE, OBJECTIVES
-from tune_app.cli.common import (
-    err,
-    out,
-)
+from tune_app.cli.common import err, out, to_stderr, to_stdout
 
 app = typer.Typer()
 
@@ -58,12 +55,12 @@ def results(
     loaded = [load_study(path, on_damage=on_damage) for path in studies]
     for one in loaded:
         for note in one.notes:
-            err.print(f"note: {note}", markup=False, soft_wrap=True)
+            to_stderr(f"note: {note}")
         for write, folder in ((one.to_csv, csv), (one.to_parquet, parquet)):
             if folder is not None:
                 target = folder if len(loaded) == 1 else folder / one.name
                 for path in write(target):
-                    err.print(str(path), markup=False, soft_wrap=True)
+                    to_stderr(str(path))
     subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
     if meanings:
         table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
@@ -87,7 +84,7 @@ def results(
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
         for line in study_lines(loaded[0]) if len(loaded) == 1 else ():
-            out.print(line, soft_wrap=True, markup=False)
+            to_stdout(line)
 
 
 @app.command()
@@ -118,7 +115,7 @@ def report(
     else:
         path = out_file or (Path("report.html") if url_of(study) else study / "report.html")
         write_report(load_study(study), path)
-    out.print(str(path), soft_wrap=True, markup=False)
+    to_stdout(str(path))
     if watch:
         watch_report(study, path, say=lambda text: err.print(text, markup=False))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tune_app.cli.bench import bench_app
-from tune_app.cli.common import AddressOption, err, to_stderr
+from tune_app.cli.common import AddressOption, to_stderr
 
 app = typer.Typer()
 
@@ -58,7 +58,7 @@ def serve(
         private=private,
         address=address,
         data_roots=data_root or (),
-        say=lambda text: err.print(text, soft_wrap=True, markup=False, highlight=False),
+        say=to_stderr,
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import shlex
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -29,6 +30,8 @@ from tune_app.cli.common import (
     parse_settings,
     progress_bar,
     stated,
+    to_stderr,
+    to_stdout,
 )
 
 app = typer.Typer()
@@ -94,6 +97,17 @@ GoOnOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a study is to start, as `run_study` takes it."""
+
+    address: str | None = None
+    resume: bool = False
+    go_on: bool = False
+    retry_failed: bool = False
+    notify: str | None = None
+
+
 @app.command()
 def run(
     study_file: StudyFileOption = None,
@@ -153,7 +167,8 @@ def run(
     settings = _settings(setting, epochs, pretrained_path)
     if KIND in fields:
         others = {**stated(given), **settings, **stated({"preset": preset})}
-        _run_asked(fields, out_folder, others, address, retry_failed, notify)
+        start = Start(address=address, retry_failed=retry_failed, notify=notify)
+        _run_asked(fields, out_folder, others, start)
     fields |= stated(given)
     fields["config"] = {**(fields.get("config") or {}), **settings}
     spec = build_spec(_with_table(_on_preset(preset, fields)))
@@ -162,15 +177,8 @@ def run(
         raise typer.BadParameter(
             "--retry-failed goes with --resume: only a study that is there has failed trials"
         )
-    _run_and_tell(
-        spec,
-        root,
-        address=address,
-        resume=False,
-        go_on=go_on,
-        retry_failed=retry_failed,
-        notify=notify,
-    )
+    start = Start(address=address, go_on=go_on, retry_failed=retry_failed, notify=notify)
+    _run_and_tell(spec, root, start)
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
@@ -201,7 +209,7 @@ def _on_preset(preset: str | None, fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     from tune_app.study.presets import preset_line, with_preset
 
-    err.print(preset_line(preset), soft_wrap=True, markup=False)
+    to_stderr(preset_line(preset))
     return with_preset(preset, fields)
 
 
@@ -227,14 +235,13 @@ def resume(
     from tune_app.study.asked import AskedResumption
 
     asked = AskedResumption(hours=hours, fields=stated({"data": data and absolute(data)}))
+    start = Start(address=address, retry_failed=retry_failed, notify=notify)
     if elsewhere.get() is not None:
-        _send_asked(asked, study, retry_failed=retry_failed, notify=notify)
-    _resume(asked, study, address=address, retry_failed=retry_failed, notify=notify)
+        _send_asked(asked, study, start)
+    _resume(asked, study, start)
 
 
-def _resume(
-    asked: Any, study: Path, *, address: str | None, retry_failed: bool, notify: str | None
-) -> None:
+def _resume(asked: Any, study: Path, start: Start) -> None:
     from tune_app.study.spec import build_spec
 
     spec = _study_there(study)
@@ -242,15 +249,7 @@ def _resume(
         spec = build_spec(spec.model_dump(mode="json") | asked.fields)
     if asked.hours is not None:
         spec = spec.model_copy(update={"hours": asked.hours, "gpu_hours": None})
-    _run_and_tell(
-        spec,
-        study,
-        address=address,
-        resume=True,
-        retry_failed=retry_failed,
-        notify=notify,
-        extend=asked.hours is not None,
-    )
+    _run_and_tell(spec, study, replace(start, resume=True), extend=asked.hours is not None)
 
 
 def _study_there(study: Path) -> Any:
@@ -266,20 +265,18 @@ def _study_there(study: Path) -> Any:
 # Studies that are sent elsewhere ---------------------------------------------------------------------------------------
 
 
-def _send(what: Any, root: Path, *, retry_failed: bool, notify: str | None) -> NoReturn:
+def _send(what: Any, root: Path, start: Start) -> NoReturn:
     """Hand a study, or what was asked for, to `medtune submit`, and end with its exit code."""
     send = elsewhere.get()
     assert send is not None
-    if notify is not None:
+    if start.notify is not None:
         raise typer.BadParameter(
             "--notify is not sent along: set MEDTUNE_NOTIFY where the study runs"
         )
-    raise typer.Exit(send(what, root, retry_failed))
+    raise typer.Exit(send(what, root, start.retry_failed))
 
 
-def _send_asked(
-    asked: Any, root: Path, *, retry_failed: bool = False, notify: str | None = None
-) -> NoReturn:
+def _send_asked(asked: Any, root: Path, start: Start) -> NoReturn:
     """Send what was asked for, after the checks that the files on this machine allow; the job makes all of them."""
     from tune_app.study.asked import AskedAblation, AskedConfirmation
 
@@ -291,7 +288,7 @@ def _send_asked(
         _study_there(root)
     else:
         _print_not_here(root)
-    _send(asked, root, retry_failed=retry_failed, notify=notify)
+    _send(asked, root, start)
 
 
 def _check_ablation(asked: Any) -> None:
@@ -333,20 +330,13 @@ def _is_readable(place: str | Path) -> bool:
 
 
 def _print_not_here(place: str | Path) -> None:
-    err.print(
-        f"note: {url_of(place) or place} cannot be read on this machine: the job checks it when it starts",
-        soft_wrap=True,
-        markup=False,
+    to_stderr(
+        f"note: {url_of(place) or place} cannot be read on this machine: the job checks it when it starts"
     )
 
 
 def _run_asked(
-    fields: dict[str, Any],
-    root: Path | None,
-    others: dict[str, Any],
-    address: str | None,
-    retry_failed: bool,
-    notify: str | None,
+    fields: dict[str, Any], root: Path | None, others: dict[str, Any], start: Start
 ) -> NoReturn:
     """Run here what was asked for on another machine; a study that is there already continues.
 
@@ -360,27 +350,16 @@ def _run_asked(
             "--retry-failed and --notify, and nothing else"
         )
     asked = read_asked(fields)
-    given: dict[str, Any] = {"address": address, "retry_failed": retry_failed, "notify": notify}
     if isinstance(asked, AskedAblation):
-        _run_and_tell(_ablation(asked), root, resume=False, go_on=True, **given)
+        _run_and_tell(_ablation(asked), root, replace(start, go_on=True))
     elif isinstance(asked, AskedConfirmation):
-        _confirm(asked, root, **given)
+        _confirm(asked, root, start)
     else:
-        _resume(asked, root, **given)
+        _resume(asked, root, start)
     raise typer.Exit
 
 
-def _run_and_tell(
-    spec: Any,
-    root: Path,
-    *,
-    address: str | None,
-    resume: bool,
-    go_on: bool = False,
-    retry_failed: bool = False,
-    notify: str | None = None,
-    extend: bool = False,
-) -> None:
+def _run_and_tell(spec: Any, root: Path, start: Start, *, extend: bool = False) -> NoReturn:
     """Run or continue a study here, or send it elsewhere, and end with its exit code.
 
     A search whose confirmation is under way has had its budget: only `extend` and `retry_failed` continue it.
@@ -389,22 +368,14 @@ def _run_and_tell(
         from tune_app.study.spec import refuse_what_cannot_run
 
         refuse_what_cannot_run(spec)
-        _send(spec, root, retry_failed=retry_failed, notify=notify)
+        _send(spec, root, start)
     from tune_app.compare.share import is_under_way, keeps_share
 
     code = 0
-    if extend or retry_failed or not is_under_way(spec, root):
-        code = _run_here(
-            spec,
-            root,
-            address=address,
-            resume=resume,
-            go_on=go_on,
-            retry_failed=retry_failed,
-            notify=notify,
-        )
+    if extend or start.retry_failed or not is_under_way(spec, root):
+        code = _run_here(spec, root, start)
     if keeps_share(spec) and not _interrupted(code):
-        code = max(code, _confirm_within_share(root, address=address, notify=notify))
+        code = max(code, _confirm_within_share(root, start))
     raise typer.Exit(code)
 
 
@@ -414,58 +385,38 @@ def _interrupted(code: int) -> bool:
     return code in (INTERRUPTED, PREEMPTED)
 
 
-def _confirm_within_share(root: Path, *, address: str | None, notify: str | None) -> int:
+def _confirm_within_share(root: Path, start: Start) -> int:
     """Run the confirmation that a search's `confirm_share` pays for, or continue it; returns its exit code."""
     from tune_app.compare.share import confirmation_to_run
     from tune_app.study.files import StudyFiles
 
     spec, notes = confirmation_to_run(root)
     for note in notes:
-        err.print(f"note: {note}", soft_wrap=True, markup=False)
+        to_stderr(f"note: {note}")
     if spec is None:
         return 0
     folder = StudyFiles(root).confirmation
-    return _run_here(spec, folder, address=address, go_on=True, notify=notify)
+    return _run_here(spec, folder, replace(start, resume=False, go_on=True, retry_failed=False))
 
 
-def _run_here(
-    spec: Any,
-    root: Path,
-    *,
-    address: str | None,
-    resume: bool = False,
-    go_on: bool = False,
-    retry_failed: bool = False,
-    notify: str | None = None,
-) -> int:
+def _run_here(spec: Any, root: Path, start: Start) -> int:
     """Run or continue a study on this machine and print its summary; returns the exit code."""
     place = url_of(root) or root
     # Before Ray is loaded, which takes seconds: a command that prints nothing looks as if it hung.
-    err.print(f"study: {place}", soft_wrap=True, markup=False)
+    to_stderr(f"study: {place}")
     from tune_app.api import add_report
     from tune_app.driver.run import DONE, FAILED_TRIALS, run_study
-    from tune_app.driver.stopping import INTERRUPTED, PREEMPTED
+    from tune_app.driver.stopping import INTERRUPTED
     from tune_app.report.summary import print_summary
     from tune_app.study.files import StudyFiles
 
     try:
-        outcome = run_study(
-            spec,
-            root,
-            console=err,
-            notes=err,
-            address=address,
-            resume=resume,
-            go_on=go_on,
-            retry_failed=retry_failed,
-            notify=notify,
-        )
+        outcome = run_study(spec, root, console=err, notes=err, **vars(start))
     except KeyboardInterrupt:
         if not StudyFiles(root).epochs.exists() and url_of(root) is None:
-            err.print(
+            to_stderr(
                 "interrupted before the first trial: nothing has been trained; prepared data is kept, and the "
-                "same command starts again",
-                soft_wrap=True,
+                "same command starts again"
             )
         raise
     if spec.kind == "confirmation" and outcome.exit_code != INTERRUPTED and url_of(root) is None:
@@ -473,17 +424,11 @@ def _run_here(
     if outcome.exit_code in (DONE, FAILED_TRIALS) and url_of(root) is None:
         add_report(spec, root)
     print_summary(root, out)
-    if outcome.exit_code in (INTERRUPTED, PREEMPTED):
-        err.print(
-            f"interrupted; resume with: medtune resume {shlex.quote(str(place))}",
-            soft_wrap=True,
-            markup=False,
-        )
+    if _interrupted(outcome.exit_code):
+        to_stderr(f"interrupted; resume with: medtune resume {shlex.quote(str(place))}")
     elif outcome.exit_code == FAILED_TRIALS:
-        err.print(
-            f"try failed trials again with: medtune resume {shlex.quote(str(place))} --retry-failed",
-            soft_wrap=True,
-            markup=False,
+        to_stderr(
+            f"try failed trials again with: medtune resume {shlex.quote(str(place))} --retry-failed"
         )
     return int(outcome.exit_code)
 
@@ -563,8 +508,8 @@ def ablate(
     )
     root = out_folder or Path("studies") / time.strftime("ablation-%Y%m%d-%H%M%S")
     if elsewhere.get() is not None:
-        _send_asked(asked, root)
-    _run_and_tell(_ablation(asked), root, address=address, resume=False)
+        _send_asked(asked, root, Start())
+    _run_and_tell(_ablation(asked), root, Start(address=address))
 
 
 def _ablation(asked: Any) -> Any:
@@ -635,8 +580,8 @@ def confirm(
         search=absolute(study), top=top, seeds=seeds, folds=folds, fields=stated(given)
     )
     if elsewhere.get() is not None:
-        _send_asked(asked, root)
-    _confirm(asked, root, address=address)
+        _send_asked(asked, root, Start())
+    _confirm(asked, root, Start(address=address))
 
 
 def _score_test_rows(study: Path, root: Path, *, cache: Path | None, again: bool) -> None:
@@ -674,14 +619,7 @@ def _confirmation(asked: Any, root: Path) -> tuple[Any, bool]:
     return files.read_spec() if begun else spec, begun
 
 
-def _confirm(
-    asked: Any,
-    root: Path,
-    *,
-    address: str | None,
-    retry_failed: bool = False,
-    notify: str | None = None,
-) -> None:
+def _confirm(asked: Any, root: Path, start: Start) -> None:
     from tune_app.compare.confirm import print_confirmation, unfinished
     from tune_app.results.loading import load_study
 
@@ -691,15 +629,7 @@ def _confirm(
         print_confirmation(load_study(root), out)
         return
     # One in object storage is not seen from here
-    _run_and_tell(
-        spec,
-        root,
-        address=address,
-        resume=begun,
-        go_on=not begun,
-        retry_failed=retry_failed,
-        notify=notify,
-    )
+    _run_and_tell(spec, root, replace(start, resume=begun, go_on=not begun))
 
 
 WORDS_REASON = "change the numbers where another label is the positive one, class 1 of two"
@@ -730,16 +660,16 @@ def _advice_for(table: Path, preset: str | None, space: str) -> dict[str, tuple[
             advice = recommend_for_table(manifest, volume_shape=shape, progress=progress)
     except (ManifestError, VolumeError) as error:
         reason = str(error).splitlines()[0]
-        err.print(f"note: nothing recommended yet: {reason}", soft_wrap=True, markup=False)
+        to_stderr(f"note: nothing recommended yet: {reason}")
         advice = []
     searched = {one.hyperparameter for one in space_from(space).parameters.values()}
     advice = [one for one in advice if one.name not in searched]
     for one in advice:
-        err.print(f"recommended {one.line}", soft_wrap=True, markup=False)
+        to_stderr(f"recommended {one.line}")
     found = {one.name: (one.value, one.reason) for one in advice}
     if words:
         shown = ", ".join(f"{number} = {visible(word)}" for word, number in words.items())
-        err.print(f"classes: {shown}; {WORDS_REASON}", soft_wrap=True, markup=False)
+        to_stderr(f"classes: {shown}; {WORDS_REASON}")
         found["classes"] = (words, f"the labels are words; {WORDS_REASON}")
     return found
 
@@ -766,4 +696,4 @@ def init(
     may_write = force or not path.exists()
     advice = _advice_for(table, preset, space) if may_write and table.is_file() else {}
     write_study_file(path, data=data, space=space, preset=preset, advice=advice, force=force)
-    out.print(f"{path}: now `medtune run {shlex.quote(str(path))}`", soft_wrap=True, markup=False)
+    to_stdout(f"{path}: now `medtune run {shlex.quote(str(path))}`")

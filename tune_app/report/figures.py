@@ -155,66 +155,44 @@ def curves(study: Study, metric: str) -> Figure:
         trial: (own["epoch"].tolist(), _rounded(own[metric]))
         for trial, own in rows.groupby("trial", observed=True)
     }
-    starts = {
-        trial: own.loc[own["drw_active"].fillna(False).astype(bool), "epoch"].min()
-        for trial, own in rows.groupby("trial")
-    }
-    by_group: dict[str, list[Mapping[Any, Any]]] = {}
-    for trial in drawn[["trial", *_GROUPED_BY]].to_dict("records"):
-        if trial["trial"] in lines:
-            by_group.setdefault(group_of(trial), []).append(trial)
+    starts = drw_starts(rows)
+    by_group = dict(_by_group(drawn[drawn["trial"].isin(list(lines))]))
     data: list[dict[str, Any]] = []
     marks: list[dict[str, Any]] = []
-    for key in [
-        *(key for key in GROUPS if key in by_group and key not in WITHOUT_FAULT),
-        *(key for key in WITHOUT_FAULT if key in by_group),
-    ]:
-        group, trials = GROUPS[key], by_group[key]
-        data.append(_many_lines(group, [(t["trial"], *lines[t["trial"]]) for t in trials]))
-        ends = [t for t in trials if t["state"] in ("stopped", "failed")]
-        marks.append(
-            _points(
-                group,
-                [(t["trial"], lines[t["trial"]][0][-1], lines[t["trial"]][1][-1]) for t in ends],
-                "ended",
-            )
-        )
-        begun = [
-            (t["trial"], starts[t["trial"]], lines[t["trial"]])
-            for t in trials
-            if not pd.isna(starts[t["trial"]])
-        ]
-        places = [
-            (trial, int(epoch), values[list(epochs).index(epoch)])
-            for trial, epoch, (epochs, values) in begun
-        ]
-        marks.append({**_points(group, places, "DRW begins"), "meta": {"group": key, "drw": True}})
+    for key in (*(key for key in GROUPS if key not in WITHOUT_FAULT), *WITHOUT_FAULT):
+        if key in by_group:
+            group, trials = GROUPS[key], by_group[key]
+            data.append(_many_lines(group, [(trial, *lines[trial]) for trial in trials["trial"]]))
+            marks += _marks_on_lines(group, trials, lines, starts)
     shapes = [_vertical(rung, GRID, "dot") for rung in study.rungs]
     notes = [
         _note(rung, f"rung {rung}" if i == 0 else str(rung)) for i, rung in enumerate(study.rungs)
     ]
     shapes.append(_horizontal(0.5))
     if best is not None and best in lines:
-        epochs, values = lines[best]
         line = {"color": INK, "width": 3}
-        data.append(
-            _line(f"best: {best}", [best] * len(epochs), epochs, values, line)
-            | {"meta": {"best": True}}
-        )
-        if not pd.isna(starts[best]):
-            shapes.append(_vertical(int(starts[best]), INK, "dash"))
-            notes.append(_note(int(starts[best]), "DRW begins (best)", low=True))
-    data += [mark for mark in marks if mark["x"]]
-    data.append(
-        _line("picked", [], [], [], {"color": "#c75300", "width": 4}) | {"meta": {"picked": True}}
+        data.append(_line_of(best, f"best: {best}", *lines[best], line) | {"meta": {"best": True}})
+        if best in starts:
+            shapes.append(_vertical(starts[best], INK, "dash"))
+            notes.append(_note(starts[best], "DRW begins (best)", low=True))
+    data += [*(mark for mark in marks if mark["x"]), _picked_line(width=4)]
+    low = min(
+        (value for _, values in lines.values() for value in values if value is not None),
+        default=0.45,
     )
-    finite = [value for _, values in lines.values() for value in values if value is not None]
-    low = min(0.45, *finite) if finite else 0.45
     axis = _whole_numbers(max((epochs[-1] for epochs, _ in lines.values()), default=0))
-    layout = _layout(
-        360, "epoch", "validation AUC", xaxis=axis, yaxis={"range": [max(0.0, low - 0.03), 1.02]}
-    )
+    reach = {"range": [max(0.0, min(0.45, low) - 0.03), 1.02]}
+    layout = _layout(360, "epoch", "validation AUC", xaxis=axis, yaxis=reach)
     return {"data": data, "layout": layout | {"shapes": shapes, "annotations": notes}}
+
+
+def drw_starts(rows: pd.DataFrame) -> dict[str, int]:
+    """Return the first epoch with class weights of each trial of `rows` that has reached it."""
+    active = rows[rows["drw_active"].fillna(False).astype(bool)]
+    return {
+        str(trial): int(epoch)
+        for trial, epoch in active.groupby("trial", observed=True)["epoch"].min().items()
+    }
 
 
 def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
@@ -234,21 +212,43 @@ def _drawn_trials(study: Study) -> tuple[pd.DataFrame, str | None]:
 def _many_lines(
     group: Group, lines: Sequence[tuple[str, list[int], list[float | None]]]
 ) -> dict[str, Any]:
-    """All lines of a group as one trace with gaps: a trace a trial would take seconds to draw."""
-    x: list[int | None] = []
-    y: list[float | None] = []
-    ids: list[str | None] = []
-    for trial, epochs, values in lines:
-        x += [*epochs, None]
-        y += [*values, None]
-        ids += [*([trial] * len(epochs)), None]
     style = {
         "color": group.colour,
         "width": 1.3 if group.key not in WITHOUT_FAULT else 1.6,
         "dash": group.dash,
     }
     few = 0.9 if len(lines) < 15 else 0.55
-    return _line(group.title, ids, x, y, style) | {"meta": {"group": group.key}, "opacity": few}
+    return _line(group.title, *_gapped(lines), style) | {
+        "meta": {"group": group.key},
+        "opacity": few,
+    }
+
+
+def _gapped(
+    lines: Iterable[tuple[str, Sequence[Any], Sequence[Any]]],
+) -> tuple[list[str | None], list[Any], list[Any]]:
+    """Ids, x and y of the lines of all trials with gaps between them: a trace a trial would take seconds to draw."""
+    ids: list[str | None] = []
+    x: list[Any] = []
+    y: list[Any] = []
+    for trial, across, up in lines:
+        ids += [*([trial] * len(across)), None]
+        x += [*across, None]
+        y += [*up, None]
+    return ids, x, y
+
+
+def _line_of(
+    trial: str, name: str, x: Sequence[Any], y: Sequence[Any], style: dict[str, Any]
+) -> dict[str, Any]:
+    return _line(name, [trial] * len(x), x, y, style)
+
+
+def _picked_line(width: int) -> dict[str, Any]:
+    """An empty line, for the trial that a viewer picks."""
+    return _line("picked", [], [], [], {"color": "#c75300", "width": width}) | {
+        "meta": {"picked": True}
+    }
 
 
 def _line(
@@ -267,24 +267,75 @@ def _line(
     }
 
 
-def _points(group: Group, points: Sequence[tuple[str, Any, Any]], what: str) -> dict[str, Any]:
-    hollow = what == "DRW begins"
+def _marks_on_lines(
+    group: Group,
+    trials: pd.DataFrame,
+    lines: Mapping[Any, tuple[list[int], list[float | None]]],
+    starts: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Where lines of a group end early, and where class weights begin on them."""
+    early = trials.loc[trials["state"].isin(["stopped", "failed"]), "trial"]
+    ends = [(trial, lines[trial][0][-1]) for trial in early]
+    begun = [(trial, starts[trial]) for trial in trials["trial"] if trial in starts]
+    traces = []
+    for what, symbol, size, meta, points in (
+        ("ended", group.symbol, 9, {}, ends),
+        ("DRW begins", "triangle-right-open", 7, {"drw": True}, begun),
+    ):
+        traces.append(
+            _marks(
+                f"{group.title}: {what}",
+                [epoch for _, epoch in points],
+                [lines[trial][1][lines[trial][0].index(epoch)] for trial, epoch in points],
+                symbol,
+                group.colour,
+                size=size,
+                customdata=[trial for trial, _ in points],
+                meta={"group": group.key, **meta},
+                hovertemplate=f"%{{customdata}} {what}, epoch %{{x}}: %{{y:.3f}}<extra></extra>",
+            )
+        )
+    return traces
+
+
+def _marks(
+    name: str,
+    x: Sequence[Any],
+    y: Sequence[Any],
+    symbol: str,
+    colour: str,
+    *,
+    size: int = 8,
+    width: float = 1.5,
+    **more: Any,
+) -> dict[str, Any]:
+    outline = {"width": width, "color": colour}
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"{group.title}: {what}",
-        "x": [x for _, x, _ in points],
-        "y": [y for _, _, y in points],
-        "customdata": [trial for trial, _, _ in points],
-        "marker": {
-            "symbol": "triangle-right-open" if hollow else group.symbol,
-            "color": group.colour,
-            "size": 7 if hollow else 9,
-            "line": {"width": 1.5, "color": group.colour},
-        },
-        "meta": {"group": group.key},
-        "hovertemplate": "%{customdata} " + what + ", epoch %{x}: %{y:.3f}<extra></extra>",
+        "name": name,
+        "x": x,
+        "y": y,
+        "marker": {"symbol": symbol, "color": colour, "size": size, "line": outline},
+        **more,
     }
+
+
+def _marks_of(
+    group: Group, trials: pd.DataFrame, x: Sequence[Any], hover: str = "", **more: Any
+) -> dict[str, Any]:
+    """The objectives of a group's trials over `x`; `hover` is shown between a trial's id and its objective."""
+    return _marks(
+        group.title,
+        x,
+        _rounded(trials["objective"]),
+        group.symbol,
+        group.colour,
+        customdata=trials["trial"].tolist(),
+        meta={"group": group.key},
+        hovertemplate=f"%{{customdata}}: {hover}%{{y:.3f}}<extra>{group.title}</extra>",
+        **more,
+    )
 
 
 # The search ------------------------------------------------------------------------------------------------------------
@@ -292,30 +343,10 @@ def _points(group: Group, points: Sequence[tuple[str, Any, Any]], what: str) -> 
 
 def progress(study: Study) -> Figure:
     """Return objectives in the order trials began, and the best so far."""
-    trials = study.trials_full[
-        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
+    trials = _scored_trials(study)
+    data = [
+        _marks_of(GROUPS[key], rows, rows["number"].tolist()) for key, rows in _by_group(trials)
     ]
-    data = []
-    for key, rows in _by_group(trials):
-        group = GROUPS[key]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": group.title,
-                "x": rows["number"].tolist(),
-                "y": _rounded(rows["objective"]),
-                "customdata": rows["trial"].tolist(),
-                "marker": {
-                    "symbol": group.symbol,
-                    "color": group.colour,
-                    "size": 8,
-                    "line": {"width": 1.5, "color": group.colour},
-                },
-                "meta": {"group": key},
-                "hovertemplate": "%{customdata}: %{y:.3f}<extra>" + group.title + "</extra>",
-            }
-        )
     best = _rounded(trials["objective"].cummax())
     line = {"color": INK, "width": 2, "shape": "hv"}
     data.append(
@@ -358,7 +389,7 @@ def stopped(table: pd.DataFrame) -> Figure:
     ]
     layout = _layout(90 + 42 * len(table), "epochs", None, barmode="stack", bargap=0.35)
     layout |= {"uniformtext": {"mode": "hide", "minsize": 10}}
-    layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "showgrid": False}
+    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
     return {"data": data, "layout": layout}
 
 
@@ -374,16 +405,13 @@ def parallel(study: Study) -> Figure:
     One trace for each of three tiers of the objective (best tenth, upper half, the rest), with gaps between trials.
     Axis i is drawn at x = i, scaled to 0..1; `layout.meta.axes` names them.
     """
-    trials = study.trials_full[
-        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
-    ]
-    trials = trials.sort_values("objective", ascending=False).head(400)
+    trials = _scored_trials(study).sort_values("objective", ascending=False).head(400)
     axes = [study.axis(name) for name in study.searched]
     low, high = float(trials["objective"].min()), float(trials["objective"].max())
     worth = Axis("objective", "even", low, high)
     columns = [[_clip(axis.share(float(place))) for place in axis.places(trials)] for axis in axes]
     columns.append([_clip(worth.share(float(value))) for value in trials["objective"]])
-    ids = trials["trial"].tolist()
+    ids, axes_at = trials["trial"].tolist(), range(len(columns))
     tenth, half = max(1, math.ceil(len(ids) / 10)), math.ceil(len(ids) / 2)
     tiers = (
         (
@@ -404,29 +432,18 @@ def parallel(study: Study) -> Figure:
     )
     data = []
     for key, title, places, style, opacity in tiers:
-        x: list[int | None] = []
-        y: list[float | None] = []
-        who: list[str | None] = []
-        for rank in places:
-            x += [*range(len(columns)), None]
-            y += [*(column[rank] for column in columns), None]
-            who += [*([ids[rank]] * len(columns)), None]
-        trace = _line(title, who, x, y, style) | {
-            "meta": {"tier": key},
-            "opacity": opacity,
-            "connectgaps": False,
-        }
+        lines = [(ids[rank], axes_at, [column[rank] for column in columns]) for rank in places]
         data.append(
-            trace
+            _line(title, *_gapped(lines), style)
             | {
+                "meta": {"tier": key},
+                "opacity": opacity,
                 "mode": "lines+markers",
                 "marker": {"size": 4, "color": style["color"]},
                 "hovertemplate": "%{customdata}<extra></extra>",
             }
         )
-    data.append(
-        _line("picked", [], [], [], {"color": "#c75300", "width": 3}) | {"meta": {"picked": True}}
-    )
+    data.append(_picked_line(width=3))
     notes = []
     for i, axis in enumerate([*axes, worth]):
         for place, text in axis.ticks():
@@ -435,17 +452,13 @@ def parallel(study: Study) -> Figure:
         head = _text(i, 1.1, _pieces(axis.name), xanchor="center", size=11, bold=True)
         notes.append(head | {"name": f"head-{i}"})
     layout = _layout(380, None, None, margin={"l": 24, "r": 44, "t": 8, "b": 16})
-    layout["xaxis"] |= {
-        "visible": False,
-        "range": [-0.3, len(axes) + 0.5],
-    }
+    layout["xaxis"] |= {"visible": False, "range": [-0.3, len(axes) + 0.5]}
     layout["yaxis"] |= {"visible": False, "range": [-0.05, 1.22]}
     uprights = [_vertical(i, FAINT, "solid") | {"yref": "y"} for i in range(len(axes) + 1)]
     layout |= {
         "shapes": uprights,
         "annotations": notes,
         "meta": {"axes": [*study.searched, "objective"]},
-        "hovermode": "closest",
     }
     return {"data": data, "layout": layout}
 
@@ -475,19 +488,12 @@ def importance(table: pd.DataFrame) -> Figure:
             "y": rows["parameter"].tolist(),
             "x": np.round(shares, 4).tolist(),
             "marker": {"color": "#00609c"},
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "array": np.round(rows["high"].to_numpy() - shares, 4).tolist(),
-                "arrayminus": np.round(shares - rows["low"].to_numpy(), 4).tolist(),
-                "color": INK,
-                "thickness": 1.2,
-            },
+            "error_x": _interval(rows, shares, color=INK, thickness=1.2),
             "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
         }
     ]
     layout = _layout(90 + 28 * len(rows), "share of the variation", None)
-    layout["yaxis"] |= {"automargin": True, "showgrid": False}
+    layout["yaxis"] |= {"showgrid": False}
     layout["xaxis"] |= {"rangemode": "tozero"}
     return {"data": data, "layout": layout}
 
@@ -495,9 +501,7 @@ def importance(table: pd.DataFrame) -> Figure:
 def slice_of(study: Study, name: str) -> Figure:
     """Return the objective over one hyperparameter, with the document's values before (dashed) and after (solid)."""
     axis = study.axis(name)
-    trials = study.trials_full[
-        study.trials_full["objective"].notna() & (study.trials_full["state"] != "failed")
-    ]
+    trials = _scored_trials(study)
     trials = trials.assign(place=axis.places(trials))
     trials = trials[trials["place"].notna()]
     if axis.kind == "choice":  # side by side, or trials of one choice hide each other
@@ -516,7 +520,6 @@ def slice_of(study: Study, name: str) -> Figure:
         "tickvals": [place for place, _ in ticks],
         "ticktext": [escape(text) for _, text in ticks],
         "range": [min(places) - margin, max(places) + margin],
-        "zeroline": False,
     }
     layout["yaxis"] |= _of_scores(trials["objective"])
     layout |= {"shapes": shapes, "annotations": notes}
@@ -527,47 +530,11 @@ def _slice_points(trials: pd.DataFrame, name: str) -> list[dict[str, Any]]:
     """One trace per group of trials, and one for the trials that a viewer picks."""
     data = []
     for key, rows in _by_group(trials):
-        group = GROUPS[key]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": group.title,
-                "x": _rounded(rows["place"]),
-                "y": _rounded(rows["objective"]),
-                "customdata": rows["trial"].tolist(),
-                "text": [escape(format_value(name, value)) for value in rows[name]],
-                "marker": {
-                    "symbol": group.symbol,
-                    "color": group.colour,
-                    "size": 8,
-                    "line": {"width": 1.5, "color": group.colour},
-                },
-                "meta": {"group": key},
-                "hovertemplate": "%{customdata}: "
-                + name
-                + " %{text}, %{y:.3f}<extra>"
-                + group.title
-                + "</extra>",
-            }
-        )
-    data.append(
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "picked",
-            "x": [],
-            "y": [],
-            "marker": {
-                "symbol": "circle-open",
-                "size": 16,
-                "color": "#c75300",
-                "line": {"width": 3, "color": "#c75300"},
-            },
-            "meta": {"picked": True},
-            "hoverinfo": "skip",
-        }
-    )
+        texts = [escape(format_value(name, value)) for value in rows[name]]
+        x = _rounded(rows["place"])
+        data.append(_marks_of(GROUPS[key], rows, x, f"{name} %{{text}}, ", text=texts))
+    ring = _marks("picked", [], [], "circle-open", "#c75300", size=16, width=3)
+    data.append(ring | {"meta": {"picked": True}, "hoverinfo": "skip"})
     return data
 
 
@@ -575,27 +542,22 @@ def _document_marks(
     axis: Axis, documented: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
     """Lines at the document's values before and after, their labels, and all places that an axis has to show."""
-    shapes, notes, places = [], [], [axis.low, axis.high]
     marks = [
-        (words, axis.place(settings[axis.name]))
+        (words, place)
         for words, settings in documented.items()
-        if axis.name in settings
+        if axis.name in settings and math.isfinite(place := axis.place(settings[axis.name]))
     ]
-    same = len(marks) == 2 and marks[0][1] == marks[1][1]
-    for words, place in marks[1:] if same else marks:
-        if not math.isfinite(place):
-            continue
-        places.append(place)
+    places = [axis.low, axis.high, *(place for _, place in marks)]
+    if len(marks) == 2 and marks[0][1] == marks[1][1]:
+        place = marks[1][1]
+        return [_vertical(place, INK, "solid")], [_note(place, "before, after")], places
+    shapes, notes = [], []
+    for words, place in marks:
         after = words == "recommended"
+        leftmost = place == min(other for _, other in marks)
         shapes.append(_vertical(place, INK, "solid" if after else "dash"))
-        label = "before, after" if same else {True: "after", False: "before"}[after]
-        note = _note(place, label)
-        if not same:
-            leftmost = place == min(other for _, other in marks if math.isfinite(other))
-            note |= (
-                {"xanchor": "right", "xshift": -2} if leftmost else {"xanchor": "left", "xshift": 2}
-            )
-        notes.append(note)
+        side = {"xanchor": "right", "xshift": -2} if leftmost else {"xanchor": "left", "xshift": 2}
+        notes.append(_note(place, "after" if after else "before") | side)
     return shapes, notes, places
 
 
@@ -604,40 +566,28 @@ def effects(table: pd.DataFrame) -> Figure:
     rows = table[table["variant"] != table.attrs["baseline"]]
     rows = rows[rows["mean"].notna()].iloc[::-1]
     marks = {
-        "better": ("better", "circle", "#00609c"),
-        "worse": ("worse", "diamond", "#b0123b"),
-        "cannot tell": ("cannot tell", "circle-open", "#536273"),
+        "better": ("circle", "#00609c"),
+        "worse": ("diamond", "#b0123b"),
+        "cannot tell": ("circle-open", "#536273"),
     }
     data = []
-    for call, (title, symbol, colour) in marks.items():
+    for call, (symbol, colour) in marks.items():
         own = rows[rows["call"] == call]
         if own.empty:
             continue
         mean = own["mean"].to_numpy()
         data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": title,
-                "x": np.round(mean, 5).tolist(),
-                "y": [escape(name) for name in own["variant"]],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": _rounded(own["high"] - mean),
-                    "arrayminus": _rounded(mean - own["low"]),
-                    "color": colour,
-                    "thickness": 2,
-                    "width": 6,
-                },
-                "marker": {
-                    "symbol": symbol,
-                    "size": 11,
-                    "color": colour,
-                    "line": {"width": 2, "color": colour},
-                },
-                "hovertemplate": "%{y}: %{x:+.3f}<extra>" + title + "</extra>",
-            }
+            _marks(
+                call,
+                np.round(mean, 5).tolist(),
+                [escape(name) for name in own["variant"]],
+                symbol,
+                colour,
+                size=11,
+                width=2,
+                error_x=_interval(own, mean, color=colour, thickness=2, width=6),
+                hovertemplate=f"%{{y}}: %{{x:+.3f}}<extra>{call}</extra>",
+            )
         )
     layout = _layout(
         110 + 38 * len(rows),
@@ -646,12 +596,10 @@ def effects(table: pd.DataFrame) -> Figure:
         showlegend=True,
     )
     layout["yaxis"] |= {
-        "automargin": True,
         "categoryorder": "array",
         "categoryarray": [escape(name) for name in rows["variant"]],
     }
     layout["xaxis"] |= {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1.5}
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
 
@@ -722,10 +670,8 @@ def runs_by_variant(study: Study) -> Figure:
     layout["yaxis"] |= {
         "tickvals": list(range(len(variants))),
         "ticktext": [escape(name) for name in variants],
-        "automargin": True,
         "showgrid": False,
     }
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
 
@@ -744,7 +690,6 @@ def progress_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
         )
     axis = {"rangemode": "tozero"}
     layout = _layout(320, "epochs spent by all trials", "best so far", showlegend=True, xaxis=axis)
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
 
@@ -780,17 +725,13 @@ def best_of_two(studies: Sequence[tuple[str, Study]]) -> Figure:
         rows = study.epochs[study.epochs["trial"] == best]
         x = rows["epoch"].tolist()
         band = {"line": {"width": 0, "color": colour}, "hoverinfo": "skip", "showlegend": False}
-        data.append(_line("high", [best] * len(x), x, _rounded(rows["val_auc_high"]), {}) | band)
-        data.append(
-            _line("low", [best] * len(x), x, _rounded(rows["val_auc_low"]), {})
-            | band
-            | {"fill": "tonexty", "fillcolor": veil}
-        )
+        data.append(_line_of(best, "high", x, _rounded(rows["val_auc_high"]), {}) | band)
+        low = _line_of(best, "low", x, _rounded(rows["val_auc_low"]), {})
+        data.append(low | band | {"fill": "tonexty", "fillcolor": veil})
         line = {"color": colour, "width": 2.5, "dash": dash}
-        data.append(_line(f"{name}: {best}", [best] * len(x), x, _rounded(rows["val_auc"]), line))
+        data.append(_line_of(best, f"{name}: {best}", x, _rounded(rows["val_auc"]), line))
     longest = max((trace["x"][-1] for trace in data if trace["x"]), default=0)
     layout = _layout(320, "epoch", "validation AUC", xaxis=_whole_numbers(longest), showlegend=True)
-    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return {"data": data, "layout": layout}
 
 
@@ -799,6 +740,22 @@ _OF_TWO = (("#00609c", "solid", "rgba(0,96,156,0.15)"), ("#c75300", "dash", "rgb
 
 
 # Parts -----------------------------------------------------------------------------------------------------------------
+
+
+def _scored_trials(study: Study) -> pd.DataFrame:
+    trials = study.trials_full
+    return trials[trials["objective"].notna() & (trials["state"] != "failed")]
+
+
+def _interval(rows: pd.DataFrame, centre: "np.ndarray", **style: Any) -> dict[str, Any]:
+    """Bars from `low` to `high` of the rows around `centre`."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": _rounded(rows["high"] - centre),
+        "arrayminus": _rounded(centre - rows["low"]),
+        **style,
+    }
 
 
 def _by_group(trials: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
@@ -844,6 +801,8 @@ def _layout(height: int, x: str | None, y: str | None, **more: Any) -> dict[str,
     }
     for key in ("xaxis", "yaxis"):
         layout[key] |= more.pop(key, {})
+    if more.get("showlegend"):
+        layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     return layout | more
 
 

@@ -273,8 +273,7 @@ def curves(
     if unknown := set(metrics) - {each["name"] for each in curve_metrics(study)} - set(SHOWN_FIRST):
         raise UnknownError(f"no metric {printable(min(unknown))[:100]!r}; the overview lists them")
     epochs = study.epochs
-    active = epochs["drw_active"].fillna(False).astype(bool)
-    starts = epochs.loc[active].groupby("trial", observed=True)["epoch"].min().to_dict()
+    starts = figures.drw_starts(epochs)
     number = epochs["epoch"].to_numpy("int64")
     by_trial = epochs.groupby("trial", observed=True, sort=False)
     if axis == "time":
@@ -291,7 +290,7 @@ def curves(
             "epoch": number[first:last].tolist(),
             "x": x[first:last],
             **{name: values[first:last] for name, values in columns.items()},
-            "drw": int(starts[trial]) if trial in starts else None,
+            "drw": starts.get(str(trial)),
         }
     return {"axis": axis, "trials": trials}
 
@@ -348,7 +347,6 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         for name in ("val_auc", "val_auc_low", "val_auc_high")
     }
     group = figures.group_of(row[["state", "verdict", "stopped_by"]].to_dict())
-    active = rows.loc[rows["drw_active"].fillna(False).astype(bool), "epoch"]
     decisions = study.decisions[study.decisions["trial"] == trial]
     kept = decisions[
         ~decisions["reason"].isin(["between_rungs", "known"]) | decisions["warning"].fillna(False)
@@ -361,7 +359,7 @@ def trial_page(study: Study, trial: str) -> dict[str, Any]:
         "faulty": bool(faulty(found).iloc[0]),
         **told,
         "work": duration(float(row["work_s"])) if pd.notna(row["work_s"]) else None,
-        "drw": int(active.min()) if len(active) else None,
+        "drw": figures.drw_starts(rows).get(trial),
         "rungs": list(study.rungs),
         "settings": _settings(study, row),
         "curves": {

@@ -53,6 +53,6 @@ def test_an_interruption_before_the_first_trial_is_said_in_words(
     monkeypatch.setattr(tune_app.driver.run, "run_study", interrupted)
     spec = build_spec({"data": "/t.csv"})
     with pytest.raises(KeyboardInterrupt):
-        studies._run_and_tell(spec, tmp_path / "s", address=None, resume=False)
+        studies._run_and_tell(spec, tmp_path / "s", studies.Start(address=None))
     said = " ".join(capsys.readouterr().err.split())
     assert ("interrupted before the first trial: nothing has been trained" in said) != begun
