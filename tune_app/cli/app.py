@@ -348,22 +348,23 @@ def spaces(name: Annotated[str | None, typer.Argument(help="One space in full.")
     from search_spaces.spaces import SPACES
     from search_spaces.written import space_from
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    if name is None:
-        for heading in ("space", "varied parameters", "sampled"):
-            table.add_column(
-                heading,
-                no_wrap=heading == "space",
-                justify="right" if heading == "sampled" else "left",
-            )
-        for space in SPACES.values():
-            table.add_row(space.name, space.title, str(len(space.parameters)))
-        out.print(table)
-        out.print(
-            "\n`medtune spaces NAME` shows one; a study file may hold one of your own", markup=False
-        )
+    if name is not None:
+        _show_space(space_from(name))
         return
-    space = space_from(name)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("space", no_wrap=True)
+    table.add_column("varied parameters")
+    table.add_column("sampled", justify="right")
+    for space in SPACES.values():
+        table.add_row(space.name, space.title, str(len(space.parameters)))
+    out.print(table)
+    out.print(
+        "\n`medtune spaces NAME` shows one; a study file may hold one of your own", markup=False
+    )
+
+
+def _show_space(space: Any) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
     out.print(f"[bold]{space.name}[/bold]: {space.title}\n")
     for heading in ("parameter", "range or value", "before", "default"):
         names = heading in ("parameter", "range or value")

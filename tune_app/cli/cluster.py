@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -329,6 +330,12 @@ def doctor(
         found = diagnose_cluster(cluster, data, out_folder, cache)
     else:
         found = diagnose_machine(data, out_folder, cache)
+    _print_findings(found)
+    raise typer.Exit(int(any(finding.state == "bad" for finding in found)))
+
+
+def _print_findings(found: Sequence[Any]) -> None:
+    """Print a table of findings for each node."""
     signs = {"good": "ok", "look": "look", "bad": "BAD"}
     styles = {"good": "green", "look": "yellow", "bad": "red"}
     for node in dict.fromkeys(finding.node for finding in found):
@@ -339,13 +346,9 @@ def doctor(
         table.add_column()
         for finding in (one for one in found if one.node == node):
             told = finding.said + (f": {finding.remedy}" if finding.remedy else "")
-            table.add_row(
-                Text(f"  {signs[finding.state]}", style=styles[finding.state]),
-                finding.what,
-                Text(told),
-            )
+            sign = Text(f"  {signs[finding.state]}", style=styles[finding.state])
+            table.add_row(sign, finding.what, Text(told))
         out.print(table)
-    raise typer.Exit(int(any(finding.state == "bad" for finding in found)))
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------------
@@ -374,18 +377,16 @@ def jobs_list(
             name, justify="right" if name in ("minutes", "exit") else "left", no_wrap=name != "job"
         )
     for row in rows:
-        began = (
-            time.strftime("%m-%d %H:%M", time.localtime(row["started"])) if row["started"] else "-"
-        )
-        minutes = f"{row['seconds'] / 60:.1f}" if row["seconds"] is not None else "-"
-        table.add_row(
-            row["job"],
-            row["state"],
-            began,
-            minutes,
-            "-" if row["exit"] is None else str(row["exit"]),
-        )
+        table.add_row(*_cells(row))
     out.print(table if rows else "no jobs", soft_wrap=not rows)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    start = row["started"]
+    began = time.strftime("%m-%d %H:%M", time.localtime(start)) if start else "-"
+    minutes = f"{row['seconds'] / 60:.1f}" if row["seconds"] is not None else "-"
+    code = "-" if row["exit"] is None else str(row["exit"])
+    return row["job"], row["state"], began, minutes, code
 
 
 @jobs_app.command("status")

@@ -58,32 +58,30 @@ def results(
             to_stderr(f"note: {note}")
         for write, folder in ((one.to_csv, csv), (one.to_parquet, parquet)):
             if folder is not None:
-                target = folder if len(loaded) == 1 else folder / one.name
-                for path in write(target):
+                for path in write(folder if len(loaded) == 1 else folder / one.name):
                     to_stderr(str(path))
-    subject = loaded[0] if len(loaded) == 1 else load_studies(studies, on_damage=on_damage)
+    single = loaded[0] if len(loaded) == 1 else None
+    subject = single or load_studies(studies, on_damage=on_damage)
     if meanings:
-        table = matching(column_meanings(loaded[0] if len(loaded) == 1 else None), columns)
+        table = matching(column_meanings(single), columns)
     else:
         table = results_table(
-            loaded[0].ranked if len(loaded) == 1 and not sort else subject.trials_full,
+            single.ranked if single and not sort else subject.trials_full,
             subject.searched,
             columns=columns,
-            sort=sort or (() if len(loaded) == 1 else ("-objective", "number")),
+            sort=sort or (() if single else ("-objective", "number")),
             where=where or (),
             limit=limit,
         )
-    if output == "csv":
-        print(visible(table.to_csv(index=False), keep="\n\t"), end="")
-    elif output == "json":
-        print(table.to_json(orient="records", indent=1))
-    elif meanings:
+    if _printed_as_data(table, output):
+        return
+    if meanings:
         out.print(meanings_table(table))
     elif table.empty:
         out.print("no trial has started" if subject.trials_full.empty else "no trial fits --where")
     else:
         out.print(render_table(table, out.width if out.is_terminal else 80))
-        for line in study_lines(loaded[0]) if len(loaded) == 1 else ():
+        for line in study_lines(single) if single else ():
             to_stdout(line)
 
 
@@ -177,12 +175,17 @@ def backtest(
         compared = run_backtest(curves, policies, workers=workers, objective=objective)
     else:
         compared = backtest_studies(studies or [], policies, workers=workers, objective=objective)
-    if output == "csv":
-        print(visible(compared.to_csv(index=False), keep="\n\t"), end="")
-    elif output == "json":
-        print(compared.to_json(orient="records", indent=1))
-    else:
+    if not _printed_as_data(compared, output):
         out.print(_backtest_table(compared))
+
+
+def _printed_as_data(table: Any, output: str) -> bool:
+    """Print the table where it is asked for as CSV or JSON; returns whether it was."""
+    if output == "csv":
+        print(visible(table.to_csv(index=False), keep="\n\t"), end="")
+    elif output == "json":
+        print(table.to_json(orient="records", indent=1))
+    return output != "table"
 
 
 def _backtest_table(compared: Any) -> Table:

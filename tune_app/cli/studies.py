@@ -424,13 +424,20 @@ def _run_here(spec: Any, root: Path, start: Start) -> int:
     if outcome.exit_code in (DONE, FAILED_TRIALS) and url_of(root) is None:
         add_report(spec, root)
     print_summary(root, out)
-    if _interrupted(outcome.exit_code):
+    _print_next(outcome.exit_code, place)
+    return int(outcome.exit_code)
+
+
+def _print_next(code: int, place: str | Path) -> None:
+    """Print the command that continues a study which has not ended well."""
+    from tune_app.driver.run import FAILED_TRIALS
+
+    if _interrupted(code):
         to_stderr(f"interrupted; resume with: medtune resume {shlex.quote(str(place))}")
-    elif outcome.exit_code == FAILED_TRIALS:
+    elif code == FAILED_TRIALS:
         to_stderr(
             f"try failed trials again with: medtune resume {shlex.quote(str(place))} --retry-failed"
         )
-    return int(outcome.exit_code)
 
 
 def _score_validation(root: Path) -> None:

@@ -398,27 +398,24 @@ def _software(
         f"Python {facts['python']}, {told}",
         "install " + ", ".join(f"{name}{required[name]}" for name in sorted(old)),
     )
-    seen = len(facts["gpus"])
-    if gpus is not None and gpus > seen:
-        yield say(
-            "GPUs",
-            False,
-            f"Ray counts {gpus:g}, nvidia-smi shows {seen}",
-            "install the driver, or mend --num-gpus",
-        )
-    elif seen and facts["nccl"] is None:
-        yield say(
-            "GPUs",
-            False,
-            f"{seen}, but torch is built for CPUs only",
-            "install torch for the driver's CUDA version",
-        )
-    else:
-        yield say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
+    yield _gpus_judged(facts, gpus, say)
     if facts["mps"]:
         told = "; ".join(dict.fromkeys(facts["mps"]))
         yield say("MPS", True, f"trials that share a GPU run {told}", "")
     yield say("NCCL", True, facts["nccl"] or "none: ranks on CPUs use gloo", "")
+
+
+def _gpus_judged(
+    facts: Mapping[str, Any], gpus: float | None, say: Callable[..., Finding]
+) -> Finding:
+    seen = len(facts["gpus"])
+    if gpus is not None and gpus > seen:
+        said = f"Ray counts {gpus:g}, nvidia-smi shows {seen}"
+        return say("GPUs", False, said, "install the driver, or mend --num-gpus")
+    if seen and facts["nccl"] is None:
+        said = f"{seen}, but torch is built for CPUs only"
+        return say("GPUs", False, said, "install torch for the driver's CUDA version")
+    return say("GPUs", True, "; ".join(facts["gpus"]) or "none", "")
 
 
 def _room(facts: Mapping[str, Any], say: Callable[..., Finding]) -> Iterator[Finding]:

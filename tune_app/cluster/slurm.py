@@ -92,12 +92,10 @@ def seconds_of(time: str) -> int:
     found = TIME.fullmatch(time)
     if found is None:
         return -1
-    days, first, second, third = (None if part is None else int(part) for part in found.groups())
-    if days is not None:  # D-HH[:MM[:SS]]
-        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-    if third is not None:  # HH:MM:SS
-        return ((first or 0) * 60 + (second or 0)) * 60 + third
-    return (first or 0) * 60 + (second or 0)  # MM[:SS]
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # MM[:SS]
+        return first * 60 + second
+    return ((days * 24 + first) * 60 + second) * 60 + third  # D-HH[:MM[:SS]], HH:MM:SS
 
 
 def lead_of(given: Allocation) -> int:

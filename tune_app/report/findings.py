@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,7 +27,7 @@ from tune_app.compare.confirm import judge, judged_lines
 from tune_app.compare.test_record import score_lines
 from tune_app.results.loading import load_study
 from tune_app.results.study import Study
-from tune_app.results.text import format_value
+from tune_app.results.text import format_value, printable
 from tune_app.study.errors import SpecError
 from tune_app.study.files import StudyFiles
 from tune_app.study.rows import ENDED, STATES
@@ -353,6 +353,29 @@ def trial_with(study: Study, settings: dict[str, Any]) -> pd.Series | None:
         rows = rows[np.asarray(same, dtype=bool)]
     rows = rows[rows["objective"].notna()]
     return None if rows.empty else rows.iloc[int(rows["objective"].to_numpy().argmax())]
+
+
+def column_order(values: pd.Series) -> tuple[bool, Literal["ascending", "descending"]]:
+    """Return whether a column of the results is numeric, and the order in which a first click sorts it."""
+    numeric = pd.api.types.is_numeric_dtype(values.dtype) and values.dtype != "boolean"
+    falling = numeric and ("auc" in str(values.name) or values.name == "objective")
+    return numeric, "descending" if falling else "ascending"
+
+
+def auc_with_interval(row: Mapping[Any, Any]) -> str:
+    """Return the best AUC of a row of the results with its interval as text."""
+    low, high = row["best_val_auc_low"], row["best_val_auc_high"]
+    return f"{row['best_val_auc']:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def reasons_of_ends(study: Study) -> dict[str, str]:
+    """Return why each trial ended, empty for one without a reason; an error goes before the policy's reason."""
+    trials = study.trials_full
+    whys = trials["error"].combine_first(trials["reason"])
+    return {
+        str(trial): "" if pd.isna(why) else printable(str(why))[:300]
+        for trial, why in zip(trials["trial"], whys, strict=True)
+    }
 
 
 def setting_text(name: str, value: Any) -> str:

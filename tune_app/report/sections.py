@@ -486,7 +486,7 @@ def _trials(page: Page, study: Study) -> None:
             style="faint",
         )
     section.parts.append({"kind": "filter", "table": "all-trials"})
-    about = study.trials_full.set_index("trial")
+    whys = findings.reasons_of_ends(study)
     joined = {"best_val_auc_low", "best_val_auc_high", "since_epoch"}
     names = [name for name in table.columns if name not in joined]
     headings = {
@@ -499,17 +499,13 @@ def _trials(page: Page, study: Study) -> None:
     }
     heads = []
     for name in names:
-        numeric = (
-            pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
-        )
-        first = "descending" if numeric and ("auc" in name or name == "objective") else "ascending"
+        numeric, first = findings.column_order(table[name])
         heads.append(Head(headings.get(name, name), "number" if numeric else "", first))
     heads.append(Head("why it ended early", "text"))
     rows = []
     for row in table.to_dict("records"):
         cells = [_trial_cell(name, row) for name in names]
-        told = about.loc[row["trial"], ["error", "reason"]].dropna()
-        cells.append(Cell(printable(str(told.iloc[0]))[:300] if len(told) else "", "text"))
+        cells.append(Cell(whys[row["trial"]], "text"))
         rows.append(Row(cells, trial=row["trial"]))
     section.table(Table("all trials", heads, rows), name="all-trials", style="sortable")
 
@@ -524,7 +520,7 @@ def _trial_cell(name: str, row: Mapping[Any, Any]) -> Cell:
         return Cell(_shown(name, value), "nowrap")
     text, missing = format_value(name, value), pd.isna(value)
     if name == "best_val_auc" and not missing:
-        text = f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+        text = findings.auc_with_interval(row)
     return Cell(text, "number nowrap", value="" if missing else repr(float(value)))
 
 

@@ -226,13 +226,11 @@ class Access:
             raise Refused(
                 401, f"{what}: send the token that `medtune serve` printed, or log in on the page"
             )
-        if (
-            changes
-            and not bearer
-            and not hmac.compare_digest(
-                headers.get("x-medtune-csrf", "").encode("latin-1"), self.csrf(session).encode()
-            )
-        ):
+        if changes and not bearer:
+            self._check_csrf(headers.get("x-medtune-csrf", ""), session)
+
+    def _check_csrf(self, given: str, session: str) -> None:
+        if not hmac.compare_digest(given.encode("latin-1"), self.csrf(session).encode()):
             raise Refused(
                 403, "X-Medtune-CSRF is missing or not this session's: load the page again"
             )

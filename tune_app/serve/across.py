@@ -27,7 +27,7 @@ def across(studies: Sequence[tuple[str, Study]]) -> dict[str, Any]:
     return {
         "studies": [_about(name, study) for name, study in studies],
         "budget": [_budget(study) for _, study in studies],
-        "best": [_best_curve(study) if study.scored else None for _, study in studies],
+        "best": [_best_curve(study) for _, study in studies],
         "asked": _differing(
             [(name, name) for name in StudySpec.model_fields if name not in NOT_COMPARED],
             [{"space": _space(study)} | study.spec.model_dump(mode="json") for _, study in studies],
@@ -35,7 +35,7 @@ def across(studies: Sequence[tuple[str, Study]]) -> dict[str, Any]:
         ),
         "settings": _differing(
             [(name, info.description or "") for name, info in FineTuneConfig.model_fields.items()],
-            [findings.leading(study).to_dict() if study.scored else {} for _, study in studies],
+            [_best_settings(study) for _, study in studies],
         ),
         "cautions": _doubts([study for _, study in studies]),
     }
@@ -57,10 +57,16 @@ def _budget(study: Study) -> dict[str, Any]:
     return {"spent": spent, "best": best}
 
 
-def _best_curve(study: Study) -> dict[str, Any]:
+def _best_curve(study: Study) -> dict[str, Any] | None:
+    if not study.scored:
+        return None
     rows = study.epochs[study.epochs["trial"] == findings.leading(study)["trial"]]
     names = ("val_auc", "val_auc_low", "val_auc_high")
     return {"epoch": rows["epoch"].tolist(), **{name: plain(rows[name].tolist()) for name in names}}
+
+
+def _best_settings(study: Study) -> dict[Any, Any]:
+    return findings.leading(study).to_dict() if study.scored else {}
 
 
 def _space(study: Study) -> str:

@@ -52,12 +52,7 @@ def serve(
             f"MEDTUNE_TOKEN has {len(token)} characters: choose at least {LEAST_TOKEN}, or omit it"
         )
     allowed = _allowed(data_roots)
-    url = url_of(root)
-    if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
-        schemes = ", ".join(SCHEMES)
-        raise SpecError(
-            f"{root}: name a folder, or a bucket in object storage: {schemes}://bucket/..."
-        )
+    url = _url_to_serve(root)
     replica = Replica(url) if url else None
     root = replica.root if replica else root
     own = root / ".medtune"
@@ -99,6 +94,16 @@ def _allowed(data_roots: Sequence[str]) -> list[str]:
     if missing:
         raise SpecError([f"--data-root {each}: no such folder" for each in missing])
     return allowed
+
+
+def _url_to_serve(root: Path) -> str | None:
+    url = url_of(root)
+    if url is None and re.match(r"[A-Za-z][A-Za-z0-9+-]+:/", str(root)):
+        schemes = ", ".join(SCHEMES)
+        raise SpecError(
+            f"{root}: name a folder, or a bucket in object storage: {schemes}://bucket/..."
+        )
+    return url
 
 
 def _shown(host: str) -> str:

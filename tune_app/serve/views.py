@@ -41,9 +41,6 @@ RECENT_S = 600.0
 CurveAxis = Literal["epoch", "updates", "time"]
 """Horizontal axes of the curves."""
 
-LATE_COLUMNS = ("error", "reason")
-"""Columns that state why a trial ended, the more specific first."""
-
 
 # Shapes to send --------------------------------------------------------------------------------------------------------
 
@@ -200,22 +197,19 @@ _HEADINGS = {
 def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     """Return the table of trials: columns, and rows of values with the text of each. Raises QueryError for `where`."""
     table = results_table(study.trials_full, study.searched, where=where, sort="number")
-    about = study.trials_full.set_index("trial")[list(LATE_COLUMNS)].to_dict("index")
+    whys = findings.reasons_of_ends(study)
     names = [
         str(name) for name in table.columns if name not in ("best_val_auc_low", "best_val_auc_high")
     ]
     columns = []
     for name in names:
-        numeric = (
-            pd.api.types.is_numeric_dtype(table[name].dtype) and table[name].dtype != "boolean"
-        )
-        falling = numeric and ("auc" in name or name == "objective")
+        numeric, first = findings.column_order(table[name])
         columns.append(
             {
                 "name": name,
                 "title": _HEADINGS.get(name, name),
                 "numeric": numeric,
-                "first": "descending" if falling else "ascending",
+                "first": first,
                 "searched": name in study.searched,
             }
         )
@@ -227,14 +221,13 @@ def trials_table(study: Study, where: str = "") -> dict[str, Any]:
     }
     rows = []
     for row in table.to_dict("records"):
-        told = [str(text) for text in about[row["trial"]].values() if not pd.isna(text)]
         rows.append(
             {
                 "trial": row["trial"],
                 "group": groups[row["trial"]],
                 "values": [plain(row[name]) for name in names],
                 "texts": [_text(name, row) for name in names],
-                "why": printable(told[0])[:300] if told else "",
+                "why": whys[row["trial"]],
             }
         )
     return {"columns": columns, "rows": rows}
@@ -243,7 +236,7 @@ def trials_table(study: Study, where: str = "") -> dict[str, Any]:
 def _text(name: str, row: Mapping[Any, Any]) -> str:
     value = row[name]
     if name == "best_val_auc" and not pd.isna(value) and "best_val_auc_low" in row:
-        return f"{value:.3f} [{row['best_val_auc_low']:.2f}, {row['best_val_auc_high']:.2f}]"
+        return findings.auc_with_interval(row)
     text = format_value(name, value)
     return "" if text == "-" else text
 
