@@ -54,14 +54,7 @@ def export(
     from tune_app.models.export import export_model, outcome_lines
     from tune_app.models.model import choose_device
 
-    if trial is not None and (best or confirmed or ensemble):
-        raise typer.BadParameter(
-            "--trial already is a choice: leave out --best, --confirmed and --ensemble"
-        )
-    if along and trial is None:
-        raise typer.BadParameter("--with goes with --trial, which names the first trial")
-    if best and confirmed:
-        raise typer.BadParameter("--best or --confirmed, not both")
+    _refuse_two_choices(trial, along, best, confirmed, ensemble)
     info = export_model(
         study,
         out_folder,
@@ -78,6 +71,19 @@ def export(
     )
     for line in outcome_lines(info, out_folder):
         to_stdout(line)
+
+
+def _refuse_two_choices(
+    trial: str | None, along: list[str] | None, best: bool, confirmed: bool, ensemble: int | None
+) -> None:
+    if trial is not None and (best or confirmed or ensemble):
+        raise typer.BadParameter(
+            "--trial already is a choice: leave out --best, --confirmed and --ensemble"
+        )
+    if along and trial is None:
+        raise typer.BadParameter("--with goes with --trial, which names the first trial")
+    if best and confirmed:
+        raise typer.BadParameter("--best or --confirmed, not both")
 
 
 @app.command()

@@ -1,7 +1,9 @@
 """The result of a study on one screen: the table, stopped trials and why, the best configuration, the places of files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -57,16 +59,10 @@ def study_lines(study: Study) -> list[str]:
 def stopped_lines(study: Study) -> list[str]:
     """One line for each trial that was stopped by its diagnosis or failed, and one that counts the halving's."""
     trials = study.trials_full
-    lines = []
+    lines: list[str] = []
     halving = (trials["stopped_by"] == "halving").fillna(False)
     for trial in trials[~halving].fillna({"reason": "", "advice": ""}).to_dict("records"):
-        reason = str(trial["reason"])
-        if trial["state"] == "stopped":
-            said = reason.removeprefix(f"{trial['stopped_by']}: ")
-            lines.append(f"{trial['trial']} stopped after epoch {trial['epochs_run']}: {said}")
-            lines += [f"      {trial['advice']}"] if trial["advice"] else []
-        elif trial["state"] == "failed":
-            lines.append(f"{trial['trial']} failed: {reason}")
+        lines += _lines_of_end(trial)
     halved = trials[halving]
     if len(halved):
         lines.append(
@@ -83,6 +79,17 @@ def stopped_lines(study: Study) -> list[str]:
     if full and spent < full and not study.running:
         lines.append(f"epochs spent: {spent} of {full} ({100 * spent / full:.0f} %)")
     return lines or ["no trial was stopped"]
+
+
+def _lines_of_end(trial: Mapping[Any, Any]) -> list[str]:
+    reason = str(trial["reason"])
+    if trial["state"] == "failed":
+        return [f"{trial['trial']} failed: {reason}"]
+    if trial["state"] != "stopped":
+        return []
+    said = reason.removeprefix(f"{trial['stopped_by']}: ")
+    advice = [f"      {trial['advice']}"] if trial["advice"] else []
+    return [f"{trial['trial']} stopped after epoch {trial['epochs_run']}: {said}", *advice]
 
 
 def best_lines(study: Study) -> list[str]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,24 +165,36 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
         told["volumes_per_s"] = plain(
             recent.groupby("trial", observed=True)["volumes_per_s"].last().sum()
         )
-    # A trial that a user stopped predicts nothing about how long the trials to come will run.
+    likely, latest = _epochs_to_come(study, running)
+    pace = _pace(study)
+    told["likely"] = now + likely * pace / len(running)
+    told["latest"] = now + latest * pace / len(running)
+    return told
+
+
+def _ended_by_itself(trials: pd.DataFrame) -> pd.DataFrame:
+    """Trials that predict how long others will run: one that a user stopped does not."""
     by_user = trials["stopped_by"].fillna("") == "requested"
-    ended = trials[trials["state"].isin(ENDED) & trials["wall_s"].notna() & ~by_user]
-    epoch_s = float(epochs["epoch_s"].mean())
-    pace = epoch_s
-    if len(ended) and ended["epochs_run"].sum():
-        pace = max(
-            pace, float(ended["wall_s"].sum()) / float(ended["epochs_run"].sum())
-        )  # starting and saving included
-    full = study.spec.epochs
+    return trials[trials["state"].isin(ENDED) & trials["wall_s"].notna() & ~by_user]
+
+
+def _pace(study: Study) -> float:
+    """Seconds of an epoch, starting and saving included."""
+    ended = _ended_by_itself(study.trials_full)
+    epoch_s = float(study.epochs["epoch_s"].mean())
+    epochs = float(ended["epochs_run"].sum())
+    return max(epoch_s, float(ended["wall_s"].sum()) / epochs) if epochs else epoch_s
+
+
+def _epochs_to_come(study: Study, running: pd.DataFrame) -> tuple[float, float]:
+    """Epochs that the study is likely to run yet, and the most that it can."""
+    trials, full = study.trials_full, study.spec.epochs
+    ended = _ended_by_itself(trials)
     usual = float(ended["epochs_run"].mean()) if len(ended) else float(full)
     to_come = max(0, study.spec.num_trials - len(trials))
     left = (full - running["epochs_run"].astype("float64")).clip(lower=0)
     likely = to_come * usual + sum(min(rest, max(usual - (full - rest), 1.0)) for rest in left)
-    latest = to_come * full + float(left.sum())
-    told["likely"] = now + likely * pace / len(running)
-    told["latest"] = now + latest * pace / len(running)
-    return told
+    return likely, to_come * full + float(left.sum())
 
 
 _HEADINGS = {
@@ -486,28 +498,30 @@ def figure(study: Study, name: str) -> dict[str, Any]:
             )
         drawn = figures.effects(tables[0])
         caption = f"{tables[0].attrs['how']}. Hollow: the data do not decide."
-    elif name == "runs":
-        drawn, caption = (
-            figures.runs_by_variant(study),
-            "A mark is a run, its shape the fold; the bar is the mean.",
-        )
-    elif name == "progress":
-        drawn, caption = figures.progress(study), "A mark is a trial; the line is the best so far."
     elif name == "importance":
         table = study.importance()
-        drawn, caption = (
-            figures.importance(table),
-            f"By {table.attrs['how']}. Whiskers: lowest and highest of the repeats.",
-        )
-    elif name == "parallel":
-        drawn = figures.parallel(study)
-        caption = "A line is a trial. Thick: best tenth. Thin: upper half. Dotted: the rest."
+        drawn = figures.importance(table)
+        caption = f"By {table.attrs['how']}. Whiskers: lowest and highest of the repeats."
     elif name == "stopped":
         drawn = figures.stopped(findings.stops(study))
+    elif name in _WHOLE_STUDY:
+        draw, caption = _WHOLE_STUDY[name]
+        drawn = draw(study)
     else:
         drawn = figures.slice_of(study, name.removeprefix("slice-"))
         caption = "Dashed: the value before this project's fixes; solid: after."
     return {"figure": plain(drawn), "caption": caption}
+
+
+_WHOLE_STUDY: dict[str, tuple[Callable[[Study], figures.Figure], str]] = {
+    "runs": (figures.runs_by_variant, "A mark is a run, its shape the fold; the bar is the mean."),
+    "progress": (figures.progress, "A mark is a trial; the line is the best so far."),
+    "parallel": (
+        figures.parallel,
+        "A line is a trial. Thick: best tenth. Thin: upper half. Dotted: the rest.",
+    ),
+}
+"""Figures that need the study alone, with their captions."""
 
 
 def importance_among(study: Study, trials: Collection[str]) -> dict[str, Any]:
