@@ -38,7 +38,7 @@ def linked(write_scan: Write, tmp_path: Path) -> Path:
 def run_spec(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     """The spec that `medtune ...` would run."""
     caught: list[Any] = []
-    monkeypatch.setattr(studies, "_run_and_tell", lambda spec, root, **_: caught.append(spec))
+    monkeypatch.setattr(studies, "_run_and_tell", lambda spec, root, *_: caught.append(spec))
     done = CliRunner().invoke(app, [*arguments, "--set", "volume_shape=16", "--set", "num_folds=2"])
     assert done.exit_code == 0, done.output
     return caught[0]

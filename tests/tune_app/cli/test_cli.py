@@ -45,7 +45,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[StudySpec]:
     """The studies that would have been run."""
     specs: list[StudySpec] = []
-    monkeypatch.setattr(studies, "_run_and_tell", lambda spec, root, **options: specs.append(spec))
+    monkeypatch.setattr(studies, "_run_and_tell", lambda spec, root, *_: specs.append(spec))
     return specs
 
 

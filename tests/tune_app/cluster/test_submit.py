@@ -236,8 +236,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StudySpec, Path, dict[st
     """What commands would run here, instead of running it."""
     found: list[tuple[StudySpec, Path, dict[str, Any]]] = []
 
-    def instead(spec: StudySpec, root: Path, **how: Any) -> None:
-        found.append((spec, root, how))
+    def instead(spec: StudySpec, root: Path, start: cli_studies.Start, **how: Any) -> None:
+        found.append((spec, root, vars(start) | how))
 
     monkeypatch.setattr(cli_studies, "_run_and_tell", instead)
     return found
