@@ -58,16 +58,16 @@ def entries_to_replay(
             say(
                 f"{entry.name} left out: no recorded table has the points it proposes; add --surrogate 2000"
             )
-        elif error := _missing(entry):
+        elif entry.package and (error := _missing(entry.package)):
             say(f"{entry.name} left out ({error}): {INSTALL[entry.name]}")
         else:
             found.append(entry)
     return found
 
 
-def _missing(entry: Entry) -> ImportError | None:
+def _missing(package: str) -> ImportError | None:
     try:
-        import_module(entry.package or __name__)
+        import_module(package)
     except ImportError as error:
         return error
     return None

@@ -26,7 +26,7 @@ import pandas as pd
 from trainables.diagnosis import VERDICTS
 from tune_app.backtest.curves import Curve
 from tune_app.backtest.replay import RayAsha
-from tune_app.backtest.tables import CLAIM_FIT, Table, learn_prior
+from tune_app.backtest.tables import CLAIM_FIT, Table, learn_prior, supports_claims
 from tune_app.study.policy import Policy
 from tune_app.study.policy_spec import PolicySpec
 from tune_app.study.prior import Prior, shipped_prior
@@ -259,16 +259,16 @@ class MedtuneSearch(RandomSearch):
         policy: PolicySpec,
         ill: Mapping[int, int],
         surrogate: Surrogate | None = None,
-        candidates: float = math.inf,
+        candidates: int | None = None,
         first: Sequence[int] = (),
     ) -> None:
         """`ill`: the epoch after which the policy's diagnosis stops a trial, of those it stops. `candidates`: the number
-        of free configurations that the model chooses among."""
+        of free configurations that the model chooses among; None for all."""
         super().__init__(seen)
         ignored = dict.fromkeys(VERDICTS, "ignore")
         self._policy = Policy(policy.model_copy(update={"actions": ignored}), seen.epochs)
         self._ill = ill
-        self._surrogate, self._candidates = surrogate, int(min(candidates, len(seen.state)))
+        self._surrogate, self._candidates = surrogate, candidates or len(seen.state)
         self._order = [t for t in self._order if t not in first] + list(reversed(first))
 
     def following(self) -> int | None:
@@ -338,7 +338,7 @@ def medtune(
         surrogate = Surrogate(table.axes, table.samples, prior) if model else None
         chosen = policy or PolicySpec()
         ill = diagnosed(table, chosen)
-        candidates = CANDIDATES if table.fit else math.inf  # a pool is a space, as a search has it
+        candidates = CANDIDATES if table.fit else None  # a pool is a space, as a search has it
         return lambda seen, budget: MedtuneSearch(
             seen, budget, policy=chosen, ill=ill, surrogate=surrogate, candidates=candidates
         )
@@ -560,7 +560,7 @@ def strategies_text(result: pd.DataFrame) -> str:
     parts = []
     for name, part in result.groupby("table", sort=False):
         truth, value = part["fit_truth"].iloc[0], part["fit_value"].iloc[0]
-        weak = min(truth, value) < CLAIM_FIT
+        weak = not supports_claims(truth, value)
         table = f"{name!s} (no claim)" if weak else str(name)
         budgets = list(dict.fromkeys(part["budget"]))
         heads = [

@@ -90,7 +90,6 @@ class CurveSurrogate:
         return Fit(
             truth=_rank_correlation(truth, self.table.truth),
             value=_rank_correlation(value, self.table.value),
-            runs=self.table.size,
             importance=tuple(map(float, self.forest.feature_importances_)),
         )
 

@@ -108,6 +108,11 @@ def roc_auc(scores: Floats, labels: Floats) -> float:
     return float((ranks - count * (count + 1) / 2) / (count * (len(labels) - count)))
 
 
+def supports_claims(truth: float, value: float) -> bool:
+    """Whether anything is claimed from curves of a surrogate with these rank correlations; NaN: recorded curves."""
+    return not min(truth, value) < CLAIM_FIT
+
+
 @dataclass(frozen=True)
 class Fit:
     """Out-of-bag rank correlations of a surrogate of whole curves with the recorded runs."""
@@ -116,14 +121,8 @@ class Fit:
     """Of the held-out AUC of the deployed weights."""
     value: float
     """Of the objective."""
-    runs: int
-    """Recorded runs that it was fitted to."""
     importance: tuple[float, ...]
     """Share of each encoded column in what it predicts."""
-
-    @property
-    def supports_claims(self) -> bool:
-        return min(self.truth, self.value) >= CLAIM_FIT
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def main() -> None:
         for line in lines[:MOST_PROBLEMS]:
             to_stderr(f"error: {line}")
         if len(lines) > MOST_PROBLEMS:
-            err.print(f"error: ... and {len(lines) - MOST_PROBLEMS} more problems", style="red")
+            to_stderr(f"error: ... and {len(lines) - MOST_PROBLEMS} more problems")
         sys.exit(1)
 
 

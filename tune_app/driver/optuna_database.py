@@ -267,9 +267,8 @@ class Database:
     def _open(self, url: str) -> RDBStorage:
         """Return Optuna's storage, on connections that `close` can end."""
         try:
-            if (
-                self._path is None
-            ):  # Optuna sets this argument for MySQL, which refuses it next to a pool
+            if self._path is None:
+                # Optuna sets this argument for MySQL, which refuses it next to a pool
                 storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
                 self._engine = storage.engine
                 return storage

@@ -96,9 +96,8 @@ def axis_of(values: pd.Series, space: Space | None, epochs: int) -> Axis:
     parameter = _parameter(space, name)
     if parameter is not None and isinstance(parameter.distribution, CategoricalDistribution):
         texts = [_choice_text(name, choice) for choice in parameter.choices]
-        choices = tuple(
-            dict.fromkeys([*texts, *_texts(name, values)])
-        )  # warm starts may lie outside
+        # Warm starts may be outside
+        choices = tuple(dict.fromkeys([*texts, *_texts(name, values)]))
         return Axis(name, "choice", 0.0, max(len(choices) - 1.0, 1.0), choices, ranged=True)
     if parameter is None and (
         not pd.api.types.is_numeric_dtype(values.dtype) or values.dtype == "boolean"

@@ -165,8 +165,9 @@ def progress(study: Study, now: float | None = None) -> dict[str, Any]:
         told["volumes_per_s"] = plain(
             recent.groupby("trial", observed=True)["volumes_per_s"].last().sum()
         )
-    likely, latest = _epochs_to_come(study, running)
-    pace = _pace(study)
+    ended = _ended_by_itself(study.trials_full)
+    likely, latest = _epochs_to_come(study, running, ended)
+    pace = _pace(study.epochs, ended)
     told["likely"] = now + likely * pace / len(running)
     told["latest"] = now + latest * pace / len(running)
     return told
@@ -178,18 +179,18 @@ def _ended_by_itself(trials: pd.DataFrame) -> pd.DataFrame:
     return trials[trials["state"].isin(ENDED) & trials["wall_s"].notna() & ~by_user]
 
 
-def _pace(study: Study) -> float:
+def _pace(epochs: pd.DataFrame, ended: pd.DataFrame) -> float:
     """Seconds of an epoch, starting and saving included."""
-    ended = _ended_by_itself(study.trials_full)
-    epoch_s = float(study.epochs["epoch_s"].mean())
-    epochs = float(ended["epochs_run"].sum())
-    return max(epoch_s, float(ended["wall_s"].sum()) / epochs) if epochs else epoch_s
+    epoch_s = float(epochs["epoch_s"].mean())
+    number = float(ended["epochs_run"].sum())
+    return max(epoch_s, float(ended["wall_s"].sum()) / number) if number else epoch_s
 
 
-def _epochs_to_come(study: Study, running: pd.DataFrame) -> tuple[float, float]:
+def _epochs_to_come(
+    study: Study, running: pd.DataFrame, ended: pd.DataFrame
+) -> tuple[float, float]:
     """Epochs that the study is likely to run yet, and the most that it can."""
     trials, full = study.trials_full, study.spec.epochs
-    ended = _ended_by_itself(trials)
     usual = float(ended["epochs_run"].mean()) if len(ended) else float(full)
     to_come = max(0, study.spec.num_trials - len(trials))
     left = (full - running["epochs_run"].astype("float64")).clip(lower=0)

@@ -63,7 +63,7 @@ def pool() -> Table:
         truth=np.take_along_axis(truth, deployed, axis=1),
         seconds=np.ones_like(auc),
         deployed=deployed,
-        fit=Fit(truth=0.9, value=0.9, runs=50, importance=(1.0, 0.0)),
+        fit=Fit(truth=0.9, value=0.9, importance=(1.0, 0.0)),
     )
 
 

@@ -24,7 +24,13 @@ from tune_app.backtest.strategies import (
     strategies_text,
 )
 from tune_app.backtest.surrogate_curves import CurveSurrogate, covered_space, encoded
-from tune_app.backtest.tables import Table, learn_prior, objective_by_epoch, read_table
+from tune_app.backtest.tables import (
+    Table,
+    learn_prior,
+    objective_by_epoch,
+    read_table,
+    supports_claims,
+)
 from tune_app.cli.app import app
 from tune_app.study.surrogate import CANDIDATES, logit
 
@@ -102,7 +108,7 @@ def test_the_fit_is_that_of_trees_that_have_not_seen_the_run(
     ):
         ranks = np.corrcoef(rankdata(predicted), rankdata(recorded))
         assert found == pytest.approx(ranks[0, 1])
-    assert surrogate.fit.supports_claims
+    assert supports_claims(surrogate.fit.truth, surrogate.fit.value)
 
 
 def test_a_pool_has_the_ranges_of_its_table_and_nothing_that_is_not_read(
